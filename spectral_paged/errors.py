@@ -1,0 +1,66 @@
+"""Typed errors. Each message says what was wrong, the value, the limit, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SpectralPagedError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        request_id: the request it belongs to, where there is one.
+        outputs: set by `LLM.generate`: the outputs of every request of the call, in prompt
+            order (`None` where a prompt was refused), so that nothing finished is lost.
+    """
+
+    request_id: str | None = None
+    outputs: list[Any] | None = None
+
+
+class InvalidRequestError(SpectralPagedError, ValueError):
+    """A prompt that cannot be served: empty, not token ids, unknown option."""
+
+
+class EmptyPromptError(InvalidRequestError):
+    """A prompt without a single token."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """A prompt longer than `max_model_len` allows."""
+
+
+class CapacityError(InvalidRequestError):
+    """A request that can never fit the pool, even alone."""
+
+
+class SamplingParamsError(SpectralPagedError, ValueError):
+    """A sampling value outside its range."""
+
+
+class UnknownModelError(SpectralPagedError, ValueError):
+    """A model name that is no alias, no folder, no `.gguf` file and no loadable hub id."""
+
+
+class UnsupportedModelError(SpectralPagedError, ValueError):
+    """A model whose architecture, RoPE or attention this version does not serve."""
+
+
+class CorruptFileError(SpectralPagedError, ValueError):
+    """A model, basis or data file that is truncated or is not what its name says."""
+
+
+class FormatError(SpectralPagedError, ValueError):
+    """A `PageFormat` (or preset name) that is unknown or breaks the kernel contract."""
+
+
+class NonFiniteError(SpectralPagedError, ArithmeticError):
+    """NaN or Inf in K or V (or logits): the model's output cannot be cached."""
+
+    def __init__(self, message: str, *, block_index: int = -1) -> None:
+        super().__init__(message)
+        self.block_index = block_index
+
+
+class PoolError(SpectralPagedError, RuntimeError):
+    """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""

@@ -1,0 +1,71 @@
+"""The model's own rotary table, kept once and used for rotation and exact un-rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_paged.errors import UnsupportedModelError
+from spectral_paged.kernels.rotary import rotate
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin for positions 0..max_positions-1, fp32 `[max_positions, rotary_dim / 2]`.
+
+    Half-split convention: dimension i pairs with i + rotary_dim / 2; dimensions past rotary_dim
+    pass through. cos and sin may both carry the model's attention factor s (YaRN).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def from_inv_freq(
+        cls,
+        inv_freq: Tensor,
+        *,
+        max_positions: int,
+        attention_scaling: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> RotaryTable:
+        """Table for inverse frequencies `[rotary_dim / 2]` (radians per token).
+
+        Raises:
+            UnsupportedModelError: inverse frequencies are not a finite vector.
+        """
+        freq = inv_freq.detach().float().to(device)
+        if freq.dim() != 1 or not bool(torch.isfinite(freq).all()):
+            raise UnsupportedModelError(
+                f"inverse frequencies of shape {list(freq.shape)} are not a finite vector; "
+                "pass the model's rotary_emb.inv_freq"
+            )
+        angle = torch.arange(max_positions, device=device).float().unsqueeze(-1) * freq
+        return cls(angle.cos() * attention_scaling, angle.sin() * attention_scaling)
+
+    @classmethod
+    def from_theta(
+        cls, theta: float, head_dim: int, *, max_positions: int, device: torch.device | str = "cpu"
+    ) -> RotaryTable:
+        """Plain RoPE (Su et al. 2021) of base `theta` over the whole head."""
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return cls.from_inv_freq(theta**-exponent, max_positions=max_positions, device=device)
+
+    @property
+    def max_positions(self) -> int:
+        return self.cos.shape[0]
+
+    def rows(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of 1-D `[T]` or 2-D `[1, T]` position ids, as `[T, 1, rotary_dim / 2]`."""
+        flat = position_ids.reshape(-1)
+        return self.cos[flat].unsqueeze(1), self.sin[flat].unsqueeze(1)
+
+    def apply(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Rotate `x` `[T, H, D]`; fp32 out."""
+        return rotate(x, *self.rows(position_ids))
+
+    def undo(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Un-rotate `x` `[T, H, D]` exactly (to fp32 rounding); fp32 out."""
+        return rotate(x, *self.rows(position_ids), inverse=True)

@@ -1,0 +1,21 @@
+"""Guards and shared builders."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+# The installed package is what is tested: with the repository root on the path, `import kernels`
+# would find the source folder under a wrong name.
+ROOT = str(pathlib.Path(__file__).resolve().parents[1])
+sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
