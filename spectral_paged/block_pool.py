@@ -1,0 +1,336 @@
+"""Who owns which slot. Pure Python on ids: no tensors, O(1) a slot.
+
+Memory is cut into slabs of equal size. A slab holds slots of one kind (exact pages or pages) and
+changes kind when nothing in it is in use, so the split between kinds follows the workload.
+
+```
+slot states      free ----allocate----> in use (ref_count >= 1)
+                  ^                       |  ^
+                  |  evict        release |  | acquire (prefix hit)
+                  +------- cached <-------+--+        (release without a key goes to free)
+```
+
+Every slot of a slab with a kind is in exactly one state; slabs without a kind are empty.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from spectral_paged.errors import PoolError
+
+
+class Kind(IntEnum):
+    """What a slot holds: an exact page (64 tokens) or a page (one sealed block)."""
+
+    EXACT = 0
+    PAGE = 1
+
+
+@dataclass(slots=True)
+class _Slab:
+    kind: Kind
+    free: list[int]
+    num_in_use: int = 0
+    cached: set[int] = field(default_factory=set)
+
+
+class BlockPool:
+    """Slots with reference counts, an LRU of cached slots and a map from prefix keys to slots.
+
+    Args:
+        num_slabs: slabs in the arena.
+        slots_per_slab: slots a slab holds, by kind; 0 where the pool has no such kind.
+        on_move: called with `[(kind, source, target), ...]` when slots in use are moved together
+            to free a slab; must copy the bytes and rename the ids wherever they are kept.
+        on_free: called with `(kind, slot)` when a slot's bytes stop meaning anything.
+    """
+
+    def __init__(
+        self,
+        num_slabs: int,
+        slots_per_slab: dict[Kind, int],
+        on_move: Callable[[list[tuple[Kind, int, int]]], None] | None = None,
+        on_free: Callable[[Kind, int], None] | None = None,
+    ) -> None:
+        self.num_slabs = num_slabs
+        self.slots_per_slab = slots_per_slab
+        self.on_move = on_move
+        self.on_free = on_free
+        self._stride = max(slots_per_slab.values())
+        self._slabs: dict[int, _Slab] = {}
+        self._empty = list(range(num_slabs - 1, -1, -1))
+        self._with_free: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
+        self._idle: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
+        self._lru: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
+        self._ref_count: dict[int, int] = {}
+        self._key_of: dict[int, Hashable] = {}
+        self._by_key: dict[Hashable, int] = {}
+        self.num_in_use = {k: 0 for k in Kind}
+        self.num_evicted = 0
+        self.num_moved = 0
+
+    # ---- questions -----------------------------------------------------------------------
+
+    def slab_and_index(self, slot: int) -> tuple[int, int]:
+        """A slot id is `slab * stride + index`."""
+        return divmod(slot, self._stride)
+
+    def kind_of(self, slot: int) -> Kind:
+        return self._slabs[slot // self._stride].kind
+
+    def ref_count(self, slot: int) -> int:
+        return self._ref_count.get(slot, 0)
+
+    def num_cached(self, kind: Kind) -> int:
+        return len(self._lru[kind])
+
+    def slabs_needed(self, num_exact: int, num_pages: int) -> int:
+        """Slabs that hold so many slots of each kind when packed."""
+        return sum(
+            -(-count // self.slots_per_slab[kind]) if count else 0
+            for kind, count in ((Kind.EXACT, num_exact), (Kind.PAGE, num_pages))
+        )
+
+    def lookup(self, key: Hashable) -> int | None:
+        """The slot published under `key`, cached or in use."""
+        return self._by_key.get(key)
+
+    def touch(self, slot: int) -> None:
+        """Mark a cached slot as recently used."""
+        lru = self._lru[self.kind_of(slot)]
+        if slot in lru:
+            lru.move_to_end(slot)
+
+    # ---- transitions ---------------------------------------------------------------------
+
+    def allocate(self, kind: Kind) -> int | None:
+        """A slot with reference count 1, or None: not now.
+
+        In order: a free slot of the kind, an empty slab, the least recently used cached slot of
+        the kind, an idle slab of the other kind, and last a slab emptied by moving slots together.
+        """
+        slot = self._take_free(kind)
+        if slot is None and self._lru[kind]:
+            self._evict(next(iter(self._lru[kind])))
+            slot = self._take_free(kind)
+        if slot is None and self._convert_idle_slab(kind):
+            slot = self._take_free(kind)
+        if slot is None and self._pack():
+            slot = self._take_free(kind)
+        return slot
+
+    def _take_free(self, kind: Kind) -> int | None:
+        if not self._with_free[kind]:
+            if not self._empty or not self.slots_per_slab.get(kind):
+                return None
+            slab_id = self._empty.pop()
+            base = slab_id * self._stride
+            count = self.slots_per_slab[kind]
+            self._slabs[slab_id] = _Slab(kind, list(range(base + count - 1, base - 1, -1)))
+            self._with_free[kind][slab_id] = None
+        slab_id = next(reversed(self._with_free[kind]))
+        slab = self._slabs[slab_id]
+        slot = slab.free.pop()
+        if not slab.free:
+            del self._with_free[kind][slab_id]
+        slab.num_in_use += 1
+        self._idle[kind].pop(slab_id, None)
+        self._ref_count[slot] = 1
+        self.num_in_use[kind] += 1
+        return slot
+
+    def acquire(self, slot: int) -> None:
+        """Add a reference to a slot that is in use or cached."""
+        count = self._ref_count.get(slot)
+        if count is not None:
+            self._ref_count[slot] = count + 1
+            return
+        slab_id = slot // self._stride
+        slab = self._slabs.get(slab_id)
+        if slab is None or slot not in slab.cached:
+            raise PoolError(f"slot {slot} is free: it cannot be acquired (use after free)")
+        slab.cached.discard(slot)
+        del self._lru[slab.kind][slot]
+        slab.num_in_use += 1
+        self._idle[slab.kind].pop(slab_id, None)
+        self._ref_count[slot] = 1
+        self.num_in_use[slab.kind] += 1
+
+    def release(self, slot: int) -> bool:
+        """Drop a reference. True when the slot became free (its bytes mean nothing any more)."""
+        count = self._ref_count.get(slot)
+        if count is None:
+            raise PoolError(f"slot {slot} is not in use: double free")
+        if count > 1:
+            self._ref_count[slot] = count - 1
+            return False
+        del self._ref_count[slot]
+        slab_id = slot // self._stride
+        slab = self._slabs[slab_id]
+        slab.num_in_use -= 1
+        self.num_in_use[slab.kind] -= 1
+        if slot in self._key_of:
+            slab.cached.add(slot)
+            self._lru[slab.kind][slot] = None
+            self._note_idle(slab_id, slab)
+            return False
+        self._put_free(slab_id, slab, slot)
+        return True
+
+    def publish(self, slot: int, key: Hashable) -> bool:
+        """Let `key` find a slot in use. False where another slot already carries the key."""
+        if slot not in self._ref_count:
+            raise PoolError(f"slot {slot} is not in use: it cannot be published")
+        if slot in self._key_of:
+            raise PoolError(f"slot {slot} is already published")
+        if key in self._by_key:
+            return False
+        self._by_key[key] = slot
+        self._key_of[slot] = key
+        return True
+
+    def drop_cached(self) -> int:
+        """Evict every cached slot; returns how many."""
+        count = 0
+        for lru in self._lru.values():
+            while lru:
+                self._evict(next(iter(lru)))
+                count += 1
+        return count
+
+    # ---- slabs ---------------------------------------------------------------------------
+
+    def _note_idle(self, slab_id: int, slab: _Slab) -> None:
+        if slab.num_in_use == 0 and slab.cached:
+            self._idle[slab.kind][slab_id] = None
+
+    def _put_free(self, slab_id: int, slab: _Slab, slot: int, *, notify: bool = True) -> None:
+        if notify and self.on_free is not None:
+            self.on_free(slab.kind, slot)
+        slab.free.append(slot)
+        if slab.num_in_use == 0 and not slab.cached:
+            del self._slabs[slab_id]
+            self._with_free[slab.kind].pop(slab_id, None)
+            self._idle[slab.kind].pop(slab_id, None)
+            self._empty.append(slab_id)
+            return
+        self._with_free[slab.kind][slab_id] = None
+        self._note_idle(slab_id, slab)
+
+    def _evict(self, slot: int) -> None:
+        slab_id = slot // self._stride
+        slab = self._slabs[slab_id]
+        slab.cached.remove(slot)
+        del self._lru[slab.kind][slot]
+        del self._by_key[self._key_of.pop(slot)]
+        self.num_evicted += 1
+        self._put_free(slab_id, slab, slot)
+
+    def _convert_idle_slab(self, kind: Kind) -> bool:
+        for other in Kind:
+            if other != kind and self._idle[other]:
+                for slot in list(self._slabs[next(iter(self._idle[other]))].cached):
+                    self._evict(slot)
+                return True
+        return False
+
+    def _pack(self) -> bool:
+        """Empty one slab by moving its slots in use into other slabs of its kind."""
+        needed = self.slabs_needed(self.num_in_use[Kind.EXACT], self.num_in_use[Kind.PAGE])
+        if needed >= self.num_slabs:
+            return False
+        for kind in Kind:
+            if not self.slots_per_slab.get(kind):
+                continue
+            slabs = [(s.num_in_use, i) for i, s in self._slabs.items() if s.kind == kind]
+            per_slab = self.slots_per_slab[kind]
+            if len(slabs) <= -(-self.num_in_use[kind] // per_slab):
+                continue
+            _, source_id = min(slabs)
+            moves = []
+            source = self._slabs[source_id]
+            for slot in list(source.cached):
+                self._evict(slot)
+            base = source_id * self._stride
+            for slot in range(base, base + per_slab):
+                if slot in self._ref_count:
+                    moves.append((kind, slot, self._move(slot, source_id, kind)))
+            if moves and self.on_move is not None:
+                self.on_move(moves)
+            if self.on_free is not None:
+                for _, slot, _ in moves:
+                    self.on_free(kind, slot)
+            return True
+        return False
+
+    def _move(self, slot: int, source_id: int, kind: Kind) -> int:
+        """Rename one slot in use into another slab of its kind; returns the new id."""
+        target_id = next(
+            i
+            for i, s in self._slabs.items()
+            if i != source_id and s.kind == kind and (s.free or s.cached)
+        )
+        target_slab = self._slabs[target_id]
+        if not target_slab.free:
+            self._evict(next(s for s in self._lru[kind] if s in target_slab.cached))
+        target = target_slab.free.pop()
+        if not target_slab.free:
+            self._with_free[kind].pop(target_id, None)
+        target_slab.num_in_use += 1
+        self._idle[kind].pop(target_id, None)
+        self._ref_count[target] = self._ref_count.pop(slot)
+        if slot in self._key_of:
+            key = self._key_of.pop(slot)
+            self._key_of[target] = key
+            self._by_key[key] = target
+        source = self._slabs[source_id]
+        source.num_in_use -= 1
+        self.num_moved += 1
+        # its bytes are still wanted: they are copied when every slot of the slab has its new place
+        self._put_free(source_id, source, slot, notify=False)
+        return target
+
+    # ---- proof ---------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise PoolError unless every slot is in exactly one state and every index agrees."""
+
+        def require(condition: bool, what: str) -> None:
+            if not condition:
+                raise PoolError(f"pool integrity: {what}")
+
+        require(len(set(self._empty)) == len(self._empty), "an empty slab is listed twice")
+        require(not set(self._empty) & set(self._slabs), "a slab is both empty and held")
+        require(len(self._empty) + len(self._slabs) == self.num_slabs, "a slab is lost")
+        in_use = {k: 0 for k in Kind}
+        cached: dict[Kind, set[int]] = {k: set() for k in Kind}
+        for slab_id, slab in self._slabs.items():
+            base = slab_id * self._stride
+            slots = set(range(base, base + self.slots_per_slab[slab.kind]))
+            used = {s for s in slots if s in self._ref_count}
+            free = set(slab.free)
+            require(len(free) == len(slab.free), f"slab {slab_id} lists a free slot twice")
+            require(
+                len(free) + len(used) + len(slab.cached) == len(slots)
+                and free | used | slab.cached == slots,
+                f"slab {slab_id}: free + cached + in use is not every slot once",
+            )
+            require(len(used) == slab.num_in_use, f"slab {slab_id} miscounts its slots in use")
+            require(bool(used or slab.cached), f"slab {slab_id} is empty but held")
+            require(bool(free) == (slab_id in self._with_free[slab.kind]), "free index is wrong")
+            require((not used) == (slab_id in self._idle[slab.kind]), "idle index is wrong")
+            in_use[slab.kind] += len(used)
+            cached[slab.kind] |= slab.cached
+        require(in_use == self.num_in_use, "the counts of slots in use are wrong")
+        require(sum(in_use.values()) == len(self._ref_count), "a slot in use lies in no slab")
+        require(all(c >= 1 for c in self._ref_count.values()), "a slot in use has no reference")
+        for kind in Kind:
+            require(cached[kind] == set(self._lru[kind]), "cached slots and LRU list differ")
+            require(all(s in self._key_of for s in cached[kind]), "a cached slot has no key")
+        require(
+            {k: s for s, k in self._key_of.items()} == self._by_key, "the prefix map is not a map"
+        )
