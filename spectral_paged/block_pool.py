@@ -69,7 +69,7 @@ class BlockPool:
         self._ref_count: dict[int, int] = {}
         self._key_of: dict[int, Hashable] = {}
         self._by_key: dict[Hashable, int] = {}
-        self.num_in_use = {k: 0 for k in Kind}
+        self.num_in_use = dict.fromkeys(Kind, 0)
         self.num_evicted = 0
         self.num_moved = 0
 
@@ -306,7 +306,7 @@ class BlockPool:
         require(len(set(self._empty)) == len(self._empty), "an empty slab is listed twice")
         require(not set(self._empty) & set(self._slabs), "a slab is both empty and held")
         require(len(self._empty) + len(self._slabs) == self.num_slabs, "a slab is lost")
-        in_use = {k: 0 for k in Kind}
+        in_use = dict.fromkeys(Kind, 0)
         cached: dict[Kind, set[int]] = {k: set() for k in Kind}
         for slab_id, slab in self._slabs.items():
             base = slab_id * self._stride

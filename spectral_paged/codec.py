@@ -187,7 +187,8 @@ def encode_pages(
         )
     if v.shape != k.shape:
         raise FormatError(f"k is {list(k.shape)} but v is {list(v.shape)}")
-    k, v = k.float(), v.float()
+    # one memory layout: sums over other strides round differently, and bytes must not
+    k, v = k.float().contiguous(), v.float().contiguous()
     check_finite(k, v)
     token_weights = dim_weights = None
     if format.needs_queries:

@@ -39,7 +39,7 @@ def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
             if size < largest:
                 continue
             waste = max(size % exact_bytes, size % page_bytes) / size
-            cost = waste + 0.004 * size / largest
+            cost = waste + 0.015 * size / largest
             if cost < best_cost:
                 best, best_cost = size, cost
     return best

@@ -1,0 +1,252 @@
+"""A set of layers that share tables: which slots hold which sequence's tokens.
+
+```
+spectral group   exact: [landmark pages | tail pages]      pages: [block 0, block 1, ...]
+exact group      exact: [every page of the sequence]       pages: []
+```
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from spectral_paged.block_pool import Kind
+from spectral_paged.block_table import BlockTable
+from spectral_paged.errors import PoolError
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.page_pool import PagePool
+from spectral_paged.prefix import PrefixChain
+
+PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
+
+
+@dataclass(slots=True)
+class GroupSlots:
+    """One sequence's slots in one group, oldest first, and its row in the tables."""
+
+    row: int
+    exact: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_published: int = 0  # full exact pages looked at so far, in sequence order
+    num_sealed: int = 0  # pages published in the table; later ones are reserved for seals due
+
+
+class LayerGroup:
+    """Slots, tables and sealing for `layers`; the pool decides who owns what."""
+
+    def __init__(
+        self,
+        layers: list[int],
+        pool: PagePool,
+        *,
+        seals: bool,
+        max_rows: int,
+        max_exact_pages: int,
+        max_pages: int,
+    ) -> None:
+        self.layers = layers
+        self.pool = pool
+        self.seals = seals
+        self.num_landmark_pages = pool.format.num_landmark_tokens // EXACT_PAGE_TOKENS
+        device = pool.arena.device
+        trash = pool.trash_position
+        self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
+        self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
+        self.sequences: dict[str, GroupSlots] = {}
+        pool.blocks.on_move = self._follow_moves
+
+    # ---- slots ---------------------------------------------------------------------------
+
+    def blocks_sealed(self, visible_blocks: int) -> int:
+        """Blocks this group holds as pages when the format says `visible_blocks`."""
+        return visible_blocks if self.seals else 0
+
+    def add(self, seq_id: str, row: int) -> GroupSlots:
+        slots = self.sequences[seq_id] = GroupSlots(row)
+        return slots
+
+    def grow(self, seq_id: str, num_exact: int, num_pages: int) -> bool:
+        """Hold at least so many exact pages and page slots; False (and unchanged): not now."""
+        slots = self.sequences[seq_id]
+        before = len(slots.exact), len(slots.pages)
+        for held, wanted, kind in (
+            (slots.exact, num_exact, Kind.EXACT),
+            (slots.pages, num_pages, Kind.PAGE),
+        ):
+            while len(held) < wanted:
+                # appended at once: the pool may move slots while allocating the next one
+                slot = self.pool.blocks.allocate(kind)
+                if slot is None:
+                    self.shrink(seq_id, *before)
+                    return False
+                held.append(slot)
+        self._write_rows(slots, before[0])
+        return True
+
+    def shrink(self, seq_id: str, num_exact: int, num_pages: int) -> None:
+        """Give back slots past the counts (a reservation that was not used)."""
+        slots = self.sequences[seq_id]
+        for held, wanted in ((slots.exact, num_exact), (slots.pages, num_pages)):
+            while len(held) > wanted:
+                self.pool.blocks.release(held.pop())
+        self._write_rows(slots, num_exact)
+
+    def free(self, seq_id: str) -> None:
+        """Release everything, newest first, so that chains are evicted from their ends."""
+        slots = self.sequences.pop(seq_id)
+        for slot in reversed(slots.exact):
+            self.pool.blocks.release(slot)
+        for slot in reversed(slots.pages):
+            self.pool.blocks.release(slot)
+        self.exact_table.write(slots.row, 0, [])
+        self.page_table.write(slots.row, 0, [])
+
+    def fork(self, parent_id: str, child_id: str, row: int, num_tokens: int) -> bool:
+        """Share full slots, copy the partial exact page; False (and nothing added): not now."""
+        parent = self.sequences[parent_id]
+        child = self.add(child_id, row)
+        child.num_published, child.num_sealed = parent.num_published, parent.num_sealed
+        num_exact = self.num_exact_pages(num_tokens, parent.num_sealed)
+        partial = (num_tokens - parent.num_sealed * BLOCK_TOKENS) % EXACT_PAGE_TOKENS != 0
+        for slot in parent.pages[: parent.num_sealed]:
+            self.pool.blocks.acquire(slot)
+            child.pages.append(slot)
+        for slot in parent.exact[: num_exact - partial]:
+            self.pool.blocks.acquire(slot)
+            child.exact.append(slot)
+        if partial:
+            copy = self.pool.blocks.allocate(Kind.EXACT)
+            if copy is None:
+                self.free(child_id)
+                return False
+            child.exact.append(copy)
+            self.pool.copy(Kind.EXACT, parent.exact[num_exact - 1], copy)
+        self._write_rows(child, 0)
+        return True
+
+    @staticmethod
+    def num_exact_pages(num_tokens: int, num_sealed: int) -> int:
+        """Exact pages that hold what `num_sealed` pages do not."""
+        return -(-(num_tokens - num_sealed * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
+
+    def _write_rows(self, slots: GroupSlots, first_exact: int) -> None:
+        position = self.pool.position
+        changed = [position(s, Kind.EXACT) for s in slots.exact[first_exact:]]
+        self.exact_table.write(slots.row, first_exact, changed)
+        sealed = [position(s, Kind.PAGE) for s in slots.pages[: slots.num_sealed]]
+        self.page_table.write(slots.row, 0, sealed)
+
+    def _follow_moves(self, moves: list[tuple[Kind, int, int]]) -> None:
+        names: dict[Kind, dict[int, int]] = {Kind.EXACT: {}, Kind.PAGE: {}}
+        for kind, source, target in moves:
+            self.pool.copy(kind, source, target)
+            names[kind][source] = target
+        for slots in self.sequences.values():
+            slots.exact[:] = [names[Kind.EXACT].get(s, s) for s in slots.exact]
+            slots.pages[:] = [names[Kind.PAGE].get(s, s) for s in slots.pages]
+            self._write_rows(slots, 0)
+
+    # ---- prefix --------------------------------------------------------------------------
+
+    def cached_exact(self, chain: PrefixChain, index: int) -> int | None:
+        """Slot of the exact page with tokens `64 index ...`, if it is known."""
+        return self.pool.blocks.lookup((Kind.EXACT, chain[index]))
+
+    def cached_page(self, chain: PrefixChain, block: int) -> int | None:
+        """Slot of the page of `block`, if it is known."""
+        last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
+        return self.pool.blocks.lookup((Kind.PAGE, chain[last])) if last < len(chain) else None
+
+    def attach(self, seq_id: str, chain: PrefixChain, num_tokens: int, num_sealed: int) -> None:
+        """Take references on every slot of a prefix hit of `num_tokens` tokens."""
+        slots = self.sequences[seq_id]
+        blocks = self.pool.blocks
+        sealed = self.blocks_sealed(num_sealed)
+        for block in range(sealed):
+            slot = self.cached_page(chain, block)
+            assert slot is not None, "the hit was checked"
+            blocks.acquire(slot)
+            slots.pages.append(slot)
+        hidden = range(
+            self.num_landmark_pages, self.num_landmark_pages + sealed * PAGES_PER_BLOCK
+        )
+        for index in range(num_tokens // EXACT_PAGE_TOKENS):
+            if index in hidden:
+                continue
+            slot = self.cached_exact(chain, index)
+            assert slot is not None, "the hit was checked"
+            blocks.acquire(slot)
+            slots.exact.append(slot)
+        slots.num_sealed = sealed
+        slots.num_published = num_tokens // EXACT_PAGE_TOKENS
+        self._write_rows(slots, 0)
+
+    def publish_exact(self, seq_id: str, chain: PrefixChain, num_tokens: int) -> None:
+        """Let full exact pages be found by their prefix."""
+        slots = self.sequences[seq_id]
+        hidden = slots.num_sealed * PAGES_PER_BLOCK
+        full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))
+        for index in range(slots.num_published, full):
+            held = index if index < self.num_landmark_pages else index - hidden
+            self.pool.blocks.publish(slots.exact[held], (Kind.EXACT, chain[index]))
+        slots.num_published = max(slots.num_published, full)
+
+    # ---- proof ---------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise PoolError unless references and table rows agree with the sequences."""
+        self.pool.blocks.check_integrity()
+        references: Counter[int] = Counter()
+        for seq_id, slots in self.sequences.items():
+            references.update(slots.exact)
+            references.update(slots.pages)
+            for table, held, kind in (
+                (self.exact_table, slots.exact, Kind.EXACT),
+                (self.page_table, slots.pages[: slots.num_sealed], Kind.PAGE),
+            ):
+                expected = [self.pool.position(s, kind) for s in held]
+                expected += [table.trash_position] * (table.width - len(expected))
+                if table.host[slots.row].tolist() != expected:
+                    raise PoolError(f"the {kind.name} table row of {seq_id!r} is stale")
+        counts = {slot: self.pool.blocks.ref_count(slot) for slot in references}
+        in_use = sum(self.pool.blocks.num_in_use.values())
+        if counts != dict(references) or in_use != len(references):
+            raise PoolError("reference counts differ from what sequences hold")
+
+    # ---- sealing -------------------------------------------------------------------------
+
+    def due(self, seq_id: str, visible_blocks: int) -> range:
+        """Blocks to seal now."""
+        return range(self.sequences[seq_id].num_sealed, self.blocks_sealed(visible_blocks))
+
+    def read_block(self, seq_id: str, block: int) -> tuple[Tensor, Tensor]:
+        """K (as the model handed it over) and V of a block in the tail, `[L, H, 512, D]`."""
+        slots = self.sequences[seq_id]
+        start = self.num_landmark_pages + (block - slots.num_sealed) * PAGES_PER_BLOCK
+        return self.pool.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
+
+    def write_page(self, seq_id: str, block: int, pages: Tensor) -> None:
+        """Store a sealed block's page, uint8 `[L, page_bytes]`, in the slot reserved for it."""
+        self.pool.write_page(self.sequences[seq_id].pages[block], pages)
+
+    def publish_sealed(self, seq_id: str, chain: PrefixChain | None, num_sealed: int) -> None:
+        """Show pages up to `num_sealed` in the table and free the exact pages they replace."""
+        slots = self.sequences[seq_id]
+        count = (num_sealed - slots.num_sealed) * PAGES_PER_BLOCK
+        if not count:
+            return
+        if chain is not None:
+            for block in range(slots.num_sealed, num_sealed):
+                last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
+                if last < len(chain):
+                    self.pool.blocks.publish(slots.pages[block], (Kind.PAGE, chain[last]))
+        start = self.num_landmark_pages
+        replaced = slots.exact[start : start + count]
+        del slots.exact[start : start + count]
+        slots.num_sealed = num_sealed
+        for slot in reversed(replaced):
+            self.pool.blocks.release(slot)
+        self._write_rows(slots, 0)
