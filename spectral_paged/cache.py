@@ -49,6 +49,7 @@ class SequenceState:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     num_pages_sealed: int = 0
+    ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
     error: NonFiniteError | None = None
 
 
@@ -302,8 +303,6 @@ class SpectralKVCache:
             group.add(seq_id, state.row)
         if chain is not None and token_ids is not None:
             num_hit, num_sealed = self._find_prefix(chain, token_ids, num_prompt_tokens)
-            self.counters.prefix_query_tokens += len(token_ids)
-            self.counters.prefix_hit_tokens += num_hit
             state.num_tokens = state.num_cached_tokens = num_hit
             for group in self.groups:
                 group.attach(seq_id, chain, num_hit, num_sealed)
@@ -388,8 +387,9 @@ class SpectralKVCache:
         state = self._sequences.pop(seq_id, None)
         if state is None:
             raise PoolError(f"sequence {seq_id!r} is not held: double free")
-        self.counters.freed_token_bytes += self._token_bytes(state.num_tokens)
-        self.counters.freed_held_bytes += self._held_bytes(seq_id)
+        if state.ran:
+            self.counters.freed_token_bytes += self._token_bytes(state.num_tokens)
+            self.counters.freed_held_bytes += self._held_bytes(seq_id)
         for group in self.groups:
             group.free(seq_id)
         self._free_rows.append(state.row)
@@ -404,6 +404,12 @@ class SpectralKVCache:
         """Most tokens of a sequence that one step may compute: queries of a step share one view."""
         state = self._sequences[seq_id]
         return self.format.chunk_end(state.num_tokens, state.num_prompt_tokens) - state.num_tokens
+
+    def seals_due(self, seq_id: str, num_new: int) -> int:
+        """Blocks that become due for sealing when `num_new` more tokens are stored."""
+        state = self._sequences[seq_id]
+        after = self.format.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
+        return after - self.format.visible_blocks(state.num_tokens, state.num_prompt_tokens)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
         """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
@@ -623,6 +629,10 @@ class SpectralKVCache:
         for entry in plan.entries:
             state = self._sequences[entry.seq_id]
             state.num_tokens += entry.num_new
+            if not state.ran and state.chain is not None and state.token_ids is not None:
+                self.counters.prefix_query_tokens += len(state.token_ids)
+                self.counters.prefix_hit_tokens += state.num_cached_tokens
+            state.ran = True
             if state.chain is not None and state.token_ids is not None:
                 known = min(state.num_tokens, len(state.token_ids))
                 state.chain.extend(state.token_ids, known)

@@ -1,0 +1,34 @@
+"""One sequence as the scheduler sees it: token ids and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """There is no prefill phase and no decode phase: computed tokens catch up with `token_ids`.
+
+    `token_ids` is the prompt followed by what was generated so far; after a preemption all of it
+    is computed again, and `num_prompt_tokens` stays what it was.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    cache_salt: str = ""
+    status: RequestStatus = RequestStatus.WAITING
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)

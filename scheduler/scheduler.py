@@ -1,0 +1,219 @@
+"""Which requests run in a step and how many tokens each: first come, first served, by budgets."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from spectral_paged.scheduler.request import Request, RequestStatus
+
+logger = logging.getLogger(__name__)
+
+
+class Cache(Protocol):
+    """What the scheduler asks of a cache. `False` and `None` mean "not now"."""
+
+    def add_sequence(
+        self,
+        seq_id: str,
+        *,
+        num_prompt_tokens: int,
+        token_ids: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> int | None: ...
+    def try_reserve(self, seq_id: str, num_new: int) -> bool: ...
+    def cancel_reservation(self, seq_id: str) -> None: ...
+    def chunk_limit(self, seq_id: str) -> int: ...
+    def seals_due(self, seq_id: str, num_new: int) -> int: ...
+    def num_tokens(self, seq_id: str) -> int: ...
+    def free(self, seq_id: str) -> None: ...
+    def reset_prefix_cache(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Budgets of one step."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_seals_per_step: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_seals_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """Plain data: new tokens by request id, in batch order, and who had to give way."""
+
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    preempted: list[str] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.new_tokens.values())
+
+
+class Scheduler:
+    """Running requests in order of arrival and a queue of waiting ones.
+
+    Under pressure the newest running request is preempted: its slots are freed and it waits at
+    the head of the queue to be recomputed. The oldest is never preempted for a newer one, so some
+    request always makes progress.
+    """
+
+    def __init__(self, cache: Cache, config: SchedulerConfig) -> None:
+        self.cache = cache
+        self.config = config
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def adopt(self, request: Request) -> bool:
+        """Run a request whose sequence the cache holds already (a fork); False: no seat."""
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        return True
+
+    def requeue(self, request: Request) -> None:
+        """Let a request wait at the head of the queue."""
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    def finish(self, request: Request) -> None:
+        """Drop a request, wherever it is, and free what it holds."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self.cache.free(request.request_id)
+        elif request.status is RequestStatus.WAITING and request in self.waiting:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # ---- one step ------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Reserve slots for this step's tokens. Empty only when there is nothing to run."""
+        output = SchedulerOutput()
+        budget = _Budget(self.config.max_num_batched_tokens, self.config.max_seals_per_step)
+        self._schedule_running(output, budget)
+        if not output.preempted:
+            self._schedule_waiting(output, budget)
+        if not output.new_tokens and self.waiting and not self.running:
+            # cached slots of others may be in the way of the only request that is left
+            self.cache.reset_prefix_cache()
+            self._schedule_waiting(output, budget)
+        return output
+
+    def _schedule_running(self, output: SchedulerOutput, budget: _Budget) -> None:
+        # requests with one token to go come first: a long prompt never makes them wait
+        order = sorted(self.running, key=lambda r: self._remaining(r) > 1)
+        for request in order:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted by an earlier one of this loop
+            num_new = self._chunk(request, budget)
+            if num_new == 0:
+                continue
+            while not self.cache.try_reserve(request.request_id, num_new):
+                victim = self.running[-1]
+                self._preempt(victim, output, budget)
+                if victim is request:
+                    break
+            else:
+                budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
+                output.new_tokens[request.request_id] = num_new
+
+    def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
+        while self.waiting and len(self.running) < self.config.max_num_seqs and budget.tokens:
+            request = self.waiting[0]
+            cached = self.cache.add_sequence(
+                request.request_id,
+                num_prompt_tokens=request.num_prompt_tokens,
+                token_ids=request.token_ids,
+                cache_salt=request.cache_salt,
+            )
+            if cached is None:
+                return
+            num_new = self._chunk(request, budget)
+            if num_new == 0 or not self.cache.try_reserve(request.request_id, num_new):
+                self.cache.free(request.request_id)
+                return
+            self.waiting.popleft()
+            request.status = RequestStatus.RUNNING
+            if request.num_preemptions == 0:
+                request.num_cached_tokens = cached
+            self.running.append(request)
+            budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
+            output.new_tokens[request.request_id] = num_new
+
+    def _remaining(self, request: Request) -> int:
+        return request.num_tokens - self.cache.num_tokens(request.request_id)
+
+    def _chunk(self, request: Request, budget: _Budget) -> int:
+        """Tokens of a request that this step may compute; 0: not in this step."""
+        seq_id = request.request_id
+        num_new = min(self._remaining(request), self.cache.chunk_limit(seq_id), budget.tokens)
+        if num_new and not budget.allows_seals(self.cache.seals_due(seq_id, num_new)):
+            return 0
+        return num_new
+
+    def _preempt(self, victim: Request, output: SchedulerOutput, budget: _Budget) -> None:
+        lost = self.cache.num_tokens(victim.request_id)
+        if victim.request_id in output.new_tokens:
+            num_new = output.new_tokens.pop(victim.request_id)
+            budget.give_back(num_new, self.cache.seals_due(victim.request_id, num_new))
+            self.cache.cancel_reservation(victim.request_id)
+        self.running.remove(victim)
+        self.cache.free(victim.request_id)
+        victim.num_preemptions += 1
+        victim.num_recomputed_tokens += lost
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += lost
+        output.preempted.append(victim.request_id)
+        self.requeue(victim)
+        logger.warning(
+            "preempted %s: the pool is full; %d tokens will be recomputed (%d running, %d "
+            "waiting, %d preemptions so far). More kv_cache_bytes or a smaller max_num_seqs "
+            "avoids this",
+            victim.request_id,
+            lost,
+            len(self.running),
+            len(self.waiting),
+            self.num_preemptions,
+        )
+
+
+class _Budget:
+    """Tokens and seals left in a step."""
+
+    def __init__(self, tokens: int, seals: int) -> None:
+        self.tokens = tokens
+        self.seals = seals
+        self._any_seal = False
+
+    def allows_seals(self, seals: int) -> bool:
+        """A step's first sealing request always passes, or a small budget would stall it."""
+        return seals == 0 or seals <= self.seals or not self._any_seal
+
+    def take(self, tokens: int, seals: int) -> None:
+        self.tokens -= tokens
+        self.seals -= seals
+        self._any_seal = self._any_seal or seals > 0
+
+    def give_back(self, tokens: int, seals: int) -> None:
+        self.tokens += tokens
+        self.seals += seals
