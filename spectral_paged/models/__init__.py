@@ -1,0 +1,1 @@
+"""Models through transformers' attention interface; no modeling code of our own."""

@@ -1,0 +1,422 @@
+"""LLM: the offline batch-generation API."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.engine import Engine
+from spectral_paged.errors import FormatError, InvalidRequestError, SpectralPagedError
+from spectral_paged.models.geometry import ModelGeometry, rotary_table
+from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.models.runner import ModelRunner
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.page_format import PageFormat
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.scheduler import SchedulerConfig
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+DEFAULT_CPU_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of a streaming completion; `finish_reason` is set on its last piece."""
+
+    request_id: str
+    prompt_index: int
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    error: SpectralPagedError | None = None
+
+
+class LLM:
+    """A model with a spectral paged KV cache.
+
+    Args:
+        model: alias of the embedded default, hub id, local folder, or path to a `.gguf` file.
+        kv_format: preset name, `exact`, or a `PageFormat`; `auto` needs no calibration file.
+        device: `auto` takes CUDA where there is one.
+        dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
+        gpu_memory_utilization: share of GPU memory for weights and cache together.
+        kv_cache_bytes: bytes of the arenas; default from GPU memory, or 1 GiB on the CPU.
+        max_num_seqs, max_num_batched_tokens: budgets of a step.
+        max_model_len: longest sequence; default the model's own.
+        prefill_segment: prompt tokens whose queries see each other exactly (presets only).
+        exempt_layers: layers kept exact.
+        enable_prefix_caching: share sealed blocks between prompts with a common beginning.
+        seed: base seed of requests without one.
+
+    Raises:
+        UnknownModelError, UnsupportedModelError, CorruptFileError, FormatError, CapacityError.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m",
+        *,
+        kv_format: str | PageFormat = "auto",
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_bytes: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        max_model_len: int | None = None,
+        prefill_segment: int = 2048,
+        exempt_layers: Sequence[int] = (),
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        poison: bool = False,
+    ) -> None:
+        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = torch.device(device)
+        element = _dtype(dtype, where)
+        loaded = load_model(model, device=where, dtype=element)
+        self._build(
+            loaded,
+            kv_format=kv_format,
+            where=where,
+            dtype=element,
+            cache_bytes=kv_cache_bytes,
+            utilization=gpu_memory_utilization,
+            config=config,
+            max_model_len=max_model_len,
+            prefill_segment=prefill_segment,
+            exempt_layers=exempt_layers,
+            prefix_caching=enable_prefix_caching,
+            seed=seed,
+            poison=poison,
+        )
+
+    def _build(
+        self,
+        loaded: LoadedModel,
+        *,
+        kv_format: str | PageFormat,
+        where: torch.device,
+        dtype: torch.dtype,
+        cache_bytes: int | None,
+        utilization: float,
+        config: SchedulerConfig,
+        max_model_len: int | None,
+        prefill_segment: int,
+        exempt_layers: Sequence[int],
+        prefix_caching: bool,
+        seed: int,
+        poison: bool,
+    ) -> None:
+        geometry = loaded.geometry
+        longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
+        if not 1 < longest <= geometry.max_position_embeddings:
+            raise InvalidRequestError(
+                f"max_model_len is {longest}; this model takes 2 to "
+                f"{geometry.max_position_embeddings}"
+            )
+        if isinstance(kv_format, str):
+            kv_format = PageFormat.preset(
+                kv_format,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
+                prefill_segment=prefill_segment,
+            )
+        elif not isinstance(kv_format, PageFormat):
+            raise FormatError(f"kv_format is {kv_format!r}; give a preset name or a PageFormat")
+        self.model_name = loaded.name
+        self.cache = SpectralKVCache(
+            num_layers=geometry.num_layers,
+            num_q_heads=geometry.num_q_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            rope=rotary_table(loaded.model, longest, where),
+            format=kv_format,
+            device=where,
+            dtype=dtype,
+            kv_cache_bytes=_cache_bytes(cache_bytes, utilization, where),
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=longest,
+            exempt_layers=exempt_layers,
+            softmax_scale=float(loaded.model.model.layers[0].self_attn.scaling),
+            enable_prefix_caching=prefix_caching,
+            poison=poison,
+        )
+        self.engine = Engine(
+            ModelRunner(loaded.model, self.cache),
+            self.cache,
+            tokenizer=loaded.tokenizer,
+            scheduler_config=config,
+            eos_token_ids=_eos_ids(loaded.model),
+            vocab_size=geometry.vocab_size,
+            seed=seed,
+        )
+        self._tokenizer = loaded.tokenizer
+        self._request_numbers = itertools.count()
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        kv_format: str | PageFormat = "auto",
+        kv_cache_bytes: int = DEFAULT_CPU_CACHE_BYTES,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        max_model_len: int | None = None,
+        prefill_segment: int = 2048,
+        exempt_layers: Sequence[int] = (),
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        poison: bool = False,
+    ) -> LLM:
+        """An LLM over a transformers model that is loaded already; its attention is replaced.
+
+        Arguments as in the constructor.
+        """
+        llm = cls.__new__(cls)
+        geometry = ModelGeometry.from_config(model.config)
+        llm._build(
+            LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry),
+            kv_format=kv_format,
+            where=model.device,
+            dtype=model.dtype,
+            cache_bytes=kv_cache_bytes,
+            utilization=1.0,
+            config=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+            max_model_len=max_model_len,
+            prefill_segment=prefill_segment,
+            exempt_layers=exempt_layers,
+            prefix_caching=enable_prefix_caching,
+            seed=seed,
+            poison=poison,
+        )
+        return llm
+
+    # ---- generation ----------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in prompt order.
+
+        Args:
+            prompts: one or many; text, token ids, or `{"prompt": ...}` /
+                `{"prompt_token_ids": ..., "cache_salt": ...}`.
+            sampling_params: one for all, or one for each prompt.
+
+        Raises:
+            SpectralPagedError: the first error of any request, after all others have finished;
+                `error.outputs` holds what every request produced (None where it was refused).
+        """
+        prompt_list = _as_list(prompts)
+        params_list = _params_list(sampling_params, len(prompt_list))
+        results: list[RequestOutput | None] = [None] * len(prompt_list)
+        errors: list[SpectralPagedError] = []
+        places: dict[str, int] = {}
+        for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
+            try:
+                places[self._submit(prompt, params)] = i
+            except SpectralPagedError as error:
+                error.request_id = error.request_id or f"prompt {i}"
+                errors.append(error)
+        bar = tqdm(total=len(places), desc="generate", unit="prompt", disable=not use_tqdm)
+        try:
+            while any(results[i] is None for i in places.values()):
+                for output in self.engine.step():
+                    if output.finished and output.request_id in places:
+                        results[places[output.request_id]] = output
+                        bar.update()
+                        if output.error is not None:
+                            errors.append(output.error)
+        except BaseException:
+            for request_id in places:
+                self.engine.abort(request_id)
+            raise
+        finally:
+            bar.close()
+        if errors:
+            first = errors[0]
+            first.outputs = list(results)
+            done = sum(r is not None and r.error is None for r in results)
+            first.add_note(
+                f"{first.request_id}; {len(errors)} of {len(prompt_list)} requests failed, "
+                f"{done} finished: their outputs are in error.outputs"
+            )
+            raise first
+        return [r for r in results if r is not None]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete one conversation or many through the tokenizer's chat template."""
+        many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = [{"prompt_token_ids": self.chat_tokens(m)} for m in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn."""
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                f"model {self.model_name!r} has no chat template: use generate with a prompt"
+            )
+        encoded = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[TextDelta]:
+        """Yield pieces of text as they settle, of all prompts as they come.
+
+        Closing the iterator aborts what still runs. A refused prompt raises before any piece; a
+        request that fails while it runs yields a last piece with its error.
+        """
+        prompt_list = _as_list(prompts)
+        params_list = _params_list(sampling_params, len(prompt_list))
+        places: dict[str, int] = {}
+        try:
+            for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
+                places[self._submit(prompt, params)] = i
+            shown: dict[tuple[str, int], tuple[int, int]] = {}
+            running = set(places)
+            while running:
+                for output in self.engine.step():
+                    if output.request_id in running:
+                        yield from self._deltas(output, places[output.request_id], shown)
+                        if output.finished:
+                            running.discard(output.request_id)
+        finally:
+            for request_id in places:
+                self.engine.abort(request_id)
+
+    def _deltas(
+        self, output: RequestOutput, place: int, shown: dict[tuple[str, int], tuple[int, int]]
+    ) -> Iterator[TextDelta]:
+        for completion in output.outputs:
+            key = (output.request_id, completion.index)
+            num_chars, num_tokens = shown.get(key, (0, 0))
+            if num_chars < 0:
+                continue
+            ended = completion.finish_reason is not None
+            text = (
+                completion.text
+                if ended
+                else self.engine.settled_text(output.request_id, completion.index)
+            )
+            tokens = completion.token_ids[num_tokens:]
+            if not ended and not tokens and len(text) <= num_chars:
+                continue
+            shown[key] = (-1, 0) if ended else (len(text), len(completion.token_ids))
+            yield TextDelta(
+                output.request_id,
+                place,
+                completion.index,
+                text[num_chars:],
+                list(tokens),
+                completion.finish_reason,
+                output.error,
+            )
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
+        request_id = f"request-{next(self._request_numbers)}"
+        salt = ""
+        body: str | Sequence[int]
+        if isinstance(prompt, Mapping):
+            salt = str(prompt.get("cache_salt", ""))
+            if "prompt_token_ids" in prompt:
+                body = prompt["prompt_token_ids"]
+            elif "prompt" in prompt:
+                body = prompt["prompt"]
+            else:
+                raise InvalidRequestError(
+                    f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {sorted(prompt)}"
+                )
+        else:
+            body = prompt
+        self.engine.add_request(request_id, body, params, cache_salt=salt)
+        return request_id
+
+    # ---- questions -----------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def stats(self) -> dict[str, object]:
+        """Figures since construction: backend, capacity, bytes, pages, prefix hits, preemptions."""
+        return self.engine.stats()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and all(isinstance(x, int) for x in items):
+        return [items]
+    return items
+
+
+def _params_list(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequestError(
+            f"{len(params)} sampling parameters for {count} prompts: give one, or one a prompt"
+        )
+    return list(params)
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    names = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "half": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
+    if dtype not in names:
+        raise InvalidRequestError(f"dtype is {dtype!r}; use 'auto' or one of {sorted(names)}")
+    return names[dtype]
+
+
+def _cache_bytes(given: int | None, utilization: float, device: torch.device) -> int:
+    if given is not None:
+        return given
+    if device.type != "cuda":
+        return DEFAULT_CPU_CACHE_BYTES
+    if not 0 < utilization <= 1:
+        raise InvalidRequestError(f"gpu_memory_utilization is {utilization}; it must be in (0, 1]")
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - total * (1 - utilization))
+
+
+def _eos_ids(model: Any) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

@@ -1,0 +1,51 @@
+"""Text of a growing completion: incremental detokenization and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class OutputText:
+    """Decodes token by token; text past a stop string is never shown.
+
+    Args:
+        tokenizer: a fast transformers tokenizer, or None (no text at all).
+        stop: strings that end the completion.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, stop: Sequence[str] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer if tokenizer is not None else None
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stop = tuple(stop)
+        self.text = ""
+
+    def append(self, token_id: int, *, may_stop: bool = True) -> str | None:
+        """Add a token; the stop string that ended the text, if one did."""
+        if self._backend is None:
+            return None
+        before = len(self.text)
+        self.text += self._stream.step(self._backend, token_id) or ""
+        if not may_stop:
+            return None
+        longest = max((len(s) for s in self._stop), default=0)
+        window = max(0, before - longest + 1)
+        hits = [(self.text.find(s, window), s) for s in self._stop]
+        hits = [(at, s) for at, s in hits if at >= 0]
+        if not hits:
+            return None
+        at, stop = min(hits)
+        self.text = self.text[:at]
+        return stop
+
+    def settled(self) -> str:
+        """The text that no later stop string can take back."""
+        for length in range(max((len(s) for s in self._stop), default=1) - 1, 0, -1):
+            tail = self.text[-length:]
+            if any(s.startswith(tail) for s in self._stop):
+                return self.text[: -len(tail)]
+        return self.text

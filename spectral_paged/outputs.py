@@ -1,0 +1,60 @@
+"""What a request returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spectral_paged.errors import SpectralPagedError
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of a token, its rank among all (1 is the most probable) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion. `finish_reason`: stop, length, abort or error; None while it runs.
+
+    `stop_reason` is the stop string or stop token id that ended it, if one did.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times are seconds of a monotonic clock; counts are of this request alone."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+    num_pages_sealed: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    bytes_per_token: float = 0.0
+    compression_ratio: float = 1.0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's prompt, its completions so far, and its figures."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    error: SpectralPagedError | None = None
