@@ -193,6 +193,14 @@ class BlockPool:
         self._key_of[slot] = key
         return True
 
+    def unpublish(self, slot: int) -> None:
+        """Let no key find a slot in use; nothing happens where none does."""
+        if slot not in self._ref_count:
+            raise PoolError(f"slot {slot} is not in use: it cannot be unpublished")
+        key = self._key_of.pop(slot, None)
+        if key is not None:
+            del self._by_key[key]
+
     def drop_cached(self) -> int:
         """Evict every cached slot; returns how many."""
         count = 0

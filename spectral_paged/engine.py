@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import PlanEntry, SpectralKVCache, StepPlan
+from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
     InvalidRequestError,
     NonFiniteError,
+    PoolError,
     PromptTooLongError,
     SpectralPagedError,
 )
@@ -29,6 +30,7 @@ from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from spectral_paged.sampling import Sampled, SampleRow, SamplingParams, sample
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
+from spectral_paged.step import PlanEntry, StepPlan
 
 
 class Runner(Protocol):
@@ -209,9 +211,19 @@ class Engine:
     # ---- one step ------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that got a token or ended."""
+        """Run one step; outputs of the requests that got a token or ended.
+
+        Raises:
+            PoolError: nothing can run and nothing was preempted: the pool is held from outside.
+        """
         scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
+            if self.scheduler.has_unfinished and not scheduled.preempted:
+                raise PoolError(
+                    f"no request can run: {len(self.scheduler.running)} running, "
+                    f"{len(self.scheduler.waiting)} waiting; every sequence may hold slots that "
+                    "another caller of the same cache took"
+                )
             return []
         self.num_steps += 1
         plan = self.cache.plan(scheduled.new_tokens)

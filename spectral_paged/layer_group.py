@@ -194,6 +194,12 @@ class LayerGroup:
             self.pool.blocks.publish(slots.exact[held], (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
+    def unpublish(self, seq_id: str) -> None:
+        """Let nobody find the sequence's slots any more."""
+        slots = self.sequences[seq_id]
+        for slot in (*slots.exact, *slots.pages):
+            self.pool.blocks.unpublish(slot)
+
     # ---- proof ---------------------------------------------------------------------------
 
     def check_integrity(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class TextDelta:
     token_ids: list[int]
     finish_reason: str | None
     error: SpectralPagedError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Inbox:
+    """What one caller waits for, and the latest output of each request until it is taken."""
+
+    running: set[str]
+    latest: dict[str, RequestOutput] = field(default_factory=dict)
 
 
 class LLM:
@@ -161,6 +169,7 @@ class LLM:
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
+        self._inboxes: list[_Inbox] = []
 
     @classmethod
     def from_model(
@@ -226,26 +235,15 @@ class LLM:
         params_list = _params_list(sampling_params, len(prompt_list))
         results: list[RequestOutput | None] = [None] * len(prompt_list)
         errors: list[SpectralPagedError] = []
-        places: dict[str, int] = {}
-        for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
-            try:
-                places[self._submit(prompt, params)] = i
-            except SpectralPagedError as error:
-                error.request_id = error.request_id or f"prompt {i}"
-                errors.append(error)
+        places = self._submit_all(prompt_list, params_list, errors)
         bar = tqdm(total=len(places), desc="generate", unit="prompt", disable=not use_tqdm)
         try:
-            while any(results[i] is None for i in places.values()):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in places:
-                        results[places[output.request_id]] = output
-                        bar.update()
-                        if output.error is not None:
-                            errors.append(output.error)
-        except BaseException:
-            for request_id in places:
-                self.engine.abort(request_id)
-            raise
+            for output in self._outputs(places):
+                if output.finished:
+                    results[places[output.request_id]] = output
+                    bar.update()
+                    if output.error is not None:
+                        errors.append(output.error)
         finally:
             bar.close()
         if errors:
@@ -294,20 +292,34 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params_list = _params_list(sampling_params, len(prompt_list))
-        places: dict[str, int] = {}
+        places = self._submit_all(prompt_list, params_list, None)
+        shown: dict[tuple[str, int], tuple[int, int]] = {}
+        for output in self._outputs(places):
+            yield from self._deltas(output, places[output.request_id], shown)
+
+    def _outputs(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
+        """Run steps until the requests have finished; their outputs as they come.
+
+        Callers may take turns (two streams at once): a step serves all, and what it brings for
+        another caller waits in that caller's inbox. Leaving early aborts what still runs.
+        """
+        inbox = _Inbox(set(request_ids))
+        self._inboxes.append(inbox)
         try:
-            for i, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
-                places[self._submit(prompt, params)] = i
-            shown: dict[tuple[str, int], tuple[int, int]] = {}
-            running = set(places)
-            while running:
-                for output in self.engine.step():
-                    if output.request_id in running:
-                        yield from self._deltas(output, places[output.request_id], shown)
-                        if output.finished:
-                            running.discard(output.request_id)
+            while inbox.running:
+                if not inbox.latest:
+                    for output in self.engine.step():
+                        for other in self._inboxes:
+                            if output.request_id in other.running:
+                                other.latest[output.request_id] = output
+                for request_id in list(inbox.latest):
+                    output = inbox.latest.pop(request_id)
+                    if output.finished:
+                        inbox.running.discard(request_id)
+                    yield output
         finally:
-            for request_id in places:
+            self._inboxes.remove(inbox)
+            for request_id in inbox.running:
                 self.engine.abort(request_id)
 
     def _deltas(
@@ -337,6 +349,29 @@ class LLM:
                 completion.finish_reason,
                 output.error,
             )
+
+    def _submit_all(
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        errors: list[SpectralPagedError] | None,
+    ) -> dict[str, int]:
+        """Queue prompts; place by request id. Refusals go to `errors`, or undo everything."""
+        places: dict[str, int] = {}
+        try:
+            for i, (prompt, row) in enumerate(zip(prompts, params, strict=True)):
+                try:
+                    places[self._submit(prompt, row)] = i
+                except SpectralPagedError as error:
+                    error.request_id = error.request_id or f"prompt {i}"
+                    if errors is None:
+                        raise
+                    errors.append(error)
+        except BaseException:
+            for request_id in places:
+                self.engine.abort(request_id)
+            raise
+        return places
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"

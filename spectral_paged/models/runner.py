@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from spectral_paged.cache import SpectralKVCache, StepPlan
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.step import StepPlan
 
 ATTENTION_NAME = "spectral_paged"
 

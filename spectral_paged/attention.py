@@ -1,0 +1,117 @@
+"""Append and attend for one layer of a step: which op reads which tier, and how they merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.chunk_attention import chunk_attention
+from spectral_paged.kernels.exact_decode import exact_decode
+from spectral_paged.kernels.exact_pages import exact_append, exact_gather
+from spectral_paged.kernels.merge import merge
+from spectral_paged.kernels.spectral_decode import spectral_decode
+from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
+from spectral_paged.step import Chunk, GroupStep
+
+
+class PagedAttention:
+    """Attention over landmarks, pages and tail of a batch of sequences.
+
+    ```
+    one new token   exact_decode (landmarks, tail)  +  spectral_decode (pages)  ->  merge
+    several         spectral_rebuild (pages), exact_gather (landmarks, tail)  ->  chunk_attention
+    ```
+
+    Args:
+        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
+        scale: softmax scale.
+        dtype: element type of exact pages.
+
+    Attributes:
+        backend: which ops run, as `stats()` reports it.
+        pages_attended: page reads so far, layer by layer.
+    """
+
+    def __init__(
+        self,
+        format: PageFormat,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.format = format
+        self.cos = cos
+        self.sin = sin
+        self.scale = scale
+        self.dtype = dtype
+        self.backend = "torch"
+        self.pages_attended = 0
+
+    def run(
+        self, group: LayerGroup, step: GroupStep, plane: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Store k, v `[T, Hkv, D]` in the layer's `plane`; q `[T, Hq, D]` attends: `[T, Hq, D]`."""
+        exact_append(
+            k.to(self.dtype), v.to(self.dtype), plane, step.append_positions, step.append_offsets
+        )
+        out = q.new_empty(q.shape, dtype=torch.float32)
+        if len(step.decode_tokens):
+            out[step.decode_tokens] = self._decode(group, step, plane, q[step.decode_tokens])
+        for chunk in step.chunks:
+            span = slice(chunk.flat_start, chunk.flat_start + chunk.num_new)
+            out[span] = self._chunk(group, chunk, plane, q[span])
+        return out.to(q.dtype)
+
+    def _decode(self, group: LayerGroup, step: GroupStep, plane: Tensor, q: Tensor) -> Tensor:
+        out, lse = exact_decode(
+            q,
+            plane,
+            group.exact_table.device[step.decode_rows],
+            step.decode_exact,
+            num_kv_heads=self.format.num_kv_heads,
+            scale=self.scale,
+            dtype=self.dtype,
+        )
+        if not step.num_decode_pages:
+            return out
+        self.pages_attended += step.num_decode_pages
+        page_out, page_lse = spectral_decode(
+            q,
+            plane,
+            group.page_table.device[step.decode_rows],
+            step.decode_pages,
+            layout=self.format.layout,
+            first_position=self.format.num_landmark_tokens,
+            cos=self.cos,
+            sin=self.sin,
+            scale=self.scale,
+        )
+        return merge([out, page_out], [lse, page_lse])[0]
+
+    def _chunk(self, group: LayerGroup, chunk: Chunk, plane: Tensor, q: Tensor) -> Tensor:
+        k, v = exact_gather(
+            plane,
+            group.exact_table.device[chunk.row],
+            chunk.num_exact,
+            self.format.num_kv_heads,
+            self.format.head_dim,
+            self.dtype,
+        )
+        if chunk.num_pages:
+            self.pages_attended += chunk.num_pages
+            history = spectral_rebuild(
+                plane,
+                group.page_table.device[chunk.row, : chunk.num_pages],
+                layout=self.format.layout,
+                first_position=self.format.num_landmark_tokens,
+                cos=self.cos,
+                sin=self.sin,
+                dtype=self.dtype,
+            )
+            k = torch.cat((history[0], k), dim=1)
+            v = torch.cat((history[1], v), dim=1)
+        return chunk_attention(q, k, v, scale=self.scale)

@@ -1,0 +1,66 @@
+"""Figures of a cache: what was sealed, attended and hit, and what a token costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spectral_paged.block_pool import Kind
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Totals since construction."""
+
+    blocks_sealed: int = 0
+    pages_sealed: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    freed_token_bytes: int = 0  # 2 bytes an element, of sequences freed so far
+    freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
+
+
+def token_bytes(format: PageFormat, num_layers: int, num_tokens: int) -> int:
+    """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has."""
+    return num_tokens * num_layers * format.num_kv_heads * format.head_dim * 2 * 2
+
+
+def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
+    """Bytes a sequence holds (shared slots counted whole), exact ones at 2 an element."""
+    return sum(
+        len(g.layers)
+        * (
+            len(g.sequences[seq_id].exact) * g.pool.format.exact_page_bytes(2)
+            + len(g.sequences[seq_id].pages) * g.pool.page_bytes
+        )
+        for g in groups
+    )
+
+
+def pool_stats(groups: list[LayerGroup]) -> dict[str, object]:
+    """Slots of all groups, counted as pages of one layer each, and the share of bytes in use."""
+    pools = [g.pool for g in groups]
+
+    def in_use(kind: Kind) -> int:
+        return sum(p.blocks.num_in_use[kind] * p.num_layers for p in pools)
+
+    def cached(kind: Kind) -> int:
+        return sum(p.blocks.num_cached(kind) * p.num_layers for p in pools)
+
+    used = sum(
+        p.num_layers * p.blocks.num_in_use[kind] * p.slot_bytes(kind)
+        for p in pools
+        for kind in Kind
+    )
+    total = sum(p.num_bytes for p in pools)
+    return {
+        "kv_cache_bytes": total,
+        "kv_cache_usage": used / total,
+        "pages_in_use": in_use(Kind.PAGE),
+        "pages_cached": cached(Kind.PAGE),
+        "exact_pages_in_use": in_use(Kind.EXACT),
+        "exact_pages_cached": cached(Kind.EXACT),
+        "slots_evicted": sum(p.blocks.num_evicted for p in pools),
+        "slots_moved": sum(p.blocks.num_moved for p in pools),
+    }

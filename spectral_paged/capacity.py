@@ -1,0 +1,49 @@
+"""What fits: how long a sequence may be, and how many tokens the arenas hold."""
+
+from __future__ import annotations
+
+from spectral_paged.block_pool import Kind
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
+
+
+def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
+    """Most tokens a sequence of `num_tokens` ever holds in exact pages of a spectral group."""
+    window = format.num_landmark_tokens + BLOCK_TOKENS + format.hot_tokens + format.prefill_segment
+    return min(num_tokens, window)
+
+
+def slabs_for(format: PageFormat, group: LayerGroup, num_tokens: int) -> int:
+    """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
+    blocks = group.pool.blocks
+    if not group.seals:
+        return blocks.slabs_needed(-(-num_tokens // EXACT_PAGE_TOKENS), 0)
+    exact = -(-peak_exact_tokens(format, num_tokens) // EXACT_PAGE_TOKENS)
+    return blocks.slabs_needed(exact, format.visible_blocks(num_tokens, 0))
+
+
+def fits_alone(format: PageFormat, groups: list[LayerGroup], num_tokens: int) -> bool:
+    """True if a sequence of `num_tokens` fits when it has the pool to itself."""
+    return all(slabs_for(format, g, num_tokens) <= g.pool.blocks.num_slabs for g in groups)
+
+
+def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:
+    """Longest single sequence that fits, at most `max_model_len` tokens."""
+    low, high = 0, max_model_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits_alone(format, groups, middle) else (low, middle - 1)
+    return low
+
+
+def capacity_tokens(groups: list[LayerGroup]) -> int:
+    """Tokens of long sequences that the arenas hold (sealed; tails not counted)."""
+    per_group = []
+    for group in groups:
+        blocks = group.pool.blocks
+        kind, tokens = (
+            (Kind.PAGE, BLOCK_TOKENS) if group.seals else (Kind.EXACT, EXACT_PAGE_TOKENS)
+        )
+        per_group.append(blocks.num_slabs * blocks.slots_per_slab[kind] * tokens)
+    return min(per_group)

@@ -1,0 +1,98 @@
+"""A cache's layer groups: which layers share a table, and how the arenas' bytes are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from spectral_paged.capacity import peak_exact_tokens
+from spectral_paged.errors import FormatError
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
+from spectral_paged.page_pool import PagePool
+
+
+def check_geometry(
+    format: PageFormat,
+    num_layers: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    exempt_layers: Sequence[int],
+) -> None:
+    """Refuse a format that does not fit the model, or that this cache cannot feed.
+
+    Raises:
+        FormatError: names the value, the limit and the remedy.
+    """
+    if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
+        raise FormatError(
+            f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
+            f"{format.head_dim}; the model has {num_kv_heads} of {head_dim}"
+        )
+    if num_q_heads % num_kv_heads:
+        raise FormatError(f"{num_q_heads} query heads do not divide over {num_kv_heads} KV heads")
+    if format.needs_queries:
+        raise FormatError(
+            f"format {format.name!r} weighs by queries, which the cache does not keep in this "
+            "version: use token_weighting='none', dim_weighting='none' (the codec takes both)"
+        )
+    bad = [i for i in exempt_layers if not 0 <= i < num_layers]
+    if bad:
+        raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
+
+
+def build_groups(
+    format: PageFormat,
+    *,
+    num_layers: int,
+    exempt_layers: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_cache_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    poison: bool,
+) -> list[LayerGroup]:
+    """Allocate every arena: a spectral group, and an exact one for exempt layers (or for all).
+
+    Bytes are divided by what a token costs in each group, so that both run full at the same
+    length.
+
+    Raises:
+        CapacityError: a group's share is too small for two slabs.
+    """
+    exempt = set(exempt_layers)
+    spectral = [i for i in range(num_layers) if format.seals and i not in exempt]
+    exact = [i for i in range(num_layers) if i not in spectral]
+    cost = {
+        True: format.page_bytes / BLOCK_TOKENS * len(spectral) if spectral else 0.0,
+        False: format.exact_page_bytes(dtype.itemsize) / EXACT_PAGE_TOKENS * len(exact),
+    }
+    groups = []
+    for seals, layers in ((True, spectral), (False, exact)):
+        if not layers:
+            continue
+        pool = PagePool(
+            format,
+            num_layers=len(layers),
+            dtype=dtype,
+            device=device,
+            budget_bytes=int(kv_cache_bytes * cost[seals] / sum(cost.values())),
+            exact_only=not seals,
+            poison=poison,
+        )
+        longest = peak_exact_tokens(format, max_model_len) if seals else max_model_len
+        groups.append(
+            LayerGroup(
+                layers,
+                pool,
+                seals=seals,
+                max_rows=max_num_seqs,
+                max_exact_pages=-(-longest // EXACT_PAGE_TOKENS) + 1,
+                max_pages=-(-max_model_len // BLOCK_TOKENS) if seals else 0,
+            )
+        )
+    return groups

@@ -1,0 +1,80 @@
+"""Turn blocks of the tail into pages: read, check, un-rotate, encode, write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.codec import encode_pages
+from spectral_paged.errors import NonFiniteError
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.rotary import rotate
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
+
+BLOCKS_AT_ONCE = 8  # bounds the fp32 working set; encoding is pure, so batching changes no byte
+
+
+class Sealer:
+    """Encodes due blocks of a group in batches; pages are written but not shown yet.
+
+    Args:
+        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to take keys back before RoPE.
+    """
+
+    def __init__(self, format: PageFormat, *, cos: Tensor, sin: Tensor) -> None:
+        self.format = format
+        self.cos = cos
+        self.sin = sin
+
+    def encode(
+        self, group: LayerGroup, due: list[tuple[str, int]]
+    ) -> dict[str, NonFiniteError]:
+        """Write the pages of `due` (sequence, block) pairs; errors of sequences with NaN or Inf."""
+        failed: dict[str, NonFiniteError] = {}
+        for start in range(0, len(due), BLOCKS_AT_ONCE):
+            batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
+            self._encode_batch(group, batch, failed)
+        return failed
+
+    def _encode_batch(
+        self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]
+    ) -> None:
+        ready, keys, values = [], [], []
+        for seq_id, block in batch:
+            k, v = group.read_block(seq_id, block)
+            error = self._find_non_finite(group, seq_id, block, k, v)
+            if error is not None:
+                failed[seq_id] = error
+                continue
+            if self.format.rope == "pre":
+                k = self._unrotate(k, block)
+            ready.append((seq_id, block))
+            keys.append(k)
+            values.append(v)
+        if not ready:
+            return
+        pages = encode_pages(torch.cat(keys), torch.cat(values), self.format)
+        for (seq_id, block), page in zip(ready, pages.split(len(group.layers)), strict=True):
+            group.write_page(seq_id, block, page)
+
+    def _unrotate(self, k: Tensor, block: int) -> Tensor:
+        first = self.format.num_landmark_tokens + block * BLOCK_TOKENS
+        span = slice(first, first + BLOCK_TOKENS)
+        return rotate(k, self.cos[span], self.sin[span], inverse=True)
+
+    def _find_non_finite(
+        self, group: LayerGroup, seq_id: str, block: int, k: Tensor, v: Tensor
+    ) -> NonFiniteError | None:
+        """The first NaN or Inf by layer and head; k and v `[L, H, 512, D]`."""
+        for side, x in (("K", k), ("V", v)):
+            bad = ~torch.isfinite(x).flatten(2).all(dim=-1)
+            if bool(bad.any()):
+                layer, head = bad.nonzero()[0].tolist()
+                return NonFiniteError(
+                    f"{side} of sequence {seq_id!r} has NaN or Inf in layer "
+                    f"{group.layers[layer]}, head {head}, block {block}: the model produced it; "
+                    "check its dtype (fp16 overflow) and its weights",
+                    block_index=block,
+                )
+        return None

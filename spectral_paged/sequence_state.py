@@ -1,0 +1,24 @@
+"""One sequence as the cache façade sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spectral_paged.errors import NonFiniteError
+from spectral_paged.prefix import PrefixChain
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """`num_tokens` counts those whose K and V are stored."""
+
+    num_prompt_tokens: int
+    row: int
+    token_ids: Sequence[int] | None
+    chain: PrefixChain | None
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_pages_sealed: int = 0
+    ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
+    error: NonFiniteError | None = None
