@@ -103,11 +103,11 @@ def print_summary(
     outputs: list[RequestOutput], stats: dict[str, object], seconds: float
 ) -> None:
     """Totals of the run; both ratios are against 2 bytes an element."""
-    prompt = sum(len(o.prompt_token_ids) for o in outputs)
-    generated = sum(len(o.outputs[0].token_ids) for o in outputs)
+    read = sum(len(o.prompt_token_ids) for o in outputs)
+    written = sum(len(o.outputs[0].token_ids) for o in outputs)
     print(
-        f"\n{len(outputs)} prompts, {prompt} prompt tokens and {generated} generated in "
-        f"{seconds:.1f} s: {(prompt + generated) / seconds:.0f} tokens/s ({generated / seconds:.1f} "
+        f"\n{len(outputs)} prompts, {read} prompt tokens and {written} generated in "
+        f"{seconds:.1f} s: {(read + written) / seconds:.0f} tokens/s ({written / seconds:.1f} "
         f"generated/s), backend {stats['backend']}"
     )
     print(

@@ -13,6 +13,7 @@ import torch
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 
+sys.path.append(str(pathlib.Path(__file__).parent))  # shared builders: reference, tiny_model
 torch.set_num_threads(1)
 
 

@@ -1,0 +1,306 @@
+"""SpectralKVCache as a state machine: any order of operations, always the written answer.
+
+K and V of a token are a function of its id and position, so sequences with a common beginning
+really share content, and every answer can be computed from the token ids alone. Freed slots are
+poisoned: a stale read turns the answer into NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from spectral_paged.block_pool import Kind
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.kernels.rotary import rotate
+from spectral_paged.page_format import PageFormat
+from spectral_paged.rope import RotaryTable
+
+HQ, H, D, VOCAB, LONGEST = 4, 2, 16, 40, 2100
+ROPE = RotaryTable.from_theta(10000.0, D, max_positions=LONGEST)
+FORMATS = {
+    "pre-512": PageFormat.preset(
+        "spectral-int8", num_kv_heads=H, head_dim=D, prefill_segment=512
+    ),
+    "post-1024": PageFormat.preset(
+        "spectral-int8-post", num_kv_heads=H, head_dim=D, prefill_segment=1024
+    ),
+    "exact": PageFormat.preset("exact", num_kv_heads=H, head_dim=D),
+}
+_g = torch.Generator().manual_seed(7)
+Q_TABLE = torch.randn(VOCAB, HQ, D, generator=_g)
+K_TABLE = torch.randn(VOCAB, H, D, generator=_g)
+V_TABLE = torch.randn(VOCAB, H, D, generator=_g)
+
+
+@functools.cache
+def wave(position: int, side: int) -> torch.Tensor:
+    """Something that differs at every position, so that a token read elsewhere shows."""
+    return torch.sin(torch.arange(D) * 0.7 + position * 0.013 + side)
+
+
+def content(token_ids, start, end):
+    """q [T, HQ, D], k after RoPE and v [T, H, D] of the tokens in `start..end`."""
+    ids = torch.tensor(token_ids[start:end])
+    span = torch.arange(start, end)
+    waves = [torch.stack([wave(t, s) for t in range(start, end)])[:, None] for s in (0, 1)]
+    k = ROPE.apply(K_TABLE[ids] + waves[0], span)
+    return Q_TABLE[ids], k, V_TABLE[ids] + waves[1]
+
+
+def answer(format, token_ids, prompt, t):
+    """What the query at `t` must get, [HQ, D], by the rule of what a query sees."""
+    q, k, v = content(token_ids, 0, t + 1)
+    k, v = k.clone(), v.clone()
+    for b in range(format.visible_blocks(t, prompt)):
+        span = torch.arange(512) + format.num_landmark_tokens + 512 * b
+        cos, sin = ROPE.rows(span)
+        stored = rotate(k[span], cos, sin, inverse=True) if format.rope == "pre" else k[span]
+        page = encode_pages(stored.transpose(0, 1)[None], v[span].transpose(0, 1)[None], format)
+        new_k, new_v = (x[0].transpose(0, 1) for x in decode_pages(page, format))
+        k[span] = rotate(new_k, cos, sin) if format.rope == "pre" else new_k
+        v[span] = new_v
+    grouped = q[t].view(H, HQ // H, D)
+    scores = torch.einsum("hgd,thd->hgt", grouped, k) * D**-0.5
+    return torch.einsum("hgt,thd->hgd", torch.softmax(scores, -1), v).reshape(HQ, D)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The model: token ids of every sequence and how many of them are stored."""
+
+    format_name = "pre-512"
+    seen: dict[str, int]
+
+    @initialize(extra=st.integers(0, 6), seats=st.integers(2, 5))
+    def start(self, extra, seats):
+        self.format = FORMATS[self.format_name]
+        smallest = 400_000 if self.format.seals else 900_000
+        self.cache = SpectralKVCache(
+            num_layers=1,
+            num_q_heads=HQ,
+            num_kv_heads=H,
+            head_dim=D,
+            rope=ROPE,
+            format=self.format,
+            kv_cache_bytes=smallest + 150_000 * extra,
+            max_num_seqs=seats,
+            max_model_len=LONGEST,
+            poison=True,
+        )
+        self.seats = seats
+        self.tokens: dict[str, list[int]] = {}
+        self.prompt: dict[str, int] = {}
+        self.next_id = 0
+
+    def _name(self):
+        self.next_id += 1
+        return f"s{self.next_id}"
+
+    @rule(
+        family=st.integers(0, 1),
+        shared=st.sampled_from([1217, 640, 700, 65, 64, 63, 0]),
+        own=st.sampled_from([650, 575, 64, 63, 1, 300]),
+        resumed=st.sampled_from([0, 1, 130]),
+    )
+    def add(self, family, shared, own, resumed):
+        """A prompt that shares its beginning with its family, perhaps with generated tokens."""
+        base = torch.Generator().manual_seed(family)
+        rest = torch.Generator().manual_seed(100 + self.next_id)
+        ids = torch.randint(VOCAB, (shared,), generator=base).tolist()
+        ids += torch.randint(VOCAB, (own + resumed,), generator=rest).tolist()
+        name = self._name()
+        cached = self.cache.add_sequence(
+            name, num_prompt_tokens=shared + own, token_ids=ids
+        )
+        if len(self.tokens) == self.seats:
+            assert cached is None
+            return
+        assert cached is not None and cached < len(ids) and cached % 64 == 0
+        self.tokens[name], self.prompt[name] = ids, shared + own
+
+    def _pick(self, data):
+        return data.draw(
+            st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, max_size=4, unique=True)
+        )
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def prefill(self, data):
+        """Chosen sequences catch up with their tokens, in chunks as large as may be."""
+        names = self._pick(data)
+        for _ in range(12):
+            left = {n: len(self.tokens[n]) - self.cache.num_tokens(n) for n in names}
+            new = {n: min(c, self.cache.chunk_limit(n)) for n, c in left.items() if c}
+            if not new or not self._run(new):
+                return
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def small_chunk(self, data):
+        """Chosen sequences get chunks of sizes of their own, one token among them."""
+        new = {}
+        for name in self._pick(data):
+            left = len(self.tokens[name]) - self.cache.num_tokens(name)
+            if left:
+                most = min(left, self.cache.chunk_limit(name))
+                new[name] = min(most, data.draw(st.sampled_from([65, 1, 64, 2])))
+        if new:
+            self._run(new)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), count=st.sampled_from([70, 1, 3]))
+    def decode(self, data, count):
+        """Chosen sequences that have caught up generate tokens together."""
+        names = [n for n in self._pick(data) if self.cache.num_tokens(n) == len(self.tokens[n])]
+        names = [n for n in names if len(self.tokens[n]) + count <= LONGEST]
+        ids = torch.Generator().manual_seed(self.next_id + count)
+        for _ in range(count if names else 0):
+            for name in names:
+                self.tokens[name].append(int(torch.randint(VOCAB, (), generator=ids)))
+            if not self._run(dict.fromkeys(names, 1)):
+                for name in names:
+                    self.tokens[name].pop()
+                return
+
+    def _run(self, new):
+        """One step; False where the pool said "not now", and then nothing has changed."""
+        before = self.cache.stats()
+        plan = self.cache.reserve(new)
+        if plan is None:
+            after = self.cache.stats()
+            assert after["exact_pages_in_use"] == before["exact_pages_in_use"]
+            assert after["pages_in_use"] == before["pages_in_use"]
+            return False
+        self.cache.begin_step(plan)
+        parts = [
+            content(self.tokens[e.seq_id], e.start, e.start + e.num_new) for e in plan.entries
+        ]
+        out = self.cache.attend(0, *(torch.cat(x) for x in zip(*parts)))
+        assert not self.cache.end_step().failed
+        flat = 0
+        for e in plan.entries:
+            for t in {e.start, e.start + e.num_new - 1}:
+                want = answer(self.format, self.tokens[e.seq_id], self.prompt[e.seq_id], t)
+                assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
+            flat += e.num_new
+        return True
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), follow=st.booleans())
+    def fork(self, data, follow):
+        parent = data.draw(st.sampled_from(sorted(self.tokens)))
+        if self.cache.num_tokens(parent) != len(self.tokens[parent]):
+            return
+        child = self._name()
+        if not self.cache.fork(parent, child):
+            assert child not in self.cache
+            return
+        self.tokens[child] = list(self.tokens[parent])
+        self.prompt[child] = self.prompt[parent]
+        if follow:
+            self.cache.follow_tokens(child, self.tokens[child])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), forget=st.booleans())
+    def free(self, data, forget):
+        name = data.draw(st.sampled_from(sorted(self.tokens)))
+        self.cache.free(name, forget=forget)
+        del self.tokens[name], self.prompt[name]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def preempt_and_resume(self, data):
+        name = data.draw(st.sampled_from(sorted(self.tokens)))
+        self.cache.free(name)
+        cached = self.cache.add_sequence(
+            name, num_prompt_tokens=self.prompt[name], token_ids=self.tokens[name]
+        )
+        assert cached is not None and cached < len(self.tokens[name])
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.cache.reset_prefix_cache()
+        stats = self.cache.stats()
+        assert stats["pages_cached"] == stats["exact_pages_cached"] == 0
+
+    @invariant()
+    def pools_tables_and_sequences_agree(self):
+        if hasattr(self, "cache"):
+            self.cache.check_integrity()
+
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            for key in self.seen:
+                self.seen[key] += self.cache.stats()[key]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_order_of_operations_gives_the_written_answer(name):
+    seen = dict.fromkeys(("prefix_hit_tokens", "slots_evicted"), 0)
+    if FORMATS[name].seals:
+        seen |= dict.fromkeys(("pages_sealed", "pages_attended"), 0)
+    machine = type("Machine", (CacheMachine,), {"format_name": name, "seen": seen})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert all(seen.values()), f"something was never exercised: {seen}"
+
+
+def test_slots_that_move_together_keep_their_content():
+    """Every slab half in use by exact pages, and then a seal asks for a slot of the other kind."""
+    machine = type("Machine", (CacheMachine,), {"format_name": "pre-512", "seen": {}})()
+    machine.start(extra=2, seats=200)
+    cache, names = machine.cache, []
+    blocks = cache.groups[0].pool.blocks
+
+    def add(length):
+        name = f"n{len(names)}"
+        ids = torch.randint(VOCAB, (length,)).tolist()
+        cache.add_sequence(name, num_prompt_tokens=length, token_ids=ids)
+        machine.tokens[name], machine.prompt[name] = ids, length
+        names.append(name)
+        return name
+
+    def run_to_the_end(name):
+        while left := len(machine.tokens[name]) - cache.num_tokens(name):
+            assert machine._run({name: min(left, cache.chunk_limit(name))})
+
+    per_slab = blocks.slots_per_slab[Kind.EXACT]
+    for _ in range(blocks.num_slabs * per_slab - 11):
+        run_to_the_end(add(10))
+    long = add(639)
+    run_to_the_end(long)
+    for i, name in enumerate(names[:-1]):
+        if i % per_slab:
+            cache.free(name, forget=True)
+    assert cache.stats()["slots_moved"] == 0
+    machine.tokens[long].extend([1, 2, 3])
+    for _ in range(3):
+        assert machine._run({long: 1})
+    assert cache.stats()["slots_moved"] > 0 and cache.stats()["pages_in_use"] == 1
+    cache.check_integrity()
+    survivors = names[:-1:per_slab]
+    for name in survivors:
+        machine.tokens[name].append(5)
+    assert machine._run(dict.fromkeys(survivors[:8], 1))
