@@ -16,26 +16,13 @@ from spectral_paged.errors import FormatError, InvalidRequestError, SpectralPage
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
-from spectral_paged.outputs import RequestOutput
+from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.page_format import PageFormat
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """A piece of a streaming completion; `finish_reason` is set on its last piece."""
-
-    request_id: str
-    prompt_index: int
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    error: SpectralPagedError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -275,9 +262,14 @@ class LLM:
             raise InvalidRequestError(
                 f"model {self.model_name!r} has no chat template: use generate with a prompt"
             )
-        encoded = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # templates refuse roles and orders by errors of their own
+            raise InvalidRequestError(
+                f"the chat template of {self.model_name!r} refuses these messages: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
     def stream(

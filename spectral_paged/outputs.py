@@ -58,3 +58,16 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: SpectralPagedError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of a streaming completion; `finish_reason` is set on its last piece."""
+
+    request_id: str
+    prompt_index: int
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    error: SpectralPagedError | None = None

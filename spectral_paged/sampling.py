@@ -60,12 +60,15 @@ class SamplingParams:
             if not ok:
                 raise SamplingParamsError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
-        def number(value: object) -> bool:
-            return isinstance(value, int | float) and math.isfinite(value)
+        def whole(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
 
-        check("n", isinstance(self.n, int) and self.n >= 1, "an integer of at least 1")
+        def number(value: object) -> bool:
+            return whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+        check("n", whole(self.n) and self.n >= 1, "an integer of at least 1")
         check("temperature", number(self.temperature) and self.temperature >= 0, "at least 0")
-        check("top_k", isinstance(self.top_k, int) and self.top_k >= -1, "0 or -1 (all) or more")
+        check("top_k", whole(self.top_k) and self.top_k >= -1, "0 or -1 (all) or more")
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]")
         check(
@@ -76,20 +79,32 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             check(name, number(value) and -2 <= value <= 2, "in [-2, 2]")
-        check("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, ">= 1")
+        check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, ">= 1")
         check(
             "min_tokens",
-            isinstance(self.min_tokens, int) and 0 <= self.min_tokens <= self.max_tokens,
+            whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
             f"between 0 and max_tokens ({self.max_tokens})",
         )
         check(
             "logprobs",
             self.logprobs is None
-            or (isinstance(self.logprobs, int) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            or (whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             f"None or between 0 and {MAX_LOGPROBS}",
         )
-        check("seed", self.seed is None or isinstance(self.seed, int), "None or an integer")
-        check("stop", all(self.stop_strings) or not self.stop_strings, "strings that are not empty")
+        check("seed", self.seed is None or whole(self.seed), "None or an integer")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        check(
+            "stop",
+            stops is None
+            or (isinstance(stops, list | tuple) and all(isinstance(s, str) and s for s in stops)),
+            "None, or strings that are not empty",
+        )
+        check(
+            "stop_token_ids",
+            isinstance(self.stop_token_ids, list | tuple)
+            and all(whole(t) and t >= 0 for t in self.stop_token_ids),
+            "a list of token ids",
+        )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

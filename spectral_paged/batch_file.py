@@ -1,0 +1,283 @@
+"""JSONL batches: lines in, requests out, records back; what is finished survives a kill.
+
+```
+in    {"prompt": "..."} | "..." | {"messages": [...]} | an OpenAI batch line (custom_id, url, body)
+out   one record a line, as each finishes, with the input's line number and a hash of its bytes
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from spectral_paged.errors import CorruptFileError, InvalidRequestError, SpectralPagedError
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import SamplingParams
+
+CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
+_PARAMS = tuple(f.name for f in fields(SamplingParams))
+_OPENAI_PARAMS = tuple(p for p in _PARAMS if p not in ("max_tokens", "logprobs"))
+_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream_options")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """One line of input. `messages` or `prompt` is set, or `error` says why neither is."""
+
+    number: int
+    digest: str
+    custom_id: str | None = None
+    prompt: str | list[int] | None = None
+    messages: list[Mapping[str, str]] | None = None
+    params: SamplingParams | None = None
+    url: str | None = None
+    error: SpectralPagedError | None = None
+
+
+def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
+    """Lines of a JSONL file, blank ones skipped; a bad line carries its error.
+
+    Args:
+        defaults: sampling values for lines that name none.
+    """
+    seen: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            digest = hashlib.sha256(raw.strip()).hexdigest()[:16]
+            try:
+                line = _parse(number, digest, raw, defaults)
+                if line.custom_id is not None:
+                    first = seen.setdefault(line.custom_id, number)
+                    if first != number:
+                        raise InvalidRequestError(
+                            f"id {line.custom_id!r} is taken by line {first}: ids must differ"
+                        )
+            except SpectralPagedError as error:
+                line = BatchLine(number, digest, error=error)
+            yield line
+
+
+def _parse(number: int, digest: str, raw: bytes, defaults: Mapping[str, Any]) -> BatchLine:
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise InvalidRequestError(f"not JSON: {error}") from None
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise InvalidRequestError(
+            f"a line is an object or a string, this one is a {type(value).__name__}"
+        )
+    if "body" in value:
+        return _parse_openai(number, digest, value, defaults)
+    custom_id = value.get("custom_id", value.get("id"))
+    given = dict(value.get("sampling_params") or {})
+    given |= {k: v for k, v in value.items() if k in _PARAMS}
+    extra = set(value) - set(_PARAMS) - {"prompt", "messages", "custom_id", "id", "sampling_params"}
+    if extra:
+        raise InvalidRequestError(f"unknown fields {sorted(extra)}")
+    return BatchLine(
+        number,
+        digest,
+        custom_id=None if custom_id is None else str(custom_id),
+        prompt=value.get("prompt"),
+        messages=_messages(value),
+        params=_params(dict(defaults) | given),
+    )
+
+
+def _parse_openai(
+    number: int, digest: str, value: dict[str, Any], defaults: Mapping[str, Any]
+) -> BatchLine:
+    url, body = value.get("url"), value["body"]
+    if url not in (CHAT_URL, COMPLETIONS_URL):
+        raise InvalidRequestError(f"url is {url!r}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
+    if not isinstance(body, dict):
+        raise InvalidRequestError("body must be an object")
+    if not isinstance(value.get("custom_id"), str):
+        raise InvalidRequestError("a batch line needs a custom_id string")
+    chat = url == CHAT_URL
+    given = {k: body[k] for k in _OPENAI_PARAMS if body.get(k) is not None}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None:
+            given["max_tokens"] = body[name]
+    logprobs = body.get("logprobs")
+    if chat and logprobs:
+        given["logprobs"] = body.get("top_logprobs") or 0
+    elif not chat and logprobs is not None:
+        given["logprobs"] = logprobs
+    known = {*_OPENAI_PARAMS, *_IGNORED, "max_tokens", "max_completion_tokens", "logprobs"}
+    known |= {"top_logprobs", "messages"} if chat else {"prompt"}
+    extra = {k for k in body if k not in known and body[k] not in (None, False)}
+    if extra:
+        raise InvalidRequestError(f"body fields {sorted(extra)} are not supported")
+    return BatchLine(
+        number,
+        digest,
+        custom_id=value["custom_id"],
+        prompt=None if chat else body.get("prompt"),
+        messages=_messages(body) if chat else None,
+        params=_params(dict(defaults) | given),
+        url=url,
+    )
+
+
+def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
+    messages = value.get("messages")
+    if (messages is None) == (value.get("prompt") is None):
+        raise InvalidRequestError("a line needs either 'prompt' or 'messages'")
+    if messages is None:
+        prompt = value["prompt"]
+        if not isinstance(prompt, str | list):
+            raise InvalidRequestError("prompt must be a string or a list of token ids")
+        return None
+    ok = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not ok or not messages:
+        raise InvalidRequestError("messages must be a list of {'role': str, 'content': str}")
+    return list(messages)
+
+
+def _params(values: Mapping[str, Any]) -> SamplingParams:
+    unknown = set(values) - set(_PARAMS)
+    if unknown:
+        raise InvalidRequestError(f"unknown sampling fields {sorted(unknown)}")
+    return SamplingParams(**values)
+
+
+# ---- records -----------------------------------------------------------------------------
+
+
+def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
+    """The record of a line that could not be served."""
+    detail = {"type": type(error).__name__, "message": str(error), "line": line.number}
+    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
+    if line.custom_id is not None:
+        record["custom_id"] = line.custom_id
+    if line.url is not None:
+        record |= {"id": f"batch_req_{line.number}", "response": None}
+    return record | {"error": detail}
+
+
+def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
+    """The record of a finished line: OpenAI's shape for a batch line, ours for a plain one."""
+    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
+    if line.custom_id is not None:
+        record["custom_id"] = line.custom_id
+    generated = sum(len(c.token_ids) for c in output.outputs)
+    usage = {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": generated,
+        "total_tokens": len(output.prompt_token_ids) + generated,
+    }
+    if line.url is None:
+        outputs = [
+            {"index": c.index, "text": c.text, "token_ids": c.token_ids,
+             "finish_reason": c.finish_reason}
+            for c in output.outputs
+        ]  # fmt: skip
+        metrics = {
+            "cached_tokens": output.metrics.num_cached_tokens,
+            "pages_sealed": output.metrics.num_pages_sealed,
+            "compression_ratio": round(output.metrics.compression_ratio, 4),
+        }
+        return record | {"outputs": outputs, "usage": usage, "metrics": metrics, "error": None}
+    chat = line.url == CHAT_URL
+    choices = []
+    for c in output.outputs:
+        choice: dict[str, Any] = {"index": c.index, "finish_reason": c.finish_reason}
+        choice |= (
+            {"message": {"role": "assistant", "content": c.text}} if chat else {"text": c.text}
+        )
+        if c.logprobs is not None:
+            choice["logprobs"] = {"content": [_logprob(t, p) for t, p in zip(
+                c.token_ids, c.logprobs, strict=True)]}  # fmt: skip
+        choices.append(choice)
+    body = {
+        "id": f"cmpl-{line.number}",
+        "object": "chat.completion" if chat else "text_completion",
+        "model": model,
+        "choices": choices,
+        "usage": usage,
+    }
+    response = {"status_code": 200, "request_id": output.request_id, "body": body}
+    return record | {"id": f"batch_req_{line.number}", "response": response, "error": None}
+
+
+def _logprob(token_id: int, table: Mapping[int, Any]) -> dict[str, Any]:
+    def entry(t: int) -> dict[str, Any]:
+        return {"token": table[t].decoded_token, "token_id": t, "logprob": table[t].logprob}
+
+    return entry(token_id) | {"top_logprobs": [entry(t) for t in table]}
+
+
+class OutputFile:
+    """Appends records and knows which lines an earlier run finished.
+
+    Opening drops a torn last line (a kill in the middle of a write). A line whose hash differs
+    from the input's means another input file.
+
+    Raises:
+        CorruptFileError: a whole line of the file is not a record of ours.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path = path
+        self.finished: dict[int, str] = {}
+        if overwrite:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            self._recover()
+        self._file: IO[bytes] = path.open("ab")
+
+    def _recover(self) -> None:
+        end = 0
+        with self.path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(raw)
+                    self.finished[int(record["line"])] = str(record["line_hash"])
+                except (ValueError, KeyError, TypeError):
+                    raise CorruptFileError(
+                        f"{self.path}, line {number}: not a record of this program; name another "
+                        "--output, or start again with --overwrite"
+                    ) from None
+                end += len(raw)
+        os.truncate(self.path, end)
+
+    def has(self, line: BatchLine) -> bool:
+        """True if the line is done.
+
+        Raises:
+            InvalidRequestError: the file holds that line's number for other content.
+        """
+        digest = self.finished.get(line.number)
+        if digest is not None and digest != line.digest:
+            raise InvalidRequestError(
+                f"{self.path} holds the answer to another line {line.number}: it belongs to "
+                "another input; name another --output, or start again with --overwrite"
+            )
+        return digest is not None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; after this returns a kill of the process does not lose it."""
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.finished[int(record["line"])] = str(record["line_hash"])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()

@@ -1,0 +1,167 @@
+"""The command line: `spectral-paged generate | info | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SAMPLING = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "n": int,
+    "sampling_seed": int,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`16GiB`, `512MiB`, `1.5G` or plain bytes; units are powers of 1024."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
+    try:
+        if match is None:
+            raise ValueError
+        value = int(float(match[1]) * UNITS[match[2].upper()])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no amount of memory; write 16GiB, 512MiB or bytes"
+        ) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory at all")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spectral-paged", description="Batched generation over spectral KV-cache pages."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands.add_parser("generate", help="complete the prompts of a JSONL file"))
+    info = commands.add_parser("info", help="what a model needs and gets, by format")
+    info.add_argument("model", help="alias, hub id, folder or .gguf file")
+    info.add_argument("--memory", type=parse_bytes, default=16 << 30, help="default 16GiB")
+    bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
+    benches = bench.add_subparsers(dest="bench", required=True)
+    quality = benches.add_parser("quality", help="reconstruction error on real K and V")
+    quality.add_argument("--quick", action="store_true", help="four blocks of text")
+    quality.add_argument("--model", default="smollm2-135m")
+    quality.add_argument("--text", type=Path, action="append", help="a text file; repeatable")
+    quality.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="JSONL: prompts or batch lines")
+    parser.add_argument("--output", type=Path, required=True, help="JSONL, appended to")
+    parser.add_argument("--overwrite", action="store_true", help="forget an earlier output")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--kv-format", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-bytes", type=parse_bytes)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--prefill-segment", type=int, default=2048)
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
+    parser.add_argument("--quiet", action="store_true")
+    defaults = parser.add_argument_group("sampling, for lines that name no value")
+    for name, kind in SAMPLING.items():
+        defaults.add_argument("--" + name.replace("_", "-"), type=kind)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Run a batch file; 0 when every line got a record, bad lines included."""
+    from spectral_paged.batch_file import OutputFile
+    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.llm import LLM
+
+    if not args.input.is_file():
+        raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
+    defaults = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
+    if "sampling_seed" in defaults:
+        defaults["seed"] = defaults.pop("sampling_seed")
+    output = OutputFile(args.output, overwrite=args.overwrite)
+    try:
+        llm = LLM(
+            args.model,
+            kv_format=args.kv_format,
+            device=args.device,
+            dtype=args.dtype,
+            kv_cache_bytes=args.kv_cache_bytes,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=args.max_model_len,
+            prefill_segment=args.prefill_segment,
+            enable_prefix_caching=not args.no_prefix_caching,
+            seed=args.seed,
+        )
+        begin = time.monotonic()
+        summary = BatchRun(llm, args.input, output).run(defaults, quiet=args.quiet)
+        seconds = time.monotonic() - begin
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: finished lines are in {args.output}; the same command goes on from "
+            "there",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        output.close()
+    if not args.quiet:
+        stats = llm.stats()
+        print(
+            f"{summary.done} lines done, {summary.failed} with an error, {summary.skipped} "
+            f"finished before; {summary.generated_tokens} tokens in {seconds:.1f} s "
+            f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s)\n"
+            f"backend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
+            f"sealed, {stats['pages_attended']} page reads, ratio "
+            f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
+            f"the prefix cache, {stats['preemptions']} preemptions"
+        )
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print a model's figures for every preset; needs its config, not its weights."""
+    from spectral_paged.model_report import model_report
+    from spectral_paged.models.geometry import ModelGeometry
+    from spectral_paged.models.loader import load_config
+
+    geometry = ModelGeometry.from_config(load_config(args.model))
+    print(model_report(args.model, geometry, args.memory))
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run a benchmark and print its table."""
+    from spectral_paged.benchmarks import quality
+
+    return quality.main(
+        model=args.model, texts=args.text, quick=args.quick, output_dir=args.output_dir
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 for a typed error (its message goes to stderr), 130 after an interrupt."""
+    args = build_parser().parse_args(argv)
+    try:
+        return {"generate": generate, "info": info, "bench": bench}[args.command](args)
+    except SpectralPagedError as error:
+        print(f"spectral-paged: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
