@@ -1,0 +1,274 @@
+"""The command line: batch files, resume, bad lines, figures, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import spectral_paged.llm
+from spectral_paged.batch_file import OutputFile, read_lines
+from spectral_paged.cli import main, parse_bytes
+from spectral_paged.errors import CorruptFileError, InvalidRequestError
+from spectral_paged.llm import LLM
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import embedded_gguf, load_config
+from spectral_paged.page_format import PRESETS, PageFormat
+
+CHAT = {
+    "custom_id": "c1",
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {
+        "model": "any",
+        "messages": [{"role": "user", "content": "Name a colour."}],
+        "max_completion_tokens": 5,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    },
+}
+GOOD = {
+    1: {"prompt": "The sea is", "id": "plain", "max_tokens": 4},
+    2: "Once upon a time",
+    3: CHAT,
+    4: {
+        "custom_id": "t1",
+        "url": "/v1/completions",
+        "body": {"prompt": "One, two,", "max_tokens": 3, "n": 2, "temperature": 0.0},
+    },
+    5: {"messages": [{"role": "user", "content": "Hello!"}], "sampling_params": {"max_tokens": 3}},
+}
+BAD = {
+    6: (b'{"prompt": ', "not JSON"),
+    7: (b"[1, 2]", "an object or a string"),
+    8: (b'{"prompt": ""}', "empty"),
+    9: (b'{"max_tokens": 3}', "either 'prompt' or 'messages'"),
+    10: (b'{"prompt": "x", "temperature": -1}', "temperature is -1"),
+    11: (b'{"prompt": "x", "temprature": 1}', "temprature"),
+    12: (b'{"prompt": "x", "id": "plain"}', "taken by line 1"),
+    13: (b'{"custom_id": "u", "url": "/v1/embeddings", "body": {}}', "/v1/embeddings"),
+    14: (b'{"custom_id": "v", "url": "/v1/completions", "body": {"prompt": "x", "tools": [1]}}',
+         "tools"),
+    15: (b'{"prompt": [1, 99999999]}', "vocabulary"),
+    16: (b'{"messages": [{"role": "user"}]}', "messages must be"),
+    17: (b'{"prompt": "' + b"word " * 9000 + b'"}', "max_model_len"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared_llm():
+    return LLM(kv_cache_bytes=256 << 20, max_num_seqs=4)
+
+
+@pytest.fixture
+def one_llm(shared_llm, monkeypatch):
+    """The command line gets a loaded LLM; counts how often it asked."""
+    calls = []
+
+    def factory(*args, **kw):
+        calls.append(kw)
+        return shared_llm
+
+    monkeypatch.setattr(spectral_paged.llm, "LLM", factory)
+    return calls
+
+
+@pytest.fixture
+def source(tmp_path):
+    lines = [json.dumps(value).encode() for value in GOOD.values()]
+    lines += [raw for raw, _ in BAD.values()]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n\n")
+    return path
+
+
+def run(source, output, *extra):
+    return main(
+        ["generate", "--input", str(source), "--output", str(output), "--quiet", "--temperature",
+         "0", "--max-tokens", "6", *extra]
+    )  # fmt: skip
+
+
+def records(path):
+    return {r["line"]: r for r in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.mark.model
+def test_good_lines_are_answered_and_bad_ones_get_records_with_their_number(
+    one_llm, source, tmp_path
+):
+    out = tmp_path / "out.jsonl"
+    assert run(source, out) == 0
+    got = records(out)
+    assert sorted(got) == sorted(GOOD | BAD)
+    for number, (_, message) in BAD.items():
+        assert message in got[number]["error"]["message"]
+        assert got[number]["error"]["line"] == number
+    assert all(got[n]["error"] is None for n in GOOD)
+    assert got[1]["custom_id"] == "plain" and len(got[1]["outputs"][0]["token_ids"]) == 4
+    assert got[2]["outputs"][0]["text"] and got[2]["usage"]["completion_tokens"] == 6
+    chat = got[3]["response"]["body"]
+    assert chat["object"] == "chat.completion" and chat["usage"]["completion_tokens"] <= 5
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+    assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) >= 2
+    body = got[4]["response"]["body"]
+    assert [c["index"] for c in body["choices"]] == [0, 1] and body["object"] == "text_completion"
+    assert got[5]["outputs"][0]["token_ids"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kept", [0, 3, 8])
+def test_a_torn_output_resumes_without_losing_or_redoing_a_line(
+    one_llm, source, tmp_path, kept, shared_llm, monkeypatch
+):
+    whole = tmp_path / "whole.jsonl"
+    run(source, whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+    asked = []
+    add = shared_llm.engine.add_request
+    monkeypatch.setattr(
+        shared_llm.engine, "add_request", lambda i, *a, **k: (asked.append(i), add(i, *a, **k))
+    )
+    assert run(source, torn) == 0
+    assert torn.read_bytes().startswith(b"".join(lines[:kept]))
+    finished = {json.loads(raw)["line"] for raw in lines[:kept]}
+    assert not {f"line-{n}" for n in finished} & set(asked)
+    strip = {"metrics", "response"}  # prefix hits differ, ids of requests differ
+
+    def content(path):
+        return {
+            n: {k: v for k, v in r.items() if k not in strip} for n, r in records(path).items()
+        }
+
+    assert content(torn) == content(whole)
+    asked.clear()
+    assert run(source, torn) == 0 and not asked
+
+
+@pytest.mark.model
+def test_a_killed_process_goes_on_from_its_finished_lines(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [f"Number {i} is" for i in range(40)]
+    source.write_text("".join(json.dumps(t) + "\n" for t in texts))
+    command = [
+        sys.executable, "-m", "spectral_paged.cli", "generate", "--input", str(source), "--output",
+        str(out), "--max-num-seqs", "1", "--max-tokens", "8", "--temperature", "0",
+        "--kv-cache-bytes", "64MiB", "--quiet",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 2 <= before.count(b"\n") < 40
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
+    after = out.read_bytes()
+    assert after.startswith(before), "finished lines stay as they are"
+    lines = [json.loads(raw)["line"] for raw in after.splitlines()]
+    assert sorted(lines) == list(range(1, 41)), "every line once"
+
+
+def test_an_output_of_another_input_is_refused(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"one"\n')
+    file = OutputFile(out)
+    file.write({"line": 1, "line_hash": "other", "error": None})
+    file.close()
+    again = OutputFile(out)
+    with pytest.raises(InvalidRequestError, match="--overwrite"):
+        again.has(next(read_lines(source, {})))
+    fresh = OutputFile(out, overwrite=True)
+    assert not fresh.has(next(read_lines(source, {})))
+
+
+def test_a_foreign_output_file_is_not_appended_to(tmp_path):
+    out = tmp_path / "notes.txt"
+    out.write_text("my notes\n")
+    with pytest.raises(CorruptFileError, match="line 1"):
+        OutputFile(out)
+    assert out.read_text() == "my notes\n"
+
+
+@pytest.mark.model
+def test_info_prints_the_formats_own_numbers(capsys):
+    assert main(["info", "smollm2-135m", "--memory", "1GiB"]) == 0
+    printed = capsys.readouterr().out
+    geometry = ModelGeometry.from_config(load_config("smollm2-135m"))
+    for preset in PRESETS:
+        row = next(x for x in printed.splitlines() if x.split() and x.split()[0] == preset)
+        format = PageFormat.preset(
+            preset, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+        )
+        if format.seals:
+            slots = (1 << 30) // (format.page_bytes * geometry.num_layers)
+            assert str(format.page_bytes) in row and f"{format.page_ratio:.2f}x" in row
+            assert row.split()[-2:] == [str(slots), str(slots * 512)]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("16GiB", 16 << 30), ("512MiB", 512 << 20), ("1.5G", 3 << 29), ("7", 7), ("2 kb", 2048)],
+)
+def test_amounts_of_memory(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "12QB", "-1", "0", "1.2.3"])
+def test_no_amount_of_memory(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_bytes(text)
+
+
+def test_an_unknown_model_exits_with_its_message(capsys):
+    assert main(["info", "/no/such/model.gguf"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_a_missing_input_exits_with_its_message(tmp_path, capsys):
+    assert main(["generate", "--input", str(tmp_path / "no"), "--output", "x"]) == 2
+    assert "there is no input file" in capsys.readouterr().err
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("keep", [3, 20, 5000, 0.5])
+def test_a_truncated_gguf_exits_with_its_message(tmp_path, capsys, keep, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path / "cache"))
+    whole = embedded_gguf("smollm2-135m")
+    size = int(whole.stat().st_size * keep) if isinstance(keep, float) else keep
+    cut = tmp_path / "cut.gguf"
+    with whole.open("rb") as file:
+        cut.write_bytes(file.read(size))
+    assert main(["info", str(cut)]) == 2
+    assert "cut.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_bench_quality_writes_results_and_a_picture(tmp_path, capsys, monkeypatch):
+    from spectral_paged.benchmarks import quality
+
+    monkeypatch.setattr(quality, "QUICK_BLOCKS", 2)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"Chapter {i} tells of the {i}th day at sea." for i in range(300)))
+    code = main(
+        ["bench", "quality", "--quick", "--text", str(text), "--output-dir", str(tmp_path)]
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "quality-smollm2-135m.json").read_text())
+    assert (tmp_path / "quality-smollm2-135m.png").stat().st_size > 10_000
+    assert len(result["decay"]) == 30 and result["environment"]["torch"]
+    low, *_, high = result["formats"]
+    for a, b in zip(low["layers"], high["layers"]):
+        assert 0 < b["k_error"] < a["k_error"] < 1 and 0 < b["v_error"] < a["v_error"] < 1
+    assert "mean over layers" in capsys.readouterr().out
