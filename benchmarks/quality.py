@@ -21,6 +21,7 @@ from spectral_paged.page_format import PageFormat
 LANDMARKS = 64
 QUICK_BLOCKS, FULL_BLOCKS = 4, 12
 DECAY_RANKS = (4, 8, 16, 32, 48)
+FULL_RANK_ERROR = 0.05  # nothing is left out there, so what remains is rounding to 8 bits
 
 
 def rank_grid(head_dim: int) -> list[tuple[int, int]]:
@@ -99,10 +100,18 @@ def measure(kv: CapturedKV, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
             new_k, new_v = decode_pages(encode_pages(k, v, format), format)
             if not bool(torch.isfinite(new_k).all() and torch.isfinite(new_v).all()):
                 raise ArithmeticError(f"layer {layer} does not come back finite")
+            k_error, v_error = relative_error(new_k, k), relative_error(new_v, v)
+            for side, rank, error in (("K", k_rank, k_error), ("V", v_rank, v_error)):
+                if rank == head_dim and error > FULL_RANK_ERROR:
+                    raise ArithmeticError(
+                        f"{side} of layer {layer} comes back with relative error {error:.3f} at "
+                        f"full rank {rank}; rounding explains at most {FULL_RANK_ERROR}: the "
+                        "codec or the capture is wrong"
+                    )
             rows.append(
                 {
-                    "k_error": relative_error(new_k, k),
-                    "v_error": relative_error(new_v, v),
+                    "k_error": k_error,
+                    "v_error": v_error,
                     "attention_error": attention_error(kv, layer, k, v, new_k, new_v),
                 }
             )
@@ -123,9 +132,10 @@ def print_table(result: dict[str, Any]) -> None:
     print(head)
     for i, layer in enumerate(result["decay"]):
         k, v = layer["k"], layer["v"]
-        row = f"{i:5d} | {k['energy_left'][16]:10.4f} {k['energy_left'][32]:7.4f} "
-        row += f"{k['effective_rank']:5.1f} | {v['energy_left'][16]:7.4f} "
-        row += f"{v['energy_left'][32]:7.4f} {v['effective_rank']:5.1f}"
+        # beyond the width of a head nothing is left
+        k16, k32, v16, v32 = (x["energy_left"].get(r, 0.0) for x in (k, v) for r in (16, 32))
+        row = f"{i:5d} | {k16:10.4f} {k32:7.4f} {k['effective_rank']:5.1f} | "
+        row += f"{v16:7.4f} {v32:7.4f} {v['effective_rank']:5.1f}"
         for f in formats:
             e = f["layers"][i]
             errors = f"{e['k_error']:.4f} {e['v_error']:.4f} {e['attention_error']:.4f}"
@@ -189,8 +199,10 @@ def main(*, model: str, texts: Sequence[Path] | None, quick: bool, output_dir: P
     }
     print_table(result)
     output_dir.mkdir(parents=True, exist_ok=True)
-    stem = output_dir / f"quality-{Path(model).stem}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, stem.with_suffix(".png"))
-    print(f"raw results: {stem.with_suffix('.json')}, picture: {stem.with_suffix('.png')}")
+    # names have dots of their own (Qwen2.5-0.5B), which are no suffixes
+    name = f"quality-{Path(model).name.removesuffix('.gguf')}"
+    raw, picture = output_dir / f"{name}.json", output_dir / f"{name}.png"
+    raw.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, picture)
+    print(f"raw results: {raw}, picture: {picture}")
     return 0

@@ -11,19 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 from spectral_paged.errors import CorruptFileError, InvalidRequestError, SpectralPagedError
-from spectral_paged.outputs import RequestOutput
+from spectral_paged.outputs import Logprob, RequestOutput
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 _PARAMS = tuple(f.name for f in fields(SamplingParams))
 _OPENAI_PARAMS = tuple(p for p in _PARAMS if p not in ("max_tokens", "logprobs"))
-_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream_options")
+_IGNORED = (
+    "model", "user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls",
+    "safety_identifier", "prompt_cache_key",
+)  # fmt: skip
+# values of fields we lack that ask for nothing
+_NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"})
+_RECORD_START = b'{"line": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +54,51 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
         defaults: sampling values for lines that name none.
     """
     seen: dict[str, int] = {}
+    for number, raw in _raw_lines(path):
+        line = _read_line(number, raw, defaults)
+        if line.custom_id is not None:
+            first = seen.setdefault(line.custom_id, number)
+            if first != number and line.error is None:
+                error = InvalidRequestError(
+                    f"id {line.custom_id!r} is taken by line {first}: ids must differ"
+                )
+                line = replace(line, error=error)
+        yield line
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            digest = hashlib.sha256(raw.strip()).hexdigest()[:16]
-            try:
-                line = _parse(number, digest, raw, defaults)
-                if line.custom_id is not None:
-                    first = seen.setdefault(line.custom_id, number)
-                    if first != number:
-                        raise InvalidRequestError(
-                            f"id {line.custom_id!r} is taken by line {first}: ids must differ"
-                        )
-            except SpectralPagedError as error:
-                line = BatchLine(number, digest, error=error)
-            yield line
+            if raw.strip():
+                yield number, raw.strip()
 
 
-def _parse(number: int, digest: str, raw: bytes, defaults: Mapping[str, Any]) -> BatchLine:
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLine:
+    """A bad line keeps its id and url, so that its error record can be told to whom it belongs."""
+    digest, value = _digest(raw), None
+    try:
+        value = _json_object(raw)
+        return _parse(number, digest, value, defaults)
+    except SpectralPagedError as error:
+        custom_id = _custom_id(value) if value is not None else None
+        url = value.get("url") if value is not None else None
+        if url not in (CHAT_URL, COMPLETIONS_URL):
+            url = None
+        return BatchLine(number, digest, custom_id=custom_id, url=url, error=error)
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw)
-    except ValueError as error:
+        if b"\\u" in raw:  # an escaped lone surrogate is no text: nothing can encode it
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"a string is not valid Unicode: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"not JSON: {error}") from None
     if isinstance(value, str):
         value = {"prompt": value}
@@ -76,18 +106,31 @@ def _parse(number: int, digest: str, raw: bytes, defaults: Mapping[str, Any]) ->
         raise InvalidRequestError(
             f"a line is an object or a string, this one is a {type(value).__name__}"
         )
+    return value
+
+
+def _custom_id(value: Mapping[str, Any]) -> str | None:
+    custom_id = value.get("custom_id", value.get("id"))
+    return None if custom_id is None else str(custom_id)
+
+
+def _parse(
+    number: int, digest: str, value: dict[str, Any], defaults: Mapping[str, Any]
+) -> BatchLine:
     if "body" in value:
         return _parse_openai(number, digest, value, defaults)
-    custom_id = value.get("custom_id", value.get("id"))
-    given = dict(value.get("sampling_params") or {})
-    given |= {k: v for k, v in value.items() if k in _PARAMS}
+    given = value.get("sampling_params") or {}
+    if not isinstance(given, dict):
+        raise InvalidRequestError(f"sampling_params is {given!r:.80}; it must be an object")
+    given = given | {k: v for k, v in value.items() if k in _PARAMS}
+    given = {k: v for k, v in given.items() if v is not None}
     extra = set(value) - set(_PARAMS) - {"prompt", "messages", "custom_id", "id", "sampling_params"}
     if extra:
         raise InvalidRequestError(f"unknown fields {sorted(extra)}")
     return BatchLine(
         number,
         digest,
-        custom_id=None if custom_id is None else str(custom_id),
+        custom_id=_custom_id(value),
         prompt=value.get("prompt"),
         messages=_messages(value),
         params=_params(dict(defaults) | given),
@@ -102,6 +145,8 @@ def _parse_openai(
         raise InvalidRequestError(f"url is {url!r}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
     if not isinstance(body, dict):
         raise InvalidRequestError("body must be an object")
+    if value.get("method", "POST") != "POST":
+        raise InvalidRequestError(f"method is {value['method']!r}; use 'POST'")
     if not isinstance(value.get("custom_id"), str):
         raise InvalidRequestError("a batch line needs a custom_id string")
     chat = url == CHAT_URL
@@ -116,7 +161,7 @@ def _parse_openai(
         given["logprobs"] = logprobs
     known = {*_OPENAI_PARAMS, *_IGNORED, "max_tokens", "max_completion_tokens", "logprobs"}
     known |= {"top_logprobs", "messages"} if chat else {"prompt"}
-    extra = {k for k in body if k not in known and body[k] not in (None, False)}
+    extra = {k for k in body if k not in known and body[k] not in _NO_WISH}
     if extra:
         raise InvalidRequestError(f"body fields {sorted(extra)} are not supported")
     return BatchLine(
@@ -166,6 +211,7 @@ def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
         record["custom_id"] = line.custom_id
     if line.url is not None:
         record |= {"id": f"batch_req_{line.number}", "response": None}
+        detail["code"] = detail["type"]  # where OpenAI's clients look
     return record | {"error": detail}
 
 
@@ -200,12 +246,12 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
             {"message": {"role": "assistant", "content": c.text}} if chat else {"text": c.text}
         )
         if c.logprobs is not None:
-            choice["logprobs"] = {"content": [_logprob(t, p) for t, p in zip(
-                c.token_ids, c.logprobs, strict=True)]}  # fmt: skip
+            choice["logprobs"] = (_chat_logprobs if chat else _logprobs)(c.token_ids, c.logprobs)
         choices.append(choice)
     body = {
         "id": f"cmpl-{line.number}",
         "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
         "model": model,
         "choices": choices,
         "usage": usage,
@@ -214,29 +260,46 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
     return record | {"id": f"batch_req_{line.number}", "response": response, "error": None}
 
 
-def _logprob(token_id: int, table: Mapping[int, Any]) -> dict[str, Any]:
-    def entry(t: int) -> dict[str, Any]:
+def _chat_logprobs(token_ids: list[int], tables: list[dict[int, Logprob]]) -> dict[str, Any]:
+    def entry(table: Mapping[int, Logprob], t: int) -> dict[str, Any]:
         return {"token": table[t].decoded_token, "token_id": t, "logprob": table[t].logprob}
 
-    return entry(token_id) | {"top_logprobs": [entry(t) for t in table]}
+    return {
+        "content": [
+            entry(table, token) | {"top_logprobs": [entry(table, t) for t in table]}
+            for token, table in zip(token_ids, tables, strict=True)
+        ]
+    }
+
+
+def _logprobs(token_ids: list[int], tables: list[dict[int, Logprob]]) -> dict[str, Any]:
+    """The columns of a text completion."""
+    pairs = list(zip(token_ids, tables, strict=True))
+    return {
+        "tokens": [table[token].decoded_token for token, table in pairs],
+        "token_logprobs": [table[token].logprob for token, table in pairs],
+        "top_logprobs": [
+            {entry.decoded_token: entry.logprob for entry in table.values()} for _, table in pairs
+        ],
+    }
 
 
 class OutputFile:
     """Appends records and knows which lines an earlier run finished.
 
     Opening drops a torn last line (a kill in the middle of a write). A line whose hash differs
-    from the input's means another input file.
+    from the input's means another input file. With `overwrite` the earlier content goes when the
+    first record comes, so a run that never starts costs nothing.
 
     Raises:
-        CorruptFileError: a whole line of the file is not a record of ours.
+        CorruptFileError: a line of the file is not a record of ours.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
         self.finished: dict[int, str] = {}
-        if overwrite:
-            path.unlink(missing_ok=True)
-        if path.exists():
+        self._stale = overwrite
+        if path.exists() and not overwrite:
             self._recover()
         self._file: IO[bytes] = path.open("ab")
 
@@ -244,7 +307,8 @@ class OutputFile:
         end = 0
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                if not raw.endswith(b"\n"):
+                is_record = raw.startswith(_RECORD_START) or _RECORD_START.startswith(raw)
+                if is_record and not raw.endswith(b"\n"):
                     break
                 try:
                     record = json.loads(raw)
@@ -257,6 +321,25 @@ class OutputFile:
                 end += len(raw)
         os.truncate(self.path, end)
 
+    def check(self, source: Path) -> None:
+        """Refuse, before anything is served or written, an output that answers another input.
+
+        Raises:
+            InvalidRequestError: a record's line is not in `source`, or has other content there.
+        """
+        left = dict(self.finished)
+        for number, raw in _raw_lines(source) if left else ():
+            if left.get(number) == _digest(raw):
+                del left[number]
+        if left:
+            raise self._foreign(min(left))
+
+    def _foreign(self, number: int) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{self.path} holds the answer to another line {number}: it belongs to another "
+            "input; name another --output, or start again with --overwrite"
+        )
+
     def has(self, line: BatchLine) -> bool:
         """True if the line is done.
 
@@ -265,14 +348,14 @@ class OutputFile:
         """
         digest = self.finished.get(line.number)
         if digest is not None and digest != line.digest:
-            raise InvalidRequestError(
-                f"{self.path} holds the answer to another line {line.number}: it belongs to "
-                "another input; name another --output, or start again with --overwrite"
-            )
+            raise self._foreign(line.number)
         return digest is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; after this returns a kill of the process does not lose it."""
+        if self._stale:
+            self._file.truncate(0)
+            self._stale = False
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.finished[int(record["line"])] = str(record["line_hash"])

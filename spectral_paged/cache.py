@@ -21,9 +21,10 @@ from spectral_paged import capacity
 from spectral_paged.attention import PagedAttention
 from spectral_paged.cache_stats import CacheCounters, held_bytes, pool_stats, token_bytes
 from spectral_paged.errors import CapacityError, FormatError, PoolError
-from spectral_paged.groups import build_groups, check_geometry
+from spectral_paged.groups import build_groups, check_geometry, check_length
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
+from spectral_paged.prefix import PrefixChain
 from spectral_paged.prefix_hit import longest_hit, prefix_chain
 from spectral_paged.rope import RotaryTable
 from spectral_paged.sealer import Sealer
@@ -76,22 +77,13 @@ class SpectralKVCache:
         check_geometry(format, num_layers, num_q_heads, num_kv_heads, head_dim, exempt_layers)
         if format.seals and format.rope == "pre" and rope is None:
             raise FormatError("rope='pre' formats un-rotate keys: pass the model's RotaryTable")
-        if max_model_len is None and rope is not None:
-            max_model_len = rope.max_positions
-        if max_model_len is None:
-            raise FormatError("max_model_len must be given where there is no rotary table")
-        if rope is not None and rope.max_positions < max_model_len:
-            raise FormatError(
-                f"the rotary table has {rope.max_positions} positions, max_model_len is "
-                f"{max_model_len}: build the table longer or lower max_model_len"
-            )
+        max_model_len = check_length(max_model_len, rope)
         self.format = format
         self.device = torch.device(device)
         self.dtype = dtype
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.counters = CacheCounters()
         self._prefix_caching = enable_prefix_caching
         empty = torch.zeros(0, 0, device=self.device)
@@ -120,11 +112,8 @@ class SpectralKVCache:
             max_model_len=max_model_len,
             poison=poison,
         )
-        self._group_of = {
-            layer: (g, i)
-            for g, group in enumerate(self.groups)
-            for i, layer in enumerate(group.layers)
-        }
+        places = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group.layers))]
+        self._group_of = {self.groups[g].layers[i]: (g, i) for g, i in places}
         self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
@@ -157,9 +146,7 @@ class SpectralKVCache:
             raise PoolError(f"sequence {seq_id!r} is held already")
         if not self._free_rows:
             return None
-        chain = None
-        if token_ids is not None and self._prefix_caching:
-            chain = prefix_chain(self.format, token_ids, num_prompt_tokens, cache_salt)
+        chain = self._chain(token_ids, num_prompt_tokens, cache_salt)
         state = SequenceState(num_prompt_tokens, self._free_rows.pop(), token_ids, chain)
         self._sequences[seq_id] = state
         for group in self.groups:
@@ -178,8 +165,18 @@ class SpectralKVCache:
     def __contains__(self, seq_id: str) -> bool:
         return seq_id in self._sequences
 
-    def fork(self, parent_id: str, child_id: str) -> bool:
-        """Make `child_id` a copy of `parent_id`; full slots are shared. False: not now."""
+    def fork(
+        self,
+        parent_id: str,
+        child_id: str,
+        *,
+        token_ids: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> bool:
+        """Make `child_id` a copy of `parent_id`; full slots are shared. False: not now.
+
+        With the child's own `token_ids`, its later spans can be found as prefixes.
+        """
         parent = self._sequences[parent_id]
         if child_id in self._sequences:
             raise PoolError(f"sequence {child_id!r} is held already")
@@ -192,20 +189,20 @@ class SpectralKVCache:
                     earlier.free(child_id)
                 self._free_rows.append(row)
                 return False
-        child = SequenceState(parent.num_prompt_tokens, row, None, None, parent.num_tokens)
+        prompt = parent.num_prompt_tokens
+        chain = self._chain(token_ids, prompt, cache_salt)
+        child = SequenceState(prompt, row, token_ids, chain, parent.num_tokens)
         child.num_pages_sealed = parent.num_pages_sealed
         child.num_cached_tokens = parent.num_tokens
         self._sequences[child_id] = child
         return True
 
-    def follow_tokens(self, seq_id: str, token_ids: Sequence[int], cache_salt: str = "") -> None:
-        """Give a forked sequence its own token list, so that its spans can be found as prefixes."""
-        state = self._sequences[seq_id]
-        state.token_ids = token_ids
-        if self._prefix_caching:
-            state.chain = prefix_chain(
-                self.format, token_ids, state.num_prompt_tokens, cache_salt
-            )
+    def _chain(
+        self, token_ids: Sequence[int] | None, num_prompt_tokens: int, cache_salt: str
+    ) -> PrefixChain | None:
+        if token_ids is None or not self._prefix_caching:
+            return None
+        return prefix_chain(self.format, token_ids, num_prompt_tokens, cache_salt)
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
         """Release a sequence. Published slots stay findable until they are evicted.
@@ -288,7 +285,7 @@ class SpectralKVCache:
         added: list[str] = []
         grown: list[str] = []
         for seq_id, num_new in new_tokens.items():
-            if seq_id not in self._sequences:
+            if seq_id not in self:
                 if self.add_sequence(seq_id, num_prompt_tokens=num_new) is None:
                     break
                 added.append(seq_id)
@@ -364,15 +361,15 @@ class SpectralKVCache:
         for entry in plan.entries:
             state = self._sequences[entry.seq_id]
             state.num_tokens += entry.num_new
-            if not state.ran and state.chain is not None and state.token_ids is not None:
-                self.counters.prefix_query_tokens += len(state.token_ids)
-                self.counters.prefix_hit_tokens += state.num_cached_tokens
-            state.ran = True
             if state.chain is not None and state.token_ids is not None:
+                if not state.ran:
+                    self.counters.prefix_query_tokens += len(state.token_ids)
+                    self.counters.prefix_hit_tokens += state.num_cached_tokens
                 known = min(state.num_tokens, len(state.token_ids))
                 state.chain.extend(state.token_ids, known)
                 for group in self.groups:
                     group.publish_exact(entry.seq_id, state.chain, known)
+            state.ran = True
         for group in self.groups:
             self._seal(group, plan, report)
         return report
@@ -386,11 +383,11 @@ class SpectralKVCache:
         for seq_id, error in self._sealer.encode(group, due).items():
             self._sequences[seq_id].error = report.failed[seq_id] = error
         for seq_id in dict.fromkeys(seq_id for seq_id, _ in due):
-            state = self._sequences[seq_id]
+            state, visible = self._sequences[seq_id], self._visible_next(seq_id)
             if state.error is not None:
                 continue
-            count = len(group.due(seq_id, self._visible_next(seq_id)))
-            group.publish_sealed(seq_id, state.chain, self._visible_next(seq_id))
+            count = len(group.due(seq_id, visible))
+            group.publish_sealed(seq_id, state.chain, visible)
             state.num_pages_sealed += count * len(group.layers)
             report.blocks_sealed += count
             self.counters.blocks_sealed += count
@@ -407,8 +404,7 @@ class SpectralKVCache:
 
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
         """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
-        state = self._sequences[seq_id]
-        held = held_bytes(self.groups, seq_id)
+        state, held = self._sequences[seq_id], held_bytes(self.groups, seq_id)
         return {
             "tokens": state.num_tokens,
             "cached_tokens": state.num_cached_tokens,

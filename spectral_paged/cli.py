@@ -39,6 +39,17 @@ def parse_bytes(text: str) -> int:
     return value
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spectral-paged", description="Batched generation over spectral KV-cache pages."
@@ -68,8 +79,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-bytes", type=parse_bytes)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--max-num-seqs", type=positive, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--prefill-segment", type=int, default=2048)
     parser.add_argument("--no-prefix-caching", action="store_true")
@@ -85,14 +96,19 @@ def generate(args: argparse.Namespace) -> int:
     from spectral_paged.batch_file import OutputFile
     from spectral_paged.batch_run import BatchRun
     from spectral_paged.llm import LLM
+    from spectral_paged.sampling import SamplingParams
 
     if not args.input.is_file():
         raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
     defaults = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
     if "sampling_seed" in defaults:
         defaults["seed"] = defaults.pop("sampling_seed")
+    SamplingParams(**defaults)  # a bad default would otherwise become the error of every line
+    if args.output.exists() and args.output.samefile(args.input):
+        raise InvalidRequestError(f"--input and --output are both {str(args.output)!r}")
     output = OutputFile(args.output, overwrite=args.overwrite)
     try:
+        output.check(args.input)
         llm = LLM(
             args.model,
             kv_format=args.kv_format,
@@ -154,11 +170,12 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 2 for a typed error (its message goes to stderr), 130 after an interrupt."""
+    """Entry point; 2 for a typed error or an unusable file (the message goes to stderr), 130
+    after an interrupt."""
     args = build_parser().parse_args(argv)
     try:
         return {"generate": generate, "info": info, "bench": bench}[args.command](args)
-    except SpectralPagedError as error:
+    except (SpectralPagedError, OSError) as error:
         print(f"spectral-paged: {error}", file=sys.stderr)
         return 2
 

@@ -124,6 +124,10 @@ def _encode_side(
         view.mean.copy_(mean)
         x = x - mean.float().unsqueeze(-2)
     flat = x.reshape(num_pages * num_heads, BLOCK_TOKENS, dim)
+    # A power of two per head, exact, brings the values near 1: squares of any finite block fit.
+    _, exponent = torch.frexp(flat.abs().amax(dim=(-2, -1), keepdim=True))
+    power = torch.exp2(exponent.clamp(-100, 100).float())
+    flat = flat / power
     rank = view.scale.shape[-1]
     weighted = flat if dim_weights is None else flat * dim_weights.unsqueeze(-2)
     target = weighted if token_weights is None else weighted * token_weights.sqrt().unsqueeze(-1)
@@ -145,7 +149,8 @@ def _encode_side(
     shape = (num_pages, num_heads)
     view.coeff.copy_((coeff_codes + COEFF_OFFSET).to(torch.uint8).unflatten(0, shape))
     view.basis.copy_((basis_codes + COEFF_OFFSET).to(torch.uint8).unflatten(0, shape))
-    view.scale.copy_((coeff_scale.squeeze(-2) * basis_scale.squeeze(-1)).unflatten(0, shape))
+    scale = coeff_scale.squeeze(-2) * basis_scale.squeeze(-1) * power.squeeze(-1)
+    view.scale.copy_(scale.unflatten(0, shape))
 
 
 # ---- pages -------------------------------------------------------------------------------
@@ -179,21 +184,25 @@ def encode_pages(
         NonFiniteError: NaN or Inf in a block; `block_index` and the message say where.
         FormatError: wrong shape, or a weighted format without queries.
     """
-    num_pages, num_heads, tokens, dim = k.shape
-    if (num_heads, tokens, dim) != (format.num_kv_heads, BLOCK_TOKENS, format.head_dim):
-        raise FormatError(
-            f"blocks are [N, {num_heads}, {tokens}, {dim}]; format {format.name!r} takes "
-            f"[N, {format.num_kv_heads}, {BLOCK_TOKENS}, {format.head_dim}]"
-        )
+    num_pages, dim = k.shape[0], format.head_dim
+    want = [num_pages, format.num_kv_heads, BLOCK_TOKENS, dim]
+    if list(k.shape) != want:
+        raise FormatError(f"blocks are {list(k.shape)}; format {format.name!r} takes {want}")
     if v.shape != k.shape:
         raise FormatError(f"k is {list(k.shape)} but v is {list(v.shape)}")
     # one memory layout: sums over other strides round differently, and bytes must not
     k, v = k.float().contiguous(), v.float().contiguous()
-    check_finite(k, v)
+    check_finite(K=k, V=v)
     token_weights = dim_weights = None
     if format.needs_queries:
         if queries is None:
             raise FormatError(f"format {format.name!r} weighs by queries; pass the block's queries")
+        if queries.dim() != 5 or [*queries.shape[:2], queries.shape[-1]] != [*want[:2], dim]:
+            raise FormatError(
+                f"queries are {list(queries.shape)}; blocks of {want} take "
+                f"[{num_pages}, {format.num_kv_heads}, G, Q, {dim}]"
+            )
+        check_finite(queries=queries)
         flat_queries = queries.flatten(0, 1)
         if format.token_weighting == "attention":
             seen_keys = (k if rotated_k is None else rotated_k).flatten(0, 1)
@@ -210,10 +219,10 @@ def encode_pages(
     return pages
 
 
-def check_finite(k: Tensor, v: Tensor) -> None:
-    """Refuse NaN and Inf in blocks `[N, H, 512, D]`, naming side, block and head."""
-    for side, x in (("K", k), ("V", v)):
-        bad = ~torch.isfinite(x).all(dim=-1).all(dim=-1)  # [N, H]
+def check_finite(**sides: Tensor) -> None:
+    """Refuse NaN and Inf in blocks `[N, H, ...]`, naming side, block and head."""
+    for side, x in sides.items():
+        bad = ~torch.isfinite(x).flatten(2).all(dim=-1)  # [N, H]
         if bool(bad.any()):
             block, head = bad.nonzero()[0].tolist()
             raise NonFiniteError(

@@ -354,11 +354,13 @@ class Engine:
         if (
             parent_id in self.cache
             and len(self.scheduler.running) < self.scheduler.config.max_num_seqs
-            and self.cache.fork(parent_id, request.request_id)
-        ):
-            self.cache.follow_tokens(
-                request.request_id, request.token_ids, cache_salt=request.cache_salt
+            and self.cache.fork(
+                parent_id,
+                request.request_id,
+                token_ids=request.token_ids,
+                cache_salt=request.cache_salt,
             )
+        ):
             self.scheduler.adopt(request)
         else:
             self.scheduler.requeue(request)

@@ -62,5 +62,9 @@ class NonFiniteError(SpectralPagedError, ArithmeticError):
         self.block_index = block_index
 
 
+class PatchError(SpectralPagedError, RuntimeError):
+    """A function in third-party code that cannot be replaced, or not restored, everywhere."""
+
+
 class PoolError(SpectralPagedError, RuntimeError):
     """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""

@@ -12,6 +12,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
+from spectral_paged.rope import RotaryTable
 
 
 def check_geometry(
@@ -42,6 +43,24 @@ def check_geometry(
     bad = [i for i in exempt_layers if not 0 <= i < num_layers]
     if bad:
         raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
+
+
+def check_length(max_model_len: int | None, rope: RotaryTable | None) -> int:
+    """Longest sequence, by default the rotary table's length.
+
+    Raises:
+        FormatError: neither is given, or the table is shorter.
+    """
+    if max_model_len is None and rope is not None:
+        return rope.max_positions
+    if max_model_len is None:
+        raise FormatError("max_model_len must be given where there is no rotary table")
+    if rope is not None and rope.max_positions < max_model_len:
+        raise FormatError(
+            f"the rotary table has {rope.max_positions} positions, max_model_len is "
+            f"{max_model_len}: build the table longer or lower max_model_len"
+        )
+    return max_model_len
 
 
 def build_groups(

@@ -32,9 +32,8 @@ class OutputText:
         self.text += self._stream.step(self._backend, token_id) or ""
         if not may_stop:
             return None
-        longest = max((len(s) for s in self._stop), default=0)
-        window = max(0, before - longest + 1)
-        hits = [(self.text.find(s, window), s) for s in self._stop]
+        # only what this token completes: an earlier hit was ignored while it might not stop
+        hits = [(self.text.find(s, max(0, before - len(s) + 1)), s) for s in self._stop]
         hits = [(at, s) for at, s in hits if at >= 0]
         if not hits:
             return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectral_paged.errors import SamplingParamsError
 
 MAX_LOGPROBS = 20
+GREEDY_BELOW = 1e-5  # as in vLLM; logits over less would overflow fp32
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SamplingParams:
 
     Args:
         n: completions for the prompt.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is anything below 1e-5.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set whose probability reaches p.
         min_p: drop tokens below `min_p` times the highest probability.
@@ -99,6 +100,8 @@ class SamplingParams:
             or (isinstance(stops, list | tuple) and all(isinstance(s, str) and s for s in stops)),
             "None, or strings that are not empty",
         )
+        for name in ("ignore_eos", "skip_special_tokens"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
         check(
             "stop_token_ids",
             isinstance(self.stop_token_ids, list | tuple)
@@ -194,7 +197,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         if row.blocked_token_ids:
             logits[i, list(row.blocked_token_ids)] = float("-inf")
     greedy = logits.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if not drawn:
         return greedy
     device = logits.device

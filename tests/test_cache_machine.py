@@ -205,13 +205,11 @@ class CacheMachine(RuleBasedStateMachine):
         if self.cache.num_tokens(parent) != len(self.tokens[parent]):
             return
         child = self._name()
-        if not self.cache.fork(parent, child):
+        ids = list(self.tokens[parent])
+        if not self.cache.fork(parent, child, token_ids=ids if follow else None):
             assert child not in self.cache
             return
-        self.tokens[child] = list(self.tokens[parent])
-        self.prompt[child] = self.prompt[parent]
-        if follow:
-            self.cache.follow_tokens(child, self.tokens[child])
+        self.tokens[child], self.prompt[child] = ids, self.prompt[parent]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), forget=st.booleans())

@@ -17,7 +17,7 @@ from spectral_paged.cli import main, parse_bytes
 from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.loader import embedded_gguf, load_config
+from spectral_paged.models.loader import embedded_gguf, load_config, resolve
 from spectral_paged.page_format import PRESETS, PageFormat
 
 CHAT = {
@@ -40,8 +40,11 @@ GOOD = {
     4: {
         "custom_id": "t1",
         "url": "/v1/completions",
-        "body": {"prompt": "One, two,", "max_tokens": 3, "n": 2, "temperature": 0.0},
-    },
+        "body": {
+            "prompt": "One, two,", "max_tokens": 3, "n": 2, "temperature": 0.0, "logprobs": 1,
+            "response_format": {"type": "text"}, "logit_bias": {}, "stream": False, "user": "u",
+        },
+    },  # fmt: skip
     5: {"messages": [{"role": "user", "content": "Hello!"}], "sampling_params": {"max_tokens": 3}},
 }
 BAD = {
@@ -58,6 +61,13 @@ BAD = {
     15: (b'{"prompt": [1, 99999999]}', "vocabulary"),
     16: (b'{"messages": [{"role": "user"}]}', "messages must be"),
     17: (b'{"prompt": "' + b"word " * 9000 + b'"}', "max_model_len"),
+    18: (b'{"prompt": "x", "sampling_params": 5}', "must be an object"),
+    19: (b'{"prompt": "a\\ud800b"}', "not valid Unicode"),
+    20: (b'{"prompt": "x", "id": "\\udfff"}', "not valid Unicode"),
+    21: (b"[" * 100_000, "not JSON"),
+    22: (b'{"custom_id": "w", "method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}}',
+         "'POST'"),
+    23: (b'{"prompt": "\xff"}', "not JSON"),
 }  # fmt: skip
 
 
@@ -119,6 +129,14 @@ def test_good_lines_are_answered_and_bad_ones_get_records_with_their_number(
     assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) >= 2
     body = got[4]["response"]["body"]
     assert [c["index"] for c in body["choices"]] == [0, 1] and body["object"] == "text_completion"
+    columns = body["choices"][0]["logprobs"]
+    assert "".join(columns["tokens"]) == body["choices"][0]["text"]
+    assert all(p <= 0 for p in columns["token_logprobs"]) and len(columns["top_logprobs"]) == 3
+    assert chat["created"] > 0 and body["created"] > 0
+    assert (got[14]["custom_id"], got[14]["response"], got[14]["error"]["code"]) == (
+        "v", None, "InvalidRequestError"
+    )  # fmt: skip
+    assert got[12]["custom_id"] == "plain", "a refused line keeps its id"
     assert got[5]["outputs"][0]["token_ids"]
 
 
@@ -193,12 +211,84 @@ def test_an_output_of_another_input_is_refused(tmp_path):
     assert not fresh.has(next(read_lines(source, {})))
 
 
-def test_a_foreign_output_file_is_not_appended_to(tmp_path):
+@pytest.mark.parametrize("notes", ["my notes\n", "my notes, no newline", '{"line": 1}\n'])
+def test_a_foreign_output_file_is_neither_appended_to_nor_cut(tmp_path, notes):
     out = tmp_path / "notes.txt"
-    out.write_text("my notes\n")
+    out.write_text(notes)
     with pytest.raises(CorruptFileError, match="line 1"):
         OutputFile(out)
-    assert out.read_text() == "my notes\n"
+    assert out.read_text() == notes
+
+
+@pytest.mark.parametrize("lines", [["one", "other"], ["one"]])
+def test_a_late_mismatch_is_refused_before_anything_is_served(tmp_path, lines, capsys):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"one"\n"two"\n')
+    file = OutputFile(out)
+    *_, second = read_lines(source, {})
+    file.write({"line": 2, "line_hash": second.digest, "error": None})
+    file.close()
+    file.check(source)
+    before = out.read_bytes()
+    source.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert run(source, out) == 2
+    assert "--overwrite" in capsys.readouterr().err and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("extra", [["--model", "/no/such.gguf"], ["--top-p", "7"]])
+def test_a_run_that_never_starts_keeps_the_earlier_output(tmp_path, extra):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"one"\n')
+    out.write_text("earlier\n")
+    assert run(source, out, "--overwrite", *extra) == 2
+    assert out.read_text() == "earlier\n"
+
+
+def test_an_input_is_never_its_own_output(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('"one"\n')
+    assert run(source, source, "--overwrite") == 2
+    assert "both" in capsys.readouterr().err and source.read_text() == '"one"\n'
+
+
+def test_an_output_that_cannot_be_written_exits_with_its_message(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('"one"\n')
+    assert run(source, tmp_path / "none" / "out.jsonl") == 2
+    assert "out.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_an_interrupt_keeps_finished_lines_and_says_how_to_go_on(
+    one_llm, shared_llm, tmp_path, monkeypatch, capsys
+):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(f"Number {i} is") + "\n" for i in range(12)))
+    step = shared_llm.engine.step
+
+    def interrupted():
+        if out.read_bytes():
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_llm.engine, "step", interrupted)
+        assert run(source, out) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    before = out.read_bytes()
+    assert 1 <= before.count(b"\n") < 12 and before.endswith(b"\n")
+    assert not shared_llm.engine.has_unfinished(), "nothing is left behind in the engine"
+    assert run(source, out) == 0
+    assert out.read_bytes().startswith(before) and sorted(records(out)) == list(range(1, 13))
+
+
+@pytest.mark.model
+def test_overwrite_starts_again(one_llm, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"one"\n')
+    out.write_text("earlier\n")
+    assert run(source, out, "--overwrite") == 0
+    assert list(records(out)) == [1]
 
 
 @pytest.mark.model
@@ -236,6 +326,12 @@ def test_an_unknown_model_exits_with_its_message(capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
+def test_an_unsupported_model_exits_with_its_message(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert main(["info", str(tmp_path)]) == 2
+    assert "'gpt2' is not supported" in capsys.readouterr().err
+
+
 def test_a_missing_input_exits_with_its_message(tmp_path, capsys):
     assert main(["generate", "--input", str(tmp_path / "no"), "--output", "x"]) == 2
     assert "there is no input file" in capsys.readouterr().err
@@ -261,12 +357,15 @@ def test_bench_quality_writes_results_and_a_picture(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(quality, "QUICK_BLOCKS", 2)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"Chapter {i} tells of the {i}th day at sea." for i in range(300)))
+    model = tmp_path / "SmolLM2-0.1B"  # a dot in a name is no suffix
+    model.symlink_to(resolve("smollm2-135m"))
     code = main(
-        ["bench", "quality", "--quick", "--text", str(text), "--output-dir", str(tmp_path)]
-    )
+        ["bench", "quality", "--quick", "--model", str(model), "--text", str(text),
+         "--output-dir", str(tmp_path)]
+    )  # fmt: skip
     assert code == 0
-    result = json.loads((tmp_path / "quality-smollm2-135m.json").read_text())
-    assert (tmp_path / "quality-smollm2-135m.png").stat().st_size > 10_000
+    result = json.loads((tmp_path / "quality-SmolLM2-0.1B.json").read_text())
+    assert (tmp_path / "quality-SmolLM2-0.1B.png").stat().st_size > 10_000
     assert len(result["decay"]) == 30 and result["environment"]["torch"]
     low, *_, high = result["formats"]
     for a, b in zip(low["layers"], high["layers"]):

@@ -30,32 +30,38 @@ class ModelGeometry:
         """Read and check a transformers config.
 
         Raises:
-            UnsupportedModelError: another family, sliding-window layers, or a RoPE whose table
-                depends on the sequence's length.
+            UnsupportedModelError: another family, sliding-window layers, soft-capped scores, or
+                a RoPE whose table depends on the sequence's length.
         """
         family = config.model_type
         if family not in FAMILIES:
             raise UnsupportedModelError(
                 f"model family {family!r} is not supported; this version serves "
-                f"{', '.join(FAMILIES)}"
+                f"{', '.join(FAMILIES)}: take a model of one of them"
             )
         layer_types = getattr(config, "layer_types", None) or []
         window = getattr(config, "sliding_window", None)
-        if family == "qwen2" and not getattr(config, "use_sliding_window", False):
-            window = None
-        if "sliding_attention" in layer_types or (
-            window and window < config.max_position_embeddings
-        ):
+        slides = "sliding_attention" in layer_types
+        if family not in ("qwen2", "qwen3"):  # their layers slide by layer_types alone
+            slides = slides or bool(window and window < config.max_position_embeddings)
+        if slides:
             raise UnsupportedModelError(
                 f"{family} with sliding-window layers (window {window}) is not supported in this "
                 "version: use a model with full attention in every layer"
+            )
+        cap = getattr(config, "attn_logit_softcapping", None)
+        if cap is not None:
+            raise UnsupportedModelError(
+                f"attn_logit_softcapping {cap} is not supported in this version: use a model "
+                "without soft-capped attention scores"
             )
         rope = getattr(config, "rope_parameters", None) or {}
         rope_type = rope.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise UnsupportedModelError(
                 f"RoPE type {rope_type!r} changes its table with the sequence's length, so pages "
-                f"could not be shared; supported are {', '.join(ROPE_TYPES)}"
+                f"could not be shared; supported are {', '.join(ROPE_TYPES)}: set one of them in "
+                "the config's rope_parameters (default serves the original length)"
             )
         num_q_heads = config.num_attention_heads
         return cls(

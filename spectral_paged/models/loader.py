@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from spectral_paged.errors import CorruptFileError, SpectralPagedError, UnknownModelError
-from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.errors import (
+    CorruptFileError,
+    SpectralPagedError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
+from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +72,14 @@ def check_gguf(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(24)
     if len(head) < 24 or head[:4] != b"GGUF":
-        raise CorruptFileError(f"{path} is not a GGUF file (it does not start with 'GGUF')")
+        raise CorruptFileError(
+            f"{path} is not a GGUF file (it does not start with 'GGUF'): fetch it again"
+        )
     version, num_tensors, _ = struct.unpack("<IQQ", head[4:])
     if version not in (2, 3):
-        raise CorruptFileError(f"{path} has GGUF version {version}; versions 2 and 3 are read")
+        raise CorruptFileError(
+            f"{path} has GGUF version {version}; versions 2 and 3 are read: convert it to one"
+        )
     from gguf import GGUFReader  # imports slowly, and only GGUF files need it
 
     try:
@@ -102,8 +111,11 @@ def convert_gguf(path: Path) -> Path:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnknownModelError(f"transformers cannot read {path}: {error}") from error
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot read {path} ({error}): take a GGUF file of a family that is "
+            f"served ({', '.join(FAMILIES)}), or the model's safetensors folder"
+        ) from error
     # a dequantized model still says it is quantized, and then refuses to be saved
     model.hf_quantizer = None
     model.is_quantized = False
@@ -144,14 +156,30 @@ def resolve(name: str) -> str:
 
 
 def load_config(name: str) -> Any:
-    """The transformers config of a model name."""
+    """The transformers config of a model name.
+
+    Raises:
+        UnknownModelError: no such folder, file or hub id.
+        UnsupportedModelError: a folder with a model that transformers does not know.
+        CorruptFileError: a folder whose config.json cannot be read.
+    """
     where = resolve(name)
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UnknownModelError(
-            f"unknown model {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder, no .gguf "
-            f"file, and no hub id that can be reached ({str(error).splitlines()[0]})"
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not Path(where).is_dir():
+            raise UnknownModelError(
+                f"unknown model {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder, no "
+                f".gguf file, and no hub id that can be reached ({reason})"
+            ) from error
+        if isinstance(error, ValueError):
+            raise UnsupportedModelError(
+                f"folder {name!r} holds no model that transformers knows ({reason}); this "
+                f"version serves {', '.join(FAMILIES)}: take a model of one of them"
+            ) from error
+        raise CorruptFileError(
+            f"config.json in folder {name!r} cannot be read ({reason}): fetch it again"
         ) from error
 
 
@@ -172,6 +200,6 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
         raise
     except Exception as error:
         raise CorruptFileError(
-            f"the files of model {name!r} in {where} cannot be loaded: {error}"
+            f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
         ) from error
     return LoadedModel(name, model.to(device).eval(), tokenizer, geometry)
