@@ -155,6 +155,10 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError("a text prompt needs a tokenizer; pass token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
             return list(self.tokenizer(prompt)["input_ids"]) if prompt else []
         token_ids = list(prompt)
         for token in token_ids:

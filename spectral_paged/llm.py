@@ -18,11 +18,16 @@ from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import (
+    DEFAULT_CPU_CACHE_BYTES,
+    choose_cache_bytes,
+    choose_device,
+    choose_dtype,
+)
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-DEFAULT_CPU_CACHE_BYTES = 1 << 30
 
 
 @dataclass(slots=True, eq=False)
@@ -73,10 +78,8 @@ class LLM:
         poison: bool = False,
     ) -> None:
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        where = torch.device(device)
-        element = _dtype(dtype, where)
+        where = choose_device(device)
+        element = choose_dtype(dtype, where)
         loaded = load_model(model, device=where, dtype=element)
         self._build(
             loaded,
@@ -137,7 +140,7 @@ class LLM:
             format=kv_format,
             device=where,
             dtype=dtype,
-            kv_cache_bytes=_cache_bytes(cache_bytes, utilization, where),
+            kv_cache_bytes=choose_cache_bytes(cache_bytes, utilization, where),
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             exempt_layers=exempt_layers,
@@ -413,33 +416,6 @@ def _params_list(
             f"{len(params)} sampling parameters for {count} prompts: give one, or one a prompt"
         )
     return list(params)
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    names = {
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "half": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }
-    if dtype not in names:
-        raise InvalidRequestError(f"dtype is {dtype!r}; use 'auto' or one of {sorted(names)}")
-    return names[dtype]
-
-
-def _cache_bytes(given: int | None, utilization: float, device: torch.device) -> int:
-    if given is not None:
-        return given
-    if device.type != "cuda":
-        return DEFAULT_CPU_CACHE_BYTES
-    if not 0 < utilization <= 1:
-        raise InvalidRequestError(f"gpu_memory_utilization is {utilization}; it must be in (0, 1]")
-    free, total = torch.cuda.mem_get_info(device)
-    return int(free - total * (1 - utilization))
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:

@@ -62,7 +62,11 @@ def report_format(format: PageFormat, geometry: ModelGeometry, memory_bytes: int
 
 
 def model_report(name: str, geometry: ModelGeometry, memory_bytes: int) -> str:
-    """A table of every preset for a model, ready to print."""
+    """A table of every preset for a model, ready to print.
+
+    Raises:
+        FormatError: no preset fits the model's heads.
+    """
     lines = [
         f"{name}: {geometry.num_layers} layers, {geometry.num_q_heads} query heads, "
         f"{geometry.num_kv_heads} KV heads of width {geometry.head_dim}, "
@@ -80,6 +84,8 @@ def model_report(name: str, geometry: ModelGeometry, memory_bytes: int) -> str:
             notes.append(f"{preset}: {error}")
             continue
         reports.append(report_format(format, geometry, memory_bytes))
+    if not reports:
+        raise FormatError(f"no format fits {name}: {'; '.join(notes)}")
     lengths = list(reports[0].ratio_at)
     head = f"{'format':20} {'page bytes':>10} {'B/token':>9} {'page':>6}"
     head += "".join(f" {f'at {n // 1024}K':>8}" for n in lengths)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spectral_paged.errors import SamplingParamsError
 
+MAX_N = 1024
+MAX_FACTOR = 1e6  # what fp32 logits can be scaled by without overflow
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # as in vLLM; logits over less would overflow fp32
 
@@ -67,15 +69,24 @@ class SamplingParams:
         def number(value: object) -> bool:
             return whole(value) or (isinstance(value, float) and math.isfinite(value))
 
-        check("n", whole(self.n) and self.n >= 1, "an integer of at least 1")
-        check("temperature", number(self.temperature) and self.temperature >= 0, "at least 0")
-        check("top_k", whole(self.top_k) and self.top_k >= -1, "0 or -1 (all) or more")
+        check("n", whole(self.n) and 1 <= self.n <= MAX_N, f"an integer between 1 and {MAX_N}")
+        check(
+            "temperature",
+            number(self.temperature) and 0 <= self.temperature <= MAX_FACTOR,
+            f"between 0 and {MAX_FACTOR:g}",
+        )
+        check(
+            "top_k",
+            whole(self.top_k) and -1 <= self.top_k < 2**31,
+            "0 or -1 (all) or more, below 2^31",
+        )
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]")
         check(
             "repetition_penalty",
-            number(self.repetition_penalty) and self.repetition_penalty > 0,
-            "above 0",
+            number(self.repetition_penalty)
+            and 1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR,
+            f"between {1 / MAX_FACTOR:g} and {MAX_FACTOR:g}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)

@@ -24,7 +24,7 @@ CACHE = {
 }  # fmt: skip
 ENGINE = CACHE | {"sampling", "outputs", "output_text", "engine", "scheduler"}
 MODELS = CACHE | {"models"}
-LLM = ENGINE | MODELS | {"llm", "model_report", "batch_file", "batch_run"}
+LLM = ENGINE | MODELS | {"llm", "placement", "model_report", "batch_file", "batch_run"}
 ALLOWED = {
     "kernels": {"kernels"},
     "scheduler": {"scheduler"},
@@ -35,7 +35,7 @@ ALLOWED = {
     "__init__": LLM,
     **dict.fromkeys(CACHE - {"kernels"}, CACHE),
     **dict.fromkeys(("sampling", "outputs", "output_text", "engine"), ENGINE),
-    **dict.fromkeys(("llm", "model_report", "batch_file", "batch_run"), LLM),
+    **dict.fromkeys(("llm", "placement", "model_report", "batch_file", "batch_run"), LLM),
 }
 
 

@@ -288,6 +288,19 @@ def test_options_out_of_range_are_refused_with_the_limit():
         tiny_llm().generate([[1]], [GREEDY, GREEDY])
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:77", "mps"])
+def test_a_device_that_is_not_there_is_refused_before_the_model_loads(device):
+    with pytest.raises(InvalidRequestError, match="device is"):
+        LLM("smollm2-135m", device=device)
+
+
+def test_text_that_cannot_be_encoded_is_refused():
+    llm = tiny_llm()
+    llm.engine.tokenizer = lambda text: pytest.fail("the tokenizer never sees it")
+    with pytest.raises(InvalidRequestError, match="not valid text"):
+        llm.engine.add_request("x", "a \ud800 b")
+
+
 def test_sixty_four_requests_leave_nothing_behind():
     """64 more requests add no Python object and no tensor byte; the arenas stay where they are."""
     llm = tiny_llm(kv_cache_bytes=2_000_000, max_num_seqs=4)

@@ -224,7 +224,9 @@ def test_logprobs_only_where_they_are_asked_for():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("n", 0), ("n", True), ("n", 1.0), ("n", None), ("temperature", True), ("top_k", True),
+        ("n", 0), ("n", 10**9), ("temperature", 10**400), ("temperature", 1e30), ("top_k", 10**26),
+        ("repetition_penalty", 10**400), ("repetition_penalty", 1e-30),
+        ("n", True), ("n", 1.0), ("n", None), ("temperature", True), ("top_k", True),
         ("top_k", "5"), ("top_p", None), ("min_p", float("nan")), ("min_p", True),
         ("repetition_penalty", float("nan")), ("repetition_penalty", float("inf")),
         ("repetition_penalty", -1.0), ("presence_penalty", float("nan")),

@@ -1,0 +1,67 @@
+"""Where a model runs, in which dtype, and how much memory its cache gets."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_paged.errors import InvalidRequestError
+
+DEFAULT_CPU_CACHE_BYTES = 1 << 30
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        InvalidRequestError: no such device, or none on this machine.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequestError(f"device is {device!r}; use auto, cpu or cuda") from error
+    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not cuda):
+        raise InvalidRequestError(
+            f"device is {device!r}, which is not there: this machine offers "
+            f"{'cpu and cuda' if cuda else 'cpu'}"
+        )
+    return where
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is fp32 on the CPU and bf16 on CUDA.
+
+    Raises:
+        InvalidRequestError: a name that is no dtype of ours.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    names = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "half": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
+    if dtype not in names:
+        raise InvalidRequestError(f"dtype is {dtype!r}; use 'auto' or one of {sorted(names)}")
+    return names[dtype]
+
+
+def choose_cache_bytes(given: int | None, utilization: float, device: torch.device) -> int:
+    """Bytes of the arenas: those given, else what `utilization` leaves of the GPU, else 1 GiB.
+
+    Raises:
+        InvalidRequestError: a share outside (0, 1].
+    """
+    if given is not None:
+        return given
+    if device.type != "cuda":
+        return DEFAULT_CPU_CACHE_BYTES
+    if not 0 < utilization <= 1:
+        raise InvalidRequestError(f"gpu_memory_utilization is {utilization}; it must be in (0, 1]")
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - total * (1 - utilization))
