@@ -18,6 +18,9 @@ from spectral_paged.page_format import PageFormat
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 NUM_WEIGHT_QUERIES = 64
+# CUDA libraries choose algorithms by batch size, and algorithms round differently: there, pages are
+# encoded in batches of one size, the last filled up with zeros.
+CUDA_BATCH = 32
 INT8_MAX = 127
 FP16_MAX = 65504.0
 
@@ -193,7 +196,6 @@ def encode_pages(
     # one memory layout: sums over other strides round differently, and bytes must not
     k, v = k.float().contiguous(), v.float().contiguous()
     check_finite(K=k, V=v)
-    token_weights = dim_weights = None
     if format.needs_queries:
         if queries is None:
             raise FormatError(f"format {format.name!r} weighs by queries; pass the block's queries")
@@ -203,15 +205,41 @@ def encode_pages(
                 f"[{num_pages}, {format.num_kv_heads}, G, Q, {dim}]"
             )
         check_finite(queries=queries)
+    inputs = [k, v, queries if format.needs_queries else None, rotated_k]
+    options = (format, rotary_dim or dim, dim**-0.5 if scale is None else scale)
+    if not k.is_cuda:
+        return _encode_batch(inputs, *options)
+    pages = [
+        _encode_batch([_padded(x, start) for x in inputs], *options)
+        for start in range(0, num_pages, CUDA_BATCH)
+    ]
+    return torch.cat(pages)[:num_pages] if pages else _encode_batch(inputs, *options)
+
+
+def _padded(x: Tensor | None, start: int) -> Tensor | None:
+    """`CUDA_BATCH` blocks from `start`, zeros past the end."""
+    if x is None:
+        return None
+    part = x[start : start + CUDA_BATCH]
+    missing = CUDA_BATCH - len(part)
+    return torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) if missing else part
+
+
+def _encode_batch(
+    inputs: list[Tensor | None], format: PageFormat, rotary_dim: int, scale: float
+) -> Tensor:
+    """Pages of checked inputs k, v, queries, rotated_k."""
+    k, v, queries, rotated_k = inputs
+    assert k is not None and v is not None
+    token_weights = dim_weights = None
+    if queries is not None:
         flat_queries = queries.flatten(0, 1)
         if format.token_weighting == "attention":
             seen_keys = (k if rotated_k is None else rotated_k).flatten(0, 1)
-            token_weights = attention_mass(
-                flat_queries, seen_keys, scale=dim**-0.5 if scale is None else scale
-            )
+            token_weights = attention_mass(flat_queries, seen_keys, scale=scale)
         if format.dim_weighting == "query-energy":
-            dim_weights = query_energy(flat_queries, rotary_dim or dim)
-    pages = torch.zeros(num_pages, format.page_bytes, dtype=torch.uint8, device=k.device)
+            dim_weights = query_energy(flat_queries, rotary_dim)
+    pages = torch.zeros(len(k), format.page_bytes, dtype=torch.uint8, device=k.device)
     _encode_side(
         k, pages, format, "k", token_weights=token_weights, dim_weights=dim_weights
     )

@@ -22,7 +22,8 @@ def choose_device(device: str) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise InvalidRequestError(f"device is {device!r}; use auto, cpu or cuda") from error
-    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not cuda):
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0}.get(where.type, 0)
+    if (where.index or 0) >= count:
         raise InvalidRequestError(
             f"device is {device!r}, which is not there: this machine offers "
             f"{'cpu and cuda' if cuda else 'cpu'}"

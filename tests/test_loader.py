@@ -63,7 +63,8 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_gguf_file_generates_and_its_conversion_is_made_once(tmp_path, own_cache, monkeypatch):
     path = str(write_gguf(tmp_path / "small.gguf"))
     params = SamplingParams(temperature=0.0, max_tokens=5)
-    first = LLM(path, kv_format="exact").generate("hello there", params, use_tqdm=False)
+    on_cpu = {"kv_format": "exact", "device": "cpu"}
+    first = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
     assert first[0].prompt_token_ids[:2] == [256, 257]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf")
     ids = torch.tensor([first[0].prompt_token_ids])
@@ -72,7 +73,7 @@ def test_a_gguf_file_generates_and_its_conversion_is_made_once(tmp_path, own_cac
     (folder,) = own_cache.iterdir()
     written = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
     monkeypatch.setattr(loader, "check_gguf", lambda path: pytest.fail("read a second time"))
-    again = LLM(path, kv_format="exact").generate("hello there", params, use_tqdm=False)
+    again = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
     assert again[0].outputs[0].text == first[0].outputs[0].text
     assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == written
     assert list(own_cache.iterdir()) == [folder], "no scratch folder is left"
