@@ -185,13 +185,18 @@ def main(*, model: str, texts: Sequence[Path] | None, quick: bool, output_dir: P
     loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32)
     num_blocks = QUICK_BLOCKS if quick else FULL_BLOCKS
     num_tokens = LANDMARKS + num_blocks * BLOCK_TOKENS
-    text = "\n".join(f.read_text(encoding="utf-8") for f in files)
+    text, read = "", []
+    for file in files:
+        text += file.read_text(encoding="utf-8") + "\n"
+        read.append(file.name)
+        if len(loaded.tokenizer(text)["input_ids"]) >= num_tokens:
+            break
     kv = capture(loaded, text, num_tokens)
     geometry = loaded.geometry
     result = {
         "environment": environment(),
         "model": model,
-        "texts": [f.name for f in files],
+        "texts": read,
         "tokens": num_tokens,
         "num_kv_heads": geometry.num_kv_heads,
         "head_dim": geometry.head_dim,
