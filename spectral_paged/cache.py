@@ -235,9 +235,7 @@ class SpectralKVCache:
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """Blocks that become due for sealing when `num_new` more tokens are stored."""
-        state = self._sequences[seq_id]
-        after = self.format.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
-        return after - self.format.visible_blocks(state.num_tokens, state.num_prompt_tokens)
+        return self._visible_next(seq_id, num_new) - self._visible_next(seq_id)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
         """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
@@ -263,7 +261,7 @@ class SpectralKVCache:
                 f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
                 f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
             )
-        visible_after = self.format.visible_blocks(total, state.num_prompt_tokens)
+        visible_after = self._visible_next(seq_id, num_new)
         before = [
             (len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in self.groups
         ]
@@ -390,12 +388,12 @@ class SpectralKVCache:
             group.publish_sealed(seq_id, state.chain, visible)
             state.num_pages_sealed += count * len(group.layers)
             report.blocks_sealed += count
-            self.counters.blocks_sealed += count
             self.counters.pages_sealed += count * len(group.layers)
 
-    def _visible_next(self, seq_id: str) -> int:
+    def _visible_next(self, seq_id: str, num_new: int = 0) -> int:
+        """Blocks that the query after `num_new` more tokens sees as pages."""
         state = self._sequences[seq_id]
-        return self.format.visible_blocks(state.num_tokens, state.num_prompt_tokens)
+        return self.format.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
 
     # ---- figures -------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from spectral_paged.page_format import PageFormat
 class CacheCounters:
     """Totals since construction."""
 
-    blocks_sealed: int = 0
     pages_sealed: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0

@@ -17,7 +17,6 @@ from spectral_paged.page_format import PageFormat
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
-NUM_WEIGHT_QUERIES = 64
 # CUDA libraries choose algorithms by batch size, and algorithms round differently: there, pages are
 # encoded in batches of one size, the last filled up with zeros.
 CUDA_BATCH = 32

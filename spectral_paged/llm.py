@@ -42,7 +42,8 @@ class LLM:
     """A model with a spectral paged KV cache.
 
     Args:
-        model: alias of the embedded default, hub id, local folder, or path to a `.gguf` file.
+        model: alias of the embedded default, hub id, local folder, path to a `.gguf` file, or a
+            `LoadedModel`, which brings its own device and dtype.
         kv_format: preset name, `exact`, or a `PageFormat`; `auto` needs no calibration file.
         device: `auto` takes CUDA where there is one.
         dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
@@ -61,7 +62,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | LoadedModel = "smollm2-135m",
         *,
         kv_format: str | PageFormat = "auto",
         device: str = "auto",
@@ -78,42 +79,12 @@ class LLM:
         poison: bool = False,
     ) -> None:
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
-        where = choose_device(device)
-        element = choose_dtype(dtype, where)
-        loaded = load_model(model, device=where, dtype=element)
-        self._build(
-            loaded,
-            kv_format=kv_format,
-            where=where,
-            dtype=element,
-            cache_bytes=kv_cache_bytes,
-            utilization=gpu_memory_utilization,
-            config=config,
-            max_model_len=max_model_len,
-            prefill_segment=prefill_segment,
-            exempt_layers=exempt_layers,
-            prefix_caching=enable_prefix_caching,
-            seed=seed,
-            poison=poison,
-        )
-
-    def _build(
-        self,
-        loaded: LoadedModel,
-        *,
-        kv_format: str | PageFormat,
-        where: torch.device,
-        dtype: torch.dtype,
-        cache_bytes: int | None,
-        utilization: float,
-        config: SchedulerConfig,
-        max_model_len: int | None,
-        prefill_segment: int,
-        exempt_layers: Sequence[int],
-        prefix_caching: bool,
-        seed: int,
-        poison: bool,
-    ) -> None:
+        if isinstance(model, LoadedModel):
+            loaded = model
+        else:
+            where = choose_device(device)
+            loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
+        where = loaded.model.device
         geometry = loaded.geometry
         longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
         if not 1 < longest <= geometry.max_position_embeddings:
@@ -139,13 +110,13 @@ class LLM:
             rope=rotary_table(loaded.model, longest, where),
             format=kv_format,
             device=where,
-            dtype=dtype,
-            kv_cache_bytes=choose_cache_bytes(cache_bytes, utilization, where),
+            dtype=loaded.model.dtype,
+            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, where),
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             exempt_layers=exempt_layers,
             softmax_scale=float(loaded.model.model.layers[0].self_attn.scaling),
-            enable_prefix_caching=prefix_caching,
+            enable_prefix_caching=enable_prefix_caching,
             poison=poison,
         )
         self.engine = Engine(
@@ -182,24 +153,20 @@ class LLM:
 
         Arguments as in the constructor.
         """
-        llm = cls.__new__(cls)
         geometry = ModelGeometry.from_config(model.config)
-        llm._build(
+        return cls(
             LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry),
             kv_format=kv_format,
-            where=model.device,
-            dtype=model.dtype,
-            cache_bytes=kv_cache_bytes,
-            utilization=1.0,
-            config=SchedulerConfig(max_num_seqs, max_num_batched_tokens),
+            kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             prefill_segment=prefill_segment,
             exempt_layers=exempt_layers,
-            prefix_caching=enable_prefix_caching,
+            enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             poison=poison,
         )
-        return llm
 
     # ---- generation ----------------------------------------------------------------------
 
