@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +12,6 @@ from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import rotary_table
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.rope import RotaryTable
-
-TEXT_FOLDER = Path("examples/texts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +23,6 @@ class CapturedKV:
     v: Tensor
     rope: RotaryTable
     scale: float
-
-
-def text_files(given: Sequence[Path] | None) -> list[Path]:
-    """The texts to read: those named, or the repository's.
-
-    Raises:
-        InvalidRequestError: there are none.
-    """
-    files = list(given) if given else sorted(TEXT_FOLDER.glob("*.txt"))
-    missing = [str(f) for f in files if not f.is_file()]
-    if missing or not files:
-        raise InvalidRequestError(
-            f"no text to read ({', '.join(missing) or TEXT_FOLDER}): run in the repository, or "
-            "name files with --text"
-        )
-    return files
 
 
 @torch.inference_mode()

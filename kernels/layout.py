@@ -9,35 +9,94 @@ EXACT_PAGE_TOKENS = 64
 UNIT_BYTES = 128
 COEFF_OFFSET = 128
 
+# A gain code g means 2 ** ((g - GAIN_OFFSET) / GAIN_STEPS): steps of 4.4 % from 2 ** -8 to 2 ** 8.
+GAIN_OFFSET = 128
+GAIN_STEPS = 16
+
+# Reconstruction levels by code, as INT8 integers. `gaussian`: the Lloyd-Max quantizer of a normal
+# variable (Max 1960, table 1), rounded to integers of 1 / LEVEL_UNIT standard deviations; a
+# byte permute is a table of eight of them. `uniform`: evenly spaced, scaled to the largest value.
+LEVELS: dict[str, dict[int, tuple[int, ...]]] = {
+    "gaussian": {
+        2: (-120, -36, 36, 120),
+        3: (-125, -78, -44, -14, 14, 44, 78, 125),
+        4: (-126, -95, -74, -58, -43, -30, -18, -6, 6, 18, 30, 43, 58, 74, 95, 126),
+    },
+    "uniform": {
+        2: (-3, -1, 1, 3),
+        3: (-7, -5, -3, -1, 1, 3, 5, 7),
+        4: tuple(range(-15, 16, 2)),
+    },
+}
+LEVEL_UNIT = {2: 79.47, 3: 58.0, 4: 46.0}
+
+
+@dataclass(frozen=True, slots=True)
+class BandLayout:
+    """Codes of `count` components from `first` on, and their basis rows.
+
+    ```
+    bits 8   offset       uint8 [512, count]      value + 128
+    bits 4   offset       uint8 [512, count / 2]  component 2i in the low nibble of byte i
+    bits 2   offset       uint8 [512, count / 4]  component 4i + j in bits 2j, 2j + 1 of byte i
+    bits 3   offset       as bits 2: the low two bits of the code
+             high_offset  uint8 [512, count / 8]  the third bit: component 8i + j in bit j of byte i
+    ```
+    """
+
+    first: int
+    count: int
+    bits: int
+    offset: int
+    high_offset: int
+    basis_offset: int  # -1: shared basis
+    basis_bits: int  # 8: uint8 [count, head_dim], value + 128; 4: uint8 [count, head_dim / 2]
+
 
 @dataclass(frozen=True, slots=True)
 class SideLayout:
     """One side (K or V) of one head inside a page; byte offsets count from the head's start.
 
+    Absent parts have offset -1.
+
     ```
-    coeff_offset   uint8 [512, rank]       value + 128
-    basis_offset   uint8 [rank, head_dim]  value + 128
-    scale_offset   fp32  [rank]            coefficient scale x basis row scale
-    mean_offset    fp16  [head_dim]        only with mean_offset >= 0
+    bands          codes of the coefficients, basis rows where the page holds them
+    scale_offset   bf16  [scale_groups, rank]  one a component and 512 / scale_groups tokens
+    gain_offset    uint8 [512]                 2 ** ((g - 128) / 16), one a token
+    mean_offset    fp16  [head_dim]
+    slot_offset    fp16  [num_slots, head_dim] exact values of the outlier tokens
     ```
     """
 
     rank: int
-    coeff_offset: int
-    basis_offset: int
+    bands: tuple[BandLayout, ...]
     scale_offset: int
+    scale_groups: int
+    gain_offset: int
     mean_offset: int
+    slot_offset: int
+
+    @property
+    def shared_basis(self) -> bool:
+        return self.bands[0].basis_offset < 0
 
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """A page is `num_kv_heads` head records of `head_bytes` each; a record is `k` then `v`."""
+    """A page is `num_kv_heads` head records of `head_bytes` each.
+
+    A record is `k`, `v`, then `index_offset`: uint16 `[num_slots]`, the outlier tokens of the head
+    (0 to 511, ascending, no repeats), the same for K and V.
+    """
 
     num_kv_heads: int
     head_dim: int
     head_bytes: int
     page_bytes: int
     rotate_keys: bool
+    levels: str
+    num_slots: int
+    index_offset: int
     k: SideLayout
     v: SideLayout
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.layout import BLOCK_TOKENS, PageLayout
-from spectral_paged.kernels.page_view import centred, gather_units, rebuild_side, side_view
+from spectral_paged.kernels.page_view import (
+    gather_units,
+    rebuild_side,
+    side_view,
+    slot_tokens,
+)
 from spectral_paged.kernels.rotary import rotate
 
 
@@ -21,6 +26,8 @@ def spectral_decode(
     cos: Tensor,
     sin: Tensor,
     scale: float,
+    k_basis: Tensor | None = None,
+    v_basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query per sequence against its sealed blocks. The fp32 torch twin.
 
@@ -31,9 +38,11 @@ def spectral_decode(
         q: `[N, Hq, D]`, after RoPE.
         plane: uint8, one layer's plane.
         table: int `[N, max_pages]` in 128-byte units; entries past `num_pages` are never read.
-        num_pages: int `[N]`.
+        num_pages: int `[N]`, table entries to visit; a negative entry is a block held exactly and
+            is skipped.
         first_position: position of the first token of block 0 (the number of landmarks).
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
+        k_basis, v_basis: fp32 `[H, rank, D]`, the layer's basis where the format shares it.
 
     Returns:
         out fp32 `[N, Hq, D]` and lse fp32 `[N, Hq]`; zeros and -inf for a sequence without pages.
@@ -46,30 +55,64 @@ def spectral_decode(
     for i, count in enumerate(num_pages.tolist()):
         if count == 0:
             continue
-        pages = gather_units(plane, table[i, :count], layout.page_bytes)
+        blocks = (table[i, :count] >= 0).nonzero().squeeze(-1)
+        if not len(blocks):
+            continue
+        pages = gather_units(plane, table[i][blocks], layout.page_bytes)
         query = grouped[i]  # [H, G, D]
         if layout.rotate_keys:
-            keys = rebuild_side(pages, layout, "k")  # [P, H, 512, D]
-            span = slice(first_position, first_position + count * BLOCK_TOKENS)
-            keys = rotate(
-                keys,
-                cos[span].view(count, 1, BLOCK_TOKENS, -1),
-                sin[span].view(count, 1, BLOCK_TOKENS, -1),
-            )
+            keys = rebuild_side(pages, layout, "k", k_basis)  # [P, H, 512, D]
+            keys = rotate(keys, *block_rows(cos, sin, blocks, first_position))
             scores = query @ keys.transpose(-1, -2)  # [P, H, G, 512]
         else:
-            view = side_view(pages, layout, "k")
-            projected = query @ (centred(view.basis) * view.scale.unsqueeze(-1)).transpose(-1, -2)
-            scores = projected @ centred(view.coeff).transpose(-1, -2)
-            if view.mean is not None:
-                scores = scores + query @ view.mean.float().unsqueeze(-1)
+            scores = _scores_in_rank_space(query, pages, layout, k_basis)
         row_lse = torch.logsumexp(torch.logsumexp(scores, dim=-1), dim=0)  # [H, G]
         weights = torch.exp(scores - row_lse.unsqueeze(-1))
-        view = side_view(pages, layout, "v")
-        in_rank = weights @ centred(view.coeff) * view.scale.unsqueeze(-2)  # [P, H, G, rank]
-        result = in_rank @ centred(view.basis)
-        if view.mean is not None:
-            result = result + weights.sum(-1, keepdim=True) * view.mean.float().unsqueeze(-2)
-        out[i] = result.sum(0).view(num_q_heads, dim)
+        out[i] = _weighted_values(weights, pages, layout, v_basis).sum(0).view(num_q_heads, dim)
         lse[i] = row_lse.flatten()
     return out, lse
+
+
+def block_rows(
+    cos: Tensor, sin: Tensor, blocks: Tensor, first_position: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of the rotary table at the positions of `blocks` `[P]`: two `[P, 1, 512, half]`."""
+    first = first_position + blocks.long() * BLOCK_TOKENS
+    rows = first.unsqueeze(-1) + torch.arange(BLOCK_TOKENS, device=cos.device)
+    return cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
+
+
+def _scores_in_rank_space(
+    query: Tensor, pages: Tensor, layout: PageLayout, shared: Tensor | None
+) -> Tensor:
+    """Scores `[P, H, G, 512]` of scaled queries `[H, G, D]` against keys stored after RoPE."""
+    view = side_view(pages, layout, "k")
+    projected = query @ view.basis(shared).transpose(-1, -2)
+    scores = projected @ view.coefficients().transpose(-1, -2)
+    if view.mean is not None:
+        scores = scores + query @ view.mean.float().unsqueeze(-1)
+    if view.slots is not None:
+        exact = query @ view.slots.float().transpose(-1, -2)  # [P, H, G, slots]
+        scores = scores.scatter(-1, _slot_index(pages, layout, exact), exact)
+    return scores
+
+
+def _weighted_values(
+    weights: Tensor, pages: Tensor, layout: PageLayout, shared: Tensor | None
+) -> Tensor:
+    """`weights` `[P, H, G, 512]` times the values of each page: `[P, H, G, D]`."""
+    view = side_view(pages, layout, "v")
+    exact: Tensor | float = 0.0
+    if view.slots is not None:
+        index = _slot_index(pages, layout, weights[..., : layout.num_slots])
+        exact = weights.gather(-1, index) @ view.slots.float()
+        weights = weights.scatter(-1, index, 0.0)
+    result = (weights @ view.coefficients()) @ view.basis(shared) + exact
+    if view.mean is not None:
+        result = result + weights.sum(-1, keepdim=True) * view.mean.float().unsqueeze(-2)
+    return result
+
+
+def _slot_index(pages: Tensor, layout: PageLayout, like: Tensor) -> Tensor:
+    """The outlier tokens `[P, H, slots]`, expanded over the query rows of `like`."""
+    return slot_tokens(pages, layout).long().unsqueeze(-2).expand_as(like)

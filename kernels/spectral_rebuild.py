@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.layout import BLOCK_TOKENS, PageLayout
+from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.page_view import gather_units, rebuild_side
 from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.spectral_decode import block_rows
 
 
 def spectral_rebuild(
@@ -19,21 +20,20 @@ def spectral_rebuild(
     cos: Tensor,
     sin: Tensor,
     dtype: torch.dtype,
+    k_basis: Tensor | None = None,
+    v_basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K (after RoPE) and V of one sequence's pages, `[H, num_pages * 512, D]` in `dtype`.
+    """K (after RoPE) and V of one sequence's pages, `[H, tokens, D]` in `dtype`.
 
-    Args: as in `spectral_decode`, for the pages at `positions` (int `[num_pages]`).
+    Args: as in `spectral_decode`, for the pages at `positions` (int `[num_pages]`; negative ones
+        are blocks held exactly and give no tokens).
     """
-    num_pages = positions.shape[0]
-    pages = gather_units(plane, positions, layout.page_bytes)
-    keys, values = rebuild_side(pages, layout, "k"), rebuild_side(pages, layout, "v")
+    blocks = (positions >= 0).nonzero().squeeze(-1)
+    pages = gather_units(plane, positions[blocks], layout.page_bytes)
+    keys = rebuild_side(pages, layout, "k", k_basis)
+    values = rebuild_side(pages, layout, "v", v_basis)
     if layout.rotate_keys:
-        span = slice(first_position, first_position + num_pages * BLOCK_TOKENS)
-        keys = rotate(
-            keys,
-            cos[span].view(num_pages, 1, BLOCK_TOKENS, -1),
-            sin[span].view(num_pages, 1, BLOCK_TOKENS, -1),
-        )
+        keys = rotate(keys, *block_rows(cos, sin, blocks, first_position))
     return (
         keys.to(dtype).transpose(0, 1).flatten(1, 2),
         values.to(dtype).transpose(0, 1).flatten(1, 2),

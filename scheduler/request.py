@@ -24,6 +24,7 @@ class Request:
     token_ids: list[int]
     num_prompt_tokens: int
     cache_salt: str = ""
+    pinned_spans: tuple[tuple[int, int], ...] = ()
     status: RequestStatus = RequestStatus.WAITING
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0

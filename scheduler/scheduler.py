@@ -23,6 +23,7 @@ class Cache(Protocol):
         num_prompt_tokens: int,
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
+        pinned_spans: Sequence[tuple[int, int]] = (),
     ) -> int | None: ...
     def try_reserve(self, seq_id: str, num_new: int) -> bool: ...
     def cancel_reservation(self, seq_id: str) -> None: ...
@@ -145,6 +146,7 @@ class Scheduler:
                 num_prompt_tokens=request.num_prompt_tokens,
                 token_ids=request.token_ids,
                 cache_salt=request.cache_salt,
+                pinned_spans=request.pinned_spans,
             )
             if cached is None:
                 return

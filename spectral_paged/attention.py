@@ -12,7 +12,7 @@ from spectral_paged.kernels.merge import merge
 from spectral_paged.kernels.spectral_decode import spectral_decode
 from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
 from spectral_paged.layer_group import LayerGroup
-from spectral_paged.page_format import PageFormat
+from spectral_paged.online_basis import CacheBasis
 from spectral_paged.step import Chunk, GroupStep
 
 
@@ -26,6 +26,7 @@ class PagedAttention:
 
     Args:
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
+        basis: the cache's calibration and format.
         scale: softmax scale.
         dtype: element type of exact pages.
 
@@ -36,14 +37,15 @@ class PagedAttention:
 
     def __init__(
         self,
-        format: PageFormat,
+        basis: CacheBasis,
         *,
         cos: Tensor,
         sin: Tensor,
         scale: float,
         dtype: torch.dtype,
     ) -> None:
-        self.format = format
+        self.format = basis.format
+        self.basis = basis
         self.cos = cos
         self.sin = sin
         self.scale = scale
@@ -52,21 +54,35 @@ class PagedAttention:
         self.pages_attended = 0
 
     def run(
-        self, group: LayerGroup, step: GroupStep, plane: Tensor, q: Tensor, k: Tensor, v: Tensor
+        self, group: LayerGroup, step: GroupStep, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Store k, v `[T, Hkv, D]` in the layer's `plane`; q `[T, Hq, D]` attends: `[T, Hq, D]`."""
+        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; q `[T, Hq, D]` attends.
+
+        Returns `[T, Hq, D]` in q's dtype.
+        """
+        plane = group.plane(layer)
+        shared = self.basis.rows(layer)
         exact_append(
             k.to(self.dtype), v.to(self.dtype), plane, step.append_positions, step.append_offsets
         )
         out = q.new_empty(q.shape, dtype=torch.float32)
         if len(step.decode_tokens):
-            out[step.decode_tokens] = self._decode(group, step, plane, q[step.decode_tokens])
+            out[step.decode_tokens] = self._decode(
+                group, step, plane, q[step.decode_tokens], shared
+            )
         for chunk in step.chunks:
             span = slice(chunk.flat_start, chunk.flat_start + chunk.num_new)
-            out[span] = self._chunk(group, chunk, plane, q[span])
+            out[span] = self._chunk(group, chunk, plane, q[span], shared)
         return out.to(q.dtype)
 
-    def _decode(self, group: LayerGroup, step: GroupStep, plane: Tensor, q: Tensor) -> Tensor:
+    def _decode(
+        self,
+        group: LayerGroup,
+        step: GroupStep,
+        plane: Tensor,
+        q: Tensor,
+        shared: dict[str, Tensor],
+    ) -> Tensor:
         out, lse = exact_decode(
             q,
             plane,
@@ -83,16 +99,24 @@ class PagedAttention:
             q,
             plane,
             group.page_table.device[step.decode_rows],
-            step.decode_pages,
+            step.decode_blocks,
             layout=self.format.layout,
             first_position=self.format.num_landmark_tokens,
             cos=self.cos,
             sin=self.sin,
             scale=self.scale,
+            **shared,
         )
         return merge([out, page_out], [lse, page_lse])[0]
 
-    def _chunk(self, group: LayerGroup, chunk: Chunk, plane: Tensor, q: Tensor) -> Tensor:
+    def _chunk(
+        self,
+        group: LayerGroup,
+        chunk: Chunk,
+        plane: Tensor,
+        q: Tensor,
+        shared: dict[str, Tensor],
+    ) -> Tensor:
         k, v = exact_gather(
             plane,
             group.exact_table.device[chunk.row],
@@ -105,12 +129,13 @@ class PagedAttention:
             self.pages_attended += chunk.num_pages
             history = spectral_rebuild(
                 plane,
-                group.page_table.device[chunk.row, : chunk.num_pages],
+                group.page_table.device[chunk.row, : chunk.num_blocks],
                 layout=self.format.layout,
                 first_position=self.format.num_landmark_tokens,
                 cos=self.cos,
                 sin=self.sin,
                 dtype=self.dtype,
+                **shared,
             )
             k = torch.cat((history[0], k), dim=1)
             v = torch.cat((history[1], v), dim=1)

@@ -13,22 +13,31 @@ report = cache.end_step()                           publishes, seals what is due
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spectral_paged import capacity
 from spectral_paged.attention import PagedAttention
-from spectral_paged.cache_stats import CacheCounters, held_bytes, pool_stats, token_bytes
+from spectral_paged.cache_stats import (
+    CacheCounters,
+    cost_figures,
+    held_bytes,
+    pool_stats,
+    sequence_figures,
+    token_bytes,
+)
 from spectral_paged.errors import CapacityError, FormatError, PoolError
 from spectral_paged.groups import build_groups, check_geometry, check_length
 from spectral_paged.layer_group import LayerGroup
+from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
-from spectral_paged.prefix import PrefixChain
-from spectral_paged.prefix_hit import longest_hit, prefix_chain
+from spectral_paged.pins import Spans, pinned_blocks
 from spectral_paged.rope import RotaryTable
 from spectral_paged.sealer import Sealer
-from spectral_paged.sequence_state import SequenceState
+from spectral_paged.sequence_table import SequenceTable
+from spectral_paged.shared_basis import SharedBasis
 from spectral_paged.step import GroupStep, PlanEntry, StepPlan, StepReport
 
 
@@ -44,12 +53,15 @@ class SpectralKVCache:
         max_num_seqs: sequences held at a time.
         max_model_len: longest sequence, tokens; default the rotary table's length.
         exempt_layers: layers that stay exact (a second group).
+        calibration: what formats with a shared basis or calibrated weights need: a `SharedBasis`,
+            or `"online"` to take the basis from the first blocks that are sealed here.
         softmax_scale: default `head_dim ** -0.5`.
         enable_prefix_caching: reuse slots of sequences added with `token_ids`.
         poison: fill freed slots with NaN bytes (tests).
 
     Raises:
-        FormatError: unknown preset, or a format that does not fit the geometry.
+        FormatError: unknown preset, a format that does not fit the geometry, or one that needs a
+            calibration without it.
         CapacityError: `kv_cache_bytes` is too small for two slabs.
     """
 
@@ -68,6 +80,7 @@ class SpectralKVCache:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         exempt_layers: Sequence[int] = (),
+        calibration: SharedBasis | Literal["online"] | None = None,
         softmax_scale: float | None = None,
         enable_prefix_caching: bool = True,
         poison: bool = False,
@@ -78,27 +91,25 @@ class SpectralKVCache:
         if format.seals and format.rope == "pre" and rope is None:
             raise FormatError("rope='pre' formats un-rotate keys: pass the model's RotaryTable")
         max_model_len = check_length(max_model_len, rope)
-        self.format = format
+        self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
+        format = self.format
         self.device = torch.device(device)
         self.dtype = dtype
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.counters = CacheCounters()
-        self._prefix_caching = enable_prefix_caching
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
         self._attention = PagedAttention(
-            format,
+            self._basis,
             cos=cos,
             sin=sin,
             scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             dtype=dtype,
         )
-        self._sealer = Sealer(format, cos=cos, sin=sin)
-        self._sequences: dict[str, SequenceState] = {}
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._sealer = Sealer(self._basis, cos=cos, sin=sin)
         self._step: StepPlan | None = None
         self._group_steps: list[GroupStep] = []
         self.groups = build_groups(
@@ -112,14 +123,30 @@ class SpectralKVCache:
             max_model_len=max_model_len,
             poison=poison,
         )
-        places = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group.layers))]
-        self._group_of = {self.groups[g].layers[i]: (g, i) for g, i in places}
+        self._sequences = SequenceTable(
+            self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
+        )
+        self._group_of = {
+            layer: index for index, group in enumerate(self.groups) for layer in group.layers
+        }
         self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
-    def fits_alone(self, num_tokens: int) -> bool:
-        """True if a sequence of `num_tokens` fits when it has the pool to itself."""
-        return capacity.fits_alone(self.format, self.groups, num_tokens)
+    @property
+    def format(self) -> PageFormat:
+        """The page format; an online calibration changes its fingerprint at the first seal."""
+        return self._basis.format
+
+    def fits_alone(
+        self, num_tokens: int, *, num_prompt_tokens: int = 0, pinned_spans: Spans = ()
+    ) -> bool:
+        """True if a sequence of `num_tokens` fits when it has the pool to itself.
+
+        Raises:
+            InvalidRequestError: a pinned span outside the prompt, or too many blocks pinned.
+        """
+        pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
+        return capacity.fits_alone(self.format, self.groups, num_tokens, len(pinned))
 
     # ---- sequences -----------------------------------------------------------------------
 
@@ -130,6 +157,7 @@ class SpectralKVCache:
         num_prompt_tokens: int,
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
+        pinned_spans: Spans = (),
     ) -> int | None:
         """Register a sequence and take what the prefix cache has of it.
 
@@ -138,25 +166,21 @@ class SpectralKVCache:
             token_ids: prompt and (after a resume) generated tokens; the caller may append to it
                 later. Needed for prefix caching.
             cache_salt: sequences with different salts never share slots.
+            pinned_spans: `(start, end)` positions of the prompt that stay exact for ever, by whole
+                blocks.
 
         Returns:
             Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.
         """
-        if seq_id in self._sequences:
-            raise PoolError(f"sequence {seq_id!r} is held already")
-        if not self._free_rows:
-            return None
-        chain = self._chain(token_ids, num_prompt_tokens, cache_salt)
-        state = SequenceState(num_prompt_tokens, self._free_rows.pop(), token_ids, chain)
-        self._sequences[seq_id] = state
-        for group in self.groups:
-            group.add(seq_id, state.row)
-        if chain is not None:
-            num_hit, num_sealed = longest_hit(self.format, self.groups, chain, num_prompt_tokens)
-            state.num_tokens = state.num_cached_tokens = num_hit
-            for group in self.groups:
-                group.attach(seq_id, chain, num_hit, num_sealed)
-        return state.num_tokens
+        state = self._sequences.add(
+            self.format,
+            seq_id,
+            num_prompt_tokens=num_prompt_tokens,
+            token_ids=token_ids,
+            cache_salt=cache_salt,
+            pinned=pinned_blocks(self.format, pinned_spans, num_prompt_tokens),
+        )
+        return None if state is None else state.num_tokens
 
     def num_tokens(self, seq_id: str) -> int:
         """Tokens stored of a sequence."""
@@ -177,50 +201,22 @@ class SpectralKVCache:
 
         With the child's own `token_ids`, its later spans can be found as prefixes.
         """
-        parent = self._sequences[parent_id]
-        if child_id in self._sequences:
-            raise PoolError(f"sequence {child_id!r} is held already")
-        if not self._free_rows:
-            return False
-        row = self._free_rows.pop()
-        for done, group in enumerate(self.groups):
-            if not group.fork(parent_id, child_id, row, parent.num_tokens):
-                for earlier in self.groups[:done]:
-                    earlier.free(child_id)
-                self._free_rows.append(row)
-                return False
-        prompt = parent.num_prompt_tokens
-        chain = self._chain(token_ids, prompt, cache_salt)
-        child = SequenceState(prompt, row, token_ids, chain, parent.num_tokens)
-        child.num_pages_sealed = parent.num_pages_sealed
-        child.num_cached_tokens = parent.num_tokens
-        self._sequences[child_id] = child
-        return True
-
-    def _chain(
-        self, token_ids: Sequence[int] | None, num_prompt_tokens: int, cache_salt: str
-    ) -> PrefixChain | None:
-        if token_ids is None or not self._prefix_caching:
-            return None
-        return prefix_chain(self.format, token_ids, num_prompt_tokens, cache_salt)
+        return self._sequences.fork(
+            self.format, parent_id, child_id, token_ids=token_ids, cache_salt=cache_salt
+        )
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
         """Release a sequence. Published slots stay findable until they are evicted.
 
         `forget=True` lets no later sequence find them: their content is not to be trusted.
         """
-        state = self._sequences.get(seq_id)
-        if state is None:
-            raise PoolError(f"sequence {seq_id!r} is not held: double free")
+        state = self._sequences.held(seq_id, ": double free")
         if state.ran:
-            self.counters.freed_token_bytes += self._token_bytes(state.num_tokens)
+            self.counters.freed_token_bytes += token_bytes(
+                self.format, self.num_layers, state.num_tokens
+            )
             self.counters.freed_held_bytes += held_bytes(self.groups, seq_id)
-        for group in self.groups:
-            if forget or state.error is not None:
-                group.unpublish(seq_id)
-            group.free(seq_id)
-        del self._sequences[seq_id]
-        self._free_rows.append(state.row)
+        self._sequences.remove(seq_id, forget=forget or state.error is not None)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached slot that nobody uses; returns how many."""
@@ -244,9 +240,7 @@ class SpectralKVCache:
             PoolError: unknown sequence, or one that failed.
             ValueError: no tokens, past `max_model_len`, or across a change of view.
         """
-        state = self._sequences.get(seq_id)
-        if state is None:
-            raise PoolError(f"sequence {seq_id!r} is not held")
+        state = self._sequences.held(seq_id, "")
         if state.error is not None:
             raise PoolError(f"sequence {seq_id!r} failed: {state.error}") from state.error
         if num_new < 1:
@@ -266,9 +260,9 @@ class SpectralKVCache:
             (len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in self.groups
         ]
         for done, group in enumerate(self.groups):
-            sealed = group.sequences[seq_id].num_sealed
+            sealed = group.sequences[seq_id].num_sealed_pages
             num_exact = group.num_exact_pages(total, sealed)
-            if not group.grow(seq_id, num_exact, group.blocks_sealed(visible_after)):
+            if not group.grow(seq_id, num_exact, group.pages_sealed(seq_id, visible_after)):
                 for earlier, counts in zip(self.groups[:done], before[:done], strict=True):
                     earlier.shrink(seq_id, *counts)
                 return False
@@ -302,7 +296,7 @@ class SpectralKVCache:
         """Give back slots reserved for tokens that no step stored."""
         state = self._sequences[seq_id]
         for group in self.groups:
-            sealed = group.sequences[seq_id].num_sealed
+            sealed = group.sequences[seq_id].num_sealed_pages
             group.shrink(seq_id, group.num_exact_pages(state.num_tokens, sealed), sealed)
 
     def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
@@ -339,9 +333,9 @@ class SpectralKVCache:
                 f"attend takes k and v {list(expected)} and {self.num_q_heads} query heads; got "
                 f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV heads unexpanded)"
             )
-        group_index, layer_index = self._group_of[layer]
-        group, step = self.groups[group_index], self._group_steps[group_index]
-        return self._attention.run(group, step, group.pool.plane(layer_index), q, k, v)
+        index = self._group_of[layer]
+        group, step = self.groups[index], self._group_steps[index]
+        return self._attention.run(group, step, layer, q, k, v)
 
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
@@ -380,12 +374,12 @@ class SpectralKVCache:
         ]
         for seq_id, error in self._sealer.encode(group, due).items():
             self._sequences[seq_id].error = report.failed[seq_id] = error
-        for seq_id in dict.fromkeys(seq_id for seq_id, _ in due):
+        for seq_id in (entry.seq_id for entry in plan.entries):
             state, visible = self._sequences[seq_id], self._visible_next(seq_id)
             if state.error is not None:
                 continue
             count = len(group.due(seq_id, visible))
-            group.publish_sealed(seq_id, state.chain, visible)
+            group.publish_sealed(seq_id, state.chain, group.blocks_sealed(visible))
             state.num_pages_sealed += count * len(group.layers)
             report.blocks_sealed += count
             self.counters.pages_sealed += count * len(group.layers)
@@ -397,52 +391,31 @@ class SpectralKVCache:
 
     # ---- figures -------------------------------------------------------------------------
 
-    def _token_bytes(self, num_tokens: int) -> int:
-        return token_bytes(self.format, self.num_layers, num_tokens)
-
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
         """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
-        state, held = self._sequences[seq_id], held_bytes(self.groups, seq_id)
-        return {
-            "tokens": state.num_tokens,
-            "cached_tokens": state.num_cached_tokens,
-            "pages_sealed": state.num_pages_sealed,
-            "bytes_per_token": held / max(state.num_tokens, 1),
-            "compression_ratio": self._token_bytes(state.num_tokens) / held if held else 1.0,
-        }
+        return sequence_figures(
+            self.format, self.num_layers, self.groups, seq_id, self._sequences[seq_id]
+        )
 
     def stats(self) -> dict[str, object]:
         """Plain figures; `compression_ratio` is against 2 bytes an element, all bytes counted.
 
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
-        counters = self.counters
-        plain, held = counters.freed_token_bytes, counters.freed_held_bytes
-        for seq_id, state in self._sequences.items():
-            plain += self._token_bytes(state.num_tokens)
-            held += held_bytes(self.groups, seq_id)
         return {
             "backend": self._attention.backend,
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
-            "bytes_per_token": held / plain * self._token_bytes(1) if plain else 0.0,
-            "compression_ratio": plain / held if held else 1.0,
-            "sealed_ratio": self.format.page_ratio,
             "num_sequences": len(self._sequences),
-            "pages_sealed": counters.pages_sealed,
             "pages_attended": self._attention.pages_attended,
-            "prefix_query_tokens": counters.prefix_query_tokens,
-            "prefix_hit_tokens": counters.prefix_hit_tokens,
-        } | pool_stats(self.groups)
+            **cost_figures(
+                self.format, self.num_layers, self.groups, self._sequences, self.counters
+            ),
+            **pool_stats(self.groups),
+        }
 
     def check_integrity(self) -> None:
         """Raise PoolError unless pools, tables and sequences agree."""
-        rows = [s.row for s in self._sequences.values()]
-        if sorted(rows + self._free_rows) != list(range(self.max_num_seqs)):
-            raise PoolError("a table row is lost or held twice")
-        for group in self.groups:
-            group.check_integrity()
-            if set(group.sequences) != set(self._sequences):
-                raise PoolError("a group and the cache hold different sequences")
+        self._sequences.check_integrity()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from spectral_paged.block_pool import Kind
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
+from spectral_paged.sequence_state import SequenceState
+from spectral_paged.sequence_table import SequenceTable
 
 
 @dataclass(slots=True)
@@ -35,6 +37,48 @@ def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
         )
         for g in groups
     )
+
+
+def sequence_figures(
+    format: PageFormat,
+    num_layers: int,
+    groups: list[LayerGroup],
+    seq_id: str,
+    state: SequenceState,
+) -> dict[str, float]:
+    """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of a sequence."""
+    held = held_bytes(groups, seq_id)
+    plain = token_bytes(format, num_layers, state.num_tokens)
+    return {
+        "tokens": state.num_tokens,
+        "cached_tokens": state.num_cached_tokens,
+        "pages_sealed": state.num_pages_sealed,
+        "bytes_per_token": held / max(state.num_tokens, 1),
+        "compression_ratio": plain / held if held else 1.0,
+    }
+
+
+def cost_figures(
+    format: PageFormat,
+    num_layers: int,
+    groups: list[LayerGroup],
+    sequences: SequenceTable,
+    counters: CacheCounters,
+) -> dict[str, object]:
+    """What a token costs, over sequences freed so far and those held now, and what was sealed."""
+    plain, held = counters.freed_token_bytes, counters.freed_held_bytes
+    for seq_id, state in sequences.items():
+        plain += token_bytes(format, num_layers, state.num_tokens)
+        held += held_bytes(groups, seq_id)
+    per_token = token_bytes(format, num_layers, 1)
+    return {
+        "bytes_per_token": held / plain * per_token if plain else 0.0,
+        "compression_ratio": plain / held if held else 1.0,
+        "sealed_ratio": format.page_ratio,
+        "pages_sealed": counters.pages_sealed,
+        "prefix_query_tokens": counters.prefix_query_tokens,
+        "prefix_hit_tokens": counters.prefix_hit_tokens,
+    }
 
 
 def pool_stats(groups: list[LayerGroup]) -> dict[str, object]:

@@ -14,18 +14,30 @@ def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
     return min(num_tokens, window)
 
 
-def slabs_for(format: PageFormat, group: LayerGroup, num_tokens: int) -> int:
-    """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
+def slabs_for(
+    format: PageFormat, group: LayerGroup, num_tokens: int, num_pinned_blocks: int = 0
+) -> int:
+    """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself.
+
+    Pinned blocks are exact pages from first to last.
+    """
     blocks = group.pool.blocks
     if not group.seals:
         return blocks.slabs_needed(-(-num_tokens // EXACT_PAGE_TOKENS), 0)
-    exact = -(-peak_exact_tokens(format, num_tokens) // EXACT_PAGE_TOKENS)
-    return blocks.slabs_needed(exact, format.visible_blocks(num_tokens, 0))
+    pinned = num_pinned_blocks * BLOCK_TOKENS
+    exact = min(num_tokens, peak_exact_tokens(format, num_tokens) + pinned)
+    pages = max(0, format.visible_blocks(num_tokens, 0) - num_pinned_blocks)
+    return blocks.slabs_needed(-(-exact // EXACT_PAGE_TOKENS), pages)
 
 
-def fits_alone(format: PageFormat, groups: list[LayerGroup], num_tokens: int) -> bool:
+def fits_alone(
+    format: PageFormat, groups: list[LayerGroup], num_tokens: int, num_pinned_blocks: int = 0
+) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
-    return all(slabs_for(format, g, num_tokens) <= g.pool.blocks.num_slabs for g in groups)
+    return all(
+        slabs_for(format, g, num_tokens, num_pinned_blocks) <= g.pool.blocks.num_slabs
+        for g in groups
+    )
 
 
 def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | info | bench`."""
+"""The command line: `spectral-paged generate | info | calibrate | bench`."""
 
 from __future__ import annotations
 
@@ -59,14 +59,56 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model needs and gets, by format")
     info.add_argument("model", help="alias, hub id, folder or .gguf file")
     info.add_argument("--memory", type=parse_bytes, default=16 << 30, help="default 16GiB")
+    calibrate = commands.add_parser(
+        "calibrate", help="make the file that formats with a shared basis read"
+    )
+    calibrate.add_argument("model", help="alias, hub id, folder or .gguf file")
+    calibrate.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE", help="text files; default the built-in text"
+    )
+    calibrate.add_argument("--output", type=Path, default=Path("spectral_basis.safetensors"))
+    calibrate.add_argument("--device", default="auto")
+    calibrate.add_argument("--dtype", default="auto")
+    calibrate.add_argument(
+        "--max-tokens", type=positive, default=65536, help="stop after about so many; default 65536"
+    )
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     benches = bench.add_subparsers(dest="bench", required=True)
-    quality = benches.add_parser("quality", help="reconstruction error on real K and V")
-    quality.add_argument("--quick", action="store_true", help="four blocks of text")
-    quality.add_argument("--model", default="smollm2-135m")
-    quality.add_argument("--text", type=Path, action="append", help="a text file; repeatable")
-    quality.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
     return parser
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--format", action="append", default=[], metavar="NAME",
+        help="a preset, or exact; repeatable; default all presets",
+    )  # fmt: skip
+    parser.add_argument("--no-peers", action="store_true", help="our formats alone")
+    parser.add_argument(
+        "--sections", default="", metavar="NAME,...", help="default all, or those of --quick"
+    )
+    parser.add_argument("--quick", action="store_true", help="three sections, short and few texts")
+    parser.add_argument(
+        "--length", type=positive, action="append", default=[], help="context tokens; repeatable"
+    )
+    parser.add_argument("--windows", type=positive, help="windows of text a length; default 16")
+    parser.add_argument("--needles", type=positive, help="needles exact must recall; default 64")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="[GENRE=]FILE", help="repeatable"
+    )
+    parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
+    parser.add_argument(
+        "--journal", type=Path, help="finished work; default build/quality/<model>.jsonl"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--time-limit", type=positive, metavar="SECONDS")
+    parser.add_argument(
+        "--plot", type=Path, nargs="+", metavar="JSON",
+        help="measure nothing: draw quality-pareto.png from results of several models",
+    )  # fmt: skip
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +125,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--prefill-segment", type=int, default=2048)
+    parser.add_argument(
+        "--calibration", default="auto", help="auto, online, or a file of `calibrate`"
+    )
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
     parser.add_argument("--quiet", action="store_true")
@@ -120,6 +165,7 @@ def generate(args: argparse.Namespace) -> int:
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_model_len=args.max_model_len,
             prefill_segment=args.prefill_segment,
+            calibration=args.calibration,
             enable_prefix_caching=not args.no_prefix_caching,
             seed=args.seed,
         )
@@ -160,12 +206,56 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def calibrate(args: argparse.Namespace) -> int:
+    """Run a model over text and write its calibration; prints what it saw."""
+    from spectral_paged import calibration
+    from spectral_paged.models.loader import load_model
+    from spectral_paged.placement import choose_device, choose_dtype
+
+    missing = [str(f) for f in args.data or () if not f.is_file()]
+    if missing:
+        raise InvalidRequestError(f"there is no file {', '.join(missing)}: name text files")
+    files = args.data or ()
+    texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
+    device = choose_device(args.device)
+    loaded = load_model(args.model, device=device, dtype=choose_dtype(args.dtype, device))
+    basis = calibration.calibrate(
+        loaded,
+        texts or [calibration.builtin_text()],
+        max_windows=max(1, args.max_tokens // calibration.WINDOW_TOKENS),
+    )
+    basis.save(args.output)
+    print(
+        f"{args.output}: {basis.num_tokens} tokens, model {basis.model_fingerprint}, calibration "
+        f"{basis.id}; use it with LLM(..., calibration={str(args.output)!r})"
+    )
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
-    from spectral_paged.benchmarks import quality
+    from spectral_paged.benchmarks.quality import run
 
-    return quality.main(
-        model=args.model, texts=args.text, quick=args.quick, output_dir=args.output_dir
+    if args.plot:
+        return run.plot(args.plot, args.output_dir)
+    return run.main(
+        run.Options(
+            model=args.model,
+            device=args.device,
+            dtype=args.dtype,
+            formats=args.format,
+            peers=not args.no_peers,
+            sections=[s.strip() for s in args.sections.split(",") if s.strip()],
+            quick=args.quick,
+            lengths=sorted(set(args.length)),
+            windows=args.windows,
+            needles=args.needles,
+            texts=args.text,
+            calibration=args.calibration,
+            journal=args.journal,
+            output_dir=args.output_dir,
+            time_limit=args.time_limit,
+        )
     )
 
 
@@ -174,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     after an interrupt."""
     args = build_parser().parse_args(argv)
     try:
-        return {"generate": generate, "info": info, "bench": bench}[args.command](args)
+        return {"generate": generate, "info": info, "calibrate": calibrate, "bench": bench}[
+            args.command
+        ](args)
     except (SpectralPagedError, OSError) as error:
         print(f"spectral-paged: {error}", file=sys.stderr)
         return 2

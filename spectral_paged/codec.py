@@ -1,161 +1,170 @@
 """Encode blocks into pages: decompose, quantize, write.
 
 Encoding is pure: a page's bytes depend on the block's own K and V (and queries, where the format
-asks for them) and on the format, never on what else is encoded beside it. Everything runs in
-fp32 and is batched over blocks, layers and heads.
+asks for them), on the format and on the calibration it is bound to, never on what else is encoded
+beside it. Everything runs in fp32 and is batched over blocks, layers and heads.
+
+```
+x        K or V of a block, page mean removed, brought near 1 by a power of two
+y        x W                                            W: root of the calibrated metric, or 1
+C, B     y ~= C (B W)                                   basis of the page, or shared
+codes    C / gain / scale -> nearest levels             quantize.py
+```
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from spectral_paged.decompose import attention_mass, decompose, rotate_bands
 from spectral_paged.errors import FormatError, NonFiniteError
-from spectral_paged.kernels.layout import BLOCK_TOKENS, COEFF_OFFSET
-from spectral_paged.kernels.page_view import rebuild_side, side_view
+from spectral_paged.kernels.bit_packing import pack
+from spectral_paged.kernels.layout import BLOCK_TOKENS, LEVEL_UNIT
+from spectral_paged.kernels.page_view import (
+    SideView,
+    code_values,
+    rebuild_side,
+    side_view,
+    slot_tokens,
+)
 from spectral_paged.page_format import PageFormat
+from spectral_paged.page_layout import Bands
+from spectral_paged.quantize import INT8_MAX, Quantized, encode_values, quantize
+from spectral_paged.shared_basis import BoundBasis, SideRows
 
-OVERSAMPLING = 16
-POWER_ITERATIONS = 3
 # CUDA libraries choose algorithms by batch size, and algorithms round differently: there, pages are
 # encoded in batches of one size, the last filled up with zeros.
 CUDA_BATCH = 32
-INT8_MAX = 127
 FP16_MAX = 65504.0
 
 
-# ---- decomposition -----------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Projected:
+    """One side of a batch, ready to be quantized; N' = pages x heads."""
+
+    x: Tensor  # fp32 [N', 512, D], mean included
+    coeff: Tensor  # fp32 [N', 512, rank]
+    unit: Tensor  # fp32 [N', rank], what multiplies a stored scale
+    mean: Tensor | None  # fp16 [N', D]
+    rows: list[Tensor]  # uint8 [N', count, D] a band: the page's own basis codes
 
 
-def gram_basis(x: Tensor, rank: int) -> Tensor:
-    """Leading right singular vectors of `x` `[N, T, D]` from its Gram matrix: `[N, rank, D]`.
-
-    The eigenvectors of X^T X are X's right singular vectors. Squaring costs precision only in
-    components far below the ones kept. Any float dtype in, fp32 inside and out.
-    """
-    x = x.float()
-    _, vectors = torch.linalg.eigh(x.transpose(-1, -2) @ x)  # ascending
-    return vectors[..., -rank:].flip(-1).transpose(-1, -2).contiguous()
-
-
-def randomized_basis(x: Tensor, rank: int, *, seed: int) -> Tensor:
-    """Leading right singular vectors by randomized SVD: `[N, rank, D]`, fp32.
-
-    Halko, Martinsson, Tropp 2011, algorithm 4.4: Gaussian sketch with oversampling and power
-    iterations, re-orthogonalised each time. The sketch comes from `seed` alone.
-    """
-    x = x.float()
-    dim = x.shape[-1]
-    width = min(rank + OVERSAMPLING, dim)
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(dim, width, generator=generator).to(x.device)
-    q = torch.linalg.qr(x @ sketch).Q
-    for _ in range(POWER_ITERATIONS):
-        q = torch.linalg.qr(x.transpose(-1, -2) @ q).Q
-        q = torch.linalg.qr(x @ q).Q
-    _, _, basis = torch.linalg.svd(q.transpose(-1, -2) @ x, full_matrices=False)
-    return basis[..., :rank, :].contiguous()
-
-
-def decompose(x: Tensor, rank: int, format: PageFormat) -> Tensor:
-    """Orthonormal basis `[N, rank, D]` of `x` `[N, T, D]` by the format's decomposition."""
-    if format.decomposition == "gram":
-        basis = gram_basis(x, rank)
-    else:
-        basis = randomized_basis(x, rank, seed=int(format.fingerprint[:8], 16))
-    # A vector's sign is free; fix it so that equal inputs give equal bytes on every solver.
-    peak = basis.gather(-1, basis.abs().argmax(dim=-1, keepdim=True))
-    return basis * torch.where(peak < 0, -1.0, 1.0)
-
-
-# ---- weights -----------------------------------------------------------------------------
-
-
-def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
-    """Token weights: the mass each token gets from the block's own last queries.
-
-    Args:
-        queries: `[N, G, Q, D]`, post-RoPE queries of the block's last Q tokens.
-        keys: `[N, 512, D]`, post-RoPE.
-
-    Returns:
-        fp32 `[N, 512]`, mean 1, never below a tenth: a token that those queries ignore still
-        matters to later ones.
-    """
-    scores = queries.float() @ keys.float().unsqueeze(1).transpose(-1, -2) * scale
-    num_queries = queries.shape[-2]
-    column = torch.arange(BLOCK_TOKENS, device=keys.device)
-    row = torch.arange(BLOCK_TOKENS - num_queries, BLOCK_TOKENS, device=keys.device)
-    scores = scores.masked_fill(column > row.unsqueeze(-1), float("-inf"))
-    mass = torch.softmax(scores, dim=-1).mean(dim=(1, 2))
-    mass = mass / mass.mean(dim=-1, keepdim=True)
-    return 0.1 + 0.9 * mass
-
-
-def query_energy(queries: Tensor, rotary_dim: int) -> Tensor:
-    """Root mean square of the queries per RoPE pair: `[N, D]`, mean square 1.
-
-    Both members of a pair share their energy, so the diagonal commutes with rotation.
-    """
-    energy = queries.float().square().mean(dim=(1, 2))  # [N, D]
-    half = rotary_dim // 2
-    pair = (energy[:, :half] + energy[:, half:rotary_dim]) / 2
-    energy = torch.cat((pair, pair, energy[:, rotary_dim:]), dim=-1)
-    energy = energy / energy.mean(dim=-1, keepdim=True).clamp_min(1e-20)
-    return energy.sqrt().clamp_min(1e-2)
-
-
-# ---- one side ----------------------------------------------------------------------------
-
-
-def _encode_side(
+def _project(
     x: Tensor,
-    pages: Tensor,
     format: PageFormat,
-    side: str,
-    *,
+    bands: Bands,
     token_weights: Tensor | None,
-    dim_weights: Tensor | None,
-) -> None:
-    """Encode `x` fp32 `[N, H, 512, D]` into side `side` of `pages` uint8 `[N, page_bytes]`."""
-    view = side_view(pages, format.layout, side)
-    num_pages, num_heads, _, dim = x.shape
-    if view.mean is not None:
+    rows: SideRows | None,
+) -> _Projected:
+    """Coefficients of `x` fp32 `[N', 512, D]`; `rows` are the calibration's for each of N'."""
+    given, mean = x, None
+    if format.mean:
         # what fp16 cannot hold stays in the residual, where the basis takes it
-        mean = x.mean(dim=-2).clamp(-FP16_MAX, FP16_MAX).half()
-        view.mean.copy_(mean)
+        # (divided before it is summed: the sum of 512 finite values need not be finite)
+        mean = (x / BLOCK_TOKENS).sum(dim=-2).clamp(-FP16_MAX, FP16_MAX).half()
         x = x - mean.float().unsqueeze(-2)
-    flat = x.reshape(num_pages * num_heads, BLOCK_TOKENS, dim)
     # A power of two per head, exact, brings the values near 1: squares of any finite block fit.
-    _, exponent = torch.frexp(flat.abs().amax(dim=(-2, -1), keepdim=True))
+    _, exponent = torch.frexp(x.abs().amax(dim=(-2, -1), keepdim=True))
     power = torch.exp2(exponent.clamp(-100, 100).float())
-    flat = flat / power
-    rank = view.scale.shape[-1]
-    weighted = flat if dim_weights is None else flat * dim_weights.unsqueeze(-2)
-    target = weighted if token_weights is None else weighted * token_weights.sqrt().unsqueeze(-1)
-    basis = decompose(target, rank, format)
-    if dim_weights is not None:
-        basis = basis / dim_weights.unsqueeze(-2)
-    basis_scale = basis.abs().amax(dim=-1, keepdim=True).clamp_min(1e-20) / INT8_MAX
-    basis_codes = (basis / basis_scale).round()
+    y = x / power
+    weighted = rows is not None and format.dim_weighting != "none"
+    if rows is not None and weighted:
+        y = y @ rows.weight
+    if format.basis == "shared":
+        assert rows is not None
+        coeff = y @ rows.vectors.transpose(-1, -2)
+        unit = (1 / power).squeeze(-1).expand_as(coeff[:, 0])
+        return _Projected(given, coeff, unit, mean, [])
+    target = y if token_weights is None else y * token_weights.sqrt().unsqueeze(-1)
+    vectors = rotate_if(format, decompose(target, sum(count for count, _ in bands), format), bands)
+    if rows is not None and weighted:
+        vectors = vectors @ rows.inverse
+    codes, rounded, row_scale = _round_rows(vectors, format, bands)
     # Coefficients are fitted to the rounded basis (least squares), which absorbs its error.
-    rounded = basis_codes * basis_scale
-    if dim_weights is not None:
-        rounded = rounded * dim_weights.unsqueeze(-2)
+    if rows is not None and weighted:
+        rounded = rounded @ rows.weight
     gram = rounded @ rounded.transpose(-1, -2)
-    coeff = torch.linalg.solve(gram, rounded @ weighted.transpose(-1, -2)).transpose(-1, -2)
-    coeff_scale = coeff.abs().amax(dim=-2, keepdim=True) / INT8_MAX
-    safe_scale = torch.where(coeff_scale == 0, torch.ones_like(coeff_scale), coeff_scale)
-    coeff_codes = (coeff / safe_scale).round()
+    coeff = torch.linalg.solve(gram, rounded @ y.transpose(-1, -2)).transpose(-1, -2)
+    return _Projected(given, coeff, 1 / (power.squeeze(-1) * row_scale), mean, codes)
 
-    shape = (num_pages, num_heads)
-    view.coeff.copy_((coeff_codes + COEFF_OFFSET).to(torch.uint8).unflatten(0, shape))
-    view.basis.copy_((basis_codes + COEFF_OFFSET).to(torch.uint8).unflatten(0, shape))
-    scale = coeff_scale.squeeze(-2) * basis_scale.squeeze(-1) * power.squeeze(-1)
-    view.scale.copy_(scale.unflatten(0, shape))
+
+def rotate_if(format: PageFormat, vectors: Tensor, bands: Bands) -> Tensor:
+    """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
+    return rotate_bands(vectors, bands) if format.band_rotation else vectors
+
+
+def _round_rows(
+    vectors: Tensor, format: PageFormat, bands: Bands
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Basis codes by band, the rows they stand for, and the rows' scales `[N', rank]`."""
+    codes, rows, scales, first = [], [], [], 0
+    for count, bits in bands:
+        part = vectors[:, first : first + count]
+        row_bits = 8 if bits == 8 else format.basis_bits
+        if row_bits == 8:
+            scale = part.abs().amax(dim=-1, keepdim=True) / INT8_MAX
+        else:
+            scale = part.square().mean(dim=-1, keepdim=True).sqrt() / LEVEL_UNIT[4]
+        scale = scale.clamp_min(1e-20)
+        codes.append(encode_values(part / scale, row_bits, "gaussian"))
+        rows.append(code_values(codes[-1], row_bits, "gaussian") * scale)
+        scales.append(scale.squeeze(-1))
+        first += count
+    return codes, torch.cat(rows, dim=-2), torch.cat(scales, dim=-1)
+
+
+# ---- outliers ----------------------------------------------------------------------------
+
+
+def _choose_slots(sides: list[tuple[_Projected, Quantized]], num_slots: int) -> Tensor:
+    """Tokens `[N', num_slots]`, ascending, whose coefficients of K and V come back worst.
+
+    What lies outside the basis does not count: choosing by it was measured to be worse.
+    A token's error counts relative to the mean error of its side.
+    """
+    total: Tensor | float = 0.0
+    for projected, quantized in sides:
+        error = (projected.coeff - quantized.values).square().sum(-1)
+        total = total + error / error.mean(dim=-1, keepdim=True).clamp_min(1e-30)
+    assert isinstance(total, Tensor)
+    return total.topk(num_slots, dim=-1).indices.sort(dim=-1).values
+
+
+def _without(projected: _Projected, tokens: Tensor) -> Tensor:
+    """Coefficients with those of `tokens` `[N', slots]` zeroed: nothing reads them."""
+    index = tokens.unsqueeze(-1).expand(-1, -1, projected.coeff.shape[-1])
+    return projected.coeff.scatter(-2, index, 0.0)
 
 
 # ---- pages -------------------------------------------------------------------------------
+
+
+def _write_side(view: SideView, projected: _Projected, quantized: Quantized, heads: int) -> None:
+    def by_page(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, heads))
+
+    for i, band in enumerate(view.bands):
+        plane, high = pack(quantized.codes[i], band.layout.bits)
+        band.plane.copy_(by_page(plane))
+        if band.high is not None and high is not None:
+            band.high.copy_(by_page(high))
+        if band.basis is not None:
+            band.basis.copy_(by_page(pack(projected.rows[i], band.layout.basis_bits)[0]))
+    view.scale.copy_(by_page(quantized.scale))
+    if view.gain is not None and quantized.gain is not None:
+        view.gain.copy_(by_page(quantized.gain))
+    if view.mean is not None and projected.mean is not None:
+        view.mean.copy_(by_page(projected.mean))
+
+
+def _write_slots(view: SideView, x: Tensor, tokens: Tensor, heads: int) -> None:
+    assert view.slots is not None
+    exact = x.gather(-2, tokens.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    view.slots.copy_(exact.clamp(-FP16_MAX, FP16_MAX).half().unflatten(0, (-1, heads)))
 
 
 def encode_pages(
@@ -163,8 +172,9 @@ def encode_pages(
     v: Tensor,
     format: PageFormat,
     *,
+    basis: BoundBasis | None = None,
+    layers: Sequence[int] | None = None,
     queries: Tensor | None = None,
-    rotary_dim: int | None = None,
     scale: float | None = None,
     rotated_k: Tensor | None = None,
 ) -> Tensor:
@@ -173,9 +183,10 @@ def encode_pages(
     Args:
         k, v: `[N, H, 512, D]`, any float dtype; keys as the format stores them
             (un-rotated for `rope="pre"`).
+        basis: what `SharedBasis.bind(format)` gave, for formats that need a calibration.
+        layers: the layer of each of the N blocks, to find its rows in `basis`.
         queries: `[N, H, G, Q, D]`, post-RoPE queries of each block's last tokens; needed by
-            formats with token or dimension weighting, ignored by others.
-        rotary_dim: rotated width of a head, for the query-energy pairs; default D.
+            formats with token weighting, ignored by others.
         scale: softmax scale, for attention mass; default D ** -0.5.
         rotated_k: post-RoPE keys `[N, H, 512, D]`, for attention mass; default `k`.
 
@@ -184,7 +195,8 @@ def encode_pages(
 
     Raises:
         NonFiniteError: NaN or Inf in a block; `block_index` and the message say where.
-        FormatError: wrong shape, or a weighted format without queries.
+        FormatError: wrong shape, a weighted format without queries, a format that needs a
+            calibration without its basis.
     """
     num_pages, dim = k.shape[0], format.head_dim
     want = [num_pages, format.num_kv_heads, BLOCK_TOKENS, dim]
@@ -204,15 +216,34 @@ def encode_pages(
                 f"[{num_pages}, {format.num_kv_heads}, G, Q, {dim}]"
             )
         check_finite(queries=queries)
-    inputs = [k, v, queries if format.needs_queries else None, rotated_k]
-    options = (format, rotary_dim or dim, dim**-0.5 if scale is None else scale)
+    rows = _layer_rows(format, basis, layers, num_pages, k.device)
+    inputs = [k, v, queries if format.needs_queries else None, rotated_k, rows]
+    scale = dim**-0.5 if scale is None else scale
     if not k.is_cuda:
-        return _encode_batch(inputs, *options)
+        return _encode_batch(inputs, format, basis, scale)
     pages = [
-        _encode_batch([_padded(x, start) for x in inputs], *options)
+        _encode_batch([_padded(x, start) for x in inputs], format, basis, scale)
         for start in range(0, num_pages, CUDA_BATCH)
     ]
-    return torch.cat(pages)[:num_pages] if pages else _encode_batch(inputs, *options)
+    return torch.cat(pages)[:num_pages] if pages else k.new_empty(0, format.page_bytes).byte()
+
+
+def _layer_rows(
+    format: PageFormat,
+    basis: BoundBasis | None,
+    layers: Sequence[int] | None,
+    num_pages: int,
+    device: torch.device,
+) -> Tensor | None:
+    """The layer of each block, int64 `[N]`; None where the format needs no calibration."""
+    if not format.needs_calibration:
+        return None
+    if basis is None or layers is None or len(layers) != num_pages:
+        raise FormatError(
+            f"format {format.name!r} needs a calibration: pass basis=SharedBasis.bind(format) and "
+            f"the layer of each of the {num_pages} blocks"
+        )
+    return torch.tensor(list(layers), dtype=torch.long, device=device)
 
 
 def _padded(x: Tensor | None, start: int) -> Tensor | None:
@@ -225,24 +256,36 @@ def _padded(x: Tensor | None, start: int) -> Tensor | None:
 
 
 def _encode_batch(
-    inputs: list[Tensor | None], format: PageFormat, rotary_dim: int, scale: float
+    inputs: list[Tensor | None], format: PageFormat, basis: BoundBasis | None, scale: float
 ) -> Tensor:
-    """Pages of checked inputs k, v, queries, rotated_k."""
-    k, v, queries, rotated_k = inputs
+    """Pages of checked inputs k, v, queries, rotated_k, layers."""
+    k, v, queries, rotated_k, layers = inputs
     assert k is not None and v is not None
-    token_weights = dim_weights = None
+    heads = format.num_kv_heads
+    token_weights = None
     if queries is not None:
-        flat_queries = queries.flatten(0, 1)
-        if format.token_weighting == "attention":
-            seen_keys = (k if rotated_k is None else rotated_k).flatten(0, 1)
-            token_weights = attention_mass(flat_queries, seen_keys, scale=scale)
-        if format.dim_weighting == "query-energy":
-            dim_weights = query_energy(flat_queries, rotary_dim)
+        seen_keys = (k if rotated_k is None else rotated_k).flatten(0, 1)
+        token_weights = attention_mass(queries.flatten(0, 1), seen_keys, scale=scale)
     pages = torch.zeros(len(k), format.page_bytes, dtype=torch.uint8, device=k.device)
-    _encode_side(
-        k, pages, format, "k", token_weights=token_weights, dim_weights=dim_weights
-    )
-    _encode_side(v, pages, format, "v", token_weights=token_weights, dim_weights=None)
+    sides = []
+    for x, side, bands in ((k, "k", format.k_bands), (v, "v", format.v_bands)):
+        rows = None
+        if basis is not None and layers is not None:
+            rows = basis.side(side).of_layers(layers)
+        projected = _project(x.flatten(0, 1), format, bands, token_weights, rows)
+        sides.append((projected, quantize(projected.coeff, bands, format, projected.unit)))
+    if format.outlier_slots:
+        tokens = _choose_slots(sides, format.outlier_slots)
+        slot_tokens(pages, format.layout).copy_(tokens.to(torch.int16).unflatten(0, (-1, heads)))
+        sides = [
+            (p, quantize(_without(p, tokens), bands, format, p.unit))
+            for (p, _), bands in zip(sides, (format.k_bands, format.v_bands), strict=True)
+        ]
+    for (projected, quantized), side in zip(sides, "kv", strict=True):
+        view = side_view(pages, format.layout, side)
+        _write_side(view, projected, quantized, heads)
+        if format.outlier_slots:
+            _write_slots(view, projected.x, tokens, heads)
     return pages
 
 
@@ -259,7 +302,22 @@ def check_finite(**sides: Tensor) -> None:
             )
 
 
-def decode_pages(pages: Tensor, format: PageFormat) -> tuple[Tensor, Tensor]:
-    """K and V of pages uint8 `[N, page_bytes]`, fp32 `[N, H, 512, D]`, keys as stored."""
-    layout = format.layout
-    return rebuild_side(pages, layout, "k"), rebuild_side(pages, layout, "v")
+def decode_pages(
+    pages: Tensor,
+    format: PageFormat,
+    *,
+    basis: BoundBasis | None = None,
+    layers: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """K and V of pages uint8 `[N, page_bytes]`, fp32 `[N, H, 512, D]`, keys as stored.
+
+    Args: `basis` and `layers` as in `encode_pages`.
+    """
+    index = _layer_rows(format, basis, layers, len(pages), pages.device)
+    sides = []
+    for side in "kv":
+        shared = None
+        if index is not None and basis is not None and format.basis == "shared":
+            shared = basis.side(side).rows[index]
+        sides.append(rebuild_side(pages, format.layout, side, shared))
+    return sides[0], sides[1]

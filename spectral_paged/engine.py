@@ -28,6 +28,7 @@ from spectral_paged.errors import (
 )
 from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from spectral_paged.pins import Spans
 from spectral_paged.sampling import Sampled, SampleRow, SamplingParams, sample
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
 from spectral_paged.step import PlanEntry, StepPlan
@@ -116,8 +117,11 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
+        pinned_spans: Spans = (),
     ) -> None:
         """Queue a prompt (text or token ids).
+
+        `pinned_spans`: `(start, end)` token positions of the prompt that are never sealed.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
@@ -128,13 +132,17 @@ class Engine:
             raise InvalidRequestError(f"request id {request_id!r} is running already")
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._token_ids(prompt)
-        self._check(token_ids, params)
+        self._check(token_ids, params, pinned_spans)
         group = _Group(
             request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
         )
         for index in range(params.n):
             request = Request(
-                f"{request_id}#{index}", list(token_ids), len(token_ids), cache_salt=cache_salt
+                f"{request_id}#{index}",
+                list(token_ids),
+                len(token_ids),
+                cache_salt=cache_salt,
+                pinned_spans=tuple(pinned_spans),
             )
             output_text = OutputText(
                 self.tokenizer,
@@ -170,7 +178,7 @@ class Engine:
                 )
         return token_ids
 
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+    def _check(self, token_ids: list[int], params: SamplingParams, pinned: Spans) -> None:
         cache = self.cache
         if not token_ids:
             raise EmptyPromptError("the prompt is empty: give at least one token")
@@ -181,7 +189,9 @@ class Engine:
                 "max_model_len"
             )
         longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
-        if not cache.fits_alone(longest):
+        if not cache.fits_alone(
+            longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
+        ):
             raise CapacityError(
                 f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
                 f"ones never fit: the pool holds a sequence of at most "

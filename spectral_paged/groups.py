@@ -12,6 +12,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
+from spectral_paged.pins import MAX_PINNED_BLOCKS
 from spectral_paged.rope import RotaryTable
 
 
@@ -37,8 +38,8 @@ def check_geometry(
         raise FormatError(f"{num_q_heads} query heads do not divide over {num_kv_heads} KV heads")
     if format.needs_queries:
         raise FormatError(
-            f"format {format.name!r} weighs by queries, which the cache does not keep in this "
-            "version: use token_weighting='none', dim_weighting='none' (the codec takes both)"
+            f"format {format.name!r} weighs tokens by queries, which the cache does not keep: it "
+            "costs memory and was measured to gain nothing; use token_weighting='none'"
         )
     bad = [i for i in exempt_layers if not 0 <= i < num_layers]
     if bad:
@@ -103,7 +104,10 @@ def build_groups(
             exact_only=not seals,
             poison=poison,
         )
-        longest = peak_exact_tokens(format, max_model_len) if seals else max_model_len
+        longest = max_model_len
+        if seals:
+            pinned = MAX_PINNED_BLOCKS * BLOCK_TOKENS
+            longest = min(longest, peak_exact_tokens(format, max_model_len) + pinned)
         groups.append(
             LayerGroup(
                 layers,

@@ -4,10 +4,14 @@
 spectral group   exact: [landmark pages | tail pages]      pages: [block 0, block 1, ...]
 exact group      exact: [every page of the sequence]       pages: []
 ```
+
+Blocks that a caller pinned are never sealed. Their exact pages stay between landmarks and tail, and
+their entry in the page table is negative: a hole that page ops skip.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -21,17 +25,35 @@ from spectral_paged.page_pool import PagePool
 from spectral_paged.prefix import PrefixChain
 
 PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
+HOLE = -1  # page table entry of a pinned block
 
 
 @dataclass(slots=True)
 class GroupSlots:
-    """One sequence's slots in one group, oldest first, and its row in the tables."""
+    """One sequence's slots in one group, oldest first, and its row in the tables.
+
+    `num_sealed` counts blocks that queries see as pages or, where pinned, as holes.
+    """
 
     row: int
+    pinned: tuple[int, ...] = ()  # blocks that are never sealed, ascending
     exact: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_published: int = 0  # full exact pages looked at so far, in sequence order
-    num_sealed: int = 0  # pages published in the table; later ones are reserved for seals due
+    num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
+
+    def num_pages(self, num_blocks: int) -> int:
+        """Pages among the first `num_blocks` blocks: those not pinned."""
+        return num_blocks - bisect_left(self.pinned, num_blocks)
+
+    @property
+    def num_sealed_pages(self) -> int:
+        return self.num_pages(self.num_sealed)
+
+    def exact_place(self, index: int, num_landmark_pages: int) -> int:
+        """Where the exact page with tokens `64 index ...` stands in `exact`; it is not sealed."""
+        block = max(0, index - num_landmark_pages) // PAGES_PER_BLOCK
+        return index - self.num_pages(min(block, self.num_sealed)) * PAGES_PER_BLOCK
 
 
 class LayerGroup:
@@ -50,6 +72,7 @@ class LayerGroup:
         self.layers = layers
         self.pool = pool
         self.seals = seals
+        self._places = {layer: i for i, layer in enumerate(layers)}
         self.num_landmark_pages = pool.format.num_landmark_tokens // EXACT_PAGE_TOKENS
         device = pool.arena.device
         trash = pool.trash_position
@@ -58,15 +81,23 @@ class LayerGroup:
         self.sequences: dict[str, GroupSlots] = {}
         pool.blocks.on_move = self._follow_moves
 
+    def plane(self, layer: int) -> Tensor:
+        """uint8 `[plane_bytes]` of model layer `layer`."""
+        return self.pool.plane(self._places[layer])
+
     # ---- slots ---------------------------------------------------------------------------
 
     def blocks_sealed(self, visible_blocks: int) -> int:
         """Blocks this group holds as pages when the format says `visible_blocks`."""
         return visible_blocks if self.seals else 0
 
-    def add(self, seq_id: str, row: int) -> GroupSlots:
-        slots = self.sequences[seq_id] = GroupSlots(row)
+    def add(self, seq_id: str, row: int, pinned: tuple[int, ...] = ()) -> GroupSlots:
+        slots = self.sequences[seq_id] = GroupSlots(row, pinned if self.seals else ())
         return slots
+
+    def pages_sealed(self, seq_id: str, visible_blocks: int) -> int:
+        """Pages this group holds of a sequence when the format says `visible_blocks`."""
+        return self.sequences[seq_id].num_pages(self.blocks_sealed(visible_blocks))
 
     def grow(self, seq_id: str, num_exact: int, num_pages: int) -> bool:
         """Hold at least so many exact pages and page slots; False (and unchanged): not now."""
@@ -107,11 +138,11 @@ class LayerGroup:
     def fork(self, parent_id: str, child_id: str, row: int, num_tokens: int) -> bool:
         """Share full slots, copy the partial exact page; False (and nothing added): not now."""
         parent = self.sequences[parent_id]
-        child = self.add(child_id, row)
+        child = self.add(child_id, row, parent.pinned)
         child.num_published, child.num_sealed = parent.num_published, parent.num_sealed
-        num_exact = self.num_exact_pages(num_tokens, parent.num_sealed)
-        partial = (num_tokens - parent.num_sealed * BLOCK_TOKENS) % EXACT_PAGE_TOKENS != 0
-        for slot in parent.pages[: parent.num_sealed]:
+        num_exact = self.num_exact_pages(num_tokens, parent.num_sealed_pages)
+        partial = num_tokens % EXACT_PAGE_TOKENS != 0
+        for slot in parent.pages[: parent.num_sealed_pages]:
             self.pool.blocks.acquire(slot)
             child.pages.append(slot)
         for slot in parent.exact[: num_exact - partial]:
@@ -129,15 +160,22 @@ class LayerGroup:
 
     @staticmethod
     def num_exact_pages(num_tokens: int, num_sealed: int) -> int:
-        """Exact pages that hold what `num_sealed` pages do not."""
+        """Exact pages that hold what `num_sealed` pages (pinned blocks not counted) do not."""
         return -(-(num_tokens - num_sealed * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
 
     def _write_rows(self, slots: GroupSlots, first_exact: int) -> None:
         position = self.pool.position
         changed = [position(s, Kind.EXACT) for s in slots.exact[first_exact:]]
         self.exact_table.write(slots.row, first_exact, changed)
-        sealed = [position(s, Kind.PAGE) for s in slots.pages[: slots.num_sealed]]
-        self.page_table.write(slots.row, 0, sealed)
+        self.page_table.write(slots.row, 0, self._page_row(slots))
+
+    def _page_row(self, slots: GroupSlots) -> list[int]:
+        """Positions of the sealed blocks, oldest first; a hole for a pinned one."""
+        pages, pinned = iter(slots.pages), set(slots.pinned)
+        return [
+            HOLE if block in pinned else self.pool.position(next(pages), Kind.PAGE)
+            for block in range(slots.num_sealed)
+        ]
 
     def _follow_moves(self, moves: list[tuple[Kind, int, int]]) -> None:
         names: dict[Kind, dict[int, int]] = {Kind.EXACT: {}, Kind.PAGE: {}}
@@ -165,16 +203,13 @@ class LayerGroup:
         slots = self.sequences[seq_id]
         blocks = self.pool.blocks
         sealed = self.blocks_sealed(num_sealed)
-        for block in range(sealed):
+        for block in self._unpinned(slots, range(sealed)):
             slot = self.cached_page(chain, block)
             assert slot is not None, "the hit was checked"
             blocks.acquire(slot)
             slots.pages.append(slot)
-        hidden = range(
-            self.num_landmark_pages, self.num_landmark_pages + sealed * PAGES_PER_BLOCK
-        )
         for index in range(num_tokens // EXACT_PAGE_TOKENS):
-            if index in hidden:
+            if self.is_hidden(index, sealed, slots.pinned):
                 continue
             slot = self.cached_exact(chain, index)
             assert slot is not None, "the hit was checked"
@@ -187,10 +222,9 @@ class LayerGroup:
     def publish_exact(self, seq_id: str, chain: PrefixChain, num_tokens: int) -> None:
         """Let full exact pages be found by their prefix."""
         slots = self.sequences[seq_id]
-        hidden = slots.num_sealed * PAGES_PER_BLOCK
         full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))
         for index in range(slots.num_published, full):
-            held = index if index < self.num_landmark_pages else index - hidden
+            held = slots.exact_place(index, self.num_landmark_pages)
             self.pool.blocks.publish(slots.exact[held], (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
@@ -209,14 +243,14 @@ class LayerGroup:
         for seq_id, slots in self.sequences.items():
             references.update(slots.exact)
             references.update(slots.pages)
-            for table, held, kind in (
-                (self.exact_table, slots.exact, Kind.EXACT),
-                (self.page_table, slots.pages[: slots.num_sealed], Kind.PAGE),
+            exact_row = [self.pool.position(s, Kind.EXACT) for s in slots.exact]
+            for table, held, name in (
+                (self.exact_table, exact_row, "EXACT"),
+                (self.page_table, self._page_row(slots), "PAGE"),
             ):
-                expected = [self.pool.position(s, kind) for s in held]
-                expected += [table.trash_position] * (table.width - len(expected))
+                expected = held + [table.trash_position] * (table.width - len(held))
                 if table.host[slots.row].tolist() != expected:
-                    raise PoolError(f"the {kind.name} table row of {seq_id!r} is stale")
+                    raise PoolError(f"the {name} table row of {seq_id!r} is stale")
         counts = {slot: self.pool.blocks.ref_count(slot) for slot in references}
         in_use = sum(self.pool.blocks.num_in_use.values())
         if counts != dict(references) or in_use != len(references):
@@ -224,34 +258,52 @@ class LayerGroup:
 
     # ---- sealing -------------------------------------------------------------------------
 
-    def due(self, seq_id: str, visible_blocks: int) -> range:
+    def due(self, seq_id: str, visible_blocks: int) -> list[int]:
         """Blocks to seal now."""
-        return range(self.sequences[seq_id].num_sealed, self.blocks_sealed(visible_blocks))
+        slots = self.sequences[seq_id]
+        return self._unpinned(slots, range(slots.num_sealed, self.blocks_sealed(visible_blocks)))
+
+    @staticmethod
+    def _unpinned(slots: GroupSlots, blocks: range) -> list[int]:
+        return [block for block in blocks if block not in slots.pinned]
+
+    def is_hidden(self, index: int, sealed: int, pinned: tuple[int, ...]) -> bool:
+        """True if a page stands for the exact page `index` when `sealed` blocks are sealed."""
+        block = (index - self.num_landmark_pages) // PAGES_PER_BLOCK
+        return 0 <= block < sealed and block not in pinned
+
+    def _exact_start(self, slots: GroupSlots, block: int) -> int:
+        """Where the exact pages of a block that is not sealed begin in `slots.exact`."""
+        index = self.num_landmark_pages + block * PAGES_PER_BLOCK
+        return slots.exact_place(index, self.num_landmark_pages)
 
     def read_block(self, seq_id: str, block: int) -> tuple[Tensor, Tensor]:
         """K (as the model handed it over) and V of a block in the tail, `[L, H, 512, D]`."""
         slots = self.sequences[seq_id]
-        start = self.num_landmark_pages + (block - slots.num_sealed) * PAGES_PER_BLOCK
+        start = self._exact_start(slots, block)
         return self.pool.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
 
     def write_page(self, seq_id: str, block: int, pages: Tensor) -> None:
         """Store a sealed block's page, uint8 `[L, page_bytes]`, in the slot reserved for it."""
-        self.pool.write_page(self.sequences[seq_id].pages[block], pages)
+        slots = self.sequences[seq_id]
+        self.pool.write_page(slots.pages[slots.num_pages(block)], pages)
 
     def publish_sealed(self, seq_id: str, chain: PrefixChain | None, num_sealed: int) -> None:
         """Show pages up to `num_sealed` in the table and free the exact pages they replace."""
         slots = self.sequences[seq_id]
-        count = (num_sealed - slots.num_sealed) * PAGES_PER_BLOCK
-        if not count:
+        if num_sealed == slots.num_sealed:
             return
-        if chain is not None:
-            for block in range(slots.num_sealed, num_sealed):
-                last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
-                if last < len(chain):
-                    self.pool.blocks.publish(slots.pages[block], (Kind.PAGE, chain[last]))
-        start = self.num_landmark_pages
-        replaced = slots.exact[start : start + count]
-        del slots.exact[start : start + count]
+        blocks = self._unpinned(slots, range(slots.num_sealed, num_sealed))
+        replaced = []
+        for block in blocks:
+            last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
+            if chain is not None and last < len(chain):
+                page = slots.pages[slots.num_pages(block)]
+                self.pool.blocks.publish(page, (Kind.PAGE, chain[last]))
+            start = self._exact_start(slots, block)
+            replaced += slots.exact[start : start + PAGES_PER_BLOCK]
+        gone = set(replaced)
+        slots.exact[:] = [slot for slot in slots.exact if slot not in gone]
         slots.num_sealed = num_sealed
         for slot in reversed(replaced):
             self.pool.blocks.release(slot)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from spectral_paged.cache import SpectralKVCache
+from spectral_paged.calibration import find_calibration
 from spectral_paged.engine import Engine
 from spectral_paged.errors import FormatError, InvalidRequestError, SpectralPagedError
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
@@ -26,6 +28,7 @@ from spectral_paged.placement import (
 )
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
+from spectral_paged.shared_basis import SharedBasis
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -53,6 +56,9 @@ class LLM:
         max_model_len: longest sequence; default the model's own.
         prefill_segment: prompt tokens whose queries see each other exactly (presets only).
         exempt_layers: layers kept exact.
+        calibration: for formats with a shared basis: `auto` calibrates on the package's own text
+            once and keeps the result in the cache folder; a `SharedBasis`, or the path of a file
+            that `spectral-paged calibrate` wrote; `online` takes the first sealed blocks.
         enable_prefix_caching: share sealed blocks between prompts with a common beginning.
         seed: base seed of requests without one.
 
@@ -74,6 +80,7 @@ class LLM:
         max_model_len: int | None = None,
         prefill_segment: int = 2048,
         exempt_layers: Sequence[int] = (),
+        calibration: SharedBasis | str | Path = "auto",
         enable_prefix_caching: bool = True,
         seed: int = 0,
         poison: bool = False,
@@ -115,6 +122,7 @@ class LLM:
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             exempt_layers=exempt_layers,
+            calibration=find_calibration(calibration, kv_format, loaded),
             softmax_scale=float(loaded.model.model.layers[0].self_attn.scaling),
             enable_prefix_caching=enable_prefix_caching,
             poison=poison,
@@ -145,6 +153,7 @@ class LLM:
         max_model_len: int | None = None,
         prefill_segment: int = 2048,
         exempt_layers: Sequence[int] = (),
+        calibration: SharedBasis | str | Path = "auto",
         enable_prefix_caching: bool = True,
         seed: int = 0,
         poison: bool = False,
@@ -163,6 +172,7 @@ class LLM:
             max_model_len=max_model_len,
             prefill_segment=prefill_segment,
             exempt_layers=exempt_layers,
+            calibration=calibration,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             poison=poison,
@@ -181,7 +191,8 @@ class LLM:
 
         Args:
             prompts: one or many; text, token ids, or `{"prompt": ...}` /
-                `{"prompt_token_ids": ..., "cache_salt": ...}`.
+                `{"prompt_token_ids": ..., "cache_salt": ..., "pinned_spans": [(start, end)]}`;
+                pinned spans are token positions that stay exact, by whole blocks of 512.
             sampling_params: one for all, or one for each prompt.
 
         Raises:
@@ -337,10 +348,10 @@ class LLM:
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"
-        salt = ""
+        salt, pinned = "", ()
         body: str | Sequence[int]
         if isinstance(prompt, Mapping):
-            salt = str(prompt.get("cache_salt", ""))
+            salt, pinned = str(prompt.get("cache_salt", "")), prompt.get("pinned_spans", ())
             if "prompt_token_ids" in prompt:
                 body = prompt["prompt_token_ids"]
             elif "prompt" in prompt:
@@ -351,7 +362,7 @@ class LLM:
                 )
         else:
             body = prompt
-        self.engine.add_request(request_id, body, params, cache_salt=salt)
+        self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id
 
     # ---- questions -----------------------------------------------------------------------

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.page_format import PRESETS, PageFormat
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import PRESETS
 
 ITEMSIZE = 2  # a GPU run stores exact pages in 16-bit elements
 REPORTED_LENGTHS = (8192, 32768, 131072)

@@ -1,19 +1,17 @@
 """The page format: every choice that fixes a page's bytes and what they mean.
 
-One page holds one sealed block (512 tokens) of one layer, all KV heads, K and V:
+One page holds one sealed block (512 tokens) of one layer, all KV heads, K and V. `page_layout`
+draws its bytes. It holds no position: keys are stored before RoPE (`rope="pre"`) or as they came
+(`rope="post"`), so the same block gives the same bytes wherever the page lies in memory.
+
+A token's K or V is read as
 
 ```
-page            | head 0        | head 1        | ...          page_bytes, multiple of 128
-head record     | K coeff | K basis | K scale | K mean | V coeff | V basis | V scale | V mean |pad
-                  512 x rK   rK x D    rK x 4    D x 2   512 x rV   rV x D    rV x 4    D x 2
-                  uint8      uint8     fp32      fp16
+X[t] ~= mean + gain[t] * sum_i scale[i] * level(C[t, i]) * B[i]
 ```
 
-Coefficients and basis are INT8 stored with an offset of 128 (a byte permute then makes exact fp16
-integers). One fp32 scale per component folds the coefficient scale and the basis row scale:
-`X[t] ~= mean + sum_i scale[i] * C[t, i] * B[i]`. Every section starts on 16 bytes, every head
-record on 128. The page holds no position: keys are stored before RoPE (`rope="pre"`) or as they
-came (`rope="post"`), so the same block gives the same bytes wherever the page lies in memory.
+with integer levels of 8, 4, 3 or 2 bits in bands of components, strongest first, and a basis B that
+lies in the page or is shared by all pages of a layer and KV head.
 """
 
 from __future__ import annotations
@@ -28,23 +26,25 @@ from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
-    UNIT_BYTES,
     PageLayout,
-    SideLayout,
     exact_page_bytes,
 )
+from spectral_paged.page_layout import Bands, page_layout
 
-Bands = tuple[tuple[int, int], ...]
 Decomposition = Literal["gram", "randomized"]
 TokenWeighting = Literal["none", "attention"]
-DimWeighting = Literal["none", "query-energy"]
-
-# Ranks K/V of the reference format by head width.
-REFERENCE_RANKS = {64: (16, 32), 96: (32, 48), 128: (32, 64), 256: (48, 96)}
-
-
-def _align(value: int, to: int) -> int:
-    return -(-value // to) * to
+DimWeighting = Literal["none", "diagonal", "calibrated"]
+BITS = (8, 4, 3, 2)
+MAX_SLOTS = 64
+CHOICES = {
+    "basis": ("page", "shared"),
+    "rope": ("pre", "post"),
+    "levels": ("gaussian", "uniform"),
+    "decomposition": ("gram", "randomized"),
+    "token_weighting": ("none", "attention"),
+    "dim_weighting": ("none", "diagonal", "calibrated"),
+    "basis_bits": (8, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,30 @@ class PageFormat:
     Args:
         name: a label for reports; not part of the fingerprint.
         num_kv_heads, head_dim: geometry of the model's K and V.
-        k_bands, v_bands: `((count, bits), ...)` in component order, counts multiples of 16;
-            empty for the `exact` format, which never seals. This version stores 8-bit bands.
-        basis: where the basis lives; `page` in this version.
+        k_bands, v_bands: `((count, bits), ...)` in component order, counts multiples of 16, bits 8,
+            4, 3 or 2; empty for the `exact` format, which never seals.
+        basis: `page`: every page carries its own; `shared`: one a layer and KV head, from a
+            calibration (`basis_id` names it once the format is bound to it).
+        basis_bits: 8, or 4 to store the page's basis rows of bands of 4 bits and less in INT4.
         rope: keys stored before (`pre`) or after (`post`) rotation.
         mean: subtract the page mean of K and of V before the decomposition and store it in fp16.
-        gain: per-token gain; not in this version.
+        gain: an 8-bit logarithmic gain per token, head and side.
+        scale_tokens: tokens that share one scale a component: 512, 256, 128 or 64.
+        levels: reconstruction levels of bands below 8 bits: `gaussian` (Lloyd-Max, with
+            least-squares scales) or `uniform` (evenly spaced up to the largest value).
+        band_rotation: rotate each band below 8 bits by a Hadamard matrix (a cosine transform where
+            the count is no power of two), so that its components share energy and tails.
+        outlier_slots: tokens a head and page whose K and V are kept in fp16 beside the codes.
         num_landmark_tokens: first tokens of a sequence kept exact for ever; multiple of 64.
         hot_tokens: newest tokens that are never sealed; multiple of 64.
         prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512.
-        decomposition: `gram` (eigenvectors of the D x D Gram matrix) or `randomized` (Halko,
-            Martinsson, Tropp 2011: Gaussian sketch with power iterations).
-        token_weighting: `attention` weighs tokens by the attention mass of the block's last
-            queries; needs the queries at seal time.
-        dim_weighting: `query-energy` weighs K's dimensions by the energy of the block's queries.
+        decomposition: of a page basis: `gram` (eigenvectors of the D x D Gram matrix) or
+            `randomized` (Halko, Martinsson, Tropp 2011: Gaussian sketch with power iterations).
+        token_weighting: `attention` weighs tokens of a page basis by the attention mass of the
+            block's last queries; needs the queries at seal time.
+        dim_weighting: `calibrated` weighs K by the second moment of the queries and V by the output
+            projection before the decomposition, as the calibration saw them; `diagonal` takes the
+            energy of each dimension alone.
 
     Raises:
         FormatError: a value breaks the kernel contract; the message names it and the limit.
@@ -79,9 +89,15 @@ class PageFormat:
     k_bands: Bands = ()
     v_bands: Bands = ()
     basis: Literal["page", "shared"] = "page"
+    basis_bits: Literal[8, 4] = 8
+    basis_id: str = ""
     rope: Literal["pre", "post"] = "pre"
     mean: bool = True
     gain: bool = False
+    scale_tokens: int = BLOCK_TOKENS
+    levels: Literal["gaussian", "uniform"] = "gaussian"
+    band_rotation: bool = False
+    outlier_slots: int = 0
     num_landmark_tokens: int = 64
     hot_tokens: int = 64
     prefill_segment: int = 2048
@@ -100,14 +116,24 @@ class PageFormat:
             self._check_bands(side, bands)
         if bool(self.k_bands) != bool(self.v_bands):
             raise FormatError("k_bands and v_bands must both be empty (exact) or both be given")
-        if self.basis not in ("page", "shared") or self.rope not in ("pre", "post"):
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise FormatError(
+                    f"{field} is {getattr(self, field)!r}; use {' or '.join(map(repr, allowed))}"
+                )
+        if self.scale_tokens not in (64, 128, 256, BLOCK_TOKENS):
+            raise FormatError(f"scale_tokens is {self.scale_tokens}; use 64, 128, 256 or 512")
+        if not 0 <= self.outlier_slots <= MAX_SLOTS:
             raise FormatError(
-                f"basis is {self.basis!r}, use 'page'; rope is {self.rope!r}, use 'pre' or 'post'"
+                f"outlier_slots is {self.outlier_slots}; a page takes 0 to {MAX_SLOTS}"
             )
-        if self.basis == "shared":
-            raise FormatError("basis='shared' is not in this version; use basis='page'")
-        if self.gain:
-            raise FormatError("gain=True is not in this version; use gain=False")
+        if self.basis_id and not self.needs_calibration:
+            raise FormatError("basis_id names a calibration, but this format uses none")
+        if self.token_weighting != "none" and self.basis == "shared":
+            raise FormatError(
+                "token_weighting weighs the decomposition of a page's own basis; with "
+                "basis='shared' use token_weighting='none'"
+            )
         for field, value, step, low in (
             ("num_landmark_tokens", self.num_landmark_tokens, EXACT_PAGE_TOKENS, 0),
             ("hot_tokens", self.hot_tokens, EXACT_PAGE_TOKENS, 0),
@@ -116,14 +142,8 @@ class PageFormat:
             if value < low or value % step:
                 raise FormatError(
                     f"{field} is {value}; it must be a multiple of {step}, at least {low}: "
-                    f"use {max(low, _align(max(value, 0), step))}"
+                    f"use {max(low, -(-max(value, 0) // step) * step)}"
                 )
-        if self.decomposition not in ("gram", "randomized"):
-            raise FormatError(f"decomposition {self.decomposition!r}: use 'gram' or 'randomized'")
-        if self.token_weighting not in ("none", "attention"):
-            raise FormatError(f"token_weighting {self.token_weighting!r}: 'none' or 'attention'")
-        if self.dim_weighting not in ("none", "query-energy"):
-            raise FormatError(f"dim_weighting {self.dim_weighting!r}: 'none' or 'query-energy'")
 
     def _check_bands(self, side: str, bands: Bands) -> None:
         for count, bits in bands:
@@ -131,8 +151,8 @@ class PageFormat:
                 raise FormatError(
                     f"{side} has a band of {count} components; counts are multiples of 16"
                 )
-            if bits != 8:
-                raise FormatError(f"{side} has a {bits}-bit band; this version stores 8-bit bands")
+            if bits not in BITS:
+                raise FormatError(f"{side} has a {bits}-bit band; bands have 8, 4, 3 or 2 bits")
         rank = sum(count for count, _ in bands)
         if rank > self.head_dim:
             raise FormatError(
@@ -158,7 +178,12 @@ class PageFormat:
     @property
     def needs_queries(self) -> bool:
         """True where sealing reads the block's own queries."""
-        return self.token_weighting != "none" or self.dim_weighting != "none"
+        return self.token_weighting != "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True where pages are read or written with the basis or weights of a calibration."""
+        return self.seals and (self.basis == "shared" or self.dim_weighting != "none")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -209,32 +234,20 @@ class PageFormat:
         """Byte offsets for the kernels. Raises FormatError for `exact`, which has no pages."""
         if not self.seals:
             raise FormatError("the exact format has no pages, so it has no page layout")
-        k, k_end = self._side(0, self.k_rank)
-        v, v_end = self._side(k_end, self.v_rank)
-        head_bytes = _align(v_end, UNIT_BYTES)
-        return PageLayout(
+        return page_layout(
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            head_bytes=head_bytes,
-            page_bytes=head_bytes * self.num_kv_heads,
+            k_bands=self.k_bands,
+            v_bands=self.v_bands,
+            page_basis=self.basis == "page",
+            low_basis_bits=self.basis_bits,
+            mean=self.mean,
+            gain=self.gain,
+            scale_groups=BLOCK_TOKENS // self.scale_tokens,
+            num_slots=self.outlier_slots,
             rotate_keys=self.rope == "pre",
-            k=k,
-            v=v,
+            levels=self.levels,
         )
-
-    def _side(self, start: int, rank: int) -> tuple[SideLayout, int]:
-        basis = start + BLOCK_TOKENS * rank
-        scale = basis + rank * self.head_dim
-        mean = scale + 4 * rank
-        end = mean + (2 * self.head_dim if self.mean else 0)
-        side = SideLayout(
-            rank=rank,
-            coeff_offset=start,
-            basis_offset=basis,
-            scale_offset=scale,
-            mean_offset=mean if self.mean else -1,
-        )
-        return side, _align(end, 16)
 
     @property
     def page_bytes(self) -> int:
@@ -252,47 +265,25 @@ class PageFormat:
             return 1.0
         return self.exact_page_bytes(2) * (BLOCK_TOKENS // EXACT_PAGE_TOKENS) / self.page_bytes
 
-    # ---- presets -------------------------------------------------------------------------
+    # ---- variants ------------------------------------------------------------------------
 
     @classmethod
     def preset(
-        cls,
-        name: str,
-        *,
-        num_kv_heads: int,
-        head_dim: int,
-        prefill_segment: int = 2048,
+        cls, name: str, *, num_kv_heads: int, head_dim: int, prefill_segment: int = 2048
     ) -> PageFormat:
-        """The preset `name` for a model's geometry.
+        """The preset `name` for a model's geometry; see `spectral_paged.presets`.
 
         Raises:
-            FormatError: unknown preset, or a head width it has no ranks for.
+            FormatError: unknown preset, or a head width it has no bands for.
         """
-        if name == "auto":
-            name = "spectral-int8"
-        if name == "exact":
-            return cls(name, num_kv_heads, head_dim, prefill_segment=prefill_segment)
-        if name not in PRESETS:
-            raise FormatError(
-                f"unknown kv_format {name!r}; presets are 'auto', {', '.join(map(repr, PRESETS))}"
-            )
-        if head_dim in REFERENCE_RANKS:
-            k_rank, v_rank = REFERENCE_RANKS[head_dim]
-        elif head_dim < 64:
-            k_rank, v_rank = max(16, head_dim // 64 * 16), max(16, head_dim // 32 * 16)
-        else:
-            raise FormatError(
-                f"preset {name!r} has no ranks for head_dim {head_dim}; it knows "
-                f"{sorted(REFERENCE_RANKS)}: pass a PageFormat with ranks of your own"
-            )
+        from spectral_paged.presets import preset_fields
+
+        fields = preset_fields(name, head_dim)
         return cls(
-            name,
-            num_kv_heads,
-            head_dim,
-            k_bands=((k_rank, 8),),
-            v_bands=((v_rank, 8),),
-            rope="post" if name == "spectral-int8-post" else "pre",
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             prefill_segment=prefill_segment,
+            **fields,
         )
 
     def with_ranks(self, k_rank: int, v_rank: int) -> PageFormat:
@@ -303,6 +294,3 @@ class PageFormat:
             k_bands=((k_rank, 8),),
             v_bands=((v_rank, 8),),
         )
-
-
-PRESETS = ("exact", "spectral-int8", "spectral-int8-post")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 from spectral_paged.prefix import PrefixChain
 
 
 def longest_hit(
-    format: PageFormat, groups: list[LayerGroup], chain: PrefixChain, num_prompt_tokens: int
+    format: PageFormat,
+    groups: list[LayerGroup],
+    chain: PrefixChain,
+    num_prompt_tokens: int,
+    pinned: tuple[int, ...],
 ) -> tuple[int, int]:
     """(tokens, blocks seen as pages) of the longest hit that leaves one token to compute.
 
@@ -22,6 +26,7 @@ def longest_hit(
     Args:
         chain: keys of the sequence's full exact pages, its last token left out.
         num_prompt_tokens: where generated tokens begin.
+        pinned: blocks that stay exact.
     """
     limit = len(chain)
     best = (0, 0)
@@ -30,7 +35,7 @@ def longest_hit(
         visible = format.visible_blocks(start, num_prompt_tokens)
         end = format.chunk_end(start, num_prompt_tokens)
         last = min(limit, (end - 1) // EXACT_PAGE_TOKENS)
-        run = min(_cached_run(group, chain, visible, last) for group in groups)
+        run = min(_cached_run(group, chain, visible, last, pinned) for group in groups)
         tokens = run * EXACT_PAGE_TOKENS
         if tokens >= start and tokens > best[0]:
             best = (tokens, visible)
@@ -39,23 +44,31 @@ def longest_hit(
 
 
 def prefix_chain(
-    format: PageFormat, token_ids: Sequence[int], num_prompt_tokens: int, cache_salt: str
+    format: PageFormat,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    cache_salt: str,
+    pinned: tuple[int, ...],
 ) -> PrefixChain:
-    """The chain of a sequence, as far as a hit may reach: all but its last token."""
-    root = f"{format.fingerprint}/{cache_salt}"
+    """The chain of a sequence, as far as a hit may reach: all but its last token.
+
+    What queries see behind a pinned block differs, so pins separate chains as salts do.
+    """
+    root = f"{format.fingerprint}/{cache_salt}" + (f"/pinned {pinned}" if pinned else "")
     chain = PrefixChain(root, num_prompt_tokens, generated_differ=format.seals)
     chain.extend(token_ids, len(token_ids) - 1)
     return chain
 
 
-def _cached_run(group: LayerGroup, chain: PrefixChain, visible: int, last: int) -> int:
+def _cached_run(
+    group: LayerGroup, chain: PrefixChain, visible: int, last: int, pinned: tuple[int, ...]
+) -> int:
     """Exact pages (of 64 tokens) covered without a gap when `visible` blocks are pages."""
     sealed = group.blocks_sealed(visible)
-    if any(group.cached_page(chain, b) is None for b in range(sealed)):
+    if any(group.cached_page(chain, b) is None for b in range(sealed) if b not in pinned):
         return 0
-    hidden_start = group.num_landmark_pages
-    hidden_end = hidden_start + sealed * (BLOCK_TOKENS // EXACT_PAGE_TOKENS)
     for index in range(last):
-        if not hidden_start <= index < hidden_end and group.cached_exact(chain, index) is None:
+        hidden = group.is_hidden(index, sealed, pinned)
+        if not hidden and group.cached_exact(chain, index) is None:
             return index
     return last

@@ -10,7 +10,7 @@ from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.rotary import rotate
 from spectral_paged.layer_group import LayerGroup
-from spectral_paged.page_format import PageFormat
+from spectral_paged.online_basis import CacheBasis
 
 BLOCKS_AT_ONCE = 8  # bounds the fp32 working set; encoding is pure, so batching changes no byte
 
@@ -20,10 +20,12 @@ class Sealer:
 
     Args:
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to take keys back before RoPE.
+        basis: the cache's calibration, frozen here at the first seal where it is taken online.
     """
 
-    def __init__(self, format: PageFormat, *, cos: Tensor, sin: Tensor) -> None:
-        self.format = format
+    def __init__(self, basis: CacheBasis, *, cos: Tensor, sin: Tensor) -> None:
+        self.format = basis.format
+        self.basis = basis
         self.cos = cos
         self.sin = sin
 
@@ -32,6 +34,8 @@ class Sealer:
     ) -> dict[str, NonFiniteError]:
         """Write the pages of `due` (sequence, block) pairs; errors of sequences with NaN or Inf."""
         failed: dict[str, NonFiniteError] = {}
+        if due and self.basis.is_waiting:
+            self._freeze(group, due)
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
             self._encode_batch(group, batch, failed)
@@ -54,9 +58,31 @@ class Sealer:
             values.append(v)
         if not ready:
             return
-        pages = encode_pages(torch.cat(keys), torch.cat(values), self.format)
+        pages = encode_pages(
+            torch.cat(keys),
+            torch.cat(values),
+            self.format,
+            basis=self.basis.bound,
+            layers=group.layers * len(ready),
+        )
         for (seq_id, block), page in zip(ready, pages.split(len(group.layers)), strict=True):
             group.write_page(seq_id, block, page)
+
+    def _freeze(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
+        """Let the blocks `due` decide the basis; those with NaN or Inf are left out.
+
+        Where no other is due nothing is decided: they fail, and no page is written.
+        """
+        accumulator, seen = self.basis.accumulator(), 0
+        for seq_id, block in due:
+            k, v = group.read_block(seq_id, block)
+            if self._find_non_finite(group, seq_id, block, k, v) is None:
+                plain = self._unrotate(k, block) if len(self.cos) else None
+                accumulator.add(group.layers, k_pre=plain, k_post=k, v=v)
+                seen += 1
+        if seen:
+            self.basis.freeze(accumulator)
+            self.format = self.basis.format
 
     def _unrotate(self, k: Tensor, block: int) -> Tensor:
         first = self.format.num_landmark_tokens + block * BLOCK_TOKENS

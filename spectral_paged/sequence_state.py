@@ -16,8 +16,9 @@ class SequenceState:
     num_prompt_tokens: int
     row: int
     token_ids: Sequence[int] | None
-    chain: PrefixChain | None
+    chain: PrefixChain | None = None
     num_tokens: int = 0
+    pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
     num_pages_sealed: int = 0
     ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one

@@ -48,6 +48,7 @@ class Chunk:
     num_new: int
     row: int
     num_exact: int  # exact tokens, the new ones among them
+    num_blocks: int  # page table entries to visit, holes of pinned blocks among them
     num_pages: int
 
 
@@ -60,7 +61,7 @@ class GroupStep:
     decode_tokens: Tensor  # int64 [N], places in the flat batch
     decode_rows: Tensor  # int64 [N], table rows
     decode_exact: Tensor  # int32 [N], exact tokens, the new one among them
-    decode_pages: Tensor  # int32 [N]
+    decode_blocks: Tensor  # int32 [N], page table entries to visit, holes among them
     num_decode_pages: int
     chunks: tuple[Chunk, ...]
 
@@ -68,12 +69,14 @@ class GroupStep:
     def of(cls, group: LayerGroup, plan: StepPlan, device: torch.device) -> GroupStep:
         """Look up where the plan's tokens go in the group's tables."""
         positions, offsets = [], []
-        tokens, rows, exact, pages = [], [], [], []
+        tokens, rows, exact, blocks = [], [], [], []
+        num_decode_pages = 0
         chunks = []
         flat = 0
         for entry in plan.entries:
             slots = group.sequences[entry.seq_id]
-            first = entry.start - slots.num_sealed * BLOCK_TOKENS
+            num_pages = slots.num_sealed_pages
+            first = entry.start - num_pages * BLOCK_TOKENS
             place = torch.arange(first, first + entry.num_new)
             positions.append(group.exact_table.host[slots.row][place // EXACT_PAGE_TOKENS])
             offsets.append(place % EXACT_PAGE_TOKENS)
@@ -81,10 +84,15 @@ class GroupStep:
                 tokens.append(flat)
                 rows.append(slots.row)
                 exact.append(first + 1)
-                pages.append(slots.num_sealed)
+                blocks.append(slots.num_sealed)
+                num_decode_pages += num_pages
             else:
                 num_exact = first + entry.num_new
-                chunks.append(Chunk(flat, entry.num_new, slots.row, num_exact, slots.num_sealed))
+                chunks.append(
+                    Chunk(
+                        flat, entry.num_new, slots.row, num_exact, slots.num_sealed, num_pages
+                    )
+                )
             flat += entry.num_new
         return cls(
             append_positions=torch.cat(positions).to(device),
@@ -92,7 +100,7 @@ class GroupStep:
             decode_tokens=torch.tensor(tokens, dtype=torch.long, device=device),
             decode_rows=torch.tensor(rows, dtype=torch.long, device=device),
             decode_exact=torch.tensor(exact, dtype=torch.int32, device=device),
-            decode_pages=torch.tensor(pages, dtype=torch.int32, device=device),
-            num_decode_pages=sum(pages),
+            decode_blocks=torch.tensor(blocks, dtype=torch.int32, device=device),
+            num_decode_pages=num_decode_pages,
             chunks=tuple(chunks),
         )

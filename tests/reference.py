@@ -11,11 +11,12 @@ from spectral_paged.kernels.rotary import rotate
 class PlainCache:
     """All tokens of one sequence in one layer; fp32, no pools, no tables, no batching."""
 
-    def __init__(self, fmt, rope, num_prompt_tokens, scale):
+    def __init__(self, fmt, rope, num_prompt_tokens, scale, basis=None, layer=0):
         self.fmt, self.rope, self.prompt, self.scale = fmt, rope, num_prompt_tokens, scale
         self.k = torch.zeros(0, fmt.num_kv_heads, fmt.head_dim)
         self.v = torch.zeros(0, fmt.num_kv_heads, fmt.head_dim)
         self.sealed = {}
+        self.calibrated = {} if basis is None else {"basis": basis, "layers": [layer]}
 
     def _block(self, b):
         """K and V of block b as a query sees it through its page, [512, H, D]."""
@@ -26,8 +27,10 @@ class PlainCache:
             cos, sin = self.rope.rows(span)
             if self.fmt.rope == "pre":
                 k = rotate(k, cos, sin, inverse=True)
-            page = encode_pages(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.fmt)
-            k, v = (x[0].transpose(0, 1) for x in decode_pages(page, self.fmt))
+            k, v = (x.transpose(0, 1)[None] for x in (k, v))
+            page = encode_pages(k, v, self.fmt, **self.calibrated)
+            k, v = decode_pages(page, self.fmt, **self.calibrated)
+            k, v = (x[0].transpose(0, 1) for x in (k, v))
             if self.fmt.rope == "pre":
                 k = rotate(k, cos, sin)
             self.sealed[b] = (k, v)

@@ -18,24 +18,29 @@ FOLDERS = {
 # What each part may import of the package; a part is a subpackage or a top module. Lower parts
 # never know higher ones.
 CACHE = {
-    "errors", "page_format", "codec", "rope", "block_pool", "block_table", "page_pool", "prefix",
-    "layer_group", "step", "attention", "sealer", "groups", "capacity", "cache_stats",
-    "prefix_hit", "sequence_state", "cache", "kernels",
+    "errors", "page_format", "page_layout", "presets", "decompose", "quantize", "shared_basis",
+    "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
+    "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
+    "sequence_state", "sequence_table", "pins", "cache", "kernels",
 }  # fmt: skip
 ENGINE = CACHE | {"sampling", "outputs", "output_text", "engine", "scheduler"}
 MODELS = CACHE | {"models"}
-LLM = ENGINE | MODELS | {"llm", "placement", "model_report", "batch_file", "batch_run"}
+CALIBRATION = MODELS | {"calibration"}
+TOP = {"llm", "placement", "model_report", "batch_file", "batch_run"}
+LLM = ENGINE | CALIBRATION | TOP
 ALLOWED = {
     "kernels": {"kernels"},
     "scheduler": {"scheduler"},
+    "data": set(),
     "models": MODELS,
+    "calibration": CALIBRATION,
     "integrations": CACHE | {"integrations"},
     "benchmarks": LLM | {"benchmarks"},
     "cli": LLM | {"benchmarks", "cli"},
     "__init__": LLM,
     **dict.fromkeys(CACHE - {"kernels"}, CACHE),
     **dict.fromkeys(("sampling", "outputs", "output_text", "engine"), ENGINE),
-    **dict.fromkeys(("llm", "placement", "model_report", "batch_file", "batch_run"), LLM),
+    **dict.fromkeys(TOP, LLM),
 }
 
 
@@ -66,7 +71,7 @@ def part_of(name):
 
 def known_parts():
     parts = {p.stem for p in FOLDERS["spectral_paged"].glob("*.py")}
-    return parts | {"kernels", "scheduler", "benchmarks", "models", "integrations"}
+    return parts | {"kernels", "scheduler", "benchmarks", "models", "integrations", "data"}
 
 
 def violations(part, package, source):
@@ -121,6 +126,10 @@ def test_leaf_packages_know_their_own_world_only(part):
         ("engine", "import spectral_paged.models.loader"),
         ("scheduler", "from spectral_paged.block_pool import BlockPool"),
         ("models", "from spectral_paged.engine import Engine"),
+        ("models", "from spectral_paged.calibration import calibrate"),
+        ("cache", "from spectral_paged.calibration import calibrate"),
+        ("calibration", "from spectral_paged.llm import LLM"),
+        ("calibration", "from spectral_paged.engine import Engine"),
     ],
 )
 def test_the_walker_sees_a_violation(part, source):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,8 @@ from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import embedded_gguf, load_config, resolve
-from spectral_paged.page_format import PRESETS, PageFormat
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import PRESETS
 
 CHAT = {
     "custom_id": "c1",
@@ -351,23 +353,42 @@ def test_a_truncated_gguf_exits_with_its_message(tmp_path, capsys, keep, monkeyp
 
 
 @pytest.mark.model
-def test_bench_quality_writes_results_and_a_picture(tmp_path, capsys, monkeypatch):
-    from spectral_paged.benchmarks import quality
-
-    monkeypatch.setattr(quality, "QUICK_BLOCKS", 2)
+def test_bench_quality_writes_results_and_pictures(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"Chapter {i} tells of the {i}th day at sea." for i in range(300)))
     model = tmp_path / "SmolLM2-0.1B"  # a dot in a name is no suffix
     model.symlink_to(resolve("smollm2-135m"))
     code = main(
-        ["bench", "quality", "--quick", "--model", str(model), "--text", str(text),
-         "--output-dir", str(tmp_path)]
+        ["bench", "quality", "--model", str(model), "--text", str(text), "--no-peers",
+         "--format", "spectral-int8", "--sections", "reconstruction", "--length", "1024",
+         "--journal", str(tmp_path / "journal.jsonl"), "--output-dir", str(tmp_path)]
     )  # fmt: skip
     assert code == 0
     result = json.loads((tmp_path / "quality-SmolLM2-0.1B.json").read_text())
-    assert (tmp_path / "quality-SmolLM2-0.1B.png").stat().st_size > 10_000
-    assert len(result["decay"]) == 30 and result["environment"]["torch"]
-    low, *_, high = result["formats"]
-    for a, b in zip(low["layers"], high["layers"]):
-        assert 0 < b["k_error"] < a["k_error"] < 1 and 0 < b["v_error"] < a["v_error"] < 1
-    assert "mean over layers" in capsys.readouterr().out
+    assert len(result["spectra"]["k_pre"]) == 30 and result["environment"]["torch"]
+    errors = result["reconstruction"]["spectral-int8"]
+    assert all(0 < x < 0.9 for key in "kv" for x in errors[key])
+    assert all(len(heads) == 9 for heads in errors["attention"])
+    report = (tmp_path / "quality-SmolLM2-0.1B.md").read_text()
+    assert "## Singular values of K and V" in report
+    pictures = list(tmp_path.glob("quality-SmolLM2-0.1B-*.png"))
+    assert len(pictures) == 3
+    assert all(p.name in capsys.readouterr().out for p in pictures[:1])
+
+
+def test_bench_quality_hands_its_options_over(monkeypatch):
+    from spectral_paged.benchmarks.quality import run
+
+    asked = []
+    monkeypatch.setattr(run, "main", lambda options: asked.append(options) or 0)
+    monkeypatch.setattr(run, "plot", lambda files, folder: asked.append((files, folder)) or 0)
+    line = "bench quality --format exact --format spectral-int8 --length 4096 --length 2048"
+    line += " --sections needles,ranks --no-peers --windows 3 --time-limit 60"
+    assert main(line.split()) == main(["bench", "quality"]) == 0
+    assert asked[0] == run.Options(
+        formats=["exact", "spectral-int8"], lengths=[2048, 4096], sections=["needles", "ranks"],
+        texts=[], peers=False, windows=3, time_limit=60,
+    )  # fmt: skip
+    assert asked[1].model == "smollm2-135m" and not asked[1].quick
+    assert main(["bench", "quality", "--plot", "a.json", "b.json", "--output-dir", "out"]) == 0
+    assert asked[2] == ([Path("a.json"), Path("b.json")], Path("out"))

@@ -8,16 +8,11 @@ import struct
 import numpy as np
 import pytest
 import torch
+from page_parts import sections, toy_basis
 from real_text import smollm2_kv
 
-from spectral_paged.codec import (
-    attention_mass,
-    decode_pages,
-    encode_pages,
-    gram_basis,
-    query_energy,
-    randomized_basis,
-)
+from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.decompose import attention_mass, gram_basis, randomized_basis
 from spectral_paged.errors import FormatError, NonFiniteError
 from spectral_paged.kernels.page_view import side_view
 from spectral_paged.page_format import PageFormat
@@ -106,7 +101,7 @@ def test_half_precision_input_is_decomposed_in_fp32(name, dtype):
 PURE = [
     {"decomposition": "gram"},
     {"decomposition": "randomized"},
-    {"token_weighting": "attention", "dim_weighting": "query-energy"},
+    {"token_weighting": "attention"},
 ]
 
 
@@ -151,7 +146,8 @@ def test_a_vectors_sign_is_fixed_by_its_largest_entry():
     for how in PURE[:2]:
         pages = encode_pages(*blocks(4), fmt(**how))
         for side in ("k", "v"):
-            assert bool((side_view(pages, fmt().layout, side).basis.amax(-1) == 255).all())
+            [band] = side_view(pages, fmt().layout, side).bands
+            assert bool((band.basis.amax(-1) == 255).all())
 
 
 def test_pages_are_position_independent():
@@ -168,35 +164,44 @@ def test_pages_are_position_independent():
 # ---- bytes -------------------------------------------------------------------------------
 
 
+def bf16(values):
+    """Bytes of bf16 numbers: the upper half of their fp32 patterns (all must fit)."""
+    bits = np.array(values, "<f4").view("<u4")
+    assert not (bits & 0xFFFF).any()
+    return (bits >> 16).astype("<u2").tobytes()
+
+
+def from_bf16(data):
+    return (np.frombuffer(data.tobytes(), "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+
+
 def golden_page():
     """One page of two heads, width 16, ranks 16/16, from integers alone.
 
-    head record: K coeff 512x16 | K basis 16x16 | K scale 16 fp32 | K mean 16 fp16 | the same of V
-                 0..8191        | 8192..8447    | 8448..8511      | 8512..8543     | 8544..17087
-    padded from 17,088 (133.5 units of 128 bytes) to 17,152.
+    head record: K codes 512x16 | K basis 16x16 | K scale 16 bf16 | K mean 16 fp16 | the same of V
+                 0..8191        | 8192..8447    | 8448..8479      | 8480..8511     | 8512..17023
+    17,024 bytes are 133 units of 128: no padding.
     """
     t, i, d = np.arange(512)[:, None], np.arange(16)[:, None], np.arange(16)[None, :]
     want = np.zeros((2, 2, 512, 16))  # [K|V, head, token, dim]
     page = b""
     for head in range(2):
-        record = b""
         for side in range(2):
             coeff = (t * 7 + d * 13 + head * 5 + side * 3) % 256 - 128  # -128..127
             basis = (i * 11 + d * 29 + head * 17 + side) % 256 - 128
             scale = [2.0 ** -(1 + j % 5) for j in range(16)]
             mean = [float(j - 8 + head - 2 * side) for j in range(16)]
-            record += (coeff + 128).astype(np.uint8).tobytes()
-            record += (basis + 128).astype(np.uint8).tobytes()
-            record += struct.pack("<16f", *scale) + struct.pack("<16e", *mean)
+            page += (coeff + 128).astype(np.uint8).tobytes()
+            page += (basis + 128).astype(np.uint8).tobytes()
+            page += bf16(scale) + struct.pack("<16e", *mean)
             want[side, head] = (coeff * np.array(scale)) @ basis + np.array(mean)
-        page += record + b"\0" * (17152 - 17088)
     return page, want
 
 
 def test_hand_written_bytes_decode_to_hand_computed_keys_and_values():
     page, want = golden_page()
     format = fmt()
-    assert len(page) == format.page_bytes == 34304
+    assert len(page) == format.page_bytes == 34048
     got = decode_pages(torch.frombuffer(bytearray(page), dtype=torch.uint8)[None], format)
     for side in range(2):
         assert np.array_equal(got[side][0].double().numpy(), want[side])
@@ -207,10 +212,8 @@ def test_views_write_the_golden_bytes():
     format = fmt()
     source = torch.frombuffer(bytearray(page), dtype=torch.uint8)[None]
     target = torch.zeros_like(source)
-    for side in ("k", "v"):
-        for x, y in zip(side_view(target, format.layout, side),
-                        side_view(source, format.layout, side)):  # fmt: skip
-            x.copy_(y)
+    for x, y in zip(sections(target, format), sections(source, format)):
+        x.copy_(y)
     assert bytes(target[0].tolist()) == page
 
 
@@ -219,14 +222,13 @@ def test_encode_writes_where_the_drawing_says():
     k, v = blocks(1)
     page = encode_pages(k, v, fmt())[0].numpy()
     for head in range(2):
-        record = page[head * 17152 : (head + 1) * 17152]
-        assert not record[17088:].any(), "padding stays zero"
-        for x, start in ((k, 0), (v, 8544)):
-            side = record[start : start + 8544]
+        record = page[head * 17024 : (head + 1) * 17024]
+        for x, start in ((k, 0), (v, 8512)):
+            side = record[start : start + 8512]
             coeff = side[:8192].reshape(512, 16).astype(np.float64) - 128
             basis = side[8192:8448].reshape(16, 16).astype(np.float64) - 128
-            scale = np.frombuffer(side[8448:8512].tobytes(), "<f4").astype(np.float64)
-            mean = np.frombuffer(side[8512:].tobytes(), "<f2").astype(np.float64)
+            scale = from_bf16(side[8448:8480])
+            mean = np.frombuffer(side[8480:].tobytes(), "<f2").astype(np.float64)
             want = x[0, head].double().numpy()
             assert np.allclose(mean, want.mean(0), atol=2e-3)
             got = (coeff * scale) @ basis + mean
@@ -255,8 +257,9 @@ def test_a_power_of_two_changes_the_scales_only(exponent):
     plain, scaled = (encode_pages(k * f, v * f, format) for f in (1.0, 2.0**exponent))
     for side in ("k", "v"):
         x, y = (side_view(p, format.layout, side) for p in (plain, scaled))
-        assert torch.equal(x.coeff, y.coeff) and torch.equal(x.basis, y.basis)
-        assert torch.equal(x.scale * 2.0**exponent, y.scale)
+        [a], [b] = x.bands, y.bands
+        assert torch.equal(a.plane, b.plane) and torch.equal(a.basis, b.basis)
+        assert torch.equal(x.scale.float() * 2.0**exponent, y.scale.float())
 
 
 @pytest.mark.parametrize("mean", [True, False])
@@ -282,7 +285,7 @@ def test_a_block_of_nothing_has_codes_of_nothing():
     for mean in (True, False):
         page = encode_pages(zero, zero, fmt(mean=mean))
         view = side_view(page, fmt(mean=mean).layout, "k")
-        assert bool((view.coeff == 128).all()) and not view.scale.any()
+        assert bool((view.bands[0].plane == 128).all()) and not view.scale.any()
 
 
 # ---- weights -----------------------------------------------------------------------------
@@ -318,41 +321,35 @@ def test_attention_mass_is_the_causal_softmax_of_the_last_queries():
     assert torch.allclose(mass, 0.1 + 0.9 * want / want.mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("rotary_dim", [64, 32])
-def test_query_energy_is_the_root_mean_square_of_a_pair(rotary_dim):
-    queries = torch.randn(H, 3, 64, 64) * torch.linspace(4, 0.05, 64)
-    weights = query_energy(queries, rotary_dim)
-    half = rotary_dim // 2
-    assert torch.equal(weights[:, :half], weights[:, half:rotary_dim]), "a pair shares"
-    assert torch.allclose(weights.square().mean(-1), torch.ones(H), atol=1e-3)
-    square = queries.square().mean((1, 2))
-    pair = (square[:, :half] + square[:, half:rotary_dim]) / 2
-    want = torch.cat((pair, pair, square[:, rotary_dim:]), -1)
-    want = (want / want.mean(-1, keepdim=True)).sqrt()
-    assert torch.allclose(weights, want.clamp_min(0.01), rtol=1e-4)
-
-
-def test_query_energy_keeps_what_the_queries_see():
+@pytest.mark.parametrize("weighting", ["diagonal", "calibrated"])
+def test_calibrated_weights_keep_what_the_queries_see(weighting):
     k, v = blocks(1, 64, rank=40)
-    queries = torch.randn(1, H, 3, 64, 64) * torch.linspace(4, 0.05, 32).repeat(2)
-    weights = query_energy(queries.flatten(0, 1), 64)[None, :, None]
-    errors, weighted = {}, {}
-    for name in ("none", "query-energy"):
+    loud = torch.linspace(4, 0.05, 32).repeat(2)
+    if weighting == "calibrated":  # energies along directions that are no dimensions
+        loud = loud * torch.linalg.qr(torch.randn(64, 64)).Q.mT
+    queries = torch.randn(H, 192, 64)
+    queries = queries @ loud.mT if loud.dim() == 2 else queries * loud
+    calibration = toy_basis(1, H, 64, q=(queries.mT @ queries)[None])
+    errors = {}
+    for name in ("none", weighting):
         format = wide(dim_weighting=name)
-        out, _ = decode_pages(encode_pages(k, v, format, queries=queries), format)
-        errors[name] = float((queries[0].flatten(1, 2) @ (out - k)[0].mT).norm())
-        weighted[name] = float(((k - out) * weights).square().sum())
-    best = torch.linalg.svdvals((k - k.mean(-2, keepdim=True)) * weights)[..., 16:].square().sum()
-    assert errors["query-energy"] < errors["none"]
-    assert weighted["query-energy"] < 1.01 * float(best) < weighted["none"]
+        given = {"basis": calibration.bind(format), "layers": [0]} if name != "none" else {}
+        out, _ = decode_pages(encode_pages(k, v, format, **given), format, **given)
+        errors[name] = (queries @ (out - k)[0].mT).norm()
+    assert float(errors[weighting]) < 0.9 * float(errors["none"])
+    # at the root of the metric itself, no 16 components do better
+    format = wide(dim_weighting=weighting)
+    bound = calibration.bind(format)
+    out, _ = decode_pages(encode_pages(k, v, format, basis=bound, layers=[0]), format, basis=bound,
+                          layers=[0])  # fmt: skip
+    weight = bound.k.weight[0]
+    best = torch.linalg.svdvals((k - k.mean(-2, keepdim=True)) @ weight)[..., 16:].square().sum()
+    assert float(((k - out) @ weight).square().sum()) < 1.01 * float(best)
 
 
-WEIGHTED = [{"token_weighting": "attention"}, {"dim_weighting": "query-energy"}]
-
-
-@pytest.mark.parametrize("how", WEIGHTED)
-def test_weighted_formats_ask_for_queries_of_the_blocks(how):
+def test_weighted_formats_ask_for_queries_of_the_blocks():
     k, v = blocks(2)
+    how = {"token_weighting": "attention"}
     with pytest.raises(FormatError, match="queries"):
         encode_pages(k, v, fmt(**how))
     for shape in ((1, 1, 3, 64, D), (2, H, 64, D), (2, H, 3, 64, D + 1)):
@@ -360,11 +357,11 @@ def test_weighted_formats_ask_for_queries_of_the_blocks(how):
             encode_pages(k, v, fmt(**how), queries=torch.zeros(shape))
 
 
-@pytest.mark.parametrize("how", WEIGHTED)
-def test_queries_that_are_all_zero_weigh_nothing(how):
+def test_queries_that_are_all_zero_weigh_nothing():
     k, v = blocks(1)
-    out, _ = decode_pages(encode_pages(k, v, fmt(**how), queries=torch.zeros(1, H, 3, 64, D)),
-                          fmt())  # fmt: skip
+    format = fmt(token_weighting="attention")
+    pages = encode_pages(k, v, format, queries=torch.zeros(1, H, 3, 64, D))
+    out, _ = decode_pages(pages, format)
     assert float((out - k).norm() / k.norm()) < 0.01
 
 
@@ -378,7 +375,7 @@ def test_non_finite_input_is_refused_with_side_block_and_head(side, bad):
     q = torch.ones(3, H, 3, 64, D)
     {"K": k, "V": v, "queries": q}[side][2, 1, 2, ..., 3] = bad
     with pytest.raises(NonFiniteError, match=f"{side} has NaN or Inf in block 2, head 1") as caught:
-        encode_pages(k, v, fmt(dim_weighting="query-energy"), queries=q)
+        encode_pages(k, v, fmt(token_weighting="attention"), queries=q)
     assert caught.value.block_index == 2
 
 

@@ -78,7 +78,7 @@ def test_chat_uses_the_models_template_for_one_or_many(llm):
 
 def test_stats_hold_every_figure_that_is_promised(llm):
     stats = llm.stats()
-    assert stats["backend"] == "torch" and stats["format"] == "spectral-int8"
+    assert stats["backend"] == "torch" and stats["format"] == "spectral-quality"
     for key in (
         "capacity_tokens", "bytes_per_token", "compression_ratio", "pages_sealed",
         "pages_attended", "pages_in_use", "pages_cached", "prefix_hit_tokens", "preemptions",

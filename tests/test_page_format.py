@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_paged.errors import FormatError
-from spectral_paged.page_format import REFERENCE_RANKS, PageFormat
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import REFERENCE_RANKS
 
 
 def preset(name="spectral-int8", heads=2, dim=64, **kw):
@@ -20,7 +23,7 @@ def test_page_bytes_count_every_section_and_the_padding(dim, heads):
     k_rank, v_rank = REFERENCE_RANKS[dim]
     record = 0
     for rank in (k_rank, v_rank):
-        record += 512 * rank + rank * dim + 4 * rank + 2 * dim
+        record += 512 * rank + rank * dim + 2 * rank + 2 * dim
     record = -(-record // 128) * 128
     assert preset(heads=heads, dim=dim).page_bytes == heads * record
 
@@ -29,20 +32,49 @@ def test_ratio_of_the_reference_format_at_width_128_is_above_four():
     assert 4.1 < preset(dim=128, heads=8).page_ratio < 4.3
 
 
+SECTIONED = {
+    "reference": {},
+    "mixed": {"k_bands": ((16, 8), (16, 4), (16, 3), (16, 2)), "gain": True, "basis_bits": 4},
+    "no-mean": {"mean": False, "scale_tokens": 64},
+    "shared": {"basis": "shared", "outlier_slots": 5, "v_bands": ((32, 3),), "gain": True},
+}
+
+
+@pytest.mark.parametrize("changes", SECTIONED.values(), ids=SECTIONED)
 @pytest.mark.parametrize("dim", sorted(REFERENCE_RANKS))
-def test_sections_are_aligned_and_do_not_overlap(dim):
-    layout = preset(dim=dim).layout
-    cursor = 0
-    for side in (layout.k, layout.v):
-        for offset, size, step in (
-            (side.coeff_offset, 512 * side.rank, 16),
-            (side.basis_offset, side.rank * dim, 16),
-            (side.scale_offset, 4 * side.rank, 16),
-            (side.mean_offset, 2 * dim, 16),
-        ):
-            assert offset % step == 0 and offset >= cursor
-            cursor = offset + size
-    assert cursor <= layout.head_bytes and layout.head_bytes % 128 == 0
+def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
+    """Their sizes by the drawing; each begins where the one before ends, rounded up to 16."""
+    format = replace(preset(dim=dim), **changes)
+    layout, cursor = format.layout, 0
+    groups = 512 // format.scale_tokens
+    for side, bands in ((layout.k, format.k_bands), (layout.v, format.v_bands)):
+        taken, first = [], 0
+        for band, (count, bits) in zip(side.bands, bands, strict=True):
+            assert (band.first, band.count, band.bits) == (first, count, bits)
+            first += count
+            plane_bits = {8: 8, 4: 4, 3: 2, 2: 2}[bits]
+            taken.append((band.offset, 512 * count * plane_bits // 8))
+            taken.append((band.high_offset, 512 * count // 8 if bits == 3 else None))
+            row_bits = 4 if bits < 8 and format.basis_bits == 4 else 8
+            size = count * dim * row_bits // 8 if format.basis == "page" else None
+            taken.append((band.basis_offset, size))
+        assert side.rank == first
+        taken += [
+            (side.scale_offset, 2 * groups * side.rank),
+            (side.gain_offset, 512 if format.gain else None),
+            (side.mean_offset, 2 * dim if format.mean else None),
+            (side.slot_offset, 2 * dim * format.outlier_slots or None),
+        ]
+        for offset, size in taken:
+            if size is None:
+                assert offset == -1
+                continue
+            assert offset == cursor and offset % 16 == 0
+            cursor = -(-(offset + size) // 16) * 16
+    assert layout.index_offset == cursor
+    end = cursor + 2 * format.outlier_slots
+    assert end <= layout.head_bytes < end + 128 + 16 and layout.head_bytes % 128 == 0
+    assert format.page_bytes == format.num_kv_heads * layout.head_bytes
 
 
 @pytest.mark.parametrize(
@@ -57,7 +89,23 @@ def test_sections_are_aligned_and_do_not_overlap(dim):
         ({"hot_tokens": 10}, "multiple of 64"),
         ({"prefill_segment": 0}, "at least 512"),
         ({"head_dim": 40}, "multiple of 16"),
-        ({"basis": "shared"}, "not in this version"),
+        ({"k_bands": ((16, 3.5),)}, "3.5-bit"),
+        ({"k_bands": ((16, 1),)}, "1-bit"),
+        ({"k_bands": ((0, 8),)}, "band of 0"),
+        ({"v_bands": ((32, 4), (48, 2))}, "v_bands has rank 80 but head_dim is 64"),
+        ({"basis": "global"}, "'page' or 'shared'"),
+        ({"rope": "none"}, "'pre' or 'post'"),
+        ({"levels": "nf4"}, "'gaussian' or 'uniform'"),
+        ({"basis_bits": 3}, "basis_bits is 3; use 8 or 4"),
+        ({"decomposition": "svd"}, "'gram' or 'randomized'"),
+        ({"dim_weighting": "query-energy"}, "'none' or 'diagonal' or 'calibrated'"),
+        ({"token_weighting": "mass"}, "'none' or 'attention'"),
+        ({"scale_tokens": 100}, "use 64, 128, 256 or 512"),
+        ({"scale_tokens": 32}, "use 64, 128, 256 or 512"),
+        ({"outlier_slots": 65}, "0 to 64"),
+        ({"outlier_slots": -1}, "0 to 64"),
+        ({"basis": "shared", "token_weighting": "attention"}, "use token_weighting='none'"),
+        ({"basis_id": "0123456789abcdef"}, "uses none"),
     ],
 )
 def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):

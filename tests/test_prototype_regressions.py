@@ -11,7 +11,8 @@ from reference import PlainCache
 from tiny_model import random_prompts, tiny_llm
 
 from spectral_paged import PageFormat, SamplingParams, SpectralKVCache
-from spectral_paged.codec import decode_pages, encode_pages, gram_basis, randomized_basis
+from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.decompose import gram_basis, randomized_basis
 from spectral_paged.errors import FormatError
 from spectral_paged.rope import RotaryTable
 

@@ -29,7 +29,9 @@ class CountingCache:
     def _used(self):
         return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
 
-    def add_sequence(self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt=""):
+    def add_sequence(
+        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=()
+    ):
         assert seq_id not in self.stored
         if len(self.stored) >= self.seats:
             return None

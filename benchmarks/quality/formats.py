@@ -1,0 +1,121 @@
+"""The page formats of a run: presets by name, and variants of them, bound to a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from spectral_paged.benchmarks.quality.methods import Exact, Method, peer_methods
+from spectral_paged.benchmarks.quality.page_methods import (
+    OnlineMethod,
+    SpectralMethod,
+    WeightedMethod,
+)
+from spectral_paged.calibration import find_calibration
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import PRESETS
+from spectral_paged.shared_basis import SharedBasis
+
+BASE = "spectral-quality"  # what experiments change one thing of, where the preset exists
+REFERENCE = "spectral-int8"
+
+
+def rank_grid(head_dim: int) -> list[tuple[int, int]]:
+    """K and V ranks 16/32, 32/64 and 64/128 of a head of 128, in proportion, in steps of 16."""
+
+    def scaled(rank: int) -> int:
+        return min(head_dim, max(16, rank * head_dim // 128 // 16 * 16))
+
+    pairs = [(scaled(k), scaled(v)) for k, v in ((16, 32), (32, 64), (64, 128))]
+    return list(dict.fromkeys(pairs))
+
+
+def unique(methods: Iterable[Method]) -> list[Method]:
+    """One method a name, in order of first appearance."""
+    found: dict[str, Method] = {}
+    for method in methods:
+        found.setdefault(method.name, method)
+    return list(found.values())
+
+
+class MethodSet:
+    """Formats of one model as methods.
+
+    Args:
+        names: presets to judge; empty for all.
+        calibration: `auto` for the model's calibration on the built-in text, or a file.
+        peers: judge the peers too.
+
+    Attributes:
+        ours, peers: the methods of the main tables.
+        formats: every format that was made a method, by name, for the result file.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        names: Sequence[str] = (),
+        *,
+        calibration: str = "auto",
+        peers: bool = True,
+    ) -> None:
+        self._loaded, self._given = loaded, calibration
+        self._basis: SharedBasis | None = None
+        self.formats: dict[str, dict[str, Any]] = {}
+        wanted = names or [p for p in PRESETS if p != "exact"]
+        self.ours = unique(self.preset_method(name) for name in wanted)
+        self.peers = peer_methods() if peers else []
+
+    @property
+    def main(self) -> list[Method]:
+        return [*self.ours, *self.peers]
+
+    @property
+    def basis(self) -> SharedBasis | None:
+        """The calibration, if a format has needed it."""
+        return self._basis
+
+    def base(self) -> PageFormat:
+        """The preset that experiments start from."""
+        return self.preset(BASE if BASE in PRESETS else PRESETS[-1])
+
+    def preset(self, name: str) -> PageFormat:
+        geometry = self._loaded.geometry
+        return PageFormat.preset(
+            name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+        )
+
+    def preset_method(self, name: str) -> Method:
+        """Raises FormatError for a name that is no preset."""
+        return self.method(self.preset(name))
+
+    def method(self, format: PageFormat) -> Method:
+        """`format` as a method, bound to the calibration where it needs one."""
+        if not format.seals:
+            return Exact()
+        bound = None
+        if format.needs_calibration:
+            if self._basis is None:
+                basis = find_calibration(self._given, format, self._loaded)
+                assert isinstance(basis, SharedBasis)
+                self._basis = basis
+            bound = self._basis.bind(format, self._loaded.model.device)
+            format = bound.format
+        self.formats[format.name] = asdict(format)
+        kind = WeightedMethod if format.needs_queries else SpectralMethod
+        return kind(format, bound)
+
+    def variant(self, format: PageFormat, name: str, **changes: Any) -> Method | None:
+        """`format` with `changes`, called `name`; None if they change nothing."""
+        changed = replace(format, name=name, **changes)
+        return None if changed.fingerprint == format.fingerprint else self.method(changed)
+
+    def online(self, format: PageFormat, name: str) -> Method:
+        """`format` with a basis shared from the first sealed block on."""
+        changed = replace(
+            format, name=name, basis="shared", dim_weighting="none", token_weighting="none"
+        )
+        self.formats[name] = {**asdict(changed), "calibration": "online"}
+        return OnlineMethod(changed)

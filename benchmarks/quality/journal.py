@@ -1,0 +1,89 @@
+"""Finished work on disk, one JSON line each, so that a rerun goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+BASELINE = "baseline"  # the model without a compressed cache, computed once a context
+
+
+def digest(*parts: object) -> str:
+    """A short name for what `parts` say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def plain(value: Any) -> Any:
+    """`value` for JSON: numbers that are not finite become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+class Journal:
+    """Records of one model, keyed by (model, unit of work, method).
+
+    Args:
+        path: the file, made when the first record is written; None keeps records in memory.
+        model: name of model, precision and device that results may be shared under.
+    """
+
+    def __init__(self, path: Path | None, model: str) -> None:
+        self.path, self.model = path, model
+        self._records: dict[str, Record] = {}
+        self._used: dict[str, None] = {}
+        if path is not None and path.is_file():
+            self._records = {r["key"]: r for r in read_records(path) if r["model"] == model}
+            if not path.read_bytes().endswith(b"\n"):  # a crash cut the last line off: end it
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("\n")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def used(self) -> list[Record]:
+        """Records that this run has found or written; older work of the file is left out."""
+        return [self._records[key] for key in self._used]
+
+    def find(self, unit: str, method: str) -> Record | None:
+        key = digest(self.model, unit, method)
+        if key in self._records:
+            self._used[key] = None
+        return self._records.get(key)
+
+    def write(self, unit: str, method: str, record: Mapping[str, Any]) -> Record:
+        """Keep a record and put it on disk at once."""
+        key = digest(self.model, unit, method)
+        line: Record = plain({"key": key, "model": self.model, "unit": unit, **record})
+        self._records[key] = line
+        self._used[key] = None
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        return line
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a file; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def merged(paths: Sequence[Path]) -> list[Record]:
+    """Records of several files, later ones of the same key in the place of earlier ones."""
+    return list({r["key"]: r for path in paths for r in read_records(path)}.values())

@@ -1,0 +1,140 @@
+"""Our own page formats as methods: encoded and decoded by the codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_paged.benchmarks.quality.methods import NUM_QUERIES
+from spectral_paged.benchmarks.quality.sources import codec_digest
+from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.errors import FormatError
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.rotary import rotate
+from spectral_paged.page_format import PageFormat
+from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
+
+
+def through_pages(
+    format: PageFormat, basis: BoundBasis | None, layer: int, k: Tensor, v: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Blocks `[N, H, 512, D]` of one layer, keys as stored, there and back."""
+    layers = [layer] * len(k)
+    pages = encode_pages(k, v, format, basis=basis, layers=layers, **options)
+    return decode_pages(pages, format, basis=basis, layers=layers)
+
+
+@dataclass(frozen=True)
+class SpectralMethod:
+    """Pages of one of our formats, encoded and decoded by the codec.
+
+    `basis` is what `SharedBasis.bind` gave for formats that need a calibration; `format` is then
+    the one bound to it.
+    """
+
+    format: PageFormat
+    basis: BoundBasis | None = None
+    family: str = "spectral"
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.format.fingerprint}/{codec_digest()}"
+
+    @property
+    def num_landmark_tokens(self) -> int:
+        return self.format.num_landmark_tokens
+
+    @property
+    def hot_tokens(self) -> int:
+        return self.format.hot_tokens
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        return self.format.page_bytes / (self.format.num_kv_heads * BLOCK_TOKENS)
+
+    def rebuild(
+        self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        before = self.format.rope == "pre"
+        keys = k if before else rotate(k, cos, sin)
+        new_k, new_v = through_pages(self.format, self.basis, layer, keys, v)
+        return rotate(new_k, cos, sin) if before else new_k, new_v
+
+
+@dataclass(frozen=True)
+class WeightedMethod(SpectralMethod):
+    """A format that weighs a block's tokens by what its last queries attend to."""
+
+    num_queries: int = NUM_QUERIES
+
+    def rebuild(
+        self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise FormatError(f"{self.name} weighs by queries: use rebuild_with")
+
+    def rebuild_with(
+        self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `WantsQueries`."""
+        rotated = rotate(k, cos, sin)
+        before = self.format.rope == "pre"
+        new_k, new_v = through_pages(
+            self.format,
+            self.basis,
+            layer,
+            k if before else rotated,
+            v,
+            queries=queries,
+            rotated_k=rotated,
+        )
+        return rotate(new_k, cos, sin) if before else new_k, new_v
+
+
+@dataclass(frozen=True)
+class OnlineMethod:
+    """A shared basis accumulated from the first sealed block of the context itself.
+
+    For `Replay.seal` only, which hands over all blocks of a layer at once, the first one first.
+    """
+
+    format: PageFormat
+    family: str = "spectral"
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def fingerprint(self) -> str:
+        return f"online/{self.format.fingerprint}/{codec_digest()}"
+
+    @property
+    def num_landmark_tokens(self) -> int:
+        return self.format.num_landmark_tokens
+
+    @property
+    def hot_tokens(self) -> int:
+        return self.format.hot_tokens
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        return self.format.page_bytes / (self.format.num_kv_heads * BLOCK_TOKENS)
+
+    def rebuild(
+        self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        heads, dim = k.shape[1], k.shape[-1]
+        rotated = rotate(k, cos, sin)
+        accumulator = BasisAccumulator(1, heads, dim)
+        accumulator.add([0], k_pre=k[:1], k_post=rotated[:1], v=v[:1])
+        plain = torch.eye(dim).expand(1, heads, dim, dim)
+        basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
+        bound = basis.bind(self.format, k.device)
+        before = self.format.rope == "pre"
+        new_k, new_v = through_pages(bound.format, bound, 0, k if before else rotated, v)
+        return rotate(new_k, cos, sin) if before else new_k, new_v

@@ -1,0 +1,289 @@
+"""Dense replay: any way to store blocks, through the same attention at the same points.
+
+A `Context` is a prefilled text whose keys and values lie in the model's dtype as a cache would
+hold them. Sealing replaces its full blocks, between the landmarks and the hot window, by what a
+method stores of them; the model then goes on over that, with any number of continuations over one
+context (see `shared_attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from spectral_paged.benchmarks.quality.methods import Calibrated, Method, WantsQueries
+from spectral_paged.benchmarks.quality.shared_attention import Pass, take_over
+from spectral_paged.errors import InvalidRequestError, PromptTooLongError
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.rotary import rotate
+from spectral_paged.models.geometry import rotary_table
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.rope import RotaryTable
+
+CHUNK_TOKENS = 2048
+PROJECTED_ROWS = 256  # rows of logits alive at once where only single log-probabilities are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Keys after RoPE and values of a text, `[layers, H, tokens, D]`, in the model's dtype.
+
+    The first `num_sealed` blocks past the landmarks are as `method` (its name) stores them. `q` are
+    the queries after RoPE, `[layers, Hq, tokens, D]`, where they were asked for.
+    """
+
+    k: Tensor
+    v: Tensor
+    q: Tensor | None = None
+    num_sealed: int = 0
+    method: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """N whole blocks of one layer, fp32, for `Method.rebuild`.
+
+    `k` (before RoPE) and `v` `[N, H, 512, D]`, `cos` and `sin` `[N, 1, 512, rotary_dim / 2]`,
+    `q` (after RoPE) `[N, H, G, 512, D]` or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    q: Tensor | None
+
+    def stored_by(self, method: Method, layer: int) -> tuple[Tensor, Tensor]:
+        """What `method` makes of them: keys after RoPE and values."""
+        if not isinstance(method, WantsQueries):
+            return method.rebuild(layer, self.k, self.v, self.cos, self.sin)
+        if self.q is None:
+            raise InvalidRequestError(
+                f"{method.name} weighs by queries: prefill with keep_queries=True"
+            )
+        queries = self.q[..., -method.num_queries :, :]
+        return method.rebuild_with(layer, self.k, self.v, self.cos, self.sin, queries)
+
+
+class Replay:
+    """A causal LM over contexts. It takes the model's attention over."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.model = loaded.model
+        self.geometry = loaded.geometry
+        self._rope: RotaryTable | None = None
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.model.model.layers[0].self_attn.scaling)
+
+    # ---- contexts ------------------------------------------------------------------------
+
+    def prefill(self, ids: Sequence[int], *, keep_queries: bool = False) -> Context:
+        """The exact context of `ids`."""
+        context = self._empty(len(ids), keep_queries)
+        self._fill(context, ids, 0, len(ids))
+        return context
+
+    def prefill_through(self, ids: Sequence[int], method: Method, segment: int) -> Context:
+        """A context whose later tokens were computed over sealed blocks, as the engine does it.
+
+        Segments of `segment` tokens count from the landmarks. A block is sealed before a segment
+        that starts at s if `s >= landmarks + 512 (b + 1) + hot`, and at the end those that the
+        first generated token may see as pages.
+
+        Raises:
+            InvalidRequestError: `segment` is no multiple of 512.
+        """
+        if segment < BLOCK_TOKENS or segment % BLOCK_TOKENS:
+            raise InvalidRequestError(f"segment is {segment}; it must be a multiple of 512")
+        context, start = self._empty(len(ids), isinstance(method, WantsQueries)), 0
+        end = method.num_landmark_tokens + segment
+        while start < len(ids):
+            context = self._seal_until(context, method, start)
+            self._fill(context, ids, start, min(end, len(ids)))
+            start, end = end, end + segment
+        return self._seal_until(context, method, len(ids))
+
+    def seal(self, context: Context, method: Method) -> Context:
+        """A new context in which all blocks between landmarks and hot window are `method`'s.
+
+        Raises:
+            InvalidRequestError: blocks of `context` are sealed already.
+        """
+        if context.num_sealed:
+            raise InvalidRequestError(
+                f"the context's blocks are sealed by {context.method}; seal the exact context"
+            )
+        copy = replace(context, k=context.k.clone(), v=context.v.clone())
+        return self._seal_until(copy, method, context.num_tokens)
+
+    def calibrate(self, methods: Iterable[Method], ids: Sequence[int]) -> None:
+        """Show keys and values of a text to every method that wants calibration."""
+        waiting = [m for m in methods if isinstance(m, Calibrated)]
+        if waiting:
+            context = self.prefill(ids)
+            for method in waiting:
+                method.calibrate(context.k, context.v)
+
+    def _empty(self, num_tokens: int, keep_queries: bool) -> Context:
+        limit = self.geometry.max_position_embeddings
+        if not num_tokens:
+            raise InvalidRequestError("a context needs at least one token")
+        if num_tokens > limit:
+            raise PromptTooLongError(
+                f"the context has {num_tokens} tokens, the model serves {limit}: shorten it"
+            )
+        g = self.geometry
+
+        def empty(heads: int) -> Tensor:
+            shape = (g.num_layers, heads, num_tokens, g.head_dim)
+            return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+
+        q = empty(g.num_q_heads) if keep_queries else None
+        return Context(empty(g.num_kv_heads), empty(g.num_kv_heads), q)
+
+    def _fill(self, context: Context, ids: Sequence[int], start: int, end: int) -> None:
+        """Compute tokens [start, end) of `context`, in chunks; what lies before is read."""
+        for begin in range(start, end, CHUNK_TOKENS):
+            stop = min(begin + CHUNK_TOKENS, end)
+            own_k, own_v = (x[:, None, :, begin:stop] for x in (context.k, context.v))
+            tokens = torch.tensor([list(ids[begin:stop])], device=self.model.device)
+            own_q = None if context.q is None else context.q[:, None, :, begin:stop]
+            step = Pass(context.k, context.v, begin, own_k, own_v, own_q=own_q)
+            self._run(tokens, begin, step)
+
+    def blocks(self, context: Context, layer: int, start: int, end: int) -> Blocks:
+        """Tokens [start, end) of one layer, whole blocks, as methods take them."""
+        if self._rope is None or self._rope.max_positions < end:
+            self._rope = rotary_table(self.model, end, self.model.device)
+        rows = (self._rope.cos[start:end], self._rope.sin[start:end])
+        cos, sin = (x.unflatten(0, (-1, 1, BLOCK_TOKENS)) for x in rows)
+        k, v = (
+            x[layer, :, start:end].unflatten(1, (-1, BLOCK_TOKENS)).transpose(0, 1)
+            for x in (context.k, context.v)
+        )
+        k, v = k.float().contiguous(), v.float().contiguous()
+        q = None
+        if context.q is not None:
+            heads = context.q[layer, :, start:end].unflatten(0, (k.shape[1], -1))
+            q = heads.unflatten(2, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3, 4).float()
+        return Blocks(rotate(k, cos, sin, inverse=True), v, cos, sin, q)
+
+    @torch.inference_mode()
+    def _seal_until(self, context: Context, method: Method, position: int) -> Context:
+        """Seal, in place, the blocks that a query at `position` may see as pages."""
+        marks, first = method.num_landmark_tokens, context.num_sealed
+        last = (position - marks - method.hot_tokens) // BLOCK_TOKENS
+        if last <= first:
+            return context
+        start, end = marks + first * BLOCK_TOKENS, marks + last * BLOCK_TOKENS
+        for layer in range(self.geometry.num_layers):
+            rebuilt = self.blocks(context, layer, start, end).stored_by(method, layer)
+            for side, new in zip((context.k, context.v), rebuilt, strict=True):
+                side[layer, :, start:end] = new.transpose(0, 1).flatten(1, 2)
+        return replace(context, num_sealed=last, method=method.name)
+
+    # ---- continuations -------------------------------------------------------------------
+
+    def hidden(self, context: Context, ids: Tensor) -> Tensor:
+        """Last hidden states `[B, n, width]` of continuations `ids` `[B, n]` of one context."""
+        ids = ids.to(self.model.device)
+        return self._run(ids, context.num_tokens, Pass(context.k, context.v, context.num_tokens))
+
+    @torch.inference_mode()
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits fp32 `[..., vocab]` of hidden states, summed and kept in fp32.
+
+        A model in bf16 rounds its logits to 8 bits, which would drown small divergences.
+        """
+        weight = self.model.get_output_embeddings().weight
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if rows.is_cuda and rows.dtype != torch.float32:
+            logits = torch.mm(rows, weight.T, out_dtype=torch.float32)
+        else:
+            logits = rows.float() @ weight.float().T
+        scaling = getattr(self.model.config, "logits_scaling", 1.0)  # granite's
+        return logits.view(*hidden.shape[:-1], -1) / scaling
+
+    def logits(self, context: Context, ids: Tensor, *, logits_from: int = 0) -> Tensor:
+        """fp32 `[B, n - logits_from, vocab]`, teacher forced: row i predicts `ids[:, i + 1]`.
+
+        `ids` `[B, n]` are independent continuations. Memory is that of the result; where single
+        log-probabilities will do take `token_log_probs`, or `hidden` and `project` by rows.
+        """
+        return self.project(self.hidden(context, ids)[:, logits_from:])
+
+    def token_log_probs(self, context: Context, ids: Tensor, *, logits_from: int = 0) -> Tensor:
+        """fp32 `[B, n - 1 - logits_from]`: log p of `ids[:, i + 1]` for i from `logits_from`."""
+        rows = self.hidden(context, ids)[:, logits_from:-1].flatten(0, 1)
+        targets = ids[:, logits_from + 1 :].to(rows.device)
+        chosen = [
+            -torch.nn.functional.cross_entropy(self.project(some), wanted, reduction="none")
+            for some, wanted in zip(
+                rows.split(PROJECTED_ROWS), targets.flatten().split(PROJECTED_ROWS), strict=True
+            )
+        ]
+        return torch.cat(chosen).view(targets.shape)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        context: Context,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        eos: int | Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Greedy continuations of ragged `prompts`, all over one context, decoded as a batch.
+
+        Each has at most `max_tokens` tokens and ends with the first `eos` token, if there is one.
+        """
+        if not all(prompts) or max_tokens < 1:
+            raise InvalidRequestError("prompts must not be empty, max_tokens at least 1")
+        if not prompts:
+            return []
+        device, g = self.model.device, self.geometry
+        stops = {eos} if isinstance(eos, int) else set(eos or ())
+        longest = max(map(len, prompts))
+        padded = torch.tensor(
+            [[*p, *[p[-1]] * (longest - len(p))] for p in prompts], device=device
+        )
+        slots = torch.tensor([len(p) for p in prompts], device=device)
+        shape = (g.num_layers, len(prompts), g.num_kv_heads, longest + max_tokens, g.head_dim)
+        own_k, own_v = (torch.zeros(shape, dtype=context.k.dtype, device=device) for _ in range(2))
+        past = context.num_tokens
+        step = Pass(context.k, context.v, past, own_k, own_v)
+        hidden = self._run(padded, past, step)
+        tokens = self.project(hidden[torch.arange(len(prompts)), slots - 1]).argmax(-1)
+        outputs = [[t] for t in tokens.tolist()]
+        step.used = longest
+        while len(outputs[0]) < max_tokens and not all(stops & set(o) for o in outputs):
+            step.slots, step.used = slots, step.used + 1
+            hidden = self._run(tokens[:, None], (past + slots)[:, None], step)
+            tokens = self.project(hidden[:, 0]).argmax(-1)
+            for output, token in zip(outputs, tokens.tolist(), strict=True):
+                output.append(token)
+            slots = slots + 1
+        ends = [next((i + 1 for i, t in enumerate(o) if t in stops), len(o)) for o in outputs]
+        return [output[:end] for output, end in zip(outputs, ends, strict=True)]
+
+    @torch.inference_mode()
+    def _run(self, ids: Tensor, positions: int | Tensor, replay_pass: Pass) -> Tensor:
+        """Last hidden states of `ids` `[B, n]`; `positions` of the first token, or `[B, n]`."""
+        take_over(self.model)
+        if isinstance(positions, int):
+            positions = torch.arange(positions, positions + ids.shape[1], device=ids.device)[None]
+        return self.model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=None,
+            use_cache=False,
+            replay_pass=replay_pass,
+        ).last_hidden_state

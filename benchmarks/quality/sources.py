@@ -1,0 +1,55 @@
+"""Which version of the code made a result.
+
+Comments and docstrings do not count, so results outlive their rewording.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+BENCH = "spectral_paged.benchmarks.quality"
+HARNESS = (  # what every number depends on
+    *(f"{BENCH}.{name}" for name in ("divergence", "methods", "replay", "shared_attention")),
+    "spectral_paged.kernels.rotary",
+)
+CODEC = (  # what the numbers of our formats depend on as well
+    *(f"spectral_paged.{name}" for name in ("codec", "decompose", "page_layout", "quantize")),
+    *("spectral_paged.shared_basis", f"{BENCH}.page_methods"),
+    *(f"spectral_paged.kernels.{name}" for name in ("bit_packing", "layout", "page_view")),
+)
+
+
+def code_of(source: str) -> str:
+    """The syntax tree of `source` without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = node.body[1:] if ast.get_docstring(node) else node.body
+    return ast.dump(tree)
+
+
+def sources_digest(names: Sequence[str]) -> str:
+    """16 hex digits over the code of modules, found by name and not imported."""
+    digest = hashlib.sha256()
+    for name in names:
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None
+        digest.update(code_of(Path(spec.origin).read_text("utf-8")).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def harness_digest() -> str:
+    """Of the replay and the peers: journals are kept under it."""
+    return sources_digest(HARNESS)
+
+
+@functools.cache
+def codec_digest() -> str:
+    """Of the codec: results of our formats are kept under it, so the peers' outlive its changes."""
+    return sources_digest(CODEC)

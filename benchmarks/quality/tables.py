@@ -1,0 +1,45 @@
+"""What sections of a report are made of: cells, rows, titles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Results = Mapping[str, Any]
+KL_DIGITS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of the report; `plot` writes a picture to the path it is given."""
+
+    title: str
+    text: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    plot: Callable[[Path], None] | None = None
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Fixed digits; what was not finite is said."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def share(pair: Sequence[int] | None) -> str:
+    """`[right, asked]` as right/asked."""
+    return f"{pair[0]}/{pair[1]}" if pair and pair[1] else "-"
+
+
+def by_ratio(methods: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Methods from the widest to the narrowest."""
+    return sorted(methods.items(), key=lambda item: (item[1].get("ratio") or 0.0, item[0]))
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.{KL_DIGITS}f}"

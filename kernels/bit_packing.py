@@ -1,0 +1,41 @@
+"""Codes of 8, 4, 3 and 2 bits to and from bytes, in the order that `BandLayout` draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Pack uint8 codes `[..., count]`: the plane uint8 `[..., count * min(bits, ...) / 8]` and, for
+    3 bits, the plane of the third bits `[..., count / 8]`.
+    """
+    if bits == 8:
+        return codes, None
+    if bits == 3:
+        return _pack(codes & 3, 2), _pack(codes >> 2, 1)
+    return _pack(codes, bits), None
+
+
+def unpack(plane: Tensor, high: Tensor | None, bits: int) -> Tensor:
+    """The codes that `pack` packed, uint8 `[..., count]`."""
+    if bits == 8:
+        return plane
+    if bits == 3:
+        assert high is not None, "3-bit codes have two planes"
+        return _unpack(plane, 2) | (_unpack(high, 1) << 2)
+    return _unpack(plane, bits)
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    parts = codes.unflatten(-1, (-1, 8 // bits)) << _shifts(bits, codes.device)
+    return parts.sum(dim=-1, dtype=torch.uint8)
+
+
+def _unpack(plane: Tensor, bits: int) -> Tensor:
+    parts = plane.unsqueeze(-1) >> _shifts(bits, plane.device)
+    return (parts & ((1 << bits) - 1)).flatten(-2)

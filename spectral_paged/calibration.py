@@ -1,0 +1,253 @@
+"""Calibrate a model: run it over text and keep the statistics that its pages can share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.rotary import rotate
+from spectral_paged.models.geometry import rotary_table
+from spectral_paged.models.loader import LoadedModel, cache_folder
+from spectral_paged.page_format import PageFormat
+from spectral_paged.rope import RotaryTable
+from spectral_paged.shared_basis import BasisAccumulator, SharedBasis
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "spectral_paged_calibration"
+SKIPPED_TOKENS = 64  # the first tokens of a window are attention sinks: pages never hold them
+WINDOW_BLOCKS = 2
+WINDOW_TOKENS = SKIPPED_TOKENS + WINDOW_BLOCKS * BLOCK_TOKENS
+DEFAULT_WINDOWS = 8
+SAMPLE_STRIDE = 97
+NUM_DISTANCES = 64
+MAX_DISTANCE = 16384
+
+
+def model_fingerprint(model: Any) -> str:
+    """16 hex digits that tell models apart: shapes, RoPE and a sample of the K and V projections.
+
+    Weights are read in bf16, so the same checkpoint has one fingerprint in every dtype.
+    """
+    config = model.config
+    shape = (
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        sorted((getattr(config, "rope_parameters", None) or {}).items()),
+    )
+    digest = hashlib.sha256(repr(shape).encode())
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            sample = projection.weight.detach().flatten()[::SAMPLE_STRIDE].bfloat16()
+            digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def builtin_text() -> str:
+    """The calibration text that the package carries: prose, code, tables, notes and dialogue."""
+    return resources.files("spectral_paged.data").joinpath("calibration.txt").read_text("utf-8")
+
+
+def windows(token_ids: Sequence[int], max_windows: int | None) -> Iterator[list[int]]:
+    """Spread-out spans of 64 + 1,024 tokens, or of as many whole blocks as there are.
+
+    Raises:
+        InvalidRequestError: the text has not one block past the first 64 tokens.
+    """
+    length = WINDOW_TOKENS
+    if len(token_ids) < length:
+        length = SKIPPED_TOKENS + BLOCK_TOKENS
+    count = len(token_ids) // length
+    if not count:
+        raise InvalidRequestError(
+            f"the calibration text has {len(token_ids)} tokens; at least {length} are needed: "
+            "name more files with --data"
+        )
+    taken = count if max_windows is None else min(count, max_windows)
+    for i in range(taken):
+        start = i * count // taken * length
+        yield list(token_ids[start : start + length])
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """The attention function of a calibration: attends, and adds what it saw.
+
+    moments: second moments of the queries before and after RoPE, fp64 `[2, layers, H, D, D]`.
+    """
+
+    accumulator: BasisAccumulator
+    rope: RotaryTable
+    moments: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`."""
+        heads = k.shape[1]
+        used = slice(SKIPPED_TOKENS, None)
+        positions = torch.arange(k.shape[2], device=k.device)[used]
+        table = self.rope.cos[positions], self.rope.sin[positions]
+        plain = rotate(k[0, :, used], *table, inverse=True)
+        for start in range(0, len(positions), BLOCK_TOKENS):
+            block = slice(start, start + BLOCK_TOKENS)
+            self.accumulator.add(
+                [layer],
+                k_pre=plain[None, :, block],
+                k_post=k[:, :, used][:, :, block],
+                v=v[:, :, used][:, :, block],
+            )
+        seen = q[0, :, used]
+        for i, x in enumerate((rotate(seen, *table, inverse=True), seen)):
+            rows = x.double().unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G T, D]
+            self.moments[i, layer] += (rows.transpose(-1, -2) @ rows).cpu()
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    recorder: _Recorder = options["spectral_recorder"]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return recorder.attend(module.layer_idx, query, key, value, scale), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causal by itself."""
+    return None
+
+
+def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up."""
+    moments = []
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight.detach().double().cpu()
+        rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
+    return torch.stack(moments)
+
+
+def met_before_rope(moment: Tensor, rope: RotaryTable) -> Tensor:
+    """The moment of queries as a key before RoPE meets them, averaged over distances.
+
+    A query u (before RoPE), d tokens behind a key, scores R(d) u with it. Distances go in even
+    ratios from 1 to the end of `rope`.
+
+    Args:
+        moment: second moment of u, fp64 `[..., D, D]`.
+    """
+    distances = torch.logspace(0, math.log2(rope.max_positions - 1), NUM_DISTANCES, base=2.0)
+    total = torch.zeros_like(moment)
+    for distance in distances.round().long().tolist():
+        cos, sin = rope.cos[distance].cpu(), rope.sin[distance].cpu()
+        half = rotate(moment, cos, sin).double()  # rows turned: M R^T
+        total += rotate(half.transpose(-1, -2), cos, sin).double()
+    return total / NUM_DISTANCES
+
+
+@torch.inference_mode()
+def calibrate(
+    loaded: LoadedModel, texts: Sequence[str], *, max_windows: int | None = None
+) -> SharedBasis:
+    """Statistics of a model over `texts`, in windows of two blocks behind 64 skipped tokens.
+
+    Args:
+        max_windows: stop after so many windows, spread over the texts; None takes all.
+
+    Raises:
+        InvalidRequestError: too little text, or a model without a tokenizer.
+    """
+    if loaded.tokenizer is None:
+        raise InvalidRequestError(
+            f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
+            "calibration=SharedBasis.load(...), or a format that needs none (spectral-int8)"
+        )
+    geometry, model = loaded.geometry, loaded.model
+    ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
+    accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    rope = rotary_table(model, min(MAX_DISTANCE, geometry.max_position_embeddings), model.device)
+    moments = torch.zeros(
+        2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
+    )
+    recorder = _Recorder(accumulator, rope, moments.double())
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        for window in windows(ids, max_windows):
+            model.model(
+                input_ids=torch.tensor([window], device=model.device),
+                use_cache=False,
+                attention_mask=None,
+                spectral_recorder=recorder,
+            )
+    finally:
+        model.set_attn_implementation(before)
+    return accumulator.finish(
+        q_pre=met_before_rope(recorder.moments[0], rope),
+        q_post=recorder.moments[1],
+        o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
+        model_fingerprint=model_fingerprint(model),
+    )
+
+
+def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
+    """The model's calibration on the package's own text, made once and kept in the cache folder.
+
+    Raises:
+        InvalidRequestError: the model has no tokenizer.
+    """
+    text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
+    key = hashlib.sha256(f"{fingerprint}/{loaded.model.dtype}/{text}".encode()).hexdigest()[:16]
+    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            return SharedBasis.load(path, model_fingerprint=fingerprint)
+        except (CorruptFileError, FormatError) as error:
+            logger.warning("making a damaged calibration again: %s", error)
+    logger.info("calibrating %s on the built-in text (once)", loaded.name)
+    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS)
+    basis.save(path)
+    return basis
+
+
+def find_calibration(
+    given: SharedBasis | str | Path, format: PageFormat, loaded: LoadedModel
+) -> SharedBasis | Literal["online"] | None:
+    """The calibration that `LLM(calibration=given)` means; None where `format` needs none.
+
+    Raises:
+        FormatError: the file was made from another model.
+        CorruptFileError: the file is damaged.
+        InvalidRequestError: there is no such file; or `auto` and a model without a tokenizer.
+    """
+    if not format.needs_calibration:
+        return None
+    if isinstance(given, SharedBasis):
+        return given
+    if given == "auto":
+        return builtin_calibration(loaded)
+    if given == "online":
+        return "online"
+    path = Path(given)
+    if not path.is_file():
+        raise InvalidRequestError(
+            f"there is no calibration file {str(path)!r}: make it with `spectral-paged calibrate`, "
+            "or use calibration='auto'"
+        )
+    return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))

@@ -1,0 +1,36 @@
+"""Spans of a prompt that a caller wants exact for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.page_format import PageFormat
+
+Spans = Sequence[tuple[int, int]]
+MAX_PINNED_BLOCKS = 8  # tables have room for the exact pages of so many
+
+
+def pinned_blocks(format: PageFormat, spans: Spans, num_prompt_tokens: int) -> tuple[int, ...]:
+    """Blocks that `spans` (`(start, end)`, token positions, end not included) touch, ascending.
+
+    Raises:
+        InvalidRequestError: a span outside the prompt, empty, or more blocks than a sequence pins.
+    """
+    blocks: set[int] = set()
+    for start, end in spans:
+        if not 0 <= start < end <= num_prompt_tokens:
+            raise InvalidRequestError(
+                f"pinned span ({start}, {end}) does not lie in the prompt of {num_prompt_tokens} "
+                "tokens: give (start, end) positions of prompt tokens, end not included"
+            )
+        first, last = (x - format.num_landmark_tokens for x in (start, end - 1))
+        if last >= 0:
+            blocks.update(range(max(first, 0) // BLOCK_TOKENS, last // BLOCK_TOKENS + 1))
+    if len(blocks) > MAX_PINNED_BLOCKS:
+        raise InvalidRequestError(
+            f"the pinned spans touch {len(blocks)} blocks of {BLOCK_TOKENS} tokens; a sequence "
+            f"pins at most {MAX_PINNED_BLOCKS}: pin less, or use kv_format='exact'"
+        )
+    return tuple(sorted(blocks)) if format.seals else ()

@@ -1,0 +1,94 @@
+"""Named formats and the bands they take by head width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectral_paged.errors import FormatError
+from spectral_paged.page_layout import Bands
+
+# K and V ranks of the reference format by head width.
+REFERENCE_RANKS = {64: (16, 32), 96: (32, 48), 128: (32, 64), 256: (48, 96)}
+PRESETS = (
+    "exact",
+    "spectral-int8",
+    "spectral-int8-post",
+    "spectral-quality",
+    "spectral-compact",
+)
+AUTO = "spectral-quality"
+
+# What the mixed-bit presets have in common; docs/quality.md has each feature's own share.
+MIXED = {
+    "basis": "shared",
+    "gain": True,
+    "band_rotation": True,
+    "outlier_slots": 4,
+    "dim_weighting": "calibrated",
+}
+
+
+MIXED_BANDS: dict[str, dict[int, tuple[Bands, Bands]]] = {
+    "spectral-quality": {
+        64: (((32, 4), (16, 3)), ((64, 3),)),
+        96: (((48, 4), (32, 3)), ((96, 3),)),
+        128: (((64, 4), (32, 3)), ((128, 3),)),
+        256: (((128, 4), (64, 3)), ((256, 3),)),
+    },
+    "spectral-compact": {
+        64: (((16, 4), (16, 3), (16, 2)), ((16, 3), (48, 2))),
+        96: (((32, 4), (32, 3), (16, 2)), ((32, 3), (64, 2))),
+        128: (((48, 4), (32, 3), (16, 2)), ((32, 3), (96, 2))),
+        256: (((96, 4), (64, 3), (32, 2)), ((64, 3), (192, 2))),
+    },
+}
+
+
+def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
+    """Fields of `PageFormat` that preset `name` sets for heads of width `head_dim`.
+
+    Raises:
+        FormatError: unknown preset, or a head width it has no bands for.
+    """
+    if name == "auto":
+        name = AUTO
+    if name not in PRESETS:
+        raise FormatError(
+            f"unknown kv_format {name!r}; presets are 'auto', {', '.join(map(repr, PRESETS))}"
+        )
+    if name == "exact":
+        return {"name": name}
+    if name in ("spectral-quality", "spectral-compact"):
+        k_bands, v_bands = mixed_bands(name, head_dim)
+        return {"name": name, "k_bands": k_bands, "v_bands": v_bands, **MIXED}
+    k_rank, v_rank = _reference_ranks(name, head_dim)
+    return {
+        "name": name,
+        "k_bands": ((k_rank, 8),),
+        "v_bands": ((v_rank, 8),),
+        "rope": "post" if name == "spectral-int8-post" else "pre",
+    }
+
+
+def _reference_ranks(name: str, head_dim: int) -> tuple[int, int]:
+    if head_dim in REFERENCE_RANKS:
+        return REFERENCE_RANKS[head_dim]
+    if head_dim < 64:
+        return max(16, head_dim // 64 * 16), max(16, head_dim // 32 * 16)
+    raise FormatError(
+        f"preset {name!r} has no ranks for head_dim {head_dim}; it knows "
+        f"{sorted(REFERENCE_RANKS)}: pass a PageFormat with ranks of your own"
+    )
+
+
+def mixed_bands(name: str, head_dim: int) -> tuple[Bands, Bands]:
+    """Bands of K and V of a mixed-bit preset.
+
+    Components of K that no query sees are left out; V needs them all. Chosen by measurement at
+    widths 64 and 128, in proportion at 96 and 256; other widths keep every component.
+    """
+    known = MIXED_BANDS[name]
+    if head_dim in known:
+        return known[head_dim]
+    k_bits, v_bits = (4, 3) if name == "spectral-quality" else (3, 2)
+    return ((head_dim, k_bits),), ((head_dim, v_bits),)
