@@ -13,8 +13,9 @@ import transformers
 
 def environment() -> dict[str, object]:
     """Machine, commit and versions, for the head of a result file."""
+    commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history
     try:
-        commit = subprocess.run(
+        commit = commit or subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -75,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     benches = bench.add_subparsers(dest="bench", required=True)
     _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
+    encode = benches.add_parser("encode", help="what encoding a block costs beside its prefill")
+    encode.add_argument("--device", default="auto")
+    encode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     return parser
 
 
@@ -105,6 +108,9 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--time-limit", type=positive, metavar="SECONDS")
+    parser.add_argument(
+        "--report-only", action="store_true", help="judge nothing: report what the journal holds"
+    )
     parser.add_argument(
         "--plot", type=Path, nargs="+", metavar="JSON",
         help="measure nothing: draw quality-pareto.png from results of several models",
@@ -234,8 +240,11 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
+    from spectral_paged.benchmarks import encode
     from spectral_paged.benchmarks.quality import run
 
+    if args.bench == "encode":
+        return encode.main(device=args.device, output_dir=args.output_dir)
     if args.plot:
         return run.plot(args.plot, args.output_dir)
     return run.main(
@@ -255,6 +264,7 @@ def bench(args: argparse.Namespace) -> int:
             journal=args.journal,
             output_dir=args.output_dir,
             time_limit=args.time_limit,
+            report_only=args.report_only,
         )
     )
 

@@ -54,6 +54,10 @@ class Journal:
         """Records that this run has found or written; older work of the file is left out."""
         return [self._records[key] for key in self._used]
 
+    def use_all(self) -> None:
+        """Count every record of the model as used."""
+        self._used = dict.fromkeys(self._records)
+
     def find(self, unit: str, method: str) -> Record | None:
         key = digest(self.model, unit, method)
         if key in self._records:

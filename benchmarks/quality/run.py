@@ -75,6 +75,7 @@ class Options:
     journal: Path | None = None
     output_dir: Path = Path("benchmarks/results")
     time_limit: float | None = None
+    report_only: bool = False  # write what the journal holds, judge nothing
 
     @property
     def label(self) -> str:
@@ -300,7 +301,10 @@ def main(options: Options) -> int:
     run = Run(options, loaded)
     code = 0
     try:
-        run.judge()
+        if options.report_only:
+            run.journal.use_all()
+        else:
+            run.judge()
     except KeyboardInterrupt:
         run.notes.append("the run was interrupted; the same command goes on from there")
         code = 130
