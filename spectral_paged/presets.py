@@ -13,31 +13,34 @@ PRESETS = (
     "exact",
     "spectral-int8",
     "spectral-int8-post",
+    "spectral-page",
     "spectral-quality",
     "spectral-compact",
 )
 AUTO = "spectral-quality"
 
 # What the mixed-bit presets have in common; docs/quality.md has each feature's own share.
-MIXED = {
-    "basis": "shared",
-    "gain": True,
-    "band_rotation": True,
-    "outlier_slots": 4,
-    "dim_weighting": "calibrated",
-}
+MIXED = {"gain": True, "band_rotation": True, "outlier_slots": 4}
+CALIBRATED = {"basis": "shared", "dim_weighting": "calibrated"}
+IN_PAGE = {"basis": "page", "basis_bits": 4}  # a page that needs no calibration
 
 
 MIXED_BANDS: dict[str, dict[int, tuple[Bands, Bands]]] = {
+    "spectral-page": {
+        64: (((32, 4), (32, 2)), ((32, 3), (32, 2))),
+        96: (((48, 4), (32, 2)), ((48, 3), (48, 2))),
+        128: (((64, 4), (32, 2)), ((64, 3), (64, 2))),
+        256: (((96, 4), (64, 2)), ((96, 3), (160, 2))),
+    },
     "spectral-quality": {
         64: (((32, 4), (16, 3)), ((64, 3),)),
-        96: (((48, 4), (32, 3)), ((96, 3),)),
+        96: (((48, 4), (16, 3)), ((96, 3),)),
         128: (((64, 4), (32, 3)), ((128, 3),)),
         256: (((128, 4), (64, 3)), ((256, 3),)),
     },
     "spectral-compact": {
         64: (((16, 4), (16, 3), (16, 2)), ((16, 3), (48, 2))),
-        96: (((32, 4), (32, 3), (16, 2)), ((32, 3), (64, 2))),
+        96: (((32, 4), (16, 3), (16, 2)), ((32, 3), (64, 2))),
         128: (((48, 4), (32, 3), (16, 2)), ((32, 3), (96, 2))),
         256: (((96, 4), (64, 3), (32, 2)), ((64, 3), (192, 2))),
     },
@@ -58,9 +61,10 @@ def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
         )
     if name == "exact":
         return {"name": name}
-    if name in ("spectral-quality", "spectral-compact"):
+    if name in MIXED_BANDS:
         k_bands, v_bands = mixed_bands(name, head_dim)
-        return {"name": name, "k_bands": k_bands, "v_bands": v_bands, **MIXED}
+        basis = IN_PAGE if name == "spectral-page" else CALIBRATED
+        return {"name": name, "k_bands": k_bands, "v_bands": v_bands, **MIXED, **basis}
     k_rank, v_rank = _reference_ranks(name, head_dim)
     return {
         "name": name,
@@ -84,11 +88,11 @@ def _reference_ranks(name: str, head_dim: int) -> tuple[int, int]:
 def mixed_bands(name: str, head_dim: int) -> tuple[Bands, Bands]:
     """Bands of K and V of a mixed-bit preset.
 
-    Components of K that no query sees are left out; V needs them all. Chosen by measurement at
-    widths 64 and 128, in proportion at 96 and 256; other widths keep every component.
+    Presets leave out weak components of K; V needs them all. Chosen by measurement at widths 64
+    and 128, in proportion at 96 and 256; other widths keep every component.
     """
     known = MIXED_BANDS[name]
     if head_dim in known:
         return known[head_dim]
-    k_bits, v_bits = (4, 3) if name == "spectral-quality" else (3, 2)
+    k_bits, v_bits = (3, 2) if name == "spectral-compact" else (4, 3)
     return ((head_dim, k_bits),), ((head_dim, v_bits),)
