@@ -99,6 +99,10 @@ class BlockPool:
         """The slot published under `key`, cached or in use."""
         return self._by_key.get(key)
 
+    def is_published(self, slot: int) -> bool:
+        """True if some key finds the slot."""
+        return slot in self._key_of
+
     def touch(self, slot: int) -> None:
         """Mark a cached slot as recently used."""
         lru = self._lru[self.kind_of(slot)]

@@ -146,7 +146,7 @@ class SpectralKVCache:
             InvalidRequestError: a pinned span outside the prompt, or too many blocks pinned.
         """
         pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
-        return capacity.fits_alone(self.format, self.groups, num_tokens, len(pinned))
+        return capacity.fits_alone(self.format, self.groups, num_tokens, pinned)
 
     # ---- sequences -----------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from spectral_paged.block_pool import Kind
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
@@ -15,28 +17,28 @@ def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
 
 
 def slabs_for(
-    format: PageFormat, group: LayerGroup, num_tokens: int, num_pinned_blocks: int = 0
+    format: PageFormat, group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()
 ) -> int:
     """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself.
 
-    Pinned blocks are exact pages from first to last.
+    Blocks `pinned` (ascending) are exact pages from first to last.
     """
     blocks = group.pool.blocks
     if not group.seals:
         return blocks.slabs_needed(-(-num_tokens // EXACT_PAGE_TOKENS), 0)
-    pinned = num_pinned_blocks * BLOCK_TOKENS
-    exact = min(num_tokens, peak_exact_tokens(format, num_tokens) + pinned)
-    pages = max(0, format.visible_blocks(num_tokens, 0) - num_pinned_blocks)
+    held = len(pinned) * BLOCK_TOKENS
+    exact = min(num_tokens, peak_exact_tokens(format, num_tokens) + held)
+    visible = format.visible_blocks(num_tokens, 0)
+    pages = visible - bisect_left(pinned, visible)
     return blocks.slabs_needed(-(-exact // EXACT_PAGE_TOKENS), pages)
 
 
 def fits_alone(
-    format: PageFormat, groups: list[LayerGroup], num_tokens: int, num_pinned_blocks: int = 0
+    format: PageFormat, groups: list[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()
 ) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
     return all(
-        slabs_for(format, g, num_tokens, num_pinned_blocks) <= g.pool.blocks.num_slabs
-        for g in groups
+        slabs_for(format, g, num_tokens, pinned) <= g.pool.blocks.num_slabs for g in groups
     )
 
 

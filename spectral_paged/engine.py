@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,9 +26,10 @@ from spectral_paged.errors import (
     PromptTooLongError,
     SpectralPagedError,
 )
+from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from spectral_paged.pins import Spans
+from spectral_paged.pins import Spans, pinned_blocks, spans_of
 from spectral_paged.sampling import Sampled, SampleRow, SamplingParams, sample
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
 from spectral_paged.step import PlanEntry, StepPlan
@@ -131,8 +132,8 @@ class Engine:
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is running already")
         text = prompt if isinstance(prompt, str) else None
-        token_ids = self._token_ids(prompt)
-        self._check(token_ids, params, pinned_spans)
+        token_ids, spans = self._token_ids(prompt), spans_of(pinned_spans)
+        self._check(token_ids, params, spans)
         group = _Group(
             request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
         )
@@ -142,7 +143,7 @@ class Engine:
                 list(token_ids),
                 len(token_ids),
                 cache_salt=cache_salt,
-                pinned_spans=tuple(pinned_spans),
+                pinned_spans=spans,
             )
             output_text = OutputText(
                 self.tokenizer,
@@ -168,6 +169,8 @@ class Engine:
             except UnicodeEncodeError as error:
                 raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
             return list(self.tokenizer(prompt)["input_ids"]) if prompt else []
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+            raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
         token_ids = list(prompt)
         for token in token_ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
@@ -192,10 +195,13 @@ class Engine:
         if not cache.fits_alone(
             longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
         ):
+            blocks = pinned_blocks(cache.format, pinned, len(token_ids))
+            spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
             raise CapacityError(
                 f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
-                f"ones never fit: the pool holds a sequence of at most "
-                f"{cache.max_sequence_tokens} tokens: raise kv_cache_bytes, or lower max_tokens"
+                f"ones{spans} never fit: the pool holds a sequence of at most "
+                f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
+                f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
             )
         if self.vocab_size is not None:
             bad = [t for t in params.stop_token_ids if not 0 <= t < self.vocab_size]

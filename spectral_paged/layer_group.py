@@ -220,12 +220,19 @@ class LayerGroup:
         self._write_rows(slots, 0)
 
     def publish_exact(self, seq_id: str, chain: PrefixChain, num_tokens: int) -> None:
-        """Let full exact pages be found by their prefix."""
+        """Let full exact pages be found by their prefix.
+
+        Those that a page replaced are gone where token ids came late. A fork's may have been
+        published by another.
+        """
         slots = self.sequences[seq_id]
         full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))
         for index in range(slots.num_published, full):
-            held = slots.exact_place(index, self.num_landmark_pages)
-            self.pool.blocks.publish(slots.exact[held], (Kind.EXACT, chain[index]))
+            if self.is_hidden(index, slots.num_sealed, slots.pinned):
+                continue
+            slot = slots.exact[slots.exact_place(index, self.num_landmark_pages)]
+            if not self.pool.blocks.is_published(slot):
+                self.pool.blocks.publish(slot, (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
     def unpublish(self, seq_id: str) -> None:

@@ -31,6 +31,7 @@ from spectral_paged.scheduler import SchedulerConfig
 from spectral_paged.shared_basis import SharedBasis
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "pinned_spans")
 
 
 @dataclass(slots=True, eq=False)
@@ -351,6 +352,11 @@ class LLM:
         salt, pinned = "", ()
         body: str | Sequence[int]
         if isinstance(prompt, Mapping):
+            unknown = sorted(set(prompt) - set(PROMPT_KEYS), key=str)
+            if unknown:
+                raise InvalidRequestError(
+                    f"a prompt mapping has {unknown}; it takes {list(PROMPT_KEYS)}"
+                )
             salt, pinned = str(prompt.get("cache_salt", "")), prompt.get("pinned_spans", ())
             if "prompt_token_ids" in prompt:
                 body = prompt["prompt_token_ids"]
@@ -358,7 +364,7 @@ class LLM:
                 body = prompt["prompt"]
             else:
                 raise InvalidRequestError(
-                    f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {sorted(prompt)}"
+                    f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {list(prompt)}"
                 )
         else:
             body = prompt

@@ -40,12 +40,21 @@ class Feed:
         self.v = kv[:, 1]
 
 
-def drive(cache, feeds, prompts, totals, token_ids=None):
-    """Run sequences to their totals in one batch; outputs [layers, total, HQ, D] by name."""
+def drive(cache, feeds, prompts, totals, token_ids=None, pins=None):
+    """Run sequences to their totals in one batch; outputs [layers, total, HQ, D] by name.
+
+    Those that the cache holds already go on.
+    """
     outs = {s: torch.full((LAYERS, totals[s], HQ, D), float("nan")) for s in feeds}
     for s in feeds:
-        ids = None if token_ids is None else token_ids[s]
-        cached = cache.add_sequence(s, num_prompt_tokens=prompts[s], token_ids=ids)
+        if s in cache:
+            continue
+        cached = cache.add_sequence(
+            s,
+            num_prompt_tokens=prompts[s],
+            token_ids=None if token_ids is None else token_ids[s],
+            pinned_spans=() if pins is None else pins[s],
+        )
         assert cached is not None
     while any(cache.num_tokens(s) < totals[s] for s in feeds):
         want = {}
@@ -76,7 +85,7 @@ def drive(cache, feeds, prompts, totals, token_ids=None):
     return outs
 
 
-def expected(feed, format, prompt, total, layer, basis=None):
+def expected(feed, format, prompt, total, layer, basis=None, pins=()):
     """What the queries must get, by the written rule; `basis`: a bound one."""
-    plain = PlainCache(format, ROPE, prompt, D**-0.5, basis, layer)
+    plain = PlainCache(format, ROPE, prompt, D**-0.5, basis, layer, pins)
     return plain.attend(feed.q[layer, :total], feed.k[layer, :total], feed.v[layer, :total])

@@ -11,10 +11,11 @@ from spectral_paged.kernels.rotary import rotate
 class PlainCache:
     """All tokens of one sequence in one layer; fp32, no pools, no tables, no batching."""
 
-    def __init__(self, fmt, rope, num_prompt_tokens, scale, basis=None, layer=0):
+    def __init__(self, fmt, rope, num_prompt_tokens, scale, basis=None, layer=0, pins=()):
         self.fmt, self.rope, self.prompt, self.scale = fmt, rope, num_prompt_tokens, scale
         self.k = torch.zeros(0, fmt.num_kv_heads, fmt.head_dim)
         self.v = torch.zeros(0, fmt.num_kv_heads, fmt.head_dim)
+        self.pinned_tokens = {t for start, end in pins for t in range(start, end)}
         self.sealed = {}
         self.calibrated = {} if basis is None else {"basis": basis, "layers": [layer]}
 
@@ -36,6 +37,13 @@ class PlainCache:
             self.sealed[b] = (k, v)
         return self.sealed[b]
 
+    def shown_blocks(self, t):
+        """Blocks that the query at `t` sees as pages: no pinned token lies in them."""
+        for b in range(self.fmt.visible_blocks(t, self.prompt)):
+            start = self.fmt.num_landmark_tokens + 512 * b
+            if self.pinned_tokens.isdisjoint(range(start, start + 512)):
+                yield b
+
     def attend(self, q, k, v):
         """Append [T, H, D] and return the queries' outputs [T, Hq, D]."""
         start = self.k.shape[0]
@@ -44,7 +52,7 @@ class PlainCache:
         for i in range(q.shape[0]):
             t = start + i
             keys, values = self.k[: t + 1].float().clone(), self.v[: t + 1].float().clone()
-            for b in range(self.fmt.visible_blocks(t, self.prompt)):
+            for b in self.shown_blocks(t):
                 at = self.fmt.num_landmark_tokens + 512 * b
                 keys[at : at + 512], values[at : at + 512] = self._block(b)
             group = q.shape[1] // self.fmt.num_kv_heads

@@ -61,12 +61,15 @@ def content(token_ids, start, end):
     return Q_TABLE[ids], k, V_TABLE[ids] + waves[1]
 
 
-def answer(format, token_ids, prompt, t):
+def answer(format, token_ids, prompt, t, pins=()):
     """What the query at `t` must get, [HQ, D], by the rule of what a query sees."""
     q, k, v = content(token_ids, 0, t + 1)
     k, v = k.clone(), v.clone()
     for b in range(format.visible_blocks(t, prompt)):
-        span = torch.arange(512) + format.num_landmark_tokens + 512 * b
+        first = format.num_landmark_tokens + 512 * b
+        if any(start < first + 512 and end > first for start, end in pins):
+            continue
+        span = torch.arange(first, first + 512)
         cos, sin = ROPE.rows(span)
         stored = rotate(k[span], cos, sin, inverse=True) if format.rope == "pre" else k[span]
         page = encode_pages(stored.transpose(0, 1)[None], v[span].transpose(0, 1)[None], format)
@@ -103,6 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.seats = seats
         self.tokens: dict[str, list[int]] = {}
         self.prompt: dict[str, int] = {}
+        self.pins: dict[str, tuple[tuple[int, int], ...]] = {}
         self.next_id = 0
 
     def _name(self):
@@ -114,22 +118,24 @@ class CacheMachine(RuleBasedStateMachine):
         shared=st.sampled_from([1217, 640, 700, 65, 64, 63, 0]),
         own=st.sampled_from([650, 575, 64, 63, 1, 300]),
         resumed=st.sampled_from([0, 1, 130]),
+        pins=st.sampled_from([(), ((0, 65),), ((600, 601),), ((0, 10), (576, 1100))]),
     )
-    def add(self, family, shared, own, resumed):
+    def add(self, family, shared, own, resumed, pins):
         """A prompt that shares its beginning with its family, perhaps with generated tokens."""
         base = torch.Generator().manual_seed(family)
         rest = torch.Generator().manual_seed(100 + self.next_id)
         ids = torch.randint(VOCAB, (shared,), generator=base).tolist()
         ids += torch.randint(VOCAB, (own + resumed,), generator=rest).tolist()
         name = self._name()
+        pins = tuple((a, min(b, shared + own)) for a, b in pins if a < shared + own)
         cached = self.cache.add_sequence(
-            name, num_prompt_tokens=shared + own, token_ids=ids
+            name, num_prompt_tokens=shared + own, token_ids=ids, pinned_spans=pins
         )
         if len(self.tokens) == self.seats:
             assert cached is None
             return
         assert cached is not None and cached < len(ids) and cached % 64 == 0
-        self.tokens[name], self.prompt[name] = ids, shared + own
+        self.tokens[name], self.prompt[name], self.pins[name] = ids, shared + own, pins
 
     def _pick(self, data):
         return data.draw(
@@ -193,7 +199,10 @@ class CacheMachine(RuleBasedStateMachine):
         flat = 0
         for e in plan.entries:
             for t in {e.start, e.start + e.num_new - 1}:
-                want = answer(self.format, self.tokens[e.seq_id], self.prompt[e.seq_id], t)
+                name = e.seq_id
+                want = answer(
+                    self.format, self.tokens[name], self.prompt[name], t, self.pins[name]
+                )
                 assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
             flat += e.num_new
         return True
@@ -210,13 +219,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert child not in self.cache
             return
         self.tokens[child], self.prompt[child] = ids, self.prompt[parent]
+        self.pins[child] = self.pins[parent]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), forget=st.booleans())
     def free(self, data, forget):
         name = data.draw(st.sampled_from(sorted(self.tokens)))
         self.cache.free(name, forget=forget)
-        del self.tokens[name], self.prompt[name]
+        del self.tokens[name], self.prompt[name], self.pins[name]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -224,7 +234,10 @@ class CacheMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.tokens)))
         self.cache.free(name)
         cached = self.cache.add_sequence(
-            name, num_prompt_tokens=self.prompt[name], token_ids=self.tokens[name]
+            name,
+            num_prompt_tokens=self.prompt[name],
+            token_ids=self.tokens[name],
+            pinned_spans=self.pins[name],
         )
         assert cached is not None and cached < len(self.tokens[name])
 
@@ -276,7 +289,7 @@ def test_slots_that_move_together_keep_their_content():
         name = f"n{len(names)}"
         ids = torch.randint(VOCAB, (length,)).tolist()
         cache.add_sequence(name, num_prompt_tokens=length, token_ids=ids)
-        machine.tokens[name], machine.prompt[name] = ids, length
+        machine.tokens[name], machine.prompt[name], machine.pins[name] = ids, length, ()
         names.append(name)
         return name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def kind_of(record: Record) -> tuple[Any, ...]:
+    """What units with the same methods have in common."""
+    return tuple(str(record.get(key)) for key in ("task", "length", "segment"))
 
 
 class Journal:
@@ -54,9 +60,24 @@ class Journal:
         """Records that this run has found or written; older work of the file is left out."""
         return [self._records[key] for key in self._used]
 
-    def use_all(self) -> None:
-        """Count every record of the model as used."""
-        self._used = dict.fromkeys(self._records)
+    def use_all(self) -> int:
+        """Count every record of the model as used, but for units that were cut off.
+
+        A unit is whole if it has every method that other units of its kind have. Returns how many
+        units are left out.
+        """
+        units: dict[str, list[Record]] = defaultdict(list)
+        wanted: dict[Any, set[str]] = defaultdict(set)
+        for record in self._records.values():
+            units[record["unit"]].append(record)
+            wanted[kind_of(record)].add(record["method"])
+        whole = [
+            records
+            for records in units.values()
+            if wanted[kind_of(records[0])] <= {r["method"] for r in records}
+        ]
+        self._used = {r["key"]: None for records in whole for r in records}
+        return len(units) - len(whole)
 
     def find(self, unit: str, method: str) -> Record | None:
         key = digest(self.model, unit, method)

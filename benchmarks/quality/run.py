@@ -302,7 +302,8 @@ def main(options: Options) -> int:
     code = 0
     try:
         if options.report_only:
-            run.journal.use_all()
+            if cut := run.journal.use_all():
+                run.notes.append(f"{cut} units of work were cut off half done and are left out")
         else:
             run.judge()
     except KeyboardInterrupt:
@@ -310,8 +311,8 @@ def main(options: Options) -> int:
         code = 130
     results = run.results()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    report = options.output_dir / f"quality-{options.label}.md"
-    raw = options.output_dir / f"quality-{options.label}.json"
+    name = f"quality-{options.label}" + ("-cuda" if device.type == "cuda" else "")
+    report, raw = (options.output_dir / f"{name}.{ending}" for ending in ("md", "json"))
     raw.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     files = write_report(results, report)
     print(f"{raw}\n" + "\n".join(map(str, files)))
