@@ -84,7 +84,8 @@ def code_values(codes: Tensor, bits: int, levels: str) -> Tensor:
     """fp32 integers that uint8 `codes` stand for."""
     if bits == 8:
         return codes.float() - COEFF_OFFSET
-    return _level_table(bits, levels, codes.device)[codes.long()]
+    table = _level_table(bits, levels, codes.device)
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def gain_values(codes: Tensor) -> Tensor:

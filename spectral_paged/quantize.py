@@ -7,6 +7,8 @@ coefficients divided by their token's gain, with scales refitted to the codes by
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -117,8 +119,21 @@ def encode_values(x: Tensor, bits: int, levels: str) -> Tensor:
     """uint8 codes of the levels nearest to `x`."""
     if bits == 8:
         return (x.round().clamp(-INT8_MAX, INT8_MAX) + COEFF_OFFSET).to(torch.uint8)
-    table = torch.tensor(LEVELS[levels][bits], dtype=torch.float32, device=x.device)
-    return torch.bucketize(x, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    table, reach = _code_table(bits, levels, x.device)
+    # levels are integers, so what lies between two is decided by halves: ceil(2 x) is enough
+    index = ((2 * x).ceil_().clamp_(-reach, reach) + reach).to(torch.int32)
+    return table.index_select(0, index.flatten()).view(x.shape)
+
+
+@cache
+def _code_table(bits: int, levels: str, device: torch.device) -> tuple[Tensor, int]:
+    """Code by `ceil(2 x) + reach`, uint8 `[2 reach + 1]`; a tie goes to the lower level."""
+    integers = LEVELS[levels][bits]
+    reach = 2 * integers[-1]
+    doubled = torch.arange(-reach, reach + 1)
+    borders = torch.tensor([a + b for a, b in pairwise(integers)])  # twice the midpoints
+    codes = (doubled.unsqueeze(-1) > borders).sum(dim=-1)
+    return codes.to(torch.uint8).to(device), reach
 
 
 def _gains(coeff: Tensor, bands: Bands) -> Tensor:

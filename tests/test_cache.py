@@ -188,3 +188,36 @@ def test_double_free_raises():
     cache.free("a")
     with pytest.raises(PoolError, match="double free"):
         cache.free("a")
+
+
+@pytest.mark.parametrize("format", [fmt(), fmt("exact")], ids=lambda f: f.name)
+def test_token_ids_that_come_late_publish_nothing_wrong(format):
+    """Exact pages that were replaced before their ids were known can not be found any more."""
+    total = 1300
+    feed, ids, cache = Feed(1, total), list(range(10)), make(format)
+    run = ({"a": feed}, {"a": 10}, {"a": total}, {"a": ids})
+    drive(cache, run[0], run[1], {"a": total - 1}, run[3])
+    ids += range(10, total)
+    drive(cache, *run)
+    cache.free("a")
+    out = drive(cache, *run)["a"]
+    hit = int(cache.sequence_stats("a")["cached_tokens"])
+    want = expected(feed, format, 10, total, 1)
+    assert torch.allclose(out[1, hit:], want[hit:], atol=2e-4, rtol=2e-4)
+
+
+def test_children_of_a_parent_without_token_ids_publish_what_is_still_exact():
+    length = 1300
+    feed, ids, cache = Feed(1, length + 2), list(range(length + 2)), make()
+    drive(cache, {"a": feed}, {"a": length}, {"a": length})
+    assert cache.fork("a", "b", token_ids=ids)
+    assert cache.fork("a", "c", token_ids=ids, cache_salt="other")
+    prompts, totals = (dict.fromkeys("bc", n) for n in (length, length + 2))
+    drive(cache, {"b": feed, "c": feed}, prompts, totals)
+    for s in "abc":
+        cache.free(s)
+        cache.check_integrity()
+    out = drive(cache, {"d": feed}, {"d": length}, {"d": length + 2}, {"d": ids})["d"]
+    hit = int(cache.sequence_stats("d")["cached_tokens"])
+    want = expected(feed, fmt(), length, length + 2, 1)
+    assert torch.allclose(out[1, hit:], want[hit:], atol=2e-4, rtol=2e-4)

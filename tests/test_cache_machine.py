@@ -204,6 +204,9 @@ class CacheMachine(RuleBasedStateMachine):
                     self.format, self.tokens[name], self.prompt[name], t, self.pins[name]
                 )
                 assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
+                sealed = self.format.visible_blocks(t, self.prompt[name])
+                if "queries_past_pins" in self.seen and sealed and self.pins[name]:
+                    self.seen["queries_past_pins"] += 1
             flat += e.num_new
         return True
 
@@ -255,15 +258,16 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "cache"):
-            for key in self.seen:
-                self.seen[key] += self.cache.stats()[key]
+            stats = self.cache.stats()
+            for key in self.seen.keys() & stats.keys():
+                self.seen[key] += stats[key]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_order_of_operations_gives_the_written_answer(name):
     seen = dict.fromkeys(("prefix_hit_tokens", "slots_evicted"), 0)
     if FORMATS[name].seals:
-        seen |= dict.fromkeys(("pages_sealed", "pages_attended"), 0)
+        seen |= dict.fromkeys(("pages_sealed", "pages_attended", "queries_past_pins"), 0)
     machine = type("Machine", (CacheMachine,), {"format_name": name, "seen": seen})
     run_state_machine_as_test(
         machine,

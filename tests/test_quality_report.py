@@ -37,6 +37,15 @@ def full_results():
     )
 
 
+def test_layers_that_cost_over_three_times_the_mean_are_proposed_for_exemption():
+    from spectral_paged.benchmarks.quality.layer_sections import proposed_exempt
+
+    assert proposed_exempt([1.0, 1.0, 1.0, 1.0]) == ([], 0.0)
+    chosen, part = proposed_exempt([0.1, 5.0, 0.1, 0.1, None, 0.1])
+    assert chosen == [1] and 0.9 < part < 1
+    assert proposed_exempt([0.0, 0.0]) == ([], 0.0)
+
+
 def test_every_section_with_data_is_written_with_its_picture(tmp_path):
     results = full_results()
     assert {s.title for s in report.sections(results)} == TITLES
