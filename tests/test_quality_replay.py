@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import VOCAB, random_prompts, tiny_format, tiny_model
+from tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
 
+from spectral_paged import SamplingParams
 from spectral_paged.benchmarks.quality import replay as replay_module
 from spectral_paged.benchmarks.quality.methods import (
     Exact,
@@ -323,3 +325,20 @@ def test_cuda_says_what_the_cpu_says(dtype, tolerance):
     if dtype == torch.float32:
         prompts = random_prompts([3, 20], seed=4)
         assert r.generate(exact, prompts, 16) == replay().generate(context(), prompts, 16)
+
+
+@pytest.mark.parametrize("segment", [512, 1024])
+@pytest.mark.parametrize("preset", ["spectral-int8", "spectral-page"])
+def test_the_engine_over_real_pages_generates_what_the_replay_does(preset, segment):
+    """What is judged is what runs: pages, tables and scheduler change nothing."""
+    format = replace(tiny_format(preset), prefill_segment=segment)
+    # the last token opens a segment, so both let it see every block that is due
+    (prompt,) = random_prompts([64 + 2048 + 1], seed=5)
+    sealed = replay().prefill_through(prompt[:-1], SpectralMethod(format), segment)
+    assert sealed.num_sealed == 3
+    (want,) = replay().generate(sealed, [prompt[-1:]], 12)
+    llm = tiny_llm(format)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    (output,) = llm.generate([prompt], greedy)
+    assert output.outputs[0].token_ids == want
+    assert llm.stats()["pages_attended"] > 0
