@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 import torch
 import transformers
@@ -16,7 +17,11 @@ def environment() -> dict[str, object]:
     commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history
     try:
         commit = commit or subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).resolve().parent,  # of this code, wherever it is called from
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"

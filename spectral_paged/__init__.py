@@ -8,11 +8,12 @@ from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine import Engine
 from spectral_paged.page_format import PageFormat
 from spectral_paged.sampling import SamplingParams
+from spectral_paged.shared_basis import SharedBasis
 
 if TYPE_CHECKING:
     from spectral_paged.llm import LLM
 
-__all__ = ["LLM", "Engine", "PageFormat", "SamplingParams", "SpectralKVCache"]
+__all__ = ["LLM", "Engine", "PageFormat", "SamplingParams", "SharedBasis", "SpectralKVCache"]
 __version__ = "0.1.0"
 
 

@@ -103,12 +103,6 @@ class BlockPool:
         """True if some key finds the slot."""
         return slot in self._key_of
 
-    def touch(self, slot: int) -> None:
-        """Mark a cached slot as recently used."""
-        lru = self._lru[self.kind_of(slot)]
-        if slot in lru:
-            lru.move_to_end(slot)
-
     # ---- transitions ---------------------------------------------------------------------
 
     def allocate(self, kind: Kind) -> int | None:

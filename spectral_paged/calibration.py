@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
@@ -63,15 +67,25 @@ def builtin_text() -> str:
     return resources.files("spectral_paged.data").joinpath("calibration.txt").read_text("utf-8")
 
 
-def windows(token_ids: Sequence[int], max_windows: int | None) -> Iterator[list[int]]:
+def windows(
+    token_ids: Sequence[int], max_windows: int | None, *, max_length: int = WINDOW_TOKENS
+) -> Iterator[list[int]]:
     """Spread-out spans of 64 + 1,024 tokens, or of as many whole blocks as there are.
 
+    Args:
+        max_length: positions that the model has.
+
     Raises:
-        InvalidRequestError: the text has not one block past the first 64 tokens.
+        InvalidRequestError: text or model have not one block past the first 64 tokens.
     """
     length = WINDOW_TOKENS
-    if len(token_ids) < length:
+    if min(len(token_ids), max_length) < length:
         length = SKIPPED_TOKENS + BLOCK_TOKENS
+    if max_length < length:
+        raise InvalidRequestError(
+            f"the model has {max_length} positions; a calibration needs {length}: use "
+            "kv_format='exact'"
+        )
     count = len(token_ids) // length
     if not count:
         raise InvalidRequestError(
@@ -161,12 +175,17 @@ def met_before_rope(moment: Tensor, rope: RotaryTable) -> Tensor:
 
 @torch.inference_mode()
 def calibrate(
-    loaded: LoadedModel, texts: Sequence[str], *, max_windows: int | None = None
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    max_windows: int | None = None,
+    progress: bool = False,
 ) -> SharedBasis:
     """Statistics of a model over `texts`, in windows of two blocks behind 64 skipped tokens.
 
     Args:
         max_windows: stop after so many windows, spread over the texts; None takes all.
+        progress: show a bar where stderr is a terminal.
 
     Raises:
         InvalidRequestError: too little text, or a model without a tokenizer.
@@ -174,7 +193,7 @@ def calibrate(
     if loaded.tokenizer is None:
         raise InvalidRequestError(
             f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
-            "calibration=SharedBasis.load(...), or a format that needs none (spectral-int8)"
+            "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
         )
     geometry, model = loaded.geometry, loaded.model
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
@@ -189,7 +208,9 @@ def calibrate(
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     try:
-        for window in windows(ids, max_windows):
+        chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
+        bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
+        for window in bar:
             model.model(
                 input_ids=torch.tensor([window], device=model.device),
                 use_cache=False,
@@ -209,21 +230,40 @@ def calibrate(
 def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
     """The model's calibration on the package's own text, made once and kept in the cache folder.
 
+    Where the folder cannot be written the calibration is used all the same, and made again.
+
     Raises:
         InvalidRequestError: the model has no tokenizer.
     """
     text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
     key = hashlib.sha256(f"{fingerprint}/{loaded.model.dtype}/{text}".encode()).hexdigest()[:16]
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
-    if path.is_file():
+    if os.path.isfile(path):  # False as well where the folder cannot be read
         try:
             return SharedBasis.load(path, model_fingerprint=fingerprint)
         except (CorruptFileError, FormatError) as error:
             logger.warning("making a damaged calibration again: %s", error)
     logger.info("calibrating %s on the built-in text (once)", loaded.name)
-    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS)
-    basis.save(path)
+    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True)
+    _keep(basis, path)
     return basis
+
+
+def _keep(basis: SharedBasis, path: Path) -> None:
+    """Save under a name of this process first: several may calibrate at once."""
+    own = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        basis.save(own)
+        own.replace(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "the calibration cannot be kept, so the next start makes it again: %s. "
+            "SPECTRAL_PAGED_CACHE names a folder that can be written",
+            error,
+        )
+        for leftover in (own, own.with_suffix(".partial")):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def find_calibration(
@@ -232,13 +272,20 @@ def find_calibration(
     """The calibration that `LLM(calibration=given)` means; None where `format` needs none.
 
     Raises:
-        FormatError: the file was made from another model.
+        FormatError: it was made from another model.
         CorruptFileError: the file is damaged.
         InvalidRequestError: there is no such file; or `auto` and a model without a tokenizer.
     """
     if not format.needs_calibration:
         return None
     if isinstance(given, SharedBasis):
+        fingerprint = model_fingerprint(loaded.model)
+        if given.model_fingerprint != fingerprint:
+            raise FormatError(
+                f"the calibration was made on a model with fingerprint {given.model_fingerprint}; "
+                f"this one has {fingerprint}: run `spectral-paged calibrate` on the model that "
+                "will use it"
+            )
         return given
     if given == "auto":
         return builtin_calibration(loaded)

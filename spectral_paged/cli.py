@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -131,9 +132,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--prefill-segment", type=int, default=2048)
-    parser.add_argument(
-        "--calibration", default="auto", help="auto, online, or a file of `calibrate`"
-    )
+    parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
     parser.add_argument("--quiet", action="store_true")
@@ -221,6 +220,11 @@ def calibrate(args: argparse.Namespace) -> int:
     missing = [str(f) for f in args.data or () if not f.is_file()]
     if missing:
         raise InvalidRequestError(f"there is no file {', '.join(missing)}: name text files")
+    if args.output.is_dir():
+        raise InvalidRequestError(f"--output {str(args.output)!r} is a folder: name a file")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.output.parent, os.W_OK):
+        raise InvalidRequestError(f"folder {str(args.output.parent)!r} cannot be written")
     files = args.data or ()
     texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
     device = choose_device(args.device)
@@ -229,6 +233,7 @@ def calibrate(args: argparse.Namespace) -> int:
         loaded,
         texts or [calibration.builtin_text()],
         max_windows=max(1, args.max_tokens // calibration.WINDOW_TOKENS),
+        progress=True,
     )
     basis.save(args.output)
     print(

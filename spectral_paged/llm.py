@@ -59,7 +59,8 @@ class LLM:
         exempt_layers: layers kept exact.
         calibration: for formats with a shared basis: `auto` calibrates on the package's own text
             once and keeps the result in the cache folder; a `SharedBasis`, or the path of a file
-            that `spectral-paged calibrate` wrote; `online` takes the first sealed blocks.
+            that `spectral-paged calibrate` wrote; `online` takes the first sealed blocks (formats
+            with `dim_weighting="none"`, so none of the presets).
         enable_prefix_caching: share sealed blocks between prompts with a common beginning.
         seed: base seed of requests without one.
 

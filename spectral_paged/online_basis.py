@@ -13,12 +13,16 @@ from spectral_paged.shared_basis import BasisAccumulator, BoundBasis, SharedBasi
 
 
 def bind(
-    calibration: SharedBasis | Literal["online"] | None, format: PageFormat, device: torch.device
+    calibration: SharedBasis | Literal["online"] | None,
+    format: PageFormat,
+    num_layers: int,
+    device: torch.device,
 ) -> BoundBasis | None:
     """The calibration as `format` uses it; None where it needs none, or takes it online.
 
     Raises:
-        FormatError: it is needed and missing, is for other heads, or cannot be taken online.
+        FormatError: it is needed and missing, is for other heads or layers, or cannot be taken
+            online.
     """
     if not format.needs_calibration:
         return None
@@ -33,6 +37,11 @@ def bind(
         raise FormatError(
             f"format {format.name!r} needs a calibration: make one with `spectral-paged calibrate "
             "MODEL` and pass calibration=SharedBasis.load(path), or use calibration='online'"
+        )
+    if len(calibration.v) != num_layers:
+        raise FormatError(
+            f"the calibration is of {len(calibration.v)} layers; the model has {num_layers}: "
+            "calibrate the model that runs"
         )
     return calibration.bind(format, device)
 
@@ -56,7 +65,7 @@ class CacheBasis:
         num_layers: int,
         device: torch.device,
     ) -> None:
-        self.bound = bind(calibration, format, device)
+        self.bound = bind(calibration, format, num_layers, device)
         self.format = format if self.bound is None else self.bound.format
         self._shape = (num_layers, format.num_kv_heads, format.head_dim)
         self._device = device

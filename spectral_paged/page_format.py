@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -31,9 +31,6 @@ from spectral_paged.kernels.layout import (
 )
 from spectral_paged.page_layout import Bands, page_layout
 
-Decomposition = Literal["gram", "randomized"]
-TokenWeighting = Literal["none", "attention"]
-DimWeighting = Literal["none", "diagonal", "calibrated"]
 BITS = (8, 4, 3, 2)
 MAX_SLOTS = 64
 CHOICES = {
@@ -101,9 +98,9 @@ class PageFormat:
     num_landmark_tokens: int = 64
     hot_tokens: int = 64
     prefill_segment: int = 2048
-    decomposition: Decomposition = "gram"
-    token_weighting: TokenWeighting = "none"
-    dim_weighting: DimWeighting = "none"
+    decomposition: Literal["gram", "randomized"] = "gram"
+    token_weighting: Literal["none", "attention"] = "none"
+    dim_weighting: Literal["none", "diagonal", "calibrated"] = "none"
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1:
@@ -284,13 +281,4 @@ class PageFormat:
             head_dim=head_dim,
             prefill_segment=prefill_segment,
             **fields,
-        )
-
-    def with_ranks(self, k_rank: int, v_rank: int) -> PageFormat:
-        """The same format with other 8-bit ranks (multiples of 16)."""
-        return replace(
-            self,
-            name=f"{self.name}-{k_rank}-{v_rank}",
-            k_bands=((k_rank, 8),),
-            v_bands=((v_rank, 8),),
         )

@@ -125,7 +125,8 @@ def test_least_recently_released_is_evicted_first():
         p.publish(slot, i)
     for i in (1, 0, 2):
         p.release(slots[i])
-    p.touch(slots[1])
+    p.acquire(slots[1])
+    p.release(slots[1])
     p.allocate(Kind.EXACT)
     assert p.lookup(0) is None and p.lookup(1) is not None and p.lookup(2) is not None
 

@@ -180,25 +180,84 @@ def test_a_calibration_is_taken_as_given_or_from_its_file(tmp_path):
     toy_basis(2, 2, 16, model="other").save(tmp_path / "other.safetensors")
     with pytest.raises(FormatError, match="fingerprint other"):
         find_calibration(tmp_path / "other.safetensors", SHARED, loaded)
+    with pytest.raises(FormatError, match="fingerprint other"):
+        find_calibration(toy_basis(2, 2, 16, model="other"), SHARED, loaded)
     with pytest.raises(InvalidRequestError, match="no calibration file 'gone'.*calibrate"):
         find_calibration("gone", SHARED, loaded)
 
 
-def test_the_builtin_calibration_is_made_once_and_again_when_damaged(tmp_path, monkeypatch):
-    loaded, made = tiny(by_letter), []
+@pytest.fixture
+def quick(monkeypatch):
+    """Calibration windows of every built-in calibration made, each of which takes one only."""
+    made = []
 
-    def count(loaded, texts, *, max_windows):
+    def one_window(loaded, texts, *, max_windows, progress):
         made.append(max_windows)
         return calibrate(loaded, texts, max_windows=1)
 
+    monkeypatch.setattr(calibration, "calibrate", one_window)
+    return made
+
+
+def test_the_builtin_calibration_is_made_once_and_again_when_damaged(tmp_path, monkeypatch, quick):
+    loaded, made = tiny(by_letter), quick
     monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "calibrate", count)
     first = find_calibration("auto", SHARED, loaded)
     assert find_calibration("auto", SHARED, loaded).id == first.id and len(made) == 1
     [path] = (tmp_path / "calibrations").iterdir()
     path.write_bytes(path.read_bytes()[:-10])
     assert find_calibration("auto", SHARED, loaded).id == first.id and len(made) == 2
     assert SharedBasis.load(path).id == first.id
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_a_warning(
+    tmp_path, monkeypatch, quick, caplog
+):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path / "file"))
+    first = find_calibration("auto", SHARED, tiny(by_letter))
+    assert find_calibration("auto", SHARED, tiny(by_letter)).id == first.id and len(quick) == 2
+    assert "cannot be kept" in caplog.text and "SPECTRAL_PAGED_CACHE" in caplog.text
+
+
+def test_a_full_disk_leaves_no_part_of_a_calibration(tmp_path, monkeypatch, quick, caplog):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"some")
+        raise OSError("no space left on device")
+
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))
+    monkeypatch.setattr("spectral_paged.shared_basis.save_file", full)
+    find_calibration("auto", SHARED, tiny(by_letter))
+    assert "no space left" in caplog.text
+    assert not list((tmp_path / "calibrations").iterdir())
+
+
+def test_several_may_calibrate_at_once(tmp_path, monkeypatch, quick):
+    """Another process saves between this one's writing and its renaming."""
+    loaded, save = tiny(by_letter), SharedBasis.save
+    pids = iter(range(1, 9))
+    monkeypatch.setattr("os.getpid", lambda: next(pids))
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))
+    nested = []
+
+    def save_while_another_does(self, path):
+        if not nested:
+            nested.append(path)
+            find_calibration("auto", SHARED, loaded)
+        save(self, path)
+
+    monkeypatch.setattr(SharedBasis, "save", save_while_another_does)
+    first = find_calibration("auto", SHARED, loaded)
+    [path] = (tmp_path / "calibrations").iterdir()
+    assert SharedBasis.load(path).id == first.id and len(quick) == 2
+
+
+def test_a_model_with_few_positions_is_calibrated_on_short_windows():
+    model = tiny_model(max_position_embeddings=700)
+    loaded = LoadedModel("short", model, by_letter, ModelGeometry.from_config(model.config))
+    assert calibrate(loaded, ["x" * 2000], max_windows=2).num_tokens == 1024
+    with pytest.raises(InvalidRequestError, match="has 500 positions; .* needs 576: use kv_format"):
+        list(windows(range(2000), 1, max_length=500))
 
 
 # ---- the embedded model ------------------------------------------------------------------

@@ -11,16 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_model import tiny_model
 
 import spectral_paged.llm
 from spectral_paged.batch_file import OutputFile, read_lines
+from spectral_paged.calibration import model_fingerprint
 from spectral_paged.cli import main, parse_bytes
 from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.loader import embedded_gguf, load_config, resolve
+from spectral_paged.models.loader import LoadedModel, embedded_gguf, load_config, resolve
 from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
+from spectral_paged.shared_basis import SharedBasis
 
 CHAT = {
     "custom_id": "c1",
@@ -350,6 +353,32 @@ def test_a_truncated_gguf_exits_with_its_message(tmp_path, capsys, keep, monkeyp
         cut.write_bytes(file.read(size))
     assert main(["info", str(cut)]) == 2
     assert "cut.gguf" in capsys.readouterr().err
+
+
+def test_calibrate_writes_a_file_for_this_model_alone(tmp_path, capsys, monkeypatch):
+    model = tiny_model()
+    loaded = LoadedModel(
+        "tiny", model, lambda text: {"input_ids": [ord(c) % 199 for c in text]},
+        ModelGeometry.from_config(model.config),
+    )  # fmt: skip
+    monkeypatch.setattr("spectral_paged.models.loader.load_model", lambda *_, **__: loaded)
+    data, out = tmp_path / "data.txt", tmp_path / "new" / "basis.safetensors"
+    data.write_text("some words " * 400)
+    line = ["calibrate", "tiny", "--data", str(data), "--device", "cpu", "--output"]
+    assert main([*line, str(out), "--max-tokens", "2500"]) == 0
+    basis = SharedBasis.load(out, model_fingerprint=model_fingerprint(model))
+    assert basis.num_tokens == 2048 and list(out.parent.iterdir()) == [out]
+    assert f"{out}: 2048 tokens" in capsys.readouterr().out
+    assert main([*line, str(tmp_path)]) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+    assert main([*line, str(data / "below.safetensors")]) == 2
+    assert str(data) in capsys.readouterr().err
+    data.write_text("short")
+    assert main([*line, str(out)]) == 2
+    assert "has 5 tokens; at least 576" in capsys.readouterr().err
+    data.unlink()
+    assert main([*line, str(out)]) == 2
+    assert f"there is no file {data}" in capsys.readouterr().err
 
 
 @pytest.mark.model

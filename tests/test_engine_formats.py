@@ -9,6 +9,7 @@ from page_parts import toy_basis
 from tiny_model import random_prompts, tiny_model
 
 from spectral_paged import LLM, PageFormat, SamplingParams
+from spectral_paged.calibration import model_fingerprint
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=10)
 LENGTHS = [1, 65, 577, 640, 700, 1088, 1217]
@@ -31,7 +32,7 @@ def model():
 def make(name, **options):
     format = FORMATS[name]
     if format.needs_calibration:
-        options["calibration"] = toy_basis(2, 2, 32)
+        options["calibration"] = toy_basis(2, 2, 32, model=model_fingerprint(model()))
     defaults = {"kv_cache_bytes": 24 << 20, "max_num_seqs": 16, "poison": True}
     return LLM.from_model(model(), kv_format=format, **(defaults | options))
 

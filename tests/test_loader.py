@@ -8,6 +8,7 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+from tiny_model import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -129,6 +130,12 @@ def test_a_folder_that_holds_no_model_is_refused_with_a_remedy(tmp_path, own_cac
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(error, match=message):
         LLM(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_a_remedy(tmp_path, own_cache):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(CorruptFileError, match="has no tokenizer that can be loaded.*from_model"):
+        LLM(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["smollm3-135m", "nobody/such-model", "gone/model.gguf"])

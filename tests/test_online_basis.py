@@ -91,9 +91,10 @@ def test_a_format_that_needs_none_takes_no_calibration():
         assert make(plain, calibration=calibration).format == plain
 
 
-def test_the_calibration_of_other_heads_is_refused():
+@pytest.mark.parametrize("shape", [(LAYERS, H + 1, D), (LAYERS - 1, H, D), (LAYERS + 1, H, D)])
+def test_the_calibration_of_other_heads_or_layers_is_refused(shape):
     with pytest.raises(FormatError, match="calibrate the model that runs"):
-        make(shared(), calibration=toy_basis(LAYERS, H + 1, D))
+        make(shared(), calibration=toy_basis(*shape))
 
 
 def test_a_format_bound_to_another_calibration_is_refused():

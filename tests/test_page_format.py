@@ -125,7 +125,7 @@ def test_fingerprint_changes_with_meaning_and_not_with_the_name():
     base = preset()
     assert base.fingerprint != preset(prefill_segment=512).fingerprint
     assert base.fingerprint != preset("spectral-int8-post").fingerprint
-    renamed = base.with_ranks(base.k_rank, base.v_rank)
+    renamed = replace(base, name="another")
     assert renamed.name != base.name
     assert renamed.fingerprint == base.fingerprint
 

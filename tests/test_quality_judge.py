@@ -132,6 +132,20 @@ def test_a_rerun_skips_finished_units_and_computes_only_new_methods(replay, tmp_
     assert len(journal) == 12 and len(journal.used()) == 4
 
 
+def test_a_report_alone_takes_whole_units_and_the_last_version_of_a_method():
+    journal = Journal(None, "m")
+    head = {"task": "continuation", "length": 1024, "segment": None}
+    for unit, keys in {"whole": ["a/1", "b/1", "a/2"], "cut off": ["a/1"]}.items():
+        for key in [BASELINE, *keys]:
+            journal.write(unit, key, {**head, "method": key.partition("/")[0], "result": key})
+    journal.write("other kind", "a/1", {**head, "length": 2048, "method": "a", "result": "a/1"})
+    assert journal.use_all() == 1
+    used = [(r["unit"], r["result"]) for r in journal.used()]
+    assert sorted(used) == [
+        ("other kind", "a/1"), ("whole", "a/2"), ("whole", "b/1"), ("whole", BASELINE),
+    ]  # fmt: skip
+
+
 def test_methods_of_one_name_and_other_fields_do_not_share_results():
     assert judge.method_key(Noise("a", 0.1)) != judge.method_key(Noise("a", 0.2))
     assert judge.method_key(Noise("a", 0.1)) == judge.method_key(Noise("a", 0.1))

@@ -170,7 +170,12 @@ def test_formats_with_weights_are_bound_to_one_calibration():
     assert a.fingerprint != b.fingerprint
 
 
-def test_ranks_are_the_prototypes_in_proportion():
+def test_a_calibration_that_is_no_file_and_not_auto_is_refused():
+    with pytest.raises(InvalidRequestError, match="calibration='online' gives no basis"):
+        MethodSet(loaded(), ["spectral-quality"], calibration="online")
+
+
+def test_ranks_are_in_proportion_to_the_head():
     assert rank_grid(128) == [(16, 32), (32, 64), (64, 128)]
     assert rank_grid(64) == [(16, 16), (16, 32), (32, 64)]
     assert rank_grid(16) == [(16, 16)]

@@ -29,7 +29,7 @@ def haystack(genres=("fiction", "code"), num_chars=9000, max_tokens=8192):
 
 def test_every_machine_has_judged_texts_of_two_genres_at_least():
     found = texts.by_genre(texts.judged_texts())
-    assert {"code", "reference"} <= set(found) <= set(texts.GENRES)
+    assert {"code", "reference"} <= set(found) <= {"fiction", "code", "reference", "legal"}
     assert all(len(t.text) > 1000 and len(t.sha256) == 64 for ts in found.values() for t in ts)
 
 

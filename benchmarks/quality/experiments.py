@@ -45,7 +45,7 @@ def present(*methods: Method | None) -> tuple[Method, ...]:
 
 
 def ranks(methods: MethodSet) -> Experiment:
-    """INT8 pages with their own basis at the prototype's ranks."""
+    """INT8 pages with their own basis at several ranks."""
     reference = methods.preset(REFERENCE)
     rows: list[Method | None] = []
     for k_rank, v_rank in rank_grid(reference.head_dim):
@@ -57,9 +57,9 @@ def ranks(methods: MethodSet) -> Experiment:
         rows.append(methods.variant(format, f"{format.name}, nothing else", **NOTHING))
     return Experiment(
         "Ranks",
-        "INT8 coefficients on a basis in every page, before RoPE, at the prototype's ranks for a "
-        "head of 128 (16/32, 32/64, 64/128; narrower heads in proportion): with page mean and 64 "
-        "exact landmarks, and with nothing else, as the prototype had it.",
+        "INT8 coefficients on a basis in every page, before RoPE, at K and V ranks 16/32, 32/64 "
+        "and 64/128 of a head of 128 (narrower heads in proportion): with page mean and 64 exact "
+        "landmarks, and with nothing else.",
         present(*rows),
     )
 

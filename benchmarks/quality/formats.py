@@ -13,6 +13,7 @@ from spectral_paged.benchmarks.quality.page_methods import (
     WeightedMethod,
 )
 from spectral_paged.calibration import find_calibration
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
@@ -99,7 +100,11 @@ class MethodSet:
         if format.needs_calibration:
             if self._basis is None:
                 basis = find_calibration(self._given, format, self._loaded)
-                assert isinstance(basis, SharedBasis)
+                if not isinstance(basis, SharedBasis):
+                    raise InvalidRequestError(
+                        f"calibration={self._given!r} gives no basis to judge before a context is "
+                        "read: use auto or a file; the section `basis` judges online ones"
+                    )
                 self._basis = basis
             bound = self._basis.bind(format, self._loaded.model.device)
             format = bound.format

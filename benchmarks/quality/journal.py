@@ -63,21 +63,20 @@ class Journal:
     def use_all(self) -> int:
         """Count every record of the model as used, but for units that were cut off.
 
-        A unit is whole if it has every method that other units of its kind have. Returns how many
-        units are left out.
+        Work is cut off at its end: the last unit of a kind is left out if it lacks methods that
+        the one before it has. Returns how many units are left out.
         """
-        units: dict[str, list[Record]] = defaultdict(list)
-        wanted: dict[Any, set[str]] = defaultdict(set)
+        methods: dict[tuple[Any, ...], dict[str, set[str]]] = defaultdict(dict)
         for record in self._records.values():
-            units[record["unit"]].append(record)
-            wanted[kind_of(record)].add(record["method"])
-        whole = [
-            records
-            for records in units.values()
-            if wanted[kind_of(records[0])] <= {r["method"] for r in records}
-        ]
-        self._used = {r["key"]: None for records in whole for r in records}
-        return len(units) - len(whole)
+            units = methods[kind_of(record)]
+            units.setdefault(record["unit"], set()).add(record["method"])
+        cut = set()
+        for units in methods.values():
+            *_, before, last = [None, *units]
+            if before is not None and last is not None and units[last] < units[before]:
+                cut.add(last)
+        self._used = {k: None for k, r in self._records.items() if r["unit"] not in cut}
+        return len(cut)
 
     def find(self, unit: str, method: str) -> Record | None:
         key = digest(self.model, unit, method)

@@ -40,7 +40,9 @@ def pareto_of_models(results: Sequence[tuple[str, Mapping[str, Any]]], path: Pat
     for ax, (model, methods) in zip(axes[0], results, strict=True):
         pareto_panel(ax, methods)
         ax.set_title(model)
-        ax.sharey(axes[0][0])
+    limits = [ax.get_ylim() for ax in axes[0]]
+    for ax in axes[0]:
+        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     drawing.savefig(path, dpi=130)
 
 
@@ -71,6 +73,7 @@ def pareto_panel(ax: Any, methods: Mapping[str, Any]) -> None:
     ax.set_ylabel("KL(exact || method), mean nats a token")
     ax.grid(True, which="both", alpha=0.2)
     if points:
+        ax.set_xlim(right=max(ratio for ratio, *_ in points) * 1.2)  # room for the last label
         ax.legend(fontsize=8)
 
 

@@ -41,7 +41,6 @@ MODULES: tuple[ModuleType, ...] = (
     shutil,
 )
 LICENCES = ("GPL-3", "MPL-2.0", "LGPL-2.1", "Apache-2.0", "GFDL-1.3", "GPL-2", "Artistic")
-GENRES = ("fiction", "code", "reference", "legal")
 MIN_CHARS = 6000  # a shorter file gives no context worth judging
 HUB_CHARS = 400_000
 HUB_SETS = {  # genre -> (data set, configuration, split), read in streaming mode

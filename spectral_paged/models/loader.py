@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spectral_paged.errors import (
     CorruptFileError,
-    SpectralPagedError,
     UnknownModelError,
     UnsupportedModelError,
 )
@@ -195,11 +194,16 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except SpectralPagedError:
-        raise
     except Exception as error:
         raise CorruptFileError(
             f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CorruptFileError(
+            f"model {name!r} in {where} has no tokenizer that can be loaded ({reason}): fetch its "
+            "files, or load the model yourself and give it to LLM.from_model with token ids"
         ) from error
     return LoadedModel(name, model.to(device).eval(), tokenizer, geometry)
