@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -15,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -250,20 +248,14 @@ def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
 
 
 def _keep(basis: SharedBasis, path: Path) -> None:
-    """Save under a name of this process first: several may calibrate at once."""
-    own = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        basis.save(own)
-        own.replace(path)
-    except (OSError, SafetensorError) as error:
+        basis.save(path)
+    except OSError as error:
         logger.warning(
             "the calibration cannot be kept, so the next start makes it again: %s. "
             "SPECTRAL_PAGED_CACHE names a folder that can be written",
             error,
         )
-        for leftover in (own, own.with_suffix(".partial")):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
 
 
 def find_calibration(

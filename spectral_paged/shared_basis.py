@@ -18,6 +18,7 @@ metadata           version, model fingerprint, tokens seen
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,6 @@ from spectral_paged.errors import CorruptFileError, FormatError
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
 
-FILE_NAME = "spectral_basis.safetensors"
 VERSION = "1"
 COVARIANCES, METRICS = ("k_pre", "k_post", "v"), ("q_pre", "q_post", "o")
 # An error that no calibrated query saw still costs this share of the mean one.
@@ -159,9 +159,14 @@ class SharedBasis:
             "num_tokens": str(self.num_tokens),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two may write at once
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, *, model_fingerprint: str | None = None) -> SharedBasis:
