@@ -64,19 +64,22 @@ class Journal:
         """Count every record of the model as used, but for units that were cut off.
 
         Work is cut off at its end: the last unit of a kind is left out if it lacks methods that
-        the one before it has. Returns how many units are left out.
+        the one before it has. Where a unit has a method twice (its code changed), the last one
+        counts. Returns how many units are left out.
         """
-        methods: dict[tuple[Any, ...], dict[str, set[str]]] = defaultdict(dict)
-        for record in self._records.values():
-            units = methods[kind_of(record)]
-            units.setdefault(record["unit"], set()).add(record["method"])
-        cut = set()
-        for units in methods.values():
+        kinds: dict[tuple[Any, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+        for key, record in self._records.items():
+            units = kinds[kind_of(record)]
+            units.setdefault(record["unit"], {})[record["method"]] = key
+        self._used, num_cut = {}, 0
+        for units in kinds.values():
             *_, before, last = [None, *units]
-            if before is not None and last is not None and units[last] < units[before]:
-                cut.add(last)
-        self._used = {k: None for k, r in self._records.items() if r["unit"] not in cut}
-        return len(cut)
+            whole = before is None or last is None or not units[last].keys() < units[before].keys()
+            if not whole:
+                del units[last]
+                num_cut += 1
+            self._used |= {key: None for methods in units.values() for key in methods.values()}
+        return num_cut
 
     def find(self, unit: str, method: str) -> Record | None:
         key = digest(self.model, unit, method)
