@@ -13,6 +13,7 @@ from spectral_paged.kernels.spectral_decode import spectral_decode
 from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
+from spectral_paged.page_format import PageFormat
 from spectral_paged.step import Chunk, GroupStep
 
 
@@ -44,7 +45,6 @@ class PagedAttention:
         scale: float,
         dtype: torch.dtype,
     ) -> None:
-        self.format = basis.format
         self.basis = basis
         self.cos = cos
         self.sin = sin
@@ -52,6 +52,11 @@ class PagedAttention:
         self.dtype = dtype
         self.backend = "torch"
         self.pages_attended = 0
+
+    @property
+    def format(self) -> PageFormat:
+        """The page format; an online calibration changes its fingerprint."""
+        return self.basis.format
 
     def run(
         self, group: LayerGroup, step: GroupStep, layer: int, q: Tensor, k: Tensor, v: Tensor

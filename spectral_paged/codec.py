@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_paged.decompose import attention_mass, decompose, rotate_bands
+from spectral_paged.decompose import attention_mass, band_vectors, decompose
 from spectral_paged.errors import FormatError, NonFiniteError
 from spectral_paged.kernels.bit_packing import pack
 from spectral_paged.kernels.layout import BLOCK_TOKENS, LEVEL_UNIT
@@ -80,7 +80,8 @@ def _project(
         unit = (1 / power).squeeze(-1).expand_as(coeff[:, 0])
         return _Projected(given, coeff, unit, mean, [])
     target = y if token_weights is None else y * token_weights.sqrt().unsqueeze(-1)
-    vectors = rotate_if(format, decompose(target, sum(count for count, _ in bands), format), bands)
+    vectors = decompose(target, sum(count for count, _ in bands), format)
+    vectors = band_vectors(vectors, bands, format)
     if rows is not None and weighted:
         vectors = vectors @ rows.inverse
     codes, rounded, row_scale = _round_rows(vectors, format, bands)
@@ -90,11 +91,6 @@ def _project(
     gram = rounded @ rounded.transpose(-1, -2)
     coeff = torch.linalg.solve(gram, rounded @ y.transpose(-1, -2)).transpose(-1, -2)
     return _Projected(given, coeff, 1 / (power.squeeze(-1) * row_scale), mean, codes)
-
-
-def rotate_if(format: PageFormat, vectors: Tensor, bands: Bands) -> Tensor:
-    """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
-    return rotate_bands(vectors, bands) if format.band_rotation else vectors
 
 
 def _round_rows(

@@ -93,6 +93,11 @@ def rotate_bands(vectors: Tensor, bands: Bands) -> Tensor:
     return torch.cat(parts, dim=-2)
 
 
+def band_vectors(vectors: Tensor, bands: Bands, format: PageFormat) -> Tensor:
+    """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
+    return rotate_bands(vectors, bands) if format.band_rotation else vectors
+
+
 # ---- weights -----------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.rotary import rotate
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
+from spectral_paged.page_format import PageFormat
 
 BLOCKS_AT_ONCE = 8  # bounds the fp32 working set; encoding is pure, so batching changes no byte
 
@@ -24,10 +25,14 @@ class Sealer:
     """
 
     def __init__(self, basis: CacheBasis, *, cos: Tensor, sin: Tensor) -> None:
-        self.format = basis.format
         self.basis = basis
         self.cos = cos
         self.sin = sin
+
+    @property
+    def format(self) -> PageFormat:
+        """The page format; an online calibration changes its fingerprint."""
+        return self.basis.format
 
     def encode(
         self, group: LayerGroup, due: list[tuple[str, int]]
@@ -82,8 +87,7 @@ class Sealer:
                 seen += 1
         if seen:
             self.basis.freeze(accumulator)
-            self.format = self.basis.format
-
+    
     def _unrotate(self, k: Tensor, block: int) -> Tensor:
         first = self.format.num_landmark_tokens + block * BLOCK_TOKENS
         span = slice(first, first + BLOCK_TOKENS)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectral_paged.decompose import fix_signs, leading_eigenvectors, rotate_bands
+from spectral_paged.decompose import band_vectors, fix_signs, leading_eigenvectors
 from spectral_paged.errors import CorruptFileError, FormatError
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
@@ -135,8 +135,7 @@ class SharedBasis:
                 weight, inverse = metric_root(metric)
             scaled = weight @ covariance.double().cpu() @ weight
             vectors = fix_signs(leading_eigenvectors(scaled, sum(count for count, _ in bands)))
-            if format.band_rotation:
-                vectors = rotate_bands(vectors, bands)
+            vectors = band_vectors(vectors, bands, format)
             parts = (vectors, vectors @ inverse, weight, inverse)
             return SideRows(*(x.float().to(device) for x in parts))
 

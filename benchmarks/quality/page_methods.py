@@ -19,12 +19,22 @@ from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
 
 
 def through_pages(
-    format: PageFormat, basis: BoundBasis | None, layer: int, k: Tensor, v: Tensor, **options: Any
+    format: PageFormat,
+    basis: BoundBasis | None,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks `[N, H, 512, D]` of one layer, keys as stored, there and back."""
+    """Blocks `[N, H, 512, D]` of one layer there and back; keys come before RoPE, go after it."""
     layers = [layer] * len(k)
-    pages = encode_pages(k, v, format, basis=basis, layers=layers, **options)
-    return decode_pages(pages, format, basis=basis, layers=layers)
+    before = format.rope == "pre"
+    keys = k if before else rotate(k, cos, sin)
+    pages = encode_pages(keys, v, format, basis=basis, layers=layers, **options)
+    new_k, new_v = decode_pages(pages, format, basis=basis, layers=layers)
+    return rotate(new_k, cos, sin) if before else new_k, new_v
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,7 @@ class SpectralMethod:
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        before = self.format.rope == "pre"
-        keys = k if before else rotate(k, cos, sin)
-        new_k, new_v = through_pages(self.format, self.basis, layer, keys, v)
-        return rotate(new_k, cos, sin) if before else new_k, new_v
+        return through_pages(self.format, self.basis, layer, k, v, cos, sin)
 
 
 @dataclass(frozen=True)
@@ -83,58 +90,29 @@ class WeightedMethod(SpectralMethod):
     ) -> tuple[Tensor, Tensor]:
         """See `WantsQueries`."""
         rotated = rotate(k, cos, sin)
-        before = self.format.rope == "pre"
-        new_k, new_v = through_pages(
-            self.format,
-            self.basis,
-            layer,
-            k if before else rotated,
-            v,
-            queries=queries,
-            rotated_k=rotated,
+        return through_pages(
+            self.format, self.basis, layer, k, v, cos, sin, queries=queries, rotated_k=rotated
         )
-        return rotate(new_k, cos, sin) if before else new_k, new_v
 
 
 @dataclass(frozen=True)
-class OnlineMethod:
+class OnlineMethod(SpectralMethod):
     """A shared basis accumulated from the first sealed block of the context itself.
 
     For `Replay.seal` only, which hands over all blocks of a layer at once, the first one first.
     """
 
-    format: PageFormat
-    family: str = "spectral"
-
-    @property
-    def name(self) -> str:
-        return self.format.name
-
     @property
     def fingerprint(self) -> str:
         return f"online/{self.format.fingerprint}/{codec_digest()}"
-
-    @property
-    def num_landmark_tokens(self) -> int:
-        return self.format.num_landmark_tokens
-
-    @property
-    def hot_tokens(self) -> int:
-        return self.format.hot_tokens
-
-    def bytes_per_token(self, head_dim: int) -> float:
-        return self.format.page_bytes / (self.format.num_kv_heads * BLOCK_TOKENS)
 
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         heads, dim = k.shape[1], k.shape[-1]
-        rotated = rotate(k, cos, sin)
         accumulator = BasisAccumulator(1, heads, dim)
-        accumulator.add([0], k_pre=k[:1], k_post=rotated[:1], v=v[:1])
+        accumulator.add([0], k_pre=k[:1], k_post=rotate(k[:1], cos[:1], sin[:1]), v=v[:1])
         plain = torch.eye(dim).expand(1, heads, dim, dim)
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
         bound = basis.bind(self.format, k.device)
-        before = self.format.rope == "pre"
-        new_k, new_v = through_pages(bound.format, bound, 0, k if before else rotated, v)
-        return rotate(new_k, cos, sin) if before else new_k, new_v
+        return through_pages(bound.format, bound, 0, k, v, cos, sin)
