@@ -124,7 +124,8 @@ def prefill_ms(device: torch.device, repeats: int) -> float:
     model = model.to_empty(device=device).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    model.rotary_emb = type(model.rotary_emb)(model.config, device=device)
+    with device:
+        model.rotary_emb = type(model.rotary_emb)(model.config)
     ids = torch.randint(1000, (1, BLOCK_TOKENS), device=device)
     return seconds(lambda: model(input_ids=ids, use_cache=False), device, repeats) * 1e3
 

@@ -8,6 +8,7 @@ of a packed cache: codes, scales, zeros and means, nothing rounded away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -62,6 +63,17 @@ class Method(Protocol):
         Returns:
             fp32 keys after RoPE and values, `[N, H, 512, D]`.
         """
+        ...
+
+
+@runtime_checkable
+class ManyLayers(Protocol):
+    """A method that takes blocks of many layers in one call, which a GPU needs to be busy."""
+
+    def rebuild_layers(
+        self, layers: Sequence[int], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `Method.rebuild`, `layers` naming the layer of each of the N blocks."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,14 @@ from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
 def through_pages(
     format: PageFormat,
     basis: BoundBasis | None,
-    layer: int,
+    layers: Sequence[int],
     k: Tensor,
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks `[N, H, 512, D]` of one layer there and back; keys come before RoPE, go after it."""
-    layers = [layer] * len(k)
+    """Blocks `[N, H, 512, D]` of `layers` there and back; keys come before RoPE, go after it."""
     before = format.rope == "pre"
     keys = k if before else rotate(k, cos, sin)
     pages = encode_pages(keys, v, format, basis=basis, layers=layers, **options)
@@ -38,8 +38,8 @@ def through_pages(
 
 
 @dataclass(frozen=True)
-class SpectralMethod:
-    """Pages of one of our formats, encoded and decoded by the codec.
+class PageMethod:
+    """One of our formats.
 
     `basis` is what `SharedBasis.bind` gave for formats that need a calibration; `format` is then
     the one bound to it.
@@ -68,14 +68,25 @@ class SpectralMethod:
     def bytes_per_token(self, head_dim: int) -> float:
         return self.format.page_bytes / (self.format.num_kv_heads * BLOCK_TOKENS)
 
+
+@dataclass(frozen=True)
+class SpectralMethod(PageMethod):
+    """Pages of a format, encoded and decoded by the codec."""
+
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return through_pages(self.format, self.basis, layer, k, v, cos, sin)
+        return self.rebuild_layers([layer] * len(k), k, v, cos, sin)
+
+    def rebuild_layers(
+        self, layers: Sequence[int], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `ManyLayers`."""
+        return through_pages(self.format, self.basis, layers, k, v, cos, sin)
 
 
 @dataclass(frozen=True)
-class WeightedMethod(SpectralMethod):
+class WeightedMethod(PageMethod):
     """A format that weighs a block's tokens by what its last queries attend to."""
 
     num_queries: int = NUM_QUERIES
@@ -91,12 +102,20 @@ class WeightedMethod(SpectralMethod):
         """See `WantsQueries`."""
         rotated = rotate(k, cos, sin)
         return through_pages(
-            self.format, self.basis, layer, k, v, cos, sin, queries=queries, rotated_k=rotated
+            self.format,
+            self.basis,
+            [layer] * len(k),
+            k,
+            v,
+            cos,
+            sin,
+            queries=queries,
+            rotated_k=rotated,
         )
 
 
 @dataclass(frozen=True)
-class OnlineMethod(SpectralMethod):
+class OnlineMethod(PageMethod):
     """A shared basis accumulated from the first sealed block of the context itself.
 
     For `Replay.seal` only, which hands over all blocks of a layer at once, the first one first.
@@ -115,4 +134,4 @@ class OnlineMethod(SpectralMethod):
         plain = torch.eye(dim).expand(1, heads, dim, dim)
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
         bound = basis.bind(self.format, k.device)
-        return through_pages(bound.format, bound, 0, k, v, cos, sin)
+        return through_pages(bound.format, bound, [0] * len(k), k, v, cos, sin)

@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spectral_paged.benchmarks.quality.methods import Calibrated, Method, WantsQueries
+from spectral_paged.benchmarks.quality.methods import (
+    Calibrated,
+    ManyLayers,
+    Method,
+    WantsQueries,
+)
 from spectral_paged.benchmarks.quality.shared_attention import Pass, take_over
 from spectral_paged.errors import InvalidRequestError, PromptTooLongError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
@@ -24,6 +29,7 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.rope import RotaryTable
 
 CHUNK_TOKENS = 2048
+LAYER_BLOCKS = 64  # blocks that a method of many layers gets at once
 PROJECTED_ROWS = 256  # rows of logits alive at once where only single log-probabilities are wanted
 
 
@@ -70,6 +76,18 @@ class Blocks:
             )
         queries = self.q[..., -method.num_queries :, :]
         return method.rebuild_with(layer, self.k, self.v, self.cos, self.sin, queries)
+
+
+def _stored(method: Method, layers: Sequence[int], blocks: list[Blocks]) -> tuple[Tensor, Tensor]:
+    """What `method` makes of the blocks of each of `layers`, in their order."""
+    if len(layers) == 1 or not isinstance(method, ManyLayers):
+        (alone,) = blocks
+        return alone.stored_by(method, layers[0])
+    each = [layer for layer, some in zip(layers, blocks, strict=True) for _ in some.k]
+    k, v, cos, sin = (
+        torch.cat([getattr(some, name) for some in blocks]) for name in ("k", "v", "cos", "sin")
+    )
+    return method.rebuild_layers(each, k, v, cos, sin)
 
 
 class Replay:
@@ -185,10 +203,14 @@ class Replay:
         if last <= first:
             return context
         start, end = marks + first * BLOCK_TOKENS, marks + last * BLOCK_TOKENS
-        for layer in range(self.geometry.num_layers):
-            rebuilt = self.blocks(context, layer, start, end).stored_by(method, layer)
+        at_once = max(1, LAYER_BLOCKS // (last - first)) if isinstance(method, ManyLayers) else 1
+        layers = range(self.geometry.num_layers)
+        for some in (layers[i : i + at_once] for i in range(0, len(layers), at_once)):
+            blocks = [self.blocks(context, layer, start, end) for layer in some]
+            rebuilt = _stored(method, some, blocks)
             for side, new in zip((context.k, context.v), rebuilt, strict=True):
-                side[layer, :, start:end] = new.transpose(0, 1).flatten(1, 2)
+                by_layer = new.unflatten(0, (len(some), -1)).transpose(1, 2).flatten(2, 3)
+                side[some.start : some.stop, :, start:end] = by_layer
         return replace(context, num_sealed=last, method=method.name)
 
     # ---- continuations -------------------------------------------------------------------
@@ -252,9 +274,7 @@ class Replay:
         device, g = self.model.device, self.geometry
         stops = {eos} if isinstance(eos, int) else set(eos or ())
         longest = max(map(len, prompts))
-        padded = torch.tensor(
-            [[*p, *[p[-1]] * (longest - len(p))] for p in prompts], device=device
-        )
+        padded = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts], device=device)
         slots = torch.tensor([len(p) for p in prompts], device=device)
         shape = (g.num_layers, len(prompts), g.num_kv_heads, longest + max_tokens, g.head_dim)
         own_k, own_v = (torch.zeros(shape, dtype=context.k.dtype, device=device) for _ in range(2))
