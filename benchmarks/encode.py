@@ -75,7 +75,8 @@ def random_basis(format: PageFormat, k: Tensor, v: Tensor) -> BoundBasis | None:
         return None
     accumulator = BasisAccumulator(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM)
     first = slice(NUM_LAYERS)
-    accumulator.add(range(NUM_LAYERS), k_pre=k[first], k_post=k[first], v=v[first])
+    keys = {f"k_{rope}": k[first] for rope in ("pre", "frame", "post")}
+    accumulator.add(range(NUM_LAYERS), v=v[first], **keys)
     plain = torch.eye(HEAD_DIM).expand(NUM_LAYERS, NUM_KV_HEADS, -1, -1)
     basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="random")
     return basis.bind(format, k.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 512
+TILE_TOKENS = 128  # what a kernel takes at once; V's codes are packed along the tokens of a tile
 EXACT_PAGE_TOKENS = 64
 UNIT_BYTES = 128
 COEFF_OFFSET = 128
@@ -15,12 +16,14 @@ GAIN_STEPS = 16
 
 # Reconstruction levels by code, as INT8 integers. `gaussian`: the Lloyd-Max quantizer of a normal
 # variable (Max 1960, table 1), rounded to integers of 1 / LEVEL_UNIT standard deviations; a
-# byte permute is a table of eight of them. `uniform`: evenly spaced, scaled to the largest value.
+# byte permute is a table of eight of them. Of 16, codes n and n + 8 have one sign (bit 2): two
+# permutes, of which each gives zeros or ones where the other one answers, then make an XOR.
+# `uniform`: evenly spaced, scaled to the largest value.
 LEVELS: dict[str, dict[int, tuple[int, ...]]] = {
     "gaussian": {
         2: (-120, -36, 36, 120),
         3: (-125, -78, -44, -14, 14, 44, 78, 125),
-        4: (-126, -95, -74, -58, -43, -30, -18, -6, 6, 18, 30, 43, 58, 74, 95, 126),
+        4: (-126, -95, -74, -58, 6, 18, 30, 43, -43, -30, -18, -6, 58, 74, 95, 126),
     },
     "uniform": {
         2: (-3, -1, 1, 3),
@@ -35,12 +38,19 @@ LEVEL_UNIT = {2: 79.47, 3: 58.0, 4: 46.0}
 class BandLayout:
     """Codes of `count` components from `first` on, and their basis rows.
 
+    K's codes lie token by token, `n` codes of a row being the components of one token. V's lie
+    component by component within tiles of 128 tokens, the `n` = 128 codes of a row being one
+    component's: what a product sums over lies in one word.
+
     ```
-    bits 8   offset       uint8 [512, count]      value + 128
-    bits 4   offset       uint8 [512, count / 2]  component 2i in the low nibble of byte i
-    bits 2   offset       uint8 [512, count / 4]  component 4i + j in bits 2j, 2j + 1 of byte i
+             K [512, row bytes]      V [4, count, row bytes]
+    bits 8   offset       uint8 [.., n]      value + 128
+    bits 4   offset       uint8 [.., n / 2]  code 2i in the low nibble of byte i
+    bits 2   offset       uint8 [.., n / 4]  code 4i + j in bits 2j, 2j + 1 of byte i
     bits 3   offset       as bits 2: the low two bits of the code
-             high_offset  uint8 [512, count / 8]  the third bit: component 8i + j in bit j of byte i
+             high_offset  uint8 [.., n / 8]  the third bit
+                          K: code 8i + j in bit j of byte i
+                          V: of 32 codes, a word: code 16a + 2i + b in bit 4i + 2a + b
     ```
     """
 
@@ -75,6 +85,7 @@ class SideLayout:
     gain_offset: int
     mean_offset: int
     slot_offset: int
+    by_component: bool  # codes lie component by component (V)
 
     @property
     def shared_basis(self) -> bool:
@@ -85,6 +96,9 @@ class SideLayout:
 class PageLayout:
     """A page is `num_kv_heads` head records of `head_bytes` each.
 
+    `rope` says what keys are stored as: `pre` before RoPE; `frame` turned with their frame of 128
+    tokens, relative to its middle; `post` as attention reads them.
+
     A record is `k`, `v`, then `index_offset`: uint16 `[num_slots]`, the outlier tokens of the head
     (0 to 511, ascending, no repeats), the same for K and V.
     """
@@ -93,7 +107,7 @@ class PageLayout:
     head_dim: int
     head_bytes: int
     page_bytes: int
-    rotate_keys: bool
+    rope: str
     levels: str
     num_slots: int
     index_offset: int

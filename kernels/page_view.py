@@ -8,13 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.bit_packing import unpack
+from spectral_paged.kernels.bit_packing import pack, unpack
 from spectral_paged.kernels.layout import (
     BLOCK_TOKENS,
     COEFF_OFFSET,
     GAIN_OFFSET,
     GAIN_STEPS,
     LEVELS,
+    TILE_TOKENS,
     UNIT_BYTES,
     BandLayout,
     PageLayout,
@@ -24,16 +25,30 @@ from spectral_paged.kernels.layout import (
 
 @dataclass(frozen=True, slots=True)
 class BandView:
-    """Writable bytes of one band of `N` pages with `H` heads, and how to read them."""
+    """Writable bytes of one band of `N` pages with `H` heads, and how to read them.
+
+    Rows are tokens `[512]`, or components of tiles `[4, count]` where codes lie by component.
+    """
 
     layout: BandLayout
-    plane: Tensor  # uint8 [N, H, 512, bytes a token]
-    high: Tensor | None  # uint8 [N, H, 512, count / 8], 3-bit bands only
+    by_component: bool
+    plane: Tensor  # uint8 [N, H, *rows, bytes a row]
+    high: Tensor | None  # uint8 [N, H, *rows, codes / 8], 3-bit bands only
     basis: Tensor | None  # uint8 [N, H, count, bytes a row], page bases only
 
     def codes(self) -> Tensor:
         """uint8 `[N, H, 512, count]`."""
-        return unpack(self.plane, self.high, self.layout.bits)
+        rows = unpack(self.plane, self.high, self.layout.bits, by_component=self.by_component)
+        return rows.transpose(-1, -2).flatten(-3, -2) if self.by_component else rows
+
+    def write(self, codes: Tensor) -> None:
+        """Pack uint8 codes `[N, H, 512, count]` into the page."""
+        if self.by_component:
+            codes = codes.unflatten(-2, (-1, TILE_TOKENS)).transpose(-1, -2)
+        plane, high = pack(codes, self.layout.bits, by_component=self.by_component)
+        self.plane.copy_(plane)
+        if self.high is not None and high is not None:
+            self.high.copy_(high)
 
     def values(self, levels: str) -> Tensor:
         """fp32 integers `[N, H, 512, count]` that the codes stand for."""
@@ -105,16 +120,21 @@ def side_view(pages: Tensor, layout: PageLayout, side: str) -> SideView:
     def halves(offset: int, rows: int) -> Tensor | None:
         return None if offset < 0 else section(offset, rows, 2 * dim).view(torch.float16)
 
+    def codes(offset: int, band: BandLayout, bits: int) -> Tensor:
+        if not part.by_component:
+            return section(offset, BLOCK_TOKENS, band.count * bits // 8)
+        tiles = BLOCK_TOKENS // TILE_TOKENS
+        rows = section(offset, tiles * band.count, TILE_TOKENS * bits // 8)
+        return rows.unflatten(-2, (tiles, band.count))
+
     bands = []
     for band in part.bands:
-        plane_bits = 2 if band.bits == 3 else band.bits
         bands.append(
             BandView(
                 band,
-                plane=section(band.offset, BLOCK_TOKENS, band.count * plane_bits // 8),
-                high=section(band.high_offset, BLOCK_TOKENS, band.count // 8)
-                if band.bits == 3
-                else None,
+                part.by_component,
+                plane=codes(band.offset, band, 2 if band.bits == 3 else band.bits),
+                high=codes(band.high_offset, band, 1) if band.bits == 3 else None,
                 basis=None
                 if part.shared_basis
                 else section(band.basis_offset, band.count, dim * band.basis_bits // 8),

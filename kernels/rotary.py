@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.layout import BLOCK_TOKENS, TILE_TOKENS
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotate the first `2 * cos.shape[-1]` dimensions of `x` `[..., D]`, in fp32.
@@ -20,3 +22,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
         squared = cos * cos + sin * sin
         cos, sin = cos / squared, -sin / squared
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+
+def turned_with(first: Tensor, rope: str) -> Tensor:
+    """Positions that a block's stored keys are turned back by: int64 `[..., 512]`.
+
+    Args:
+        first: int `[...]`, position of each block's first token.
+        rope: `pre`: every key by its own position. `frame`: by the middle of its frame of 128
+            tokens, so that inside a frame keys are turned only relative to each other: a query is
+            turned back once a frame, and no key ever.
+    """
+    place = torch.arange(BLOCK_TOKENS, device=first.device)
+    if rope == "frame":
+        place = place // TILE_TOKENS * TILE_TOKENS + TILE_TOKENS // 2
+    return first.long().unsqueeze(-1) + place
+
+
+def stored_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    """Keys of whole blocks after RoPE as pages store them, fp32.
+
+    Args:
+        k: `[..., 512, D]`, after RoPE.
+        cos, sin: the model's table at the blocks' own positions, `[..., 512, rotary_dim / 2]`.
+    """
+    if rope == "post":
+        return k.float()
+    rows = turned_with(torch.zeros((), dtype=torch.long, device=k.device), rope)
+    return rotate(k, cos[..., rows, :], sin[..., rows, :], inverse=True)
+
+
+def read_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    """Keys after RoPE of what `stored_keys` stored; arguments as there."""
+    if rope == "post":
+        return k.float()
+    rows = turned_with(torch.zeros((), dtype=torch.long, device=k.device), rope)
+    return rotate(k, cos[..., rows, :], sin[..., rows, :])

@@ -12,7 +12,7 @@ from spectral_paged.kernels.page_view import (
     side_view,
     slot_tokens,
 )
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import rotate, turned_with
 
 
 def spectral_decode(
@@ -32,7 +32,8 @@ def spectral_decode(
     """One query per sequence against its sealed blocks. The fp32 torch twin.
 
     K post-RoPE: q is projected into rank space once per page, then only coefficients are read.
-    K pre-RoPE: the tile is rebuilt and rotated. V always: P C in rank space, then B once a page.
+    Else keys are rebuilt and turned, by their own position (`pre`) or with their frame. V always:
+    P C in rank space, then B once a page.
 
     Args:
         q: `[N, Hq, D]`, after RoPE.
@@ -60,9 +61,10 @@ def spectral_decode(
             continue
         pages = gather_units(plane, table[i][blocks], layout.page_bytes)
         query = grouped[i]  # [H, G, D]
-        if layout.rotate_keys:
+        if layout.rope != "post":
             keys = rebuild_side(pages, layout, "k", k_basis)  # [P, H, 512, D]
-            keys = rotate(keys, *block_rows(cos, sin, blocks, first_position))
+            rows = block_rows(cos, sin, blocks, first_position, layout.rope)
+            keys = rotate(keys, *rows)
             scores = query @ keys.transpose(-1, -2)  # [P, H, G, 512]
         else:
             scores = _scores_in_rank_space(query, pages, layout, k_basis)
@@ -74,11 +76,10 @@ def spectral_decode(
 
 
 def block_rows(
-    cos: Tensor, sin: Tensor, blocks: Tensor, first_position: int
+    cos: Tensor, sin: Tensor, blocks: Tensor, first_position: int, rope: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the rotary table at the positions of `blocks` `[P]`: two `[P, 1, 512, half]`."""
-    first = first_position + blocks.long() * BLOCK_TOKENS
-    rows = first.unsqueeze(-1) + torch.arange(BLOCK_TOKENS, device=cos.device)
+    """Rows of the rotary table that turn the keys of `blocks` `[P]`: two `[P, 1, 512, half]`."""
+    rows = turned_with(first_position + blocks * BLOCK_TOKENS, rope)
     return cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
 
 

@@ -32,8 +32,8 @@ def spectral_rebuild(
     pages = gather_units(plane, positions[blocks], layout.page_bytes)
     keys = rebuild_side(pages, layout, "k", k_basis)
     values = rebuild_side(pages, layout, "v", v_basis)
-    if layout.rotate_keys:
-        keys = rotate(keys, *block_rows(cos, sin, blocks, first_position))
+    if layout.rope != "post":
+        keys = rotate(keys, *block_rows(cos, sin, blocks, first_position, layout.rope))
     return (
         keys.to(dtype).transpose(0, 1).flatten(1, 2),
         values.to(dtype).transpose(0, 1).flatten(1, 2),

@@ -46,7 +46,7 @@ class SpectralKVCache:
 
     Args:
         num_layers, num_q_heads, num_kv_heads, head_dim: the model's geometry.
-        rope: the model's rotary table; needed for `rope="pre"` formats.
+        rope: the model's rotary table; needed unless the format has `rope="post"`.
         format: a `PageFormat` or a preset name.
         device, dtype: where the arenas live, and the element type of exact pages.
         kv_cache_bytes: bytes of all arenas together, allocated here and once.
@@ -88,8 +88,10 @@ class SpectralKVCache:
         if isinstance(format, str):
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_geometry(format, num_layers, num_q_heads, num_kv_heads, head_dim, exempt_layers)
-        if format.seals and format.rope == "pre" and rope is None:
-            raise FormatError("rope='pre' formats un-rotate keys: pass the model's RotaryTable")
+        if format.seals and format.rope != "post" and rope is None:
+            raise FormatError(
+                f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable"
+            )
         max_model_len = check_length(max_model_len, rope)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format

@@ -20,12 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import rotate, stored_keys
 from spectral_paged.models.geometry import rotary_table
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.page_format import PageFormat
 from spectral_paged.rope import RotaryTable
-from spectral_paged.shared_basis import BasisAccumulator, SharedBasis
+from spectral_paged.shared_basis import VERSION, BasisAccumulator, SharedBasis
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,12 @@ class _Recorder:
         plain = rotate(k[0, :, used], *table, inverse=True)
         for start in range(0, len(positions), BLOCK_TOKENS):
             block = slice(start, start + BLOCK_TOKENS)
+            keys = k[:, :, used][:, :, block]
             self.accumulator.add(
                 [layer],
                 k_pre=plain[None, :, block],
-                k_post=k[:, :, used][:, :, block],
+                k_frame=stored_keys(keys, table[0][block], table[1][block], "frame"),
+                k_post=keys,
                 v=v[:, :, used][:, :, block],
             )
         seen = q[0, :, used]
@@ -234,7 +236,8 @@ def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
         InvalidRequestError: the model has no tokenizer.
     """
     text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
-    key = hashlib.sha256(f"{fingerprint}/{loaded.model.dtype}/{text}".encode()).hexdigest()[:16]
+    content = f"{VERSION}/{fingerprint}/{loaded.model.dtype}/{text}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
     if os.path.isfile(path):  # False as well where the folder cannot be read
         try:

@@ -144,10 +144,7 @@ def _write_side(view: SideView, projected: _Projected, quantized: Quantized, hea
         return x.unflatten(0, (-1, heads))
 
     for i, band in enumerate(view.bands):
-        plane, high = pack(quantized.codes[i], band.layout.bits)
-        band.plane.copy_(by_page(plane))
-        if band.high is not None and high is not None:
-            band.high.copy_(by_page(high))
+        band.write(by_page(quantized.codes[i]))
         if band.basis is not None:
             band.basis.copy_(by_page(pack(projected.rows[i], band.layout.basis_bits)[0]))
     view.scale.copy_(by_page(quantized.scale))
@@ -178,7 +175,7 @@ def encode_pages(
 
     Args:
         k, v: `[N, H, 512, D]`, any float dtype; keys as the format stores them
-            (un-rotated for `rope="pre"`).
+            (turned back by `kernels.rotary.stored_keys`).
         basis: what `SharedBasis.bind(format)` gave, for formats that need a calibration.
         layers: the layer of each of the N blocks, to find its rows in `basis`.
         queries: `[N, H, G, Q, D]`, post-RoPE queries of each block's last tokens; needed by

@@ -1,8 +1,9 @@
 """The page format: every choice that fixes a page's bytes and what they mean.
 
 One page holds one sealed block (512 tokens) of one layer, all KV heads, K and V. `page_layout`
-draws its bytes. It holds no position: keys are stored before RoPE (`rope="pre"`) or as they came
-(`rope="post"`), so the same block gives the same bytes wherever the page lies in memory.
+draws its bytes. It holds no position: keys are stored before RoPE (`rope="pre"`), relative to their
+frame (`rope="frame"`) or as they came (`rope="post"`), so the same block gives the same bytes
+wherever the page lies in memory.
 
 A token's K or V is read as
 
@@ -35,7 +36,7 @@ BITS = (8, 4, 3, 2)
 MAX_SLOTS = 64
 CHOICES = {
     "basis": ("page", "shared"),
-    "rope": ("pre", "post"),
+    "rope": ("pre", "frame", "post"),
     "levels": ("gaussian", "uniform"),
     "decomposition": ("gram", "randomized"),
     "token_weighting": ("none", "attention"),
@@ -56,7 +57,9 @@ class PageFormat:
         basis: `page`: every page carries its own; `shared`: one a layer and KV head, from a
             calibration (`basis_id` names it once the format is bound to it).
         basis_bits: 8, or 4 to store the page's basis rows of bands of 4 bits and less in INT4.
-        rope: keys stored before (`pre`) or after (`post`) rotation.
+        rope: keys stored before rotation (`pre`), after it (`post`), or turned relative to the
+            middle of their frame of 128 tokens (`frame`), which keeps most of what makes keys
+            compressible before rotation and lets a kernel turn the query instead of the keys.
         mean: subtract the page mean of K and of V before the decomposition and store it in fp16.
         gain: an 8-bit logarithmic gain per token, head and side.
         scale_tokens: tokens that share one scale a component: 512, 256, 128 or 64.
@@ -88,7 +91,7 @@ class PageFormat:
     basis: Literal["page", "shared"] = "page"
     basis_bits: Literal[8, 4] = 8
     basis_id: str = ""
-    rope: Literal["pre", "post"] = "pre"
+    rope: Literal["pre", "frame", "post"] = "pre"
     mean: bool = True
     gain: bool = False
     scale_tokens: int = BLOCK_TOKENS
@@ -242,7 +245,7 @@ class PageFormat:
             gain=self.gain,
             scale_groups=BLOCK_TOKENS // self.scale_tokens,
             num_slots=self.outlier_slots,
-            rotate_keys=self.rope == "pre",
+            rope=self.rope,
             levels=self.levels,
         )
 

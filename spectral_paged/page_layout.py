@@ -4,7 +4,8 @@
 page           | head 0 | head 1 | ...                                  page_bytes, multiple of 128
 head record    | K side | V side | outlier tokens, uint16 [slots] | pad   multiple of 128
 side           | band 0 | band 1 | ... | scale | gain | mean | slots |  every section on 16 bytes
-band           | codes [512, count] | third bits (3-bit bands) | basis rows (page basis) |
+band           | codes | third bits (3-bit bands) | basis rows (page basis) |
+codes          K [512 tokens, count]   V [4 tiles, count, 128 tokens]
 
 bytes          codes 8 bit: 512 count       4 bit: 512 count / 2     2 bit: 512 count / 4
                codes 3 bit: 512 count / 4 and 512 count / 8
@@ -13,8 +14,8 @@ bytes          codes 8 bit: 512 count       4 bit: 512 count / 2     2 bit: 512 
                mean 2 D, fp16   slots 2 D each, fp16
 ```
 
-A band's codes are one plane over all 512 tokens, so that a tile of 16 tokens or more is one run of
-whole 16-byte words whatever the band's width.
+A band's codes are one plane over all 512 tokens, so that a tile of 128 tokens is one run of whole
+16-byte words whatever the band's width.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def page_layout(
     gain: bool,
     scale_groups: int,
     num_slots: int,
-    rotate_keys: bool,
+    rope: str,
     levels: str,
 ) -> PageLayout:
     """Byte offsets of a page of `num_kv_heads` heads of width `head_dim`.
@@ -84,7 +85,7 @@ def page_layout(
             basis_bits=basis_bits,
         )
 
-    def side(bands: Bands) -> SideLayout:
+    def side(bands: Bands, by_component: bool) -> SideLayout:
         laid, rank = [], 0
         for count, bits in bands:
             laid.append(band(rank, count, bits))
@@ -97,9 +98,10 @@ def page_layout(
             gain_offset=cursor.take(BLOCK_TOKENS) if gain else -1,
             mean_offset=cursor.take(2 * head_dim) if mean else -1,
             slot_offset=cursor.take(2 * head_dim * num_slots) if num_slots else -1,
+            by_component=by_component,
         )
 
-    k, v = side(k_bands), side(v_bands)
+    k, v = side(k_bands, False), side(v_bands, True)
     index = cursor.take(2 * num_slots)
     head_bytes = -(-cursor.at // UNIT_BYTES) * UNIT_BYTES
     return PageLayout(
@@ -107,7 +109,7 @@ def page_layout(
         head_dim=head_dim,
         head_bytes=head_bytes,
         page_bytes=head_bytes * num_kv_heads,
-        rotate_keys=rotate_keys,
+        rope=rope,
         levels=levels,
         num_slots=num_slots,
         index_offset=index,

@@ -128,12 +128,13 @@ def encode_values(x: Tensor, bits: int, levels: str) -> Tensor:
 @cache
 def _code_table(bits: int, levels: str, device: torch.device) -> tuple[Tensor, int]:
     """Code by `ceil(2 x) + reach`, uint8 `[2 reach + 1]`; a tie goes to the lower level."""
-    integers = LEVELS[levels][bits]
+    integers = sorted(LEVELS[levels][bits])
+    code_of = torch.tensor([LEVELS[levels][bits].index(x) for x in integers], dtype=torch.uint8)
     reach = 2 * integers[-1]
     doubled = torch.arange(-reach, reach + 1)
     borders = torch.tensor([a + b for a, b in pairwise(integers)])  # twice the midpoints
-    codes = (doubled.unsqueeze(-1) > borders).sum(dim=-1)
-    return codes.to(torch.uint8).to(device), reach
+    codes = code_of[(doubled.unsqueeze(-1) > borders).sum(dim=-1)]
+    return codes.to(device), reach
 
 
 def _gains(coeff: Tensor, bands: Bands) -> Tensor:

@@ -1,4 +1,4 @@
-"""Turn blocks of the tail into pages: read, check, un-rotate, encode, write."""
+"""Turn blocks of the tail into pages: read, check, turn keys back, encode, write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from spectral_paged.codec import encode_pages
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import stored_keys
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
@@ -20,7 +20,7 @@ class Sealer:
     """Encodes due blocks of a group in batches; pages are written but not shown yet.
 
     Args:
-        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to take keys back before RoPE.
+        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to turn keys as the format stores them.
         basis: the cache's calibration, frozen here at the first seal where it is taken online.
     """
 
@@ -56,8 +56,8 @@ class Sealer:
             if error is not None:
                 failed[seq_id] = error
                 continue
-            if self.format.rope == "pre":
-                k = self._unrotate(k, block)
+            if self.format.rope != "post":
+                k = self._stored(k, block, self.format.rope)
             ready.append((seq_id, block))
             keys.append(k)
             values.append(v)
@@ -82,16 +82,18 @@ class Sealer:
         for seq_id, block in due:
             k, v = group.read_block(seq_id, block)
             if self._find_non_finite(group, seq_id, block, k, v) is None:
-                plain = self._unrotate(k, block) if len(self.cos) else None
-                accumulator.add(group.layers, k_pre=plain, k_post=k, v=v)
+                turned = {}
+                if len(self.cos):
+                    turned = {f"k_{r}": self._stored(k, block, r) for r in ("pre", "frame")}
+                accumulator.add(group.layers, k_post=k, v=v, **turned)
                 seen += 1
         if seen:
             self.basis.freeze(accumulator)
-    
-    def _unrotate(self, k: Tensor, block: int) -> Tensor:
+
+    def _stored(self, k: Tensor, block: int, rope: str) -> Tensor:
         first = self.format.num_landmark_tokens + block * BLOCK_TOKENS
         span = slice(first, first + BLOCK_TOKENS)
-        return rotate(k, self.cos[span], self.sin[span], inverse=True)
+        return stored_keys(k, self.cos[span], self.sin[span], rope)
 
     def _find_non_finite(
         self, group: LayerGroup, seq_id: str, block: int, k: Tensor, v: Tensor

@@ -1,14 +1,16 @@
 """What a calibration knows of a model: a basis for every layer and KV head, and weights.
 
-A calibration keeps statistics, not bases: the mean covariance of K (before and after RoPE) and of V
+A calibration keeps statistics, not bases: the mean covariance of K and of V
 inside a block, and what an error costs: the second moment of the queries that will meet a key, and
-of the output projection that a value goes through. A format binds to it: the eigenvectors of the
+of the output projection that a value goes through. K is kept as formats store it: before RoPE,
+turned with its frame, after RoPE. A format binds to it: the eigenvectors of the
 covariance, weighted or not, become the rows that its pages share.
 
 The file is `spectral_basis.safetensors`, every tensor fp32 `[layers, H, D, D]`:
 
 ```
-k_pre, k_post, v   covariance within a block, page mean removed, every block of equal energy
+k_pre, k_frame,    covariance within a block, page mean removed, every block of equal energy
+k_post, v
 q_pre, q_post      second moment of the queries as a key before (after) RoPE meets them
 o                  second moment of the output projection's rows, by value dimension
 metadata           version, model fingerprint, tokens seen
@@ -33,8 +35,8 @@ from spectral_paged.errors import CorruptFileError, FormatError
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
 
-VERSION = "1"
-COVARIANCES, METRICS = ("k_pre", "k_post", "v"), ("q_pre", "q_post", "o")
+VERSION = "2"
+COVARIANCES, METRICS = ("k_pre", "k_frame", "k_post", "v"), ("q_pre", "q_post", "o")
 # An error that no calibrated query saw still costs this share of the mean one.
 METRIC_FLOOR = 0.05
 
@@ -84,6 +86,7 @@ class SharedBasis:
     """Statistics of one model; see the module's head for the tensors."""
 
     k_pre: Tensor
+    k_frame: Tensor
     k_post: Tensor
     v: Tensor
     q_pre: Tensor
@@ -119,9 +122,12 @@ class SharedBasis:
                 f"format {format.name!r} is bound to calibration {format.basis_id}, this one is "
                 f"{self.id}: pass the calibration it was made with"
             )
-        keys, queries = (
-            (self.k_pre, self.q_pre) if format.rope == "pre" else (self.k_post, self.q_post)
-        )
+        # a key inside its frame meets queries from the distances that one before RoPE meets
+        keys, queries = {
+            "pre": (self.k_pre, self.q_pre),
+            "frame": (self.k_frame, self.q_pre),
+            "post": (self.k_post, self.q_post),
+        }[format.rope]
 
         def side(covariance: Tensor, metric: Tensor, bands: Bands) -> SideRows:
             metric = metric.double().cpu()
@@ -226,10 +232,17 @@ class BasisAccumulator:
         self._num_tokens = 0
 
     def add(
-        self, layers: Sequence[int], *, k_pre: Tensor | None, k_post: Tensor, v: Tensor
+        self,
+        layers: Sequence[int],
+        *,
+        k_post: Tensor,
+        v: Tensor,
+        k_pre: Tensor | None = None,
+        k_frame: Tensor | None = None,
     ) -> None:
-        """Add blocks `[len(layers), H, T, D]`, one a layer; `k_pre` None without RoPE."""
-        for name, x in (("k_pre", k_pre), ("k_post", k_post), ("v", v)):
+        """Add blocks `[len(layers), H, T, D]`, one a layer; without RoPE K has one form only."""
+        sides = {"k_pre": k_pre, "k_frame": k_frame, "k_post": k_post, "v": v}
+        for name, x in sides.items():
             if x is None:
                 continue
             x = x.double()

@@ -31,7 +31,8 @@ def toy_basis(layers, heads, dim, *, q=None, o=None, seed=0, model="toy"):
     for i in range(2):
         pre, v = toy_blocks(layers, heads, dim, rank=dim, seed=100 + 2 * seed + i)
         post, _ = toy_blocks(layers, heads, dim, rank=dim, seed=200 + 2 * seed + i)
-        accumulator.add(range(layers), k_pre=pre, k_post=post, v=v)
+        frame, _ = toy_blocks(layers, heads, dim, rank=dim, seed=400 + 2 * seed + i)
+        accumulator.add(range(layers), k_pre=pre, k_frame=frame, k_post=post, v=v)
     metrics = [toy_metric(layers, heads, dim, seed=300 + 3 * seed + i) for i in range(3)]
     return accumulator.finish(
         q_pre=metrics[0] if q is None else q,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_paged.codec import decode_pages, encode_pages
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import read_keys, stored_keys
 
 
 class PlainCache:
@@ -26,14 +26,13 @@ class PlainCache:
             span = torch.arange(start, start + 512)
             k, v = self.k[span].float(), self.v[span].float()
             cos, sin = self.rope.rows(span)
-            if self.fmt.rope == "pre":
-                k = rotate(k, cos, sin, inverse=True)
             k, v = (x.transpose(0, 1)[None] for x in (k, v))
+            cos, sin = (x.transpose(0, 1) for x in (cos, sin))
+            k = stored_keys(k, cos, sin, self.fmt.rope)
             page = encode_pages(k, v, self.fmt, **self.calibrated)
             k, v = decode_pages(page, self.fmt, **self.calibrated)
+            k = read_keys(k, cos, sin, self.fmt.rope)
             k, v = (x[0].transpose(0, 1) for x in (k, v))
-            if self.fmt.rope == "pre":
-                k = rotate(k, cos, sin)
             self.sealed[b] = (k, v)
         return self.sealed[b]
 

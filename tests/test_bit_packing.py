@@ -15,18 +15,20 @@ from spectral_paged.kernels.bit_packing import pack, unpack
     bits=st.sampled_from([8, 4, 3, 2]),
     count=st.integers(1, 16).map(lambda n: 16 * n),
     shape=st.lists(st.integers(1, 4), max_size=3),
+    by_component=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_what_is_packed_is_unpacked(bits, count, shape, seed):
+def test_what_is_packed_is_unpacked(bits, count, shape, by_component, seed):
+    count = 2 * count if by_component else count  # whole words of third bits
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(1 << bits, (*shape, count), generator=g, dtype=torch.uint8)
-    plane, high = pack(codes, bits)
+    plane, high = pack(codes, bits, by_component=by_component)
     plane_bits = 2 if bits == 3 else bits
     assert plane.dtype == torch.uint8 and plane.shape == (*shape, count * plane_bits // 8)
     assert (high is None) == (bits != 3)
     if high is not None:
         assert high.dtype == torch.uint8 and high.shape == (*shape, count // 8)
-    assert torch.equal(unpack(plane, high, bits), codes)
+    assert torch.equal(unpack(plane, high, bits, by_component=by_component), codes)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -59,3 +61,15 @@ def test_codes_lie_where_the_drawing_says(bits, codes, plane, high):
     assert got.tolist() == [plane * 2, [0] * len(plane * 2)]
     if high is not None:
         assert got_high.tolist() == [high * 2, [0, 0]]
+
+
+def test_third_bits_of_a_component_lie_where_a_mask_finds_them():
+    """Code 16a + 2i + b in bit 4i + 2a + b: under a nibble's third bit after one shift."""
+    for code in range(32):
+        a, i, b = code // 16, code % 16 // 2, code % 2
+        codes = torch.zeros(1, 32, dtype=torch.uint8)
+        codes[0, code] = 4
+        plane, high = pack(codes, 3, by_component=True)
+        assert not plane.any()
+        word = int.from_bytes(bytes(high[0].tolist()), "little")
+        assert word == 1 << (4 * i + 2 * a + b)

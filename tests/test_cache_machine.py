@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from spectral_paged.block_pool import Kind
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.codec import decode_pages, encode_pages
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import read_keys, stored_keys
 from spectral_paged.page_format import PageFormat
 from spectral_paged.rope import RotaryTable
 
@@ -70,12 +70,12 @@ def answer(format, token_ids, prompt, t, pins=()):
         if any(start < first + 512 and end > first for start, end in pins):
             continue
         span = torch.arange(first, first + 512)
-        cos, sin = ROPE.rows(span)
-        stored = rotate(k[span], cos, sin, inverse=True) if format.rope == "pre" else k[span]
-        page = encode_pages(stored.transpose(0, 1)[None], v[span].transpose(0, 1)[None], format)
-        new_k, new_v = (x[0].transpose(0, 1) for x in decode_pages(page, format))
-        k[span] = rotate(new_k, cos, sin) if format.rope == "pre" else new_k
-        v[span] = new_v
+        rows = [x.transpose(0, 1) for x in ROPE.rows(span)]
+        stored = stored_keys(k[span].transpose(0, 1), *rows, format.rope)
+        page = encode_pages(stored[None], v[span].transpose(0, 1)[None], format)
+        new_k, new_v = (x[0] for x in decode_pages(page, format))
+        k[span] = read_keys(new_k, *rows, format.rope).transpose(0, 1)
+        v[span] = new_v.transpose(0, 1)
     grouped = q[t].view(H, HQ // H, D)
     scores = torch.einsum("hgd,thd->hgt", grouped, k) * D**-0.5
     return torch.einsum("hgt,thd->hgd", torch.softmax(scores, -1), v).reshape(HQ, D)

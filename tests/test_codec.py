@@ -180,7 +180,7 @@ def golden_page():
 
     head record: K codes 512x16 | K basis 16x16 | K scale 16 bf16 | K mean 16 fp16 | the same of V
                  0..8191        | 8192..8447    | 8448..8479      | 8480..8511     | 8512..17023
-    17,024 bytes are 133 units of 128: no padding.
+    17,024 bytes are 133 units of 128: no padding. V's codes are 4 tiles x 16 components x 128 tokens.
     """
     t, i, d = np.arange(512)[:, None], np.arange(16)[:, None], np.arange(16)[None, :]
     want = np.zeros((2, 2, 512, 16))  # [K|V, head, token, dim]
@@ -191,7 +191,8 @@ def golden_page():
             basis = (i * 11 + d * 29 + head * 17 + side) % 256 - 128
             scale = [2.0 ** -(1 + j % 5) for j in range(16)]
             mean = [float(j - 8 + head - 2 * side) for j in range(16)]
-            page += (coeff + 128).astype(np.uint8).tobytes()
+            stored = coeff if side == 0 else coeff.reshape(4, 128, 16).transpose(0, 2, 1)
+            page += (stored + 128).astype(np.uint8).tobytes()
             page += (basis + 128).astype(np.uint8).tobytes()
             page += bf16(scale) + struct.pack("<16e", *mean)
             want[side, head] = (coeff * np.array(scale)) @ basis + np.array(mean)
@@ -225,7 +226,10 @@ def test_encode_writes_where_the_drawing_says():
         record = page[head * 17024 : (head + 1) * 17024]
         for x, start in ((k, 0), (v, 8512)):
             side = record[start : start + 8512]
-            coeff = side[:8192].reshape(512, 16).astype(np.float64) - 128
+            coeff = side[:8192].reshape(512, 16)
+            if start:  # V: tiles of 128 tokens, component by component
+                coeff = side[:8192].reshape(4, 16, 128).transpose(0, 2, 1).reshape(512, 16)
+            coeff = coeff.astype(np.float64) - 128
             basis = side[8192:8448].reshape(16, 16).astype(np.float64) - 128
             scale = from_bf16(side[8448:8480])
             mean = np.frombuffer(side[8480:].tobytes(), "<f2").astype(np.float64)

@@ -179,7 +179,7 @@ def where(format, rope):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "frame", "post"])
 @pytest.mark.parametrize("landmarks", [0, 64, 128])
 @pytest.mark.parametrize("table_of", [WIDE_ROPE, PARTIAL_ROPE])
 def test_rebuilt_history_is_the_decoded_pages_rotated_to_their_positions(
@@ -193,15 +193,18 @@ def test_rebuilt_history_is_the_decoded_pages_rotated_to_their_positions(
         at = int(table[1, b]) * 128
         k, v = (x[0] for x in decode_pages(plane[None, at : at + format.page_bytes], format))
         span = slice(512 * b, 512 * (b + 1))
-        if rope == "pre":
+        if rope != "post":
             positions = torch.arange(landmarks + 512 * b, landmarks + 512 * (b + 1))
+            if rope == "frame":
+                middles = [landmarks + 512 * b + 128 * i + 64 for i in range(4)]
+                positions = torch.tensor(middles).repeat_interleave(128)
             k = table_of.apply(k.transpose(0, 1), positions).transpose(0, 1)
         assert torch.allclose(got_k[:, span], k, atol=1e-5)
         assert torch.allclose(got_v[:, span], v, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "frame", "post"])
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("table_of", [WIDE_ROPE, PARTIAL_ROPE])
 def test_decode_from_pages_is_attention_over_what_they_rebuild(group, rope, mean, table_of):

@@ -13,7 +13,7 @@ from tiny_model import random_prompts, tiny_format, tiny_llm
 from spectral_paged import SamplingParams
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import rotate, stored_keys
 from spectral_paged.shared_basis import BasisAccumulator
 
 SHARED = {"basis": "shared", "k_bands": ((16, 4),), "v_bands": ((16, 3),), "gain": True}
@@ -35,7 +35,8 @@ def basis_of(feeds, format):
     for feed in feeds:
         k, v = (x[:, span].transpose(1, 2) for x in (feed.k, feed.v))
         plain = rotate(k, cos, sin, inverse=True)
-        accumulator.add(range(LAYERS), k_pre=plain, k_post=k, v=v)
+        frame = stored_keys(k, cos, sin, "frame")
+        accumulator.add(range(LAYERS), k_pre=plain, k_frame=frame, k_post=k, v=v)
     plain = torch.eye(D).expand(LAYERS, H, D, D)
     basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
     return basis.bind(format)
@@ -113,7 +114,7 @@ def test_weights_and_named_calibrations_cannot_be_taken_online():
             make(format, calibration="online")
 
 
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "frame", "post"])
 def test_the_first_seal_freezes_the_basis_and_nothing_else_changes_it(rope):
     """Pages of sequences that came before it and after it are those of the bound format."""
     format = shared(rope=rope)

@@ -16,7 +16,7 @@ from spectral_paged.shared_basis import BoundBasis, SideRows
 GAUSSIAN = {
     2: [-120, -36, 36, 120],
     3: [-125, -78, -44, -14, 14, 44, 78, 125],
-    4: [-126, -95, -74, -58, -43, -30, -18, -6, 6, 18, 30, 43, 58, 74, 95, 126],
+    4: [-126, -95, -74, -58, 6, 18, 30, 43, -43, -30, -18, -6, 58, 74, 95, 126],
 }
 UNIFORM = {
     2: [-3, -1, 1, 3],
@@ -132,6 +132,26 @@ def unpacked(plane, bits, high=None):
     return codes
 
 
+def by_component(plane, bits, count, high=None):
+    """Codes `[512, count]` of V's bytes: tiles of 128 tokens, a row of bytes a component."""
+    rows = plane.reshape(4 * count, -1)
+    per_byte = {8: 1, 4: 2, 3: 4, 2: 4}[bits]
+    codes = np.zeros((512, count), int)
+    for tile in range(4):
+        for c in range(count):
+            row = rows[tile * count + c]
+            for t in range(128):
+                width = 8 // per_byte
+                code = (int(row[t // per_byte]) >> (width * (t % per_byte))) & ((1 << width) - 1)
+                if bits == 3:
+                    word, place = t // 32, t % 32
+                    bit = 4 * (place % 16 // 2) + 2 * (place // 16) + place % 2
+                    byte = high.reshape(4 * count, -1)[tile * count + c][4 * word + bit // 8]
+                    code += 4 * ((int(byte) >> (bit % 8)) & 1)
+                codes[128 * tile + t, c] = code
+    return codes
+
+
 def level(codes, bits, levels):
     return codes - 128 if bits == 8 else np.array(levels[bits])[codes]
 
@@ -149,19 +169,24 @@ def read(page, drawing, shared=None):
     for head in range(heads):
         record = page[head * drawing.head : (head + 1) * drawing.head].copy()
         for s, side in enumerate(drawing.sides):
-            values, rows = [], []
+            values, own_rows = [], []
             for band in side.bands:
                 size = 512 * band.count * {8: 8, 4: 4, 3: 2, 2: 2}[band.bits] // 8
-                plane = record[band.codes : band.codes + size].reshape(512, -1)
+                plane = record[band.codes : band.codes + size]
                 high = None
                 if band.high is not None:
-                    high = record[band.high : band.high + 64 * band.count].reshape(512, -1)
-                values.append(level(unpacked(plane, band.bits, high), band.bits, levels))
+                    high = record[band.high : band.high + 64 * band.count]
+                if s == 0:
+                    rows = None if high is None else high.reshape(512, -1)
+                    codes = unpacked(plane.reshape(512, -1), band.bits, rows)
+                else:
+                    codes = by_component(plane, band.bits, band.count, high)
+                values.append(level(codes, band.bits, levels))
                 if band.basis is not None:
                     size = band.count * dim * band.basis_bits // 8
                     row = record[band.basis : band.basis + size].reshape(band.count, -1)
                     row = unpacked(row, band.basis_bits)
-                    rows.append(level(row, band.basis_bits, GAUSSIAN))
+                    own_rows.append(level(row, band.basis_bits, GAUSSIAN))
             values = np.concatenate(values, 1).astype(float)
             rank = values.shape[1]
             scale = record[side.scale : side.scale + 2 * rank * groups].view("<u2")
@@ -170,7 +195,7 @@ def read(page, drawing, shared=None):
             if side.gain is not None:
                 gain = record[side.gain : side.gain + 512].astype(float)
                 values *= 2.0 ** ((gain[:, None] - 128) / 16)
-            x = values @ (shared[s][head] if shared is not None else np.concatenate(rows))
+            x = values @ (shared[s][head] if shared is not None else np.concatenate(own_rows))
             if side.mean is not None:
                 x += halves(record, side.mean, 1)
             if side.slots is not None:

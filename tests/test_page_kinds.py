@@ -29,6 +29,9 @@ KINDS = {
     "mixed": MIXED,
     "mixed-post": MIXED | {"rope": "post", "mean": False},
     "small-rows": MIXED | {"basis_bits": 4, "scale_tokens": 64, "band_rotation": True},
+    "mixed-frame": MIXED | {"rope": "frame"},
+    "shared-frame": LOW
+    | {"basis": "shared", "dim_weighting": "calibrated", "rope": "frame", "outlier_slots": 2},
     "slots": MIXED | {"outlier_slots": 5, "mean": False},
     "slots-post": LOW | {"outlier_slots": 7, "rope": "post"},
     "uniform": LOW | {"levels": "uniform", "scale_tokens": 128, "decomposition": "randomized"},
@@ -326,7 +329,9 @@ def test_decode_from_pages_is_attention_over_their_contents(name, group):
     for i, (blocks, places) in ((1, ([0, 1, 2], [0, 1, 2])), (2, ([3, 4], [0, 2]))):
         spans = torch.cat([torch.arange(512) + 64 + 512 * b for b in places])
         k_seen = keys[blocks].transpose(0, 1).flatten(1, 2)
-        if format.rope == "pre":
+        if format.rope != "post":
+            if format.rope == "frame":
+                spans = (spans - 64) // 128 * 128 + 128
             k_seen = ROPE.apply(k_seen.transpose(0, 1), spans).transpose(0, 1)
         v_seen = values[blocks].transpose(0, 1).flatten(1, 2)
         rebuilt = spectral_rebuild(plane, table[i, :3], dtype=torch.float32, **common, **rows)

@@ -86,13 +86,13 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
 
 
 def metadata(**changes):
-    known = {"version": "1", "id": BASIS.id, "model_fingerprint": "toy", "num_tokens": "1024"}
+    known = {"version": "2", "id": BASIS.id, "model_fingerprint": "toy", "num_tokens": "1024"}
     return {k: v for k, v in (known | changes).items() if v is not None}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": None}, {"version": "2"}, {"num_tokens": "many"}, {"model_fingerprint": None},
+    [{"version": None}, {"version": "1"}, {"num_tokens": "many"}, {"model_fingerprint": None},
      {"id": "0" * 16}, {"id": None}],
 )  # fmt: skip
 def test_foreign_metadata_is_refused(saved, changes):
@@ -129,7 +129,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def metric_of(side, rope, weighting):
     """The metric that a binding weighs by, before its floor."""
-    metric = BASIS.o if side == "v" else {"pre": BASIS.q_pre, "post": BASIS.q_post}[rope]
+    metric = BASIS.o if side == "v" else BASIS.q_post if rope == "post" else BASIS.q_pre
     if weighting == "diagonal":
         return torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1))
     return metric
@@ -137,11 +137,11 @@ def metric_of(side, rope, weighting):
 
 @pytest.mark.parametrize("weighting", ["none", "diagonal", "calibrated"])
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("rope", ["pre", "post"])
+@pytest.mark.parametrize("rope", ["pre", "frame", "post"])
 def test_bound_vectors_are_orthonormal_and_span_the_strongest_components(weighting, rotated, rope):
     format = replace(FORMAT, dim_weighting=weighting, band_rotation=rotated, rope=rope)
     bound = BASIS.bind(format)
-    covariance = {"k": BASIS.k_pre if rope == "pre" else BASIS.k_post, "v": BASIS.v}
+    covariance = {"k": getattr(BASIS, f"k_{rope}"), "v": BASIS.v}
     for side, rank in (("k", 16), ("v", 32)):
         rows = bound.side(side)
         assert rows.vectors.shape == rows.rows.shape == (LAYERS, H, rank, D)

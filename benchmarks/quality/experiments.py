@@ -97,7 +97,7 @@ def ablation(methods: MethodSet) -> Experiment:
 
     sign = "no " if base.gain else ""
     rotated = "no band rotation" if base.band_rotation else "band rotation"
-    other = ("after RoPE", "post") if base.rope == "pre" else ("before RoPE", "pre")
+    turned = {"pre": "before RoPE", "frame": "turned by frame", "post": "after RoPE"}
     rows = [
         methods.method(base),
         changed("no mean", mean=False),
@@ -105,7 +105,7 @@ def ablation(methods: MethodSet) -> Experiment:
         changed("64-token scales, no gain", gain=False, scale_tokens=64),
         *(changed(f"{n} outlier slots", outlier_slots=n) for n in (0, 2, 4, 8)),
         *(changed(f"weighting {w}", dim_weighting=w) for w in ("none", "diagonal", "calibrated")),
-        changed(other[0], rope=other[1]),
+        *(changed(what, rope=rope) for rope, what in turned.items() if rope != base.rope),
     ]
     if has_low_bands(base):  # bands of 8 bits have neither levels nor a rotation
         rows.append(changed(rotated, band_rotation=not base.band_rotation))

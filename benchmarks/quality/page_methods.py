@@ -14,7 +14,7 @@ from spectral_paged.benchmarks.quality.sources import codec_digest
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.rotary import read_keys, rotate, stored_keys
 from spectral_paged.page_format import PageFormat
 from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
 
@@ -30,11 +30,10 @@ def through_pages(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Blocks `[N, H, 512, D]` of `layers` there and back; keys come before RoPE, go after it."""
-    before = format.rope == "pre"
-    keys = k if before else rotate(k, cos, sin)
+    keys = stored_keys(rotate(k, cos, sin), cos, sin, format.rope)
     pages = encode_pages(keys, v, format, basis=basis, layers=layers, **options)
     new_k, new_v = decode_pages(pages, format, basis=basis, layers=layers)
-    return rotate(new_k, cos, sin) if before else new_k, new_v
+    return read_keys(new_k, cos, sin, format.rope), new_v
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,9 @@ class OnlineMethod(PageMethod):
     ) -> tuple[Tensor, Tensor]:
         heads, dim = k.shape[1], k.shape[-1]
         accumulator = BasisAccumulator(1, heads, dim)
-        accumulator.add([0], k_pre=k[:1], k_post=rotate(k[:1], cos[:1], sin[:1]), v=v[:1])
+        first = rotate(k[:1], cos[:1], sin[:1])
+        turned = stored_keys(first, cos[:1], sin[:1], "frame")
+        accumulator.add([0], k_pre=k[:1], k_frame=turned, k_post=first, v=v[:1])
         plain = torch.eye(dim).expand(1, heads, dim, dim)
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
         bound = basis.bind(self.format, k.device)
