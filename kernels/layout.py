@@ -11,6 +11,8 @@ UNIT_BYTES = 128
 COEFF_OFFSET = 128
 
 # A gain code g means 2 ** ((g - GAIN_OFFSET) / GAIN_STEPS): steps of 4.4 % from 2 ** -8 to 2 ** 8.
+# Code 0 marks an outlier token, whose other codes mean nothing.
+GAIN_SKIPPED = 0
 GAIN_OFFSET = 128
 GAIN_STEPS = 16
 
@@ -72,7 +74,7 @@ class SideLayout:
     ```
     bands          codes of the coefficients, basis rows where the page holds them
     scale_offset   bf16  [scale_groups, rank]  one a component and 512 / scale_groups tokens
-    gain_offset    uint8 [512]                 2 ** ((g - 128) / 16), one a token
+    gain_offset    uint8 [512]                 2 ** ((g - 128) / 16), one a token; 0: in a slot
     mean_offset    fp16  [head_dim]
     slot_offset    fp16  [num_slots, head_dim] exact values of the outlier tokens
     ```

@@ -23,7 +23,7 @@ from torch import Tensor
 from spectral_paged.decompose import attention_mass, band_vectors, decompose
 from spectral_paged.errors import FormatError, NonFiniteError
 from spectral_paged.kernels.bit_packing import pack
-from spectral_paged.kernels.layout import BLOCK_TOKENS, LEVEL_UNIT
+from spectral_paged.kernels.layout import BLOCK_TOKENS, GAIN_SKIPPED, LEVEL_UNIT
 from spectral_paged.kernels.page_view import (
     SideView,
     code_values,
@@ -274,6 +274,9 @@ def _encode_batch(
             (p, quantize(_without(p, tokens), bands, format, p.unit))
             for (p, _), bands in zip(sides, (format.k_bands, format.v_bands), strict=True)
         ]
+        for _, quantized in sides:
+            if quantized.gain is not None:
+                quantized.gain.scatter_(-1, tokens, GAIN_SKIPPED)
     for (projected, quantized), side in zip(sides, "kv", strict=True):
         view = side_view(pages, format.layout, side)
         _write_side(view, projected, quantized, heads)

@@ -67,7 +67,8 @@ class PageFormat:
             least-squares scales) or `uniform` (evenly spaced up to the largest value).
         band_rotation: rotate each band below 8 bits by a Hadamard matrix (a cosine transform where
             the count is no power of two), so that its components share energy and tails.
-        outlier_slots: tokens a head and page whose K and V are kept in fp16 beside the codes.
+        outlier_slots: tokens a head and page whose K and V are kept in fp16 beside the codes; a
+            gain of code 0 marks them for kernels.
         num_landmark_tokens: first tokens of a sequence kept exact for ever; multiple of 64.
         hot_tokens: newest tokens that are never sealed; multiple of 64.
         prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512.

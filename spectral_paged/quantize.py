@@ -16,6 +16,7 @@ from torch import Tensor
 from spectral_paged.kernels.layout import (
     COEFF_OFFSET,
     GAIN_OFFSET,
+    GAIN_SKIPPED,
     GAIN_STEPS,
     LEVEL_UNIT,
     LEVELS,
@@ -152,4 +153,4 @@ def _gains(coeff: Tensor, bands: Bands) -> Tensor:
         energy = (squares / gain).mean(dim=-2, keepdim=True).clamp_min(TINY)
         gain = (squares / energy).mean(dim=-1, keepdim=True).clamp_min(TINY)
     steps = gain.squeeze(-1).log2() * (GAIN_STEPS / 2) + GAIN_OFFSET
-    return steps.round().clamp(0, 255).to(torch.uint8)
+    return steps.round().clamp(GAIN_SKIPPED + 1, 255).to(torch.uint8)

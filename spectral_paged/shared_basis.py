@@ -46,7 +46,7 @@ class SideRows:
     """One side of a bound basis; `[layers, H, ...]`, or `[N', ...]` after `of_layers`.
 
     Tokens x are weighted, `y = x weight`, and projected on orthonormal `vectors`; coefficients
-    multiply `rows = vectors inverse`.
+    multiply `rows = vectors inverse`, rounded to what fp16 holds: kernels read them as fp16.
     """
 
     vectors: Tensor  # [.., rank, D]
@@ -142,7 +142,7 @@ class SharedBasis:
             scaled = weight @ covariance.double().cpu() @ weight
             vectors = fix_signs(leading_eigenvectors(scaled, sum(count for count, _ in bands)))
             vectors = band_vectors(vectors, bands, format)
-            parts = (vectors, vectors @ inverse, weight, inverse)
+            parts = (vectors, (vectors @ inverse).half(), weight, inverse)
             return SideRows(*(x.float().to(device) for x in parts))
 
         return BoundBasis(

@@ -180,7 +180,7 @@ def golden_page():
 
     head record: K codes 512x16 | K basis 16x16 | K scale 16 bf16 | K mean 16 fp16 | the same of V
                  0..8191        | 8192..8447    | 8448..8479      | 8480..8511     | 8512..17023
-    17,024 bytes are 133 units of 128: no padding. V's codes are 4 tiles x 16 components x 128 tokens.
+    17,024 bytes are 133 units of 128: no padding. V's codes: 4 tiles x 16 components x 128 tokens.
     """
     t, i, d = np.arange(512)[:, None], np.arange(16)[:, None], np.arange(16)[None, :]
     want = np.zeros((2, 2, 512, 16))  # [K|V, head, token, dim]

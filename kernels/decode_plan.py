@@ -1,0 +1,78 @@
+"""Who attends to which pages: the work of a decode step cut into items of like size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Items of at most `chunk` consecutive table entries of one sequence.
+
+    Splits go by work, not by sequence: a long sequence has many items, a short one has one, and no
+    item is longer than the others by more than a chunk. All lives on the device and is computed
+    there, so a captured graph replays it for other lengths; only the number of item slots is fixed.
+
+    ```
+    sequence     0            1      2 (empty)   3
+    entries      10           3      0           8         chunk 4
+    items        0 1 2        3      -           4 5       first_item [0, 3, 4, 4, 6]
+    start        0 4 8        0                  0 4
+    ```
+
+    Attributes:
+        item_seq: int32 `[num_items]`, the sequence of each item; N for a slot without work.
+        item_start: int32 `[num_items]`, its first table entry.
+        first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
+        first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
+        chunk: int32 `[1]`.
+        num_entries: int32 `[N]`.
+        max_entries: most entries that all sequences may have together.
+    """
+
+    item_seq: Tensor
+    item_start: Tensor
+    first_item: Tensor
+    first_entry: Tensor
+    chunk: Tensor
+    num_entries: Tensor
+    max_entries: int
+
+    @property
+    def num_items(self) -> int:
+        return self.item_seq.shape[0]
+
+    @classmethod
+    def of(
+        cls, num_entries: Tensor, *, max_entries: int, target_items: int, max_chunk: int = 1 << 30
+    ) -> DecodePlan:
+        """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
+
+        Args:
+            max_entries: a bound on their sum, known on the host.
+            max_chunk: most entries an item may have; 1 gives an item an entry.
+        """
+        counts = num_entries.to(torch.int32)
+        num_seqs = counts.shape[0]
+        zero = counts.new_zeros(1)
+        first_entry = torch.cat((zero, counts.cumsum(0, dtype=torch.int32)))
+        chunk = (first_entry[-1:] + target_items - 1).div(target_items, rounding_mode="floor")
+        chunk = chunk.clamp(1, max_chunk)
+        items = (counts + chunk - 1).div(chunk, rounding_mode="floor")
+        first_item = torch.cat((zero, items.cumsum(0, dtype=torch.int32)))
+        slots = max_entries if max_chunk == 1 else min(max_entries, target_items + num_seqs)
+        slot = torch.arange(max(slots, 1), dtype=torch.int32, device=counts.device)
+        seq = torch.searchsorted(first_item[1:], slot, right=True, out_int32=True)
+        start = (slot - first_item[seq]) * chunk
+        return cls(
+            item_seq=seq,
+            item_start=start.to(torch.int32),
+            first_item=first_item,
+            first_entry=first_entry,
+            chunk=chunk.to(torch.int32),
+            num_entries=counts,
+            max_entries=max(max_entries, 1),
+        )

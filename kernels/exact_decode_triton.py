@@ -1,0 +1,139 @@
+"""Decode attention over exact pages in Triton: the bf16 baseline, and tails and landmarks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
+from spectral_paged.kernels.triton_page import padded
+
+LOG2_E = math.log2(math.e)
+TARGET_ITEMS = 512  # items a head, where there is work for so many
+
+
+@triton.jit
+def _exact_kernel(
+    q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, chunk_ptr,
+    out_ptr, sums_ptr, num_seqs, table_width, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    item, head = tl.program_id(0), tl.program_id(1)
+    seq = tl.load(item_seq_ptr + item)
+    if seq < num_seqs:
+        tokens = tl.load(num_tokens_ptr + seq)
+        start = tl.load(item_start_ptr + item)
+        end = tl.minimum(start + tl.load(chunk_ptr), (tokens + 63) // 64)
+        group, dim, token = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, 64)
+        dim_ok = dim < DIM
+        q_at = ((seq * HEADS + head) * GROUP + group)[:, None] * DIM + dim[None, :]
+        q = tl.load(q_ptr + q_at, mask=(group < GROUP)[:, None] & dim_ok[None, :], other=0.0)
+        q = q.to(plane_ptr.dtype.element_ty)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        row = table_ptr + seq * table_width
+        for entry in range(start, end):
+            position = tl.load(row + entry).to(tl.int64)
+            k_at = plane_ptr + position * UNIT + head * (128 * DIM)
+            seen = entry * 64 + token < tokens
+            k_mask = seen[None, :] & dim_ok[:, None]
+            k = tl.load(k_at + token[None, :] * DIM + dim[:, None], mask=k_mask, other=0.0)
+            v_mask = seen[:, None] & dim_ok[None, :]
+            v = tl.load(k_at + 64 * DIM + token[:, None] * DIM + dim[None, :], mask=v_mask, other=0.0)
+            scores = tl.dot(q, k, input_precision="ieee") * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.exp2(scores - new_top[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = acc * shrink[:, None]
+            acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = new_top
+        at = (item.to(tl.int64) * HEADS + head) * P
+        ok = (group < P)[:, None] & dim_ok[None, :]
+        tl.store(out_ptr + (at + group)[:, None] * DIM + dim[None, :], acc, mask=ok)
+        tl.store(sums_ptr + at * 2 + group, top, mask=group < P)
+        tl.store(sums_ptr + at * 2 + P + group, total, mask=group < P)
+
+
+@triton.jit
+def _gather_items_kernel(
+    part_ptr, sums_ptr, first_item_ptr, out_ptr, lse_ptr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    seq, head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(first_item_ptr + seq)
+    num_items = tl.load(first_item_ptr + seq + 1) - first
+    group, dim = tl.arange(0, P), tl.arange(0, DIM_PAD)
+    top = tl.full([P], float("-inf"), tl.float32)
+    total = tl.zeros([P], tl.float32)
+    acc = tl.zeros([P, DIM_PAD], tl.float32)
+    for i in range(num_items):
+        at = ((first + i).to(tl.int64) * HEADS + head) * P
+        peak = tl.load(sums_ptr + at * 2 + group)
+        new_top = tl.maximum(top, peak)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
+        part = tl.load(
+            part_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0
+        )
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight * tl.load(sums_ptr + at * 2 + P + group)
+        top = new_top
+    whole = tl.where(total == 0, 1.0, total)
+    out = (seq * HEADS + head) * GROUP + group
+    ok = (group < GROUP)[:, None] & (dim < DIM)[None, :]
+    tl.store(out_ptr + out[:, None] * DIM + dim[None, :], acc / whole[:, None], mask=ok)
+    tl.store(lse_ptr + out, (top + tl.log2(whole)) * 0.6931471805599453, mask=group < GROUP)
+
+
+def plan_exact(num_tokens: Tensor, max_entries: int) -> DecodePlan:
+    """The items of a decode step over exact pages of 64 tokens."""
+    counts = (num_tokens.to(torch.int32) + EXACT_PAGE_TOKENS - 1) // EXACT_PAGE_TOKENS
+    return DecodePlan.of(counts, max_entries=max_entries, target_items=TARGET_ITEMS)
+
+
+def exact_decode(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    num_tokens: Tensor,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    dtype: torch.dtype,
+    plan: DecodePlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.exact_decode.exact_decode` in Triton: the same arguments and results.
+
+    Args:
+        plan: `plan_exact` of this step, the same for all layers; made here where it is missing.
+    """
+    num_seqs, num_q_heads, dim = q.shape
+    if plan is None:
+        plan = plan_exact(num_tokens, table.shape[0] * table.shape[1])
+    group = num_q_heads // num_kv_heads
+    width = padded(group, 1)
+    empty = {"dtype": torch.float32, "device": q.device}
+    parts = torch.empty(plan.num_items, num_kv_heads, width, dim, **empty)
+    sums = torch.empty(plan.num_items, num_kv_heads, 2, width, **empty)
+    out, lse = torch.empty(q.shape, **empty), torch.empty(q.shape[:2], **empty)
+    _exact_kernel[(plan.num_items, num_kv_heads)](
+        q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
+        plan.chunk, parts, sums, num_seqs, table.stride(0), scale * LOG2_E,
+        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
+        ROWS=padded(width), UNIT=128 // dtype.itemsize, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _gather_items_kernel[(num_seqs, num_kv_heads)](
+        parts, sums, plan.first_item, out, lse,
+        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim), num_warps=4,
+    )  # fmt: skip
+    return out, lse
