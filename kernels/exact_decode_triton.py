@@ -46,7 +46,9 @@ def _exact_kernel(
             k_mask = seen[None, :] & dim_ok[:, None]
             k = tl.load(k_at + token[None, :] * DIM + dim[:, None], mask=k_mask, other=0.0)
             v_mask = seen[:, None] & dim_ok[None, :]
-            v = tl.load(k_at + 64 * DIM + token[:, None] * DIM + dim[None, :], mask=v_mask, other=0.0)
+            v = tl.load(
+                k_at + 64 * DIM + token[:, None] * DIM + dim[None, :], mask=v_mask, other=0.0
+            )
             scores = tl.dot(q, k, input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -83,7 +85,9 @@ def _gather_items_kernel(
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
         part = tl.load(
-            part_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0
+            part_ptr + (at + group)[:, None] * DIM + dim[None, :],
+            mask=(dim < DIM)[None, :],
+            other=0.0,
         )
         acc = acc * shrink[:, None] + part * weight[:, None]
         total = total * shrink + weight * tl.load(sums_ptr + at * 2 + P + group)

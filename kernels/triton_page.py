@@ -62,7 +62,16 @@ def _value(code, bits, levels_ptr, mask):
 
 
 @triton.jit
-def load_values(record, levels_ptr, tile, tokens, comps, BANDS: tl.constexpr, BY_COMPONENT: tl.constexpr, RANK: tl.constexpr):
+def load_values(
+    record,
+    levels_ptr,
+    tile,
+    tokens,
+    comps,
+    BANDS: tl.constexpr,
+    BY_COMPONENT: tl.constexpr,
+    RANK: tl.constexpr,
+):
     """fp32 integers of a tile of 128 tokens; `tokens` and `comps` broadcast to its shape.
 
     `record` points at a head of a page. One byte is loaded for every code, so bytes come several
@@ -74,18 +83,16 @@ def load_values(record, levels_ptr, tile, tokens, comps, BANDS: tl.constexpr, BY
     high_row = tl.zeros_like(comps)
     element = tokens if BY_COMPONENT else comps
     for b in tl.static_range(len(BANDS)):
-        first: tl.constexpr = BANDS[b][0]
-        count: tl.constexpr = BANDS[b][1]
-        width: tl.constexpr = BANDS[b][2]
-        plane: tl.constexpr = 2 if width == 3 else width
+        first, count = BANDS[b][0], BANDS[b][1]
         inside = (comps >= first) & (comps < first + count)
+        plane = 2 if BANDS[b][2] == 3 else BANDS[b][2]
         if BY_COMPONENT:
             at = (tile * count + comps - first) * (128 * plane // 8)
             high_at = (tile * count + comps - first) * 16
         else:
             at = (tile * 128 + tokens) * (count * plane // 8)
             high_at = (tile * 128 + tokens) * (count // 8)
-        bits = tl.where(inside, width, bits)
+        bits = tl.where(inside, BANDS[b][2], bits)
         row = tl.where(inside, BANDS[b][3] + at, row)
         high_row = tl.where(inside, BANDS[b][4] + high_at, high_row)
         if not BY_COMPONENT:
@@ -106,33 +113,17 @@ def load_values(record, levels_ptr, tile, tokens, comps, BANDS: tl.constexpr, BY
 
 
 @triton.jit
-def digit_order(comps, BANDS: tl.constexpr):
-    """Where the digits of components lie: as the codes leave a byte permute.
-
-    Bands of 8 and 4 bits keep their order; of 2 and 3 bits, the even of every eight come first.
-    """
-    order = comps
-    for b in tl.static_range(len(BANDS)):
-        first: tl.constexpr = BANDS[b][0]
-        count: tl.constexpr = BANDS[b][1]
-        if BANDS[b][2] < 4:
-            inside = (comps >= first) & (comps < first + count)
-            order = tl.where(inside, comps // 8 * 8 + comps % 2 * 4 + comps % 8 // 2, order)
-    return order
-
-
-@triton.jit
-def load_rows(record, levels_ptr, comps, dims, BANDS: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr):
+def load_rows(
+    record, levels_ptr, comps, dims, BANDS: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr
+):
     """fp32 integers of the page's own basis rows; `comps` and `dims` broadcast. INT4 rows have
     the `gaussian` levels, whatever the format's are: `levels_ptr` must be that table."""
     mask = (comps < RANK) & (dims < DIM)
     bits = tl.zeros_like(comps)
     row = tl.zeros_like(comps)
     for b in tl.static_range(len(BANDS)):
-        first: tl.constexpr = BANDS[b][0]
-        count: tl.constexpr = BANDS[b][1]
-        width: tl.constexpr = BANDS[b][6]
-        inside = (comps >= first) & (comps < first + count)
+        first, width = BANDS[b][0], BANDS[b][6]
+        inside = (comps >= first) & (comps < first + BANDS[b][1])
         bits = tl.where(inside, width, bits)
         row = tl.where(inside, BANDS[b][5] + (comps - first) * (DIM * width // 8), row)
     place = dims * bits

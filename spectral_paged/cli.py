@@ -79,6 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     encode = benches.add_parser("encode", help="what encoding a block costs beside its prefill")
     encode.add_argument("--device", default="auto")
     encode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
+    decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
+    decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
+    decode.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results"),
+        help="where `bench quality` wrote: a format that was not judged has no row",
+    )  # fmt: skip
+    decode.add_argument("--unjudged", action="store_true", help="rows of such formats all the same")
+    decode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     return parser
 
 
@@ -243,6 +252,22 @@ def calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_decode(args: argparse.Namespace) -> int:
+    """Run the decode benchmark; Triton is imported for it alone."""
+    from spectral_paged.placement import choose_device
+
+    choose_device("cuda")  # says what is missing
+    from spectral_paged.benchmarks import decode
+
+    return decode.main(
+        output_dir=args.output_dir,
+        results=args.results,
+        shapes=args.shape,
+        formats=args.format,
+        unjudged=args.unjudged,
+    )
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
     from spectral_paged.benchmarks import encode
@@ -250,6 +275,8 @@ def bench(args: argparse.Namespace) -> int:
 
     if args.bench == "encode":
         return encode.main(device=args.device, output_dir=args.output_dir)
+    if args.bench == "decode":
+        return bench_decode(args)
     if args.plot:
         return run.plot(args.plot, args.output_dir)
     return run.main(

@@ -20,7 +20,7 @@ PRESETS = (
 AUTO = "spectral-quality"
 
 # What the mixed-bit presets have in common; benchmarks/results has the share of each feature.
-MIXED = {"gain": True, "band_rotation": True, "outlier_slots": 4}
+MIXED = {"rope": "frame", "gain": True, "band_rotation": True, "outlier_slots": 4}
 CALIBRATED = {"basis": "shared", "dim_weighting": "calibrated"}
 IN_PAGE = {"basis": "page", "basis_bits": 4}  # a page that needs no calibration
 
@@ -33,16 +33,16 @@ MIXED_BANDS: dict[str, dict[int, tuple[Bands, Bands]]] = {
         256: (((96, 4), (64, 2)), ((96, 3), (160, 2))),
     },
     "spectral-quality": {
-        64: (((32, 4), (16, 3)), ((64, 3),)),
-        96: (((48, 4), (16, 3)), ((96, 3),)),
-        128: (((64, 4), (32, 3)), ((128, 3),)),
-        256: (((128, 4), (64, 3)), ((256, 3),)),
+        64: (((32, 4), (32, 2)), ((64, 3),)),
+        96: (((64, 4), (32, 2)), ((96, 3),)),
+        128: (((64, 4), (64, 2)), ((128, 3),)),
+        256: (((128, 4), (128, 2)), ((256, 3),)),
     },
     "spectral-compact": {
-        64: (((16, 4), (16, 3), (16, 2)), ((16, 3), (48, 2))),
-        96: (((32, 4), (16, 3), (16, 2)), ((32, 3), (64, 2))),
-        128: (((48, 4), (32, 3), (16, 2)), ((32, 3), (96, 2))),
-        256: (((96, 4), (64, 3), (32, 2)), ((64, 3), (192, 2))),
+        64: (((32, 4), (16, 2)), ((32, 3), (32, 2))),
+        96: (((48, 4), (32, 2)), ((48, 3), (48, 2))),
+        128: (((64, 4), (32, 2)), ((64, 3), (64, 2))),
+        256: (((128, 4), (64, 2)), ((128, 3), (128, 2))),
     },
 }
 
@@ -70,7 +70,7 @@ def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
         "name": name,
         "k_bands": ((k_rank, 8),),
         "v_bands": ((v_rank, 8),),
-        "rope": "post" if name == "spectral-int8-post" else "pre",
+        "rope": "post" if name == "spectral-int8-post" else "frame",
     }
 
 

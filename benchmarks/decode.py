@@ -1,0 +1,367 @@
+"""`spectral-paged bench decode`: a decode step's attention over pages, against bf16 at its best.
+
+Random bytes in pages of the right layout: this measures speed. A format's row is printed only if
+its pages, written by the codec, are read to within `MAX_ERROR` of the fp32 twin on this device, and
+it carries the KL that `bench quality` found for it (a format never judged has no row). Times are
+those of replayed CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.codec import encode_pages
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.kernels import exact_decode_triton as exact_op
+from spectral_paged.kernels import spectral_decode_gpu as pages_op
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
+from spectral_paged.kernels.layout import exact_page_bytes as exact_bytes
+from spectral_paged.kernels.merge_triton import merge
+from spectral_paged.kernels.page_view import side_view, slot_tokens
+from spectral_paged.kernels.spectral_decode import spectral_decode as twin
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import PRESETS
+from spectral_paged.rope import RotaryTable
+from spectral_paged.shared_basis import BasisAccumulator
+
+SHAPES = {  # query heads, KV heads, head width
+    "llama-3-8b": (32, 8, 128),
+    "qwen2.5-7b": (28, 4, 128),
+    "qwen2.5-1.5b": (12, 2, 128),
+    "smollm2-135m": (9, 3, 64),
+    "mha-64": (16, 16, 64),
+}
+WORK = ((64, 16384), (32, 8192), (8, 8192), (1, 32768))
+MIXED = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 0)
+MAX_ERROR = 5e-3
+LANDMARKS, TAIL = 64, 384  # exact tokens beside the pages: a tail is 64 to 639 long
+COPY_BYTES = 2 << 30
+ROPE_THETA = 500000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured operation."""
+
+    shape: str
+    work: str
+    what: str
+    part: str  # pages | attend (pages, landmarks, tail, merge)
+    ms: float
+    gigabytes_per_second: float
+    copy_share: float
+    speedup: float  # against the fastest bf16 kernel of the run
+    error: float | None = None
+    fingerprint: str = ""
+    kl: dict[str, float] | None = None
+
+
+def graph_ms(work: Callable[[], object], *, replays: int = 20) -> float:
+    """Median milliseconds of a replay of `work` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return times[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device copy, read and written bytes counted."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (graph_ms(lambda: target.copy_(source), replays=10) * 1e-3)
+
+
+# ---- quality that was measured -----------------------------------------------------------
+
+
+def judged(format: PageFormat, results: Path) -> dict[str, float]:
+    """KL of a format by model, from the results of `bench quality`: every field but the number of
+    heads and the calibration must be the same."""
+    skipped = ("name", "num_kv_heads", "basis_id", "prefill_segment")
+    found = {}
+    for file in sorted(results.glob("quality-*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        table = data.get("overall", {}).get("methods", {})
+        for name, fields in data.get("formats", {}).items():
+            same = all(
+                json.loads(json.dumps(value)) == fields.get(key)
+                for key, value in asdict(format).items()
+                if key not in skipped
+            )
+            if same and name in table:
+                found[file.stem.removeprefix("quality-")] = table[name]["kl"]
+    return found
+
+
+# ---- inputs ------------------------------------------------------------------------------
+
+
+def toy_calibration(format: PageFormat, k: Tensor, v: Tensor) -> Any:
+    """A calibration of one layer from the blocks themselves, with plain metrics."""
+    accumulator = BasisAccumulator(1, format.num_kv_heads, format.head_dim)
+    accumulator.add([0], v=v[:1], **{f"k_{rope}": k[:1] for rope in ("pre", "frame", "post")})
+    plain = torch.eye(format.head_dim).expand(1, format.num_kv_heads, -1, -1)
+    basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="toy")
+    return basis.bind(format, k.device)
+
+
+def structured_blocks(count: int, format: PageFormat) -> tuple[Tensor, Tensor]:
+    """Blocks with a decaying spectrum, an offset and loud tokens, `[count, H, 512, D]` twice."""
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    shape = (2, count, format.num_kv_heads, BLOCK_TOKENS, format.head_dim)
+    decay = torch.logspace(0.5, -1.5, format.head_dim, device="cuda")
+    x = torch.randn(shape, generator=generator, device="cuda") * decay
+    x = x + 3 * torch.randn((2, 1, shape[2], 1, shape[4]), generator=generator, device="cuda")
+    x[..., 7, :] *= 6
+    return x[0], x[1]
+
+
+def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> float:
+    """Largest relative error against the twin over ragged, scattered, poisoned pages."""
+    k, v = structured_blocks(6, format)
+    given: dict[str, Any] = {}
+    rows: dict[str, Tensor] = {}
+    if format.needs_calibration:
+        bound = toy_calibration(format, k, v)
+        format, given = bound.format, {"basis": bound, "layers": [0] * 6}
+        if format.basis == "shared":
+            rows = {"k_basis": bound.k.rows[0], "v_basis": bound.v.rows[0]}
+    pages = encode_pages(k, v, format, **given)
+    units, size = format.page_bytes // UNIT_BYTES, format.page_bytes
+    plane = torch.full((9 * size,), 255, dtype=torch.uint8, device="cuda")
+    place = [7, 0, 4, 2, 8, 5]
+    for i, at in enumerate(place):
+        plane[at * size : (at + 1) * size] = pages[i]
+    far = 10**6
+    table = [
+        [far] * 4,
+        [place[0] * units, -1, place[1] * units, place[2] * units],
+        [place[3] * units, far, far, far],
+        [place[4] * units, place[5] * units, place[0] * units, far],
+    ]
+    tables = torch.tensor(table, dtype=torch.int32, device="cuda")
+    counts = torch.tensor([0, 4, 1, 3], device="cuda")
+    q = 2 * torch.randn(4, num_q_heads, format.head_dim, device="cuda")
+    common: dict[str, Any] = {
+        "layout": format.layout, "first_position": 64, "cos": rope.cos, "sin": rope.sin,
+        "scale": format.head_dim**-0.5, **rows,
+    }  # fmt: skip
+    want = twin(q, plane, tables, counts, **common)
+    got = pages_op.spectral_decode(q, plane, tables, counts, **common)
+    if bool(got[0][0].any()) or not bool(torch.isneginf(got[1][0]).all()):
+        return math.inf
+    errors = [float((x - y)[1:].norm() / y[1:].norm()) for x, y in zip(got, want, strict=True)]
+    return max(errors)
+
+
+def random_pages(format: PageFormat, count: int) -> Tensor:
+    """A plane of pages of random codes with plausible scales."""
+    plane = torch.randint(256, (count * format.page_bytes,), dtype=torch.uint8, device="cuda")
+    pages = plane.view(count, -1)
+    for side in "kv":
+        view = side_view(pages, format.layout, side)
+        view.scale.fill_(2e-3)
+        for part, value in ((view.mean, 0.1), (view.slots, 0.5), (view.gain, 128)):
+            if part is not None:
+                part.fill_(value)
+    if format.outlier_slots:
+        slots = torch.arange(format.outlier_slots, device="cuda") * 100
+        slot_tokens(pages, format.layout).copy_(slots)
+    return plane
+
+
+def shuffled_table(lengths: Sequence[int], page_tokens: int, page_size: int) -> Tensor:
+    """int32 `[N, most pages]`: every sequence's pages at random places of one plane."""
+    counts = [-(-n // page_tokens) for n in lengths]
+    order = torch.randperm(sum(counts), device="cuda").to(torch.int32) * (page_size // UNIT_BYTES)
+    table = torch.zeros(len(counts), max(*counts, 1), dtype=torch.int32, device="cuda")
+    at = 0
+    for i, count in enumerate(counts):
+        table[i, :count] = order[at : at + count]
+        at += count
+    return table
+
+
+# ---- timing ------------------------------------------------------------------------------
+
+
+class Workload:
+    """One shape and batch: queries, and timings of every way to attend."""
+
+    def __init__(self, shape: str, lengths: Sequence[int], name: str, bandwidth: float) -> None:
+        self.shape, self.name, self.lengths, self.bandwidth = shape, name, lengths, bandwidth
+        self.num_q_heads, self.heads, self.dim = SHAPES[shape]
+        self.scale = self.dim**-0.5
+        self.q = torch.randn(
+            len(lengths), self.num_q_heads, self.dim, dtype=torch.bfloat16, device="cuda"
+        )
+        self.best_bf16 = math.inf
+
+    def _row(self, what: str, part: str, ms: float, num_bytes: float, **rest: Any) -> Row:
+        rate = num_bytes / (ms * 1e-3)
+        return Row(
+            self.shape, self.name, what, part, ms, rate / 1e9, rate / self.bandwidth,
+            self.best_bf16 / ms, **rest,
+        )  # fmt: skip
+
+    def _exact(self, lengths: Sequence[int]) -> tuple[Callable[[], tuple[Tensor, Tensor]], int]:
+        """`exact_decode` over `lengths` tokens of bf16, and the bytes it reads."""
+        size = exact_bytes(self.heads, self.dim, 2)
+        table = shuffled_table(lengths, EXACT_PAGE_TOKENS, size)
+        pages = sum(-(-n // EXACT_PAGE_TOKENS) for n in lengths)
+        plane = torch.randn(max(pages, 1) * size // 2, dtype=torch.bfloat16, device="cuda")
+        tokens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        plan = exact_op.plan_exact(tokens, max(pages, 1))
+
+        def work() -> tuple[Tensor, Tensor]:
+            return exact_op.exact_decode(
+                self.q, plane.view(torch.uint8), table, tokens, num_kv_heads=self.heads,
+                scale=self.scale, dtype=torch.bfloat16, plan=plan,
+            )  # fmt: skip
+
+        return work, sum(lengths) * self.heads * self.dim * 4
+
+    def baselines(self) -> list[Row]:
+        """bf16 kernels; the fastest is what speedups are against."""
+        found = []
+        work, num_bytes = self._exact(self.lengths)
+        found.append(("exact_decode bf16", graph_ms(work), num_bytes))
+        found += [(name, ms, num_bytes) for name, ms in self._library_kernels()]
+        self.best_bf16 = min(ms for _, ms, _ in found)
+        return [self._row(name, "pages", ms, size) for name, ms, size in found]
+
+    def _library_kernels(self) -> Iterable[tuple[str, float]]:
+        if len(set(self.lengths)) == 1:
+            shape = (len(self.lengths), self.heads, self.lengths[0], self.dim)
+            k, v = torch.randn(2, *shape, dtype=torch.bfloat16, device="cuda")
+            q = self.q.unsqueeze(2)
+            yield (
+                "torch sdpa bf16, not paged",
+                graph_ms(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+            )
+
+    def pages(self, format: PageFormat, rope: RotaryTable, error: float, **about: Any) -> list[Row]:
+        """The page part alone, and with landmarks, tail and merge, over `lengths` tokens."""
+        num_pages = [n // BLOCK_TOKENS for n in self.lengths]
+        plane = random_pages(format, max(sum(num_pages), 1))
+        table = shuffled_table(
+            [n * BLOCK_TOKENS for n in num_pages], BLOCK_TOKENS, format.page_bytes
+        )
+        counts = torch.tensor(num_pages, dtype=torch.int32, device="cuda")
+        plan = pages_op.plan_pages(format.layout, counts, max(sum(num_pages), 1))
+        rows: dict[str, Tensor] = {}
+        if format.basis == "shared":
+            for name, rank in (("k_basis", format.k_rank), ("v_basis", format.v_rank)):
+                rows[name] = torch.randn(self.heads, rank, self.dim, device="cuda") * 0.1
+
+        def work() -> tuple[Tensor, Tensor]:
+            return pages_op.spectral_decode(
+                self.q, plane, table, counts, layout=format.layout, first_position=LANDMARKS,
+                cos=rope.cos, sin=rope.sin, scale=self.scale, plan=plan, **rows,
+            )  # fmt: skip
+
+        rest, rest_bytes = self._exact([LANDMARKS + TAIL] * len(self.lengths))
+
+        def whole() -> tuple[Tensor, Tensor]:
+            out, lse = rest()
+            other, other_lse = work()
+            return merge([out, other], [lse, other_lse])
+
+        num_bytes = sum(num_pages) * format.page_bytes
+        about = {"error": error, "fingerprint": format.fingerprint, **about}
+        return [
+            self._row(format.name, "pages", graph_ms(work), num_bytes, **about),
+            self._row(format.name, "attend", graph_ms(whole), num_bytes + rest_bytes, **about),
+        ]
+
+
+def formats_of(shape: str, names: Sequence[str]) -> list[PageFormat]:
+    """The presets as a shape takes them."""
+    _, heads, dim = SHAPES[shape]
+    chosen = [n for n in names or PRESETS if n != "exact"]
+    return [PageFormat.preset(n, num_kv_heads=heads, head_dim=dim) for n in chosen]
+
+
+def main(
+    *,
+    output_dir: Path,
+    results: Path,
+    shapes: Sequence[str] = (),
+    formats: Sequence[str] = (),
+    unjudged: bool = False,
+) -> int:
+    """Measure, print a table, write `decode.json`. `unjudged` shows formats without a KL too."""
+    if unknown := [s for s in shapes if s not in SHAPES]:
+        raise InvalidRequestError(f"--shape {', '.join(unknown)}: use {', '.join(SHAPES)}")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: device copy {bandwidth / 1e12:.2f} TB/s")
+    found: list[Row] = []
+    for shape in shapes or SHAPES:
+        num_q_heads, _, dim = SHAPES[shape]
+        rope = RotaryTable.from_theta(ROPE_THETA, dim, max_positions=140_000, device="cuda")
+        checked = []
+        for format in formats_of(shape, formats):
+            kl = judged(format, results)
+            if not kl and not unjudged:
+                print(f"{format.name} at width {dim}: quality not measured, so no row")
+                continue
+            error = worst_error(format, num_q_heads, rope)
+            if error > MAX_ERROR:
+                print(f"{format.name} at {shape}: error {error:.1e} against the twin, so no row")
+                continue
+            how = pages_op.implementation(
+                format.layout, num_q_heads // format.num_kv_heads, torch.device("cuda")
+            )
+            checked.append((replace(format, name=f"{format.name} ({how})"), kl, error))
+        for batch, length in (*WORK, (0, 0)):
+            lengths = [length] * batch or list(MIXED)
+            name = f"{batch} x {length}" if batch else "mixed, 0 to 131072"
+            work = Workload(shape, lengths, name, bandwidth)
+            rows = work.baselines()
+            for format, kl, error in checked:
+                rows += work.pages(format, rope, error, kl=kl)
+            for row in rows:
+                mark = f"{row.error:.1e}" if row.error is not None else "-"
+                print(
+                    f"{shape:13} {name:18} {row.what:32} {row.part:6} {row.ms:8.4f} ms "
+                    f"{row.gigabytes_per_second:7.0f} GB/s {100 * row.copy_share:5.1f} % of copy "
+                    f"{row.speedup:5.2f}x of bf16  error {mark}",
+                    flush=True,
+                )
+            found += rows
+            torch.cuda.empty_cache()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "decode.json"
+    value = {
+        "environment": environment(),
+        "gpu": torch.cuda.get_device_name(),
+        "copy_bytes_per_second": bandwidth,
+        "rows": [asdict(row) for row in found],
+    }
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    print(f"raw results: {path}")
+    return 0

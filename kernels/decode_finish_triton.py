@@ -1,0 +1,183 @@
+"""Items of decode from pages put together, in Triton; see `decode_parts`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_paged.kernels.decode_parts import Partials, group_sizes
+from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.layout import PageLayout
+from spectral_paged.kernels.triton_page import (
+    band_tuples,
+    level_table,
+    load_rows,
+    padded,
+)
+
+
+@triton.jit
+def _reduce_kernel(
+    first_item_ptr, ranks_ptr, values_ptr, sums_ptr, mixed_ptr, out_ptr, lse_ptr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
+    RANK: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """The items of one query of one sequence, many at once: ranks to `mixed`, values to `out`."""
+    seq, query = tl.program_id(0), tl.program_id(1)
+    head, group = query // GROUP, query % GROUP
+    first = tl.load(first_item_ptr + seq)
+    num_items = tl.load(first_item_ptr + seq + 1) - first
+    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    ranks = tl.zeros([RANK_PAD], tl.float32)
+    values = tl.zeros([DIM_PAD], tl.float32)
+    for begin in range(0, num_items, ITEMS):
+        item = begin + tl.arange(0, ITEMS)
+        ok = item < num_items
+        at = ((first + item).to(tl.int64) * HEADS + head) * P
+        peak = tl.load(sums_ptr + at * 2 + group, mask=ok, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(peak, axis=0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
+        part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
+        total = total * shrink + tl.sum(weight * part, axis=0)
+        both = ok[:, None] & (comp < RANK)[None, :]
+        part = tl.load(
+            ranks_ptr + (at + group)[:, None] * RANK + comp[None, :], mask=both, other=0.0
+        )
+        ranks = ranks * shrink + tl.sum(part * weight[:, None], axis=0)
+        both = ok[:, None] & (dim < DIM)[None, :]
+        part = tl.load(
+            values_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=both, other=0.0
+        )
+        values = values * shrink + tl.sum(part * weight[:, None], axis=0)
+        top = new_top
+    whole = tl.where(total == 0, 1.0, total)
+    out = seq * (HEADS * GROUP) + query
+    tl.store(mixed_ptr + out * RANK + comp, ranks / whole, mask=comp < RANK)
+    tl.store(out_ptr + out * DIM + dim, values / whole, mask=dim < DIM)
+    one = tl.arange(0, 1)
+    tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
+
+
+@triton.jit
+def _apply_kernel(
+    mixed_ptr, basis_ptr, out_ptr, num_seqs,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
+    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`out` += `mixed` times V's shared basis, for queries of many sequences and one KV head."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < num_seqs * GROUP
+    query = (row // GROUP * HEADS + head) * GROUP + row % GROUP
+    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+    ok = real[:, None] & (comp < RANK)[None, :]
+    mixed = tl.load(mixed_ptr + query[:, None] * RANK + comp[None, :], mask=ok, other=0.0)
+    ok = (comp < RANK)[:, None] & (dim < DIM)[None, :]
+    basis = tl.load(
+        basis_ptr + (head * RANK + comp)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
+    )
+    basis = basis.to(tl.float16)
+    first = mixed.to(tl.float16)
+    rest = (mixed - first.to(tl.float32)).to(tl.float16)  # the basis is fp16: two parts are enough
+    found = tl.dot(rest, basis, tl.dot(first, basis))
+    at = out_ptr + query[:, None] * DIM + dim[None, :]
+    ok = real[:, None] & (dim < DIM)[None, :]
+    tl.store(at, tl.load(at, mask=ok, other=0.0) + found, mask=ok)
+
+
+@triton.jit
+def _finish_pages_kernel(
+    plane_ptr, table_ptr, item_start_ptr, first_item_ptr, levels_ptr, ranks_ptr,
+    values_ptr, sums_ptr, out_ptr, lse_ptr, table_width,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
+    RANK: tl.constexpr, BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr,
+    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The items of a sequence, each a page with a basis of its own."""
+    seq, head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(first_item_ptr + seq)
+    num_items = tl.load(first_item_ptr + seq + 1) - first
+    group = tl.arange(0, ROWS)
+    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+    real = group < GROUP
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    values = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    for i in range(num_items):
+        item = first + i
+        at = item.to(tl.int64) * HEADS + head
+        peak = tl.load(sums_ptr + at * 2 * P + group, mask=real, other=float("-inf"))
+        new_top = tl.maximum(top, peak)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
+        part = tl.load(sums_ptr + (at * 2 + 1) * P + group, mask=real, other=0.0)
+        total = total * shrink + weight * part
+        ok = real[:, None] & (dim < DIM)[None, :]
+        own = tl.load(
+            values_ptr + (at * P + group)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
+        )
+        ok = real[:, None] & (comp < RANK)[None, :]
+        part = tl.load(
+            ranks_ptr + (at * P + group)[:, None] * RANK + comp[None, :], mask=ok, other=0.0
+        )
+        position = tl.load(table_ptr + seq * table_width + tl.load(item_start_ptr + item))
+        if position >= 0:
+            record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
+            rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
+            rows = rows.to(tl.float16)
+            peak_rank = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
+            unit = part / peak_rank[:, None]
+            whole = unit.to(tl.float16)
+            rest = (unit - whole.to(tl.float32)).to(tl.float16)
+            own += tl.dot(rest, rows, tl.dot(whole, rows)) * peak_rank[:, None]
+        values = values * shrink[:, None] + own * weight[:, None]
+        top = new_top
+    whole = tl.where(total == 0, 1.0, total)
+    values = values / whole[:, None]
+    out = (seq * HEADS + head) * GROUP + group
+    ok = real[:, None] & (dim < DIM)[None, :]
+    tl.store(out_ptr + out[:, None] * DIM + dim[None, :], values, mask=ok)
+    tl.store(lse_ptr + out, (top + tl.log2(whole)) * 0.6931471805599453, mask=real)
+
+
+def finish(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    partials: Partials,
+    *,
+    layout: PageLayout,
+    basis: Tensor | None,
+    plan: DecodePlan,
+) -> tuple[Tensor, Tensor]:
+    """Items merged by sequence, times V's basis: out fp32 `[N, Hq, D]`, lse fp32 `[N, Hq]`."""
+    group, width = group_sizes(q, layout)
+    heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not side.shared_basis:
+        _finish_pages_kernel[(q.shape[0], heads)](
+            plane, table, plan.item_start, plan.first_item, level_table("gaussian", q.device),
+            partials.ranks, partials.values, partials.sums, out, lse, table.stride(0),
+            HEADS=heads, GROUP=group, P=width, DIM=dim, RANK=side.rank, BANDS=band_tuples(side),
+            HEAD_BYTES=layout.head_bytes, DIM_PAD=padded(dim), RANK_PAD=padded(side.rank),
+            ROWS=padded(width), num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return out, lse
+    mixed = torch.empty(*q.shape[:2], side.rank, dtype=torch.float32, device=q.device)
+    sizes = {"HEADS": heads, "GROUP": group, "DIM": dim, "RANK": side.rank,
+             "DIM_PAD": padded(dim), "RANK_PAD": padded(side.rank)}  # fmt: skip
+    _reduce_kernel[(q.shape[0], q.shape[1])](
+        plan.first_item, partials.ranks, partials.values, partials.sums, mixed, out, lse,
+        P=width, ITEMS=16, num_warps=4, **sizes,
+    )  # fmt: skip
+    rows = 64 if q.shape[0] * group > 16 else 16
+    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
+        mixed, basis, out, q.shape[0], ROWS=rows, num_warps=4, num_stages=1, **sizes
+    )
+    return out, lse

@@ -1,0 +1,69 @@
+"""What the steps of decode from pages hand to each other; the same for every implementation.
+
+```
+project   per page: q turned back with every frame, times B and the scales -> two INT8 digits
+attend    per item: digits x codes -> scores -> weights x codes, in rank space
+finish    per head: items of a sequence merged, times V's basis
+```
+
+Scores and weights never leave the chip; K and V are never rebuilt. The query is an integer of two
+digits of base 128 and the codes are integers, so products are exact, whatever unit makes them. V's
+basis is applied once a sequence where it is shared, once a page where the page has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectral_paged.kernels.layout import PageLayout
+
+LOG2_E = math.log2(math.e)
+TILES = 4
+MAX_GROUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Queries as pages meet them; S table entries, padded group P (a power of two, at least 4).
+
+    digits: int8 `[S, H, 4 tiles, 2 P, rank]`, rows 2g and 2g + 1 the high and the low digit of
+        query g.
+    affine: fp32 `[S, H, 4 tiles, 2, P]`, what a unit of the product is worth, and what the page's
+        mean adds; both for scores in bits (base 2).
+    slots: fp32 `[S, H, num_slots, P]`, the scores of the outlier tokens in bits.
+    """
+
+    digits: Tensor
+    affine: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """What items found: weighted codes (not yet times V's basis), values and sums.
+
+    ranks: fp32 `[items, H, P, rank]`; values: fp32 `[items, H, P, D]`, means and outlier tokens;
+    sums: fp32 `[items, H, 2, P]`, the largest score in bits and the sum of weights.
+    """
+
+    ranks: Tensor
+    values: Tensor
+    sums: Tensor
+
+
+def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:
+    """Query heads of a KV head, and what they are padded to: a power of two, at least 4.
+
+    Raises:
+        ValueError: more than `MAX_GROUP`.
+    """
+    group = q.shape[1] // layout.num_kv_heads
+    if group > MAX_GROUP:
+        raise ValueError(
+            f"{group} query heads share a KV head; GPU kernels take up to {MAX_GROUP}: use "
+            "kv_format='exact'"
+        )
+    return group, max(4, 1 << (group - 1).bit_length())

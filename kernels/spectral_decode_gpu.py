@@ -1,0 +1,95 @@
+"""Decode attention straight from spectral pages on a GPU: which kernel does which part.
+
+The portable Triton kernels read every layout that `check_layout` lets pass. Where a layout fits and
+the GPU has INT8 tensor cores, kernels with explicit layouts (Gluon) take over a part. The choice is
+by layout and capability alone, never by what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels import (
+    query_projection_gluon,
+    query_projection_triton,
+    spectral_decode_gluon,
+    spectral_decode_triton,
+)
+from spectral_paged.kernels.decode_finish_triton import finish
+from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.layout import PageLayout
+from spectral_paged.kernels.triton_page import check_layout
+
+TARGET_ITEMS = 128  # items a head, where there is work for so many
+
+
+def plan_pages(layout: PageLayout, num_pages: Tensor, max_entries: int) -> DecodePlan:
+    """The items of a decode step over pages; an item a page where pages have their own basis.
+
+    Args:
+        num_pages: int `[N]`, table entries to visit.
+        max_entries: a bound on their sum.
+    """
+    chunk = 1 << 30 if layout.v.shared_basis else 1
+    return DecodePlan.of(
+        num_pages, max_entries=max_entries, target_items=TARGET_ITEMS, max_chunk=chunk
+    )
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether kernels with explicit layouts run here: sm_80 or newer, not the interpreter."""
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def implementation(layout: PageLayout, group: int, device: torch.device) -> str:
+    """`gluon` or `triton`: what attends to pages of `layout`, as `stats()` reports it."""
+    fits = spectral_decode_gluon.supports(layout, group)
+    return "gluon" if fits and has_tensor_cores(device) else "triton"
+
+
+def spectral_decode(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    num_pages: Tensor,
+    *,
+    layout: PageLayout,
+    first_position: int,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    k_basis: Tensor | None = None,
+    v_basis: Tensor | None = None,
+    plan: DecodePlan | None = None,
+    explicit: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.spectral_decode.spectral_decode` on a GPU: the same arguments and results.
+
+    Args:
+        plan: `plan_pages` of this step, the same for all layers; made here where it is missing.
+        explicit: kernels with explicit layouts; None where they fit.
+
+    Raises:
+        ValueError: a layout that no kernel reads; the message says what to use instead.
+    """
+    check_layout(layout)
+    if plan is None:
+        plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1])
+    group = q.shape[1] // layout.num_kv_heads
+    able = has_tensor_cores(q.device) if explicit is None else explicit
+    project, attend = query_projection_triton.project_queries, spectral_decode_triton.attend_pages
+    if able and query_projection_gluon.supports(layout, 2 * cos.shape[-1]):
+        project = query_projection_gluon.project_queries
+    if able and spectral_decode_gluon.supports(layout, group):
+        attend = spectral_decode_gluon.attend_pages
+    projected = project(
+        q, plane, table, layout=layout, first_position=first_position, cos=cos, sin=sin,
+        scale=scale, basis=k_basis, plan=plan,
+    )  # fmt: skip
+    partials = attend(q, plane, table, projected, layout=layout, plan=plan)
+    return finish(q, plane, table, partials, layout=layout, basis=v_basis, plan=plan)

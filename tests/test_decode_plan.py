@@ -1,0 +1,53 @@
+"""How a decode step's work is cut into items."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectral_paged.kernels.decode_plan import DecodePlan
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=12),
+    target=st.integers(1, 200),
+    single=st.booleans(),
+    slack=st.integers(0, 50),
+)
+def test_items_cover_every_entry_once_and_none_is_longer_than_a_chunk(
+    counts, target, single, slack
+):
+    plan = DecodePlan.of(
+        torch.tensor(counts),
+        max_entries=sum(counts) + slack,
+        target_items=target,
+        max_chunk=1 if single else 1 << 30,
+    )
+    chunk = int(plan.chunk)
+    assert chunk == 1 if single else chunk == max(1, -(-sum(counts) // target))
+    seen = {i: [] for i in range(len(counts))}
+    for item in range(plan.num_items):
+        seq, start = int(plan.item_seq[item]), int(plan.item_start[item])
+        if seq == len(counts):
+            continue  # a slot without work
+        assert int(plan.first_item[seq]) <= item < int(plan.first_item[seq + 1])
+        end = min(start + chunk, counts[seq])
+        assert start < end
+        seen[seq] += range(start, end)
+    assert seen == {i: list(range(count)) for i, count in enumerate(counts)}
+    assert plan.first_entry.tolist() == [sum(counts[:i]) for i in range(len(counts) + 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=3, max_size=3),
+    others=st.lists(st.integers(0, 70), min_size=3, max_size=3),
+)
+def test_the_number_of_items_does_not_depend_on_the_lengths(counts, others):
+    """A captured graph has one launch shape."""
+    plans = [
+        DecodePlan.of(torch.tensor(c), max_entries=210, target_items=16) for c in (counts, others)
+    ]
+    assert plans[0].num_items == plans[1].num_items == 19
