@@ -235,7 +235,7 @@ class Workload:
         pages = sum(-(-n // EXACT_PAGE_TOKENS) for n in lengths)
         plane = torch.randn(max(pages, 1) * size // 2, dtype=torch.bfloat16, device="cuda")
         tokens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        plan = exact_op.plan_exact(tokens, max(pages, 1))
+        plan = exact_op.plan_exact(tokens, max(pages, 1), self.heads)
 
         def work() -> tuple[Tensor, Tensor]:
             return exact_op.exact_decode(

@@ -20,20 +20,19 @@ from spectral_paged.kernels.triton_page import (
 
 @triton.jit
 def _reduce_kernel(
-    first_item_ptr, ranks_ptr, values_ptr, sums_ptr, mixed_ptr, out_ptr, lse_ptr,
+    first_item_ptr, part_ptr, sums_ptr, out_ptr, lse_ptr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    RANK: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ITEMS: tl.constexpr,
+    DIM_PAD: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """The items of one query of one sequence, many at once: ranks to `mixed`, values to `out`."""
+    """The items of one query of one sequence, many at once; vectors of `DIM` numbers."""
     seq, query = tl.program_id(0), tl.program_id(1)
     head, group = query // GROUP, query % GROUP
     first = tl.load(first_item_ptr + seq)
     num_items = tl.load(first_item_ptr + seq + 1) - first
-    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+    dim = tl.arange(0, DIM_PAD)
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    ranks = tl.zeros([RANK_PAD], tl.float32)
-    values = tl.zeros([DIM_PAD], tl.float32)
+    acc = tl.zeros([DIM_PAD], tl.float32)
     for begin in range(0, num_items, ITEMS):
         item = begin + tl.arange(0, ITEMS)
         ok = item < num_items
@@ -44,21 +43,13 @@ def _reduce_kernel(
         shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
         part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
         total = total * shrink + tl.sum(weight * part, axis=0)
-        both = ok[:, None] & (comp < RANK)[None, :]
-        part = tl.load(
-            ranks_ptr + (at + group)[:, None] * RANK + comp[None, :], mask=both, other=0.0
-        )
-        ranks = ranks * shrink + tl.sum(part * weight[:, None], axis=0)
         both = ok[:, None] & (dim < DIM)[None, :]
-        part = tl.load(
-            values_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=both, other=0.0
-        )
-        values = values * shrink + tl.sum(part * weight[:, None], axis=0)
+        part = tl.load(part_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=both, other=0.0)
+        acc = acc * shrink + tl.sum(part * weight[:, None], axis=0)
         top = new_top
     whole = tl.where(total == 0, 1.0, total)
     out = seq * (HEADS * GROUP) + query
-    tl.store(mixed_ptr + out * RANK + comp, ranks / whole, mask=comp < RANK)
-    tl.store(out_ptr + out * DIM + dim, values / whole, mask=dim < DIM)
+    tl.store(out_ptr + out * DIM + dim, acc / whole, mask=dim < DIM)
     one = tl.arange(0, 1)
     tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
 
@@ -91,58 +82,48 @@ def _apply_kernel(
 
 
 @triton.jit
-def _finish_pages_kernel(
-    plane_ptr, table_ptr, item_start_ptr, first_item_ptr, levels_ptr, ranks_ptr,
-    values_ptr, sums_ptr, out_ptr, lse_ptr, table_width,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    RANK: tl.constexpr, BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr,
-    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+def _apply_pages_kernel(
+    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, levels_ptr, ranks_ptr, values_ptr,
+    num_seqs, table_width,
+    HEADS: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
+    BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The items of a sequence, each a page with a basis of its own."""
-    seq, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(first_item_ptr + seq)
-    num_items = tl.load(first_item_ptr + seq + 1) - first
-    group = tl.arange(0, ROWS)
-    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
-    real = group < GROUP
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    values = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for i in range(num_items):
-        item = first + i
-        at = item.to(tl.int64) * HEADS + head
-        peak = tl.load(sums_ptr + at * 2 * P + group, mask=real, other=float("-inf"))
-        new_top = tl.maximum(top, peak)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
-        part = tl.load(sums_ptr + (at * 2 + 1) * P + group, mask=real, other=0.0)
-        total = total * shrink + weight * part
-        ok = real[:, None] & (dim < DIM)[None, :]
-        own = tl.load(
-            values_ptr + (at * P + group)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
-        )
-        ok = real[:, None] & (comp < RANK)[None, :]
-        part = tl.load(
-            ranks_ptr + (at * P + group)[:, None] * RANK + comp[None, :], mask=ok, other=0.0
-        )
+    """`values` of an item += its `ranks` times the basis of the page that the item is."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    seq = tl.load(item_seq_ptr + item)
+    if seq < num_seqs:
         position = tl.load(table_ptr + seq * table_width + tl.load(item_start_ptr + item))
         if position >= 0:
+            group = tl.arange(0, ROWS)
+            dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
             record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
             rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
-            rows = rows.to(tl.float16)
-            peak_rank = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
-            unit = part / peak_rank[:, None]
+            at = ((item * HEADS + head).to(tl.int64) * P + group)[:, None]
+            ok = (group < P)[:, None] & (comp < RANK)[None, :]
+            part = tl.load(ranks_ptr + at * RANK + comp[None, :], mask=ok, other=0.0)
+            peak = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
+            unit = part / peak[:, None]
             whole = unit.to(tl.float16)
             rest = (unit - whole.to(tl.float32)).to(tl.float16)
-            own += tl.dot(rest, rows, tl.dot(whole, rows)) * peak_rank[:, None]
-        values = values * shrink[:, None] + own * weight[:, None]
-        top = new_top
-    whole = tl.where(total == 0, 1.0, total)
-    values = values / whole[:, None]
-    out = (seq * HEADS + head) * GROUP + group
-    ok = real[:, None] & (dim < DIM)[None, :]
-    tl.store(out_ptr + out[:, None] * DIM + dim[None, :], values, mask=ok)
-    tl.store(lse_ptr + out, (top + tl.log2(whole)) * 0.6931471805599453, mask=real)
+            rows = rows.to(tl.float16)  # integers: two parts of the other side are enough
+            found = tl.dot(rest, rows, tl.dot(whole, rows)) * peak[:, None]
+            to = values_ptr + at * DIM + dim[None, :]
+            ok = (group < P)[:, None] & (dim < DIM)[None, :]
+            tl.store(to, tl.load(to, mask=ok, other=0.0) + found, mask=ok)
+
+
+def reduce_items(
+    first_item: Tensor, parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor, heads: int
+) -> None:
+    """Merge `parts` fp32 `[items, H, P, n]` by `sums` `[items, H, 2, P]` (largest score in bits,
+    sum of weights) into `out` `[N, Hq, n]` and `lse` `[N, Hq]`."""
+    num_seqs, num_q_heads, size = out.shape
+    _reduce_kernel[(num_seqs, num_q_heads)](
+        first_item, parts, sums, out, lse,
+        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size, DIM_PAD=padded(size),
+        ITEMS=16, num_warps=2,
+    )  # fmt: skip
 
 
 def finish(
@@ -160,24 +141,21 @@ def finish(
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    sizes = {"HEADS": heads, "DIM": dim, "RANK": side.rank, "DIM_PAD": padded(dim),
+             "RANK_PAD": padded(side.rank), "num_warps": 4, "num_stages": 1}  # fmt: skip
     if not side.shared_basis:
-        _finish_pages_kernel[(q.shape[0], heads)](
-            plane, table, plan.item_start, plan.first_item, level_table("gaussian", q.device),
-            partials.ranks, partials.values, partials.sums, out, lse, table.stride(0),
-            HEADS=heads, GROUP=group, P=width, DIM=dim, RANK=side.rank, BANDS=band_tuples(side),
-            HEAD_BYTES=layout.head_bytes, DIM_PAD=padded(dim), RANK_PAD=padded(side.rank),
-            ROWS=padded(width), num_warps=4, num_stages=1,
+        _apply_pages_kernel[(plan.num_items, heads)](
+            plane, table, plan.item_seq, plan.item_start, level_table("gaussian", q.device),
+            partials.ranks, partials.values, q.shape[0], table.stride(0),
+            P=width, BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, ROWS=padded(width),
+            **sizes,
         )  # fmt: skip
-        return out, lse
-    mixed = torch.empty(*q.shape[:2], side.rank, dtype=torch.float32, device=q.device)
-    sizes = {"HEADS": heads, "GROUP": group, "DIM": dim, "RANK": side.rank,
-             "DIM_PAD": padded(dim), "RANK_PAD": padded(side.rank)}  # fmt: skip
-    _reduce_kernel[(q.shape[0], q.shape[1])](
-        plan.first_item, partials.ranks, partials.values, partials.sums, mixed, out, lse,
-        P=width, ITEMS=16, num_warps=4, **sizes,
-    )  # fmt: skip
-    rows = 64 if q.shape[0] * group > 16 else 16
-    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
-        mixed, basis, out, q.shape[0], ROWS=rows, num_warps=4, num_stages=1, **sizes
-    )
+    reduce_items(plan.first_item, partials.values, partials.sums, out, lse, heads)
+    if side.shared_basis:
+        mixed = torch.empty(*q.shape[:2], side.rank, dtype=torch.float32, device=q.device)
+        reduce_items(plan.first_item, partials.ranks, partials.sums, mixed, lse, heads)
+        rows = 64 if q.shape[0] * group > 16 else 16
+        _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
+            mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, **sizes
+        )
     return out, lse

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.decode_finish_triton import reduce_items
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.triton_page import padded
 
 LOG2_E = math.log2(math.e)
-TARGET_ITEMS = 512  # items a head, where there is work for so many
+PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
 
 
 @triton.jit
@@ -65,44 +66,11 @@ def _exact_kernel(
         tl.store(sums_ptr + at * 2 + P + group, total, mask=group < P)
 
 
-@triton.jit
-def _gather_items_kernel(
-    part_ptr, sums_ptr, first_item_ptr, out_ptr, lse_ptr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):  # fmt: skip
-    seq, head = tl.program_id(0), tl.program_id(1)
-    first = tl.load(first_item_ptr + seq)
-    num_items = tl.load(first_item_ptr + seq + 1) - first
-    group, dim = tl.arange(0, P), tl.arange(0, DIM_PAD)
-    top = tl.full([P], float("-inf"), tl.float32)
-    total = tl.zeros([P], tl.float32)
-    acc = tl.zeros([P, DIM_PAD], tl.float32)
-    for i in range(num_items):
-        at = ((first + i).to(tl.int64) * HEADS + head) * P
-        peak = tl.load(sums_ptr + at * 2 + group)
-        new_top = tl.maximum(top, peak)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
-        part = tl.load(
-            part_ptr + (at + group)[:, None] * DIM + dim[None, :],
-            mask=(dim < DIM)[None, :],
-            other=0.0,
-        )
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight * tl.load(sums_ptr + at * 2 + P + group)
-        top = new_top
-    whole = tl.where(total == 0, 1.0, total)
-    out = (seq * HEADS + head) * GROUP + group
-    ok = (group < GROUP)[:, None] & (dim < DIM)[None, :]
-    tl.store(out_ptr + out[:, None] * DIM + dim[None, :], acc / whole[:, None], mask=ok)
-    tl.store(lse_ptr + out, (top + tl.log2(whole)) * 0.6931471805599453, mask=group < GROUP)
-
-
-def plan_exact(num_tokens: Tensor, max_entries: int) -> DecodePlan:
+def plan_exact(num_tokens: Tensor, max_entries: int, num_kv_heads: int) -> DecodePlan:
     """The items of a decode step over exact pages of 64 tokens."""
     counts = (num_tokens.to(torch.int32) + EXACT_PAGE_TOKENS - 1) // EXACT_PAGE_TOKENS
-    return DecodePlan.of(counts, max_entries=max_entries, target_items=TARGET_ITEMS)
+    target = max(1, PROGRAMS // num_kv_heads)
+    return DecodePlan.of(counts, max_entries=max_entries, target_items=target)
 
 
 def exact_decode(
@@ -123,7 +91,7 @@ def exact_decode(
     """
     num_seqs, num_q_heads, dim = q.shape
     if plan is None:
-        plan = plan_exact(num_tokens, table.shape[0] * table.shape[1])
+        plan = plan_exact(num_tokens, table.shape[0] * table.shape[1], num_kv_heads)
     group = num_q_heads // num_kv_heads
     width = padded(group, 1)
     empty = {"dtype": torch.float32, "device": q.device}
@@ -136,8 +104,5 @@ def exact_decode(
         HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
         ROWS=padded(width), UNIT=128 // dtype.itemsize, num_warps=4, num_stages=3,
     )  # fmt: skip
-    _gather_items_kernel[(num_seqs, num_kv_heads)](
-        parts, sums, plan.first_item, out, lse,
-        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim), num_warps=4,
-    )  # fmt: skip
+    reduce_items(plan.first_item, parts, sums, out, lse, num_kv_heads)
     return out, lse

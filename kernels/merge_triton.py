@@ -23,9 +23,10 @@ def _merge_kernel(
     a_weight, b_weight = tl.exp(a_lse - safe), tl.exp(b_lse - safe)
     total = a_weight + b_weight
     whole = tl.where(total == 0, 1.0, total)
-    # an empty partial may hold anything
-    a = tl.load(a_ptr + row * DIM + dim, mask=(dim < DIM) & (a_weight > 0), other=0.0)
-    b = tl.load(b_ptr + row * DIM + dim, mask=(dim < DIM) & (b_weight > 0), other=0.0)
+    a = tl.load(a_ptr + row * DIM + dim, mask=dim < DIM, other=0.0)
+    b = tl.load(b_ptr + row * DIM + dim, mask=dim < DIM, other=0.0)
+    a = tl.where(a_weight > 0, a, 0.0)  # an empty partial may hold anything
+    b = tl.where(b_weight > 0, b, 0.0)
     tl.store(out_ptr + row * DIM + dim, (a * a_weight + b * b_weight) / whole, mask=dim < DIM)
     tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), safe + tl.log(whole)))
 

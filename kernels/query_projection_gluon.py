@@ -67,8 +67,6 @@ def _project_kernel(
         place = gl.arange(0, HALF, layout=gl.SliceLayout(0, A))
         page, tile, group = row // (4 * P), row // P % 4, row % P
         q_at = q_ptr + ((seq * HEADS + head) * GROUP + gl.minimum(group, GROUP - 1))[:, None] * DIM
-        low_given = gl.load(q_at + place[None, :])
-        high_given = gl.load(q_at + HALF + place[None, :])
         out_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
         out_page, out_tile, out_group = out_row // (4 * P), out_row // P % 4, out_row % P
         out_comp = gl.arange(0, 32, layout=gl.SliceLayout(0, MMA))
@@ -77,7 +75,8 @@ def _project_kernel(
         e_place = gl.arange(0, HALF, layout=gl.SliceLayout(1, B))
         e_column = gl.arange(0, PAGES * 8, layout=gl.SliceLayout(0, MMA))
         for entry in range(start, end, PAGES):
-            low_q, high_q = low_given.to(gl.float32), high_given.to(gl.float32)
+            low_q = gl.load(q_at + place[None, :]).to(gl.float32)
+            high_q = gl.load(q_at + HALF + place[None, :]).to(gl.float32)
             if TURN:
                 middle = first_position + gl.minimum(entry + page, end - 1) * 512 + tile * 128 + 64
                 angle = middle[:, None] * HALF + place[None, :]
@@ -93,26 +92,6 @@ def _project_kernel(
             valid = (position >= 0) & (own < end)
             record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
             slot = (first_entry + own).to(gl.int64) * HEADS + head
-            products = ()
-            top = gl.full([ROWS], 1e-30, gl.float32, layout=gl.SliceLayout(1, MMA))
-            for i in gl.static_range(RANK // 32):
-                acc = gl.zeros([ROWS, 32], gl.float32, layout=MMA)
-                acc = mma_v2(low_a, low_basis.index(i).load(B), acc)
-                acc = mma_v2(high_a, high_basis.index(i).load(B), acc)
-                scales = bf16_ptr + (record + SCALE_AT // 2)[:, None] + (i * 32 + out_comp)[None, :]
-                acc = acc * gl.load(scales).to(gl.float32)
-                top = gl.maximum(top, gl.max(gl.abs(acc), axis=1))
-                products = products + (acc,)
-            inverse = 16256.0 / top
-            to = digits_ptr + ((slot * 4 + out_tile) * 2 * P + 2 * out_group)[:, None] * RANK
-            for i in gl.static_range(RANK // 32):
-                whole = gl.floor(products[i] * inverse[:, None] + 0.5).to(gl.int32)
-                high = (whole + 64) >> 7
-                low = whole - (high << 7)
-                digits = to + (i * 32 + out_comp)[None, :]
-                gl.store(digits, high.to(gl.int8), mask=valid[:, None])
-                gl.store(digits + RANK, low.to(gl.int8), mask=valid[:, None])
-
             offset = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, MMA))
             if MEAN_AT >= 0 or SLOTS > 0:
                 # what the page holds exactly: its outlier keys and its mean, a column each
@@ -145,6 +124,27 @@ def _project_kernel(
                     hit = mine & (e_part < SLOTS)[None, :] & valid[:, None]
                     hit = hit & (out_tile[:, None] == (token // 128)[None, :])
                     gl.store(slots_at, exact, mask=hit)
+            products = ()
+            top = gl.full([ROWS], 1e-30, gl.float32, layout=gl.SliceLayout(1, MMA))
+            for i in gl.static_range(RANK // 32):
+                acc = gl.zeros([ROWS, 32], gl.float32, layout=MMA)
+                acc = mma_v2(low_a, low_basis.index(i).load(B), acc)
+                acc = mma_v2(high_a, high_basis.index(i).load(B), acc)
+                scales = bf16_ptr + (record + SCALE_AT // 2)[:, None] + (i * 32 + out_comp)[None, :]
+                acc = acc * gl.load(scales).to(gl.float32)
+                top = gl.maximum(top, gl.max(gl.abs(acc), axis=1))
+                products = products + (acc,)
+            inverse = 16256.0 / top
+            to = digits_ptr + ((slot * 4 + out_tile) * 2 * P + 2 * out_group)[:, None] * RANK
+            for i in gl.static_range(RANK // 32):
+                # the sum rounds to an integer, which then is the low bits of the fp32
+                sums = products[i] * inverse[:, None] + 12582912.0
+                whole = sums.to(gl.int32, bitcast=True)
+                high, low = whole >> 7, whole & 127
+                digits = to + (i * 32 + out_comp)[None, :]
+                gl.store(digits, high.to(gl.int8), mask=valid[:, None])
+                gl.store(digits + RANK, low.to(gl.int8), mask=valid[:, None])
+
             affine = affine_ptr + (slot * 4 + out_tile) * 2 * P + out_group
             gl.store(affine, top * (scale / 16256.0), mask=valid)
             gl.store(affine + P, offset, mask=valid)

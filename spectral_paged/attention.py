@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk_attention import chunk_attention
-from spectral_paged.kernels.exact_decode import exact_decode
+from spectral_paged.kernels.decode_ops import DecodeOps
 from spectral_paged.kernels.exact_pages import exact_append, exact_gather
-from spectral_paged.kernels.merge import merge
-from spectral_paged.kernels.spectral_decode import spectral_decode
 from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
@@ -28,17 +26,18 @@ class PagedAttention:
     Args:
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
         basis: the cache's calibration and format.
+        ops: what runs on the cache's device.
         scale: softmax scale.
         dtype: element type of exact pages.
 
     Attributes:
-        backend: which ops run, as `stats()` reports it.
         pages_attended: page reads so far, layer by layer.
     """
 
     def __init__(
         self,
         basis: CacheBasis,
+        ops: DecodeOps,
         *,
         cos: Tensor,
         sin: Tensor,
@@ -46,11 +45,11 @@ class PagedAttention:
         dtype: torch.dtype,
     ) -> None:
         self.basis = basis
+        self.ops = ops
         self.cos = cos
         self.sin = sin
         self.scale = scale
         self.dtype = dtype
-        self.backend = "torch"
         self.pages_attended = 0
 
     @property
@@ -88,7 +87,7 @@ class PagedAttention:
         q: Tensor,
         shared: dict[str, Tensor],
     ) -> Tensor:
-        out, lse = exact_decode(
+        out, lse = self.ops.exact_decode(
             q,
             plane,
             group.exact_table.device[step.decode_rows],
@@ -96,11 +95,12 @@ class PagedAttention:
             num_kv_heads=self.format.num_kv_heads,
             scale=self.scale,
             dtype=self.dtype,
+            **step.exact_plan,
         )
         if not step.num_decode_pages:
             return out
         self.pages_attended += step.num_decode_pages
-        page_out, page_lse = spectral_decode(
+        page_out, page_lse = self.ops.spectral_decode(
             q,
             plane,
             group.page_table.device[step.decode_rows],
@@ -111,8 +111,9 @@ class PagedAttention:
             sin=self.sin,
             scale=self.scale,
             **shared,
+            **step.page_plan,
         )
-        return merge([out, page_out], [lse, page_lse])[0]
+        return self.ops.merge([out, page_out], [lse, page_lse])[0]
 
     def _chunk(
         self,

@@ -29,7 +29,13 @@ from spectral_paged.cache_stats import (
     token_bytes,
 )
 from spectral_paged.errors import CapacityError, FormatError, PoolError
-from spectral_paged.groups import build_groups, check_geometry, check_length
+from spectral_paged.groups import (
+    build_groups,
+    check_geometry,
+    check_kernels,
+    check_length,
+)
+from spectral_paged.kernels.decode_ops import decode_ops
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
@@ -92,6 +98,7 @@ class SpectralKVCache:
             raise FormatError(
                 f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable"
             )
+        check_kernels(format, torch.device(device))
         max_model_len = check_length(max_model_len, rope)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format
@@ -104,8 +111,10 @@ class SpectralKVCache:
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
+        self._ops = decode_ops(self.device)
         self._attention = PagedAttention(
             self._basis,
+            self._ops,
             cos=cos,
             sin=sin,
             scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
@@ -312,7 +321,9 @@ class SpectralKVCache:
         if self._step is not None:
             raise PoolError("begin_step before end_step of the step before")
         self._step = plan
-        self._group_steps = [GroupStep.of(group, plan, self.device) for group in self.groups]
+        self._group_steps = [
+            GroupStep.of(group, plan, self.format, self._ops) for group in self.groups
+        ]
         for group in self.groups:
             group.exact_table.commit()
             group.page_table.commit()
@@ -405,7 +416,7 @@ class SpectralKVCache:
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
         return {
-            "backend": self._attention.backend,
+            "backend": self._backend(),
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,
             "capacity_tokens": self.capacity_tokens,
@@ -417,6 +428,11 @@ class SpectralKVCache:
             ),
             **pool_stats(self.groups),
         }
+
+    def _backend(self) -> str:
+        layout = self.format.layout if self.format.seals else None
+        group = self.num_q_heads // self.format.num_kv_heads
+        return self._ops.backend(layout, group, self.device)
 
     def check_integrity(self) -> None:
         """Raise PoolError unless pools, tables and sequences agree."""

@@ -8,6 +8,7 @@ import torch
 
 from spectral_paged.capacity import peak_exact_tokens
 from spectral_paged.errors import FormatError
+from spectral_paged.kernels.decode_ops import check_layout
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
@@ -44,6 +45,19 @@ def check_geometry(
     bad = [i for i in exempt_layers if not 0 <= i < num_layers]
     if bad:
         raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
+
+
+def check_kernels(format: PageFormat, device: torch.device) -> None:
+    """Refuse a format whose pages no kernel on `device` reads.
+
+    Raises:
+        FormatError: names the limit and what to use instead.
+    """
+    try:
+        if format.seals:
+            check_layout(format.layout, device)
+    except ValueError as error:
+        raise FormatError(f"format {format.name!r}: {error}") from error
 
 
 def check_length(max_model_len: int | None, rope: RotaryTable | None) -> int:

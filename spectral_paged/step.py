@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_paged.errors import NonFiniteError
+from spectral_paged.kernels.decode_ops import DecodeOps
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.layer_group import LayerGroup
+from spectral_paged.page_format import PageFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,15 @@ class GroupStep:
     decode_blocks: Tensor  # int32 [N], page table entries to visit, holes among them
     num_decode_pages: int
     chunks: tuple[Chunk, ...]
+    exact_plan: dict[str, Any]  # what `exact_decode` and `spectral_decode` of all layers share
+    page_plan: dict[str, Any]
 
     @classmethod
-    def of(cls, group: LayerGroup, plan: StepPlan, device: torch.device) -> GroupStep:
+    def of(
+        cls, group: LayerGroup, plan: StepPlan, format: PageFormat, ops: DecodeOps
+    ) -> GroupStep:
         """Look up where the plan's tokens go in the group's tables."""
+        device = group.exact_table.device.device
         positions, offsets = [], []
         tokens, rows, exact, blocks = [], [], [], []
         num_decode_pages = 0
@@ -94,13 +102,23 @@ class GroupStep:
                     )
                 )
             flat += entry.num_new
+        decode_exact = torch.tensor(exact, dtype=torch.int32, device=device)
+        decode_blocks = torch.tensor(blocks, dtype=torch.int32, device=device)
+        exact_plan, page_plan = {}, {}
+        if tokens:
+            num_exact = sum(-(-count // EXACT_PAGE_TOKENS) for count in exact)
+            exact_plan = ops.exact_plan(decode_exact, num_exact, format.num_kv_heads)
+        if num_decode_pages:
+            page_plan = ops.page_plan(format.layout, decode_blocks, sum(blocks))
         return cls(
             append_positions=torch.cat(positions).to(device),
             append_offsets=torch.cat(offsets).to(device),
             decode_tokens=torch.tensor(tokens, dtype=torch.long, device=device),
             decode_rows=torch.tensor(rows, dtype=torch.long, device=device),
-            decode_exact=torch.tensor(exact, dtype=torch.int32, device=device),
-            decode_blocks=torch.tensor(blocks, dtype=torch.int32, device=device),
+            decode_exact=decode_exact,
+            decode_blocks=decode_blocks,
             num_decode_pages=num_decode_pages,
             chunks=tuple(chunks),
+            exact_plan=exact_plan,
+            page_plan=page_plan,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 
@@ -15,6 +16,8 @@ sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 
 sys.path.append(str(pathlib.Path(__file__).parent))  # shared builders: reference, tiny_model
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported
 
 
 @pytest.fixture(autouse=True)

@@ -94,7 +94,7 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"k_bands": ((0, 8),)}, "band of 0"),
         ({"v_bands": ((32, 4), (48, 2))}, "v_bands has rank 80 but head_dim is 64"),
         ({"basis": "global"}, "'page' or 'shared'"),
-        ({"rope": "none"}, "'pre' or 'post'"),
+        ({"rope": "none"}, "'pre' or 'frame' or 'post'"),
         ({"levels": "nf4"}, "'gaussian' or 'uniform'"),
         ({"basis_bits": 3}, "basis_bits is 3; use 8 or 4"),
         ({"decomposition": "svd"}, "'gram' or 'randomized'"),

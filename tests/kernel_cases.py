@@ -1,0 +1,125 @@
+"""Inputs and checks for GPU kernels: the same in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from page_parts import toy_basis, toy_blocks
+
+from spectral_paged.codec import encode_pages
+from spectral_paged.kernels.exact_decode import exact_decode
+from spectral_paged.kernels.exact_pages import exact_append
+from spectral_paged.kernels.layout import exact_page_bytes
+from spectral_paged.kernels.spectral_decode import spectral_decode
+from spectral_paged.page_format import PageFormat
+from spectral_paged.rope import RotaryTable
+
+SHARED = {
+    "basis": "shared", "dim_weighting": "calibrated", "rope": "frame", "gain": True,
+    "outlier_slots": 4, "band_rotation": True,
+}  # fmt: skip
+MANY_BANDS = {"k_bands": ((16, 8), (16, 4), (16, 3), (16, 2)), "v_bands": ((16, 4), (48, 3))}
+# head width, fields: what presets use and every feature beside it
+PAGES = {
+    "quality-64": (64, {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED}),
+    "quality-128": (128, {"k_bands": ((64, 4), (64, 2)), "v_bands": ((128, 3),), **SHARED}),
+    "compact-128": (
+        128, {"k_bands": ((64, 4), (32, 2)), "v_bands": ((64, 3), (64, 2)), **SHARED},
+    ),
+    "int8-128": (128, {"k_bands": ((32, 8),), "v_bands": ((64, 8),), "rope": "frame"}),
+    "int8-post-64": (64, {"k_bands": ((16, 8),), "v_bands": ((32, 8),), "rope": "post"}),
+    "many-bands": (64, {**MANY_BANDS, "basis_bits": 4, "gain": True, "rope": "frame"}),
+    "four-bits-128": (128, {"k_bands": ((64, 4),), "v_bands": ((64, 4), (64, 2)), **SHARED}),
+    "no-mean-no-gain": (
+        64, {"k_bands": ((32, 4),), "v_bands": ((64, 2),), "basis": "shared", "mean": False,
+             "rope": "post"},
+    ),
+    "slots-without-gain": (
+        64, {"k_bands": ((32, 4),), "v_bands": ((32, 3),), "outlier_slots": 3, "rope": "frame"},
+    ),
+    "uniform-96": (
+        96, {"k_bands": ((48, 4), (16, 3)), "v_bands": ((96, 3),), "levels": "uniform",
+             "rope": "frame", "gain": True},
+    ),
+    "wide-256": (256, {"k_bands": ((128, 4),), "v_bands": ((256, 2),), **SHARED}),
+}  # fmt: skip
+
+
+def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmarks=64, scale=0.2):
+    """Arguments of `spectral_decode` over pages at scattered places of a poisoned plane.
+
+    One sequence per count; where a sequence has three entries the second is held exactly (-1).
+    """
+    dim, fields = PAGES[name]
+    format = PageFormat(name, heads, dim, num_landmark_tokens=landmarks, **fields)
+    num_pages = sum(counts)
+    k, v = toy_blocks(max(num_pages, 1), heads, dim, rank=12)
+    k[:, :, 7] *= 5
+    k, v = k.to(device), v.to(device)
+    given, rows = {}, {}
+    if format.needs_calibration:
+        basis = toy_basis(2, heads, dim).bind(format, device)
+        format, given = basis.format, {"basis": basis, "layers": [1] * len(k)}
+        if format.basis == "shared":
+            rows = {"k_basis": basis.k.rows[1], "v_basis": basis.v.rows[1]}
+    pages = encode_pages(k, v, format, **given)
+    size, generator = format.page_bytes, torch.Generator().manual_seed(3)
+    places = torch.randperm(num_pages + 3, generator=generator).tolist()
+    plane = torch.full(((num_pages + 3) * size,), 255, dtype=torch.uint8, device=device)
+    table = torch.full((len(counts), max(*counts, 1) + 1), 10**6, dtype=torch.int32)
+    page = 0
+    for i, count in enumerate(counts):
+        for entry in range(count):
+            at = places[page]
+            plane[at * size : (at + 1) * size] = pages[page]
+            hole = count == 3 and entry == 1
+            table[i, entry] = -1 if hole else at * (size // 128)
+            page += 1
+    rope = RotaryTable.from_theta(10000.0, dim, max_positions=4096, device=device)
+    q = torch.randn(len(counts), heads * group, dim, generator=generator).to(device)
+    return (q, plane, table.to(device), torch.tensor(counts, device=device)), {
+        "layout": format.layout, "first_position": landmarks, "cos": rope.cos, "sin": rope.sin,
+        "scale": scale, **rows,
+    }  # fmt: skip
+
+
+def page_error(op, args, options, **more):
+    """Largest relative error of out and lse against the twin; empty sequences must be exact."""
+    want = spectral_decode(*args, **options)
+    got = op(*args, **options, **more)
+    empty = torch.isneginf(want[1]).all(dim=1)
+    assert not got[0][empty].any() and bool(torch.isneginf(got[1][empty]).all())
+    full = ~empty
+    return max(
+        float((x[full] - y[full]).norm() / y[full].norm().clamp_min(1e-9))
+        for x, y in zip(got, want)
+    )
+
+
+def exact_case(counts, *, heads=2, group=3, dim=64, dtype=torch.float32, device="cpu"):
+    """Arguments of `exact_decode` over scattered pages of a plane that is NaN elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    size = exact_page_bytes(heads, dim, dtype.itemsize)
+    pages = [-(-count // 64) for count in counts]
+    order = torch.randperm(sum(pages) + 3, generator=generator) * (size // 128)
+    plane = torch.full(((sum(pages) + 3) * size,), 0xFF, dtype=torch.uint8)
+    table = torch.full((len(counts), max(pages) + 1), 10**6, dtype=torch.int32)
+    at = 0
+    for i, (count, num) in enumerate(zip(counts, pages)):
+        k, v = (torch.randn(2, count, heads, dim, generator=generator) * 2).to(dtype)
+        table[i, :num] = order[at : at + num]
+        at += num
+        place = torch.arange(count)
+        exact_append(k, v, plane, table[i][place // 64], place % 64)
+    q = torch.randn(len(counts), heads * group, dim, generator=generator)
+    args = (q.to(device), plane.to(device), table.to(device), torch.tensor(counts, device=device))
+    return args, {"num_kv_heads": heads, "scale": dim**-0.5, "dtype": dtype}
+
+
+def exact_error(op, args, options):
+    """Largest absolute error of out and lse; sequences without tokens must be exact."""
+    want, got = exact_decode(*args, **options), op(*args, **options)
+    empty = args[3] == 0
+    assert not got[0][empty].any() and bool(torch.isneginf(got[1][empty]).all())
+    return max(float((x[~empty] - y[~empty]).abs().max()) for x, y in zip(got, want))
+
+

@@ -1,0 +1,106 @@
+"""GPU kernels in Triton's interpreter, against their torch twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import PAGES, exact_case, exact_error, page_case, page_error
+
+from spectral_paged.kernels import spectral_decode_gpu
+from spectral_paged.kernels.exact_decode_triton import exact_decode
+from spectral_paged.kernels.merge import merge as torch_merge
+from spectral_paged.kernels.merge_triton import merge
+from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
+from spectral_paged.kernels.triton_page import check_layout
+from spectral_paged.page_format import PageFormat
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_read_as_the_twin_reads_them(name):
+    args, options = page_case(name)
+    assert page_error(spectral_decode, args, options) < 2e-3
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 8, 16])
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_any_number_of_queries_may_share_a_kv_head(name, group):
+    args, options = page_case(name, heads=2, group=group, counts=(1, 2))
+    assert page_error(spectral_decode, args, options) < 2e-3
+
+
+@pytest.mark.parametrize("target", [1, 2, 64])
+def test_the_number_of_splits_changes_nothing_that_shows(target, monkeypatch):
+    args, options = page_case("quality-64", counts=(5, 0, 3, 1))
+    whole = spectral_decode(*args, **options)
+    monkeypatch.setattr(spectral_decode_gpu, "TARGET_ITEMS", target)
+    split = spectral_decode(*args, **options)
+    for x, y in zip(split, whole):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_the_same_call_gives_the_same_bits():
+    args, options = page_case("quality-64", counts=(2, 3))
+    first, second = (spectral_decode(*args, **options) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@pytest.mark.parametrize("scale", [5.0, -5.0])
+def test_scores_of_several_hundred_do_not_overflow(scale):
+    args, options = page_case("quality-64", counts=(2,), scale=scale)
+    assert page_error(spectral_decode, args, options) < 2e-2  # a softmax of one token
+
+
+def test_partly_rotated_heads_are_read():
+    args, options = page_case("quality-64", counts=(2, 1))
+    options |= {name: options[name][:, :16].contiguous() for name in ("cos", "sin")}
+    assert page_error(spectral_decode, args, options) < 2e-3
+
+
+@pytest.mark.parametrize("landmarks", [0, 128])
+def test_frames_count_from_the_landmarks(landmarks):
+    args, options = page_case("quality-64", counts=(2, 1), landmarks=landmarks)
+    assert page_error(spectral_decode, args, options) < 2e-3
+
+
+def test_layouts_that_no_kernel_reads_are_refused_with_what_to_use():
+    bands = {"k_bands": ((16, 8),), "v_bands": ((16, 8),)}
+    with pytest.raises(ValueError, match="rope='frame'"):
+        check_layout(PageFormat("t", 1, 64, rope="pre", **bands).layout)
+    with pytest.raises(ValueError, match="scale_tokens=512"):
+        check_layout(PageFormat("t", 1, 64, rope="post", scale_tokens=64, **bands).layout)
+
+
+def test_more_queries_than_a_kernel_takes_are_refused():
+    args, options = page_case("int8-post-64", group=17, counts=(1,))
+    with pytest.raises(ValueError, match="17 query heads"):
+        spectral_decode(*args, **options)
+
+
+# ---- exact pages and merging -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 8, 16])
+@pytest.mark.parametrize("dim", [16, 64, 96])
+def test_exact_pages_are_read_as_the_twin_reads_them(group, dim):
+    args, options = exact_case([1, 63, 64, 0, 65, 300], group=group, dim=dim)
+    assert exact_error(exact_decode, args, options) < 1e-4
+
+
+def test_half_precision_pages_are_read_to_their_precision():
+    args, options = exact_case([130, 511, 513], dtype=torch.float16)
+    assert exact_error(exact_decode, args, options) < 1e-2
+
+
+def test_merging_is_what_the_twin_does_and_empty_parts_have_no_weight():
+    outs = [torch.randn(3, 4, 24) for _ in range(3)]
+    lses = [torch.randn(3, 4) * 5 for _ in range(3)]
+    outs[0][1], lses[0][1] = float("nan"), float("-inf")
+    for lse in lses:
+        lse[2, 0] = float("-inf")
+    got, want = merge(outs, lses), torch_merge(outs, lses)
+    assert torch.allclose(got[0], want[0], atol=1e-6)
+    assert torch.allclose(got[1], want[1], atol=1e-5)
