@@ -22,9 +22,9 @@ from spectral_paged.kernels.triton_page import (
 def _reduce_kernel(
     first_item_ptr, part_ptr, sums_ptr, out_ptr, lse_ptr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, ITEMS: tl.constexpr,
+    STRIDE: tl.constexpr, DIM_PAD: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """The items of one query of one sequence, many at once; vectors of `DIM` numbers."""
+    """The items of one query of one sequence, many at once; vectors of `DIM` of `STRIDE`."""
     seq, query = tl.program_id(0), tl.program_id(1)
     head, group = query // GROUP, query % GROUP
     first = tl.load(first_item_ptr + seq)
@@ -44,7 +44,8 @@ def _reduce_kernel(
         part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
         total = total * shrink + tl.sum(weight * part, axis=0)
         both = ok[:, None] & (dim < DIM)[None, :]
-        part = tl.load(part_ptr + (at + group)[:, None] * DIM + dim[None, :], mask=both, other=0.0)
+        at = (at + group)[:, None] * STRIDE + dim[None, :]
+        part = tl.load(part_ptr + at, mask=both, other=0.0)
         acc = acc * shrink + tl.sum(part * weight[:, None], axis=0)
         top = new_top
     whole = tl.where(total == 0, 1.0, total)
@@ -60,14 +61,15 @@ def _apply_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
     DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`out` += `mixed` times V's shared basis, for queries of many sequences and one KV head."""
+    """Vectors in rank space times V's shared basis, and what lies beside them; one KV head."""
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < num_seqs * GROUP
     query = (row // GROUP * HEADS + head) * GROUP + row % GROUP
     dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
     ok = real[:, None] & (comp < RANK)[None, :]
-    mixed = tl.load(mixed_ptr + query[:, None] * RANK + comp[None, :], mask=ok, other=0.0)
+    vector = mixed_ptr + query[:, None] * (RANK + DIM)
+    mixed = tl.load(vector + comp[None, :], mask=ok, other=0.0)
     ok = (comp < RANK)[:, None] & (dim < DIM)[None, :]
     basis = tl.load(
         basis_ptr + (head * RANK + comp)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
@@ -76,20 +78,20 @@ def _apply_kernel(
     first = mixed.to(tl.float16)
     rest = (mixed - first.to(tl.float32)).to(tl.float16)  # the basis is fp16: two parts are enough
     found = tl.dot(rest, basis, tl.dot(first, basis))
-    at = out_ptr + query[:, None] * DIM + dim[None, :]
     ok = real[:, None] & (dim < DIM)[None, :]
-    tl.store(at, tl.load(at, mask=ok, other=0.0) + found, mask=ok)
+    found += tl.load(vector + RANK + dim[None, :], mask=ok, other=0.0)
+    tl.store(out_ptr + query[:, None] * DIM + dim[None, :], found, mask=ok)
 
 
 @triton.jit
 def _apply_pages_kernel(
-    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, levels_ptr, ranks_ptr, values_ptr,
+    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, levels_ptr, vectors_ptr,
     num_seqs, table_width,
     HEADS: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
     BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`values` of an item += its `ranks` times the basis of the page that the item is."""
+    """An item's vector in rank space times the basis of the page that it is, added to the rest."""
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -100,29 +102,31 @@ def _apply_pages_kernel(
             record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
             rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
             at = ((item * HEADS + head).to(tl.int64) * P + group)[:, None]
+            vector = vectors_ptr + at * (RANK + DIM)
             ok = (group < P)[:, None] & (comp < RANK)[None, :]
-            part = tl.load(ranks_ptr + at * RANK + comp[None, :], mask=ok, other=0.0)
+            part = tl.load(vector + comp[None, :], mask=ok, other=0.0)
             peak = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
             unit = part / peak[:, None]
             whole = unit.to(tl.float16)
             rest = (unit - whole.to(tl.float32)).to(tl.float16)
             rows = rows.to(tl.float16)  # integers: two parts of the other side are enough
             found = tl.dot(rest, rows, tl.dot(whole, rows)) * peak[:, None]
-            to = values_ptr + at * DIM + dim[None, :]
+            to = vector + RANK + dim[None, :]
             ok = (group < P)[:, None] & (dim < DIM)[None, :]
             tl.store(to, tl.load(to, mask=ok, other=0.0) + found, mask=ok)
 
 
 def reduce_items(
-    first_item: Tensor, parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor, heads: int
+    first_item: Tensor, parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Merge `parts` fp32 `[items, H, P, n]` by `sums` `[items, H, 2, P]` (largest score in bits,
-    sum of weights) into `out` `[N, Hq, n]` and `lse` `[N, Hq]`."""
+    """Merge `parts` fp32 `[items, H, P, n]` (a view of wider rows, maybe) by `sums`
+    `[items, H, 2, P]` (largest score in bits, sum of weights) into `out` `[N, Hq, n]`, `lse`."""
     num_seqs, num_q_heads, size = out.shape
+    heads = parts.shape[1]
     _reduce_kernel[(num_seqs, num_q_heads)](
         first_item, parts, sums, out, lse,
-        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size, DIM_PAD=padded(size),
-        ITEMS=16, num_warps=2,
+        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size,
+        STRIDE=parts.stride(2), DIM_PAD=padded(size), ITEMS=16, num_warps=2,
     )  # fmt: skip
 
 
@@ -146,16 +150,17 @@ def finish(
     if not side.shared_basis:
         _apply_pages_kernel[(plan.num_items, heads)](
             plane, table, plan.item_seq, plan.item_start, level_table("gaussian", q.device),
-            partials.ranks, partials.values, q.shape[0], table.stride(0),
+            partials.vectors, q.shape[0], table.stride(0),
             P=width, BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, ROWS=padded(width),
             **sizes,
         )  # fmt: skip
-    reduce_items(plan.first_item, partials.values, partials.sums, out, lse, heads)
-    if side.shared_basis:
-        mixed = torch.empty(*q.shape[:2], side.rank, dtype=torch.float32, device=q.device)
-        reduce_items(plan.first_item, partials.ranks, partials.sums, mixed, lse, heads)
-        rows = 64 if q.shape[0] * group > 16 else 16
-        _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
-            mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, **sizes
-        )
+        values = partials.vectors[..., side.rank :]
+        reduce_items(plan.first_item, values, partials.sums, out, lse)
+        return out, lse
+    mixed = torch.empty(*q.shape[:2], side.rank + dim, dtype=torch.float32, device=q.device)
+    reduce_items(plan.first_item, partials.vectors, partials.sums, mixed, lse)
+    rows = 64 if q.shape[0] * group > 16 else 16
+    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
+        mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, **sizes
+    )
     return out, lse

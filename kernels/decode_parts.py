@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spectral_paged.kernels.layout import PageLayout
@@ -43,15 +44,25 @@ class Projected:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """What items found: weighted codes (not yet times V's basis), values and sums.
+    """What items found: weighted codes (not yet times V's basis) and sums.
 
-    ranks: fp32 `[items, H, P, rank]`; values: fp32 `[items, H, P, D]`, means and outlier tokens;
+    vectors: fp32 `[items, H, P, rank + D]`: in rank space, then what means and outlier tokens add.
     sums: fp32 `[items, H, 2, P]`, the largest score in bits and the sum of weights.
     """
 
-    ranks: Tensor
-    values: Tensor
+    vectors: Tensor
     sums: Tensor
+
+    @classmethod
+    def empty(cls, items: int, layout: PageLayout, width: int, device: torch.device) -> Partials:
+        """For `items` of `width` padded queries a head."""
+        heads, size = layout.num_kv_heads, layout.v.rank + layout.head_dim
+        return cls(
+            *(
+                torch.empty(items, heads, *shape, dtype=torch.float32, device=device)
+                for shape in ((width, size), (2, width))
+            )
+        )
 
 
 def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:

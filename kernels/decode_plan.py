@@ -10,35 +10,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Items of at most `chunk` consecutive table entries of one sequence.
+    """Items of consecutive table entries of one sequence.
 
     Splits go by work, not by sequence: a long sequence has many items, a short one has one, and no
-    item is longer than the others by more than a chunk. All lives on the device and is computed
-    there, so a captured graph replays it for other lengths; only the number of item slots is fixed.
+    item is longer than a common limit; a sequence's items differ by one at most. All lives on the
+    device and is computed there, so a captured graph replays it for other lengths; only the number
+    of item slots is fixed.
 
     ```
     sequence     0            1      2 (empty)   3
-    entries      10           3      0           8         chunk 4
+    entries      10           3      0           8         at most 4 an item
     items        0 1 2        3      -           4 5       first_item [0, 3, 4, 4, 6]
-    start        0 4 8        0                  0 4
+    start        0 3 6        0                  0 4
+    end          3 6 10       3                  4 8
     ```
 
     Attributes:
         item_seq: int32 `[num_items]`, the sequence of each item; N for a slot without work.
-        item_start: int32 `[num_items]`, its first table entry.
+        item_start, item_end: int32 `[num_items]`, its table entries.
         first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
         first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
-        chunk: int32 `[1]`.
-        num_entries: int32 `[N]`.
         max_entries: most entries that all sequences may have together.
     """
 
     item_seq: Tensor
     item_start: Tensor
+    item_end: Tensor
     first_item: Tensor
     first_entry: Tensor
-    chunk: Tensor
-    num_entries: Tensor
     max_entries: int
 
     @property
@@ -66,13 +65,17 @@ class DecodePlan:
         slots = max_entries if max_chunk == 1 else min(max_entries, target_items + num_seqs)
         slot = torch.arange(max(slots, 1), dtype=torch.int32, device=counts.device)
         seq = torch.searchsorted(first_item[1:], slot, right=True, out_int32=True)
-        start = (slot - first_item[seq]) * chunk
+        # the k-th of n items of a sequence takes entries [k count / n, (k + 1) count / n)
+        own = torch.cat((items, zero + 1))[seq].clamp_min(1)
+        count, place = torch.cat((counts, zero))[seq], slot - first_item[seq]
+        start, end = (
+            (k * count).div(own, rounding_mode="floor").to(torch.int32) for k in (place, place + 1)
+        )
         return cls(
             item_seq=seq,
-            item_start=start.to(torch.int32),
+            item_start=start,
+            item_end=end,
             first_item=first_item,
             first_entry=first_entry,
-            chunk=chunk.to(torch.int32),
-            num_entries=counts,
             max_entries=max(max_entries, 1),
         )

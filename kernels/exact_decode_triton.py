@@ -20,7 +20,7 @@ PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 program
 
 @triton.jit
 def _exact_kernel(
-    q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, chunk_ptr,
+    q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, item_end_ptr,
     out_ptr, sums_ptr, num_seqs, table_width, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
@@ -30,7 +30,7 @@ def _exact_kernel(
     if seq < num_seqs:
         tokens = tl.load(num_tokens_ptr + seq)
         start = tl.load(item_start_ptr + item)
-        end = tl.minimum(start + tl.load(chunk_ptr), (tokens + 63) // 64)
+        end = tl.load(item_end_ptr + item)
         group, dim, token = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, 64)
         dim_ok = dim < DIM
         q_at = ((seq * HEADS + head) * GROUP + group)[:, None] * DIM + dim[None, :]
@@ -100,9 +100,9 @@ def exact_decode(
     out, lse = torch.empty(q.shape, **empty), torch.empty(q.shape[:2], **empty)
     _exact_kernel[(plan.num_items, num_kv_heads)](
         q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
-        plan.chunk, parts, sums, num_seqs, table.stride(0), scale * LOG2_E,
+        plan.item_end, parts, sums, num_seqs, table.stride(0), scale * LOG2_E,
         HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
         ROWS=padded(width), UNIT=128 // dtype.itemsize, num_warps=4, num_stages=3,
     )  # fmt: skip
-    reduce_items(plan.first_item, parts, sums, out, lse, num_kv_heads)
+    reduce_items(plan.first_item, parts, sums, out, lse)
     return out, lse

@@ -30,7 +30,7 @@ def _parts(x):
 @gluon.jit
 def _project_kernel(
     q_ptr, plane_ptr, half_ptr, bf16_ptr, short_ptr, table_ptr, item_seq_ptr, item_start_ptr,
-    first_entry_ptr, chunk_ptr, cos_ptr, sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr,
+    first_entry_ptr, item_end_ptr, cos_ptr, sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr,
     num_seqs, table_width, first_position, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr,
     TURN: gl.constexpr, RANK: gl.constexpr, HEAD_BYTES: gl.constexpr, SCALE_AT: gl.constexpr,
@@ -47,8 +47,7 @@ def _project_kernel(
         ROWS: gl.constexpr = PAGES * 4 * P
         start = gl.load(item_start_ptr + item)
         first_entry = gl.load(first_entry_ptr + seq)
-        count = gl.load(first_entry_ptr + seq + 1) - first_entry
-        end = gl.minimum(start + gl.load(chunk_ptr), count)
+        end = gl.load(item_end_ptr + item)
         row_table = table_ptr + seq * table_width
 
         # the basis, turned so that a product finds it along the dimensions
@@ -190,7 +189,7 @@ def project_queries(
     _project_kernel[(plan.num_items, heads)](
         q.contiguous(), plane, plane.view(torch.float16), plane.view(torch.bfloat16),
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.chunk, cos, sin, basis, out.digits, out.affine, out.slots,
+        plan.item_end, cos, sin, basis, out.digits, out.affine, out.slots,
         q.shape[0], table.stride(0), first_position, scale * LOG2_E,
         HEADS=heads, GROUP=group, P=width, DIM=layout.head_dim, TURN=layout.rope == "frame",
         RANK=side.rank, HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,

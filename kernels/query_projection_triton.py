@@ -20,7 +20,7 @@ from spectral_paged.kernels.triton_page import (
 
 @triton.jit
 def _project_kernel(
-    q_ptr, plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, chunk_ptr,
+    q_ptr, plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr,
     cos_ptr, sin_ptr, basis_ptr, levels_ptr, digits_ptr, affine_ptr, slots_ptr,
     num_seqs, table_width, first_position, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
@@ -37,8 +37,7 @@ def _project_kernel(
     if seq < num_seqs:
         start = tl.load(item_start_ptr + item)
         first_entry = tl.load(first_entry_ptr + seq)
-        count = tl.load(first_entry_ptr + seq + 1) - first_entry
-        end = tl.minimum(start + tl.load(chunk_ptr), count)
+        end = tl.load(item_end_ptr + item)
         row = tl.arange(0, PAGES * 4 * P)
         page, tile, group = row // (4 * P), row // P % 4, row % P
         comp = tl.arange(0, RANK_PAD)
@@ -169,8 +168,8 @@ def project_queries(
         empty(max(layout.num_slots, 1), width),
     )
     _project_kernel[(plan.num_items, heads)](
-        q.contiguous(), plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.chunk,
-        cos, sin, q if basis is None else basis, level_table("gaussian", device),
+        q.contiguous(), plane, table, plan.item_seq, plan.item_start, plan.first_entry,
+        plan.item_end, cos, sin, q if basis is None else basis, level_table("gaussian", device),
         out.digits, out.affine, out.slots,
         q.shape[0], table.stride(0), first_position, scale * LOG2_E,
         HEADS=heads, GROUP=group, P=width, DIM=dim, HALF=cos.shape[-1],

@@ -125,7 +125,7 @@ def _load_tile(
 @gluon.jit
 def _attend_kernel(
     plane_ptr, bytes_ptr, short_ptr, bf16_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr,
-    first_entry_ptr, chunk_ptr, digits_ptr, affine_ptr, slots_ptr, ranks_ptr, values_ptr, sums_ptr,
+    first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr,
     num_seqs, table_width, t0, t1, t2, t3, t4, t5, t6,
     HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, K_RANK: gl.constexpr,
     V_RANK: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
@@ -145,8 +145,7 @@ def _attend_kernel(
         UNIT: gl.constexpr = 16256.0
         start = gl.load(item_start_ptr + item)
         first_entry = gl.load(first_entry_ptr + seq)
-        count = gl.load(first_entry_ptr + seq + 1) - first_entry
-        end = gl.minimum(start + gl.load(chunk_ptr), count)
+        end = gl.load(item_end_ptr + item)
         row = table_ptr + seq * table_width
         tables = (t0, t1, t2, t3, t4, t5, t6)
         smem = gl.allocate_shared_memory(
@@ -280,17 +279,15 @@ def _attend_kernel(
                     )
         out = item.to(gl.int64) * HEADS + head
         group_a = gl.arange(0, P, layout=gl.SliceLayout(0, A))
-        gl.store(
-            ranks_ptr + (out * P + group_a)[None, :] * V_RANK + (VA[0] + comp_a)[:, None], ranks_a
-        )
+        vector = vectors_ptr + (out * P + group_a)[None, :] * (V_RANK + DIM)
+        gl.store(vector + (VA[0] + comp_a)[:, None], ranks_a)
         if VB[1] > 0:
             group_b = gl.arange(0, P, layout=gl.SliceLayout(0, B))
-            gl.store(
-                ranks_ptr + (out * P + group_b)[None, :] * V_RANK + (VB[0] + comp_b)[:, None],
-                ranks_b,
-            )
+            vector_b = vectors_ptr + (out * P + group_b)[None, :] * (V_RANK + DIM)
+            gl.store(vector_b + (VB[0] + comp_b)[:, None], ranks_b)
         group_d = gl.arange(0, P, layout=gl.SliceLayout(0, D))
-        gl.store(values_ptr + (out * P + group_d)[None, :] * DIM + dim[:, None], values)
+        vector_d = vectors_ptr + (out * P + group_d)[None, :] * (V_RANK + DIM)
+        gl.store(vector_d + V_RANK + dim[:, None], values)
         gl.store(sums_ptr + out * 2 * P + group, top)
         gl.store(sums_ptr + (out * 2 + 1) * P + group, total)
 
@@ -329,19 +326,14 @@ def attend_pages(
     heads, dim = layout.num_kv_heads, layout.head_dim
     width = group_sizes(q, layout)[1]
     k, v = layout.k, layout.v
-    items, device = plan.num_items, q.device
-    partials = Partials(
-        *(
-            torch.empty(items, heads, *shape, dtype=torch.float32, device=device)
-            for shape in ((width, v.rank), (width, dim), (2, width))
-        )
-    )
+    items = plan.num_items
+    partials = Partials.empty(items, layout, width, q.device)
     bands = [*band_tuples(k), NO_BAND][:2] + [*band_tuples(v), NO_BAND][:2]
     _attend_kernel[(items, heads)](
         plane.view(torch.int32), plane, plane.view(torch.int16), plane.view(torch.bfloat16),
         plane.view(torch.float16), table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.chunk, projected.digits.view(torch.int32), projected.affine,
-        projected.slots, partials.ranks, partials.values, partials.sums,
+        plan.item_end, projected.digits.view(torch.int32), projected.affine,
+        projected.slots, partials.vectors, partials.sums,
         q.shape[0], table.stride(0), *level_words(),
         HEADS=heads, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
         KA=bands[0], KB=bands[1], VA=bands[2], VB=bands[3], HEAD_BYTES=layout.head_bytes,

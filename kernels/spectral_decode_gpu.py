@@ -23,7 +23,7 @@ from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import check_layout
 
-TARGET_ITEMS = 128  # items a head, where there is work for so many
+PROGRAMS = 792  # two rounds of the three programs that each of 132 multiprocessors holds
 
 
 def plan_pages(layout: PageLayout, num_pages: Tensor, max_entries: int) -> DecodePlan:
@@ -34,8 +34,9 @@ def plan_pages(layout: PageLayout, num_pages: Tensor, max_entries: int) -> Decod
         max_entries: a bound on their sum.
     """
     chunk = 1 << 30 if layout.v.shared_basis else 1
+    target = max(1, PROGRAMS // layout.num_kv_heads)
     return DecodePlan.of(
-        num_pages, max_entries=max_entries, target_items=TARGET_ITEMS, max_chunk=chunk
+        num_pages, max_entries=max_entries, target_items=target, max_chunk=chunk
     )
 
 

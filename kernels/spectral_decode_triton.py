@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,8 +19,8 @@ from spectral_paged.kernels.triton_page import (
 
 @triton.jit
 def _attend_kernel(
-    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, chunk_ptr, levels_ptr,
-    digits_ptr, affine_ptr, slots_ptr, ranks_ptr, values_ptr, sums_ptr, num_seqs, table_width,
+    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
+    digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
     K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_BANDS: tl.constexpr, V_BANDS: tl.constexpr,
     HEAD_BYTES: tl.constexpr, K_GAIN: tl.constexpr, V_GAIN: tl.constexpr, V_SCALE: tl.constexpr,
@@ -33,8 +32,7 @@ def _attend_kernel(
     if seq < num_seqs:
         start = tl.load(item_start_ptr + item)
         first_entry = tl.load(first_entry_ptr + seq)
-        count = tl.load(first_entry_ptr + seq + 1) - first_entry
-        end = tl.minimum(start + tl.load(chunk_ptr), count)
+        end = tl.load(item_end_ptr + item)
         token = tl.arange(0, 128)
         k_comp, v_comp = tl.arange(0, K_PAD), tl.arange(0, V_PAD)
         dim = tl.arange(0, DIM_PAD)
@@ -127,9 +125,9 @@ def _attend_kernel(
                     ranks = ranks * shrink[None, :]
                     top = new_top
         out = item.to(tl.int64) * HEADS + head
-        to = ranks_ptr + (out * P + group)[None, :] * V_RANK + v_comp[:, None]
+        to = vectors_ptr + (out * P + group)[None, :] * (V_RANK + DIM) + v_comp[:, None]
         tl.store(to, ranks, mask=(v_comp < V_RANK)[:, None] & (group < P)[None, :])
-        to = values_ptr + (out * P + group)[None, :] * DIM + dim[:, None]
+        to = vectors_ptr + (out * P + group)[None, :] * (V_RANK + DIM) + V_RANK + dim[:, None]
         tl.store(to, values, mask=(dim < DIM)[:, None] & (group < P)[None, :])
         tl.store(sums_ptr + out * 2 * P + group, top, mask=group < P)
         tl.store(sums_ptr + (out * 2 + 1) * P + group, total, mask=group < P)
@@ -148,17 +146,12 @@ def attend_pages(
     heads, dim = layout.num_kv_heads, layout.head_dim
     group, width = group_sizes(q, layout)
     k, v = layout.k, layout.v
-    items, device = plan.num_items, q.device
-    partials = Partials(
-        *(
-            torch.empty(items, heads, *shape, dtype=torch.float32, device=device)
-            for shape in ((width, v.rank), (width, dim), (2, width))
-        )
-    )
+    items = plan.num_items
+    partials = Partials.empty(items, layout, width, q.device)
     _attend_kernel[(items, heads)](
-        plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.chunk,
-        level_table(layout.levels, device), projected.digits, projected.affine, projected.slots,
-        partials.ranks, partials.values, partials.sums, q.shape[0], table.stride(0),
+        plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
+        level_table(layout.levels, q.device), projected.digits, projected.affine, projected.slots,
+        partials.vectors, partials.sums, q.shape[0], table.stride(0),
         HEADS=heads, GROUP=group, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
         K_BANDS=band_tuples(k), V_BANDS=band_tuples(v), HEAD_BYTES=layout.head_bytes,
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,

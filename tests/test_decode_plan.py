@@ -16,7 +16,7 @@ from spectral_paged.kernels.decode_plan import DecodePlan
     single=st.booleans(),
     slack=st.integers(0, 50),
 )
-def test_items_cover_every_entry_once_and_none_is_longer_than_a_chunk(
+def test_items_cover_every_entry_once_and_are_of_like_size(
     counts, target, single, slack
 ):
     plan = DecodePlan.of(
@@ -25,18 +25,20 @@ def test_items_cover_every_entry_once_and_none_is_longer_than_a_chunk(
         target_items=target,
         max_chunk=1 if single else 1 << 30,
     )
-    chunk = int(plan.chunk)
-    assert chunk == 1 if single else chunk == max(1, -(-sum(counts) // target))
+    limit = 1 if single else max(1, -(-sum(counts) // target))
+    sizes = [set() for _ in counts]
     seen = {i: [] for i in range(len(counts))}
     for item in range(plan.num_items):
         seq, start = int(plan.item_seq[item]), int(plan.item_start[item])
         if seq == len(counts):
             continue  # a slot without work
         assert int(plan.first_item[seq]) <= item < int(plan.first_item[seq + 1])
-        end = min(start + chunk, counts[seq])
-        assert start < end
+        end = int(plan.item_end[item])
+        assert start < end <= start + limit
+        sizes[seq].add(end - start)
         seen[seq] += range(start, end)
     assert seen == {i: list(range(count)) for i, count in enumerate(counts)}
+    assert all(max(s) - min(s) <= 1 for s in sizes if s)
     assert plan.first_entry.tolist() == [sum(counts[:i]) for i in range(len(counts) + 1)]
 
 

@@ -6,10 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_cases import PAGES, exact_case, exact_error, page_case, page_error
 from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import LLM, PageFormat, SamplingParams
 from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.errors import FormatError
+
+if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
+    from spectral_paged.kernels import spectral_decode_gpu
+    from spectral_paged.kernels.exact_decode_triton import exact_decode
+    from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +44,86 @@ def test_a_page_encoded_on_the_gpu_is_as_good_as_one_of_the_cpu():
     for side, (k, v) in enumerate(((x[0], x[1]), (x[0].cuda(), x[1].cuda()))):
         for got, want in zip(decode_pages(encode_pages(k, v, format), format), (x[0], x[1])):
             assert float((got.cpu() - want).norm() / want.norm()) < 0.01, side
+
+
+# ---- kernels -----------------------------------------------------------------------------
+
+RAGGED = (0, 3, 1, 5)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize(
+    "name, group", [*((name, 4) for name in PAGES), *(("quality-128", g) for g in (1, 3, 7, 8, 16))]
+)
+def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
+    """Where a layout has no explicit kernel, `explicit` takes the portable one."""
+    args, options = page_case(name, heads=2, group=group, counts=RAGGED, device="cuda")
+    assert page_error(spectral_decode, args, options, explicit=explicit) < 2e-3
+
+
+@pytest.mark.parametrize("target", [1, 2, 64])
+@pytest.mark.parametrize("name", ["quality-64", "quality-128", "compact-128"])
+def test_the_number_of_splits_changes_nothing_that_shows(name, target, monkeypatch):
+    args, options = page_case(name, heads=2, group=4, counts=RAGGED, device="cuda")
+    whole = spectral_decode(*args, **options)
+    monkeypatch.setattr(spectral_decode_gpu, "PROGRAMS", target)
+    for x, y in zip(spectral_decode(*args, **options), whole):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["quality-128", "int8-128"])
+def test_the_same_call_gives_the_same_bits(name):
+    args, options = page_case(name, heads=2, group=4, counts=RAGGED, device="cuda")
+    first, second = (spectral_decode(*args, **options) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+def test_a_graph_captured_once_serves_other_lengths_and_tables():
+    (q, plane, table, counts), options = page_case(
+        "quality-128", heads=2, group=4, counts=(4, 2), device="cuda"
+    )
+    static_table, static_counts = table.clone(), counts.clone()
+    spectral_decode(q, plane, static_table, static_counts, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = spectral_decode(q, plane, static_table, static_counts, **options)
+    for rows, lengths in (((0, 1), (4, 2)), ((1, 0), (1, 3)), ((0, 1), (0, 1))):
+        static_table.copy_(table[list(rows)])
+        static_counts.copy_(torch.tensor(lengths))
+        graph.replay()
+        want = spectral_decode(q, plane, static_table, static_counts, **options)
+        assert all(torch.equal(x, y) for x, y in zip(out, want))
+
+
+def test_pages_past_two_gigabytes_are_found():
+    (q, plane, table, counts), options = page_case(
+        "quality-128", heads=2, group=4, counts=(2,), device="cuda"
+    )
+    far = (5 << 30) // 128
+    large = torch.empty((5 << 30) + plane.numel(), dtype=torch.uint8, device="cuda")
+    large[far * 128 :] = plane
+    want = spectral_decode(q, plane, table, counts, **options)
+    moved = torch.where(table < 10**6, table + far, table)
+    got = spectral_decode(q, large, moved, counts, **options)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 16])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_exact_pages_are_read_as_the_twin_reads_them(group, dim, dtype):
+    counts = [1, 63, 64, 0, 65, 300, 2000]
+    args, options = exact_case(counts, group=group, dim=dim, dtype=dtype, device="cuda")
+    # weights are rounded to the pages' dtype, as every flash kernel does
+    limit = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert exact_error(exact_decode, args, options) < limit
+
+
+def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():
+    format = dataclasses.replace(tiny_format("spectral-int8"), rope="pre")
+    with pytest.raises(FormatError, match="rope='frame'"):
+        LLM.from_model(tiny_model().cuda(), kv_format=format, kv_cache_bytes=16 << 20)
 
 
 @pytest.mark.parametrize("heads, dim", [(2, 16), (8, 128), (3, 64)])

@@ -366,3 +366,16 @@ def test_views_of_a_page_share_its_memory():
     for view in sections(pages, format):
         view.view(torch.uint8).fill_(7)
     assert bool((pages[:, ::128] == 7).all())
+
+
+@pytest.mark.parametrize("name", ["slots", "mixed"])
+def test_a_gain_of_code_zero_marks_the_outlier_tokens_and_no_other(name):
+    format = kind(name, gain=True)
+    k, v = toy_blocks(3, H, D)
+    k[:, :, 100] = v[:, :, 100] = 0.0  # a silent token is no outlier
+    pages = encode_pages(k, v, format)
+    want = torch.zeros(3, H, 512, dtype=torch.bool)
+    if format.outlier_slots:
+        want.scatter_(-1, slot_tokens(pages, format.layout).long(), True)
+    for side in "kv":
+        assert torch.equal(side_view(pages, format.layout, side).gain == 0, want)

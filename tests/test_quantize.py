@@ -176,7 +176,8 @@ def test_the_gain_of_a_silent_token_harms_nobody(bits):
     silent = x.clone()
     silent[:, [0, 77, 511]] = 0.0
     q = quantized(silent, bits, gain=True)
-    assert bool(torch.isfinite(q.values).all()) and not q.gain[:, [0, 77, 511]].any()
+    assert bool(torch.isfinite(q.values).all())
+    assert bool((q.gain[:, [0, 77, 511]] == 1).all())  # the least there is: 0 marks an outlier
     assert float(q.values[:, [0, 77, 511]].abs().max()) < 0.02
     others = torch.ones(512, dtype=torch.bool)
     others[[0, 77, 511]] = False

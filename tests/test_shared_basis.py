@@ -170,7 +170,8 @@ def test_rows_at_full_rank_lose_nothing(weighting):
     x = torch.randn(LAYERS, H, 100, D)
     for rows in (bound.k, bound.v):
         y = x if weighting == "none" else x @ rows.weight
-        assert torch.allclose((y @ rows.vectors.mT) @ rows.rows, x, atol=1e-4)
+        back = (y @ rows.vectors.mT) @ rows.rows
+        assert float((back - x).norm() / x.norm()) < 2**-11  # what fp16 rounds off the rows
 
 
 def test_a_metric_root_is_symmetric_floored_and_invertible():

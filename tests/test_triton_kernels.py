@@ -36,7 +36,7 @@ def test_any_number_of_queries_may_share_a_kv_head(name, group):
 def test_the_number_of_splits_changes_nothing_that_shows(target, monkeypatch):
     args, options = page_case("quality-64", counts=(5, 0, 3, 1))
     whole = spectral_decode(*args, **options)
-    monkeypatch.setattr(spectral_decode_gpu, "TARGET_ITEMS", target)
+    monkeypatch.setattr(spectral_decode_gpu, "PROGRAMS", target)
     split = spectral_decode(*args, **options)
     for x, y in zip(split, whole):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
