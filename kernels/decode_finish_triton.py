@@ -59,14 +59,14 @@ def _reduce_kernel(
 def _apply_kernel(
     mixed_ptr, basis_ptr, out_ptr, num_seqs,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
-    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+    RANK_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Vectors in rank space times V's shared basis, and what lies beside them; one KV head."""
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < num_seqs * GROUP
     query = (row // GROUP * HEADS + head) * GROUP + row % GROUP
-    dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+    dim, comp = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK_PAD)
     ok = real[:, None] & (comp < RANK)[None, :]
     vector = mixed_ptr + query[:, None] * (RANK + DIM)
     mixed = tl.load(vector + comp[None, :], mask=ok, other=0.0)
@@ -145,14 +145,14 @@ def finish(
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    sizes = {"HEADS": heads, "DIM": dim, "RANK": side.rank, "DIM_PAD": padded(dim),
-             "RANK_PAD": padded(side.rank), "num_warps": 4, "num_stages": 1}  # fmt: skip
+    sizes = {"HEADS": heads, "DIM": dim, "RANK": side.rank, "RANK_PAD": padded(side.rank),
+             "num_warps": 4, "num_stages": 1}  # fmt: skip
     if not side.shared_basis:
         _apply_pages_kernel[(plan.num_items, heads)](
             plane, table, plan.item_seq, plan.item_start, level_table("gaussian", q.device),
             partials.vectors, q.shape[0], table.stride(0),
-            P=width, BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, ROWS=padded(width),
-            **sizes,
+            P=width, BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, DIM_PAD=padded(dim),
+            ROWS=padded(width), **sizes,
         )  # fmt: skip
         values = partials.vectors[..., side.rank :]
         reduce_items(plan.first_item, values, partials.sums, out, lse)
@@ -160,7 +160,8 @@ def finish(
     mixed = torch.empty(*q.shape[:2], side.rank + dim, dtype=torch.float32, device=q.device)
     reduce_items(plan.first_item, partials.vectors, partials.sums, mixed, lse)
     rows = 64 if q.shape[0] * group > 16 else 16
-    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads)](
-        mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, **sizes
+    columns = min(padded(dim), 128)  # a basis of 256 x 256 is more than shared memory takes
+    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, columns))](
+        mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, COLUMNS=columns, **sizes
     )
     return out, lse
