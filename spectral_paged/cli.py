@@ -86,7 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=Path("benchmarks/results"),
         help="where `bench quality` wrote: a format that was not judged has no row",
     )  # fmt: skip
-    decode.add_argument("--unjudged", action="store_true", help="rows of such formats all the same")
+    decode.add_argument("--unjudged", action="store_true", help="measure such formats all the same")
+    decode.add_argument(
+        "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
+    )
     decode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     return parser
 
@@ -256,7 +259,8 @@ def bench_decode(args: argparse.Namespace) -> int:
     """Run the decode benchmark; Triton is imported for it alone."""
     from spectral_paged.placement import choose_device
 
-    choose_device("cuda")  # says what is missing
+    if not args.report_only:
+        choose_device("cuda")  # says what is missing
     from spectral_paged.benchmarks import decode
 
     return decode.main(
@@ -265,6 +269,7 @@ def bench_decode(args: argparse.Namespace) -> int:
         shapes=args.shape,
         formats=args.format,
         unjudged=args.unjudged,
+        report_only=args.report_only,
     )
 
 

@@ -10,6 +10,7 @@ from spectral_paged.kernels.exact_decode import exact_decode
 from spectral_paged.kernels.exact_pages import exact_append
 from spectral_paged.kernels.layout import exact_page_bytes
 from spectral_paged.kernels.spectral_decode import spectral_decode
+from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
 from spectral_paged.page_format import PageFormat
 from spectral_paged.rope import RotaryTable
 
@@ -93,6 +94,33 @@ def page_error(op, args, options, **more):
         float((x[full] - y[full]).norm() / y[full].norm().clamp_min(1e-9))
         for x, y in zip(got, want)
     )
+
+
+def rebuild_error(op, args, options):
+    """Largest relative error of rebuilt K and V of the second sequence, against the twin."""
+    plane, table, counts = args[1], args[2], args[3]
+    common = {name: value for name, value in options.items() if name != "scale"}
+    entries = table[1, : int(counts[1])]
+    want = spectral_rebuild(plane, entries, dtype=torch.float32, **common)
+    got = op(plane, entries, dtype=torch.float32, **common)
+    assert [x.shape for x in got] == [x.shape for x in want]
+    return max(float((x - y).norm() / y.norm()) for x, y in zip(got, want))
+
+
+def append_both(op, *, device="cpu", dtype=torch.float32):
+    """A plane after the twin's append and after `op`'s: 70 tokens of K, V in one wide tensor."""
+    heads, dim, pages = 3, 24, 4
+    wide = torch.randn(70, 2 * heads * dim, device=device).to(dtype)
+    k, v = (x.unflatten(1, (heads, dim)) for x in wide.chunk(2, dim=1))
+    size = exact_page_bytes(heads, dim, dtype.itemsize)
+    order = torch.tensor([2, 0, 3, 1], device=device, dtype=torch.int32) * (size // 128)
+    place = torch.arange(30, 100, device=device)
+    planes = []
+    for append in (exact_append, op):
+        plane = torch.full((pages * size,), 255, dtype=torch.uint8, device=device)
+        append(k, v, plane, order[place // 64], place % 64)
+        planes.append(plane)
+    return planes
 
 
 def exact_case(counts, *, heads=2, group=3, dim=64, dtype=torch.float32, device="cpu"):

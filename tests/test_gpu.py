@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import PAGES, exact_case, exact_error, page_case, page_error
+from kernel_cases import (
+    PAGES,
+    append_both,
+    exact_case,
+    exact_error,
+    page_case,
+    page_error,
+    rebuild_error,
+)
 from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import LLM, PageFormat, SamplingParams
@@ -15,8 +23,10 @@ from spectral_paged.errors import FormatError
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
     from spectral_paged.kernels import spectral_decode_gpu
+    from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
     from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
+    from spectral_paged.kernels.spectral_rebuild_triton import spectral_rebuild
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,6 +128,18 @@ def test_exact_pages_are_read_as_the_twin_reads_them(group, dim, dtype):
     # weights are rounded to the pages' dtype, as every flash kernel does
     limit = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     assert exact_error(exact_decode, args, options) < limit
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_history_is_rebuilt_as_the_twin_rebuilds_it(name):
+    args, options = page_case(name, heads=2, device="cuda")
+    assert rebuild_error(spectral_rebuild, args, options) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_append_writes_the_bytes_that_the_twin_writes(dtype):
+    want, got = append_both(exact_append, dtype=dtype, device="cuda")
+    assert torch.equal(got, want)
 
 
 def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import PAGES, exact_case, exact_error, page_case, page_error
+from kernel_cases import (
+    PAGES,
+    append_both,
+    exact_case,
+    exact_error,
+    page_case,
+    page_error,
+    rebuild_error,
+)
 
 from spectral_paged.kernels import spectral_decode_gpu
+from spectral_paged.kernels.exact_append_triton import exact_append
 from spectral_paged.kernels.exact_decode_triton import exact_decode
 from spectral_paged.kernels.merge import merge as torch_merge
 from spectral_paged.kernels.merge_triton import merge
 from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
+from spectral_paged.kernels.spectral_rebuild_triton import spectral_rebuild
 from spectral_paged.kernels.triton_page import check_layout
 from spectral_paged.page_format import PageFormat
 
@@ -80,6 +90,28 @@ def test_more_queries_than_a_kernel_takes_are_refused():
         spectral_decode(*args, **options)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_history_is_rebuilt_as_the_twin_rebuilds_it(name):
+    args, options = page_case(name, heads=2)
+    assert rebuild_error(spectral_rebuild, args, options) < 1e-5
+
+
+def test_keys_before_rope_are_rebuilt_too(monkeypatch):
+    dim, fields = PAGES["many-bands"]
+    monkeypatch.setitem(PAGES, "many-bands", (dim, {**fields, "rope": "pre"}))
+    args, options = page_case("many-bands", heads=2, landmarks=128)
+    assert rebuild_error(spectral_rebuild, args, options) < 1e-5
+
+
+def test_a_sequence_of_blocks_held_exactly_has_no_history():
+    args, options = page_case("quality-64")
+    del options["scale"]
+    k, v = spectral_rebuild(
+        args[1], torch.full((2,), -1, dtype=torch.int32), dtype=torch.float32, **options
+    )
+    assert k.shape == v.shape == (1, 0, 64)
+
+
 # ---- exact pages and merging -------------------------------------------------------------
 
 
@@ -93,6 +125,12 @@ def test_exact_pages_are_read_as_the_twin_reads_them(group, dim):
 def test_half_precision_pages_are_read_to_their_precision():
     args, options = exact_case([130, 511, 513], dtype=torch.float16)
     assert exact_error(exact_decode, args, options) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_append_writes_the_bytes_that_the_twin_writes(dtype):
+    want, got = append_both(exact_append, dtype=dtype)
+    assert torch.equal(got, want)
 
 
 def test_merging_is_what_the_twin_does_and_empty_parts_have_no_weight():

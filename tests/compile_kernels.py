@@ -1,0 +1,150 @@
+"""Compile every kernel that the presets launch for a Hopper GPU, without one.
+
+Run as a script, outside of the interpreter: `python compile_kernels.py`. Prints a JSON line a
+kernel: name, what it was launched for, bytes of shared memory, registers spilled to memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from kernel_cases import exact_case
+from page_parts import toy_basis
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from spectral_paged.kernels import (
+    decode_finish_triton,
+    exact_append_triton,
+    exact_decode_triton,
+    merge_triton,
+    query_projection_gluon,
+    query_projection_triton,
+    spectral_decode_gluon,
+    spectral_decode_gpu,
+    spectral_decode_triton,
+    spectral_rebuild_triton,
+)
+from spectral_paged.page_format import PageFormat
+from spectral_paged.presets import PRESETS
+
+PORTABLE = (
+    decode_finish_triton, exact_append_triton, exact_decode_triton, merge_triton,
+    query_projection_triton, spectral_decode_triton, spectral_rebuild_triton,
+)  # fmt: skip
+EXPLICIT = (query_projection_gluon, spectral_decode_gluon)
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def spilled(cubin: bytes) -> int:
+    """Bytes of the stack that the kernel uses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
+
+
+class Compiled:
+    """Stands in for a kernel: compiles what it is launched with, and runs nothing."""
+
+    label = ""
+    seen: set[str] = set()
+
+    def __init__(self, kernel, source):
+        self.kernel, self.source = kernel, source
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4, num_stages=3, **constants):
+        names = self.kernel.arg_names
+        signature, aligned, fixed = {}, {}, {}
+        for i, name in enumerate(names):
+            if i >= len(args):
+                signature[name], fixed[(i,)] = "constexpr", constants[name]
+            elif isinstance(args[i], torch.Tensor):
+                signature[name] = POINTERS[args[i].dtype]
+                aligned[(i,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32" if isinstance(args[i], float) else "i32"
+        key = f"{self.kernel.__module__} {signature} {fixed}"
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = self.source(self.kernel, signature=signature, constexprs=fixed, attrs=aligned)
+        built = triton.compile(
+            source,
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+        found = {
+            "kernel": f"{self.kernel.__module__.split('.')[-1]}.{self.kernel.__name__}",
+            "for": self.label,
+            "shared": built.metadata.shared,
+            "spilled": spilled(built.asm["cubin"]),
+        }
+        print(json.dumps(found), flush=True)
+
+
+def stand_in():
+    for modules, source in ((PORTABLE, ASTSource), (EXPLICIT, GluonASTSource)):
+        for module in modules:
+            for name in [n for n in vars(module) if re.fullmatch(r"_\w+_kernel", n)]:
+                setattr(module, name, Compiled(getattr(module, name), source))
+
+
+def launch_pages(format, group):
+    """Launch a decode over one empty page of `format`, and its rebuilding."""
+    rows = {}
+    if format.needs_calibration:
+        basis = toy_basis(1, format.num_kv_heads, format.head_dim).bind(format)
+        format = basis.format
+        rows = {"k_basis": basis.k.rows[0], "v_basis": basis.v.rows[0]}
+    half = format.head_dim // 2
+    plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
+    common = {
+        "layout": format.layout, "first_position": 64, "cos": torch.ones(600, half),
+        "sin": torch.zeros(600, half), **rows,
+    }  # fmt: skip
+    q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=torch.bfloat16)
+    spectral_decode_gpu.spectral_decode(
+        q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common
+    )
+    if group == 4 and format.head_dim == 128:
+        spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
+
+
+def main():
+    stand_in()
+    cases = [(n, dim, group) for n in PRESETS for dim, group in ((64, 3), (128, 4)) if n != "exact"]
+    cases += [("spectral-quality", 128, 7), ("spectral-compact", 128, 7)]
+    cases += [("spectral-quality", 256, 4)]  # the portable kernels at their widest
+    for name, dim, group in cases:
+        Compiled.label = f"{name}, width {dim}, {group} queries"
+        launch_pages(PageFormat.preset(name, num_kv_heads=1, head_dim=dim), group)
+    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
+        Compiled.label = f"exact, width {dim}, {dtype}"
+        args, options = exact_case([65], dim=dim, dtype=dtype)
+        exact_decode_triton.exact_decode(*args, **options)
+    k = torch.zeros(1, 2, 128, dtype=torch.bfloat16)
+    place, plane = torch.zeros(1).int(), torch.zeros(1 << 16, dtype=torch.uint8)
+    exact_append_triton.exact_append(k, k, plane, place, place)
+    merge_triton.merge([torch.zeros(1, 2, 64)] * 2, [torch.zeros(1, 2)] * 2)
+
+
+if __name__ == "__main__":
+    main()
