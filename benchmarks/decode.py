@@ -276,7 +276,7 @@ class Workload:
         )
         counts = torch.tensor(num_pages, dtype=torch.int32, device="cuda")
         plan = pages_op.plan_pages(format.layout, counts, max(sum(num_pages), 1))
-        rows: dict[str, Tensor] = {}
+        rows: dict[str, Any] = {}
         if format.basis == "shared":
             for name, rank in (("k_basis", format.k_rank), ("v_basis", format.v_rank)):
                 rows[name] = torch.randn(self.heads, rank, self.dim, device="cuda") * 0.1

@@ -94,10 +94,13 @@ def exact_decode(
         plan = plan_exact(num_tokens, table.shape[0] * table.shape[1], num_kv_heads)
     group = num_q_heads // num_kv_heads
     width = padded(group, 1)
-    empty = {"dtype": torch.float32, "device": q.device}
-    parts = torch.empty(plan.num_items, num_kv_heads, width, dim, **empty)
-    sums = torch.empty(plan.num_items, num_kv_heads, 2, width, **empty)
-    out, lse = torch.empty(q.shape, **empty), torch.empty(q.shape[:2], **empty)
+    shapes = (
+        (plan.num_items, num_kv_heads, width, dim), (plan.num_items, num_kv_heads, 2, width),
+        q.shape, q.shape[:2],
+    )  # fmt: skip
+    parts, sums, out, lse = (
+        torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes
+    )
     _exact_kernel[(plan.num_items, num_kv_heads)](
         q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
         plan.item_end, parts, sums, num_seqs, table.stride(0), scale * LOG2_E,
