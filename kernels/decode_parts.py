@@ -41,6 +41,19 @@ class Projected:
     affine: Tensor
     slots: Tensor
 
+    @classmethod
+    def empty(cls, entries: int, layout: PageLayout, width: int, device: torch.device) -> Projected:
+        """For `entries` table entries and `width` padded queries a head."""
+
+        def part(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(entries, layout.num_kv_heads, *shape, dtype=dtype, device=device)
+
+        return cls(
+            part(TILES, 2 * width, layout.k.rank, dtype=torch.int8),
+            part(TILES, 2, width),
+            part(max(layout.num_slots, 1), width),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Partials:

@@ -8,6 +8,8 @@ thread of four that shares a row, i the byte of a register, h the register of tw
 
 from __future__ import annotations
 
+from functools import cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -19,7 +21,8 @@ def _word(values: list[int]) -> int:
     return int.from_bytes(bytes(x & 0xFF for x in values), "little")
 
 
-def level_words() -> list[int]:
+@cache  # launched with, a layer at a time
+def level_words() -> tuple[int, ...]:
     """The level tables as words that a byte permute takes: of 4 bits (4 words), 3 (2) and 2 (1).
 
     A permute answers bit 3 of a selector with the sign of the byte it found, eight times. Of 4 bits
@@ -30,7 +33,7 @@ def level_words() -> list[int]:
     first = [~x if x < 0 else x for x in table[4][:8]]
     parts = [first, table[4][8:], table[3], list(table[2]) + [0] * 4]
     words = [_word(list(part[i : i + 4])) for part in parts for i in (0, 4)]
-    return [x - (1 << 32) if x >= 1 << 31 else x for x in words[:7]]
+    return tuple(x - (1 << 32) if x >= 1 << 31 else x for x in words[:7])
 
 
 # $2: 8 codes of 4 bits -> $0: levels of codes 0..3, $1: of 4..7; tables in $6, $10, $14, $18.

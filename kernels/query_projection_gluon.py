@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from spectral_paged.kernels.decode_parts import LOG2_E, TILES, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 
@@ -173,19 +173,11 @@ def project_queries(
     basis: Tensor | None,
     plan: DecodePlan,
 ) -> Projected:
-    """`spectral_decode_triton.project_queries` for layouts that `supports` names."""
+    """`query_projection_triton.project_queries` for layouts that `supports` names."""
     assert basis is not None, "the basis is shared"
-    heads, side, entries = layout.num_kv_heads, layout.k, plan.max_entries
+    heads, side = layout.num_kv_heads, layout.k
     group, width = group_sizes(q, layout)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(entries, heads, *shape, dtype=dtype, device=q.device)
-
-    out = Projected(
-        empty(TILES, 2 * width, side.rank, dtype=torch.int8),
-        empty(TILES, 2, width),
-        empty(max(layout.num_slots, 1), width),
-    )
+    out = Projected.empty(plan.max_entries, layout, width, q.device)
     _project_kernel[(plan.num_items, heads)](
         q.contiguous(), plane, plane.view(torch.float16), plane.view(torch.bfloat16),
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -157,19 +156,10 @@ def project_queries(
     """Queries in the rank space of every page and frame; see `Projected`."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.k
     group, width = group_sizes(q, layout)
-    entries, device = plan.max_entries, q.device
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(entries, heads, *shape, dtype=dtype, device=device)
-
-    out = Projected(
-        empty(TILES, 2 * width, side.rank, dtype=torch.int8),
-        empty(TILES, 2, width),
-        empty(max(layout.num_slots, 1), width),
-    )
+    out = Projected.empty(plan.max_entries, layout, width, q.device)
     _project_kernel[(plan.num_items, heads)](
         q.contiguous(), plane, table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.item_end, cos, sin, q if basis is None else basis, level_table("gaussian", device),
+        plan.item_end, cos, sin, q if basis is None else basis, level_table("gaussian", q.device),
         out.digits, out.affine, out.slots,
         q.shape[0], table.stride(0), first_position, scale * LOG2_E,
         HEADS=heads, GROUP=group, P=width, DIM=dim, HALF=cos.shape[-1],

@@ -46,15 +46,16 @@ def stored_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
         k: `[..., 512, D]`, after RoPE.
         cos, sin: the model's table at the blocks' own positions, `[..., 512, rotary_dim / 2]`.
     """
-    if rope == "post":
-        return k.float()
-    rows = turned_with(torch.zeros((), dtype=torch.long, device=k.device), rope)
-    return rotate(k, cos[..., rows, :], sin[..., rows, :], inverse=True)
+    return _turned(k, cos, sin, rope, inverse=True)
 
 
 def read_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
     """Keys after RoPE of what `stored_keys` stored; arguments as there."""
+    return _turned(k, cos, sin, rope, inverse=False)
+
+
+def _turned(k: Tensor, cos: Tensor, sin: Tensor, rope: str, *, inverse: bool) -> Tensor:
     if rope == "post":
         return k.float()
     rows = turned_with(torch.zeros((), dtype=torch.long, device=k.device), rope)
-    return rotate(k, cos[..., rows, :], sin[..., rows, :])
+    return rotate(k, cos[..., rows, :], sin[..., rows, :], inverse=inverse)

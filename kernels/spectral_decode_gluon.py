@@ -22,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from spectral_paged.kernels.decode_parts import Partials, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import MAX_GROUP, Partials, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import (
     digit_steps,
@@ -302,7 +302,7 @@ def supports(layout: PageLayout, group: int) -> bool:
     k, v = layout.k, layout.v
     return (
         layout.head_dim in (64, 128)
-        and group <= 16
+        and group <= MAX_GROUP
         and layout.levels == "gaussian"
         and (layout.num_slots == 0 or k.gain_offset >= 0)
         and (k.gain_offset >= 0) == (v.gain_offset >= 0)

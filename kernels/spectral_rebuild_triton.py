@@ -10,6 +10,7 @@ from torch import Tensor
 from spectral_paged.kernels.layout import BLOCK_TOKENS, TILE_TOKENS, PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
+    check_scales,
     level_table,
     load_rows,
     load_values,
@@ -130,8 +131,7 @@ def spectral_rebuild(
     Raises:
         ValueError: more than one scale a component.
     """
-    if layout.k.scale_groups != 1:
-        raise ValueError("GPU kernels take scale_tokens=512 (one scale a component and page)")
+    check_scales(layout)
     present = positions >= 0
     count = int(present.sum()) if num_pages is None else num_pages
     place = present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1

@@ -49,6 +49,15 @@ def check_layout(layout: PageLayout) -> None:
             "rope='pre' keys have no GPU kernel: every key would be rotated at every step; use "
             "rope='frame', which turns the query once a frame"
         )
+    check_scales(layout)
+
+
+def check_scales(layout: PageLayout) -> None:
+    """Refuse scales of fewer tokens than a page.
+
+    Raises:
+        ValueError: more than one scale a component.
+    """
     if layout.k.scale_groups != 1:
         raise ValueError("GPU kernels take scale_tokens=512 (one scale a component and page)")
 

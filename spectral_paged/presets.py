@@ -88,8 +88,8 @@ def _reference_ranks(name: str, head_dim: int) -> tuple[int, int]:
 def mixed_bands(name: str, head_dim: int) -> tuple[Bands, Bands]:
     """Bands of K and V of a mixed-bit preset.
 
-    Presets leave out weak components of K; V needs them all. Chosen by measurement at widths 64
-    and 128, in proportion at 96 and 256; other widths keep every component.
+    V needs every component, K nearly so; counts are those that kernels with explicit layouts read
+    at widths 64 and 128, where they were measured; 96 and 256 follow in proportion.
     """
     known = MIXED_BANDS[name]
     if head_dim in known:

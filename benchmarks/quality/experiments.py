@@ -57,7 +57,7 @@ def ranks(methods: MethodSet) -> Experiment:
         rows.append(methods.variant(format, f"{format.name}, nothing else", **NOTHING))
     return Experiment(
         "Ranks",
-        "INT8 coefficients on a basis in every page, before RoPE, at K and V ranks 16/32, 32/64 "
+        "INT8 coefficients on a basis in every page, at K and V ranks 16/32, 32/64 "
         "and 64/128 of a head of 128 (narrower heads in proportion): with page mean and 64 exact "
         "landmarks, and with nothing else.",
         present(*rows),
