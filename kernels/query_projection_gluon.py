@@ -1,7 +1,9 @@
 """Queries in the rank space of pages, with explicit layouts (Gluon); see `project_queries`.
 
-A warp takes the rows of one page (4 frames x 4 queries are the 16 rows of a tensor-core operand),
-so nothing but the shared basis goes through shared memory and no warp waits for another.
+A program is one warp and takes 16 rows (frames x queries of a KV head) of a page at a time. A
+thread of four that share a row takes a quarter of the dimensions, consecutive ones, of the query
+and of the basis alike: the order of a sum is free, so operands come in wide loads straight from
+memory. Products need nothing of the page, its scales and exact vectors arrive meanwhile.
 """
 
 from __future__ import annotations
@@ -16,15 +18,65 @@ from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 
-WARPS = 4
 CHUNK = 32  # components that one product makes at a time
+ROWS = 16
+SPLITS = 2  # programs that share an item of several pages
+
+
+@gluon.constexpr_function
+def _dims_layout(rows, dims):
+    """`[rows, dims]`: a thread's consecutive quarter of the dimensions of rows r, r + 8, ..."""
+    regs = [[0, 1 << i] for i in range((dims // 4).bit_length() - 1)]
+    regs += [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
+    lanes = [[0, dims // 4], [0, dims // 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(regs, lanes, [], [], [rows, dims])
+
+
+@gluon.constexpr_function
+def _rows_layout():
+    """`[16, 32]`: a thread holds eight components in a row, one 8-byte store of digits."""
+    regs = [[0, 1], [0, 2], [0, 4], [8, 0]]
+    return gl.DistributedLinearLayout(
+        regs, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [16, 32]
+    )
 
 
 @gluon.jit
-def _parts(x):
-    """fp32 as two fp16, as good as fp32 in a sum of products."""
+def _operand(x, INDEX: gl.constexpr, MMA: gl.constexpr):
+    """`[n, dims]` of `_dims_layout` as the first or second operand of a sum over dimensions."""
+    N: gl.constexpr = x.shape[0]
+    DIMS: gl.constexpr = x.shape[1]
+    x = gl.reshape(x, (N, 4, DIMS // 16, 2, 2))  # [n, j, step, h, e]
+    if INDEX == 0:
+        x = gl.reshape(gl.permute(x, (0, 2, 3, 1, 4)), (N, DIMS))
+    else:
+        x = gl.reshape(gl.permute(x, (2, 3, 1, 4, 0)), (DIMS, N))
+    return gl.convert_layout(x, gl.DotOperandLayout(INDEX, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _in_order(acc, R: gl.constexpr):
+    """An accumulator `[16, 32]` whose column 8 n + 2 j + e stands for component 8 j + 2 n + e:
+    its components in order, for which no thread needs another's values."""
+    acc = gl.permute(gl.reshape(acc, (16, 4, 4, 2)), (0, 2, 1, 3))
+    return gl.convert_layout(gl.reshape(acc, (16, 32)), R, assert_trivial=True)
+
+
+@gluon.jit
+def _parts(x, MMA: gl.constexpr):
+    """fp32 as two fp16 operands, as good as fp32 in a sum of products."""
     first = x.to(gl.float16)
-    return first, (x - first.to(gl.float32)).to(gl.float16)
+    rest = (x - first.to(gl.float32)).to(gl.float16)
+    return _operand(first, 0, MMA), _operand(rest, 0, MMA)
+
+
+@gluon.jit
+def _rows(ptr, BYTES: gl.constexpr):
+    """Basis rows as fp16: integers of a page's own basis, or the shared one."""
+    x = gl.load(ptr)
+    if BYTES:
+        x = x.to(gl.int32) - 128
+    return x.to(gl.float16)
 
 
 @gluon.jit
@@ -33,128 +85,130 @@ def _project_kernel(
     first_entry_ptr, item_end_ptr, cos_ptr, sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr,
     num_seqs, table_width, first_position, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr,
-    TURN: gl.constexpr, RANK: gl.constexpr, HEAD_BYTES: gl.constexpr, SCALE_AT: gl.constexpr,
-    MEAN_AT: gl.constexpr, SLOT_AT: gl.constexpr, INDEX_AT: gl.constexpr, SLOTS: gl.constexpr,
-    PAGES: gl.constexpr, W: gl.constexpr,
+    TURN: gl.constexpr, RANK: gl.constexpr, BASIS_AT: gl.constexpr, HEAD_BYTES: gl.constexpr,
+    SCALE_AT: gl.constexpr, MEAN_AT: gl.constexpr, SLOT_AT: gl.constexpr, INDEX_AT: gl.constexpr,
+    SLOTS: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
+    """`BASIS_AT`: where a page's own basis begins, or -1 for the shared one at `basis_ptr`."""
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
     if seq < num_seqs:
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
-        A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-        B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+        R: gl.constexpr = _rows_layout()
         HALF: gl.constexpr = DIM // 2
-        ROWS: gl.constexpr = PAGES * 4 * P
-        start = gl.load(item_start_ptr + item)
+        A: gl.constexpr = _dims_layout(16, HALF)
+        B: gl.constexpr = _dims_layout(32, HALF)
+        E: gl.constexpr = _dims_layout(8, HALF)
+        PARTS: gl.constexpr = P // 4  # programs that share a page's frames
+        begin = gl.load(item_start_ptr + item) + gl.program_id(2) // PARTS
+        first_tile = gl.program_id(2) % PARTS * (16 // P)
         first_entry = gl.load(first_entry_ptr + seq)
         end = gl.load(item_end_ptr + item)
         row_table = table_ptr + seq * table_width
 
-        # the basis, turned so that a product finds it along the dimensions
-        L: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, W], [0, 1])
-        along = gl.arange(0, HALF, layout=gl.SliceLayout(1, L))
-        comp = gl.arange(0, 32, layout=gl.SliceLayout(0, L))
-        SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[0, 1])
-        low_basis = gl.allocate_shared_memory(gl.float16, [RANK // 32, HALF, 32], SHARED)
-        high_basis = gl.allocate_shared_memory(gl.float16, [RANK // 32, HALF, 32], SHARED)
-        for i in gl.static_range(RANK // 32):
-            basis_at = basis_ptr + (head * RANK + i * 32 + comp)[None, :] * DIM + along[:, None]
-            low_basis.index(i).store(gl.load(basis_at).to(gl.float16))
-            high_basis.index(i).store(gl.load(basis_at + HALF).to(gl.float16))
+        a_row = gl.arange(0, 16, layout=gl.SliceLayout(1, A))
+        a_place = gl.arange(0, HALF, layout=gl.SliceLayout(0, A))
+        group = gl.minimum(a_row % P, GROUP - 1)
+        q_at = q_ptr + ((seq * HEADS + head) * GROUP + group)[:, None] * DIM + a_place[None, :]
+        low, high = gl.load(q_at), gl.load(q_at + HALF)
 
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, A))
-        place = gl.arange(0, HALF, layout=gl.SliceLayout(0, A))
-        page, tile, group = row // (4 * P), row // P % 4, row % P
-        q_at = q_ptr + ((seq * HEADS + head) * GROUP + gl.minimum(group, GROUP - 1))[:, None] * DIM
-        out_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
-        out_page, out_tile, out_group = out_row // (4 * P), out_row // P % 4, out_row % P
-        out_comp = gl.arange(0, 32, layout=gl.SliceLayout(0, MMA))
-        column = gl.arange(0, PAGES * 8, layout=gl.SliceLayout(0, B))
-        column_page, part = column // 8, column % 8
-        e_place = gl.arange(0, HALF, layout=gl.SliceLayout(1, B))
-        e_column = gl.arange(0, PAGES * 8, layout=gl.SliceLayout(0, MMA))
-        for entry in range(start, end, PAGES):
-            low_q = gl.load(q_at + place[None, :]).to(gl.float32)
-            high_q = gl.load(q_at + HALF + place[None, :]).to(gl.float32)
+        b_column = gl.arange(0, 32, layout=gl.SliceLayout(1, B))
+        b_comp = b_column // 2 % 4 * 8 + b_column // 8 * 2 + b_column % 2  # see `_in_order`
+        b_place = gl.arange(0, HALF, layout=gl.SliceLayout(0, B))
+        b_at = b_comp[:, None] * DIM + b_place[None, :]
+        e_part = gl.arange(0, 8, layout=gl.SliceLayout(1, E))
+        e_place = gl.arange(0, HALF, layout=gl.SliceLayout(0, E))
+        e_used = (e_part < SLOTS) | ((e_part == SLOTS) & (MEAN_AT >= 0))
+        e_some = e_used[:, None] & (e_place >= 0)[None, :]
+        e_begin = gl.where(e_part < SLOTS, SLOT_AT // 2 + e_part * DIM, MEAN_AT // 2)
+        e_at = e_begin[:, None] + e_place[None, :]
+
+        m_row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+        m_tile, m_group = first_tile + m_row // P, m_row % P
+        column = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+        r_row = gl.arange(0, 16, layout=gl.SliceLayout(1, R))
+        r_tile, r_group = first_tile + r_row // P, r_row % P
+        comp = gl.arange(0, 32, layout=gl.SliceLayout(0, R))
+        for entry in range(begin, end, STEP):
+            position = gl.load(row_table + entry)
+            record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
+            # what the page holds: scales, outlier keys and the mean, on their way meanwhile
+            scales = ()
+            for i in gl.static_range(RANK // 32):
+                scales = scales + (gl.load(bf16_ptr + record + SCALE_AT // 2 + i * 32 + comp),)
+            if MEAN_AT >= 0 or SLOTS > 0:
+                low_e = gl.load(half_ptr + record + e_at, mask=e_some, other=0.0)
+                high_e = gl.load(half_ptr + record + e_at + HALF, mask=e_some, other=0.0)
+            if SLOTS > 0:
+                token = gl.load(
+                    short_ptr + record + INDEX_AT // 2 + gl.minimum(column, SLOTS - 1)
+                ).to(gl.int32)
+
+            low_q, high_q = low.to(gl.float32), high.to(gl.float32)
             if TURN:
-                middle = first_position + gl.minimum(entry + page, end - 1) * 512 + tile * 128 + 64
-                angle = middle[:, None] * HALF + place[None, :]
+                tile = first_tile + a_row // P
+                middle = first_position + entry * 512 + tile * 128 + 64
+                angle = middle[:, None] * HALF + a_place[None, :]
                 cos, sin = gl.load(cos_ptr + angle), gl.load(sin_ptr + angle)
                 turned = low_q * cos + high_q * sin
                 high_q = high_q * cos - low_q * sin
                 low_q = turned
-            low_a, low_b = _parts(low_q)
-            high_a, high_b = _parts(high_q)
+            low_a, low_b = _parts(low_q, MMA)
+            high_a, high_b = _parts(high_q, MMA)
 
-            own = entry + out_page
-            position = gl.load(row_table + gl.minimum(own, end - 1))
-            valid = (position >= 0) & (own < end)
-            record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
-            slot = (first_entry + own).to(gl.int64) * HEADS + head
-            offset = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, MMA))
-            if MEAN_AT >= 0 or SLOTS > 0:
-                # what the page holds exactly: its outlier keys and its mean, a column each
-                held = gl.load(row_table + gl.minimum(entry + column_page, end - 1))
-                begin = gl.where(part < SLOTS, SLOT_AT // 2 + part * DIM, MEAN_AT // 2)
-                used = (part < SLOTS) | ((part == SLOTS) & (MEAN_AT >= 0))
-                vector = gl.maximum(held, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2) + begin
-                e_at = half_ptr + vector[None, :] + e_place[:, None]
-                some = used[None, :] & (e_place >= 0)[:, None]
-                low_e = gl.load(e_at, mask=some, other=0.0)
-                high_e = gl.load(e_at + HALF, mask=some, other=0.0)
-                exact = gl.zeros([ROWS, PAGES * 8], gl.float32, layout=MMA)
-                exact = mma_v2(low_a, low_e, exact)
-                exact = mma_v2(high_a, high_e, exact)
-                exact = mma_v2(low_b, low_e, exact)
-                exact = mma_v2(high_b, high_e, exact) * scale
-                mine = out_page[:, None] == (e_column // 8)[None, :]
-                e_part = e_column % 8
-                offset = gl.sum(gl.where(mine & (e_part == SLOTS)[None, :], exact, 0.0), axis=1)
-                if SLOTS > 0:
-                    held = gl.load(row_table + gl.minimum(entry + e_column // 8, end - 1))
-                    index = gl.maximum(held, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
-                    index = index + INDEX_AT // 2 + gl.minimum(e_part, SLOTS - 1)
-                    token = gl.load(short_ptr + index).to(gl.int32)
-                    slots_at = (
-                        slots_ptr
-                        + (slot * (SLOTS * P) + out_group)[:, None]
-                        + (e_part * P)[None, :]
-                    )
-                    hit = mine & (e_part < SLOTS)[None, :] & valid[:, None]
-                    hit = hit & (out_tile[:, None] == (token // 128)[None, :])
-                    gl.store(slots_at, exact, mask=hit)
+            slot = (first_entry + entry).to(gl.int64) * HEADS + head
+            valid = position >= 0
             products = ()
-            top = gl.full([ROWS], 1e-30, gl.float32, layout=gl.SliceLayout(1, MMA))
+            top = gl.full([16], 1e-30, gl.float32, layout=gl.SliceLayout(1, R))
             for i in gl.static_range(RANK // 32):
-                acc = gl.zeros([ROWS, 32], gl.float32, layout=MMA)
-                acc = mma_v2(low_a, low_basis.index(i).load(B), acc)
-                acc = mma_v2(high_a, high_basis.index(i).load(B), acc)
-                scales = bf16_ptr + (record + SCALE_AT // 2)[:, None] + (i * 32 + out_comp)[None, :]
-                acc = acc * gl.load(scales).to(gl.float32)
-                top = gl.maximum(top, gl.max(gl.abs(acc), axis=1))
-                products = products + (acc,)
+                if BASIS_AT >= 0:
+                    basis = plane_ptr + record * 2 + BASIS_AT + i * 32 * DIM
+                else:
+                    basis = basis_ptr + (head * RANK + i * 32) * DIM
+                acc = gl.zeros([16, 32], gl.float32, layout=MMA)
+                rows = _operand(_rows(basis + b_at, BASIS_AT >= 0), 1, MMA)
+                acc = mma_v2(low_a, rows, acc)
+                rows = _operand(_rows(basis + b_at + HALF, BASIS_AT >= 0), 1, MMA)
+                acc = mma_v2(high_a, rows, acc)
+                found = _in_order(acc, R) * scales[i].to(gl.float32)[None, :]
+                top = gl.maximum(top, gl.max(gl.abs(found), axis=1))
+                products = products + (found,)
             inverse = 16256.0 / top
-            to = digits_ptr + ((slot * 4 + out_tile) * 2 * P + 2 * out_group)[:, None] * RANK
+            to = digits_ptr + ((slot * 4 + r_tile) * 2 * P + 2 * r_group)[:, None] * RANK
             for i in gl.static_range(RANK // 32):
                 # the sum rounds to an integer, which then is the low bits of the fp32
                 sums = products[i] * inverse[:, None] + 12582912.0
                 whole = sums.to(gl.int32, bitcast=True)
-                high, low = whole >> 7, whole & 127
-                digits = to + (i * 32 + out_comp)[None, :]
-                gl.store(digits, high.to(gl.int8), mask=valid[:, None])
-                gl.store(digits + RANK, low.to(gl.int8), mask=valid[:, None])
+                digits = to + (i * 32 + comp)[None, :]
+                gl.store(digits, (whole >> 7).to(gl.int8))
+                gl.store(digits + RANK, (whole & 127).to(gl.int8))
+            affine = affine_ptr + (slot * 4 + r_tile) * 2 * P + r_group
+            gl.store(affine, top * (scale / 16256.0))
 
-            affine = affine_ptr + (slot * 4 + out_tile) * 2 * P + out_group
-            gl.store(affine, top * (scale / 16256.0), mask=valid)
-            gl.store(affine + P, offset, mask=valid)
+            offset = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
+            if MEAN_AT >= 0 or SLOTS > 0:
+                low_e, high_e = _operand(low_e, 1, MMA), _operand(high_e, 1, MMA)
+                exact = gl.zeros([16, 8], gl.float32, layout=MMA)
+                exact = mma_v2(low_a, low_e, exact)
+                exact = mma_v2(high_a, high_e, exact)
+                exact = mma_v2(low_b, low_e, exact)
+                exact = mma_v2(high_b, high_e, exact) * scale
+                offset = gl.sum(gl.where((column == SLOTS)[None, :], exact, 0.0), axis=1)
+                if SLOTS > 0:
+                    slots_at = slots_ptr + (slot * (SLOTS * P) + m_group)[:, None]
+                    hit = (column < SLOTS)[None, :] & (m_tile[:, None] == (token // 128)[None, :])
+                    gl.store(slots_at + (column * P)[None, :], exact, mask=hit & valid)
+            affine = affine_ptr + (slot * 4 + m_tile) * 2 * P + P + m_group
+            gl.store(affine, offset)
 
 
 def supports(layout: PageLayout, rotary_dim: int) -> bool:
     """Whether this implementation projects for `layout`; the portable one does the others."""
+    own = layout.k.bands
     return (
-        layout.k.shared_basis
-        and layout.head_dim in (64, 128)
+        layout.head_dim in (64, 128)
         and layout.k.rank % CHUNK == 0
+        and (layout.k.shared_basis or (len(own) == 1 and own[0].basis_bits == 8))
         and layout.num_slots <= 7
         and (layout.rope == "post" or rotary_dim == layout.head_dim)
     )
@@ -174,18 +228,18 @@ def project_queries(
     plan: DecodePlan,
 ) -> Projected:
     """`query_projection_triton.project_queries` for layouts that `supports` names."""
-    assert basis is not None, "the basis is shared"
     heads, side = layout.num_kv_heads, layout.k
     group, width = group_sizes(q, layout)
     out = Projected.empty(plan.max_entries, layout, width, q.device)
-    _project_kernel[(plan.num_items, heads)](
+    splits = SPLITS if side.shared_basis else 1
+    _project_kernel[(plan.num_items, heads, splits * (width // 4))](
         q.contiguous(), plane, plane.view(torch.float16), plane.view(torch.bfloat16),
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.item_end, cos, sin, basis, out.digits, out.affine, out.slots,
-        q.shape[0], table.stride(0), first_position, scale * LOG2_E,
+        plan.item_end, cos, sin, plane if basis is None else basis, out.digits, out.affine,
+        out.slots, q.shape[0], table.stride(0), first_position, scale * LOG2_E,
         HEADS=heads, GROUP=group, P=width, DIM=layout.head_dim, TURN=layout.rope == "frame",
-        RANK=side.rank, HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,
-        MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
-        SLOTS=layout.num_slots, PAGES=max(1, 4 * WARPS // width), W=WARPS, num_warps=WARPS,
+        RANK=side.rank, BASIS_AT=side.bands[0].basis_offset, HEAD_BYTES=layout.head_bytes,
+        SCALE_AT=side.scale_offset, MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset,
+        INDEX_AT=layout.index_offset, SLOTS=layout.num_slots, STEP=splits, num_warps=1,
     )  # fmt: skip
     return out
