@@ -10,49 +10,48 @@ from torch import Tensor
 from spectral_paged.kernels.decode_parts import Partials, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
-from spectral_paged.kernels.triton_page import (
-    band_tuples,
-    level_table,
-    load_rows,
-    padded,
-)
+from spectral_paged.kernels.triton_page import padded
+
+COLUMNS, ITEMS = 64, 32  # what a program merges at once
+APPLY_COLUMNS = 32
 
 
 @triton.jit
 def _reduce_kernel(
     first_item_ptr, part_ptr, sums_ptr, out_ptr, lse_ptr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    STRIDE: tl.constexpr, DIM_PAD: tl.constexpr, ITEMS: tl.constexpr,
+    COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """The items of one query of one sequence, many at once; vectors of `DIM` of `STRIDE`."""
+    """The items of one query of one sequence, many at once; some of the vectors' columns."""
     seq, query = tl.program_id(0), tl.program_id(1)
     head, group = query // GROUP, query % GROUP
     first = tl.load(first_item_ptr + seq)
     num_items = tl.load(first_item_ptr + seq + 1) - first
-    dim = tl.arange(0, DIM_PAD)
+    dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([DIM_PAD], tl.float32)
+    acc = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, num_items, ITEMS):
         item = begin + tl.arange(0, ITEMS)
         ok = item < num_items
         at = ((first + item).to(tl.int64) * HEADS + head) * P
         peak = tl.load(sums_ptr + at * 2 + group, mask=ok, other=float("-inf"))
+        part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
+        both = ok[:, None] & (dim < DIM)[None, :]
+        vector = (at + group)[:, None] * DIM + dim[None, :]
+        vector = tl.load(part_ptr + vector, mask=both, other=0.0)
         new_top = tl.maximum(top, tl.max(peak, axis=0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
-        part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
         total = total * shrink + tl.sum(weight * part, axis=0)
-        both = ok[:, None] & (dim < DIM)[None, :]
-        at = (at + group)[:, None] * STRIDE + dim[None, :]
-        part = tl.load(part_ptr + at, mask=both, other=0.0)
-        acc = acc * shrink + tl.sum(part * weight[:, None], axis=0)
+        acc = acc * shrink + tl.sum(vector * weight[:, None], axis=0)
         top = new_top
     whole = tl.where(total == 0, 1.0, total)
     out = seq * (HEADS * GROUP) + query
     tl.store(out_ptr + out * DIM + dim, acc / whole, mask=dim < DIM)
-    one = tl.arange(0, 1)
-    tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
+    if tl.program_id(2) == 0:
+        one = tl.arange(0, 1)
+        tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
 
 
 @triton.jit
@@ -83,85 +82,46 @@ def _apply_kernel(
     tl.store(out_ptr + query[:, None] * DIM + dim[None, :], found, mask=ok)
 
 
-@triton.jit
-def _apply_pages_kernel(
-    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, levels_ptr, vectors_ptr,
-    num_seqs, table_width,
-    HEADS: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
-    BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """An item's vector in rank space times the basis of the page that it is, added to the rest."""
-    item, head = tl.program_id(0), tl.program_id(1)
-    seq = tl.load(item_seq_ptr + item)
-    if seq < num_seqs:
-        position = tl.load(table_ptr + seq * table_width + tl.load(item_start_ptr + item))
-        if position >= 0:
-            group = tl.arange(0, ROWS)
-            dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
-            record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
-            rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
-            at = ((item * HEADS + head).to(tl.int64) * P + group)[:, None]
-            vector = vectors_ptr + at * (RANK + DIM)
-            ok = (group < P)[:, None] & (comp < RANK)[None, :]
-            part = tl.load(vector + comp[None, :], mask=ok, other=0.0)
-            peak = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
-            unit = part / peak[:, None]
-            whole = unit.to(tl.float16)
-            rest = (unit - whole.to(tl.float32)).to(tl.float16)
-            rows = rows.to(tl.float16)  # integers: two parts of the other side are enough
-            found = tl.dot(rest, rows, tl.dot(whole, rows)) * peak[:, None]
-            to = vector + RANK + dim[None, :]
-            ok = (group < P)[:, None] & (dim < DIM)[None, :]
-            tl.store(to, tl.load(to, mask=ok, other=0.0) + found, mask=ok)
-
-
 def reduce_items(
     first_item: Tensor, parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Merge `parts` fp32 `[items, H, P, n]` (a view of wider rows, maybe) by `sums`
-    `[items, H, 2, P]` (largest score in bits, sum of weights) into `out` `[N, Hq, n]`, `lse`."""
+    """Merge `parts` fp32 `[items, H, P, n]` by `sums` `[items, H, 2, P]` (largest score in bits,
+    sum of weights) into `out` `[N, Hq, n]` and `lse`."""
     num_seqs, num_q_heads, size = out.shape
     heads = parts.shape[1]
-    _reduce_kernel[(num_seqs, num_q_heads)](
+    _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
         first_item, parts, sums, out, lse,
-        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size,
-        STRIDE=parts.stride(2), DIM_PAD=padded(size), ITEMS=16, num_warps=2,
+        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size, COLUMNS=COLUMNS,
+        ITEMS=ITEMS, num_warps=1,
     )  # fmt: skip
 
 
 def finish(
     q: Tensor,
-    plane: Tensor,
-    table: Tensor,
     partials: Partials,
     *,
     layout: PageLayout,
     basis: Tensor | None,
     plan: DecodePlan,
 ) -> tuple[Tensor, Tensor]:
-    """Items merged by sequence, times V's basis: out fp32 `[N, Hq, D]`, lse fp32 `[N, Hq]`."""
-    group, width = group_sizes(q, layout)
+    """Items merged by sequence: out fp32 `[N, Hq, D]`, lse fp32 `[N, Hq]`.
+
+    Args:
+        partials: an item each; in rank space with a shared `basis`, which is applied here.
+    """
+    group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    sizes = {"HEADS": heads, "DIM": dim, "RANK": side.rank, "RANK_PAD": padded(side.rank),
-             "num_warps": 4, "num_stages": 1}  # fmt: skip
-    if not side.shared_basis:
-        _apply_pages_kernel[(plan.num_items, heads)](
-            plane, table, plan.item_seq, plan.item_start, level_table("gaussian", q.device),
-            partials.vectors, q.shape[0], table.stride(0),
-            P=width, BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, DIM_PAD=padded(dim),
-            ROWS=padded(width), **sizes,
-        )  # fmt: skip
-        values = partials.vectors[..., side.rank :]
-        reduce_items(plan.first_item, values, partials.sums, out, lse)
+    if basis is None:
+        reduce_items(plan.first_item, partials.vectors, partials.sums, out, lse)
         return out, lse
     mixed = torch.empty(*q.shape[:2], side.rank + dim, dtype=torch.float32, device=q.device)
     reduce_items(plan.first_item, partials.vectors, partials.sums, mixed, lse)
     rows = 64 if q.shape[0] * group > 16 else 16
-    columns = min(padded(dim), 128)  # a basis of 256 x 256 is more than shared memory takes
-    _apply_kernel[(triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, columns))](
-        mixed, basis, out, q.shape[0], GROUP=group, ROWS=rows, COLUMNS=columns, **sizes
-    )
+    grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))
+    _apply_kernel[grid](
+        mixed, basis, out, q.shape[0], HEADS=heads, GROUP=group, DIM=dim, RANK=side.rank,
+        RANK_PAD=padded(side.rank), ROWS=rows, COLUMNS=APPLY_COLUMNS, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return out, lse

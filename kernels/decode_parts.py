@@ -3,7 +3,7 @@
 ```
 project   per page: q turned back with every frame, times B and the scales -> two INT8 digits
 attend    per item: digits x codes -> scores -> weights x codes, in rank space
-finish    per head: items of a sequence merged, times V's basis
+finish    items of a sequence merged, times V's basis; where a page has its own, the other way round
 ```
 
 Scores and weights never leave the chip; K and V are never rebuilt. The query is an integer of two
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 
 LOG2_E = math.log2(math.e)
@@ -57,25 +58,38 @@ class Projected:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """What items found: weighted codes (not yet times V's basis) and sums.
+    """What parts of a sequence gave: weighted codes (not yet times V's basis) and sums.
 
-    vectors: fp32 `[items, H, P, rank + D]`: in rank space, then what means and outlier tokens add.
-    sums: fp32 `[items, H, 2, P]`, the largest score in bits and the sum of weights.
+    A part is an item where the basis is shared, a table entry where pages have their own. With
+    page bases and no outlier slots, V's means are left to whoever applies the basis.
+
+    vectors: fp32 `[parts, H, P, rank + D]`: in rank space, then what means and outlier tokens add;
+        `[parts, H, P, rank]` where that is left out.
+    sums: fp32 `[parts, H, 2, P]`, the largest score in bits and the sum of weights.
     """
 
     vectors: Tensor
     sums: Tensor
 
     @classmethod
-    def empty(cls, items: int, layout: PageLayout, width: int, device: torch.device) -> Partials:
-        """For `items` of `width` padded queries a head."""
-        heads, size = layout.num_kv_heads, layout.v.rank + layout.head_dim
+    def empty(
+        cls, plan: DecodePlan, layout: PageLayout, width: int, device: torch.device
+    ) -> Partials:
+        """For `width` padded queries a head."""
+        shared = layout.v.shared_basis
+        parts = plan.num_items if shared else plan.max_entries
+        size = layout.v.rank + (layout.head_dim if adds_values(layout) else 0)
         return cls(
             *(
-                torch.empty(items, heads, *shape, dtype=torch.float32, device=device)
+                torch.empty(parts, layout.num_kv_heads, *shape, dtype=torch.float32, device=device)
                 for shape in ((width, size), (2, width))
             )
         )
+
+
+def adds_values(layout: PageLayout) -> bool:
+    """Whether partial vectors have room for what means and outlier tokens add."""
+    return layout.v.shared_basis or layout.num_slots > 0
 
 
 def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:

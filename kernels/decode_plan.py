@@ -46,23 +46,22 @@ class DecodePlan:
 
     @classmethod
     def of(
-        cls, num_entries: Tensor, *, max_entries: int, target_items: int, max_chunk: int = 1 << 30
+        cls, num_entries: Tensor, *, max_entries: int, target_items: int
     ) -> DecodePlan:
         """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
 
         Args:
             max_entries: a bound on their sum, known on the host.
-            max_chunk: most entries an item may have; 1 gives an item an entry.
         """
         counts = num_entries.to(torch.int32)
         num_seqs = counts.shape[0]
         zero = counts.new_zeros(1)
         first_entry = torch.cat((zero, counts.cumsum(0, dtype=torch.int32)))
         chunk = (first_entry[-1:] + target_items - 1).div(target_items, rounding_mode="floor")
-        chunk = chunk.clamp(1, max_chunk)
+        chunk = chunk.clamp_min(1)
         items = (counts + chunk - 1).div(chunk, rounding_mode="floor")
         first_item = torch.cat((zero, items.cumsum(0, dtype=torch.int32)))
-        slots = max_entries if max_chunk == 1 else min(max_entries, target_items + num_seqs)
+        slots = min(max_entries, target_items + num_seqs)
         slot = torch.arange(max(slots, 1), dtype=torch.int32, device=counts.device)
         seq = torch.searchsorted(first_item[1:], slot, right=True, out_int32=True)
         # the k-th of n items of a sequence takes entries [k count / n, (k + 1) count / n)

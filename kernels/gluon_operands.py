@@ -360,3 +360,45 @@ def merged(acc, P: gl.constexpr, LAYOUT: gl.constexpr):
     ROWS: gl.constexpr = acc.shape[0]
     high, low = gl.split(gl.reshape(acc, (ROWS, P, 2)))
     return gl.convert_layout((high << 7) + low, LAYOUT)
+
+
+# ---- fp16 operands of one warp, a sum over what lies in a row ------------------------------
+
+
+@gluon.constexpr_function
+def dims_layout(rows, dims):
+    """`[rows, dims]`: a thread's consecutive quarter of the dimensions of rows r, r + 8, ..."""
+    regs = [[0, 1 << i] for i in range((dims // 4).bit_length() - 1)]
+    regs += [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
+    lanes = [[0, dims // 4], [0, dims // 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(regs, lanes, [], [], [rows, dims])
+
+
+@gluon.jit
+def from_dims(x, INDEX: gl.constexpr, MMA: gl.constexpr):
+    """`[n, dims]` of `dims_layout` as the first or second operand of a sum over dimensions."""
+    N: gl.constexpr = x.shape[0]
+    DIMS: gl.constexpr = x.shape[1]
+    x = gl.reshape(x, (N, 4, DIMS // 16, 2, 2))  # [n, j, step, h, e]
+    if INDEX == 0:
+        x = gl.reshape(gl.permute(x, (0, 2, 3, 1, 4)), (N, DIMS))
+    else:
+        x = gl.reshape(gl.permute(x, (2, 3, 1, 4, 0)), (DIMS, N))
+    return gl.convert_layout(x, gl.DotOperandLayout(INDEX, MMA, 2), assert_trivial=True)
+
+
+# $2: bytes b -> fp16 b - 128. 0x6400 | b is 1024 + b.
+ASM_HALVES = gl.constexpr("""{
+    .reg .b32 x, zero;
+    mov.b32 zero, 0x64806480;
+    prmt.b32 x, $2, 0x64646464, 0x4140;
+    sub.f16x2 $0, x, zero;
+    prmt.b32 x, $2, 0x64646464, 0x4342;
+    sub.f16x2 $1, x, zero;
+}""")
+
+
+@gluon.jit
+def half_integers(x):
+    """The integers of a page's own basis rows, uint8 value + 128, as fp16."""
+    return gl.inline_asm_elementwise(ASM_HALVES, "=r,=r,r", [x], gl.float16, True, 4)

@@ -16,20 +16,12 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.gluon_operands import dims_layout, from_dims, half_integers
 from spectral_paged.kernels.layout import PageLayout
 
 CHUNK = 32  # components that one product makes at a time
 ROWS = 16
-SPLITS = 2  # programs that share an item of several pages
-
-
-@gluon.constexpr_function
-def _dims_layout(rows, dims):
-    """`[rows, dims]`: a thread's consecutive quarter of the dimensions of rows r, r + 8, ..."""
-    regs = [[0, 1 << i] for i in range((dims // 4).bit_length() - 1)]
-    regs += [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
-    lanes = [[0, dims // 4], [0, dims // 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(regs, lanes, [], [], [rows, dims])
+SPLITS = 4  # programs that share an item of several pages
 
 
 @gluon.constexpr_function
@@ -39,19 +31,6 @@ def _rows_layout():
     return gl.DistributedLinearLayout(
         regs, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [16, 32]
     )
-
-
-@gluon.jit
-def _operand(x, INDEX: gl.constexpr, MMA: gl.constexpr):
-    """`[n, dims]` of `_dims_layout` as the first or second operand of a sum over dimensions."""
-    N: gl.constexpr = x.shape[0]
-    DIMS: gl.constexpr = x.shape[1]
-    x = gl.reshape(x, (N, 4, DIMS // 16, 2, 2))  # [n, j, step, h, e]
-    if INDEX == 0:
-        x = gl.reshape(gl.permute(x, (0, 2, 3, 1, 4)), (N, DIMS))
-    else:
-        x = gl.reshape(gl.permute(x, (2, 3, 1, 4, 0)), (DIMS, N))
-    return gl.convert_layout(x, gl.DotOperandLayout(INDEX, MMA, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -67,7 +46,7 @@ def _parts(x, MMA: gl.constexpr):
     """fp32 as two fp16 operands, as good as fp32 in a sum of products."""
     first = x.to(gl.float16)
     rest = (x - first.to(gl.float32)).to(gl.float16)
-    return _operand(first, 0, MMA), _operand(rest, 0, MMA)
+    return from_dims(first, 0, MMA), from_dims(rest, 0, MMA)
 
 
 @gluon.jit
@@ -75,7 +54,7 @@ def _rows(ptr, BYTES: gl.constexpr):
     """Basis rows as fp16: integers of a page's own basis, or the shared one."""
     x = gl.load(ptr)
     if BYTES:
-        x = x.to(gl.int32) - 128
+        x = half_integers(x)
     return x.to(gl.float16)
 
 
@@ -96,9 +75,9 @@ def _project_kernel(
         MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
         R: gl.constexpr = _rows_layout()
         HALF: gl.constexpr = DIM // 2
-        A: gl.constexpr = _dims_layout(16, HALF)
-        B: gl.constexpr = _dims_layout(32, HALF)
-        E: gl.constexpr = _dims_layout(8, HALF)
+        A: gl.constexpr = dims_layout(16, HALF)
+        B: gl.constexpr = dims_layout(32, HALF)
+        E: gl.constexpr = dims_layout(8, HALF)
         PARTS: gl.constexpr = P // 4  # programs that share a page's frames
         begin = gl.load(item_start_ptr + item) + gl.program_id(2) // PARTS
         first_tile = gl.program_id(2) % PARTS * (16 // P)
@@ -129,8 +108,10 @@ def _project_kernel(
         r_row = gl.arange(0, 16, layout=gl.SliceLayout(1, R))
         r_tile, r_group = first_tile + r_row // P, r_row % P
         comp = gl.arange(0, 32, layout=gl.SliceLayout(0, R))
+        following = gl.load(row_table + gl.minimum(begin, end - 1))
         for entry in range(begin, end, STEP):
-            position = gl.load(row_table + entry)
+            position = following
+            following = gl.load(row_table + gl.minimum(entry + STEP, end - 1))
             record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
             # what the page holds: scales, outlier keys and the mean, on their way meanwhile
             scales = ()
@@ -166,9 +147,9 @@ def _project_kernel(
                 else:
                     basis = basis_ptr + (head * RANK + i * 32) * DIM
                 acc = gl.zeros([16, 32], gl.float32, layout=MMA)
-                rows = _operand(_rows(basis + b_at, BASIS_AT >= 0), 1, MMA)
+                rows = from_dims(_rows(basis + b_at, BASIS_AT >= 0), 1, MMA)
                 acc = mma_v2(low_a, rows, acc)
-                rows = _operand(_rows(basis + b_at + HALF, BASIS_AT >= 0), 1, MMA)
+                rows = from_dims(_rows(basis + b_at + HALF, BASIS_AT >= 0), 1, MMA)
                 acc = mma_v2(high_a, rows, acc)
                 found = _in_order(acc, R) * scales[i].to(gl.float32)[None, :]
                 top = gl.maximum(top, gl.max(gl.abs(found), axis=1))
@@ -187,7 +168,7 @@ def _project_kernel(
 
             offset = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
             if MEAN_AT >= 0 or SLOTS > 0:
-                low_e, high_e = _operand(low_e, 1, MMA), _operand(high_e, 1, MMA)
+                low_e, high_e = from_dims(low_e, 1, MMA), from_dims(high_e, 1, MMA)
                 exact = gl.zeros([16, 8], gl.float32, layout=MMA)
                 exact = mma_v2(low_a, low_e, exact)
                 exact = mma_v2(high_a, high_e, exact)

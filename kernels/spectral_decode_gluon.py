@@ -22,7 +22,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from spectral_paged.kernels.decode_parts import MAX_GROUP, Partials, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import (
+    MAX_GROUP,
+    Partials,
+    Projected,
+    adds_values,
+    group_sizes,
+)
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import (
     digit_steps,
@@ -123,6 +129,32 @@ def _load_tile(
 
 
 @gluon.jit
+def _store(
+    part, ranks_a, ranks_b, values, top, total, vectors_ptr, sums_ptr,
+    P: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
+    VALUES: gl.constexpr,
+):  # fmt: skip
+    """What one part gave; see `Partials`."""
+    SIZE: gl.constexpr = RANK + DIM if VALUES else RANK
+    _store_vectors(vectors_ptr + part * P * SIZE + VA[0], ranks_a, SIZE)
+    if VB[1] > 0:
+        _store_vectors(vectors_ptr + part * P * SIZE + VB[0], ranks_b, SIZE)
+    if VALUES:
+        _store_vectors(vectors_ptr + part * P * SIZE + RANK, values, SIZE)
+    group = gl.arange(0, P, layout=top.type.layout)
+    gl.store(sums_ptr + part * 2 * P + group, top)
+    gl.store(sums_ptr + (part * 2 + 1) * P + group, total)
+
+
+@gluon.jit
+def _store_vectors(to, x, SIZE: gl.constexpr):
+    """`[n, P]` to n consecutive places of P rows of `SIZE`."""
+    place = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
+    group = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
+    gl.store(to + group[None, :] * SIZE + place[:, None], x)
+
+
+@gluon.jit
 def _attend_kernel(
     plane_ptr, bytes_ptr, short_ptr, bf16_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr,
     first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr,
@@ -130,8 +162,10 @@ def _attend_kernel(
     HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, K_RANK: gl.constexpr,
     V_RANK: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
     HEAD_BYTES: gl.constexpr, K_GAIN: gl.constexpr, V_GAIN: gl.constexpr, V_SCALE: gl.constexpr,
-    V_MEAN: gl.constexpr, V_SLOT: gl.constexpr, SLOTS: gl.constexpr,
+    V_MEAN: gl.constexpr, V_SLOT: gl.constexpr, SLOTS: gl.constexpr, PER_PAGE: gl.constexpr,
+    VALUES: gl.constexpr,
 ):  # fmt: skip
+    """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -254,7 +288,7 @@ def _attend_kernel(
                 halves = half_ptr + (
                     gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
                 )
-                if V_MEAN >= 0:
+                if VALUES and V_MEAN >= 0:
                     mean = gl.load(halves + V_MEAN // 2 + dim).to(gl.float32)
                     mean = gl.where(here >= 0, mean, 0.0)
                     values += (
@@ -277,19 +311,21 @@ def _attend_kernel(
                     values += (
                         value[:, None] * gl.convert_layout(weight, gl.SliceLayout(0, D))[None, :]
                     )
-        out = item.to(gl.int64) * HEADS + head
-        group_a = gl.arange(0, P, layout=gl.SliceLayout(0, A))
-        vector = vectors_ptr + (out * P + group_a)[None, :] * (V_RANK + DIM)
-        gl.store(vector + (VA[0] + comp_a)[:, None], ranks_a)
-        if VB[1] > 0:
-            group_b = gl.arange(0, P, layout=gl.SliceLayout(0, B))
-            vector_b = vectors_ptr + (out * P + group_b)[None, :] * (V_RANK + DIM)
-            gl.store(vector_b + (VB[0] + comp_b)[:, None], ranks_b)
-        group_d = gl.arange(0, P, layout=gl.SliceLayout(0, D))
-        vector_d = vectors_ptr + (out * P + group_d)[None, :] * (V_RANK + DIM)
-        gl.store(vector_d + V_RANK + dim[:, None], values)
-        gl.store(sums_ptr + out * 2 * P + group, top)
-        gl.store(sums_ptr + (out * 2 + 1) * P + group, total)
+                if PER_PAGE:
+                    _store(
+                        slot, ranks_a, ranks_b, values, top, total, vectors_ptr, sums_ptr,
+                        P, DIM, V_RANK, VA, VB, VALUES,
+                    )  # fmt: skip
+                    top = gl.full([P], float("-inf"), gl.float32, layout=gl.SliceLayout(0, S))
+                    total = gl.zeros([P], gl.float32, layout=gl.SliceLayout(0, S))
+                    ranks_a = gl.zeros([NA, P], gl.float32, layout=A)
+                    ranks_b = gl.zeros([NB, P], gl.float32, layout=B)
+                    values = gl.zeros([DIM, P], gl.float32, layout=D)
+        if not PER_PAGE:
+            _store(
+                item.to(gl.int64) * HEADS + head, ranks_a, ranks_b, values, top, total,
+                vectors_ptr, sums_ptr, P, DIM, V_RANK, VA, VB, VALUES,
+            )  # fmt: skip
 
 
 # ---- the op ------------------------------------------------------------------------------
@@ -326,10 +362,9 @@ def attend_pages(
     heads, dim = layout.num_kv_heads, layout.head_dim
     width = group_sizes(q, layout)[1]
     k, v = layout.k, layout.v
-    items = plan.num_items
-    partials = Partials.empty(items, layout, width, q.device)
+    partials = Partials.empty(plan, layout, width, q.device)
     bands = [*band_tuples(k), NO_BAND][:2] + [*band_tuples(v), NO_BAND][:2]
-    _attend_kernel[(items, heads)](
+    _attend_kernel[(plan.num_items, heads)](
         plane.view(torch.int32), plane, plane.view(torch.int16), plane.view(torch.bfloat16),
         plane.view(torch.float16), table, plan.item_seq, plan.item_start, plan.first_entry,
         plan.item_end, projected.digits.view(torch.int32), projected.affine,
@@ -338,6 +373,7 @@ def attend_pages(
         HEADS=heads, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
         KA=bands[0], KB=bands[1], VA=bands[2], VB=bands[3], HEAD_BYTES=layout.head_bytes,
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
-        V_SLOT=v.slot_offset, SLOTS=layout.num_slots, num_warps=WARPS,
+        V_SLOT=v.slot_offset, SLOTS=layout.num_slots, PER_PAGE=not v.shared_basis,
+        VALUES=adds_values(layout), num_warps=WARPS,
     )  # fmt: skip
     return partials

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels import (
+    page_basis_gluon,
+    page_basis_triton,
     query_projection_gluon,
     query_projection_triton,
     spectral_decode_gluon,
@@ -27,17 +29,14 @@ PROGRAMS = 792  # two rounds of the three programs that each of 132 multiprocess
 
 
 def plan_pages(layout: PageLayout, num_pages: Tensor, max_entries: int) -> DecodePlan:
-    """The items of a decode step over pages; an item a page where pages have their own basis.
+    """The items of a decode step over pages.
 
     Args:
         num_pages: int `[N]`, table entries to visit.
         max_entries: a bound on their sum.
     """
-    chunk = 1 << 30 if layout.v.shared_basis else 1
     target = max(1, PROGRAMS // layout.num_kv_heads)
-    return DecodePlan.of(
-        num_pages, max_entries=max_entries, target_items=target, max_chunk=chunk
-    )
+    return DecodePlan.of(num_pages, max_entries=max_entries, target_items=target)
 
 
 def has_tensor_cores(device: torch.device) -> bool:
@@ -93,4 +92,9 @@ def spectral_decode(
         scale=scale, basis=k_basis, plan=plan,
     )  # fmt: skip
     partials = attend(q, plane, table, projected, layout=layout, plan=plan)
-    return finish(q, plane, table, partials, layout=layout, basis=v_basis, plan=plan)
+    if not layout.v.shared_basis:
+        apply = page_basis_triton.apply_bases
+        if able and page_basis_gluon.supports(layout):
+            apply = page_basis_gluon.apply_bases
+        partials = apply(q, plane, table, partials, layout=layout, plan=plan)
+    return finish(q, partials, layout=layout, basis=v_basis, plan=plan)

@@ -6,7 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode_parts import Partials, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import (
+    Partials,
+    Projected,
+    adds_values,
+    group_sizes,
+)
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import (
@@ -18,6 +23,21 @@ from spectral_paged.kernels.triton_page import (
 
 
 @triton.jit
+def _store(
+    part, ranks, values, top, total, vectors_ptr, sums_ptr, comp, dim, group,
+    RANK: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = RANK + DIM if VALUES else RANK
+    used = (group < P)[None, :]
+    to = vectors_ptr + (part * P + group)[None, :] * SIZE
+    tl.store(to + comp[:, None], ranks, mask=(comp < RANK)[:, None] & used)
+    if VALUES:
+        tl.store(to + RANK + dim[:, None], values, mask=(dim < DIM)[:, None] & used)
+    tl.store(sums_ptr + part * 2 * P + group, top, mask=group < P)
+    tl.store(sums_ptr + (part * 2 + 1) * P + group, total, mask=group < P)
+
+
+@triton.jit
 def _attend_kernel(
     plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
     digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,
@@ -25,8 +45,10 @@ def _attend_kernel(
     K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_BANDS: tl.constexpr, V_BANDS: tl.constexpr,
     HEAD_BYTES: tl.constexpr, K_GAIN: tl.constexpr, V_GAIN: tl.constexpr, V_SCALE: tl.constexpr,
     V_MEAN: tl.constexpr, V_SLOT: tl.constexpr, INDEX_AT: tl.constexpr, SLOTS: tl.constexpr,
-    DIM_PAD: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr, COLS: tl.constexpr,
+    PER_PAGE: tl.constexpr, VALUES: tl.constexpr, DIM_PAD: tl.constexpr, K_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -102,7 +124,7 @@ def _attend_kernel(
                     ranks = ranks * shrink[None, :]
                     ranks += tl.dot(codes.to(tl.float16), weights.to(tl.float16)) * v_scale[:, None]
                 total += page_sum
-                if V_MEAN >= 0:
+                if VALUES and V_MEAN >= 0:
                     mean = tl.load(
                         (record + V_MEAN).to(tl.pointer_type(tl.float16)) + dim,
                         mask=dim < DIM,
@@ -124,13 +146,20 @@ def _attend_kernel(
                     values = values * shrink[None, :] + value[:, None] * weight[None, :]
                     ranks = ranks * shrink[None, :]
                     top = new_top
-        out = item.to(tl.int64) * HEADS + head
-        to = vectors_ptr + (out * P + group)[None, :] * (V_RANK + DIM) + v_comp[:, None]
-        tl.store(to, ranks, mask=(v_comp < V_RANK)[:, None] & (group < P)[None, :])
-        to = vectors_ptr + (out * P + group)[None, :] * (V_RANK + DIM) + V_RANK + dim[:, None]
-        tl.store(to, values, mask=(dim < DIM)[:, None] & (group < P)[None, :])
-        tl.store(sums_ptr + out * 2 * P + group, top, mask=group < P)
-        tl.store(sums_ptr + (out * 2 + 1) * P + group, total, mask=group < P)
+                if PER_PAGE:
+                    _store(
+                        slot, ranks, values, top, total, vectors_ptr, sums_ptr,
+                        v_comp, dim, group, V_RANK, DIM, P, VALUES,
+                    )  # fmt: skip
+                    top = tl.full([COLS], float("-inf"), tl.float32)
+                    total = tl.zeros([COLS], tl.float32)
+                    ranks = tl.zeros([V_PAD, COLS], tl.float32)
+                    values = tl.zeros([DIM_PAD, COLS], tl.float32)
+        if not PER_PAGE:
+            _store(
+                item.to(tl.int64) * HEADS + head, ranks, values, top, total, vectors_ptr, sums_ptr,
+                v_comp, dim, group, V_RANK, DIM, P, VALUES,
+            )  # fmt: skip
 
 
 def attend_pages(
@@ -142,13 +171,12 @@ def attend_pages(
     layout: PageLayout,
     plan: DecodePlan,
 ) -> Partials:
-    """Every item's scores, weights and sums in rank space; see `Partials`."""
+    """Every part's scores, weights and sums in rank space; see `Partials`."""
     heads, dim = layout.num_kv_heads, layout.head_dim
     group, width = group_sizes(q, layout)
     k, v = layout.k, layout.v
-    items = plan.num_items
-    partials = Partials.empty(items, layout, width, q.device)
-    _attend_kernel[(items, heads)](
+    partials = Partials.empty(plan, layout, width, q.device)
+    _attend_kernel[(plan.num_items, heads)](
         plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
         level_table(layout.levels, q.device), projected.digits, projected.affine, projected.slots,
         partials.vectors, partials.sums, q.shape[0], table.stride(0),
@@ -156,6 +184,7 @@ def attend_pages(
         K_BANDS=band_tuples(k), V_BANDS=band_tuples(v), HEAD_BYTES=layout.head_bytes,
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
         V_SLOT=v.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
+        PER_PAGE=not v.shared_basis, VALUES=adds_values(layout),
         DIM_PAD=padded(dim), K_PAD=padded(k.rank), V_PAD=padded(v.rank), COLS=padded(width),
         num_warps=2, num_stages=1,
     )  # fmt: skip

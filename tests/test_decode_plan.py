@@ -13,19 +13,17 @@ from spectral_paged.kernels.decode_plan import DecodePlan
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=12),
     target=st.integers(1, 200),
-    single=st.booleans(),
     slack=st.integers(0, 50),
 )
 def test_items_cover_every_entry_once_and_are_of_like_size(
-    counts, target, single, slack
+    counts, target, slack
 ):
     plan = DecodePlan.of(
         torch.tensor(counts),
         max_entries=sum(counts) + slack,
         target_items=target,
-        max_chunk=1 if single else 1 << 30,
     )
-    limit = 1 if single else max(1, -(-sum(counts) // target))
+    limit = max(1, -(-sum(counts) // target))
     sizes = [set() for _ in counts]
     seen = {i: [] for i in range(len(counts))}
     for item in range(plan.num_items):
