@@ -70,22 +70,14 @@ def _apply_kernel(
         acc = gl.zeros([ROWS, 64], gl.float32, layout=MMA)
         start, end = gl.load(item_start_ptr + item), gl.load(item_end_ptr + item)
         row_table = table_ptr + seq * table_width
-        ahead = gl.load(row_table + start)
-        following = gl.load(row_table + gl.minimum(start + 1, end - 1))
-        record = gl.maximum(ahead, 0).to(gl.int64) * 128 + head * HEAD_BYTES
-        basis = gl.load(plane_ptr + record + b_at)
+        following = gl.load(row_table + start)
         for entry in range(start, end):
-            position = ahead
-            record = gl.maximum(position, 0).to(gl.int64) * 128 + head * HEAD_BYTES
-            slot = (first_entry + entry).to(gl.int64) * HEADS + head
-            here = basis
-            # the next page's bytes are on their way while this one's are used
-            ahead = following
-            following = gl.load(row_table + gl.minimum(entry + 2, end - 1))
-            next_record = gl.maximum(ahead, 0).to(gl.int64) * 128 + head * HEAD_BYTES
-            basis = gl.load(plane_ptr + next_record + b_at)
+            position = following
+            following = gl.load(row_table + gl.minimum(entry + 1, end - 1))
             if position >= 0:
-                rows = _basis_operand(half_integers(here), MMA)
+                record = position.to(gl.int64) * 128 + head * HEAD_BYTES
+                slot = (first_entry + entry).to(gl.int64) * HEADS + head
+                rows = _basis_operand(half_integers(gl.load(plane_ptr + record + b_at)), MMA)
                 part = gl.load(vectors_ptr + slot * P * SIZE + a_at, mask=a_ok, other=0.0)
                 sums = sums_ptr + slot * 2 * P + row % P
                 peak, own = gl.load(sums), gl.load(sums + P)
