@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_paged.benchmarks import decode_report
+from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
 from spectral_paged.benchmarks.environment import environment
 from spectral_paged.codec import encode_pages
 from spectral_paged.errors import InvalidRequestError
@@ -33,7 +34,6 @@ from spectral_paged.kernels.spectral_decode import spectral_decode as twin
 from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
 from spectral_paged.rope import RotaryTable
-from spectral_paged.shared_basis import BasisAccumulator
 
 SHAPES = {  # query heads, KV heads, head width
     "llama-3-8b": (32, 8, 128),
@@ -43,6 +43,7 @@ SHAPES = {  # query heads, KV heads, head width
     "mha-64": (16, 16, 64),
 }
 WORK = ((64, 16384), (32, 8192), (8, 8192), (1, 32768))
+MORE_WORK = ((128, 2048), (8, 32768), (1, 131072))  # of the first shape
 MIXED = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 0)
 MAX_ERROR = 5e-3
 LANDMARKS, TAIL = 64, 384  # exact tokens beside the pages: a tail is 64 to 639 long
@@ -123,36 +124,16 @@ def judged(format: PageFormat, results: Path) -> dict[str, float]:
 # ---- inputs ------------------------------------------------------------------------------
 
 
-def toy_calibration(format: PageFormat, k: Tensor, v: Tensor) -> Any:
-    """A calibration of one layer from the blocks themselves, with plain metrics."""
-    accumulator = BasisAccumulator(1, format.num_kv_heads, format.head_dim)
-    accumulator.add([0], v=v[:1], **{f"k_{rope}": k[:1] for rope in ("pre", "frame", "post")})
-    plain = torch.eye(format.head_dim).expand(1, format.num_kv_heads, -1, -1)
-    basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="toy")
-    return basis.bind(format, k.device)
-
-
-def structured_blocks(count: int, format: PageFormat) -> tuple[Tensor, Tensor]:
-    """Blocks with a decaying spectrum, an offset and loud tokens, `[count, H, 512, D]` twice."""
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    shape = (2, count, format.num_kv_heads, BLOCK_TOKENS, format.head_dim)
-    decay = torch.logspace(0.5, -1.5, format.head_dim, device="cuda")
-    x = torch.randn(shape, generator=generator, device="cuda") * decay
-    x = x + 3 * torch.randn((2, 1, shape[2], 1, shape[4]), generator=generator, device="cuda")
-    x[..., 7, :] *= 6
-    return x[0], x[1]
-
-
 def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> float:
     """Largest relative error against the twin over ragged, scattered, poisoned pages."""
-    k, v = structured_blocks(6, format)
+    k, v = structured_blocks(6, format, "cuda")
     given: dict[str, Any] = {}
     rows: dict[str, Tensor] = {}
     if format.needs_calibration:
         bound = toy_calibration(format, k, v)
         format, given = bound.format, {"basis": bound, "layers": [0] * 6}
         if format.basis == "shared":
-            rows = {"k_basis": bound.k.rows[0], "v_basis": bound.v.rows[0]}
+            rows = {"k_basis": bound.k.rows[0].half(), "v_basis": bound.v.rows[0].half()}
     pages = encode_pages(k, v, format, **given)
     units, size = format.page_bytes // UNIT_BYTES, format.page_bytes
     plane = torch.full((9 * size,), 255, dtype=torch.uint8, device="cuda")
@@ -173,7 +154,9 @@ def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> floa
         "layout": format.layout, "first_position": 64, "cos": rope.cos, "sin": rope.sin,
         "scale": format.head_dim**-0.5, **rows,
     }  # fmt: skip
-    want = twin(q, plane, tables, counts, **common)
+    want = twin(
+        q, plane, tables, counts, **common | {name: x.float() for name, x in rows.items()}
+    )
     got = pages_op.spectral_decode(q, plane, tables, counts, **common)
     if bool(got[0][0].any()) or not bool(torch.isneginf(got[1][0]).all()):
         return math.inf
@@ -279,7 +262,7 @@ class Workload:
         rows: dict[str, Any] = {}
         if format.basis == "shared":
             for name, rank in (("k_basis", format.k_rank), ("v_basis", format.v_rank)):
-                rows[name] = torch.randn(self.heads, rank, self.dim, device="cuda") * 0.1
+                rows[name] = 0.1 * torch.randn(self.heads, rank, self.dim, device="cuda").half()
 
         def work() -> tuple[Tensor, Tensor]:
             return pages_op.spectral_decode(
@@ -361,7 +344,8 @@ def main(
                 format.layout, num_q_heads // format.num_kv_heads, torch.device("cuda")
             )
             checked.append((replace(format, name=f"{format.name} ({how})"), kl, error))
-        for batch, length in (*WORK, (0, 0)):
+        more = MORE_WORK if shape == next(iter(SHAPES)) else ()
+        for batch, length in (*WORK, *more, (0, 0)):
             lengths = [length] * batch or list(MIXED)
             name = f"{batch} x {length}" if batch else "mixed, 0 to 131072"
             work = Workload(shape, lengths, name, bandwidth)

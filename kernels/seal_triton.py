@@ -84,6 +84,19 @@ def _is_lost(token, outliers):
 
 
 @triton.jit
+def _energy(
+    work_ptr, outliers, comp, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr
+):
+    """Mean square of every component."""
+    energy = tl.zeros([RANK_PAD], tl.float32)
+    for start in range(0, 512, ROWS):
+        token = start + tl.arange(0, ROWS)
+        x = _coefficients(work_ptr, token, comp, _is_lost(token, outliers), RANK, RANK_PAD)
+        energy += tl.sum(x * x, axis=0)
+    return energy / 512
+
+
+@triton.jit
 def _gains(
     work_ptr, gains_ptr, codes_ptr, energy, outliers, comp,
     STORE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -129,14 +142,14 @@ def _bits_of(comp, BANDS: tl.constexpr):
 
 
 @triton.jit
-def _magnitude(x, SIZES: tl.constexpr, I: tl.constexpr):
-    """Index of the magnitude of `SIZES[I]` that is nearest to `x`, and the magnitude."""
+def _magnitude(x, SIZES: tl.constexpr, WHICH: tl.constexpr):
+    """Index of the magnitude of `SIZES[WHICH]` that is nearest to `x`, and the magnitude."""
     index = tl.zeros_like(x)
-    value = tl.zeros_like(x) + SIZES[I][2]
-    for i in tl.static_range(3, len(SIZES[I])):
-        past = x > (SIZES[I][i - 1] + SIZES[I][i]) * 0.5
+    value = tl.zeros_like(x) + SIZES[WHICH][2]
+    for i in tl.static_range(3, len(SIZES[WHICH])):
+        past = x > (SIZES[WHICH][i - 1] + SIZES[WHICH][i]) * 0.5
         index += tl.where(past, 1.0, 0.0)
-        value += tl.where(past, SIZES[I][i] - SIZES[I][i - 1], 0.0)
+        value += tl.where(past, SIZES[WHICH][i] - SIZES[WHICH][i - 1], 0.0)
     return index, value
 
 
@@ -175,6 +188,7 @@ def _project_kernel(
     SIDE: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
     BANDS: tl.constexpr, SIZES: tl.constexpr, HEAD_BYTES: tl.constexpr, MEAN_AT: tl.constexpr,
     SLOTS: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     block, layer, head = item // (LAYERS * HEADS), item // HEADS % LAYERS, item % HEADS
@@ -187,7 +201,7 @@ def _project_kernel(
     place, dim, comp = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
 
     mean = tl.zeros([DIM_PAD], tl.float32)
-    top = 0.0
+    top = tl.zeros([], tl.float32)
     bad = 0
     for start in range(0, 512, ROWS):
         x = _tokens_of(
@@ -210,25 +224,26 @@ def _project_kernel(
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(power_ptr + side_item, inverse)
 
-    matrix = projection_ptr + (layer * HEADS + head).to(tl.int64) * (DIM * RANK)
-    used = (dim < DIM)[:, None] & (comp < RANK)[None, :]
-    matrix = tl.load(matrix + dim[:, None] * RANK + comp[None, :], mask=used, other=0.0)
-    matrix, matrix_rest = _halves(matrix)
-    energy = tl.zeros([RANK_PAD], tl.float32)
-    for start in range(0, 512, ROWS):
-        token = start + place
-        x = _tokens_of(exact, values, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT)
-        x, rest = _halves((x - mean[None, :]) * inverse)
-        found = tl.dot(x, matrix_rest, tl.dot(rest, matrix))
-        found = tl.dot(x, matrix, found).to(tl.bfloat16)
-        tl.store(work + token[:, None] * RANK_PAD + comp[None, :], found)
-        found = found.to(tl.float32)
-        energy += tl.sum(found * found, axis=0)
+    basis = projection_ptr + (layer * HEADS + head).to(tl.int64) * (DIM * RANK)
+    for first_comp in tl.static_range(0, RANK_PAD, COLUMNS):  # what shared memory takes at once
+        column = first_comp + tl.arange(0, COLUMNS)
+        used = (dim < DIM)[:, None] & (column < RANK)[None, :]
+        matrix = tl.load(basis + dim[:, None] * RANK + column[None, :], mask=used, other=0.0)
+        matrix, matrix_rest = _halves(matrix)
+        for start in range(0, 512, ROWS):
+            token = start + place
+            x = _tokens_of(
+                exact, values, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT
+            )
+            x, rest = _halves((x - mean[None, :]) * inverse)
+            found = tl.dot(x, matrix_rest, tl.dot(rest, matrix))
+            found = tl.dot(x, matrix, found)
+            tl.store(work + token[:, None] * RANK_PAD + column[None, :], found.to(tl.bfloat16))
     tl.debug_barrier()
 
     if SLOTS > 0:
         none = tl.zeros([8], tl.int32) - 1
-        energy = energy / 512
+        energy = _energy(work, none, comp, RANK, RANK_PAD, ROWS)
         gains = gains_ptr + side_item.to(tl.int64) * 512
         weight = _gains(work, gains, arena_ptr, energy, none, comp, False, RANK, RANK_PAD, ROWS)
         bits = _bits_of(comp, BANDS)
@@ -321,21 +336,17 @@ def _write_codes(
     count: tl.constexpr = BANDS[B][1]
     bits: tl.constexpr = BANDS[B][2]
     low: tl.constexpr = 2 if bits == 3 else bits
+    lines: tl.constexpr = COUNT_PAD if BY_COMPONENT else ROWS
+    width: tl.constexpr = ROWS if BY_COMPONENT else COUNT_PAD
+    end: tl.constexpr = ROWS if BY_COMPONENT else count
+    line = tl.arange(0, lines)
     if BY_COMPONENT:
         codes = tl.trans(codes)
-        lines: tl.constexpr = COUNT_PAD
-        width: tl.constexpr = ROWS
-        line = tl.arange(0, COUNT_PAD)
         row = (start // 128 * count + line) * 128 + start % 128  # in codes
         used = line < count
-        end: tl.constexpr = ROWS
     else:
-        lines: tl.constexpr = ROWS
-        width: tl.constexpr = COUNT_PAD
-        line = tl.arange(0, ROWS)
         row = (start + line) * count
         used = line >= 0
-        end: tl.constexpr = count
     element = tl.arange(0, width)
     per: tl.constexpr = 32 // low
     words = _words(codes & ((1 << low) - 1), element % per * low, lines, width, per)
@@ -384,12 +395,7 @@ def _quantize_kernel(
             outliers, SIDE, TURN, DIM, HALF, UNIT, SLOT_AT, INDEX_AT, DIM_PAD,
         )  # fmt: skip
 
-    energy = tl.zeros([RANK_PAD], tl.float32)
-    for start in range(0, 512, ROWS):
-        token = start + place
-        x = _coefficients(work, token, comp, _is_lost(token, outliers), RANK, RANK_PAD)
-        energy += tl.sum(x * x, axis=0)
-    energy = energy / 512
+    energy = _energy(work, outliers, comp, RANK, RANK_PAD, ROWS)
     weight = _gains(
         work, gains, record + GAIN_AT, energy, outliers, comp, True, RANK, RANK_PAD, ROWS
     )
@@ -513,7 +519,8 @@ def seal(
                 UNIT=UNIT_BYTES // values.element_size(), RANK=side.rank,
                 BANDS=band_tuples(side), SIZES=_sizes(side), HEAD_BYTES=layout.head_bytes,
                 MEAN_AT=side.mean_offset, SLOTS=layout.num_slots, DIM_PAD=padded(dim),
-                RANK_PAD=rank, ROWS=ROWS, num_warps=WARPS, num_stages=1,
+                RANK_PAD=rank, ROWS=ROWS, COLUMNS=min(rank, 16384 // padded(dim)),
+                num_warps=WARPS, num_stages=1,
             )  # fmt: skip
         for index, (side, rank) in enumerate(zip((layout.k, layout.v), ranks, strict=True)):
             _quantize_kernel[(items,)](

@@ -22,11 +22,13 @@ def spectral_rebuild(
     dtype: torch.dtype,
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
+    num_pages: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """K (after RoPE) and V of one sequence's pages, `[H, tokens, D]` in `dtype`.
 
     Args: as in `spectral_decode`, for the pages at `positions` (int `[num_pages]`; negative ones
-        are blocks held exactly and give no tokens).
+        are blocks held exactly and give no tokens). `num_pages`: how many are not negative, which
+        a GPU would have to be asked; None counts them.
     """
     blocks = (positions >= 0).nonzero().squeeze(-1)
     pages = gather_units(plane, positions[blocks], layout.page_bytes)

@@ -124,10 +124,6 @@ def spectral_rebuild(
 ) -> tuple[Tensor, Tensor]:
     """`kernels.spectral_rebuild.spectral_rebuild` in Triton: the same arguments and results.
 
-    Args:
-        num_pages: entries of `positions` that are pages; counted, which waits for the device,
-            where the caller does not know.
-
     Raises:
         ValueError: more than one scale a component.
     """

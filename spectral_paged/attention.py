@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk_attention import chunk_attention
-from spectral_paged.kernels.decode_ops import DecodeOps
-from spectral_paged.kernels.exact_pages import exact_append, exact_gather
-from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
+from spectral_paged.kernels.exact_pages import exact_gather
+from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
@@ -37,7 +36,7 @@ class PagedAttention:
     def __init__(
         self,
         basis: CacheBasis,
-        ops: DecodeOps,
+        ops: PageOps,
         *,
         cos: Tensor,
         sin: Tensor,
@@ -66,7 +65,7 @@ class PagedAttention:
         """
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
-        exact_append(
+        self.ops.exact_append(
             k.to(self.dtype), v.to(self.dtype), plane, step.append_positions, step.append_offsets
         )
         out = q.new_empty(q.shape, dtype=torch.float32)
@@ -133,7 +132,7 @@ class PagedAttention:
         )
         if chunk.num_pages:
             self.pages_attended += chunk.num_pages
-            history = spectral_rebuild(
+            history = self.ops.spectral_rebuild(
                 plane,
                 group.page_table.device[chunk.row, : chunk.num_blocks],
                 layout=self.format.layout,
@@ -141,6 +140,7 @@ class PagedAttention:
                 cos=self.cos,
                 sin=self.sin,
                 dtype=self.dtype,
+                num_pages=chunk.num_pages,
                 **shared,
             )
             k = torch.cat((history[0], k), dim=1)

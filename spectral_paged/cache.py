@@ -35,7 +35,7 @@ from spectral_paged.groups import (
     check_kernels,
     check_length,
 )
-from spectral_paged.kernels.decode_ops import decode_ops
+from spectral_paged.kernels.page_ops import page_ops
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
@@ -111,7 +111,7 @@ class SpectralKVCache:
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
-        self._ops = decode_ops(self.device)
+        self._ops = page_ops(self.device)
         self._attention = PagedAttention(
             self._basis,
             self._ops,
@@ -120,7 +120,7 @@ class SpectralKVCache:
             scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             dtype=dtype,
         )
-        self._sealer = Sealer(self._basis, cos=cos, sin=sin)
+        self._sealer = Sealer(self._basis, self._ops, cos=cos, sin=sin, dtype=dtype)
         self._step: StepPlan | None = None
         self._group_steps: list[GroupStep] = []
         self.groups = build_groups(
@@ -417,6 +417,7 @@ class SpectralKVCache:
         """
         return {
             "backend": self._backend(),
+            "seal_backend": self._sealer.backend,
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,
             "capacity_tokens": self.capacity_tokens,

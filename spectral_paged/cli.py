@@ -76,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     benches = bench.add_subparsers(dest="bench", required=True)
     _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
-    encode = benches.add_parser("encode", help="what encoding a block costs beside its prefill")
-    encode.add_argument("--device", default="auto")
-    encode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    seal = benches.add_parser("seal", help="what sealing a block costs beside its prefill")
+    seal.add_argument("--device", default="auto")
+    seal.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
+    seal.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
@@ -275,11 +276,13 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
-    from spectral_paged.benchmarks import encode
+    from spectral_paged.benchmarks import seal
     from spectral_paged.benchmarks.quality import run
 
-    if args.bench == "encode":
-        return encode.main(device=args.device, output_dir=args.output_dir)
+    if args.bench == "seal":
+        return seal.main(
+            device=args.device, output_dir=args.output_dir, formats=tuple(args.format)
+        )
     if args.bench == "decode":
         return bench_decode(args)
     if args.plot:

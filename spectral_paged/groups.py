@@ -8,8 +8,8 @@ import torch
 
 from spectral_paged.capacity import peak_exact_tokens
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.decode_ops import check_layout
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.kernels.page_ops import check_layout
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool

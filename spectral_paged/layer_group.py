@@ -290,6 +290,17 @@ class LayerGroup:
         start = self._exact_start(slots, block)
         return self.pool.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
 
+    def block_positions(self, seq_id: str, block: int) -> tuple[list[int], int]:
+        """Positions of a tail block's eight exact pages and of the page reserved for it."""
+        slots = self.sequences[seq_id]
+        start = self._exact_start(slots, block)
+        exact = slots.exact[start : start + PAGES_PER_BLOCK]
+        page = slots.pages[slots.num_pages(block)]
+        return (
+            [self.pool.position(slot, Kind.EXACT) for slot in exact],
+            self.pool.position(page, Kind.PAGE),
+        )
+
     def write_page(self, seq_id: str, block: int, pages: Tensor) -> None:
         """Store a sealed block's page, uint8 `[L, page_bytes]`, in the slot reserved for it."""
         slots = self.sequences[seq_id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -65,10 +66,25 @@ class CacheBasis:
         num_layers: int,
         device: torch.device,
     ) -> None:
-        self.bound = bind(calibration, format, num_layers, device)
-        self.format = format if self.bound is None else self.bound.format
         self._shape = (num_layers, format.num_kv_heads, format.head_dim)
         self._device = device
+        self.format = format
+        self.bound: BoundBasis | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._projections: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        bound = bind(calibration, format, num_layers, device)
+        if bound is not None:
+            self._use(bound)
+
+    def _use(self, bound: BoundBasis) -> None:
+        self.bound, self.format = bound, bound.format
+        if self.format.basis == "shared":
+            # kernels read fp16, which is what rows are rounded to
+            dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+            self._rows = {
+                "k_basis": bound.k.rows.to(dtype),
+                "v_basis": bound.v.rows.to(dtype),
+            }
 
     @property
     def is_waiting(self) -> bool:
@@ -82,11 +98,16 @@ class CacheBasis:
         """Use what was accumulated from now on."""
         plain = torch.eye(self._shape[-1]).expand(*self._shape, -1)
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
-        self.bound = basis.bind(self.format, self._device)
-        self.format = self.bound.format
+        self._use(basis.bind(self.format, self._device))
 
     def rows(self, layer: int) -> dict[str, Tensor]:
         """The layer's rows `[H, rank, D]` as arguments of page ops; none where pages have them."""
-        if self.bound is None or self.format.basis != "shared":
-            return {}
-        return {"k_basis": self.bound.k.rows[layer], "v_basis": self.bound.v.rows[layer]}
+        return {name: rows[layer] for name, rows in self._rows.items()}
+
+    def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """`BoundBasis.projections`, made once for a group of layers."""
+        key = tuple(layers)
+        if key not in self._projections:
+            assert self.bound is not None, "there is a basis before anything is sealed"
+            self._projections[key] = self.bound.projections(key)
+        return self._projections[key]

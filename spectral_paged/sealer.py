@@ -8,6 +8,7 @@ from torch import Tensor
 from spectral_paged.codec import encode_pages
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.kernels.rotary import stored_keys
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
@@ -20,14 +21,25 @@ class Sealer:
     """Encodes due blocks of a group in batches; pages are written but not shown yet.
 
     Args:
-        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to turn keys as the format stores them.
         basis: the cache's calibration, frozen here at the first seal where it is taken online.
+        ops: what runs on the cache's device; its `seal` where that makes pages of the format.
+        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to turn keys as the format stores them.
+        dtype: element type of exact pages.
     """
 
-    def __init__(self, basis: CacheBasis, *, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, basis: CacheBasis, ops: PageOps, *, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> None:
         self.basis = basis
+        self.ops = ops
         self.cos = cos
         self.sin = sin
+        self.dtype = dtype
+
+    @property
+    def backend(self) -> str:
+        """What encodes: `triton` (the seal kernel) or `torch` (`codec.encode_pages`)."""
+        return "triton" if self.format.seals and self.ops.seals(self.format.layout) else "torch"
 
     @property
     def format(self) -> PageFormat:
@@ -41,10 +53,38 @@ class Sealer:
         failed: dict[str, NonFiniteError] = {}
         if due and self.basis.is_waiting:
             self._freeze(group, due)
+        encode = self._encode_batch if self.backend == "torch" else self._encode_in_place
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
-            self._encode_batch(group, batch, failed)
+            if batch:
+                encode(group, batch, failed)
         return failed
+
+    def _encode_in_place(
+        self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]
+    ) -> None:
+        """By the seal kernel, which looks for NaN and Inf while it reads."""
+        assert self.ops.seal is not None
+        arena = group.pool.arena
+        places = [group.block_positions(seq_id, block) for seq_id, block in batch]
+        exact, pages, first = (
+            torch.tensor(x, dtype=torch.int32, device=arena.device)
+            for x in (
+                [place[0] for place in places],
+                [place[1] for place in places],
+                [self._first_token(block) for _, block in batch],
+            )
+        )
+        bad = self.ops.seal(
+            arena, exact, pages, first, layout=self.format.layout, dtype=self.dtype, cos=self.cos,
+            sin=self.sin, **self.basis.projections(group.layers),
+        )  # fmt: skip
+        for index, layer, head, side in bad.nonzero().tolist():
+            seq_id, block = batch[index]
+            if seq_id not in failed:
+                failed[seq_id] = _non_finite(
+                    "KV"[side], seq_id, group.layers[layer], head, block
+                )
 
     def _encode_batch(
         self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]
@@ -91,9 +131,12 @@ class Sealer:
             self.basis.freeze(accumulator)
 
     def _stored(self, k: Tensor, block: int, rope: str) -> Tensor:
-        first = self.format.num_landmark_tokens + block * BLOCK_TOKENS
+        first = self._first_token(block)
         span = slice(first, first + BLOCK_TOKENS)
         return stored_keys(k, self.cos[span], self.sin[span], rope)
+
+    def _first_token(self, block: int) -> int:
+        return self.format.num_landmark_tokens + block * BLOCK_TOKENS
 
     def _find_non_finite(
         self, group: LayerGroup, seq_id: str, block: int, k: Tensor, v: Tensor
@@ -103,10 +146,13 @@ class Sealer:
             bad = ~torch.isfinite(x).flatten(2).all(dim=-1)
             if bool(bad.any()):
                 layer, head = bad.nonzero()[0].tolist()
-                return NonFiniteError(
-                    f"{side} of sequence {seq_id!r} has NaN or Inf in layer "
-                    f"{group.layers[layer]}, head {head}, block {block}: the model produced it; "
-                    "check its dtype (fp16 overflow) and its weights",
-                    block_index=block,
-                )
+                return _non_finite(side, seq_id, group.layers[layer], head, block)
         return None
+
+
+def _non_finite(side: str, seq_id: str, layer: int, head: int, block: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"{side} of sequence {seq_id!r} has NaN or Inf in layer {layer}, head {head}, block "
+        f"{block}: the model produced it; check its dtype (fp16 overflow) and its weights",
+        block_index=block,
+    )

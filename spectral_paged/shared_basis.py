@@ -80,6 +80,19 @@ class BoundBasis:
     def side(self, side: str) -> SideRows:
         return self.k if side == "k" else self.v
 
+    def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """What takes tokens of `layers` to their coefficients, as arguments of `seal`: fp32
+        `[L, H, D, rank]` for K and V."""
+        index = torch.tensor(list(layers), device=self.k.vectors.device)
+        found = {}
+        for name in "kv":
+            rows = self.side(name)
+            matrix = rows.vectors[index].transpose(-1, -2)
+            if self.format.dim_weighting != "none":
+                matrix = rows.weight[index] @ matrix
+            found[f"{name}_projection"] = matrix.contiguous()
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class SharedBasis:

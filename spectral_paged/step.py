@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import NonFiniteError
-from spectral_paged.kernels.decode_ops import DecodeOps
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 
@@ -72,7 +72,7 @@ class GroupStep:
 
     @classmethod
     def of(
-        cls, group: LayerGroup, plan: StepPlan, format: PageFormat, ops: DecodeOps
+        cls, group: LayerGroup, plan: StepPlan, format: PageFormat, ops: PageOps
     ) -> GroupStep:
         """Look up where the plan's tokens go in the group's tables."""
         device = group.exact_table.device.device

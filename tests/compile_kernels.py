@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
-from kernel_cases import exact_case
+from kernel_cases import SealCase, exact_case
 from page_parts import toy_basis
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,8 +25,11 @@ from spectral_paged.kernels import (
     exact_append_triton,
     exact_decode_triton,
     merge_triton,
+    page_basis_gluon,
+    page_basis_triton,
     query_projection_gluon,
     query_projection_triton,
+    seal_triton,
     spectral_decode_gluon,
     spectral_decode_gpu,
     spectral_decode_triton,
@@ -37,9 +40,10 @@ from spectral_paged.presets import PRESETS
 
 PORTABLE = (
     decode_finish_triton, exact_append_triton, exact_decode_triton, merge_triton,
-    query_projection_triton, spectral_decode_triton, spectral_rebuild_triton,
+    page_basis_triton, query_projection_triton, seal_triton, spectral_decode_triton,
+    spectral_rebuild_triton,
 )  # fmt: skip
-EXPLICIT = (query_projection_gluon, spectral_decode_gluon)
+EXPLICIT = (page_basis_gluon, query_projection_gluon, spectral_decode_gluon)
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
     torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
@@ -113,7 +117,7 @@ def launch_pages(format, group):
     if format.needs_calibration:
         basis = toy_basis(1, format.num_kv_heads, format.head_dim).bind(format)
         format = basis.format
-        rows = {"k_basis": basis.k.rows[0], "v_basis": basis.v.rows[0]}
+        rows = {"k_basis": basis.k.rows[0].half(), "v_basis": basis.v.rows[0].half()}
     half = format.head_dim // 2
     plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
     common = {
@@ -136,6 +140,9 @@ def main():
     for name, dim, group in cases:
         Compiled.label = f"{name}, width {dim}, {group} queries"
         launch_pages(PageFormat.preset(name, num_kv_heads=1, head_dim=dim), group)
+    for name, dim in (("quality-64", 64), ("quality-128", 128), ("wide-256", 256)):
+        Compiled.label = f"sealing, width {dim}"
+        SealCase(name, heads=1, blocks=1, dtype=torch.bfloat16).seal(seal_triton.seal)
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
         Compiled.label = f"exact, width {dim}, {dtype}"
         args, options = exact_case([65], dim=dim, dtype=dtype)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from page_parts import toy_basis, toy_blocks
 
-from spectral_paged.codec import encode_pages
+from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.kernels.exact_decode import exact_decode
 from spectral_paged.kernels.exact_pages import exact_append
 from spectral_paged.kernels.layout import exact_page_bytes
+from spectral_paged.kernels.page_view import slot_tokens
+from spectral_paged.kernels.rotary import stored_keys
 from spectral_paged.kernels.spectral_decode import spectral_decode
 from spectral_paged.kernels.spectral_rebuild import spectral_rebuild
 from spectral_paged.page_format import PageFormat
@@ -40,6 +42,9 @@ PAGES = {
     "uniform-96": (
         96, {"k_bands": ((48, 4), (16, 3)), "v_bands": ((96, 3),), "levels": "uniform",
              "rope": "frame", "gain": True},
+    ),
+    "no-slots": (
+        64, {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED, "outlier_slots": 0},
     ),
     "wide-256": (256, {"k_bands": ((128, 4),), "v_bands": ((256, 2),), **SHARED}),
 }  # fmt: skip
@@ -151,3 +156,76 @@ def exact_error(op, args, options):
     return max(float((x[~empty] - y[~empty]).abs().max()) for x, y in zip(got, want))
 
 
+
+
+# ---- sealing -----------------------------------------------------------------------------
+
+SEALED = ("quality-64", "quality-128", "compact-128", "four-bits-128", "wide-256")
+
+
+class SealCase:
+    """Blocks of two layers in scattered exact pages of one arena, and the twin's pages of them."""
+
+    def __init__(self, name, *, heads=2, blocks=2, device="cpu", dtype=torch.float32, change=None):
+        dim, fields = PAGES[name]
+        format = PageFormat(name, heads, dim, **fields)
+        self.layers, self.blocks = 2, blocks
+        self.basis = toy_basis(2, heads, dim).bind(format, device)
+        self.format = format = self.basis.format
+        self.k, self.v = (
+            x.to(dtype).unflatten(0, (blocks, 2))
+            for x in toy_blocks(2 * blocks, heads, dim, rank=20)
+        )
+        self.k[..., 7, :] *= 5
+        if change is not None:
+            change(self.k, self.v)
+        size = exact_page_bytes(heads, dim, dtype.itemsize)
+        order = torch.randperm(8 * blocks + 2, generator=torch.Generator().manual_seed(5))
+        exact = (order[: 8 * blocks] * (size // 128)).int().view(blocks, 8)
+        start = len(order) * size
+        pages = (start + torch.arange(blocks).flip(0) * format.page_bytes) // 128
+        self.first = 64 + 512 * torch.arange(blocks)
+        arena = torch.full((2, start + blocks * format.page_bytes), 255, dtype=torch.uint8)
+        place = torch.arange(512)
+        for b in range(blocks):
+            for layer in range(2):
+                k, v = (x[b, layer].transpose(0, 1).contiguous() for x in (self.k, self.v))
+                exact_append(k, v, arena[layer], exact[b][place // 64], place % 64)
+        self.arena, self.k, self.v = arena.to(device), self.k.to(device), self.v.to(device)
+        self.exact, self.pages = exact.to(device), pages.int().to(device)
+        self.rope = RotaryTable.from_theta(10000.0, dim, max_positions=4096, device=device)
+        self.options = {
+            "layout": format.layout, "dtype": dtype, "cos": self.rope.cos, "sin": self.rope.sin,
+        }  # fmt: skip
+        for side in "kv":
+            rows = self.basis.side(side)
+            self.options[f"{side}_projection"] = rows.weight @ rows.vectors.mT
+
+    def seal(self, op, blocks=slice(None)):
+        """Counts of NaN and Inf; the arena has the pages."""
+        first = self.first.int().to(self.arena.device)[blocks]
+        return op(self.arena, self.exact[blocks], self.pages[blocks], first, **self.options)
+
+    def page(self, block):
+        """uint8 `[layers, page_bytes]`."""
+        start = int(self.pages[block]) * 128
+        return self.arena[:, start : start + self.format.page_bytes].contiguous()
+
+    def errors(self, block):
+        """Errors of K and V of the sealed page, then those of the twin's, relative."""
+        span = slice(int(self.first[block]), int(self.first[block]) + 512)
+        cos, sin = self.rope.cos[span], self.rope.sin[span]
+        k = stored_keys(self.k[block], cos, sin, self.format.rope)
+        given = (k, self.v[block].float())
+        rows = {"basis": self.basis, "layers": [0, 1]}
+        twin = encode_pages(*given, self.format, **rows)
+        return [
+            [
+                float((x - y).norm() / y.norm())
+                for x, y in zip(decode_pages(pages, self.format, **rows), given)
+            ]
+            for pages in (self.page(block), twin)
+        ]
+
+    def outliers(self, block):
+        return slot_tokens(self.page(block), self.format.layout)

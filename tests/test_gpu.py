@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_cases import (
     PAGES,
+    SEALED,
+    SealCase,
     append_both,
     exact_case,
     exact_error,
@@ -15,9 +17,11 @@ from kernel_cases import (
     page_error,
     rebuild_error,
 )
+from page_parts import toy_basis
 from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import LLM, PageFormat, SamplingParams
+from spectral_paged.calibration import model_fingerprint
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
 
@@ -25,6 +29,7 @@ if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, i
     from spectral_paged.kernels import spectral_decode_gpu
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
+    from spectral_paged.kernels.seal_triton import seal
     from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
     from spectral_paged.kernels.spectral_rebuild_triton import spectral_rebuild
 
@@ -140,6 +145,72 @@ def test_history_is_rebuilt_as_the_twin_rebuilds_it(name):
 def test_an_append_writes_the_bytes_that_the_twin_writes(dtype):
     want, got = append_both(exact_append, dtype=dtype, device="cuda")
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SEALED)
+def test_a_sealed_page_is_as_good_as_the_twins(name, dtype):
+    case = SealCase(name, device="cuda", dtype=dtype)
+    assert not case.seal(seal).any()
+    for block in range(2):
+        for got, want in zip(*case.errors(block)):
+            assert got < 1.02 * want
+
+
+def test_a_sealed_page_does_not_depend_on_what_is_sealed_beside_it():
+    case = SealCase("quality-128", heads=8, blocks=5, device="cuda", dtype=torch.bfloat16)
+    case.seal(seal)
+    together = [case.page(b) for b in range(5)]
+    case.arena[:, int(case.pages.min()) * 128 :] = 255
+    for b in range(5):
+        case.seal(seal, slice(b, b + 1))
+    assert all(torch.equal(case.page(b), together[b]) for b in range(5))
+
+
+def test_blocks_past_two_gigabytes_are_sealed():
+    case = SealCase("quality-64", device="cuda")
+    case.seal(seal)
+    want = [case.page(b) for b in range(2)]
+    far = (3 << 30) // 128
+    large = torch.zeros(2, (3 << 30) + case.arena.shape[1], dtype=torch.uint8, device="cuda")
+    large[:, far * 128 :] = case.arena
+    large[:, far * 128 + int(case.pages.min()) * 128 :] = 255
+    case.arena, case.exact, case.pages = large, case.exact + far, case.pages + far
+    case.seal(seal)
+    assert all(torch.equal(case.page(b), want[b]) for b in range(2))
+
+
+def test_nan_and_inf_are_counted_where_they_lie():
+    def spoil(k, v):
+        v[1, 0, 1, 511, 63] = float("nan")
+        k[1, 1, 0, 0, 0] = float("inf")
+
+    case = SealCase("quality-64", device="cuda", change=spoil)
+    bad = case.seal(seal)
+    assert bool(bad[1, 0, 1, 1] > 0) and bool(bad[1, 1, 0, 0] > 0)
+    assert not bad[0].any() and not bad[1, 0, 0].any()
+
+
+def test_a_cache_on_the_gpu_runs_kernels_only_and_says_so():
+    """Pages of a calibrated preset end to end: sealed, rebuilt and read by kernels."""
+    model = tiny_model(head_dim=64, hidden_size=256)
+    format = PageFormat.preset(
+        "spectral-quality", num_kv_heads=2, head_dim=64, prefill_segment=512
+    )
+    prompts = random_prompts([1, 577, 640, 1217, 1500])
+    said = []
+    for device in ("cpu", "cuda"):
+        llm = LLM.from_model(
+            model.to(device), kv_format=format, kv_cache_bytes=32 << 20, poison=True,
+            calibration=toy_basis(2, 2, 64, model=model_fingerprint(model)),
+        )  # fmt: skip
+        said.append([o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)])
+        llm.cache.check_integrity()
+    stats = llm.stats()
+    assert (stats["backend"], stats["seal_backend"]) == ("gluon", "triton")
+    assert stats["pages_attended"] > 0
+    same = sum(a == b for x, y in zip(*said) for a, b in zip(x, y))
+    assert same > 0.9 * sum(map(len, said[0]))
 
 
 def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():

@@ -1,5 +1,5 @@
-"""The ops of a decode step for a device: torch twins on the CPU, Triton on CUDA. Nothing else
-decides, and nothing falls back."""
+"""The ops over pages for a device: torch twins on the CPU, Triton on CUDA. Nothing else decides,
+and nothing falls back."""
 
 from __future__ import annotations
 
@@ -10,33 +10,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels import exact_decode, merge, spectral_decode
+from spectral_paged.kernels import (
+    exact_decode,
+    exact_pages,
+    merge,
+    spectral_decode,
+    spectral_rebuild,
+)
 from spectral_paged.kernels.layout import PageLayout
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeOps:
+class PageOps:
     """Ops with one signature; see the twins.
 
-    Attributes:
-        plans: arguments that the ops of one step share, made once for all layers.
+    `seal` encodes blocks where they lie (`seal_triton.seal`); None where that is left to
+    `codec.encode_pages`, its twin.
     """
 
+    exact_append: Callable[..., None]
     exact_decode: Callable[..., tuple[Tensor, Tensor]]
     spectral_decode: Callable[..., tuple[Tensor, Tensor]]
+    spectral_rebuild: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+    seal: Callable[..., Tensor] | None = None
     on_gpu: bool = False
 
     def backend(self, layout: PageLayout | None, group: int, device: torch.device) -> str:
-        """What `stats()` says: `torch`, `triton`, or `gluon` where explicit layouts fit."""
+        """What `stats()` says of decoding: `torch`, `triton`, or `gluon` where explicit layouts
+        fit."""
         if not self.on_gpu:
             return "torch"
         from spectral_paged.kernels.spectral_decode_gpu import implementation
 
         return "triton" if layout is None else implementation(layout, group, device)
 
+    def seals(self, layout: PageLayout) -> bool:
+        """Whether `seal` makes pages of `layout`."""
+        if self.seal is None:
+            return False
+        from spectral_paged.kernels.seal_triton import supports
+
+        return supports(layout)
+
     def exact_plan(self, num_tokens: Tensor, num_pages: int, heads: int) -> dict[str, Any]:
-        """For `exact_decode`: `num_tokens` int `[N]` in `num_pages` exact pages together."""
+        """What `exact_decode` shares between layers: `num_tokens` int `[N]` in `num_pages` exact
+        pages together."""
         if not self.on_gpu:
             return {}
         from spectral_paged.kernels.exact_decode_triton import plan_exact
@@ -44,7 +63,8 @@ class DecodeOps:
         return {"plan": plan_exact(num_tokens, num_pages, heads)}
 
     def page_plan(self, layout: PageLayout, num_blocks: Tensor, total: int) -> dict[str, Any]:
-        """For `spectral_decode`: `num_blocks` int `[N]` table entries, `total` together."""
+        """What `spectral_decode` shares between layers: `num_blocks` int `[N]` table entries,
+        `total` together."""
         if not self.on_gpu:
             return {}
         from spectral_paged.kernels.spectral_decode_gpu import plan_pages
@@ -52,19 +72,35 @@ class DecodeOps:
         return {"plan": plan_pages(layout, num_blocks, total)}
 
 
-TORCH_OPS = DecodeOps(exact_decode.exact_decode, spectral_decode.spectral_decode, merge.merge)
+TORCH_OPS = PageOps(
+    exact_pages.exact_append,
+    exact_decode.exact_decode,
+    spectral_decode.spectral_decode,
+    spectral_rebuild.spectral_rebuild,
+    merge.merge,
+)
 
 
-def decode_ops(device: torch.device) -> DecodeOps:
+def page_ops(device: torch.device) -> PageOps:
     """The ops that run on `device`."""
     if device.type != "cuda":
         return TORCH_OPS
-    from spectral_paged.kernels import exact_decode_triton, merge_triton, spectral_decode_gpu
+    from spectral_paged.kernels import (
+        exact_append_triton,
+        exact_decode_triton,
+        merge_triton,
+        seal_triton,
+        spectral_decode_gpu,
+        spectral_rebuild_triton,
+    )
 
-    return DecodeOps(
+    return PageOps(
+        exact_append_triton.exact_append,
         exact_decode_triton.exact_decode,
         spectral_decode_gpu.spectral_decode,
+        spectral_rebuild_triton.spectral_rebuild,
         merge_triton.merge,
+        seal=seal_triton.seal,
         on_gpu=True,
     )
 

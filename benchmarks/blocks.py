@@ -1,0 +1,36 @@
+"""Made-up K and V for speed and arithmetic. Random data says nothing about quality."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.page_format import PageFormat
+from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
+
+
+def structured_blocks(
+    count: int, format: PageFormat, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Blocks with a decaying spectrum, an offset and loud tokens, fp32 `[count, H, 512, D]`
+    twice."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    shape = (2, count, format.num_kv_heads, BLOCK_TOKENS, format.head_dim)
+    decay = torch.logspace(0.5, -1.5, format.head_dim, device=device)
+    x = torch.randn(shape, generator=generator, device=device) * decay
+    x = x + 3 * torch.randn((2, 1, shape[2], 1, shape[4]), generator=generator, device=device)
+    x[..., 7, :] *= 6
+    return x[0], x[1]
+
+
+def toy_calibration(format: PageFormat, k: Tensor, v: Tensor, *, num_layers: int = 1) -> BoundBasis:
+    """A calibration of `num_layers` alike layers from the first block itself, plain metrics."""
+    heads, dim = format.num_kv_heads, format.head_dim
+    accumulator = BasisAccumulator(num_layers, heads, dim)
+    first_k, first_v = (x[:1].expand(num_layers, -1, -1, -1) for x in (k, v))
+    keys = {f"k_{rope}": first_k for rope in ("pre", "frame", "post")}
+    accumulator.add(range(num_layers), v=first_v, **keys)
+    plain = torch.eye(dim).expand(num_layers, heads, -1, -1)
+    basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="toy")
+    return basis.bind(format, k.device)

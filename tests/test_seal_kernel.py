@@ -1,0 +1,168 @@
+"""The seal kernel against the torch encoder, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import PAGES, SEALED, SealCase
+from page_parts import toy_basis
+
+from spectral_paged import PageFormat, SpectralKVCache
+from spectral_paged import cache as cache_module
+from spectral_paged.codec import decode_pages
+from spectral_paged.errors import NonFiniteError
+from spectral_paged.kernels.page_ops import TORCH_OPS
+from spectral_paged.kernels.seal_triton import seal, supports
+from spectral_paged.rope import RotaryTable
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"
+)
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_sealed_page_is_as_good_as_the_twins(name):
+    case = SealCase(name, heads=1, blocks=1)
+    assert not case.seal(seal).any()
+    for got, want in zip(*case.errors(0)):
+        assert got < 1.02 * want
+
+
+def test_a_page_does_not_depend_on_what_is_sealed_beside_it():
+    case = SealCase("quality-64")
+    case.seal(seal)
+    together = [case.page(b) for b in range(2)]
+    case.arena[:, int(case.pages.min()) * 128 :] = 255
+    case.seal(seal, slice(1, 2))
+    assert torch.equal(case.page(1), together[1])
+    assert bool((case.page(0) == 255).all())
+    case.seal(seal, slice(0, 1))
+    assert torch.equal(case.page(0), together[0])
+
+
+def test_outlier_tokens_are_the_loud_ones_in_ascending_order():
+    def loud(k, v):
+        for token in (500, 3, 130, 77):
+            k[..., token, :] = 40 * torch.randn(k[..., token, :].shape).to(k)
+
+    case = SealCase("quality-64", blocks=1, change=loud)
+    case.seal(seal)
+    assert bool((case.outliers(0) == torch.tensor([3, 77, 130, 500])).all())
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_and_inf_are_counted_where_they_lie(side):
+    def spoil(k, v):
+        x = (k, v)[side]
+        x[1, 0, 1, 511, 63] = float("nan")
+        x[1, 1, 0, 0, 0] = float("inf")
+
+    case = SealCase("quality-64", change=spoil)
+    bad = case.seal(seal)
+    assert bad.shape == (2, 2, 2, 2)
+    found = {tuple(x[:3]) for x in bad.nonzero().tolist() if x[3] == side}
+    assert {(1, 0, 1), (1, 1, 0)} <= found
+    assert not bad[..., 1 - side].any() and not bad[0].any()
+
+
+@pytest.mark.parametrize("power", [-60, 40])
+def test_blocks_of_any_finite_size_keep_their_precision(power):
+    def scale(k, v):
+        k *= 2.0**power
+        v *= 2.0**power
+
+    case = SealCase("no-slots", heads=1, blocks=1, change=scale)
+    assert not case.seal(seal).any()
+    for got, want in zip(*case.errors(0)):
+        assert got < 1.02 * want
+
+
+def test_a_block_of_zeros_comes_back_as_zeros():
+    def clear(k, v):
+        k.zero_()
+        v.zero_()
+
+    case = SealCase("quality-64", heads=1, blocks=1, change=clear)
+    assert not case.seal(seal).any()
+    rebuilt = decode_pages(case.page(0), case.format, basis=case.basis, layers=[0, 1])
+    assert not any(x.any() for x in rebuilt)
+
+
+def test_formats_without_this_kernel_are_left_to_the_encoder():
+    for name in ("int8-128", "many-bands", "uniform-96", "no-mean-no-gain"):
+        dim, fields = PAGES[name]
+        assert not supports(PageFormat(name, 1, dim, **fields).layout)
+
+
+# ---- in a cache --------------------------------------------------------------------------
+
+
+def sealing_cache(monkeypatch, op):
+    """A cache of two layers whose blocks are sealed by `op`."""
+    dim, fields = PAGES["quality-64"]
+    format = PageFormat("t", 1, dim, num_landmark_tokens=64, **fields)
+    monkeypatch.setattr(
+        cache_module, "page_ops", lambda device: dataclasses.replace(TORCH_OPS, seal=op)
+    )
+    return SpectralKVCache(
+        num_layers=2, num_q_heads=2, num_kv_heads=1, head_dim=dim, format=format,
+        rope=RotaryTable.from_theta(10000.0, dim, max_positions=2048), kv_cache_bytes=4 << 20,
+        max_num_seqs=4, calibration=toy_basis(2, 1, dim),
+    )  # fmt: skip
+
+
+def feed(cache, seq_ids, count, *, spoiled=""):
+    outs, done = {s: [] for s in seq_ids}, dict.fromkeys(seq_ids, 0)
+    generator = torch.Generator().manual_seed(1)
+    failed = {}
+    while any(done[s] < count and s not in failed for s in seq_ids):
+        need = {
+            s: min(count - done[s], cache.chunk_limit(s))
+            for s in seq_ids
+            if done[s] < count and s not in failed
+        }
+        plan = cache.reserve(need)
+        cache.begin_step(plan)
+        total = sum(need.values())
+        for layer in range(2):
+            q = torch.randn(total, 2, 64, generator=generator)
+            k, v = torch.randn(2, total, 1, 64, generator=generator)
+            if spoiled in need and done[spoiled] == 0:
+                k[list(need).index(spoiled) * need[spoiled] + 100] = float("nan")
+            out = cache.attend(layer, q, k, v)
+            for s, part in zip(need, out.split(list(need.values()))):
+                outs[s].append(part)
+        failed |= cache.end_step().failed
+        for s, n in need.items():
+            done[s] += n
+    return {s: torch.cat(x) for s, x in outs.items()}, failed
+
+
+def test_a_cache_that_seals_by_kernel_says_what_one_with_the_twin_says(monkeypatch):
+    found = []
+    for op in (None, seal):
+        cache = sealing_cache(monkeypatch, op)
+        assert cache.stats()["seal_backend"] == ("torch" if op is None else "triton")
+        for s in "ab":
+            cache.add_sequence(s, num_prompt_tokens=700)
+        outs, failed = feed(cache, "ab", 1300)
+        assert not failed and cache.stats()["pages_sealed"] > 0
+        found.append(outs)
+    for s in "ab":
+        error = (found[0][s] - found[1][s]).norm() / found[0][s].norm()
+        assert float(error) < 0.05
+
+
+def test_a_sequence_with_nan_fails_at_its_seal_and_the_others_go_on(monkeypatch):
+    messages = []
+    for op in (None, seal):
+        cache = sealing_cache(monkeypatch, op)
+        for s in "ab":
+            cache.add_sequence(s, num_prompt_tokens=1300)
+        _, failed = feed(cache, "ab", 1300, spoiled="b")
+        assert set(failed) == {"b"} and isinstance(failed["b"], NonFiniteError)
+        messages.append(str(failed["b"]))
+        cache.check_integrity()
+    assert messages[0] == messages[1]
