@@ -70,10 +70,8 @@ def _apply_kernel(
         acc = gl.zeros([ROWS, 64], gl.float32, layout=MMA)
         start, end = gl.load(item_start_ptr + item), gl.load(item_end_ptr + item)
         row_table = table_ptr + seq * table_width
-        following = gl.load(row_table + start)
         for entry in range(start, end):
-            position = following
-            following = gl.load(row_table + gl.minimum(entry + 1, end - 1))
+            position = gl.load(row_table + entry)
             if position >= 0:
                 record = position.to(gl.int64) * 128 + head * HEAD_BYTES
                 slot = (first_entry + entry).to(gl.int64) * HEADS + head

@@ -108,10 +108,8 @@ def _project_kernel(
         r_row = gl.arange(0, 16, layout=gl.SliceLayout(1, R))
         r_tile, r_group = first_tile + r_row // P, r_row % P
         comp = gl.arange(0, 32, layout=gl.SliceLayout(0, R))
-        following = gl.load(row_table + gl.minimum(begin, end - 1))
         for entry in range(begin, end, STEP):
-            position = following
-            following = gl.load(row_table + gl.minimum(entry + STEP, end - 1))
+            position = gl.load(row_table + entry)
             record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
             # what the page holds: scales, outlier keys and the mean, on their way meanwhile
             scales = ()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from kernel_cases import PAGES, SEALED, SealCase
-from page_parts import toy_basis
+from small_cache import feed, small_cache
 
-from spectral_paged import PageFormat, SpectralKVCache
-from spectral_paged import cache as cache_module
+from spectral_paged import PageFormat
 from spectral_paged.codec import decode_pages
 from spectral_paged.errors import NonFiniteError
-from spectral_paged.kernels.page_ops import TORCH_OPS
 from spectral_paged.kernels.seal_triton import seal, supports
-from spectral_paged.rope import RotaryTable
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"
@@ -99,51 +94,10 @@ def test_formats_without_this_kernel_are_left_to_the_encoder():
 # ---- in a cache --------------------------------------------------------------------------
 
 
-def sealing_cache(monkeypatch, op):
-    """A cache of two layers whose blocks are sealed by `op`."""
-    dim, fields = PAGES["quality-64"]
-    format = PageFormat("t", 1, dim, num_landmark_tokens=64, **fields)
-    monkeypatch.setattr(
-        cache_module, "page_ops", lambda device: dataclasses.replace(TORCH_OPS, seal=op)
-    )
-    return SpectralKVCache(
-        num_layers=2, num_q_heads=2, num_kv_heads=1, head_dim=dim, format=format,
-        rope=RotaryTable.from_theta(10000.0, dim, max_positions=2048), kv_cache_bytes=4 << 20,
-        max_num_seqs=4, calibration=toy_basis(2, 1, dim),
-    )  # fmt: skip
-
-
-def feed(cache, seq_ids, count, *, spoiled=""):
-    outs, done = {s: [] for s in seq_ids}, dict.fromkeys(seq_ids, 0)
-    generator = torch.Generator().manual_seed(1)
-    failed = {}
-    while any(done[s] < count and s not in failed for s in seq_ids):
-        need = {
-            s: min(count - done[s], cache.chunk_limit(s))
-            for s in seq_ids
-            if done[s] < count and s not in failed
-        }
-        plan = cache.reserve(need)
-        cache.begin_step(plan)
-        total = sum(need.values())
-        for layer in range(2):
-            q = torch.randn(total, 2, 64, generator=generator)
-            k, v = torch.randn(2, total, 1, 64, generator=generator)
-            if spoiled in need and done[spoiled] == 0:
-                k[list(need).index(spoiled) * need[spoiled] + 100] = float("nan")
-            out = cache.attend(layer, q, k, v)
-            for s, part in zip(need, out.split(list(need.values()))):
-                outs[s].append(part)
-        failed |= cache.end_step().failed
-        for s, n in need.items():
-            done[s] += n
-    return {s: torch.cat(x) for s, x in outs.items()}, failed
-
-
 def test_a_cache_that_seals_by_kernel_says_what_one_with_the_twin_says(monkeypatch):
     found = []
     for op in (None, seal):
-        cache = sealing_cache(monkeypatch, op)
+        cache = small_cache(monkeypatch, op)
         assert cache.stats()["seal_backend"] == ("torch" if op is None else "triton")
         for s in "ab":
             cache.add_sequence(s, num_prompt_tokens=700)
@@ -158,7 +112,7 @@ def test_a_cache_that_seals_by_kernel_says_what_one_with_the_twin_says(monkeypat
 def test_a_sequence_with_nan_fails_at_its_seal_and_the_others_go_on(monkeypatch):
     messages = []
     for op in (None, seal):
-        cache = sealing_cache(monkeypatch, op)
+        cache = small_cache(monkeypatch, op)
         for s in "ab":
             cache.add_sequence(s, num_prompt_tokens=1300)
         _, failed = feed(cache, "ab", 1300, spoiled="b")
