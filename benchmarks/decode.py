@@ -26,6 +26,8 @@ from spectral_paged.codec import encode_pages
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels import exact_decode_triton as exact_op
 from spectral_paged.kernels import spectral_decode_gpu as pages_op
+from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
 from spectral_paged.kernels.layout import exact_page_bytes as exact_bytes
 from spectral_paged.kernels.merge_triton import merge
@@ -250,25 +252,41 @@ class Workload:
                 graph_ms(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
             )
 
-    def pages(self, format: PageFormat, rope: RotaryTable, error: float, **about: Any) -> list[Row]:
-        """The page part alone, and with landmarks, tail and merge, over `lengths` tokens."""
+    def page_op(
+        self, format: PageFormat, rope: RotaryTable
+    ) -> tuple[Callable[[DecodeConfig | None], tuple[Tensor, Tensor]], int]:
+        """`spectral_decode` over `lengths` tokens as a function of how kernels are launched, and
+        the bytes of the pages."""
         num_pages = [n // BLOCK_TOKENS for n in self.lengths]
         plane = random_pages(format, max(sum(num_pages), 1))
         table = shuffled_table(
             [n * BLOCK_TOKENS for n in num_pages], BLOCK_TOKENS, format.page_bytes
         )
         counts = torch.tensor(num_pages, dtype=torch.int32, device="cuda")
-        plan = pages_op.plan_pages(format.layout, counts, max(sum(num_pages), 1))
+        plans: dict[DecodeConfig | None, DecodePlan] = {}
         rows: dict[str, Any] = {}
         if format.basis == "shared":
             for name, rank in (("k_basis", format.k_rank), ("v_basis", format.v_rank)):
                 rows[name] = 0.1 * torch.randn(self.heads, rank, self.dim, device="cuda").half()
 
-        def work() -> tuple[Tensor, Tensor]:
+        def work(config: DecodeConfig | None = None) -> tuple[Tensor, Tensor]:
+            if config not in plans:
+                total = max(sum(num_pages), 1)
+                plans[config] = pages_op.plan_pages(format.layout, counts, total, config)
             return pages_op.spectral_decode(
                 self.q, plane, table, counts, layout=format.layout, first_position=LANDMARKS,
-                cos=rope.cos, sin=rope.sin, scale=self.scale, plan=plan, **rows,
+                cos=rope.cos, sin=rope.sin, scale=self.scale, plan=plans[config], config=config,
+                **rows,
             )  # fmt: skip
+
+        return work, sum(num_pages) * format.page_bytes
+
+    def pages(self, format: PageFormat, rope: RotaryTable, error: float, **about: Any) -> list[Row]:
+        """The page part alone, and with landmarks, tail and merge, over `lengths` tokens."""
+        op, num_bytes = self.page_op(format, rope)
+
+        def work() -> tuple[Tensor, Tensor]:
+            return op(None)
 
         rest, rest_bytes = self._exact([LANDMARKS + TAIL] * len(self.lengths))
 
@@ -277,7 +295,6 @@ class Workload:
             other, other_lse = work()
             return merge([out, other], [lse, other_lse])
 
-        num_bytes = sum(num_pages) * format.page_bytes
         about = {"error": error, "fingerprint": format.fingerprint, **about}
         return [
             self._row(format.name, "pages", graph_ms(work), num_bytes, **about),

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
 from spectral_paged.benchmarks.environment import environment
 from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.kernels.launch_configs import SealConfig
 from spectral_paged.kernels.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
@@ -139,14 +140,15 @@ class Blocks:
         span = slice(int(self.first[block]), int(self.first[block]) + BLOCK_TOKENS)
         return stored_keys(k, self.rope.cos[span], self.rope.sin[span], self.format.rope), v
 
-    def kernel(self, ops: PageOps) -> Callable[[], Tensor]:
+    def kernel(self, ops: PageOps, config: SealConfig | None = None) -> Callable[[], Tensor]:
         """Seals all blocks where they lie."""
         assert ops.seal is not None and self.bound is not None
         projections = self.bound.projections(range(NUM_LAYERS))
         op = ops.seal
         return lambda: op(
             self.arena, self.exact, self.pages, self.first, layout=self.format.layout,
-            dtype=torch.bfloat16, cos=self.rope.cos, sin=self.rope.sin, **projections,
+            dtype=torch.bfloat16, cos=self.rope.cos, sin=self.rope.sin, config=config,
+            **projections,
         )  # fmt: skip
 
     def twin(self) -> Callable[[], Tensor]:

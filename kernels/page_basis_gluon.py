@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from spectral_paged.kernels.decode_parts import Partials, adds_values, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import dims_layout, from_dims, half_integers
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 
 
@@ -133,6 +134,7 @@ def apply_bases(
     *,
     layout: PageLayout,
     plan: DecodePlan,
+    config: DecodeConfig,
 ) -> Partials:
     """`page_basis_triton.apply_bases` for layouts that `supports` names."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
@@ -147,6 +149,6 @@ def apply_bases(
         q.shape[0], table.stride(0),
         HEADS=heads, P=width, DIM=dim, RANK=side.rank, BASIS_AT=side.bands[0].basis_offset,
         HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
-        ROWS=max(16, 2 * width), num_warps=1,
+        ROWS=max(16, 2 * width), num_warps=1, maxnreg=config.apply_registers,
     )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.decode_parts import Partials, adds_values, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import band_tuples, level_table, load_rows, padded
 
@@ -80,6 +81,7 @@ def apply_bases(
     *,
     layout: PageLayout,
     plan: DecodePlan,
+    config: DecodeConfig,
 ) -> Partials:
     """Partials by page, in rank space -> by item: vectors fp32 `[items, H, P, D]` and sums."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v

@@ -17,11 +17,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import dims_layout, from_dims, half_integers
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 
 CHUNK = 32  # components that one product makes at a time
-ROWS = 16
-SPLITS = 4  # programs that share an item of several pages
 
 
 @gluon.constexpr_function
@@ -205,12 +204,13 @@ def project_queries(
     scale: float,
     basis: Tensor | None,
     plan: DecodePlan,
+    config: DecodeConfig,
 ) -> Projected:
     """`query_projection_triton.project_queries` for layouts that `supports` names."""
     heads, side = layout.num_kv_heads, layout.k
     group, width = group_sizes(q, layout)
     out = Projected.empty(plan.max_entries, layout, width, q.device)
-    splits = SPLITS if side.shared_basis else 1
+    splits = config.splits
     _project_kernel[(plan.num_items, heads, splits * (width // 4))](
         q.contiguous(), plane, plane.view(torch.float16), plane.view(torch.bfloat16),
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,
@@ -220,5 +220,6 @@ def project_queries(
         RANK=side.rank, BASIS_AT=side.bands[0].basis_offset, HEAD_BYTES=layout.head_bytes,
         SCALE_AT=side.scale_offset, MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset,
         INDEX_AT=layout.index_offset, SLOTS=layout.num_slots, STEP=splits, num_warps=1,
+        maxnreg=config.project_registers,
     )  # fmt: skip
     return out

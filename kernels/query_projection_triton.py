@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.decode_parts import LOG2_E, TILES, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
@@ -152,6 +153,7 @@ def project_queries(
     scale: float,
     basis: Tensor | None,
     plan: DecodePlan,
+    config: DecodeConfig,
 ) -> Projected:
     """Queries in the rank space of every page and frame; see `Projected`."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.k

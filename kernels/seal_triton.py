@@ -15,27 +15,33 @@ Coefficients wait in a workspace of bf16 between passes: their rounding (0.1 %) 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.launch_configs import SealConfig, seal_config
 from spectral_paged.kernels.layout import (
     BLOCK_TOKENS,
-    LEVEL_UNIT,
-    LEVELS,
     UNIT_BYTES,
     PageLayout,
-    SideLayout,
+)
+from spectral_paged.kernels.seal_codes_triton import band_codes, code_table, write_codes
+from spectral_paged.kernels.seal_fit_triton import (
+    bits_of,
+    coefficients,
+    energies,
+    first_scale,
+    fit_gains,
+    is_lost,
+    level_sizes,
+    nearest_levels,
+    stored_scale,
 )
 from spectral_paged.kernels.triton_page import band_tuples, padded
 
 WORKSPACE_BYTES = 256 << 20
 MAX_SLOTS = 8
-ROWS = 64  # tokens that a pass takes at once
-WARPS = 4
 
 
 @triton.jit
@@ -67,117 +73,6 @@ def _halves(x):
     """fp32 as two fp16, as good as fp32 in a sum of products of values near 1."""
     first = x.to(tl.float16)
     return first, (x - first.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _coefficients(work_ptr, token, comp, lost, RANK: tl.constexpr, RANK_PAD: tl.constexpr):
-    """fp32 rows of the workspace, those of outlier tokens (`lost`) zeroed."""
-    at = work_ptr + token[:, None] * RANK_PAD + comp[None, :]
-    kept = (comp < RANK)[None, :] & (lost == 0)[:, None]
-    return tl.load(at, mask=kept, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _is_lost(token, outliers):
-    """1 for tokens among `outliers`."""
-    return tl.sum((token[:, None] == outliers[None, :]).to(tl.int32), axis=1)
-
-
-@triton.jit
-def _energy(
-    work_ptr, outliers, comp, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr
-):
-    """Mean square of every component."""
-    energy = tl.zeros([RANK_PAD], tl.float32)
-    for start in range(0, 512, ROWS):
-        token = start + tl.arange(0, ROWS)
-        x = _coefficients(work_ptr, token, comp, _is_lost(token, outliers), RANK, RANK_PAD)
-        energy += tl.sum(x * x, axis=0)
-    return energy / 512
-
-
-@triton.jit
-def _gains(
-    work_ptr, gains_ptr, codes_ptr, energy, outliers, comp,
-    STORE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Gains of all tokens to `gains_ptr`, and their codes to the page; the sum of their squares.
-
-    `quantize._gains`: two alternating fits of gains and energies; `energy` is the first.
-    """
-    place = tl.arange(0, ROWS)
-    first = tl.maximum(energy, 1e-30)
-    second = tl.zeros_like(energy)
-    for start in range(0, 512, ROWS):
-        token = start + place
-        lost = _is_lost(token, outliers)
-        x = _coefficients(work_ptr, token, comp, lost, RANK, RANK_PAD)
-        gain = tl.sum(x * x / first[None, :], axis=1) / RANK
-        second += tl.sum(x * x / tl.maximum(gain, 1e-30)[:, None], axis=0)
-    second = tl.maximum(second / 512, 1e-30)
-    weight = 0.0
-    for start in range(0, 512, ROWS):
-        token = start + place
-        lost = _is_lost(token, outliers)
-        x = _coefficients(work_ptr, token, comp, lost, RANK, RANK_PAD)
-        gain = tl.sum(x * x / second[None, :], axis=1) / RANK
-        code = tl.floor(tl.log2(tl.maximum(gain, 1e-30)) * 8.0 + 128.5)
-        code = tl.minimum(tl.maximum(code, 1.0), 255.0)
-        gain = tl.exp2((code - 128.0) * 0.0625)
-        tl.store(gains_ptr + token, gain)
-        if STORE:
-            tl.store(codes_ptr + token, tl.where(lost > 0, 0, code.to(tl.int32)).to(tl.uint8))
-        weight += tl.sum(gain * gain)
-    tl.debug_barrier()
-    return weight
-
-
-@triton.jit
-def _bits_of(comp, BANDS: tl.constexpr):
-    bits = tl.zeros_like(comp)
-    for b in tl.static_range(len(BANDS)):
-        inside = (comp >= BANDS[b][0]) & (comp < BANDS[b][0] + BANDS[b][1])
-        bits = tl.where(inside, BANDS[b][2], bits)
-    return bits
-
-
-@triton.jit
-def _magnitude(x, SIZES: tl.constexpr, WHICH: tl.constexpr):
-    """Index of the magnitude of `SIZES[WHICH]` that is nearest to `x`, and the magnitude."""
-    index = tl.zeros_like(x)
-    value = tl.zeros_like(x) + SIZES[WHICH][2]
-    for i in tl.static_range(3, len(SIZES[WHICH])):
-        past = x > (SIZES[WHICH][i - 1] + SIZES[WHICH][i]) * 0.5
-        index += tl.where(past, 1.0, 0.0)
-        value += tl.where(past, SIZES[WHICH][i] - SIZES[WHICH][i - 1], 0.0)
-    return index, value
-
-
-@triton.jit
-def _levels(x, bits, SIZES: tl.constexpr):
-    """Levels nearest to `x`, of the width that `bits` says."""
-    size = tl.abs(x)
-    _, value = _magnitude(size, SIZES, 0)
-    for i in tl.static_range(1, len(SIZES)):
-        _, other = _magnitude(size, SIZES, i)
-        value = tl.where(bits == SIZES[i][0], other, value)
-    return tl.where(x > 0, value, -value)
-
-
-@triton.jit
-def _stored(scale, inverse):
-    """A scale as the page stores it, and what it is read as; `quantize._stored`."""
-    stored = (scale / inverse).to(tl.bfloat16)
-    return stored, stored.to(tl.float32) * inverse
-
-
-@triton.jit
-def _first_scale(energy, weight, bits, SIZES: tl.constexpr):
-    """Of a normal variable: its deviation over that of the levels' unit."""
-    unit = tl.zeros_like(energy) + SIZES[0][1]
-    for i in tl.static_range(1, len(SIZES)):
-        unit = tl.where(bits == SIZES[i][0], SIZES[i][1], unit)
-    return tl.sqrt(energy * 512 / weight) / unit
 
 
 @triton.jit
@@ -243,18 +138,18 @@ def _project_kernel(
 
     if SLOTS > 0:
         none = tl.zeros([8], tl.int32) - 1
-        energy = _energy(work, none, comp, RANK, RANK_PAD, ROWS)
+        energy = energies(work, none, comp, RANK, RANK_PAD, ROWS)
         gains = gains_ptr + side_item.to(tl.int64) * 512
-        weight = _gains(work, gains, arena_ptr, energy, none, comp, False, RANK, RANK_PAD, ROWS)
-        bits = _bits_of(comp, BANDS)
-        step = _stored(_first_scale(energy, weight, bits, SIZES), inverse)[1]
+        weight = fit_gains(work, gains, arena_ptr, energy, none, comp, False, RANK, RANK_PAD, ROWS)
+        bits = bits_of(comp, BANDS)
+        step = stored_scale(first_scale(energy, weight, bits, SIZES), inverse)[1]
         apart = 1.0 / tl.where(step == 0, 1.0, step)
         errors = errors_ptr + side_item.to(tl.int64) * 512
         for start in range(0, 512, ROWS):
             token = start + place
-            x = _coefficients(work, token, comp, token * 0, RANK, RANK_PAD)
+            x = coefficients(work, token, comp, token * 0, RANK, RANK_PAD)
             gain = tl.load(gains + token)[:, None]
-            value = _levels(x / gain * apart[None, :], bits[None, :], SIZES)
+            value = nearest_levels(x / gain * apart[None, :], bits[None, :], SIZES)
             off = x - value * gain * step[None, :]
             tl.store(errors + token, tl.sum(off * off, axis=1))
 
@@ -300,72 +195,6 @@ def _write_slots(
 
 
 @triton.jit
-def _codes(
-    work_ptr, gains_ptr, scale_ptr, codes_ptr, token, outliers, inverse,
-    BANDS: tl.constexpr, B: tl.constexpr, SIZES: tl.constexpr, COUNT_PAD: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-):  # fmt: skip
-    """Codes int32 `[tokens, COUNT_PAD]` of a band, by the scales that the page holds."""
-    part = tl.arange(0, COUNT_PAD)
-    inside = part < BANDS[B][1]
-    step = tl.load(scale_ptr + BANDS[B][0] + part, mask=inside, other=0.0).to(tl.float32) * inverse
-    at = work_ptr + token[:, None] * RANK_PAD + (BANDS[B][0] + part)[None, :]
-    kept = inside[None, :] & (_is_lost(token, outliers) == 0)[:, None]
-    x = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-    x = x / tl.load(gains_ptr + token)[:, None] * (1.0 / tl.where(step == 0, 1.0, step))[None, :]
-    entry = tl.where(x > 0, BANDS[B][2] * 16 + 8, BANDS[B][2] * 16)
-    for i in tl.static_range(len(SIZES)):
-        if SIZES[i][0] == BANDS[B][2]:
-            entry += _magnitude(tl.abs(x), SIZES, i)[0].to(tl.int32)
-    return tl.load(codes_ptr + entry)
-
-
-@triton.jit
-def _words(codes, shift, COUNT: tl.constexpr, WIDTH: tl.constexpr, PER: tl.constexpr):
-    """`PER` codes of a row of `WIDTH` in an int32; bits do not meet, so a sum joins them."""
-    parts = tl.reshape(codes << shift[None, :], (COUNT, WIDTH // PER, PER))
-    return tl.sum(parts, axis=2)
-
-
-@triton.jit
-def _write_codes(
-    record, codes, start, BANDS: tl.constexpr, B: tl.constexpr, BY_COMPONENT: tl.constexpr,
-    COUNT_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Pack codes int32 `[ROWS, COUNT_PAD]` of tokens from `start` on into a band's planes."""
-    count: tl.constexpr = BANDS[B][1]
-    bits: tl.constexpr = BANDS[B][2]
-    low: tl.constexpr = 2 if bits == 3 else bits
-    lines: tl.constexpr = COUNT_PAD if BY_COMPONENT else ROWS
-    width: tl.constexpr = ROWS if BY_COMPONENT else COUNT_PAD
-    end: tl.constexpr = ROWS if BY_COMPONENT else count
-    line = tl.arange(0, lines)
-    if BY_COMPONENT:
-        codes = tl.trans(codes)
-        row = (start // 128 * count + line) * 128 + start % 128  # in codes
-        used = line < count
-    else:
-        row = (start + line) * count
-        used = line >= 0
-    element = tl.arange(0, width)
-    per: tl.constexpr = 32 // low
-    words = _words(codes & ((1 << low) - 1), element % per * low, lines, width, per)
-    word = tl.arange(0, width // per)
-    to = (record + BANDS[B][3]).to(tl.pointer_type(tl.int32))
-    to += (row // per)[:, None] + word[None, :]
-    tl.store(to, words, mask=used[:, None] & (word < end // per)[None, :])
-    if bits == 3:
-        bit = element % 32
-        if BY_COMPONENT:
-            bit = 4 * (bit % 16 // 2) + 2 * (bit // 16) + bit % 2
-        thirds = _words(codes >> 2, bit, lines, width, 32)
-        word = tl.arange(0, width // 32)
-        to = (record + BANDS[B][4]).to(tl.pointer_type(tl.int32))
-        to += (row // 32)[:, None] + word[None, :]
-        tl.store(to, thirds, mask=used[:, None] & (word < end // 32)[None, :])
-
-
-@triton.jit
 def _quantize_kernel(
     values_ptr, arena_ptr, exact_ptr, pages_ptr, first_ptr, cos_ptr, sin_ptr, work_ptr, power_ptr,
     gains_ptr, errors_ptr, codes_ptr, plane_bytes, value_stride,
@@ -395,58 +224,37 @@ def _quantize_kernel(
             outliers, SIDE, TURN, DIM, HALF, UNIT, SLOT_AT, INDEX_AT, DIM_PAD,
         )  # fmt: skip
 
-    energy = _energy(work, outliers, comp, RANK, RANK_PAD, ROWS)
-    weight = _gains(
+    energy = energies(work, outliers, comp, RANK, RANK_PAD, ROWS)
+    weight = fit_gains(
         work, gains, record + GAIN_AT, energy, outliers, comp, True, RANK, RANK_PAD, ROWS
     )
-    bits = _bits_of(comp, BANDS)
-    scale = _first_scale(energy, weight, bits, SIZES)
+    bits = bits_of(comp, BANDS)
+    scale = first_scale(energy, weight, bits, SIZES)
     for _ in range(2):  # refits, as many as `quantize.REFITS`
-        step = _stored(scale, inverse)[1]
+        step = stored_scale(scale, inverse)[1]
         apart = 1.0 / tl.where(step == 0, 1.0, step)
         both = tl.zeros([RANK_PAD], tl.float32)
         own = tl.zeros([RANK_PAD], tl.float32)
         for start in range(0, 512, ROWS):
             token = start + place
-            x = _coefficients(work, token, comp, _is_lost(token, outliers), RANK, RANK_PAD)
+            x = coefficients(work, token, comp, is_lost(token, outliers), RANK, RANK_PAD)
             gain = tl.load(gains + token)[:, None]
-            value = _levels(x / gain * apart[None, :], bits[None, :], SIZES) * gain
+            value = nearest_levels(x / gain * apart[None, :], bits[None, :], SIZES) * gain
             both += tl.sum(x * value, axis=0)
             own += tl.sum(value * value, axis=0)
         scale = both / tl.maximum(own, 1e-30)
-    stored = _stored(scale, inverse)[0]
+    stored = stored_scale(scale, inverse)[0]
     scale_at = (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16))
     tl.store(scale_at + comp, stored, mask=comp < RANK)
     tl.debug_barrier()
 
     for b in tl.static_range(len(BANDS)):
         for start in range(0, 512, ROWS):
-            codes = _codes(
+            codes = band_codes(
                 work, gains, scale_at, codes_ptr, start + place, outliers, inverse,
                 BANDS, b, SIZES, COUNT_PADS[b], RANK_PAD,
             )  # fmt: skip
-            _write_codes(record, codes, start, BANDS, b, BY_COMPONENT, COUNT_PADS[b], ROWS)
-
-
-@cache
-def _code_table(device: torch.device) -> Tensor:
-    """int32 `[80]`: at 16 bits + 8 (positive) + index of the magnitude, the code."""
-    table = torch.zeros(80, dtype=torch.int32)
-    for bits, levels in LEVELS["gaussian"].items():
-        for code, level in enumerate(levels):
-            index = sum(0 < x < abs(level) for x in levels)
-            table[16 * bits + 8 * (level > 0) + index] = code
-    return table.to(device)
-
-
-def _sizes(side: SideLayout) -> tuple[tuple[float, ...], ...]:
-    """`(bits, unit, ascending magnitudes ...)` of the widths that a side uses."""
-    table = LEVELS["gaussian"]
-    widths = sorted({band.bits for band in side.bands})
-    return tuple(
-        (bits, LEVEL_UNIT[bits], *(float(x) for x in sorted(table[bits]) if x > 0))
-        for bits in widths
-    )
+            write_codes(record, codes, start, BANDS, b, BY_COMPONENT, COUNT_PADS[b], ROWS)
 
 
 def supports(layout: PageLayout) -> bool:
@@ -474,6 +282,7 @@ def seal(
     sin: Tensor,
     k_projection: Tensor,
     v_projection: Tensor,
+    config: SealConfig | None = None,
 ) -> Tensor:
     """Encode blocks that lie in exact pages; their pages get what `codec.encode_pages` gives.
 
@@ -486,11 +295,14 @@ def seal(
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's table.
         k_projection, v_projection: fp32 `[L, H, D, rank]`, what a token without its page's mean is
             multiplied with to give its coefficients.
+        config: how kernels are launched; default what `launch_configs` has for the GPU.
 
     Returns:
         int32 `[B, L, H, 2]`: elements of K and of V that are NaN or Inf. Such pages are written
         and mean nothing.
     """
+    if config is None:
+        config = seal_config(layout, arena.device)
     num_layers, plane_bytes = arena.shape
     heads, dim = layout.num_kv_heads, layout.head_dim
     device = arena.device
@@ -517,23 +329,24 @@ def seal(
                 LAYERS=num_layers, HEADS=heads, DIM=dim, HALF=max(1, cos.shape[-1]), SIDE=index,
                 TURN=index == 0 and layout.rope == "frame",
                 UNIT=UNIT_BYTES // values.element_size(), RANK=side.rank,
-                BANDS=band_tuples(side), SIZES=_sizes(side), HEAD_BYTES=layout.head_bytes,
+                BANDS=band_tuples(side), SIZES=level_sizes(side), HEAD_BYTES=layout.head_bytes,
                 MEAN_AT=side.mean_offset, SLOTS=layout.num_slots, DIM_PAD=padded(dim),
-                RANK_PAD=rank, ROWS=ROWS, COLUMNS=min(rank, 16384 // padded(dim)),
-                num_warps=WARPS, num_stages=1,
+                RANK_PAD=rank, ROWS=config.rows, COLUMNS=min(rank, 16384 // padded(dim)),
+                num_warps=config.warps, num_stages=1,
             )  # fmt: skip
         for index, (side, rank) in enumerate(zip((layout.k, layout.v), ranks, strict=True)):
             _quantize_kernel[(items,)](
                 values, arena, *places, works[index], power, gains, errors,
-                _code_table(device), plane_bytes, values.shape[1],
+                code_table(device), plane_bytes, values.shape[1],
                 LAYERS=num_layers, HEADS=heads, DIM=dim, HALF=max(1, cos.shape[-1]), SIDE=index,
                 TURN=index == 0 and layout.rope == "frame",
                 UNIT=UNIT_BYTES // values.element_size(), RANK=side.rank,
-                BANDS=band_tuples(side), SIZES=_sizes(side), BY_COMPONENT=side.by_component,
+                BANDS=band_tuples(side), SIZES=level_sizes(side), BY_COMPONENT=side.by_component,
                 HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,
                 GAIN_AT=side.gain_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
                 SLOTS=layout.num_slots,
                 COUNT_PADS=tuple(padded(band.count) for band in side.bands),
-                DIM_PAD=padded(dim), RANK_PAD=rank, ROWS=ROWS, num_warps=WARPS, num_stages=1,
+                DIM_PAD=padded(dim), RANK_PAD=rank, ROWS=config.rows,
+                num_warps=config.warps, num_stages=1,
             )  # fmt: skip
     return bad

@@ -22,20 +22,27 @@ from spectral_paged.kernels import (
 )
 from spectral_paged.kernels.decode_finish_triton import finish
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import check_layout
 
-PROGRAMS = 792  # two rounds of the three programs that each of 132 multiprocessors holds
 
-
-def plan_pages(layout: PageLayout, num_pages: Tensor, max_entries: int) -> DecodePlan:
+def plan_pages(
+    layout: PageLayout,
+    num_pages: Tensor,
+    max_entries: int,
+    config: DecodeConfig | None = None,
+) -> DecodePlan:
     """The items of a decode step over pages.
 
     Args:
         num_pages: int `[N]`, table entries to visit.
         max_entries: a bound on their sum.
+        config: default what `launch_configs` has for the GPU.
     """
-    target = max(1, PROGRAMS // layout.num_kv_heads)
+    if config is None:
+        config = decode_config(layout, num_pages.device)
+    target = max(1, config.programs // layout.num_kv_heads)
     return DecodePlan.of(num_pages, max_entries=max_entries, target_items=target)
 
 
@@ -67,19 +74,23 @@ def spectral_decode(
     v_basis: Tensor | None = None,
     plan: DecodePlan | None = None,
     explicit: bool | None = None,
+    config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.spectral_decode.spectral_decode` on a GPU: the same arguments and results.
 
     Args:
         plan: `plan_pages` of this step, the same for all layers; made here where it is missing.
         explicit: kernels with explicit layouts; None where they fit.
+        config: how kernels are launched; default what `launch_configs` has for the GPU.
 
     Raises:
         ValueError: a layout that no kernel reads; the message says what to use instead.
     """
     check_layout(layout)
+    if config is None:
+        config = decode_config(layout, q.device)
     if plan is None:
-        plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1])
+        plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1], config)
     group = q.shape[1] // layout.num_kv_heads
     able = has_tensor_cores(q.device) if explicit is None else explicit
     project, attend = query_projection_triton.project_queries, spectral_decode_triton.attend_pages
@@ -89,12 +100,12 @@ def spectral_decode(
         attend = spectral_decode_gluon.attend_pages
     projected = project(
         q, plane, table, layout=layout, first_position=first_position, cos=cos, sin=sin,
-        scale=scale, basis=k_basis, plan=plan,
+        scale=scale, basis=k_basis, plan=plan, config=config,
     )  # fmt: skip
     partials = attend(q, plane, table, projected, layout=layout, plan=plan)
     if not layout.v.shared_basis:
         apply = page_basis_triton.apply_bases
         if able and page_basis_gluon.supports(layout):
             apply = page_basis_gluon.apply_bases
-        partials = apply(q, plane, table, partials, layout=layout, plan=plan)
+        partials = apply(q, plane, table, partials, layout=layout, plan=plan, config=config)
     return finish(q, partials, layout=layout, basis=v_basis, plan=plan)

@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     seal.add_argument("--device", default="auto")
     seal.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
     seal.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    tune = benches.add_parser("tune", help="the kernels' launch table for this GPU")
+    tune.add_argument("--output", type=Path, help="default the table that the package reads")
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
@@ -274,6 +276,16 @@ def bench_decode(args: argparse.Namespace) -> int:
     )
 
 
+def bench_tune(args: argparse.Namespace) -> int:
+    """Time launches of kernels on this machine's GPU."""
+    from spectral_paged.placement import choose_device
+
+    choose_device("cuda")  # says what is missing
+    from spectral_paged.benchmarks import tune
+
+    return tune.main(output=args.output)
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
     from spectral_paged.benchmarks import seal
@@ -285,6 +297,8 @@ def bench(args: argparse.Namespace) -> int:
         )
     if args.bench == "decode":
         return bench_decode(args)
+    if args.bench == "tune":
+        return bench_tune(args)
     if args.plot:
         return run.plot(args.plot, args.output_dir)
     return run.main(

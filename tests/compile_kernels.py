@@ -24,6 +24,7 @@ from spectral_paged.kernels import (
     decode_finish_triton,
     exact_append_triton,
     exact_decode_triton,
+    launch_configs,
     merge_triton,
     page_basis_gluon,
     page_basis_triton,
@@ -74,7 +75,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, **constants):
+    def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, **constants):
         names = self.kernel.arg_names
         signature, aligned, fixed = {}, {}, {}
         for i, name in enumerate(names):
@@ -93,7 +94,7 @@ class Compiled:
         built = triton.compile(
             source,
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages},
+            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
         )
         found = {
             "kernel": f"{self.kernel.__module__.split('.')[-1]}.{self.kernel.__name__}",
@@ -134,6 +135,7 @@ def launch_pages(format, group):
 
 def main():
     stand_in()
+    launch_configs.gpu_of = lambda device: "sm_90"
     cases = [(n, dim, group) for n in PRESETS for dim, group in ((64, 3), (128, 4)) if n != "exact"]
     cases += [("spectral-quality", 128, 7), ("spectral-compact", 128, 7)]
     cases += [("spectral-quality", 256, 4)]  # the portable kernels at their widest

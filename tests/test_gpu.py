@@ -25,9 +25,9 @@ from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
-    from spectral_paged.kernels import spectral_decode_gpu
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
+    from spectral_paged.kernels.launch_configs import DecodeConfig
     from spectral_paged.kernels.seal_triton import seal
     from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
     from spectral_paged.kernels.spectral_rebuild_triton import spectral_rebuild
@@ -76,12 +76,12 @@ def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
 
 
 @pytest.mark.parametrize("target", [1, 2, 64])
-@pytest.mark.parametrize("name", ["quality-64", "quality-128", "compact-128"])
-def test_the_number_of_splits_changes_nothing_that_shows(name, target, monkeypatch):
+@pytest.mark.parametrize("name", ["quality-64", "quality-128", "compact-128", "int8-128"])
+def test_the_number_of_splits_changes_nothing_that_shows(name, target):
     args, options = page_case(name, heads=2, group=4, counts=RAGGED, device="cuda")
     whole = spectral_decode(*args, **options)
-    monkeypatch.setattr(spectral_decode_gpu, "PROGRAMS", target)
-    for x, y in zip(spectral_decode(*args, **options), whole):
+    split = spectral_decode(*args, **options, config=DecodeConfig(programs=target))
+    for x, y in zip(split, whole):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

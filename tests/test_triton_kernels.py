@@ -14,9 +14,9 @@ from kernel_cases import (
     rebuild_error,
 )
 
-from spectral_paged.kernels import spectral_decode_gpu
 from spectral_paged.kernels.exact_append_triton import exact_append
 from spectral_paged.kernels.exact_decode_triton import exact_decode
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.merge import merge as torch_merge
 from spectral_paged.kernels.merge_triton import merge
 from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
@@ -43,11 +43,11 @@ def test_any_number_of_queries_may_share_a_kv_head(name, group):
 
 
 @pytest.mark.parametrize("target", [1, 2, 64])
-def test_the_number_of_splits_changes_nothing_that_shows(target, monkeypatch):
-    args, options = page_case("quality-64", counts=(5, 0, 3, 1))
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_the_number_of_splits_changes_nothing_that_shows(name, target):
+    args, options = page_case(name, counts=(5, 0, 3, 1))
     whole = spectral_decode(*args, **options)
-    monkeypatch.setattr(spectral_decode_gpu, "PROGRAMS", target)
-    split = spectral_decode(*args, **options)
+    split = spectral_decode(*args, **options, config=DecodeConfig(programs=target))
     for x, y in zip(split, whole):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 

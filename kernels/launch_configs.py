@@ -1,0 +1,80 @@
+"""How kernels are launched on a GPU: a small measured table, and what holds where it has no entry.
+
+`launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its compute capability (`sm_90`),
+a case says where the basis is and the head width (`shared-128`). `spectral-paged bench tune` writes
+it. Nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from spectral_paged.kernels.layout import PageLayout
+
+TABLE = "launch_configs.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Of `spectral_decode`.
+
+    programs: about how many programs attend; items are cut to give so many.
+    splits: programs that share the projection of an item.
+    project_registers, apply_registers: most registers a thread may take in the projection, and in
+        the application of page bases; None leaves it to the compiler. Fewer let more programs run
+        at once.
+    """
+
+    programs: int = 792
+    splits: int = 4
+    project_registers: int | None = None
+    apply_registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SealConfig:
+    """Of `seal`: warps of a program, tokens that a pass takes at once."""
+
+    warps: int = 4
+    rows: int = 64
+
+
+def case_of(layout: PageLayout) -> str:
+    """The case that a layout is."""
+    return f"{'shared' if layout.k.shared_basis else 'page'}-{layout.head_dim}"
+
+
+def gpu_of(device: torch.device) -> str:
+    """`sm_90` and so on; `none` where kernels are interpreted."""
+    if device.type != "cuda":
+        return "none"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = (files("spectral_paged.kernels") / TABLE).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _fields(op: str, layout: PageLayout, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = _table().get(gpu_of(device), {}).get(op, {}).get(case_of(layout), {})
+    return found
+
+
+def decode_config(layout: PageLayout, device: torch.device) -> DecodeConfig:
+    """How pages of `layout` are read on `device`."""
+    return DecodeConfig(**_fields("decode", layout, device))
+
+
+def seal_config(layout: PageLayout, device: torch.device) -> SealConfig:
+    """How pages of `layout` are made on `device`."""
+    return SealConfig(**_fields("seal", layout, device))
