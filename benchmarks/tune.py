@@ -34,6 +34,7 @@ WORK = ((64, 16384), (32, 8192), (1, 32768))
 CASES = (
     ("llama-3-8b", "spectral-quality"),
     ("llama-3-8b", "spectral-int8"),
+    ("llama-3-8b", "spectral-int8-post"),
     ("mha-64", "spectral-quality"),
     ("mha-64", "spectral-int8"),
 )

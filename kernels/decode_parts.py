@@ -87,6 +87,32 @@ class Partials:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What happens to scores before their softmax; see the twin."""
+
+    first_position: int
+    softcap: float | None = None
+    first_visible: Tensor | None = None
+
+    @property
+    def capped(self) -> bool:
+        return self.softcap is not None
+
+    @property
+    def window(self) -> bool:
+        return self.first_visible is not None
+
+    @property
+    def cap(self) -> float:
+        """In bits; any number where scores are not capped."""
+        return (self.softcap or 1.0) * LOG2_E
+
+    def visible(self, other: Tensor) -> Tensor:
+        """`first_visible`, or `other` to stand in for a pointer that nothing reads."""
+        return other if self.first_visible is None else self.first_visible
+
+
 def adds_values(layout: PageLayout) -> bool:
     """Whether partial vectors have room for what means and outlier tokens add."""
     return layout.v.shared_basis or layout.num_slots > 0

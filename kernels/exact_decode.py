@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.exact_pages import exact_gather
+from spectral_paged.kernels.scores import capped
 
 
 def exact_decode(
@@ -17,6 +18,8 @@ def exact_decode(
     num_kv_heads: int,
     scale: float,
     dtype: torch.dtype,
+    softcap: float | None = None,
+    first_visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query per sequence against its exact tokens. The fp32 torch twin.
 
@@ -25,6 +28,9 @@ def exact_decode(
         plane: uint8, one layer's plane; pages hold `dtype`.
         table: int `[N, max_pages]` in 128-byte units; entries past the end are never read.
         num_tokens: int `[N]`, exact tokens of each sequence, the query's own among them.
+        softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
+        first_visible: int `[N]`, tokens before this one, counted in the sequence's exact pages, are
+            not seen (a sliding window); None sees all.
 
     Returns:
         out fp32 `[N, Hq, D]` and lse fp32 `[N, Hq]`; zeros and -inf for a sequence without tokens.
@@ -37,7 +43,12 @@ def exact_decode(
         if count == 0:
             continue
         k, v = exact_gather(plane, table[i], count, num_kv_heads, dim, dtype)
+        hidden = 0 if first_visible is None else int(first_visible[i])
+        if hidden >= count:
+            continue
         scores = grouped[i] @ k.float().transpose(-1, -2)  # [H, G, tokens]
+        scores = capped(scores, softcap)
+        scores[..., :hidden] = float("-inf")
         lse[i] = torch.logsumexp(scores, dim=-1).flatten()
         out[i] = (torch.softmax(scores, dim=-1) @ v.float()).view(num_q_heads, dim)
     return out, lse

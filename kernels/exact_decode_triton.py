@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_paged.kernels.decode_finish_triton import reduce_items
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
-from spectral_paged.kernels.triton_page import padded
+from spectral_paged.kernels.triton_page import capped, padded
 
 LOG2_E = math.log2(math.e)
 PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
@@ -21,9 +21,10 @@ PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 program
 @triton.jit
 def _exact_kernel(
     q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, item_end_ptr,
-    out_ptr, sums_ptr, num_seqs, table_width, scale,
+    visible_ptr, out_ptr, sums_ptr, num_seqs, table_width, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
@@ -51,10 +52,15 @@ def _exact_kernel(
                 k_at + 64 * DIM + token[:, None] * DIM + dim[None, :], mask=v_mask, other=0.0
             )
             scores = tl.dot(q, k, input_precision="ieee") * scale
+            if CAPPED:
+                scores = capped(scores, cap)
+            if WINDOW:
+                seen = seen & (entry * 64 + token >= tl.load(visible_ptr + seq))
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            shrink = tl.exp2(top - new_top)
-            weights = tl.exp2(scores - new_top[:, None])
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top) if WINDOW else new_top
+            shrink = tl.exp2(top - safe)
+            weights = tl.exp2(scores - safe[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
             acc = acc * shrink[:, None]
             acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -82,6 +88,8 @@ def exact_decode(
     num_kv_heads: int,
     scale: float,
     dtype: torch.dtype,
+    softcap: float | None = None,
+    first_visible: Tensor | None = None,
     plan: DecodePlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.exact_decode.exact_decode` in Triton: the same arguments and results.
@@ -103,9 +111,11 @@ def exact_decode(
     )
     _exact_kernel[(plan.num_items, num_kv_heads)](
         q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
-        plan.item_end, parts, sums, num_seqs, table.stride(0), scale * LOG2_E,
+        plan.item_end, num_tokens if first_visible is None else first_visible, parts, sums,
+        num_seqs, table.stride(0), scale * LOG2_E, (softcap or 1.0) * LOG2_E,
         HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
-        ROWS=padded(width), UNIT=128 // dtype.itemsize, num_warps=4, num_stages=3,
+        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=softcap is not None,
+        WINDOW=first_visible is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     reduce_items(plan.first_item, parts, sums, out, lse)
     return out, lse

@@ -362,6 +362,13 @@ def merged(acc, P: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.convert_layout((high << 7) + low, LAYOUT)
 
 
+@gluon.jit
+def capped(scores, cap):
+    """`cap tanh(scores / cap)`, both in bits (base 2)."""
+    twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)
+    return cap * (1.0 - 2.0 / (gl.exp2(twice) + 1.0))
+
+
 # ---- fp16 operands of one warp, a sum over what lies in a row ------------------------------
 
 

@@ -1,7 +1,8 @@
 """How kernels are launched on a GPU: a small measured table, and what holds where it has no entry.
 
 `launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its compute capability (`sm_90`),
-a case says where the basis is and the head width (`shared-128`). `spectral-paged bench tune` writes
+a case says where the basis is, how
+keys are turned and the head width (`shared-frame-128`). `spectral-paged bench tune` writes
 it. Nothing is tuned while serving.
 """
 
@@ -47,7 +48,8 @@ class SealConfig:
 
 def case_of(layout: PageLayout) -> str:
     """The case that a layout is."""
-    return f"{'shared' if layout.k.shared_basis else 'page'}-{layout.head_dim}"
+    where = "shared" if layout.k.shared_basis else "page"
+    return f"{where}-{layout.rope}-{layout.head_dim}"
 
 
 def gpu_of(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from spectral_paged.kernels.page_view import (
     slot_tokens,
 )
 from spectral_paged.kernels.rotary import rotate, turned_with
+from spectral_paged.kernels.scores import capped
 
 
 def spectral_decode(
@@ -28,6 +29,8 @@ def spectral_decode(
     scale: float,
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
+    softcap: float | None = None,
+    first_visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query per sequence against its sealed blocks. The fp32 torch twin.
 
@@ -43,7 +46,10 @@ def spectral_decode(
             is skipped.
         first_position: position of the first token of block 0 (the number of landmarks).
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
-        k_basis, v_basis: fp32 `[H, rank, D]`, the layer's basis where the format shares it.
+        k_basis, v_basis: `[H, rank, D]`, the layer's basis where the format shares it.
+        softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
+        first_visible: int `[N]`, the first position that each query sees (a sliding window); None
+            sees all.
 
     Returns:
         out fp32 `[N, Hq, D]` and lse fp32 `[N, Hq]`; zeros and -inf for a sequence without pages.
@@ -68,6 +74,14 @@ def spectral_decode(
             scores = query @ keys.transpose(-1, -2)  # [P, H, G, 512]
         else:
             scores = _scores_in_rank_space(query, pages, layout, k_basis)
+        scores = capped(scores, softcap)
+        if first_visible is not None:
+            place = torch.arange(BLOCK_TOKENS, device=q.device)
+            positions = first_position + blocks.unsqueeze(-1) * BLOCK_TOKENS + place
+            hidden = positions < first_visible[i]  # [P, 512]
+            if bool(hidden.all()):
+                continue
+            scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         row_lse = torch.logsumexp(torch.logsumexp(scores, dim=-1), dim=0)  # [H, G]
         weights = torch.exp(scores - row_lse.unsqueeze(-1))
         out[i] = _weighted_values(weights, pages, layout, v_basis).sum(0).view(num_q_heads, dim)

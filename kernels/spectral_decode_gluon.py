@@ -26,11 +26,13 @@ from spectral_paged.kernels.decode_parts import (
     MAX_GROUP,
     Partials,
     Projected,
+    ScoreOptions,
     adds_values,
     group_sizes,
 )
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import (
+    capped,
     digit_steps,
     level_words,
     levels,
@@ -157,13 +159,13 @@ def _store_vectors(to, x, SIZE: gl.constexpr):
 @gluon.jit
 def _attend_kernel(
     plane_ptr, bytes_ptr, short_ptr, bf16_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr,
-    first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr,
-    num_seqs, table_width, t0, t1, t2, t3, t4, t5, t6,
+    first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr,
+    sums_ptr, num_seqs, table_width, first_position, cap, t0, t1, t2, t3, t4, t5, t6,
     HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, K_RANK: gl.constexpr,
     V_RANK: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
     HEAD_BYTES: gl.constexpr, K_GAIN: gl.constexpr, V_GAIN: gl.constexpr, V_SCALE: gl.constexpr,
     V_MEAN: gl.constexpr, V_SLOT: gl.constexpr, SLOTS: gl.constexpr, PER_PAGE: gl.constexpr,
-    VALUES: gl.constexpr,
+    VALUES: gl.constexpr, INDEX_AT: gl.constexpr, CAPPED: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     item, head = gl.program_id(0), gl.program_id(1)
@@ -186,6 +188,10 @@ def _attend_kernel(
             gl.int8, [2 * P, 128], gl.SwizzledSharedLayout(16, 1, 8, order=[1, 0])
         )
         group = gl.arange(0, P, layout=gl.SliceLayout(0, S))
+        token = gl.arange(0, 128, layout=gl.SliceLayout(1, S))
+        visible = 0
+        if WINDOW:
+            visible = gl.load(visible_ptr + seq).to(gl.int32)
         comp_a = gl.arange(0, NA, layout=gl.SliceLayout(1, A))
         comp_b = gl.arange(0, NB, layout=gl.SliceLayout(1, B))
         dim = gl.arange(0, DIM, layout=gl.SliceLayout(1, D))
@@ -234,8 +240,13 @@ def _attend_kernel(
                 gain = gl.exp2((k_gain.to(gl.float32) - 128.0) * 0.0625)
                 scores = scores * gain[:, None]
             scores = scores * unit[None, :] + offset[None, :]
+            if CAPPED:
+                scores = capped(scores, cap)
             if SLOTS > 0:
                 scores = gl.where((k_gain == 0)[:, None], float("-inf"), scores)
+            if WINDOW:
+                place = first_position + entry * 512 + tile * 128 + token
+                scores = gl.where((place >= visible)[:, None], scores, float("-inf"))
             if V_GAIN >= 0:
                 octaves = (v_gain.to(gl.float32) - 128.0) * 0.0625
                 scores = scores + octaves[:, None]
@@ -296,6 +307,13 @@ def _attend_kernel(
                     )
                 for j in gl.static_range(SLOTS):
                     exact = gl.load(slots_ptr + (slot * SLOTS + j) * P + group)
+                    if CAPPED:
+                        exact = capped(exact, cap)
+                    if WINDOW:
+                        index = gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
+                        slot_token = gl.load(short_ptr + index + INDEX_AT // 2 + j).to(gl.int32)
+                        slot_token = first_position + entry * 512 + slot_token
+                        exact = gl.where(slot_token >= visible, exact, float("-inf"))
                     exact = gl.where(here >= 0, exact, float("-inf"))
                     value = gl.load(halves + V_SLOT // 2 + j * DIM + dim).to(gl.float32)
                     value = gl.where(here >= 0, value, 0.0)
@@ -357,6 +375,7 @@ def attend_pages(
     *,
     layout: PageLayout,
     plan: DecodePlan,
+    options: ScoreOptions,
 ) -> Partials:
     """`spectral_decode_triton.attend_pages` for layouts that `supports` names."""
     heads, dim = layout.num_kv_heads, layout.head_dim
@@ -368,12 +387,13 @@ def attend_pages(
         plane.view(torch.int32), plane, plane.view(torch.int16), plane.view(torch.bfloat16),
         plane.view(torch.float16), table, plan.item_seq, plan.item_start, plan.first_entry,
         plan.item_end, projected.digits.view(torch.int32), projected.affine,
-        projected.slots, partials.vectors, partials.sums,
-        q.shape[0], table.stride(0), *level_words(),
+        projected.slots, options.visible(plan.item_seq), partials.vectors, partials.sums,
+        q.shape[0], table.stride(0), options.first_position, options.cap, *level_words(),
         HEADS=heads, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
         KA=bands[0], KB=bands[1], VA=bands[2], VB=bands[3], HEAD_BYTES=layout.head_bytes,
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
         V_SLOT=v.slot_offset, SLOTS=layout.num_slots, PER_PAGE=not v.shared_basis,
-        VALUES=adds_values(layout), num_warps=WARPS,
+        VALUES=adds_values(layout), INDEX_AT=layout.index_offset, CAPPED=options.capped,
+        WINDOW=options.window, num_warps=WARPS,
     )  # fmt: skip
     return partials

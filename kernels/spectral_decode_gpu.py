@@ -21,6 +21,7 @@ from spectral_paged.kernels import (
     spectral_decode_triton,
 )
 from spectral_paged.kernels.decode_finish_triton import finish
+from spectral_paged.kernels.decode_parts import ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
 from spectral_paged.kernels.layout import PageLayout
@@ -72,6 +73,8 @@ def spectral_decode(
     scale: float,
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
+    softcap: float | None = None,
+    first_visible: Tensor | None = None,
     plan: DecodePlan | None = None,
     explicit: bool | None = None,
     config: DecodeConfig | None = None,
@@ -102,7 +105,8 @@ def spectral_decode(
         q, plane, table, layout=layout, first_position=first_position, cos=cos, sin=sin,
         scale=scale, basis=k_basis, plan=plan, config=config,
     )  # fmt: skip
-    partials = attend(q, plane, table, projected, layout=layout, plan=plan)
+    options = ScoreOptions(first_position, softcap, first_visible)
+    partials = attend(q, plane, table, projected, layout=layout, plan=plan, options=options)
     if not layout.v.shared_basis:
         apply = page_basis_triton.apply_bases
         if able and page_basis_gluon.supports(layout):

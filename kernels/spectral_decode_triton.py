@@ -9,6 +9,7 @@ from torch import Tensor
 from spectral_paged.kernels.decode_parts import (
     Partials,
     Projected,
+    ScoreOptions,
     adds_values,
     group_sizes,
 )
@@ -16,6 +17,7 @@ from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
+    capped,
     level_table,
     load_values,
     padded,
@@ -40,13 +42,14 @@ def _store(
 @triton.jit
 def _attend_kernel(
     plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
-    digits_ptr, affine_ptr, slots_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,
+    digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,
+    first_position, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
     K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_BANDS: tl.constexpr, V_BANDS: tl.constexpr,
     HEAD_BYTES: tl.constexpr, K_GAIN: tl.constexpr, V_GAIN: tl.constexpr, V_SCALE: tl.constexpr,
     V_MEAN: tl.constexpr, V_SLOT: tl.constexpr, INDEX_AT: tl.constexpr, SLOTS: tl.constexpr,
     PER_PAGE: tl.constexpr, VALUES: tl.constexpr, DIM_PAD: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, COLS: tl.constexpr,
+    V_PAD: tl.constexpr, COLS: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     item, head = tl.program_id(0), tl.program_id(1)
@@ -64,6 +67,9 @@ def _attend_kernel(
         total = tl.zeros([COLS], tl.float32)
         ranks = tl.zeros([V_PAD, COLS], tl.float32)
         values = tl.zeros([DIM_PAD, COLS], tl.float32)
+        visible = 0
+        if WINDOW:
+            visible = tl.load(visible_ptr + seq).to(tl.int32)
         for entry in range(start, end):
             position = tl.load(table_ptr + seq * table_width + entry)
             if position >= 0:
@@ -98,6 +104,11 @@ def _attend_kernel(
                         gain = tl.load(record + K_GAIN + tile * 128 + token).to(tl.float32)
                         whole = whole * tl.exp2((gain - 128.0) * 0.0625)[:, None]
                     scores = whole * unit[None, :] + offset[None, :]
+                    if CAPPED:
+                        scores = capped(scores, cap)
+                    if WINDOW:
+                        place = first_position + entry * 512 + tile * 128 + token
+                        scores = tl.where((place >= visible)[:, None], scores, float("-inf"))
                     for j in tl.static_range(SLOTS):
                         skipped = tl.load((record + INDEX_AT).to(tl.pointer_type(tl.int16)) + j)
                         hit = token == skipped - tile * 128
@@ -139,9 +150,16 @@ def _attend_kernel(
                         (record + V_SLOT).to(tl.pointer_type(tl.float16)) + j * DIM + dim,
                         mask=dim < DIM, other=0.0,
                     ).to(tl.float32)  # fmt: skip
+                    if CAPPED:
+                        exact = capped(exact, cap)
+                    if WINDOW:
+                        slot_token = tl.load((record + INDEX_AT).to(tl.pointer_type(tl.int16)) + j)
+                        slot_token = first_position + entry * 512 + slot_token
+                        exact = tl.where(slot_token >= visible, exact, float("-inf"))
                     new_top = tl.maximum(top, exact)
-                    shrink = tl.exp2(top - new_top)
-                    weight = tl.exp2(exact - new_top)
+                    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                    shrink = tl.exp2(top - safe)
+                    weight = tl.exp2(exact - safe)
                     total = total * shrink + weight
                     values = values * shrink[None, :] + value[:, None] * weight[None, :]
                     ranks = ranks * shrink[None, :]
@@ -170,6 +188,7 @@ def attend_pages(
     *,
     layout: PageLayout,
     plan: DecodePlan,
+    options: ScoreOptions,
 ) -> Partials:
     """Every part's scores, weights and sums in rank space; see `Partials`."""
     heads, dim = layout.num_kv_heads, layout.head_dim
@@ -179,13 +198,15 @@ def attend_pages(
     _attend_kernel[(plan.num_items, heads)](
         plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
         level_table(layout.levels, q.device), projected.digits, projected.affine, projected.slots,
-        partials.vectors, partials.sums, q.shape[0], table.stride(0),
+        options.visible(plan.item_seq), partials.vectors, partials.sums,
+        q.shape[0], table.stride(0), options.first_position, options.cap,
         HEADS=heads, GROUP=group, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
         K_BANDS=band_tuples(k), V_BANDS=band_tuples(v), HEAD_BYTES=layout.head_bytes,
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
         V_SLOT=v.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
         PER_PAGE=not v.shared_basis, VALUES=adds_values(layout),
         DIM_PAD=padded(dim), K_PAD=padded(k.rank), V_PAD=padded(v.rank), COLS=padded(width),
+        CAPPED=options.capped, WINDOW=options.window,
         num_warps=2, num_stages=1,
     )  # fmt: skip
     return partials

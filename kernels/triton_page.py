@@ -63,6 +63,13 @@ def check_scales(layout: PageLayout) -> None:
 
 
 @triton.jit
+def capped(scores, cap):
+    """`cap tanh(scores / cap)`, both in bits (base 2)."""
+    twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)
+    return cap * (1.0 - 2.0 / (tl.exp2(twice) + 1.0))
+
+
+@triton.jit
 def _value(code, bits, levels_ptr, mask):
     """fp32 integers that `code` of `bits` (tensors) stand for."""
     start = tl.where(bits == 2, 0, tl.where(bits == 3, 4, 12))

@@ -112,7 +112,7 @@ def stand_in():
                 setattr(module, name, Compiled(getattr(module, name), source))
 
 
-def launch_pages(format, group):
+def launch_pages(format, group, **scores):
     """Launch a decode over one empty page of `format`, and its rebuilding."""
     rows = {}
     if format.needs_calibration:
@@ -127,7 +127,7 @@ def launch_pages(format, group):
     }  # fmt: skip
     q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=torch.bfloat16)
     spectral_decode_gpu.spectral_decode(
-        q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common
+        q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
     )
     if group == 4 and format.head_dim == 128:
         spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
@@ -142,6 +142,10 @@ def main():
     for name, dim, group in cases:
         Compiled.label = f"{name}, width {dim}, {group} queries"
         launch_pages(PageFormat.preset(name, num_kv_heads=1, head_dim=dim), group)
+    for name in ("spectral-quality", "spectral-int8"):
+        Compiled.label = f"{name}, softcap and window"
+        format = PageFormat.preset(name, num_kv_heads=1, head_dim=128)
+        launch_pages(format, 4, softcap=50.0, first_visible=torch.zeros(1).int())
     for name, dim in (("quality-64", 64), ("quality-128", 128), ("wide-256", 256)):
         Compiled.label = f"sealing, width {dim}"
         SealCase(name, heads=1, blocks=1, dtype=torch.bfloat16).seal(seal_triton.seal)

@@ -88,10 +88,13 @@ def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmar
     }  # fmt: skip
 
 
-def page_error(op, args, options, **more):
-    """Largest relative error of out and lse against the twin; empty sequences must be exact."""
-    want = spectral_decode(*args, **options)
-    got = op(*args, **options, **more)
+def page_error(op, args, options, *, scores=None, **more):
+    """Largest relative error of out and lse against the twin; empty sequences must be exact.
+
+    `scores`: softcap and first_visible, which both take."""
+    scores = scores or {}
+    want = spectral_decode(*args, **options, **scores)
+    got = op(*args, **options, **scores, **more)
     empty = torch.isneginf(want[1]).all(dim=1)
     assert not got[0][empty].any() and bool(torch.isneginf(got[1][empty]).all())
     full = ~empty
@@ -151,7 +154,7 @@ def exact_case(counts, *, heads=2, group=3, dim=64, dtype=torch.float32, device=
 def exact_error(op, args, options):
     """Largest absolute error of out and lse; sequences without tokens must be exact."""
     want, got = exact_decode(*args, **options), op(*args, **options)
-    empty = args[3] == 0
+    empty = torch.isneginf(want[1]).all(dim=1)
     assert not got[0][empty].any() and bool(torch.isneginf(got[1][empty]).all())
     return max(float((x[~empty] - y[~empty]).abs().max()) for x, y in zip(got, want))
 

@@ -75,6 +75,16 @@ def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
     assert page_error(spectral_decode, args, options, explicit=explicit) < 2e-3
 
 
+@pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("name", ["quality-128", "int8-128", "slots-without-gain"])
+def test_scores_are_capped_and_windows_hide_what_lies_before_them(name, explicit):
+    args, options = page_case(name, heads=2, group=4, counts=(1, 3, 2, 2), device="cuda")
+    visible = torch.tensor([0, 800, 10_000, 64 + 129], device="cuda")
+    for scores in ({"softcap": 3.0}, {"softcap": 3.0, "first_visible": visible}):
+        error = page_error(spectral_decode, args, options, scores=scores, explicit=explicit)
+        assert error < 2e-3
+
+
 @pytest.mark.parametrize("target", [1, 2, 64])
 @pytest.mark.parametrize("name", ["quality-64", "quality-128", "compact-128", "int8-128"])
 def test_the_number_of_splits_changes_nothing_that_shows(name, target):

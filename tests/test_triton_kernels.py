@@ -64,6 +64,17 @@ def test_scores_of_several_hundred_do_not_overflow(scale):
     assert page_error(spectral_decode, args, options) < 2e-2  # a softmax of one token
 
 
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64", "slots-without-gain"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("hidden", [None, (0, 800, 10_000), (64 + 7, 64 + 512, 64 + 1535)])
+def test_scores_are_capped_and_windows_hide_what_lies_before_them(name, softcap, hidden):
+    """Windows that hide nothing, part of a page, whole pages, and all of a sequence."""
+    args, options = page_case(name, counts=(1, 3, 2))
+    visible = None if hidden is None else torch.tensor(hidden)
+    scores = {"softcap": softcap, "first_visible": visible}
+    assert page_error(spectral_decode, args, options, scores=scores) < 2e-3
+
+
 def test_partly_rotated_heads_are_read():
     args, options = page_case("quality-64", counts=(2, 1))
     options |= {name: options[name][:, :16].contiguous() for name in ("cos", "sin")}
@@ -119,6 +130,16 @@ def test_a_sequence_of_blocks_held_exactly_has_no_history():
 @pytest.mark.parametrize("dim", [16, 64, 96])
 def test_exact_pages_are_read_as_the_twin_reads_them(group, dim):
     args, options = exact_case([1, 63, 64, 0, 65, 300], group=group, dim=dim)
+    assert exact_error(exact_decode, args, options) < 1e-4
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("hidden", [None, (0, 64, 65, 0, 300)])
+def test_scores_of_exact_pages_are_capped_and_hidden(softcap, hidden):
+    args, options = exact_case([1, 65, 130, 0, 300])
+    options |= {
+        "softcap": softcap, "first_visible": None if hidden is None else torch.tensor(hidden)
+    }  # fmt: skip
     assert exact_error(exact_decode, args, options) < 1e-4
 
 
