@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from page_parts import toy_basis, toy_blocks
+from safetensors.torch import load_file
 
+from spectral_paged.benchmarks.blocks import toy_calibration
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.kernels.exact_decode import exact_decode
 from spectral_paged.kernels.exact_pages import exact_append
@@ -85,6 +89,29 @@ def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmar
     return (q, plane, table.to(device), torch.tensor(counts, device=device)), {
         "layout": format.layout, "first_position": landmarks, "cos": rope.cos, "sin": rope.sin,
         "scale": scale, **rows,
+    }  # fmt: skip
+
+
+def captured_case(name, *, device="cpu"):
+    """Arguments of `spectral_decode` over one page of a head with biased keys of a real model,
+    whose scores reach ten thousand; `tests/data/capture_qwen.py` made it."""
+    data = load_file(Path(__file__).with_name("data") / "qwen_biased_head.safetensors")
+    q, k, v = (data[n].float() for n in "qkv")
+    format = PageFormat(name, 1, 128, **PAGES[name][1])
+    rope = RotaryTable.from_theta(1e6, 128, max_positions=1024, device=device)
+    k, v = (x[None, None].to(device) for x in (k, v))
+    k = stored_keys(k, rope.cos[64:576], rope.sin[64:576], format.rope)
+    given, rows = {}, {}
+    if format.needs_calibration:
+        bound = toy_calibration(format, k, v)
+        format, given = bound.format, {"basis": bound, "layers": [0]}
+        rows = {"k_basis": bound.k.rows[0], "v_basis": bound.v.rows[0]}
+    plane = encode_pages(k, v, format, **given).flatten()
+    table = torch.zeros(len(q), 1, dtype=torch.int32, device=device)
+    counts = torch.ones(len(q), dtype=torch.int32, device=device)
+    return (q.to(device), plane, table, counts), {
+        "layout": format.layout, "first_position": 64, "cos": rope.cos, "sin": rope.sin,
+        "scale": 128**-0.5, **rows,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from kernel_cases import (
     SEALED,
     SealCase,
     append_both,
+    captured_case,
     exact_case,
     exact_error,
     page_case,
@@ -73,6 +74,13 @@ def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
     """Where a layout has no explicit kernel, `explicit` takes the portable one."""
     args, options = page_case(name, heads=2, group=group, counts=RAGGED, device="cuda")
     assert page_error(spectral_decode, args, options, explicit=explicit) < 2e-3
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("name", ["quality-128", "compact-128", "int8-128"])
+def test_biased_keys_of_a_real_model_are_read_to_the_twins_precision(name, explicit):
+    args, options = captured_case(name, device="cuda")
+    assert page_error(spectral_decode, args, options, explicit=explicit) < 5e-3
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])

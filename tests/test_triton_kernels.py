@@ -7,6 +7,7 @@ import torch
 from kernel_cases import (
     PAGES,
     append_both,
+    captured_case,
     exact_case,
     exact_error,
     page_case,
@@ -73,6 +74,12 @@ def test_scores_are_capped_and_windows_hide_what_lies_before_them(name, softcap,
     visible = None if hidden is None else torch.tensor(hidden)
     scores = {"softcap": softcap, "first_visible": visible}
     assert page_error(spectral_decode, args, options, scores=scores) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["quality-128", "compact-128", "int8-128"])
+def test_biased_keys_of_a_real_model_are_read_to_the_twins_precision(name):
+    args, options = captured_case(name)
+    assert page_error(spectral_decode, args, options) < 1e-3
 
 
 def test_partly_rotated_heads_are_read():
