@@ -1,6 +1,6 @@
 """`spectral-paged bench tune`: which launch of the kernels is fastest on this GPU.
 
-One field at a time over a few candidates, by the geometric mean over workloads; the result is the
+From the table's entry on, one field at a time over a few candidates, by the geometric mean over workloads; the result is the
 table that the kernels read (`kernels/launch_configs.json`).
 """
 
@@ -23,6 +23,7 @@ from spectral_paged.kernels.launch_configs import (
     DecodeConfig,
     SealConfig,
     case_of,
+    decode_config,
     gpu_of,
 )
 from spectral_paged.kernels.page_ops import page_ops
@@ -39,6 +40,7 @@ CASES = (
     ("mha-64", "spectral-int8"),
 )
 DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
+    "attend_registers": (None, 128, 96),
     "project_registers": (None, 208, 168, 128),
     "apply_registers": (None, 128, 96),
     "splits": (1, 2, 4, 6),
@@ -83,7 +85,8 @@ def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
     if format.layout.v.shared_basis:
         del candidates["apply_registers"]
     print(f"decode {shape} {preset}", flush=True)
-    return case_of(format.layout), best(DecodeConfig(), candidates, cost)
+    start = decode_config(format.layout, torch.device("cuda"))
+    return case_of(format.layout), best(start, candidates, cost)
 
 
 def tune_seal() -> tuple[str, SealConfig]:

@@ -27,14 +27,15 @@ class DecodeConfig:
 
     programs: about how many programs attend; items are cut to give so many.
     splits: programs that share the projection of an item.
-    project_registers, apply_registers: most registers a thread may take in the projection, and in
-        the application of page bases; None leaves it to the compiler. Fewer let more programs run
-        at once.
+    project_registers, attend_registers, apply_registers: most registers a thread may take in the
+        projection, in attention and in the application of page bases; None leaves it to the
+        compiler. Fewer let more programs run at once.
     """
 
     programs: int = 792
     splits: int = 4
     project_registers: int | None = None
+    attend_registers: int | None = None
     apply_registers: int | None = None
 
 
@@ -61,14 +62,15 @@ def gpu_of(device: torch.device) -> str:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def launch_table() -> dict[str, Any]:
+    """The whole table."""
     text = (files("spectral_paged.kernels") / TABLE).read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 
 
 def _fields(op: str, layout: PageLayout, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = _table().get(gpu_of(device), {}).get(op, {}).get(case_of(layout), {})
+    found: dict[str, Any] = launch_table().get(gpu_of(device), {}).get(op, {}).get(case_of(layout), {})
     return found
 
 

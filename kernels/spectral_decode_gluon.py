@@ -45,6 +45,7 @@ from spectral_paged.kernels.gluon_operands import (
     weight_layout,
     weight_steps,
 )
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import band_tuples
 
@@ -376,6 +377,7 @@ def attend_pages(
     layout: PageLayout,
     plan: DecodePlan,
     options: ScoreOptions,
+    config: DecodeConfig,
 ) -> Partials:
     """`spectral_decode_triton.attend_pages` for layouts that `supports` names."""
     heads, dim = layout.num_kv_heads, layout.head_dim
@@ -394,6 +396,6 @@ def attend_pages(
         K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
         V_SLOT=v.slot_offset, SLOTS=layout.num_slots, PER_PAGE=not v.shared_basis,
         VALUES=adds_values(layout), INDEX_AT=layout.index_offset, CAPPED=options.capped,
-        WINDOW=options.window, num_warps=WARPS,
+        WINDOW=options.window, num_warps=WARPS, maxnreg=config.attend_registers,
     )  # fmt: skip
     return partials

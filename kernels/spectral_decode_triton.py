@@ -14,6 +14,7 @@ from spectral_paged.kernels.decode_parts import (
     group_sizes,
 )
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
@@ -189,6 +190,7 @@ def attend_pages(
     layout: PageLayout,
     plan: DecodePlan,
     options: ScoreOptions,
+    config: DecodeConfig,
 ) -> Partials:
     """Every part's scores, weights and sums in rank space; see `Partials`."""
     heads, dim = layout.num_kv_heads, layout.head_dim
