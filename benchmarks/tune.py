@@ -1,7 +1,7 @@
 """`spectral-paged bench tune`: which launch of the kernels is fastest on this GPU.
 
-From the table's entry on, one field at a time over a few candidates, by the geometric mean over workloads; the result is the
-table that the kernels read (`kernels/launch_configs.json`).
+From the table's entry on, one field at a time over a few candidates, by the geometric mean over
+workloads; the result is the table that the kernels read (`kernels/launch_configs.json`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ CASES = (
     ("llama-3-8b", "spectral-int8"),
     ("llama-3-8b", "spectral-int8-post"),
     ("mha-64", "spectral-quality"),
-    ("mha-64", "spectral-int8"),
 )
 DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
     "attend_registers": (None, 128, 96),

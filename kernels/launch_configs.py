@@ -70,7 +70,8 @@ def launch_table() -> dict[str, Any]:
 
 
 def _fields(op: str, layout: PageLayout, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = launch_table().get(gpu_of(device), {}).get(op, {}).get(case_of(layout), {})
+    ops = launch_table().get(gpu_of(device), {})
+    found: dict[str, Any] = ops.get(op, {}).get(case_of(layout), {})
     return found
 
 

@@ -106,7 +106,9 @@ def spectral_decode(
         scale=scale, basis=k_basis, plan=plan, config=config,
     )  # fmt: skip
     options = ScoreOptions(first_position, softcap, first_visible)
-    partials = attend(q, plane, table, projected, layout=layout, plan=plan, options=options, config=config)
+    partials = attend(
+        q, plane, table, projected, layout=layout, plan=plan, options=options, config=config
+    )
     if not layout.v.shared_basis:
         apply = page_basis_triton.apply_bases
         if able and page_basis_gluon.supports(layout):
