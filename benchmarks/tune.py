@@ -82,7 +82,7 @@ def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
 
     candidates = dict(DECODE_CANDIDATES)
     if format.layout.v.shared_basis:
-        del candidates["apply_registers"]
+        candidates.pop("apply_registers", None)
     print(f"decode {shape} {preset}", flush=True)
     start = decode_config(format.layout, torch.device("cuda"))
     return case_of(format.layout), best(start, candidates, cost)
