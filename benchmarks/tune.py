@@ -25,6 +25,7 @@ from spectral_paged.kernels.launch_configs import (
     case_of,
     decode_config,
     gpu_of,
+    seal_config,
 )
 from spectral_paged.kernels.page_ops import page_ops
 from spectral_paged.page_format import PageFormat
@@ -39,9 +40,9 @@ CASES = (
     ("mha-64", "spectral-quality"),
 )
 DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
-    "attend_registers": (None, 128, 96),
+    "attend_registers": (None, 128, 112, 96),
     "project_registers": (None, 208, 168, 128),
-    "apply_registers": (None, 128, 96),
+    "apply_registers": (None, 128, 112, 96),
     "splits": (1, 2, 4, 6),
     "programs": (528, 792, 1056, 1584),
 }
@@ -98,7 +99,8 @@ def tune_seal() -> tuple[str, SealConfig]:
         return graph_ms(blocks.kernel(ops, config), replays=5)
 
     print("seal", flush=True)
-    return case_of(format.layout), best(SealConfig(), SEAL_CANDIDATES, cost)
+    start = seal_config(format.layout, device)
+    return case_of(format.layout), best(start, SEAL_CANDIDATES, cost)
 
 
 def changed(config: DecodeConfig | SealConfig) -> dict[str, Any]:
@@ -118,7 +120,9 @@ def main(*, output: Path | None) -> int:
         torch.cuda.empty_cache()
     case, seal = tune_seal()
     found["seal"][case] = changed(seal)
-    table[gpu_of(torch.device("cuda"))] = found
+    mine = table.setdefault(gpu_of(torch.device("cuda")), {})
+    for op, cases in found.items():  # cases that were not measured keep their entry
+        mine.setdefault(op, {}).update(cases)
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
     print(f"written to {path}")

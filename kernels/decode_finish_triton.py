@@ -74,9 +74,11 @@ def _apply_kernel(
         basis_ptr + (head * RANK + comp)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
     )
     basis = basis.to(tl.float16)
-    first = mixed.to(tl.float16)
-    rest = (mixed - first.to(tl.float32)).to(tl.float16)  # the basis is fp16: two parts are enough
-    found = tl.dot(rest, basis, tl.dot(first, basis))
+    largest = tl.maximum(tl.max(tl.abs(mixed), axis=1), 1e-30)[:, None]
+    unit = mixed / largest
+    first = unit.to(tl.float16)
+    rest = (unit - first.to(tl.float32)).to(tl.float16)  # the basis is fp16: two parts are enough
+    found = tl.dot(rest, basis, tl.dot(first, basis)) * largest
     ok = real[:, None] & (dim < DIM)[None, :]
     found += tl.load(vector + RANK + dim[None, :], mask=ok, other=0.0)
     tl.store(out_ptr + query[:, None] * DIM + dim[None, :], found, mask=ok)

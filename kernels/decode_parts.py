@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
+from spectral_paged.kernels.scores import check_softcap
 
 LOG2_E = math.log2(math.e)
 TILES = 4
@@ -89,11 +90,18 @@ class Partials:
 
 @dataclass(frozen=True, slots=True)
 class ScoreOptions:
-    """What happens to scores before their softmax; see the twin."""
+    """What happens to scores before their softmax; see the twin.
+
+    Raises:
+        ValueError: a softcap that is not positive.
+    """
 
     first_position: int
     softcap: float | None = None
     first_visible: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_softcap(self.softcap)
 
     @property
     def capped(self) -> bool:

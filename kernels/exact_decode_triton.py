@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spectral_paged.kernels.decode_finish_triton import reduce_items
+from spectral_paged.kernels.decode_parts import LOG2_E, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.triton_page import capped, padded
 
-LOG2_E = math.log2(math.e)
 PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
 
 
@@ -98,6 +96,7 @@ def exact_decode(
         plan: `plan_exact` of this step, the same for all layers; made here where it is missing.
     """
     num_seqs, num_q_heads, dim = q.shape
+    options = ScoreOptions(0, softcap, first_visible)
     if plan is None:
         plan = plan_exact(num_tokens, table.shape[0] * table.shape[1], num_kv_heads)
     group = num_q_heads // num_kv_heads
@@ -111,11 +110,11 @@ def exact_decode(
     )
     _exact_kernel[(plan.num_items, num_kv_heads)](
         q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
-        plan.item_end, num_tokens if first_visible is None else first_visible, parts, sums,
-        num_seqs, table.stride(0), scale * LOG2_E, (softcap or 1.0) * LOG2_E,
+        plan.item_end, options.visible(num_tokens), parts, sums,
+        num_seqs, table.stride(0), scale * LOG2_E, options.cap,
         HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
-        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=softcap is not None,
-        WINDOW=first_visible is not None, num_warps=4, num_stages=3,
+        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=options.capped,
+        WINDOW=options.window, num_warps=4, num_stages=3,
     )  # fmt: skip
     reduce_items(plan.first_item, parts, sums, out, lse)
     return out, lse

@@ -122,7 +122,8 @@ def supports(layout: PageLayout) -> bool:
         not side.shared_basis
         and layout.head_dim in (64, 128)
         and side.rank in (16, 32, 64, 128)
-        and all(band.basis_bits == 8 for band in side.bands)
+        and len(side.bands) == 1  # rows of further bands lie behind their own codes
+        and side.bands[0].basis_bits == 8
     )
 
 

@@ -83,7 +83,7 @@ def _project_kernel(
     SIDE: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
     BANDS: tl.constexpr, SIZES: tl.constexpr, HEAD_BYTES: tl.constexpr, MEAN_AT: tl.constexpr,
     SLOTS: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     block, layer, head = item // (LAYERS * HEADS), item // HEADS % LAYERS, item % HEADS
@@ -95,6 +95,16 @@ def _project_kernel(
     side_item = item * 2 + SIDE
     place, dim, comp = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
 
+    if SIDE == 0:  # the first to write: bytes that nothing is written to are zero, as the twin's
+        word = tl.arange(0, 1024)
+        end = HEAD_BYTES // 4
+        if head == HEADS - 1:
+            end = (PAGE_BYTES - (HEADS - 1) * HEAD_BYTES) // 4
+        words = record.to(tl.pointer_type(tl.int32))
+        for start in range(0, end, 1024):
+            at = start + word
+            tl.store(words + at, tl.zeros([1024], tl.int32), mask=at < end)
+        tl.debug_barrier()
     mean = tl.zeros([DIM_PAD], tl.float32)
     top = tl.zeros([], tl.float32)
     bad = 0
@@ -332,6 +342,7 @@ def seal(
                 BANDS=band_tuples(side), SIZES=level_sizes(side), HEAD_BYTES=layout.head_bytes,
                 MEAN_AT=side.mean_offset, SLOTS=layout.num_slots, DIM_PAD=padded(dim),
                 RANK_PAD=rank, ROWS=config.rows, COLUMNS=min(rank, 16384 // padded(dim)),
+                PAGE_BYTES=layout.page_bytes,
                 num_warps=config.warps, num_stages=1,
             )  # fmt: skip
         for index, (side, rank) in enumerate(zip((layout.k, layout.v), ranks, strict=True)):

@@ -54,10 +54,20 @@ def has_tensor_cores(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def implementation(layout: PageLayout, group: int, device: torch.device) -> str:
-    """`gluon` or `triton`: what attends to pages of `layout`, as `stats()` reports it."""
-    fits = spectral_decode_gluon.supports(layout, group)
-    return "gluon" if fits and has_tensor_cores(device) else "triton"
+def implementation(
+    layout: PageLayout, group: int, device: torch.device, rotary_dim: int | None = None
+) -> str:
+    """What reads pages of `layout`, as `stats()` reports it: `gluon`, `triton`, or
+    `gluon and triton` where only some parts have explicit layouts."""
+    turned = layout.head_dim if rotary_dim is None else rotary_dim
+    parts = [
+        query_projection_gluon.supports(layout, turned),
+        spectral_decode_gluon.supports(layout, group),
+        layout.v.shared_basis or page_basis_gluon.supports(layout),
+    ]
+    if not has_tensor_cores(device) or not any(parts[:2]):
+        return "triton"
+    return "gluon" if all(parts) else "gluon and triton"
 
 
 def spectral_decode(

@@ -45,6 +45,7 @@ from spectral_paged.sealer import Sealer
 from spectral_paged.sequence_table import SequenceTable
 from spectral_paged.shared_basis import SharedBasis
 from spectral_paged.step import GroupStep, PlanEntry, StepPlan, StepReport
+from spectral_paged.step_clock import StepClock
 
 
 class SpectralKVCache:
@@ -108,6 +109,7 @@ class SpectralKVCache:
         self.num_q_heads = num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.counters = CacheCounters()
+        self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
@@ -348,7 +350,8 @@ class SpectralKVCache:
             )
         index = self._group_of[layer]
         group, step = self.groups[index], self._group_steps[index]
-        return self._attention.run(group, step, layer, q, k, v)
+        with self.clock.section("attention"):
+            return self._attention.run(group, step, layer, q, k, v)
 
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
@@ -375,8 +378,9 @@ class SpectralKVCache:
                 for group in self.groups:
                     group.publish_exact(entry.seq_id, state.chain, known)
             state.ran = True
-        for group in self.groups:
-            self._seal(group, plan, report)
+        with self.clock.section("seal"):
+            for group in self.groups:
+                self._seal(group, plan, report)
         return report
 
     def _seal(self, group: LayerGroup, plan: StepPlan, report: StepReport) -> None:

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     seal.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     tune = benches.add_parser("tune", help="the kernels' launch table for this GPU")
     tune.add_argument("--output", type=Path, help="default the table that the package reads")
+    _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
@@ -95,6 +96,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     return parser
+
+
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--backend", action="append", default=[], metavar="NAME",
+        help="a preset, exact, or transformers; repeatable; default exact, auto and transformers",
+    )  # fmt: skip
+    parser.add_argument("--dataset", default="random", help="random, sharegpt, prefix_repetition")
+    parser.add_argument("--dataset-path", type=Path, help="JSONL of sharegpt")
+    parser.add_argument("--num-prompts", type=positive, default=64)
+    parser.add_argument("--input-len", type=positive, default=1024)
+    parser.add_argument(
+        "--output-len", type=positive, help="default 128; of sharegpt, as long as the answer was"
+    )
+    parser.add_argument(
+        "--random-range-ratio", type=float, default=0.0, help="lengths vary by this share"
+    )
+    parser.add_argument("--prefix-repetition-prefix-len", type=positive, default=512)
+    parser.add_argument("--prefix-repetition-num-prefixes", type=positive, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--max-num-seqs", type=positive, action="append", default=[],
+        help="requests at once; repeatable, a plot is drawn over them; default 256",
+    )  # fmt: skip
+    parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
+    parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
+    parser.add_argument("--no-enable-prefix-caching", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
@@ -286,6 +319,37 @@ def bench_tune(args: argparse.Namespace) -> int:
     return tune.main(output=args.output)
 
 
+def bench_throughput(args: argparse.Namespace) -> int:
+    """Generate, and say how fast."""
+    from spectral_paged.benchmarks.throughput import run, workload
+
+    return run.main(
+        run.Options(
+            model=args.model,
+            workload=workload.WorkloadOptions(
+                dataset=args.dataset,
+                dataset_path=args.dataset_path,
+                num_prompts=args.num_prompts,
+                input_len=args.input_len,
+                output_len=args.output_len,
+                range_ratio=args.random_range_ratio,
+                num_prefixes=args.prefix_repetition_num_prefixes,
+                prefix_len=args.prefix_repetition_prefix_len,
+                seed=args.seed,
+            ),
+            backends=args.backend or run.BACKENDS,
+            device=args.device,
+            dtype=args.dtype,
+            max_num_seqs=args.max_num_seqs or (256,),
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            kv_cache_bytes=args.kv_cache_memory,
+            enable_prefix_caching=not args.no_enable_prefix_caching,
+            profile=args.profile,
+            output_dir=args.output_dir,
+        )
+    )
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
     from spectral_paged.benchmarks import seal
@@ -299,6 +363,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_decode(args)
     if args.bench == "tune":
         return bench_tune(args)
+    if args.bench == "throughput":
+        return bench_throughput(args)
     if args.plot:
         return run.plot(args.plot, args.output_dir)
     return run.main(

@@ -236,7 +236,9 @@ class Engine:
         Raises:
             PoolError: nothing can run and nothing was preempted: the pool is held from outside.
         """
-        scheduled = self.scheduler.schedule()
+        clock = self.cache.clock
+        with clock.section("schedule"):
+            scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
             if self.scheduler.has_unfinished and not scheduled.preempted:
                 raise PoolError(
@@ -257,20 +259,24 @@ class Engine:
             if end == len(token_ids):
                 rows.append(len(flat) - 1)
                 ready.append(entry)
-        self.cache.begin_step(plan)
+        with clock.section("commit"):
+            self.cache.begin_step(plan)
         try:
-            logits = self.runner.forward(plan, flat, rows or [len(flat) - 1])
+            with clock.section("model"):
+                logits = self.runner.forward(plan, flat, rows or [len(flat) - 1])
         except BaseException:
             self.cache.abort_step()
             raise
-        report = self.cache.end_step()
+        with clock.section("commit"):
+            report = self.cache.end_step()
         touched: dict[str, _Group] = {}
         for seq_id, error in report.failed.items():
             completion = self._by_sequence[seq_id]
             self._fail(completion, error)
             touched[completion.owner.request_id] = completion.owner
         if rows:
-            self._sample(ready, logits, touched)
+            with clock.section("sample"):
+                self._sample(ready, logits, touched)
         return [self._output(group) for group in touched.values()]
 
     def _sample(

@@ -53,7 +53,9 @@ class Sealer:
         failed: dict[str, NonFiniteError] = {}
         if due and self.basis.is_waiting:
             self._freeze(group, due)
-        encode = self._encode_batch if self.backend == "torch" else self._encode_in_place
+        # without a basis still, every block due has NaN or Inf, and is only to be refused
+        by_torch = self.backend == "torch" or self.basis.is_waiting
+        encode = self._encode_batch if by_torch else self._encode_in_place
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
             if batch:

@@ -138,6 +138,7 @@ def main():
     launch_configs.gpu_of = lambda device: "sm_90"
     cases = [(n, dim, group) for n in PRESETS for dim, group in ((64, 3), (128, 4)) if n != "exact"]
     cases += [("spectral-quality", 128, 7), ("spectral-compact", 128, 7)]
+    cases += [("spectral-int8", 128, 8), ("spectral-int8", 128, 16)]
     cases += [("spectral-quality", 256, 4)]  # the portable kernels at their widest
     for name, dim, group in cases:
         Compiled.label = f"{name}, width {dim}, {group} queries"

@@ -33,6 +33,9 @@ PAGES = {
         128, {"k_bands": ((64, 4), (32, 2)), "v_bands": ((64, 3), (64, 2)), **SHARED},
     ),
     "int8-128": (128, {"k_bands": ((32, 8),), "v_bands": ((64, 8),), "rope": "frame"}),
+    "int8-two-bands": (
+        128, {"k_bands": ((32, 8),), "v_bands": ((64, 4), (64, 2)), "rope": "frame", "gain": True},
+    ),
     "int8-post-64": (64, {"k_bands": ((16, 8),), "v_bands": ((32, 8),), "rope": "post"}),
     "many-bands": (64, {**MANY_BANDS, "basis_bits": 4, "gain": True, "rope": "frame"}),
     "four-bits-128": (128, {"k_bands": ((64, 4),), "v_bands": ((64, 4), (64, 2)), **SHARED}),

@@ -16,16 +16,20 @@ from spectral_paged.rope import RotaryTable
 HEADS, DIM = 1, 64
 
 
-def small_cache(monkeypatch=None, op=None, *, device="cpu"):
-    """Its blocks are sealed by `op` in place of what the device has, where one is given."""
-    format = PageFormat("t", HEADS, DIM, num_landmark_tokens=64, **PAGES["quality-64"][1])
+def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **changes):
+    """`changes` are fields of the format; `calibration` stands in for a toy one.
+
+    Its blocks are sealed by `op` in place of what the device has, where one is given."""
+    fields = PAGES["quality-64"][1] | changes
+    format = PageFormat("t", HEADS, DIM, num_landmark_tokens=64, **fields)
     if op is not None:
         ops = dataclasses.replace(page_ops(torch.device(device)), seal=op)
         monkeypatch.setattr(cache_module, "page_ops", lambda device: ops)
     return SpectralKVCache(
         num_layers=2, num_q_heads=2, num_kv_heads=HEADS, head_dim=DIM, format=format,
         rope=RotaryTable.from_theta(10000.0, DIM, max_positions=2048), kv_cache_bytes=4 << 20,
-        max_num_seqs=4, calibration=toy_basis(2, HEADS, DIM), device=device, poison=True,
+        max_num_seqs=4, calibration=calibration or toy_basis(2, HEADS, DIM), device=device,
+        poison=True,
     )  # fmt: skip
 
 

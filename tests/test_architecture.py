@@ -21,7 +21,7 @@ CACHE = {
     "errors", "page_format", "page_layout", "presets", "decompose", "quantize", "shared_basis",
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
-    "sequence_state", "sequence_table", "pins", "cache", "kernels",
+    "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock",
 }  # fmt: skip
 ENGINE = CACHE | {"sampling", "outputs", "output_text", "engine", "scheduler"}
 MODELS = CACHE | {"models"}

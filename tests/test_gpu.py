@@ -68,7 +68,11 @@ RAGGED = (0, 3, 1, 5)
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize(
-    "name, group", [*((name, 4) for name in PAGES), *(("quality-128", g) for g in (1, 3, 7, 8, 16))]
+    "name, group",
+    [
+        *((name, 4) for name in PAGES),
+        *((name, g) for name in ("quality-128", "int8-128") for g in (1, 3, 7, 8, 16)),
+    ],
 )
 def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
     """Where a layout has no explicit kernel, `explicit` takes the portable one."""

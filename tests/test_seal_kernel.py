@@ -37,6 +37,16 @@ def test_a_page_does_not_depend_on_what_is_sealed_beside_it():
     assert torch.equal(case.page(0), together[0])
 
 
+def test_a_page_does_not_depend_on_what_lay_there_before():
+    case = SealCase("quality-64", blocks=1)
+    found = []
+    for filler in (0, 255):
+        case.arena[:, int(case.pages.min()) * 128 :] = filler
+        case.seal(seal)
+        found.append(case.page(0))
+    assert torch.equal(*found)
+
+
 def test_outlier_tokens_are_the_loud_ones_in_ascending_order():
     def loud(k, v):
         for token in (500, 3, 130, 77):
@@ -107,6 +117,14 @@ def test_a_cache_that_seals_by_kernel_says_what_one_with_the_twin_says(monkeypat
     for s in "ab":
         error = (found[0][s] - found[1][s]).norm() / found[0][s].norm()
         assert float(error) < 0.05
+
+
+def test_a_first_seal_of_nan_alone_decides_no_basis_and_fails_by_name(monkeypatch):
+    for op in (None, seal):
+        cache = small_cache(monkeypatch, op, calibration="online", dim_weighting="none")
+        cache.add_sequence("b", num_prompt_tokens=700)
+        _, failed = feed(cache, "b", 700, spoiled="b")
+        assert isinstance(failed["b"], NonFiniteError)
 
 
 def test_a_sequence_with_nan_fails_at_its_seal_and_the_others_go_on(monkeypatch):

@@ -20,6 +20,8 @@ from spectral_paged.kernels.exact_decode_triton import exact_decode
 from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.merge import merge as torch_merge
 from spectral_paged.kernels.merge_triton import merge
+from spectral_paged.kernels.page_view import side_view
+from spectral_paged.kernels.spectral_decode import spectral_decode as twin
 from spectral_paged.kernels.spectral_decode_gpu import spectral_decode
 from spectral_paged.kernels.spectral_rebuild_triton import spectral_rebuild
 from spectral_paged.kernels.triton_page import check_layout
@@ -80,6 +82,25 @@ def test_scores_are_capped_and_windows_hide_what_lies_before_them(name, softcap,
 def test_biased_keys_of_a_real_model_are_read_to_the_twins_precision(name):
     args, options = captured_case(name)
     assert page_error(spectral_decode, args, options) < 1e-3
+
+
+@pytest.mark.parametrize("power", [-20, 20])
+def test_values_of_any_size_are_read(power):
+    """Coefficients of V past what fp16 holds."""
+    (q, plane, table, counts), options = page_case("quality-64", counts=(1, 2))
+    layout = options["layout"]
+    units = plane.view(-1, layout.page_bytes)
+    view = side_view(units, layout, "v")
+    view.scale.copy_((view.scale.float() * 2.0**power).bfloat16())
+    args = (q, plane, table, counts)
+    assert page_error(spectral_decode, args, options) < 2e-3
+
+
+def test_a_cap_of_zero_is_refused():
+    args, options = page_case("quality-64", counts=(1,))
+    for op in (spectral_decode, twin):
+        with pytest.raises(ValueError, match="softcap is 0"):
+            op(*args, **options, softcap=0.0)
 
 
 def test_partly_rotated_heads_are_read():

@@ -1,0 +1,1 @@
+"""`spectral-paged bench throughput`: offline batch generation, timed end to end."""

@@ -1,0 +1,175 @@
+"""Run a throughput benchmark: backends in turn, a table, JSON with vLLM's keys, plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.throughput.backends import (
+    Served,
+    serve_with_generate,
+    serve_with_pages,
+)
+from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.placement import choose_device, choose_dtype
+
+GENERATE = "transformers"
+BACKENDS = ("exact", "auto", GENERATE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of the command.
+
+    backends: presets of this engine, or `transformers` (static batches of `generate`).
+    max_num_seqs: one run a value; of `transformers`, the batch size.
+    """
+
+    model: str
+    workload: WorkloadOptions
+    backends: Sequence[str] = BACKENDS
+    device: str = "auto"
+    dtype: str = "auto"
+    max_num_seqs: Sequence[int] = (256,)
+    max_num_batched_tokens: int = 8192
+    kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    profile: bool = False
+    output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of `values` do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def latency(values: Sequence[float]) -> dict[str, float] | None:
+    """Milliseconds: mean, median, p99 and the largest; None without values."""
+    if not values:
+        return None
+    return {
+        "mean": 1e3 * sum(values) / len(values),
+        "p50": 1e3 * percentile(values, 0.5),
+        "p99": 1e3 * percentile(values, 0.99),
+        "max": 1e3 * max(values),
+    }
+
+
+def row_of(backend: str, max_num_seqs: int, jobs: Sequence[Job], served: Served) -> dict[str, Any]:
+    """One run, keys of vLLM's throughput benchmark first."""
+    total = served.prompt_tokens + served.output_tokens
+    other = served.elapsed - sum(served.breakdown.values())
+    return {
+        "backend": backend,
+        "elapsed_time": served.elapsed,
+        "num_requests": len(jobs),
+        "total_num_tokens": total,
+        "requests_per_second": len(jobs) / served.elapsed,
+        "tokens_per_second": total / served.elapsed,
+        "output_tokens_per_second": served.output_tokens / served.elapsed,
+        "max_num_seqs": max_num_seqs,
+        "ttft_ms": latency(served.first),
+        "itl_ms": latency(served.gaps),
+        "breakdown_seconds": served.breakdown | {"other": other} if served.breakdown else None,
+        "peak_memory_bytes": served.peak_memory_bytes,
+        "stats": served.stats,
+    }
+
+
+def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o: Options) -> Served:
+    """Run one backend."""
+    if backend == GENERATE:
+        return serve_with_generate(loaded, jobs, batch_size=batch)
+    engine = {
+        "max_num_seqs": batch,
+        "max_num_batched_tokens": o.max_num_batched_tokens,
+        "kv_cache_bytes": o.kv_cache_bytes,
+        "enable_prefix_caching": o.enable_prefix_caching,
+    }
+    return serve_with_pages(loaded, jobs, kv_format=backend, options=engine, profile=o.profile)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as the terminal shows it."""
+    first, gaps = row["ttft_ms"], row["itl_ms"]
+    text = (
+        f"{row['backend']:20} batch {row['max_num_seqs']:4}: {row['elapsed_time']:8.2f} s, "
+        f"{row['requests_per_second']:7.2f} requests/s, {row['tokens_per_second']:9.1f} tokens/s, "
+        f"{row['output_tokens_per_second']:8.1f} output tokens/s"
+    )
+    if first is not None and gaps is not None:
+        text += f", ttft p50 {first['p50']:.0f} ms, itl p50 {gaps['p50']:.1f} p99 {gaps['p99']:.1f}"
+    stats = row["stats"]
+    if "preemptions" in stats:
+        text += f", {stats['preemptions']} preemptions, {stats['pages_sealed']} pages sealed"
+    return text
+
+
+def main(options: Options) -> int:
+    """Measure, print, write `throughput-<model>.json` and, over several batches, a plot.
+
+    Raises:
+        InvalidRequestError: no backend, or a workload that the model does not take.
+    """
+    if not options.backends:
+        raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
+    device = choose_device(options.device)
+    loaded = load_model(
+        options.model, device=device, dtype=choose_dtype(options.dtype, device)
+    )
+    geometry = loaded.geometry
+    jobs = jobs_of(
+        options.workload, geometry.vocab_size, geometry.max_position_embeddings, loaded.tokenizer
+    )
+    rows = []
+    for backend in options.backends:
+        for batch in options.max_num_seqs:
+            rows.append(row_of(backend, batch, jobs, serve(loaded, backend, jobs, batch, options)))
+            print(line(rows[-1]), flush=True)
+    workload = asdict(options.workload)
+    workload["dataset_path"] = str(options.workload.dataset_path or "")
+    result = {
+        "environment": environment() | {"device": device.type, "dtype": str(loaded.model.dtype)},
+        "model": options.model,
+        "workload": workload,
+        "profiled": options.profile,
+        "rows": rows,
+    }
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    stem = f"throughput-{Path(options.model).stem}"
+    path = options.output_dir / f"{stem}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"raw results: {path}")
+    if len(options.max_num_seqs) > 1:
+        print(draw(result, options.output_dir / f"{stem}.png"))
+    return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> Path:
+    """Output tokens per second over the batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for backend in dict.fromkeys(row["backend"] for row in result["rows"]):
+        points = [
+            (row["max_num_seqs"], row["output_tokens_per_second"])
+            for row in result["rows"]
+            if row["backend"] == backend
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", label=backend)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("requests at once")
+    axes.set_ylabel("output tokens a second")
+    axes.set_title(f"{result['model']}, {result['environment']['machine']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return path
