@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from spectral_paged.pins import Spans, pinned_blocks, spans_of
+from spectral_paged.prompts import token_ids_of
 from spectral_paged.sampling import Sampled, SampleRow, SamplingParams, sample
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
 from spectral_paged.step import PlanEntry, StepPlan
@@ -132,7 +133,8 @@ class Engine:
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is running already")
         text = prompt if isinstance(prompt, str) else None
-        token_ids, spans = self._token_ids(prompt), spans_of(pinned_spans)
+        token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
+        spans = spans_of(pinned_spans)
         self._check(token_ids, params, spans)
         group = _Group(
             request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
@@ -159,27 +161,6 @@ class Engine:
         self._groups[request_id] = group
         # the others fork from the first when its prompt is computed
         self.scheduler.add(group.completions[0].request)
-
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequestError("a text prompt needs a tokenizer; pass token ids")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
-            return list(self.tokenizer(prompt)["input_ids"]) if prompt else []
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
-            raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
-        token_ids = list(prompt)
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise InvalidRequestError(f"prompt token {token!r} is not a token id")
-            if self.vocab_size is not None and token >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"prompt token {token} is outside the vocabulary of {self.vocab_size}"
-                )
-        return token_ids
 
     def _check(self, token_ids: list[int], params: SamplingParams, pinned: Spans) -> None:
         cache = self.cache

@@ -23,7 +23,7 @@ CACHE = {
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
     "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock",
 }  # fmt: skip
-ENGINE = CACHE | {"sampling", "outputs", "output_text", "engine", "scheduler"}
+ENGINE = CACHE | {"sampling", "outputs", "output_text", "prompts", "engine", "scheduler"}
 MODELS = CACHE | {"models"}
 CALIBRATION = MODELS | {"calibration"}
 TOP = {"llm", "placement", "model_report", "batch_file", "batch_run"}
@@ -39,7 +39,7 @@ ALLOWED = {
     "cli": LLM | {"benchmarks", "cli"},
     "__init__": LLM,
     **dict.fromkeys(CACHE - {"kernels"}, CACHE),
-    **dict.fromkeys(("sampling", "outputs", "output_text", "engine"), ENGINE),
+    **dict.fromkeys(("sampling", "outputs", "output_text", "prompts", "engine"), ENGINE),
     **dict.fromkeys(TOP, LLM),
 }
 

@@ -1,0 +1,38 @@
+"""Prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from spectral_paged.errors import InvalidRequestError
+
+
+def token_ids_of(
+    prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None
+) -> list[int]:
+    """The token ids of a prompt, text or ids already.
+
+    Raises:
+        InvalidRequestError: text without a tokenizer or that is not valid, or something that is no
+            token id of this vocabulary.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidRequestError("a text prompt needs a tokenizer; pass token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
+        return list(tokenizer(prompt)["input_ids"]) if prompt else []
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
+    token_ids = list(prompt)
+    for token in token_ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise InvalidRequestError(f"prompt token {token!r} is not a token id")
+        if vocab_size is not None and token >= vocab_size:
+            raise InvalidRequestError(
+                f"prompt token {token} is outside the vocabulary of {vocab_size}"
+            )
+    return token_ids
