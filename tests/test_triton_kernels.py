@@ -15,6 +15,7 @@ from kernel_cases import (
     rebuild_error,
 )
 
+from spectral_paged.kernels import spectral_decode_gpu
 from spectral_paged.kernels.exact_append_triton import exact_append
 from spectral_paged.kernels.exact_decode_triton import exact_decode
 from spectral_paged.kernels.launch_configs import DecodeConfig
@@ -94,6 +95,20 @@ def test_values_of_any_size_are_read(power):
     view.scale.copy_((view.scale.float() * 2.0**power).bfloat16())
     args = (q, plane, table, counts)
     assert page_error(spectral_decode, args, options) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("quality-128", "gluon"), ("int8-128", "gluon"), ("int8-two-bands", "gluon and triton"),
+        ("many-bands", "triton"), ("wide-256", "triton"),
+    ],
+)  # fmt: skip
+def test_what_reads_pages_is_named_part_by_part(name, parts, monkeypatch):
+    """Basis rows of a second band lie behind its codes, where the explicit kernel never looks."""
+    monkeypatch.setattr(spectral_decode_gpu, "has_tensor_cores", lambda device: True)
+    layout = PageFormat(name, 1, PAGES[name][0], **PAGES[name][1]).layout
+    assert spectral_decode_gpu.implementation(layout, 4, torch.device("cuda")) == parts
 
 
 def test_a_cap_of_zero_is_refused():
