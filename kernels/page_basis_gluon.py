@@ -140,6 +140,8 @@ def apply_bases(
     """`page_basis_triton.apply_bases` for layouts that `supports` names."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     width = group_sizes(q, layout)[1]
+    # a limit that fits rows of 8 queries would spill with those of 16
+    registers = config.apply_registers if width <= 8 else None
     out = Partials(
         torch.empty(plan.num_items, heads, width, dim, dtype=torch.float32, device=q.device),
         torch.empty(plan.num_items, heads, 2, width, dtype=torch.float32, device=q.device),
@@ -150,6 +152,6 @@ def apply_bases(
         q.shape[0], table.stride(0),
         HEADS=heads, P=width, DIM=dim, RANK=side.rank, BASIS_AT=side.bands[0].basis_offset,
         HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
-        ROWS=max(16, 2 * width), num_warps=1, maxnreg=config.apply_registers,
+        ROWS=max(16, 2 * width), num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return out
