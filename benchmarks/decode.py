@@ -27,7 +27,7 @@ from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels import exact_decode_triton as exact_op
 from spectral_paged.kernels import spectral_decode_gpu as pages_op
 from spectral_paged.kernels.decode_plan import DecodePlan
-from spectral_paged.kernels.launch_configs import DecodeConfig, gpu_of, launch_table
+from spectral_paged.kernels.launch_configs import DecodeConfig, gpus_of, launch_table
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
 from spectral_paged.kernels.layout import exact_page_bytes as exact_bytes
 from spectral_paged.kernels.merge_triton import merge
@@ -384,7 +384,9 @@ def main(
         "environment": environment(),
         "gpu": torch.cuda.get_device_name(),
         "copy_bytes_per_second": bandwidth,
-        "launch_configs": launch_table().get(gpu_of(torch.device("cuda")), {}),
+        "launch_configs": {
+            gpu: launch_table().get(gpu, {}) for gpu in gpus_of(torch.device("cuda"))
+        },
         "rows": [asdict(row) for row in found],
     }
     print(*decode_report.write(result, output_dir), sep="\n")

@@ -24,7 +24,7 @@ from spectral_paged.kernels.launch_configs import (
     SealConfig,
     case_of,
     decode_config,
-    gpu_of,
+    gpus_of,
     seal_config,
 )
 from spectral_paged.kernels.page_ops import page_ops
@@ -120,7 +120,7 @@ def main(*, output: Path | None) -> int:
         torch.cuda.empty_cache()
     case, seal = tune_seal()
     found["seal"][case] = changed(seal)
-    mine = table.setdefault(gpu_of(torch.device("cuda")), {})
+    mine = table.setdefault(gpus_of(torch.device("cuda"))[0], {})
     for op, cases in found.items():  # cases that were not measured keep their entry
         mine.setdefault(op, {}).update(cases)
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
 """How kernels are launched on a GPU: a small measured table, and what holds where it has no entry.
 
-`launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its compute capability (`sm_90`),
-a case says where the basis is, how
-keys are turned and the head width (`shared-frame-128`). `spectral-paged bench tune` writes
-it. Nothing is tuned while serving.
+`launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its name (`NVIDIA H200`) or, for
+all of a kind, its compute capability (`sm_90`); a case says where the basis is, how keys are turned,
+the head width and the ranks of K and V (`shared-frame-128-128-128`). `spectral-paged bench tune`
+writes it. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ class SealConfig:
 def case_of(layout: PageLayout) -> str:
     """The case that a layout is."""
     where = "shared" if layout.k.shared_basis else "page"
-    return f"{where}-{layout.rope}-{layout.head_dim}"
+    return f"{where}-{layout.rope}-{layout.head_dim}-{layout.k.rank}-{layout.v.rank}"
 
 
-def gpu_of(device: torch.device) -> str:
-    """`sm_90` and so on; `none` where kernels are interpreted."""
+@cache
+def gpus_of(device: torch.device) -> tuple[str, ...]:
+    """What the table may call a GPU, the closest first; nothing where kernels are interpreted."""
     if device.type != "cuda":
-        return "none"
+        return ()
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
 
 
 @cache
@@ -70,9 +71,11 @@ def launch_table() -> dict[str, Any]:
 
 
 def _fields(op: str, layout: PageLayout, device: torch.device) -> dict[str, Any]:
-    ops = launch_table().get(gpu_of(device), {})
-    found: dict[str, Any] = ops.get(op, {}).get(case_of(layout), {})
-    return found
+    for gpu in gpus_of(device):
+        found: dict[str, Any] | None = launch_table().get(gpu, {}).get(op, {}).get(case_of(layout))
+        if found is not None:
+            return found
+    return {}
 
 
 def decode_config(layout: PageLayout, device: torch.device) -> DecodeConfig:

@@ -135,7 +135,7 @@ def launch_pages(format, group, **scores):
 
 def main():
     stand_in()
-    launch_configs.gpu_of = lambda device: "sm_90"
+    launch_configs.gpus_of = lambda device: ("sm_90",)
     cases = [(n, dim, group) for n in PRESETS for dim, group in ((64, 3), (128, 4)) if n != "exact"]
     cases += [("spectral-quality", 128, 7), ("spectral-compact", 128, 7)]
     cases += [("spectral-int8", 128, 8), ("spectral-int8", 128, 16)]
