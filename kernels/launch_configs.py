@@ -1,9 +1,9 @@
 """How kernels are launched on a GPU: a small measured table, and what holds where it has no entry.
 
 `launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its name (`NVIDIA H200`) or, for
-all of a kind, its compute capability (`sm_90`); a case says where the basis is, how keys are turned,
-the head width and the ranks of K and V (`shared-frame-128-128-128`). `spectral-paged bench tune`
-writes it. Nothing is tuned while serving.
+all of a kind, its compute capability (`sm_90`); a case says where the basis is, how keys are
+turned, the head width and the ranks of K and V (`shared-frame-128-128-128`). `spectral-paged bench
+tune` writes it. Nothing is tuned while serving.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 
-BLOCKS_AT_ONCE = 8  # bounds the fp32 working set; encoding is pure, so batching changes no byte
+BLOCKS_AT_ONCE = 8  # bounds torch's fp32 working set; encoding is pure: batching changes no byte
 
 
 class Sealer:
@@ -55,11 +55,12 @@ class Sealer:
             self._freeze(group, due)
         # without a basis still, every block due has NaN or Inf, and is only to be refused
         by_torch = self.backend == "torch" or self.basis.is_waiting
-        encode = self._encode_batch if by_torch else self._encode_in_place
+        if due and not by_torch:
+            self._encode_in_place(group, due, failed)
+            return failed
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
-            if batch:
-                encode(group, batch, failed)
+            self._encode_batch(group, batch, failed)
         return failed
 
     def _encode_in_place(
