@@ -102,7 +102,8 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
         "--backend", action="append", default=[], metavar="NAME",
-        help="a preset, exact, or transformers; repeatable; default exact, auto and transformers",
+        help="a preset, exact, transformers, transformers-continuous; repeatable; default exact, "
+        "auto and both of transformers",
     )  # fmt: skip
     parser.add_argument("--dataset", default="random", help="random, sharegpt, prefix_repetition")
     parser.add_argument("--dataset-path", type=Path, help="JSONL of sharegpt")

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.llm import LLM
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.step_clock import StepClock
+
+CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching, its default
 
 
 @dataclass(slots=True)
@@ -141,6 +144,82 @@ def serve_with_generate(
         stats={"backend": f"transformers generate, {attention}"},
         peak_memory_bytes=_peak(device),
     )
+
+
+def serve_with_continuous_batching(
+    loaded: LoadedModel,
+    jobs: Sequence[Job],
+    *,
+    max_num_batched_tokens: int,
+    kv_cache_bytes: int | None = None,
+    attention: str = "sdpa",
+) -> Served:
+    """transformers' continuous batching: all requests at once, each to its own length, with the
+    paged form of `attention`, with this engine's budgets of cache and of tokens a step.
+
+    Args:
+        max_num_batched_tokens: of a step.
+        kv_cache_bytes: None lets transformers choose.
+
+    Raises:
+        ArithmeticError: a request came back with an error or with another number of tokens.
+    """
+    model, device = loaded.model, loaded.model.device
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
+    num_blocks = None
+    if kv_cache_bytes is not None:
+        geometry, itemsize = loaded.geometry, model.dtype.itemsize
+        token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * itemsize
+        num_blocks = max(1, kv_cache_bytes // token // CONTINUOUS_BLOCK)
+    budgets = ContinuousBatchingConfig(
+        block_size=CONTINUOUS_BLOCK, num_blocks=num_blocks, max_batch_tokens=max_num_batched_tokens
+    )
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    try:
+        with model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=budgets
+        ) as manager:
+            manager.add_request([1, 2, 3], request_id="warm-up", max_new_tokens=2)
+            _collect(manager, {"warm-up"})
+            _reset_peak(device)
+            begin = time.perf_counter()
+            for i, job in enumerate(jobs):
+                manager.add_request(
+                    job.prompt_token_ids, request_id=str(i), max_new_tokens=job.output_len,
+                    eos_token_id=-1,
+                )  # fmt: skip
+            done = _collect(manager, {str(i) for i in range(len(jobs))})
+            elapsed = time.perf_counter() - begin
+    finally:
+        model.set_attn_implementation(before)
+    for i, job in enumerate(jobs):
+        result = done[str(i)]
+        if result.error is not None or len(result.generated_tokens) != job.output_len:
+            raise ArithmeticError(
+                f"continuous batching gave {len(result.generated_tokens)} of {job.output_len} "
+                f"tokens ({result.error}); not timed"
+            )
+    return Served(
+        elapsed,
+        sum(len(job.prompt_token_ids) for job in jobs),
+        sum(job.output_len for job in jobs),
+        stats={"backend": f"transformers continuous batching, paged {attention}"},
+        peak_memory_bytes=_peak(device),
+    )
+
+
+def _collect(manager: Any, wanted: set[str]) -> dict[str, Any]:
+    """Results of the requests `wanted`, once all are finished."""
+    done: dict[str, Any] = {}
+    while len(done) < len(wanted):
+        result = manager.get_result(timeout=1.0)
+        if result is None:
+            if not manager.is_running():
+                raise ArithmeticError(f"continuous batching stopped with {len(done)} done")
+        elif result.request_id in wanted and result.is_finished():
+            done[result.request_id] = result
+    return done
 
 
 def _generate(model: Any, batch: Sequence[Job], num_tokens: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from spectral_paged.benchmarks.environment import environment
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
+    serve_with_continuous_batching,
     serve_with_generate,
     serve_with_pages,
 )
@@ -20,14 +21,16 @@ from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.placement import choose_device, choose_dtype
 
 GENERATE = "transformers"
-BACKENDS = ("exact", "auto", GENERATE)
+CONTINUOUS = "transformers-continuous"
+BACKENDS = ("exact", "auto", GENERATE, CONTINUOUS)
 
 
 @dataclass(frozen=True)
 class Options:
     """Arguments of the command.
 
-    backends: presets of this engine, or `transformers` (static batches of `generate`).
+    backends: presets of this engine, `transformers` (static batches of `generate`), or
+        `transformers-continuous` (its continuous batching, which chooses its batches itself).
     max_num_seqs: one run a value; of `transformers`, the batch size.
     """
 
@@ -87,6 +90,13 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
     """Run one backend."""
     if backend == GENERATE:
         return serve_with_generate(loaded, jobs, batch_size=batch)
+    if backend == CONTINUOUS:
+        return serve_with_continuous_batching(
+            loaded,
+            jobs,
+            max_num_batched_tokens=o.max_num_batched_tokens,
+            kv_cache_bytes=o.kv_cache_bytes,
+        )
     engine = {
         "max_num_seqs": batch,
         "max_num_batched_tokens": o.max_num_batched_tokens,

@@ -47,7 +47,12 @@ def main(model_name, text):
     save_file(
         {n: x.half().contiguous() for n, x in (("q", q.transpose(0, 1)), ("k", k), ("v", v))},
         Path(__file__).with_name("qwen_biased_head.safetensors"),
-        {"model": Path(model_name).stem, "layer": str(layer), "head": str(head), "first_position": str(FIRST)},
+        {
+            "model": Path(model_name).stem,
+            "layer": str(layer),
+            "head": str(head),
+            "first_position": str(FIRST),
+        },
     )
 
 
