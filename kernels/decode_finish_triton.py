@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_paged.kernels.decode_parts import Partials, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
-from spectral_paged.kernels.triton_page import padded
+from spectral_paged.kernels.triton_page import padded, times_rows
 
 COLUMNS, ITEMS = 64, 32  # what a program merges at once
 APPLY_COLUMNS = 32
@@ -73,12 +73,7 @@ def _apply_kernel(
     basis = tl.load(
         basis_ptr + (head * RANK + comp)[:, None] * DIM + dim[None, :], mask=ok, other=0.0
     )
-    basis = basis.to(tl.float16)
-    largest = tl.maximum(tl.max(tl.abs(mixed), axis=1), 1e-30)[:, None]
-    unit = mixed / largest
-    first = unit.to(tl.float16)
-    rest = (unit - first.to(tl.float32)).to(tl.float16)  # the basis is fp16: two parts are enough
-    found = tl.dot(rest, basis, tl.dot(first, basis)) * largest
+    found = times_rows(mixed, basis.to(tl.float16))
     ok = real[:, None] & (dim < DIM)[None, :]
     found += tl.load(vector + RANK + dim[None, :], mask=ok, other=0.0)
     tl.store(out_ptr + query[:, None] * DIM + dim[None, :], found, mask=ok)

@@ -76,10 +76,17 @@ class Partials:
     def empty(
         cls, plan: DecodePlan, layout: PageLayout, width: int, device: torch.device
     ) -> Partials:
-        """For `width` padded queries a head."""
+        """Of attention, for `width` padded queries a head."""
         shared = layout.v.shared_basis
         parts = plan.num_items if shared else plan.max_entries
         size = layout.v.rank + (layout.head_dim if adds_values(layout) else 0)
+        return cls.sized(parts, layout, width, size, device)
+
+    @classmethod
+    def sized(
+        cls, parts: int, layout: PageLayout, width: int, size: int, device: torch.device
+    ) -> Partials:
+        """`parts` of vectors of `size`, for `width` padded queries a head."""
         return cls(
             *(
                 torch.empty(parts, layout.num_kv_heads, *shape, dtype=torch.float32, device=device)

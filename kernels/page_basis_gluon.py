@@ -142,10 +142,7 @@ def apply_bases(
     width = group_sizes(q, layout)[1]
     # a limit that fits rows of 8 queries would spill with those of 16
     registers = config.apply_registers if width <= 8 else None
-    out = Partials(
-        torch.empty(plan.num_items, heads, width, dim, dtype=torch.float32, device=q.device),
-        torch.empty(plan.num_items, heads, 2, width, dtype=torch.float32, device=q.device),
-    )
+    out = Partials.sized(plan.num_items, layout, width, dim, q.device)
     _apply_kernel[(plan.num_items, heads, dim // 64)](
         plane, plane.view(torch.float16), table, plan.item_seq, plan.item_start,
         plan.first_entry, plan.item_end, partials.vectors, partials.sums, out.vectors, out.sums,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +10,13 @@ from spectral_paged.kernels.decode_parts import Partials, adds_values, group_siz
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
-from spectral_paged.kernels.triton_page import band_tuples, level_table, load_rows, padded
+from spectral_paged.kernels.triton_page import (
+    band_tuples,
+    level_table,
+    load_rows,
+    padded,
+    times_rows,
+)
 
 
 @triton.jit
@@ -50,14 +55,9 @@ def _apply_kernel(
                 vector = vectors_ptr + (slot * P + group)[:, None] * SIZE
                 ok = real[:, None] & (comp < RANK)[None, :]
                 part = tl.load(vector + comp[None, :], mask=ok, other=0.0)
-                largest = tl.maximum(tl.max(tl.abs(part), axis=1), 1e-30)
-                unit = part / largest[:, None]
-                whole = unit.to(tl.float16)
-                rest = (unit - whole.to(tl.float32)).to(tl.float16)
                 rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
-                rows = rows.to(tl.float16)  # integers: two parts of the other side are enough
-                found = tl.dot(rest, rows, tl.dot(whole, rows))
-                acc = acc * shrink[:, None] + found * (largest * weight)[:, None]
+                found = times_rows(part, rows.to(tl.float16))
+                acc = acc * shrink[:, None] + found * weight[:, None]
                 if VALUES:
                     ok = real[:, None] & (dim < DIM)[None, :]
                     value = tl.load(vector + RANK + dim[None, :], mask=ok, other=0.0)
@@ -86,10 +86,7 @@ def apply_bases(
     """Partials by page, in rank space -> by item: vectors fp32 `[items, H, P, D]` and sums."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     width = group_sizes(q, layout)[1]
-    out = Partials(
-        torch.empty(plan.num_items, heads, width, dim, dtype=torch.float32, device=q.device),
-        torch.empty(plan.num_items, heads, 2, width, dtype=torch.float32, device=q.device),
-    )
+    out = Partials.sized(plan.num_items, layout, width, dim, q.device)
     _apply_kernel[(plan.num_items, heads)](
         plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
         level_table("gaussian", q.device), partials.vectors, partials.sums, out.vectors, out.sums,

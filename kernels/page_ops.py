@@ -67,9 +67,11 @@ class PageOps:
         `total` together."""
         if not self.on_gpu:
             return {}
+        from spectral_paged.kernels.launch_configs import decode_config
         from spectral_paged.kernels.spectral_decode_gpu import plan_pages
 
-        return {"plan": plan_pages(layout, num_blocks, total)}
+        config = decode_config(layout, num_blocks.device)
+        return {"plan": plan_pages(layout, num_blocks, total, config), "config": config}
 
 
 TORCH_OPS = PageOps(

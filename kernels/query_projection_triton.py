@@ -12,6 +12,7 @@ from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
+    halves,
     level_table,
     load_rows,
     padded,
@@ -74,9 +75,8 @@ def _project_kernel(
                 high_q = high_q * cos - low_q * sin
                 low_q = turned
             # fp16 in two parts: the dots below are as good as fp32
-            low_a, high_a = low_q.to(tl.float16), high_q.to(tl.float16)
-            low_b = (low_q - low_a.to(tl.float32)).to(tl.float16)
-            high_b = (high_q - high_a.to(tl.float32)).to(tl.float16)
+            low_a, low_b = halves(low_q)
+            high_a, high_b = halves(high_q)
             if not SHARED:
                 alone = (
                     plane_ptr + tl.load(row_table + entry).to(tl.int64) * 128 + head * HEAD_BYTES

@@ -15,6 +15,8 @@ Coefficients wait in a workspace of bf16 between passes: their rounding (0.1 %) 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,7 @@ from spectral_paged.kernels.seal_fit_triton import (
     nearest_levels,
     stored_scale,
 )
-from spectral_paged.kernels.triton_page import band_tuples, padded
+from spectral_paged.kernels.triton_page import band_tuples, halves, padded
 
 WORKSPACE_BYTES = 256 << 20
 MAX_SLOTS = 8
@@ -66,13 +68,6 @@ def _tokens_of(
         # a table scaled by s turns back by 1 / s^2, as `rotary.rotate` does
         x = (x * cos + sign * sin * y) / (cos * cos + sin * sin)
     return x
-
-
-@triton.jit
-def _halves(x):
-    """fp32 as two fp16, as good as fp32 in a sum of products of values near 1."""
-    first = x.to(tl.float16)
-    return first, (x - first.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -134,13 +129,13 @@ def _project_kernel(
         column = first_comp + tl.arange(0, COLUMNS)
         used = (dim < DIM)[:, None] & (column < RANK)[None, :]
         matrix = tl.load(basis + dim[:, None] * RANK + column[None, :], mask=used, other=0.0)
-        matrix, matrix_rest = _halves(matrix)
+        matrix, matrix_rest = halves(matrix)
         for start in range(0, 512, ROWS):
             token = start + place
             x = _tokens_of(
                 exact, values, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT
             )
-            x, rest = _halves((x - mean[None, :]) * inverse)
+            x, rest = halves((x - mean[None, :]) * inverse)
             found = tl.dot(x, matrix_rest, tl.dot(rest, matrix))
             found = tl.dot(x, matrix, found)
             tl.store(work + token[:, None] * RANK_PAD + column[None, :], found.to(tl.bfloat16))
@@ -317,7 +312,19 @@ def seal(
     heads, dim = layout.num_kv_heads, layout.head_dim
     device = arena.device
     bad = torch.zeros(len(pages), num_layers, heads, 2, dtype=torch.int32, device=device)
-    ranks = [padded(side.rank) for side in (layout.k, layout.v)]
+    sides = (layout.k, layout.v)
+    ranks = [padded(side.rank) for side in sides]
+    commons: list[dict[str, Any]] = [  # what both kernels of a side take
+        {
+            "LAYERS": num_layers, "HEADS": heads, "DIM": dim, "HALF": max(1, cos.shape[-1]),
+            "SIDE": index, "TURN": index == 0 and layout.rope == "frame",
+            "UNIT": UNIT_BYTES // dtype.itemsize, "RANK": side.rank, "BANDS": band_tuples(side),
+            "SIZES": level_sizes(side), "HEAD_BYTES": layout.head_bytes,
+            "SLOTS": layout.num_slots, "DIM_PAD": padded(dim), "RANK_PAD": rank,
+            "ROWS": config.rows, "num_warps": config.warps, "num_stages": 1,
+        }
+        for index, (side, rank) in enumerate(zip(sides, ranks, strict=True))
+    ]  # fmt: skip
     per_block = num_layers * heads
     at_once = max(1, WORKSPACE_BYTES // (per_block * sum(ranks) * 2 * BLOCK_TOKENS))
     values = arena.view(dtype)
@@ -327,37 +334,25 @@ def seal(
         power = torch.empty(items, 2, dtype=torch.float32, device=device)
         gains, errors = torch.empty(2, items, 2, BLOCK_TOKENS, device=device)
         places = (exact[span], pages[span], first[span], cos, sin)
-        works = []
-        for index, (side, rank, matrix) in enumerate(
-            zip((layout.k, layout.v), ranks, (k_projection, v_projection), strict=True)
+        works = [
+            torch.empty(items, BLOCK_TOKENS, rank, dtype=torch.bfloat16, device=device)
+            for rank in ranks
+        ]
+        for side, rank, matrix, work, common in zip(
+            sides, ranks, (k_projection, v_projection), works, commons, strict=True
         ):
-            work = torch.empty(items, BLOCK_TOKENS, rank, dtype=torch.bfloat16, device=device)
-            works.append(work)
             _project_kernel[(items,)](
                 values, arena, *places, matrix, work, power, gains, errors, bad[span],
                 plane_bytes, values.shape[1],
-                LAYERS=num_layers, HEADS=heads, DIM=dim, HALF=max(1, cos.shape[-1]), SIDE=index,
-                TURN=index == 0 and layout.rope == "frame",
-                UNIT=UNIT_BYTES // values.element_size(), RANK=side.rank,
-                BANDS=band_tuples(side), SIZES=level_sizes(side), HEAD_BYTES=layout.head_bytes,
-                MEAN_AT=side.mean_offset, SLOTS=layout.num_slots, DIM_PAD=padded(dim),
-                RANK_PAD=rank, ROWS=config.rows, COLUMNS=min(rank, 16384 // padded(dim)),
-                PAGE_BYTES=layout.page_bytes,
-                num_warps=config.warps, num_stages=1,
+                MEAN_AT=side.mean_offset, COLUMNS=min(rank, 16384 // padded(dim)),
+                PAGE_BYTES=layout.page_bytes, **common,
             )  # fmt: skip
-        for index, (side, rank) in enumerate(zip((layout.k, layout.v), ranks, strict=True)):
+        for side, work, common in zip(sides, works, commons, strict=True):
             _quantize_kernel[(items,)](
-                values, arena, *places, works[index], power, gains, errors,
-                code_table(device), plane_bytes, values.shape[1],
-                LAYERS=num_layers, HEADS=heads, DIM=dim, HALF=max(1, cos.shape[-1]), SIDE=index,
-                TURN=index == 0 and layout.rope == "frame",
-                UNIT=UNIT_BYTES // values.element_size(), RANK=side.rank,
-                BANDS=band_tuples(side), SIZES=level_sizes(side), BY_COMPONENT=side.by_component,
-                HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,
+                values, arena, *places, work, power, gains, errors, code_table(device),
+                plane_bytes, values.shape[1],
+                BY_COMPONENT=side.by_component, SCALE_AT=side.scale_offset,
                 GAIN_AT=side.gain_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
-                SLOTS=layout.num_slots,
-                COUNT_PADS=tuple(padded(band.count) for band in side.bands),
-                DIM_PAD=padded(dim), RANK_PAD=rank, ROWS=config.rows,
-                num_warps=config.warps, num_stages=1,
+                COUNT_PADS=tuple(padded(band.count) for band in side.bands), **common,
             )  # fmt: skip
     return bad

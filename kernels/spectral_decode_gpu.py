@@ -8,6 +8,7 @@ by layout and capability alone, never by what went wrong.
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import check_layout
+
+# projection, attention, application of page bases
+EXPLICIT: tuple[ModuleType, ...] = (query_projection_gluon, spectral_decode_gluon, page_basis_gluon)
+PORTABLE: tuple[ModuleType, ...] = (
+    query_projection_triton, spectral_decode_triton, page_basis_triton,
+)  # fmt: skip
 
 
 def plan_pages(
@@ -54,17 +61,24 @@ def has_tensor_cores(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _explicit_parts(
+    layout: PageLayout, group: int, rotary_dim: int
+) -> tuple[bool, bool, bool]:
+    """Whether projection, attention and the application of page bases have explicit layouts; what
+    does not run counts as it has."""
+    return (
+        query_projection_gluon.supports(layout, rotary_dim),
+        spectral_decode_gluon.supports(layout, group),
+        layout.v.shared_basis or page_basis_gluon.supports(layout),
+    )
+
+
 def implementation(
     layout: PageLayout, group: int, device: torch.device, rotary_dim: int | None = None
 ) -> str:
     """What reads pages of `layout`, as `stats()` reports it: `gluon`, `triton`, or
     `gluon and triton` where only some parts have explicit layouts."""
-    turned = layout.head_dim if rotary_dim is None else rotary_dim
-    parts = [
-        query_projection_gluon.supports(layout, turned),
-        spectral_decode_gluon.supports(layout, group),
-        layout.v.shared_basis or page_basis_gluon.supports(layout),
-    ]
+    parts = _explicit_parts(layout, group, rotary_dim or layout.head_dim)
     if not has_tensor_cores(device) or not any(parts[:2]):
         return "triton"
     return "gluon" if all(parts) else "gluon and triton"
@@ -106,22 +120,21 @@ def spectral_decode(
         plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1], config)
     group = q.shape[1] // layout.num_kv_heads
     able = has_tensor_cores(q.device) if explicit is None else explicit
-    project, attend = query_projection_triton.project_queries, spectral_decode_triton.attend_pages
-    if able and query_projection_gluon.supports(layout, 2 * cos.shape[-1]):
-        project = query_projection_gluon.project_queries
-    if able and spectral_decode_gluon.supports(layout, group):
-        attend = spectral_decode_gluon.attend_pages
-    projected = project(
+    parts = _explicit_parts(layout, group, 2 * cos.shape[-1])
+    projection, attention, bases = (
+        explicit_kernel if able and fits else portable
+        for explicit_kernel, portable, fits in zip(EXPLICIT, PORTABLE, parts, strict=True)
+    )
+    projected = projection.project_queries(
         q, plane, table, layout=layout, first_position=first_position, cos=cos, sin=sin,
         scale=scale, basis=k_basis, plan=plan, config=config,
     )  # fmt: skip
     options = ScoreOptions(first_position, softcap, first_visible)
-    partials = attend(
+    partials = attention.attend_pages(
         q, plane, table, projected, layout=layout, plan=plan, options=options, config=config
     )
     if not layout.v.shared_basis:
-        apply = page_basis_triton.apply_bases
-        if able and page_basis_gluon.supports(layout):
-            apply = page_basis_gluon.apply_bases
-        partials = apply(q, plane, table, partials, layout=layout, plan=plan, config=config)
+        partials = bases.apply_bases(
+            q, plane, table, partials, layout=layout, plan=plan, config=config
+        )
     return finish(q, partials, layout=layout, basis=v_basis, plan=plan)

@@ -11,6 +11,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS, TILE_TOKENS, PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
     check_scales,
+    halves,
     level_table,
     load_rows,
     load_values,
@@ -30,9 +31,7 @@ def _half_rows(
     else:
         rows = load_rows(record, levels_ptr, comp[:, None], dims[None, :], BANDS, RANK, DIM)
         rows = tl.where(ok, rows, 0.0)
-    rows = rows * scale[:, None]
-    first = rows.to(tl.float16)
-    return first, (rows - first.to(tl.float32)).to(tl.float16)
+    return halves(rows * scale[:, None])
 
 
 @triton.jit

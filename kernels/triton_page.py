@@ -63,6 +63,22 @@ def check_scales(layout: PageLayout) -> None:
 
 
 @triton.jit
+def halves(x):
+    """fp32 as two fp16, as good as fp32 in a sum of products of values near 1."""
+    first = x.to(tl.float16)
+    return first, (x - first.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def times_rows(x, rows):
+    """fp32 `x` `[n, rank]` of any size times fp16 `rows` `[rank, m]`: two parts of one side are
+    enough where the other is fp16."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)[:, None]
+    first, rest = halves(x / largest)
+    return tl.dot(rest, rows, tl.dot(first, rows)) * largest
+
+
+@triton.jit
 def capped(scores, cap):
     """`cap tanh(scores / cap)`, both in bits (base 2)."""
     twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)

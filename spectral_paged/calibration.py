@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.rotary import rotate, stored_keys
+from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.geometry import rotary_table
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.page_format import PageFormat
@@ -205,9 +206,7 @@ def calibrate(
     recorder = _Recorder(accumulator, rope, moments.double())
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
+    with attending(model, ATTENTION_NAME):
         chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
         bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
         for window in bar:
@@ -217,8 +216,6 @@ def calibrate(
                 attention_mask=None,
                 spectral_recorder=recorder,
             )
-    finally:
-        model.set_attn_implementation(before)
     return accumulator.finish(
         q_pre=met_before_rope(recorder.moments[0], rope),
         q_post=recorder.moments[1],

@@ -229,10 +229,8 @@ class SealCase:
         self.rope = RotaryTable.from_theta(10000.0, dim, max_positions=4096, device=device)
         self.options = {
             "layout": format.layout, "dtype": dtype, "cos": self.rope.cos, "sin": self.rope.sin,
+            **self.basis.projections(range(2)),
         }  # fmt: skip
-        for side in "kv":
-            rows = self.basis.side(side)
-            self.options[f"{side}_projection"] = rows.weight @ rows.vectors.mT
 
     def seal(self, op, blocks=slice(None)):
         """Counts of NaN and Inf; the arena has the pages."""

@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.llm import LLM
+from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.step_clock import StepClock
@@ -21,15 +22,13 @@ CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching,
 
 @dataclass(slots=True)
 class Served:
-    """What a backend did; times in seconds from the start of the run.
+    """What a backend did, every token of every job; times in seconds from the start of the run.
 
     first, gaps: until each request's first token, and between its tokens; empty where a backend
         does not tell.
     """
 
     elapsed: float
-    prompt_tokens: int
-    output_tokens: int
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     breakdown: dict[str, float] = field(default_factory=dict)
@@ -98,8 +97,6 @@ def serve_with_pages(
         raise ArithmeticError(f"{kv_format}: {missing} tokens are missing; not timed")
     return Served(
         elapsed,
-        sum(len(job.prompt_token_ids) for job in jobs),
-        sum(counts.values()),
         first,
         gaps,
         dict(llm.cache.clock.seconds) if profile else {},
@@ -122,10 +119,8 @@ def serve_with_generate(
     padded; a batch runs until its longest output is done, tokens past a request's own length do
     not count."""
     model, device = loaded.model, loaded.model.device
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
-    try:
+    with attending(model, attention):
         _generate(model, order[:1], 2)
         _reset_peak(device)
         begin = time.perf_counter()
@@ -135,12 +130,8 @@ def serve_with_generate(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - begin
-    finally:
-        model.set_attn_implementation(before)
     return Served(
         elapsed,
-        sum(len(job.prompt_token_ids) for job in jobs),
-        sum(job.output_len for job in jobs),
         stats={"backend": f"transformers generate, {attention}"},
         peak_memory_bytes=_peak(device),
     )
@@ -174,25 +165,23 @@ def serve_with_continuous_batching(
     budgets = ContinuousBatchingConfig(
         block_size=CONTINUOUS_BLOCK, num_blocks=num_blocks, max_batch_tokens=max_num_batched_tokens
     )
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention)
-    try:
-        with model.continuous_batching_context_manager(
+    with (
+        attending(model, attention),
+        model.continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=budgets
-        ) as manager:
-            manager.add_request([1, 2, 3], request_id="warm-up", max_new_tokens=2)
-            _collect(manager, {"warm-up"})
-            _reset_peak(device)
-            begin = time.perf_counter()
-            for i, job in enumerate(jobs):
-                manager.add_request(
-                    job.prompt_token_ids, request_id=str(i), max_new_tokens=job.output_len,
-                    eos_token_id=-1,
-                )  # fmt: skip
-            done = _collect(manager, {str(i) for i in range(len(jobs))})
-            elapsed = time.perf_counter() - begin
-    finally:
-        model.set_attn_implementation(before)
+        ) as manager,
+    ):
+        manager.add_request([1, 2, 3], request_id="warm-up", max_new_tokens=2)
+        _collect(manager, {"warm-up"})
+        _reset_peak(device)
+        begin = time.perf_counter()
+        for i, job in enumerate(jobs):
+            manager.add_request(
+                job.prompt_token_ids, request_id=str(i), max_new_tokens=job.output_len,
+                eos_token_id=-1,
+            )  # fmt: skip
+        done = _collect(manager, {str(i) for i in range(len(jobs))})
+        elapsed = time.perf_counter() - begin
     for i, job in enumerate(jobs):
         result = done[str(i)]
         if result.error is not None or len(result.generated_tokens) != job.output_len:
@@ -202,8 +191,6 @@ def serve_with_continuous_batching(
             )
     return Served(
         elapsed,
-        sum(len(job.prompt_token_ids) for job in jobs),
-        sum(job.output_len for job in jobs),
         stats={"backend": f"transformers continuous batching, paged {attention}"},
         peak_memory_bytes=_peak(device),
     )

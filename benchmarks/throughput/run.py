@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.quality.summary import mean, percentile
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
     serve_with_continuous_batching,
@@ -47,27 +48,23 @@ class Options:
     output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of `values` do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def latency(values: Sequence[float]) -> dict[str, float] | None:
+def latency(values: Sequence[float]) -> dict[str, float | None] | None:
     """Milliseconds: mean, median, p99 and the largest; None without values."""
     if not values:
         return None
+    ms = [1e3 * value for value in values]
     return {
-        "mean": 1e3 * sum(values) / len(values),
-        "p50": 1e3 * percentile(values, 0.5),
-        "p99": 1e3 * percentile(values, 0.99),
-        "max": 1e3 * max(values),
+        "mean": mean(ms),
+        "p50": percentile(ms, 0.5),
+        "p99": percentile(ms, 0.99),
+        "max": max(ms),
     }
 
 
 def row_of(backend: str, max_num_seqs: int, jobs: Sequence[Job], served: Served) -> dict[str, Any]:
     """One run, keys of vLLM's throughput benchmark first."""
-    total = served.prompt_tokens + served.output_tokens
+    outputs = sum(job.output_len for job in jobs)
+    total = outputs + sum(len(job.prompt_token_ids) for job in jobs)
     other = served.elapsed - sum(served.breakdown.values())
     return {
         "backend": backend,
@@ -76,7 +73,7 @@ def row_of(backend: str, max_num_seqs: int, jobs: Sequence[Job], served: Served)
         "total_num_tokens": total,
         "requests_per_second": len(jobs) / served.elapsed,
         "tokens_per_second": total / served.elapsed,
-        "output_tokens_per_second": served.output_tokens / served.elapsed,
+        "output_tokens_per_second": outputs / served.elapsed,
         "max_num_seqs": max_num_seqs,
         "ttft_ms": latency(served.first),
         "itl_ms": latency(served.gaps),
