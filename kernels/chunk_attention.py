@@ -1,6 +1,10 @@
-"""Attention of one sequence's prompt chunk over its history and itself."""
+"""Attention of prompt chunks over their history and themselves."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +13,79 @@ from torch import Tensor
 QUERY_TILE = 256
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Causal attention, aligned at the bottom right: the last query sees every key.
+@dataclass(frozen=True, slots=True)
+class ChunkSpans:
+    """Where each chunk's queries and keys lie in a flattened batch.
 
-    Grouped-query heads ride as extra query rows, so K and V are never expanded. Queries go in
-    tiles, so the mask stays small. Softmax accumulates in fp32.
+    ```
+    queries   |  chunk 0  |chunk 1|      q_ends (0, 12, 20)
+    keys      |  history 0 . chunk 0  |  chunk 1  |     k_ends (0, 24, 32)
+    ```
+
+    q_ends, k_ends: running sums of lengths, from 0; `cu_q` and `cu_k` are the same, int32 on the
+    device.
+    """
+
+    q_ends: tuple[int, ...]
+    k_ends: tuple[int, ...]
+    cu_q: Tensor
+    cu_k: Tensor
+
+    @classmethod
+    def of(
+        cls, queries: Sequence[int], keys: Sequence[int], device: torch.device
+    ) -> ChunkSpans:
+        """Of lengths, chunk by chunk.
+
+        Raises:
+            ValueError: a chunk with more queries than keys.
+        """
+        if any(q > k for q, k in zip(queries, keys, strict=True)):
+            raise ValueError(f"chunks of {list(queries)} queries have {list(keys)} keys")
+        ends = [tuple(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
+        both = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+        cu = both.to(device, non_blocking=True)
+        return cls(ends[0], ends[1], cu[0], cu[1])
+
+    @property
+    def q_lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.q_ends)]
+
+    @property
+    def k_lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.k_ends)]
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """The queries and the keys of each chunk."""
+        for q, k in zip(pairwise(self.q_ends), pairwise(self.k_ends), strict=True):
+            yield slice(*q), slice(*k)
+
+
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, spans: ChunkSpans, scale: float
+) -> Tensor:
+    """Causal attention of each chunk, aligned at the bottom right: its last query sees every key.
 
     Args:
-        q: `[T, Hq, D]` after RoPE.
-        k, v: `[Hkv, L, D]` with L >= T; the last T are the chunk's own.
+        q: `[T, Hq, D]` after RoPE, chunks behind each other.
+        k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other; the last of a
+            chunk's keys are its own tokens.
 
     Returns:
-        fp32 `[T, Hq, D]`.
+        `[T, Hq, D]`, fp32.
     """
+    out = q.new_empty(q.shape, dtype=torch.float32)
+    for queries, keys in spans:
+        _attend(q[queries], k[:, keys], v[:, keys], scale, out[queries])
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """One chunk. Grouped-query heads ride as extra query rows, so K and V are never expanded;
+    queries go in tiles, so the mask stays small."""
     num_tokens, num_q_heads, dim = q.shape
     num_kv_heads, length, _ = k.shape
     group = num_q_heads // num_kv_heads
-    out = q.new_empty((num_tokens, num_q_heads, dim), dtype=torch.float32)
     keys, values = k.float().unsqueeze(0), v.float().unsqueeze(0)
     for start in range(0, num_tokens, QUERY_TILE):
         end = min(start + QUERY_TILE, num_tokens)
@@ -40,4 +100,3 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         )
         result = result.view(num_kv_heads, group, end - start, dim)
         out[start:end] = result.permute(2, 0, 1, 3).reshape(end - start, num_q_heads, dim)
-    return out

@@ -18,12 +18,14 @@ def _append_kernel(
     token, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, DIM_PAD)
     ok = dim < DIM
-    page = tl.load(positions_ptr + token).to(tl.int64) * UNIT + head * (128 * DIM)
-    to = plane_ptr + page + tl.load(offsets_ptr + token) * DIM + dim
-    k = tl.load(k_ptr + token * k_stride + head * DIM + dim, mask=ok)
-    v = tl.load(v_ptr + token * v_stride + head * DIM + dim, mask=ok)
-    tl.store(to, k, mask=ok)
-    tl.store(to + 64 * DIM, v, mask=ok)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    if position >= 0:
+        page = position * UNIT + head * (128 * DIM)
+        to = plane_ptr + page + tl.load(offsets_ptr + token) * DIM + dim
+        k = tl.load(k_ptr + token * k_stride + head * DIM + dim, mask=ok)
+        v = tl.load(v_ptr + token * v_stride + head * DIM + dim, mask=ok)
+        tl.store(to, k, mask=ok)
+        tl.store(to + 64 * DIM, v, mask=ok)
 
 
 def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:

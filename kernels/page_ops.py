@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels import (
+    chunk_attention,
     exact_decode,
     exact_pages,
     merge,
@@ -32,6 +33,7 @@ class PageOps:
     exact_decode: Callable[..., tuple[Tensor, Tensor]]
     spectral_decode: Callable[..., tuple[Tensor, Tensor]]
     spectral_rebuild: Callable[..., tuple[Tensor, Tensor]]
+    chunk_attention: Callable[..., Tensor]
     merge: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
     seal: Callable[..., Tensor] | None = None
     on_gpu: bool = False
@@ -44,6 +46,19 @@ class PageOps:
         from spectral_paged.kernels.spectral_decode_gpu import implementation
 
         return "triton" if layout is None else implementation(layout, group, device)
+
+    def prefill_backend(self, dtype: torch.dtype, dim: int) -> str:
+        """What `stats()` says of attention of prompt chunks: `torch`, or what
+        `chunk_attention_gpu` takes."""
+        if not self.on_gpu:
+            return "torch"
+        from spectral_paged.kernels.chunk_attention_gpu import backend
+
+        return backend(dtype, dim)
+
+    def seal_backend(self, layout: PageLayout | None) -> str:
+        """What encodes: `triton` (the seal kernel) or `torch` (`codec.encode_pages`)."""
+        return "triton" if layout is not None and self.seals(layout) else "torch"
 
     def seals(self, layout: PageLayout) -> bool:
         """Whether `seal` makes pages of `layout`."""
@@ -79,6 +94,7 @@ TORCH_OPS = PageOps(
     exact_decode.exact_decode,
     spectral_decode.spectral_decode,
     spectral_rebuild.spectral_rebuild,
+    chunk_attention.chunk_attention,
     merge.merge,
 )
 
@@ -88,6 +104,7 @@ def page_ops(device: torch.device) -> PageOps:
     if device.type != "cuda":
         return TORCH_OPS
     from spectral_paged.kernels import (
+        chunk_attention_gpu,
         exact_append_triton,
         exact_decode_triton,
         merge_triton,
@@ -101,6 +118,7 @@ def page_ops(device: torch.device) -> PageOps:
         exact_decode_triton.exact_decode,
         spectral_decode_gpu.spectral_decode,
         spectral_rebuild_triton.spectral_rebuild,
+        chunk_attention_gpu.chunk_attention,
         merge_triton.merge,
         seal=seal_triton.seal,
         on_gpu=True,

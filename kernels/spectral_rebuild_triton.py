@@ -37,7 +37,7 @@ def _half_rows(
 @triton.jit
 def _rebuild_kernel(
     plane_ptr, positions_ptr, place_ptr, cos_ptr, sin_ptr, basis_ptr, levels_ptr, row_levels_ptr,
-    out_ptr, num_tokens, first_position,
+    out_ptr, head_stride, first_position,
     TURN: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SHARED: tl.constexpr,
     RANK: tl.constexpr, BANDS: tl.constexpr, BY_COMPONENT: tl.constexpr, HEAD_BYTES: tl.constexpr,
     SCALE_AT: tl.constexpr, GAIN_AT: tl.constexpr, MEAN_AT: tl.constexpr, SLOT_AT: tl.constexpr,
@@ -102,7 +102,7 @@ def _rebuild_kernel(
             high = high * cos + low * sin
             low = turned
         row = tl.load(place_ptr + entry) * 512 + tile * 128 + token
-        to = out_ptr + (head.to(tl.int64) * num_tokens + row)[:, None] * DIM
+        to = out_ptr + head.to(tl.int64) * head_stride + row[:, None] * DIM
         both = (token >= 0)[:, None] & there[None, :]
         tl.store(to + low_dim[None, :], low, mask=both)
         tl.store(to + high_dim[None, :], high, mask=both)
@@ -120,6 +120,7 @@ def spectral_rebuild(
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
     num_pages: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.spectral_rebuild.spectral_rebuild` in Triton: the same arguments and results.
 
@@ -131,21 +132,25 @@ def spectral_rebuild(
     count = int(present.sum()) if num_pages is None else num_pages
     place = present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1
     heads, dim = layout.num_kv_heads, layout.head_dim
-    sides = []
+    if out is None:
+        shape = heads, count * BLOCK_TOKENS, dim
+        out = (
+            torch.empty(shape, dtype=dtype, device=plane.device),
+            torch.empty(shape, dtype=dtype, device=plane.device),
+        )
+    if not count:
+        return out
     turn = {"post": 0, "frame": 1, "pre": 2}[layout.rope]
-    for side, basis, turned in ((layout.k, k_basis, turn), (layout.v, v_basis, 0)):
-        out = torch.empty(heads, count * BLOCK_TOKENS, dim, dtype=dtype, device=plane.device)
-        sides.append(out)
-        if not count:
-            continue
+    sides = ((layout.k, k_basis, turn, out[0]), (layout.v, v_basis, 0, out[1]))
+    for side, basis, turned, to in sides:
         _rebuild_kernel[(len(positions), heads, BLOCK_TOKENS // TILE_TOKENS)](
             plane, positions, place, cos, sin, plane if basis is None else basis,
-            level_table(layout.levels, plane.device), level_table("gaussian", plane.device), out,
-            out.shape[1], first_position,
+            level_table(layout.levels, plane.device), level_table("gaussian", plane.device), to,
+            to.stride(0), first_position,
             TURN=turned, DIM=dim, HALF=cos.shape[-1], SHARED=side.shared_basis, RANK=side.rank,
             BANDS=band_tuples(side), BY_COMPONENT=side.by_component, HEAD_BYTES=layout.head_bytes,
             SCALE_AT=side.scale_offset, GAIN_AT=side.gain_offset, MEAN_AT=side.mean_offset,
             SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
             HALF_PAD=padded(dim // 2), RANK_PAD=padded(side.rank), num_warps=4, num_stages=1,
         )  # fmt: skip
-    return sides[0], sides[1]
+    return out

@@ -18,18 +18,31 @@ class Request:
 
     `token_ids` is the prompt followed by what was generated so far; after a preemption all of it
     is computed again, and `num_prompt_tokens` stays what it was.
+
+    Attributes:
+        max_num_tokens: prompt and output together at most; the last one is never computed.
+        num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
+            before the host has seen them.
     """
 
     request_id: str
     token_ids: list[int]
     num_prompt_tokens: int
+    max_num_tokens: int | None = None
     cache_salt: str = ""
     pinned_spans: tuple[tuple[int, int], ...] = ()
     status: RequestStatus = RequestStatus.WAITING
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_pending: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens to be computed so far."""
+        longest = self.max_num_tokens
+        return 0 if longest is not None and self.num_tokens >= longest else self.num_tokens

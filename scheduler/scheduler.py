@@ -141,6 +141,8 @@ class Scheduler:
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs and budget.tokens:
             request = self.waiting[0]
+            if request.num_pending:
+                return  # preempted while its token was on its way
             cached = self.cache.add_sequence(
                 request.request_id,
                 num_prompt_tokens=request.num_prompt_tokens,
@@ -163,7 +165,7 @@ class Scheduler:
             output.new_tokens[request.request_id] = num_new
 
     def _remaining(self, request: Request) -> int:
-        return request.num_tokens - self.cache.num_tokens(request.request_id)
+        return max(0, request.num_to_compute - self.cache.num_tokens(request.request_id))
 
     def _chunk(self, request: Request, budget: _Budget) -> int:
         """Tokens of a request that this step may compute; 0: not in this step."""

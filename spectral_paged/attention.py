@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.chunk_attention import chunk_attention
 from spectral_paged.kernels.exact_pages import exact_gather
+from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
-from spectral_paged.step import Chunk, GroupStep
+from spectral_paged.step import ChunkBatch, DecodeBatch, GroupStep
 
 
 class PagedAttention:
@@ -28,9 +28,6 @@ class PagedAttention:
         ops: what runs on the cache's device.
         scale: softmax scale.
         dtype: element type of exact pages.
-
-    Attributes:
-        pages_attended: page reads so far, layer by layer.
     """
 
     def __init__(
@@ -49,7 +46,6 @@ class PagedAttention:
         self.sin = sin
         self.scale = scale
         self.dtype = dtype
-        self.pages_attended = 0
 
     @property
     def format(self) -> PageFormat:
@@ -65,84 +61,88 @@ class PagedAttention:
         """
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
-        self.ops.exact_append(
-            k.to(self.dtype), v.to(self.dtype), plane, step.append_positions, step.append_offsets
-        )
-        out = q.new_empty(q.shape, dtype=torch.float32)
-        if len(step.decode_tokens):
-            out[step.decode_tokens] = self._decode(
-                group, step, plane, q[step.decode_tokens], shared
+        k, v = k.to(self.dtype), v.to(self.dtype)
+        self.ops.exact_append(k, v, plane, step.append_positions, step.append_offsets)
+        if step.decode is not None and step.decode_tokens is None:
+            return self._decode(step.decode, plane, q, shared).to(q.dtype)
+        out = torch.empty_like(q)
+        if step.decode is not None:
+            places = step.decode_tokens
+            out[places] = self._decode(step.decode, plane, q[places], shared).to(q.dtype)
+        for batch in step.chunks:
+            tokens = slice(None) if batch.tokens is None else batch.tokens
+            if batch.is_fresh:
+                keys, values = (x[tokens].transpose(0, 1) for x in (k, v))
+            else:
+                keys, values = self._history(group, batch, plane, shared)
+            found = self.ops.chunk_attention(
+                q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale
             )
-        for chunk in step.chunks:
-            span = slice(chunk.flat_start, chunk.flat_start + chunk.num_new)
-            out[span] = self._chunk(group, chunk, plane, q[span], shared)
-        return out.to(q.dtype)
+            out[tokens] = found.to(q.dtype)
+        return out
 
     def _decode(
-        self,
-        group: LayerGroup,
-        step: GroupStep,
-        plane: Tensor,
-        q: Tensor,
-        shared: dict[str, Tensor],
+        self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: dict[str, Tensor]
     ) -> Tensor:
         out, lse = self.ops.exact_decode(
             q,
             plane,
-            group.exact_table.device[step.decode_rows],
-            step.decode_exact,
+            batch.exact_table,
+            batch.exact,
             num_kv_heads=self.format.num_kv_heads,
             scale=self.scale,
             dtype=self.dtype,
-            **step.exact_plan,
+            **batch.exact_plan,
         )
-        if not step.num_decode_pages:
+        if not batch.has_pages:
             return out
-        self.pages_attended += step.num_decode_pages
         page_out, page_lse = self.ops.spectral_decode(
             q,
             plane,
-            group.page_table.device[step.decode_rows],
-            step.decode_blocks,
+            batch.page_table,
+            batch.blocks,
             layout=self.format.layout,
             first_position=self.format.num_landmark_tokens,
             cos=self.cos,
             sin=self.sin,
             scale=self.scale,
             **shared,
-            **step.page_plan,
+            **batch.page_plan,
         )
         return self.ops.merge([out, page_out], [lse, page_lse])[0]
 
-    def _chunk(
-        self,
-        group: LayerGroup,
-        chunk: Chunk,
-        plane: Tensor,
-        q: Tensor,
-        shared: dict[str, Tensor],
-    ) -> Tensor:
-        k, v = exact_gather(
-            plane,
-            group.exact_table.device[chunk.row],
-            chunk.num_exact,
-            self.format.num_kv_heads,
-            self.format.head_dim,
-            self.dtype,
+    def _history(
+        self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """K and V `[Hkv, L, D]` of chunks behind each other: pages rebuilt, then exact tokens."""
+        heads, dim = self.format.num_kv_heads, self.format.head_dim
+        keys, values = (
+            plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)
+            for _ in range(2)
         )
-        if chunk.num_pages:
-            self.pages_attended += chunk.num_pages
-            history = self.ops.spectral_rebuild(
+        for chunk, (_, span) in zip(batch.chunks, batch.spans, strict=True):
+            k, v = keys[:, span], values[:, span]
+            rebuilt = chunk.num_pages * BLOCK_TOKENS
+            if chunk.num_pages:
+                self.ops.spectral_rebuild(
+                    plane,
+                    group.page_table.device[chunk.row, : chunk.num_blocks],
+                    layout=self.format.layout,
+                    first_position=self.format.num_landmark_tokens,
+                    cos=self.cos,
+                    sin=self.sin,
+                    dtype=self.dtype,
+                    num_pages=chunk.num_pages,
+                    out=(k[:, :rebuilt], v[:, :rebuilt]),
+                    **shared,
+                )
+            exact_gather(
                 plane,
-                group.page_table.device[chunk.row, : chunk.num_blocks],
-                layout=self.format.layout,
-                first_position=self.format.num_landmark_tokens,
-                cos=self.cos,
-                sin=self.sin,
-                dtype=self.dtype,
-                num_pages=chunk.num_pages,
-                **shared,
+                group.exact_table.device[chunk.row],
+                chunk.num_exact,
+                heads,
+                dim,
+                self.dtype,
+                out=(k[:, rebuilt:], v[:, rebuilt:]),
             )
-            k = torch.cat((history[0], k), dim=1)
-            v = torch.cat((history[1], v), dim=1)
-        return chunk_attention(q, k, v, scale=self.scale)
+        return keys, values

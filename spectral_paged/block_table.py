@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from spectral_paged.transfers import upload
+
 
 class BlockTable:
     """int32 `[num_rows, width]` of positions; entries past a sequence's end hold the trash slot.
@@ -37,6 +39,7 @@ class BlockTable:
         rows = sorted(self._changed)
         self._changed.clear()
         if rows and self.device is not self.host:
-            index = torch.tensor(rows)
-            self.device[index.to(self.device.device)] = self.host[index].to(self.device.device)
+            where = self.device.device
+            index = upload(rows, torch.long, where)
+            self.device[index] = upload(self.host[rows], torch.int32, where)
         return len(rows)

@@ -12,31 +12,25 @@ report = cache.end_step()                           publishes, seals what is due
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from spectral_paged import capacity
+from spectral_paged import cache_stats, capacity
 from spectral_paged.attention import PagedAttention
-from spectral_paged.cache_stats import (
-    CacheCounters,
-    cost_figures,
-    held_bytes,
-    pool_stats,
-    sequence_figures,
-    token_bytes,
-)
-from spectral_paged.errors import CapacityError, FormatError, PoolError
+from spectral_paged.errors import CapacityError, FormatError, NonFiniteError, PoolError
 from spectral_paged.groups import (
     build_groups,
     check_geometry,
+    check_heads,
     check_kernels,
     check_length,
 )
 from spectral_paged.kernels.page_ops import page_ops
-from spectral_paged.layer_group import LayerGroup
+from spectral_paged.layer_group import LayerGroup, reserve_slots
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 from spectral_paged.pins import Spans, pinned_blocks
@@ -44,7 +38,7 @@ from spectral_paged.rope import RotaryTable
 from spectral_paged.sealer import Sealer
 from spectral_paged.sequence_table import SequenceTable
 from spectral_paged.shared_basis import SharedBasis
-from spectral_paged.step import GroupStep, PlanEntry, StepPlan, StepReport
+from spectral_paged.step import GroupIndex, GroupStep, PlanEntry, StepPlan, StepReport
 from spectral_paged.step_clock import StepClock
 
 
@@ -108,23 +102,25 @@ class SpectralKVCache:
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
-        self.counters = CacheCounters()
+        self.counters = cache_stats.CacheCounters()
         self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
-        self._ops = page_ops(self.device)
+        self.ops = page_ops(self.device)
         self._attention = PagedAttention(
             self._basis,
-            self._ops,
+            self.ops,
             cos=cos,
             sin=sin,
             scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             dtype=dtype,
         )
-        self._sealer = Sealer(self._basis, self._ops, cos=cos, sin=sin, dtype=dtype)
+        self._sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
         self._step: StepPlan | None = None
-        self._group_steps: list[GroupStep] = []
+        self.step_index: list[GroupIndex] = []  # of the open step
+        self._group_steps: list[GroupStep] | None = None
+        self._late = StepReport()  # failures found between steps
         self.groups = build_groups(
             format,
             num_layers=num_layers,
@@ -224,11 +220,10 @@ class SpectralKVCache:
         `forget=True` lets no later sequence find them: their content is not to be trusted.
         """
         state = self._sequences.held(seq_id, ": double free")
+        # what is not to be trusted must not be found by others
+        self._note(self._sealer.failures(lambda check: seq_id in check.seq_ids), self._late)
         if state.ran:
-            self.counters.freed_token_bytes += token_bytes(
-                self.format, self.num_layers, state.num_tokens
-            )
-            self.counters.freed_held_bytes += held_bytes(self.groups, seq_id)
+            self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
 
     def reset_prefix_cache(self) -> int:
@@ -268,18 +263,7 @@ class SpectralKVCache:
                 f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
                 f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
             )
-        visible_after = self._visible_next(seq_id, num_new)
-        before = [
-            (len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in self.groups
-        ]
-        for done, group in enumerate(self.groups):
-            sealed = group.sequences[seq_id].num_sealed_pages
-            num_exact = group.num_exact_pages(total, sealed)
-            if not group.grow(seq_id, num_exact, group.pages_sealed(seq_id, visible_after)):
-                for earlier, counts in zip(self.groups[:done], before[:done], strict=True):
-                    earlier.shrink(seq_id, *counts)
-                return False
-        return True
+        return reserve_slots(self.groups, seq_id, total, self._visible_next(seq_id, num_new))
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
         """Reserve a whole step; None (and nothing held) when it does not fit now.
@@ -319,16 +303,26 @@ class SpectralKVCache:
         )
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Commit tables and build the step's index tensors."""
+        """Look up where the step's tokens go and commit the tables."""
         if self._step is not None:
             raise PoolError("begin_step before end_step of the step before")
         self._step = plan
-        self._group_steps = [
-            GroupStep.of(group, plan, self.format, self._ops) for group in self.groups
-        ]
-        for group in self.groups:
+        self._group_steps = None
+        self.step_index = [GroupIndex.of(group, plan) for group in self.groups]
+        for group, index in zip(self.groups, self.step_index, strict=True):
             group.exact_table.commit()
             group.page_table.commit()
+            self.counters.pages_attended += index.pages_attended * len(group.layers)
+
+    @contextmanager
+    def attending_by(self, steps: Sequence[GroupStep]) -> Iterator[None]:
+        """Let `attend` inside take its index tensors from `steps`, a group each, instead of the
+        step's own: what a CUDA graph captures and replays."""
+        before, self._group_steps = self._group_steps, list(steps)
+        try:
+            yield
+        finally:
+            self._group_steps = before
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v of the step's tokens, then attend.
@@ -339,40 +333,45 @@ class SpectralKVCache:
         Returns:
             `[T, Hq, D]` in q's dtype.
         """
-        if self._step is None:
-            raise PoolError("attend outside begin_step / end_step")
-        fmt = self.format
-        expected = (self._step.num_tokens, fmt.num_kv_heads, fmt.head_dim)
-        if k.shape != expected or v.shape != expected or q.shape[1] != self.num_q_heads:
-            raise FormatError(
-                f"attend takes k and v {list(expected)} and {self.num_q_heads} query heads; got "
-                f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV heads unexpanded)"
-            )
+        if self._group_steps is None:
+            if self._step is None:
+                raise PoolError("attend outside begin_step / end_step")
+            self._group_steps = [
+                GroupStep.of(group, index, self.format, self.ops)
+                for group, index in zip(self.groups, self.step_index, strict=True)
+            ]
         index = self._group_of[layer]
         group, step = self.groups[index], self._group_steps[index]
+        check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
         with self.clock.section("attention"):
             return self._attention.run(group, step, layer, q, k, v)
 
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
         plan, self._step = self._step, None
+        self._group_steps = None
         for entry in plan.entries if plan is not None else ():
             if entry.seq_id in self._sequences:
                 self.cancel_reservation(entry.seq_id)
 
     def end_step(self) -> StepReport:
-        """Count the step's tokens as stored, publish full pages, seal what is due."""
+        """Count the step's tokens as stored, publish full pages, seal what is due.
+
+        Sequences of the plan may have been freed since `begin_step`. Where a kernel seals, NaN and
+        Inf are found while it runs, and reported by a later `end_step` (or by `settle`).
+        """
         if self._step is None:
             raise PoolError("end_step without begin_step")
         plan, self._step = self._step, None
-        report = StepReport()
+        self._group_steps = None
+        plan = StepPlan(tuple(e for e in plan.entries if e.seq_id in self._sequences))
+        report = self.settle()
         for entry in plan.entries:
             state = self._sequences[entry.seq_id]
             state.num_tokens += entry.num_new
             if state.chain is not None and state.token_ids is not None:
                 if not state.ran:
-                    self.counters.prefix_query_tokens += len(state.token_ids)
-                    self.counters.prefix_hit_tokens += state.num_cached_tokens
+                    self.counters.count_prefix(len(state.token_ids), state.num_cached_tokens)
                 known = min(state.num_tokens, len(state.token_ids))
                 state.chain.extend(state.token_ids, known)
                 for group in self.groups:
@@ -383,14 +382,26 @@ class SpectralKVCache:
                 self._seal(group, plan, report)
         return report
 
+    def settle(self) -> StepReport:
+        """Wait until what was sealed so far has been checked; failures not reported yet."""
+        report, self._late = self._late, StepReport()
+        self._note(self._sealer.failures(lambda check: True), report)
+        return report
+
+    def _note(self, failed: dict[str, NonFiniteError], report: StepReport) -> None:
+        for seq_id, error in failed.items():
+            if seq_id in self._sequences:
+                self._sequences[seq_id].error = report.failed[seq_id] = error
+
     def _seal(self, group: LayerGroup, plan: StepPlan, report: StepReport) -> None:
         due = [
             (entry.seq_id, block)
             for entry in plan.entries
+            if self._sequences[entry.seq_id].error is None
             for block in group.due(entry.seq_id, self._visible_next(entry.seq_id))
         ]
-        for seq_id, error in self._sealer.encode(group, due).items():
-            self._sequences[seq_id].error = report.failed[seq_id] = error
+        self._sealer.seal(group, due)
+        self._note(self._sealer.failures(lambda check: False), report)
         for seq_id in (entry.seq_id for entry in plan.entries):
             state, visible = self._sequences[seq_id], self._visible_next(seq_id)
             if state.error is not None:
@@ -410,7 +421,7 @@ class SpectralKVCache:
 
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
         """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
-        return sequence_figures(
+        return cache_stats.sequence_figures(
             self.format, self.num_layers, self.groups, seq_id, self._sequences[seq_id]
         )
 
@@ -420,24 +431,19 @@ class SpectralKVCache:
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
         return {
-            "backend": self._backend(),
-            "seal_backend": self._sealer.backend,
+            **cache_stats.backends(
+                self.ops, self.format, self.num_q_heads, self.device, self.dtype
+            ),
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             "num_sequences": len(self._sequences),
-            "pages_attended": self._attention.pages_attended,
-            **cost_figures(
+            **cache_stats.cost_figures(
                 self.format, self.num_layers, self.groups, self._sequences, self.counters
             ),
-            **pool_stats(self.groups),
+            **cache_stats.pool_stats(self.groups),
         }
-
-    def _backend(self) -> str:
-        layout = self.format.layout if self.format.seals else None
-        group = self.num_q_heads // self.format.num_kv_heads
-        return self._ops.backend(layout, group, self.device)
 
     def check_integrity(self) -> None:
         """Raise PoolError unless pools, tables and sequences agree."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from spectral_paged.block_pool import Kind
+from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
 from spectral_paged.sequence_state import SequenceState
@@ -16,10 +19,24 @@ class CacheCounters:
     """Totals since construction."""
 
     pages_sealed: int = 0
+    pages_attended: int = 0  # page reads, layer by layer
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     freed_token_bytes: int = 0  # 2 bytes an element, of sequences freed so far
     freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
+
+    def count_prefix(self, asked: int, found: int) -> None:
+        """Tokens of a sequence that ran for the first time, and those found cached."""
+        self.prefix_query_tokens += asked
+        self.prefix_hit_tokens += found
+
+    def count_freed(
+        self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int
+    ) -> None:
+        """What a sequence of `num_tokens` held when it was freed."""
+        num_layers = sum(len(group.layers) for group in groups)
+        self.freed_token_bytes += token_bytes(format, num_layers, num_tokens)
+        self.freed_held_bytes += held_bytes(groups, seq_id)
 
 
 def token_bytes(format: PageFormat, num_layers: int, num_tokens: int) -> int:
@@ -76,8 +93,21 @@ def cost_figures(
         "compression_ratio": plain / held if held else 1.0,
         "sealed_ratio": format.page_ratio,
         "pages_sealed": counters.pages_sealed,
+        "pages_attended": counters.pages_attended,
         "prefix_query_tokens": counters.prefix_query_tokens,
         "prefix_hit_tokens": counters.prefix_hit_tokens,
+    }
+
+
+def backends(
+    ops: PageOps, format: PageFormat, num_q_heads: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
+    """What runs: decode attention, attention of prompt chunks, sealing."""
+    layout = format.layout if format.seals else None
+    return {
+        "backend": ops.backend(layout, num_q_heads // format.num_kv_heads, device),
+        "prefill_backend": ops.prefill_backend(dtype, format.head_dim),
+        "seal_backend": ops.seal_backend(layout),
     }
 
 

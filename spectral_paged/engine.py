@@ -1,80 +1,64 @@
 """The engine: requests in, one step at a time, tokens and text out.
 
 ```
-schedule -> begin_step -> forward (append, attend) -> end_step (publish, seal) -> sample -> update
+schedule -> begin_step -> forward (append, attend) -> draw -> end_step (publish, seal) -> collect
 ```
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from spectral_paged.admission import check_request
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import (
-    CapacityError,
-    EmptyPromptError,
     InvalidRequestError,
     NonFiniteError,
     PoolError,
-    PromptTooLongError,
     SpectralPagedError,
 )
-from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from spectral_paged.pins import Spans, pinned_blocks, spans_of
+from spectral_paged.pins import Spans, spans_of
 from spectral_paged.prompts import token_ids_of
-from spectral_paged.sampling import Sampled, SampleRow, SamplingParams, sample
+from spectral_paged.request_group import Completion, RequestGroup, seed_of
+from spectral_paged.sampler import Drawn, Sampled, SampleRow
+from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
-from spectral_paged.step import PlanEntry, StepPlan
+from spectral_paged.step import PendingTokens, StepPlan
+from spectral_paged.transfers import upload
 
 
 class Runner(Protocol):
     """What runs the model; see `models.runner.ModelRunner`."""
 
     def forward(
-        self, plan: StepPlan, token_ids: Sequence[int], logit_rows: Sequence[int]
+        self,
+        plan: StepPlan,
+        token_ids: Sequence[int],
+        logit_rows: Sequence[int],
+        pending: PendingTokens | None = None,
     ) -> Tensor: ...
+    def stats(self) -> dict[str, object]: ...
 
 
-@dataclass(slots=True, eq=False)
-class _Completion:
-    """One of a request's `n` sequences."""
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step whose tokens are sampled but not fetched: a completion a row."""
 
-    request: Request
-    owner: _Group
-    output: CompletionOutput
-    text: OutputText
-    seed: int
+    drawn: Drawn
+    completions: list[Completion]
 
     @property
-    def generated(self) -> list[int]:
-        return self.output.token_ids
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """A user's request: `n` completions of one prompt."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    metrics: RequestMetrics
-    completions: list[_Completion] = field(default_factory=list)
-    forked: bool = False
-    error: SpectralPagedError | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(c.output.finish_reason is not None for c in self.completions)
+    def needs_results(self) -> bool:
+        """Whether the next step cannot be queued before these tokens are known."""
+        return any(c.owner.starting_siblings for c in self.completions)
 
 
 class Engine:
@@ -86,6 +70,8 @@ class Engine:
         tokenizer: for string prompts and text; None serves token ids only.
         eos_token_ids: ids that end a completion unless `ignore_eos`.
         seed: base of the seeds of requests that name none.
+        async_scheduling: queue a step before the tokens of the one before are fetched. Penalties
+            need those tokens, so while a request has any, steps go in lockstep.
     """
 
     def __init__(
@@ -98,6 +84,7 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         vocab_size: int | None = None,
         seed: int = 0,
+        async_scheduling: bool = False,
     ) -> None:
         self.runner = runner
         self.cache = cache
@@ -106,9 +93,12 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.seed = seed
+        self.async_scheduling = async_scheduling
         self.num_steps = 0
-        self._groups: dict[str, _Group] = {}
-        self._by_sequence: dict[str, _Completion] = {}
+        self.num_lockstep_steps = 0
+        self._in_flight: _InFlight | None = None
+        self._groups: dict[str, RequestGroup] = {}
+        self._by_sequence: dict[str, Completion] = {}
 
     # ---- requests ------------------------------------------------------------------------
 
@@ -135,8 +125,8 @@ class Engine:
         text = prompt if isinstance(prompt, str) else None
         token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
         spans = spans_of(pinned_spans)
-        self._check(token_ids, params, spans)
-        group = _Group(
+        check_request(self.cache, token_ids, params, spans, self.vocab_size)
+        group = RequestGroup(
             request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
         )
         for index in range(params.n):
@@ -144,6 +134,7 @@ class Engine:
                 f"{request_id}#{index}",
                 list(token_ids),
                 len(token_ids),
+                min(len(token_ids) + params.max_tokens, self.cache.max_model_len),
                 cache_salt=cache_salt,
                 pinned_spans=spans,
             )
@@ -153,48 +144,18 @@ class Engine:
                 skip_special_tokens=params.skip_special_tokens,
             )
             output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
-            completion = _Completion(
-                request, group, output, output_text, self._seed(request_id, params, index)
+            completion = Completion(
+                request,
+                group,
+                output,
+                output_text,
+                seed_of(params, f"{self.seed}/{request_id}", index),
             )
             group.completions.append(completion)
             self._by_sequence[request.request_id] = completion
         self._groups[request_id] = group
         # the others fork from the first when its prompt is computed
         self.scheduler.add(group.completions[0].request)
-
-    def _check(self, token_ids: list[int], params: SamplingParams, pinned: Spans) -> None:
-        cache = self.cache
-        if not token_ids:
-            raise EmptyPromptError("the prompt is empty: give at least one token")
-        if len(token_ids) >= cache.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens; with one to generate, max_model_len "
-                f"{cache.max_model_len} allows {cache.max_model_len - 1}: shorten it or raise "
-                "max_model_len"
-            )
-        longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
-        if not cache.fits_alone(
-            longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
-        ):
-            blocks = pinned_blocks(cache.format, pinned, len(token_ids))
-            spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
-            raise CapacityError(
-                f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
-                f"ones{spans} never fit: the pool holds a sequence of at most "
-                f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
-                f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
-            )
-        if self.vocab_size is not None:
-            bad = [t for t in params.stop_token_ids if not 0 <= t < self.vocab_size]
-            if bad:
-                raise InvalidRequestError(
-                    f"stop_token_ids {bad} are outside the vocabulary of {self.vocab_size}"
-                )
-
-    def _seed(self, request_id: str, params: SamplingParams, index: int) -> int:
-        base = params.seed if params.seed is not None else f"{self.seed}/{request_id}"
-        digest = hashlib.sha256(f"{base}/{index}".encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it produced so far stays in its output. Unknown ids are ignored."""
@@ -214,101 +175,150 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of the requests that got a token or ended.
 
+        With `async_scheduling` a step is queued before the tokens of the one before are fetched,
+        so the device never waits for the host; a step's outputs then come with the next call.
+
         Raises:
             PoolError: nothing can run and nothing was preempted: the pool is held from outside.
         """
+        touched: dict[str, RequestGroup] = {}
         clock = self.cache.clock
+        if self._in_flight is not None and self._must_wait():
+            self._collect(touched)
         with clock.section("schedule"):
             scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
-            if self.scheduler.has_unfinished and not scheduled.preempted:
+            idle = self._in_flight is None and not touched and not scheduled.preempted
+            if idle and self.scheduler.has_unfinished:
                 raise PoolError(
                     f"no request can run: {len(self.scheduler.running)} running, "
                     f"{len(self.scheduler.waiting)} waiting; every sequence may hold slots that "
                     "another caller of the same cache took"
                 )
-            return []
+            self._collect(touched)
+            return [self._output(group) for group in touched.values()]
+        launched = self._launch(scheduled.new_tokens)
+        self._collect(touched)
+        with clock.section("commit"):
+            report = self.cache.end_step()
+        for seq_id, error in report.failed.items():
+            completion = self._by_sequence.get(seq_id)
+            if completion is not None:
+                self._fail(completion, error)
+                touched[completion.owner.request_id] = completion.owner
+        self._in_flight = launched
+        if not self.async_scheduling:
+            self._collect(touched)
+        return [self._output(group) for group in touched.values()]
+
+    def _must_wait(self) -> bool:
+        """Whether what is to be queued depends on tokens that are not on the host yet."""
+        assert self._in_flight is not None
+        wait = self._in_flight.needs_results or any(
+            group.params.has_penalties for group in self._groups.values()
+        )
+        self.num_lockstep_steps += wait
+        return wait
+
+    def _launch(self, new_tokens: dict[str, int]) -> _InFlight | None:
+        """Queue a step and the sampling of its tokens; None where it samples none."""
+        clock = self.cache.clock
         self.num_steps += 1
-        plan = self.cache.plan(scheduled.new_tokens)
+        plan = self.cache.plan(new_tokens)
+        before = self._in_flight
+        places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
         flat: list[int] = []
         rows: list[int] = []
-        ready: list[PlanEntry] = []
+        ready: list[Completion] = []
+        unknown: dict[int, int] = {}
         for entry in plan.entries:
-            token_ids = self._by_sequence[entry.seq_id].request.token_ids
+            completion = self._by_sequence[entry.seq_id]
+            request = completion.request
             end = entry.start + entry.num_new
-            flat.extend(token_ids[entry.start : end])
-            if end == len(token_ids):
+            flat.extend(request.token_ids[entry.start : end])
+            if end > len(request.token_ids):
+                unknown[len(flat)] = places[completion]
+                flat.append(0)
+            if end == request.num_tokens:
                 rows.append(len(flat) - 1)
-                ready.append(entry)
+                ready.append(completion)
+        pending = None
+        if before is not None and unknown:
+            pending = PendingTokens(before.drawn.ids, unknown)
         with clock.section("commit"):
             self.cache.begin_step(plan)
         try:
             with clock.section("model"):
-                logits = self.runner.forward(plan, flat, rows or [len(flat) - 1])
+                logits = self.runner.forward(plan, flat, rows or [len(flat) - 1], pending)
         except BaseException:
             self.cache.abort_step()
             raise
-        with clock.section("commit"):
-            report = self.cache.end_step()
-        touched: dict[str, _Group] = {}
-        for seq_id, error in report.failed.items():
-            completion = self._by_sequence[seq_id]
-            self._fail(completion, error)
-            touched[completion.owner.request_id] = completion.owner
-        if rows:
-            with clock.section("sample"):
-                self._sample(ready, logits, touched)
-        return [self._output(group) for group in touched.values()]
+        if not rows:
+            return None
+        with clock.section("sample"):
+            return self._draw(ready, logits)
 
-    def _sample(
-        self, ready: list[PlanEntry], logits: Tensor, touched: dict[str, _Group]
-    ) -> None:
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        picked: list[tuple[int, _Completion]] = []
-        for row, entry in enumerate(ready):
-            completion = self._by_sequence.get(entry.seq_id)
-            if completion is None or completion.output.finish_reason is not None:
-                continue
+    def _draw(self, ready: list[Completion], logits: Tensor) -> _InFlight:
+        """Sample for every completion, and for siblings that start from the same logits."""
+        picked = list(enumerate(ready))
+        for row, completion in enumerate(ready):
             group = completion.owner
-            touched[group.request_id] = group
-            if not finite[row]:
-                self._fail(
-                    completion,
-                    NonFiniteError(
-                        f"the logits of request {group.request_id!r} have NaN or Inf at token "
-                        f"{entry.start + entry.num_new}: check the model's dtype and weights"
-                    ),
-                )
-                continue
-            picked.append((row, completion))
             if not group.forked:
                 group.forked = True
+                group.starting_siblings = len(group.completions) > 1
                 picked.extend((row, sibling) for sibling in group.completions[1:])
-        if not picked:
+        if len(picked) > len(ready):
+            logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
+        completions = [completion for _, completion in picked]
+        drawn = Drawn(logits, [self._row(completion) for completion in completions])
+        for completion in completions:
+            completion.request.num_pending += 1
+        return _InFlight(drawn, completions)
+
+    def _collect(self, touched: dict[str, RequestGroup]) -> None:
+        """Fetch the tokens of the step in flight and give them to their requests."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return
-        results = sample(
-            logits[[row for row, _ in picked]], [self._row(completion) for _, completion in picked]
-        )
+        with self.cache.clock.section("sample"):
+            results = step.drawn.get()
         now = time.monotonic()
-        for (_, completion), result in zip(picked, results, strict=True):
+        for completion in step.completions:
+            completion.request.num_pending -= 1
+        for completion, result in zip(step.completions, results, strict=True):
+            if completion.output.finish_reason is not None:
+                continue  # ended while the step ran
+            group = completion.owner
+            touched[group.request_id] = group
             try:
+                if result is None:
+                    raise NonFiniteError(
+                        f"the logits of request {group.request_id!r} have NaN or Inf after "
+                        f"{completion.request.num_tokens} tokens: check the model's dtype and "
+                        "weights"
+                    )
                 self._append(completion, result, now)
+            except SpectralPagedError as error:
+                self._fail(completion, error)
             except Exception as error:
                 self._fail(
                     completion,
                     InvalidRequestError(
-                        f"request {completion.owner.request_id!r} failed while its output was "
-                        f"processed: {error!r}"
+                        f"request {group.request_id!r} failed while its output was processed: "
+                        f"{error!r}"
                     ),
                 )
-        for _, completion in picked:
-            if completion.request.request_id not in self.cache:
+        for completion in step.completions:
+            group = completion.owner
+            if group.starting_siblings and completion is not group.completions[0]:
                 self._start_sibling(completion)
+        for completion in step.completions:
+            completion.owner.starting_siblings = False
 
-    def _row(self, completion: _Completion) -> SampleRow:
+    def _row(self, completion: Completion) -> SampleRow:
         params = completion.owner.params
         blocked: tuple[int, ...] = ()
-        if len(completion.generated) < params.min_tokens:
+        if len(completion.generated) + completion.request.num_pending < params.min_tokens:
             eos = () if params.ignore_eos else self.eos_token_ids
             blocked = (*eos, *params.stop_token_ids)
         return SampleRow(
@@ -317,9 +327,10 @@ class Engine:
             completion.owner.prompt_token_ids,
             completion.generated,
             blocked,
+            completion.request.num_pending,
         )
 
-    def _append(self, completion: _Completion, result: Sampled, now: float) -> None:
+    def _append(self, completion: Completion, result: Sampled, now: float) -> None:
         group, output = completion.owner, completion.output
         params = group.params
         completion.request.token_ids.append(result.token_id)
@@ -345,14 +356,14 @@ class Engine:
             self._finish(completion, "stop", stop)
         elif (
             len(output.token_ids) >= params.max_tokens
-            or completion.request.num_tokens >= self.cache.max_model_len
+            or len(completion.request.token_ids) >= self.cache.max_model_len
         ):
             self._finish(completion, "length")
 
     def _decode(self, token_id: int) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode([token_id])
 
-    def _start_sibling(self, completion: _Completion) -> None:
+    def _start_sibling(self, completion: Completion) -> None:
         """Fork a sampled sibling from the first completion, or let it wait and recompute."""
         if completion.output.finish_reason is not None:
             return
@@ -375,7 +386,7 @@ class Engine:
     # ---- endings -------------------------------------------------------------------------
 
     def _finish(
-        self, completion: _Completion, reason: str, stop_reason: str | int | None = None
+        self, completion: Completion, reason: str, stop_reason: str | int | None = None
     ) -> None:
         completion.output.finish_reason = reason
         completion.output.stop_reason = stop_reason
@@ -390,20 +401,20 @@ class Engine:
             metrics.compression_ratio = held["compression_ratio"]
         self.scheduler.finish(request)
 
-    def _fail(self, completion: _Completion, error: SpectralPagedError) -> None:
+    def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
         error.request_id = completion.owner.request_id
         completion.owner.error = error
         for other in completion.owner.completions:
             if other.output.finish_reason is None:
                 self._finish(other, "error")
 
-    def _forget(self, group: _Group) -> None:
+    def _forget(self, group: RequestGroup) -> None:
         group.metrics.finished_time = time.monotonic()
         for completion in group.completions:
             self._by_sequence.pop(completion.request.request_id, None)
         self._groups.pop(group.request_id, None)
 
-    def _output(self, group: _Group) -> RequestOutput:
+    def _output(self, group: RequestGroup) -> RequestOutput:
         finished = group.finished
         if finished:
             self._forget(group)
@@ -422,9 +433,11 @@ class Engine:
         return self._groups[request_id].completions[index].text.settled()
 
     def stats(self) -> dict[str, object]:
-        """The cache's figures and the scheduler's."""
-        return self.cache.stats() | {
+        """The cache's figures, the runner's and the scheduler's."""
+        return self.cache.stats() | self.runner.stats() | {
+            "async_scheduling": self.async_scheduling,
             "steps": self.num_steps,
+            "lockstep_steps": self.num_lockstep_steps,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "preemptions": self.scheduler.num_preemptions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from spectral_paged.capacity import peak_exact_tokens
 from spectral_paged.errors import FormatError
@@ -58,6 +59,22 @@ def check_kernels(format: PageFormat, device: torch.device) -> None:
             check_layout(format.layout, device)
     except ValueError as error:
         raise FormatError(f"format {format.name!r}: {error}") from error
+
+
+def check_heads(
+    q: Tensor, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
+) -> None:
+    """Refuse what `attend` cannot take.
+
+    Raises:
+        FormatError: names the shapes that were expected and those that came.
+    """
+    expected = (num_tokens, format.num_kv_heads, format.head_dim)
+    if k.shape != expected or v.shape != expected or q.shape[:2] != (num_tokens, num_q_heads):
+        raise FormatError(
+            f"attend takes k and v {list(expected)} and {num_q_heads} query heads; got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV heads unexpanded)"
+        )
 
 
 def check_length(max_model_len: int | None, rope: RotaryTable | None) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -103,6 +104,8 @@ class LayerGroup:
         """Hold at least so many exact pages and page slots; False (and unchanged): not now."""
         slots = self.sequences[seq_id]
         before = len(slots.exact), len(slots.pages)
+        if before[0] >= num_exact and before[1] >= num_pages:
+            return True
         for held, wanted, kind in (
             (slots.exact, num_exact, Kind.EXACT),
             (slots.pages, num_pages, Kind.PAGE),
@@ -326,3 +329,18 @@ class LayerGroup:
         for slot in reversed(replaced):
             self.pool.blocks.release(slot)
         self._write_rows(slots, 0)
+
+
+def reserve_slots(
+    groups: Sequence[LayerGroup], seq_id: str, num_tokens: int, visible_blocks: int
+) -> bool:
+    """Hold, in every group, slots for `num_tokens` tokens of a sequence and for the pages of
+    `visible_blocks` blocks. False, and nothing changed: not now."""
+    before = [(len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in groups]
+    for done, group in enumerate(groups):
+        num_exact = group.num_exact_pages(num_tokens, group.sequences[seq_id].num_sealed_pages)
+        if not group.grow(seq_id, num_exact, group.pages_sealed(seq_id, visible_blocks)):
+            for earlier, counts in zip(groups[:done], before[:done], strict=True):
+                earlier.shrink(seq_id, *counts)
+            return False
+    return True

@@ -62,6 +62,9 @@ class LLM:
             that `spectral-paged calibrate` wrote; `online` takes the first sealed blocks (formats
             with `dim_weighting="none"`, so none of the presets).
         enable_prefix_caching: share sealed blocks between prompts with a common beginning.
+        enforce_eager: no CUDA graphs and no `torch.compile` (CUDA; the CPU is always eager).
+        compile_layers: `torch.compile` the model's layers; takes about 20 seconds at the start.
+        async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
         seed: base seed of requests without one.
 
     Raises:
@@ -84,6 +87,9 @@ class LLM:
         exempt_layers: Sequence[int] = (),
         calibration: SharedBasis | str | Path = "auto",
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        compile_layers: bool = True,
+        async_scheduling: bool = True,
         seed: int = 0,
         poison: bool = False,
     ) -> None:
@@ -130,13 +136,16 @@ class LLM:
             poison=poison,
         )
         self.engine = Engine(
-            ModelRunner(loaded.model, self.cache),
+            ModelRunner(
+                loaded.model, self.cache, enforce_eager=enforce_eager, compile_layers=compile_layers
+            ),
             self.cache,
             tokenizer=loaded.tokenizer,
             scheduler_config=config,
             eos_token_ids=_eos_ids(loaded.model),
             vocab_size=geometry.vocab_size,
             seed=seed,
+            async_scheduling=async_scheduling and where.type == "cuda",
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
@@ -157,6 +166,9 @@ class LLM:
         exempt_layers: Sequence[int] = (),
         calibration: SharedBasis | str | Path = "auto",
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        compile_layers: bool = True,
+        async_scheduling: bool = True,
         seed: int = 0,
         poison: bool = False,
     ) -> LLM:
@@ -176,6 +188,9 @@ class LLM:
             exempt_layers=exempt_layers,
             calibration=calibration,
             enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager,
+            compile_layers=compile_layers,
+            async_scheduling=async_scheduling,
             seed=seed,
             poison=poison,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,47 @@ from spectral_paged.kernels.rotary import stored_keys
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
+from spectral_paged.transfers import Download, upload
 
 BLOCKS_AT_ONCE = 8  # bounds torch's fp32 working set; encoding is pure: batching changes no byte
+
+
+class SealCheck:
+    """Whether what was sealed held NaN or Inf.
+
+    Args:
+        failed: what is known at once.
+        blocks: the blocks that a kernel checks, and how their `flags` `[N, L, H, 2]` are read.
+    """
+
+    def __init__(
+        self,
+        failed: dict[str, NonFiniteError],
+        blocks: Sequence[tuple[str, int]] = (),
+        flags: Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self._failed = failed
+        self._blocks = list(blocks)
+        self._flags = None if flags is None else Download(flags)
+        self._layers = layers
+        self.seq_ids = {seq_id for seq_id, _ in blocks}
+
+    @property
+    def is_known(self) -> bool:
+        """True where `failed` has nothing to wait for."""
+        return self._flags is None or self._flags.is_here
+
+    def failed(self) -> dict[str, NonFiniteError]:
+        """The first NaN or Inf of each sequence that has one; waits for the device."""
+        if self._flags is None:
+            return self._failed
+        found = dict(self._failed)
+        for index, layer, head, side in self._flags.get()[0].nonzero().tolist():
+            seq_id, block = self._blocks[index]
+            if seq_id not in found:
+                found[seq_id] = _non_finite("KV"[side], seq_id, self._layers[layer], head, block)
+        return found
 
 
 class Sealer:
@@ -35,43 +76,52 @@ class Sealer:
         self.cos = cos
         self.sin = sin
         self.dtype = dtype
-
-    @property
-    def backend(self) -> str:
-        """What encodes: `triton` (the seal kernel) or `torch` (`codec.encode_pages`)."""
-        return "triton" if self.format.seals and self.ops.seals(self.format.layout) else "torch"
+        self._checks: list[SealCheck] = []
+        self._failed: dict[str, NonFiniteError] = {}  # found, not handed out yet
 
     @property
     def format(self) -> PageFormat:
         """The page format; an online calibration changes its fingerprint."""
         return self.basis.format
 
-    def encode(
-        self, group: LayerGroup, due: list[tuple[str, int]]
-    ) -> dict[str, NonFiniteError]:
-        """Write the pages of `due` (sequence, block) pairs; errors of sequences with NaN or Inf."""
+    def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
+        """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
+        if due:
+            self._checks.append(self._encode(group, due))
+
+    def failures(self, wait_for: Callable[[SealCheck], bool]) -> dict[str, NonFiniteError]:
+        """Sequences found with NaN or Inf since the last call; checks that are not known yet are
+        waited for where `wait_for` says so, and kept otherwise."""
+        kept = []
+        for check in self._checks:
+            if check.is_known or wait_for(check):
+                self._failed |= check.failed()
+            else:
+                kept.append(check)
+        self._checks = kept
+        found, self._failed = self._failed, {}
+        return found
+
+    def _encode(self, group: LayerGroup, due: list[tuple[str, int]]) -> SealCheck:
         failed: dict[str, NonFiniteError] = {}
         if due and self.basis.is_waiting:
             self._freeze(group, due)
         # without a basis still, every block due has NaN or Inf, and is only to be refused
-        by_torch = self.backend == "torch" or self.basis.is_waiting
+        by_torch = self.basis.is_waiting or not self.ops.seals(self.format.layout)
         if due and not by_torch:
-            self._encode_in_place(group, due, failed)
-            return failed
+            return self._encode_in_place(group, due)
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
             self._encode_batch(group, batch, failed)
-        return failed
+        return SealCheck(failed)
 
-    def _encode_in_place(
-        self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]
-    ) -> None:
+    def _encode_in_place(self, group: LayerGroup, batch: list[tuple[str, int]]) -> SealCheck:
         """By the seal kernel, which looks for NaN and Inf while it reads."""
         assert self.ops.seal is not None
         arena = group.pool.arena
         places = [group.block_positions(seq_id, block) for seq_id, block in batch]
         exact, pages, first = (
-            torch.tensor(x, dtype=torch.int32, device=arena.device)
+            upload(x, torch.int32, arena.device)
             for x in (
                 [place[0] for place in places],
                 [place[1] for place in places],
@@ -82,12 +132,7 @@ class Sealer:
             arena, exact, pages, first, layout=self.format.layout, dtype=self.dtype, cos=self.cos,
             sin=self.sin, **self.basis.projections(group.layers),
         )  # fmt: skip
-        for index, layer, head, side in bad.nonzero().tolist():
-            seq_id, block = batch[index]
-            if seq_id not in failed:
-                failed[seq_id] = _non_finite(
-                    "KV"[side], seq_id, group.layers[layer], head, block
-                )
+        return SealCheck({}, batch, bad, group.layers)
 
     def _encode_batch(
         self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]

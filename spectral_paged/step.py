@@ -1,18 +1,31 @@
-"""One step's plan, what came of it, and the index tensors that a group's kernels need for it."""
+"""One step's plan, what came of it, and the index tensors that a group's kernels need for it.
+
+```
+StepPlan  ->  GroupIndex (host: where tokens go, who reads what)  ->  GroupStep (the device's)
+```
+
+A step in which every sequence has one new token needs no more than a `DecodeBatch` of fixed shape,
+which is what a CUDA graph replays.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_paged.errors import NonFiniteError
+from spectral_paged.kernels.chunk_attention import ChunkSpans
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
+from spectral_paged.transfers import upload
+
+HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single one has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,22 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(e.num_new for e in self.entries)
 
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence has one new token."""
+        return all(e.num_new == 1 for e in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """Input tokens that the device has sampled and the host has not seen.
+
+    ids: int64 `[N]` on the device; rows: for places in the flat batch, the element of `ids`.
+    """
+
+    ids: Tensor
+    rows: dict[int, int]
+
 
 @dataclass(slots=True)
 class StepReport:
@@ -54,71 +83,205 @@ class Chunk:
     num_blocks: int  # page table entries to visit, holes of pinned blocks among them
     num_pages: int
 
+    @property
+    def num_keys(self) -> int:
+        return self.num_pages * BLOCK_TOKENS + self.num_exact
 
-@dataclass(frozen=True, slots=True)
-class GroupStep:
-    """Index tensors of a step for one group; T new tokens, N sequences with exactly one."""
+    @property
+    def is_fresh(self) -> bool:
+        """The chunk is all there is: it attends to itself alone."""
+        return self.num_keys == self.num_new
 
-    append_positions: Tensor  # int [T], exact page of each new token, 128-byte units
-    append_offsets: Tensor  # int [T], its place in that page
-    decode_tokens: Tensor  # int64 [N], places in the flat batch
-    decode_rows: Tensor  # int64 [N], table rows
-    decode_exact: Tensor  # int32 [N], exact tokens, the new one among them
-    decode_blocks: Tensor  # int32 [N], page table entries to visit, holes among them
-    num_decode_pages: int
-    chunks: tuple[Chunk, ...]
-    exact_plan: dict[str, Any]  # what `exact_decode` and `spectral_decode` of all layers share
-    page_plan: dict[str, Any]
+
+@dataclass(slots=True)
+class GroupIndex:
+    """Where a group's tables say that a plan's tokens go; on the host.
+
+    append_positions, append_offsets: of each new token, its exact page (128-byte units) and its
+        place in it.
+    tokens, rows, exact, blocks: of each sequence with one new token, its place in the flat batch,
+        table row, exact tokens (the new one among them) and page table entries to visit.
+    num_pages: those entries without holes, together.
+    """
+
+    append_positions: np.ndarray[Any, Any]
+    append_offsets: np.ndarray[Any, Any]
+    tokens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    exact: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    num_pages: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, group: LayerGroup, plan: StepPlan, format: PageFormat, ops: PageOps
-    ) -> GroupStep:
+    def of(cls, group: LayerGroup, plan: StepPlan) -> GroupIndex:
         """Look up where the plan's tokens go in the group's tables."""
-        device = group.exact_table.device.device
-        positions, offsets = [], []
-        tokens, rows, exact, blocks = [], [], [], []
-        num_decode_pages = 0
-        chunks = []
+        table = group.exact_table.host.numpy()
+        found = cls(
+            np.empty(plan.num_tokens, dtype=np.int32), np.empty(plan.num_tokens, dtype=np.int32)
+        )
         flat = 0
         for entry in plan.entries:
             slots = group.sequences[entry.seq_id]
             num_pages = slots.num_sealed_pages
             first = entry.start - num_pages * BLOCK_TOKENS
-            place = torch.arange(first, first + entry.num_new)
-            positions.append(group.exact_table.host[slots.row][place // EXACT_PAGE_TOKENS])
-            offsets.append(place % EXACT_PAGE_TOKENS)
             if entry.num_new == 1:
-                tokens.append(flat)
-                rows.append(slots.row)
-                exact.append(first + 1)
-                blocks.append(slots.num_sealed)
-                num_decode_pages += num_pages
+                found.append_positions[flat] = table[slots.row, first // EXACT_PAGE_TOKENS]
+                found.append_offsets[flat] = first % EXACT_PAGE_TOKENS
+                found.tokens.append(flat)
+                found.rows.append(slots.row)
+                found.exact.append(first + 1)
+                found.blocks.append(slots.num_sealed)
+                found.num_pages += num_pages
             else:
+                end = flat + entry.num_new
+                places = np.arange(first, first + entry.num_new)
+                row = table[slots.row]
+                found.append_positions[flat:end] = row[places // EXACT_PAGE_TOKENS]
+                found.append_offsets[flat:end] = places % EXACT_PAGE_TOKENS
                 num_exact = first + entry.num_new
-                chunks.append(
+                found.chunks.append(
                     Chunk(
                         flat, entry.num_new, slots.row, num_exact, slots.num_sealed, num_pages
                     )
                 )
             flat += entry.num_new
-        decode_exact = torch.tensor(exact, dtype=torch.int32, device=device)
-        decode_blocks = torch.tensor(blocks, dtype=torch.int32, device=device)
-        exact_plan, page_plan = {}, {}
-        if tokens:
-            num_exact = sum(-(-count // EXACT_PAGE_TOKENS) for count in exact)
-            exact_plan = ops.exact_plan(decode_exact, num_exact, format.num_kv_heads)
-        if num_decode_pages:
-            page_plan = ops.page_plan(format.layout, decode_blocks, sum(blocks))
+        return found
+
+    @property
+    def pages_attended(self) -> int:
+        """Pages that a layer of the group reads in this step."""
+        return self.num_pages + sum(chunk.num_pages for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """N sequences with one new token each, as kernels take them.
+
+    exact_table, page_table: their rows of the group's tables.
+    exact, blocks: int32 `[N]`, tokens and entries to read there.
+    exact_plan, page_plan: what `exact_decode` and `spectral_decode` of all layers share.
+    has_pages: False where no sequence of the batch has a page.
+    """
+
+    exact_table: Tensor
+    page_table: Tensor
+    exact: Tensor
+    blocks: Tensor
+    exact_plan: dict[str, Any]
+    page_plan: dict[str, Any]
+    has_pages: bool
+
+    @classmethod
+    def of(
+        cls,
+        group: LayerGroup,
+        rows: Tensor,
+        exact: Tensor,
+        blocks: Tensor,
+        *,
+        max_exact_pages: int,
+        max_blocks: int,
+        format: PageFormat,
+        ops: PageOps,
+    ) -> DecodeBatch:
+        """From int32 `[N]` on the device; nothing here asks the device for a value.
+
+        Args:
+            max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
+                that there are no pages.
+        """
         return cls(
-            append_positions=torch.cat(positions).to(device),
-            append_offsets=torch.cat(offsets).to(device),
-            decode_tokens=torch.tensor(tokens, dtype=torch.long, device=device),
-            decode_rows=torch.tensor(rows, dtype=torch.long, device=device),
-            decode_exact=decode_exact,
-            decode_blocks=decode_blocks,
-            num_decode_pages=num_decode_pages,
-            chunks=tuple(chunks),
-            exact_plan=exact_plan,
-            page_plan=page_plan,
+            group.exact_table.device[rows],
+            group.page_table.device[rows],
+            exact,
+            blocks,
+            ops.exact_plan(exact, max_exact_pages, format.num_kv_heads),
+            ops.page_plan(format.layout, blocks, max_blocks) if max_blocks else {},
+            max_blocks > 0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkBatch:
+    """Chunks that attend together; `tokens` are their places in the flat batch (None: all)."""
+
+    chunks: tuple[Chunk, ...]
+    spans: ChunkSpans
+    tokens: Tensor | None
+
+    @property
+    def is_fresh(self) -> bool:
+        return all(chunk.is_fresh for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """Index tensors of a step for one group; T new tokens.
+
+    append_positions, append_offsets: int `[T]`.
+    decode: sequences with one new token; None without.
+    decode_tokens: int64 `[N]`, their places in the flat batch; None: the batch is nothing else.
+    chunks: the other sequences, a few at a time.
+    """
+
+    append_positions: Tensor
+    append_offsets: Tensor
+    decode: DecodeBatch | None
+    decode_tokens: Tensor | None
+    chunks: tuple[ChunkBatch, ...]
+
+    @classmethod
+    def of(
+        cls, group: LayerGroup, index: GroupIndex, format: PageFormat, ops: PageOps
+    ) -> GroupStep:
+        """The step as `index` has it."""
+        device = group.exact_table.device.device
+        num_tokens = len(index.append_positions)
+        decode = tokens = None
+        if index.tokens:
+            rows, exact, blocks = upload(
+                [index.rows, index.exact, index.blocks], torch.int32, device
+            )
+            decode = DecodeBatch.of(
+                group,
+                rows,
+                exact,
+                blocks,
+                max_exact_pages=sum(-(-count // EXACT_PAGE_TOKENS) for count in index.exact),
+                max_blocks=sum(index.blocks) if index.num_pages else 0,
+                format=format,
+                ops=ops,
+            )
+            if len(index.tokens) < num_tokens:
+                tokens = upload(index.tokens, torch.long, device)
+        return cls(
+            upload(index.append_positions, torch.int32, device),
+            upload(index.append_offsets, torch.int32, device),
+            decode,
+            tokens,
+            tuple(chunk_batches(index.chunks, num_tokens, device)),
+        )
+
+
+def chunk_batches(
+    chunks: list[Chunk], num_tokens: int, device: torch.device
+) -> list[ChunkBatch]:
+    """Cut chunks so that each batch's history fits the transient buffer of `HISTORY_TOKENS`."""
+    batches: list[list[Chunk]] = []
+    held = 0
+    for chunk in chunks:
+        if not batches or held + chunk.num_keys > HISTORY_TOKENS:
+            batches.append([])
+            held = 0
+        batches[-1].append(chunk)
+        held += chunk.num_keys
+    found = []
+    for batch in batches:
+        spans = ChunkSpans.of([c.num_new for c in batch], [c.num_keys for c in batch], device)
+        tokens = None
+        if spans.q_ends[-1] < num_tokens:
+            places = [np.arange(c.flat_start, c.flat_start + c.num_new) for c in batch]
+            tokens = upload(np.concatenate(places), torch.long, device)
+        found.append(ChunkBatch(tuple(batch), spans, tokens))
+    return found

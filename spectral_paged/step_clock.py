@@ -19,7 +19,8 @@ class StepClock:
     ```
 
     A clock that is off costs nothing. One that is on waits for the device at every border of a
-    section, so that work is counted where it was asked for; a run is slower for it.
+    section, so that work is counted where it was asked for; a run is slower for it. What a CUDA
+    graph replays is one piece: its attention counts as `model`.
 
     Args:
         device: what to wait for; None measures nothing.
@@ -48,6 +49,8 @@ class StepClock:
     def _turn(self) -> None:
         """Give the time since the last border to the innermost open section."""
         if self._device is not None and self._device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if self._open:

@@ -21,9 +21,12 @@ CACHE = {
     "errors", "page_format", "page_layout", "presets", "decompose", "quantize", "shared_basis",
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
-    "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock",
+    "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock", "transfers",
 }  # fmt: skip
-ENGINE = CACHE | {"sampling", "outputs", "output_text", "prompts", "engine", "scheduler"}
+ENGINE = CACHE | {
+    "sampling", "sampler", "outputs", "output_text", "prompts", "request_group", "admission",
+    "engine", "scheduler",
+}  # fmt: skip
 MODELS = CACHE | {"models"}
 CALIBRATION = MODELS | {"calibration"}
 TOP = {"llm", "placement", "model_report", "batch_file", "batch_run"}
@@ -39,7 +42,7 @@ ALLOWED = {
     "cli": LLM | {"benchmarks", "cli"},
     "__init__": LLM,
     **dict.fromkeys(CACHE - {"kernels"}, CACHE),
-    **dict.fromkeys(("sampling", "outputs", "output_text", "prompts", "engine"), ENGINE),
+    **dict.fromkeys(ENGINE - CACHE - {"scheduler"}, ENGINE),
     **dict.fromkeys(TOP, LLM),
 }
 

@@ -24,6 +24,8 @@ from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 from spectral_paged import LLM, PageFormat, SamplingParams
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
+from spectral_paged.kernels import chunk_attention_gpu
+from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
     from spectral_paged.kernels.exact_append_triton import exact_append
@@ -45,8 +47,9 @@ def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu(format):
     prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
     here = tiny_llm(tiny_format(format)).generate(prompts, GREEDY, use_tqdm=False)
     llm = LLM.from_model(
-        tiny_model().cuda(), kv_format=tiny_format(format), kv_cache_bytes=16 << 20, poison=True
-    )
+        tiny_model().cuda(), kv_format=tiny_format(format), kv_cache_bytes=16 << 20, poison=True,
+        enforce_eager=True,
+    )  # fmt: skip
     there = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
     assert llm.stats()["pages_attended"] > 0 or format == "exact"
@@ -246,3 +249,70 @@ def test_gpu_bytes_do_not_depend_on_the_encoders_batch(heads, dim, decomposition
     parts = zip(k[order].split(batch), v[order].split(batch))
     together = torch.cat([encode_pages(a, b, format) for a, b in parts])
     assert torch.equal(together, encode_pages(k, v, format)[order])
+
+
+# ---- engine ------------------------------------------------------------------------------
+
+
+def on_gpu(format, **options):
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "poison": True}
+    return LLM.from_model(tiny_model().cuda(), kv_format=format, **(defaults | options))
+
+
+@pytest.mark.parametrize("exempt", [(), (1,)])
+@pytest.mark.parametrize("format", ["spectral-int8", "exact"])
+def test_graphs_and_queued_steps_say_what_eager_lockstep_says(format, exempt):
+    prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
+    params = [SamplingParams(temperature=0.0, max_tokens=90)] * 5
+    params.append(SamplingParams(temperature=1.0, seed=5, max_tokens=90, top_p=0.9))
+    options = {"exempt_layers": exempt}
+    plain = on_gpu(tiny_format(format), enforce_eager=True, async_scheduling=False, **options)
+    want = plain.generate(prompts, params, use_tqdm=False)
+    llm = on_gpu(tiny_format(format), compile_layers=False, **options)
+    for _ in range(2):
+        got = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+        llm.cache.check_integrity()
+        llm.cache.reset_prefix_cache()
+    stats = llm.stats()
+    assert stats["model_step"] == "eager + cuda graphs" and stats["async_scheduling"]
+    assert stats["graph_replays"] > 100 and stats["num_graphs"] < 12
+    assert plain.stats()["model_step"] == "eager" and plain.stats()["graph_replays"] == 0
+
+
+def test_compiled_layers_say_what_eager_ones_say():
+    prompts = random_prompts([1, 64, 700, 1300])
+    want = on_gpu(tiny_format(), enforce_eager=True).generate(prompts, GREEDY, use_tqdm=False)
+    llm = on_gpu(tiny_format())
+    got = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+    assert llm.stats()["model_step"] == "compiled + cuda graphs"
+
+
+@pytest.mark.parametrize("by", ["xformers", "varlen"])
+@pytest.mark.parametrize("group, dim", [(1, 64), (4, 128), (7, 128), (3, 96), (2, 256)])
+def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim):
+    if by == "xformers":
+        pytest.importorskip("xformers")
+    queries, keys = [1, 37, 300, 64], [1, 700, 300, 65]
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    q, k, v = (
+        draw(sum(queries), 2 * group, dim), draw(2, sum(keys), dim), draw(2, sum(keys), dim)
+    )  # fmt: skip
+    spans = ChunkSpans.of(queries, keys, q.device)
+    want = chunk_attention(q, k, v, spans=spans, scale=0.1)
+    got = chunk_attention_gpu.chunk_attention(q, k, v, spans=spans, scale=0.1, by=by)
+    assert float((got.float() - want).norm() / want.norm()) < 5e-3
+
+
+def test_nan_that_a_kernel_finds_is_reported_by_the_next_step():
+    cache = small_cache(device="cuda")
+    for s in "ab":
+        cache.add_sequence(s, num_prompt_tokens=1300)
+    _, failed = feed(cache, "ab", 1300, spoiled="b")
+    assert set(failed) == {"b"}
+    cache.check_integrity()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectral_paged.codec import decode_pages, encode_pages
-from spectral_paged.kernels.chunk_attention import chunk_attention
+from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.kernels.exact_decode import exact_decode
 from spectral_paged.kernels.exact_pages import exact_append, exact_gather
 from spectral_paged.kernels.layout import exact_page_bytes
@@ -139,7 +139,7 @@ def test_large_scores_in_half_precision_do_not_overflow(peak, dtype):
     )
     want, _ = plain(q, k, v, scale)
     assert bool(torch.isfinite(out).all()) and torch.allclose(out[0], want[0], atol=1e-4)
-    chunk = chunk_attention(q, k, v, scale=scale)
+    chunk = chunk_attention(q, k, v, spans=ChunkSpans.of([1], [k.shape[1]], q.device), scale=scale)
     assert torch.allclose(chunk[0], want[0], atol=1e-4)
 
 
@@ -250,7 +250,8 @@ def test_large_scores_against_pages_do_not_overflow(scale, dtype):
 def test_a_chunk_is_causal_from_the_bottom_right(tokens, length, group):
     q = torch.randn(tokens, 2 * group, D)
     k, v = torch.randn(2, 2, length, D)
-    got = chunk_attention(q, k, v, scale=0.3)
+    spans = ChunkSpans.of([tokens], [length], q.device)
+    got = chunk_attention(q, k, v, spans=spans, scale=0.3)
     assert torch.allclose(got, plain(q, k, v, 0.3, causal=True)[0], atol=1e-5)
 
 

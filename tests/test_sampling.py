@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_paged.errors import SamplingParamsError
-from spectral_paged.sampling import SampleRow, SamplingParams, sample, uniform_noise
+from spectral_paged.sampler import SampleRow, sample, uniform_noise
+from spectral_paged.sampling import SamplingParams
 
 VOCAB = 50
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from spectral_paged.cache import SpectralKVCache
-from spectral_paged.step import StepPlan
+from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens
+from spectral_paged.step import PendingTokens, StepPlan
+from spectral_paged.transfers import upload
 
 ATTENTION_NAME = "spectral_paged"
 
@@ -27,45 +29,101 @@ def spectral_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`, post RoPE.
 
-    Heads arrive unexpanded; the batch is one flattened row, so there is no mask.
+    Heads arrive unexpanded; the batch is one flattened row, and the cache knows who sees what:
+    without a mask function of that name transformers makes no mask.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return spectral_cache.attend(module.layer_idx, q, k, v).unsqueeze(0), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The cache knows who sees what."""
-    return None
-
-
 class ModelRunner:
-    """A causal LM whose attention goes through a `SpectralKVCache`."""
+    """A causal LM whose attention goes through a `SpectralKVCache`.
 
-    def __init__(self, model: Any, cache: SpectralKVCache) -> None:
-        AttentionInterface.register(ATTENTION_NAME, spectral_attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-        model.set_attn_implementation(ATTENTION_NAME)
+    ```
+                     CUDA                             CPU
+    decode step      a CUDA graph                     eager
+    other steps      eager, layers compiled           eager
+    ```
+
+    Args:
+        enforce_eager: no CUDA graphs and no `torch.compile`.
+        compile_layers: `torch.compile` the decoder layers around attention, for dynamic lengths.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: SpectralKVCache,
+        *,
+        enforce_eager: bool = False,
+        compile_layers: bool = True,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = cache.device
+        fast = self.device.type == "cuda" and not enforce_eager
+        self.graphs = DecodeGraphs(cache, self._decode_logits) if fast else None
+        self.compiles = fast and compile_layers
+        attention = spectral_attention
+        if self.compiles:
+            # a graph break: what attention does depends on the step, not on the layer's code
+            attention = torch.compiler.disable(spectral_attention)
+            for part in (*model.model.layers, model.model.norm):
+                part.compile(dynamic=True)
+        AttentionInterface.register(ATTENTION_NAME, attention)
+        model.set_attn_implementation(ATTENTION_NAME)
+
+    def stats(self) -> dict[str, object]:
+        """How the model's step runs: `eager` or `compiled` layers, with or without graphs."""
+        how, graphs = "compiled" if self.compiles else "eager", self.graphs
+        return {
+            "model_step": how if graphs is None else f"{how} + cuda graphs",
+            "num_graphs": 0 if graphs is None else graphs.num_graphs,
+            "graph_replays": 0 if graphs is None else graphs.num_replays,
+        }
 
     @torch.inference_mode()
     def forward(
-        self, plan: StepPlan, token_ids: Sequence[int], logit_rows: Sequence[int]
+        self,
+        plan: StepPlan,
+        token_ids: Sequence[int],
+        logit_rows: Sequence[int],
+        pending: PendingTokens | None = None,
     ) -> Tensor:
         """Logits fp32 `[len(logit_rows), vocab]` of a step between `begin_step` and `end_step`.
+
+        They hold until the next step.
 
         Args:
             token_ids: the step's tokens, flattened in plan order.
             logit_rows: places in the flat batch whose logits are wanted.
+            pending: tokens that only the device knows; `token_ids` has anything there.
         """
-        positions = torch.cat([torch.arange(e.start, e.start + e.num_new) for e in plan.entries])
+        whole = len(logit_rows) == len(token_ids)
+        if self.graphs is not None and plan.is_decode:
+            logits = self.graphs.run(token_ids, [e.start for e in plan.entries], pending)
+            return logits if whole else logits[upload(logit_rows, torch.long, self.device)]
+        positions = [e.start + i for e in plan.entries for i in range(e.num_new)]
+        ids, where = upload([token_ids, positions], torch.long, self.device)
+        if pending is not None:
+            sources = [-1] * len(token_ids)
+            for place, row in pending.rows.items():
+                sources[place] = row
+            ids = known_tokens(ids, upload(sources, torch.long, self.device), pending.ids)
+        rows = None if whole else upload(logit_rows, torch.long, self.device)
+        return self._logits(ids, where, rows).float()
+
+    def _decode_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self._logits(ids, positions, None)
+
+    def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
         output = self.model(
-            input_ids=torch.tensor([list(token_ids)], device=self.device),
-            position_ids=positions.unsqueeze(0).to(self.device),
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             attention_mask=None,
             use_cache=False,
-            logits_to_keep=torch.tensor(list(logit_rows), device=self.device),
+            logits_to_keep=0 if rows is None else rows,
             spectral_cache=self.cache,
         )
-        return output.logits[0].float()
+        logits: Tensor = output.logits[0]
+        return logits

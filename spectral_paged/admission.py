@@ -1,0 +1,57 @@
+"""Which requests can be served at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.errors import (
+    CapacityError,
+    EmptyPromptError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.pins import Spans, pinned_blocks
+from spectral_paged.sampling import SamplingParams
+
+
+def check_request(
+    cache: SpectralKVCache,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    pinned: Spans,
+    vocab_size: int | None,
+) -> None:
+    """Refuse a request that could never be served.
+
+    Raises:
+        EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the message says
+            what the limit is and how to get below it.
+    """
+    if not token_ids:
+        raise EmptyPromptError("the prompt is empty: give at least one token")
+    if len(token_ids) >= cache.max_model_len:
+        raise PromptTooLongError(
+            f"the prompt has {len(token_ids)} tokens; with one to generate, max_model_len "
+            f"{cache.max_model_len} allows {cache.max_model_len - 1}: shorten it or raise "
+            "max_model_len"
+        )
+    longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
+    if not cache.fits_alone(
+        longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
+    ):
+        blocks = pinned_blocks(cache.format, pinned, len(token_ids))
+        spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
+        raise CapacityError(
+            f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
+            f"ones{spans} never fit: the pool holds a sequence of at most "
+            f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
+            f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
+        )
+    if vocab_size is not None:
+        bad = [t for t in params.stop_token_ids if not 0 <= t < vocab_size]
+        if bad:
+            raise InvalidRequestError(
+                f"stop_token_ids {bad} are outside the vocabulary of {vocab_size}"
+            )

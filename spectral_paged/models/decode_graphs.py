@@ -1,0 +1,182 @@
+"""Decode steps as CUDA graphs: static inputs, a graph for each size of batch, captured when first
+needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.step import DecodeBatch, GroupIndex, GroupStep, PendingTokens
+
+IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
+APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS = range(5)  # rows of each group
+NOWHERE = -1
+STAGING = 4  # copies in flight: a step is fetched at the latest while the one after it runs
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Sizes that graphs are captured for, close together where a row more costs little."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, max_num_seqs + 32, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def entries_for(count: int) -> int:
+    """Page reads that a graph has room for when a step has `count`: 0, or a power of 4."""
+    size = 64
+    while size < count:
+        size *= 4
+    return size if count else 0
+
+
+def fill_inputs(
+    staging: np.ndarray, token_ids: Sequence[int], positions: Sequence[int],
+    pending: PendingTokens | None, index: Sequence[GroupIndex],
+) -> None:  # fmt: skip
+    """Write a decode step into `staging`, int32 `[3 + 5 groups, max_num_seqs]`.
+
+    ```
+    IDS        token ids                       \
+    SOURCES    which pending token, or -1       } [3, n], padded: token 0, at 0, nowhere
+    POSITIONS  positions                       /
+    of each group: append position (-1: none), append offset, table row, exact tokens, blocks
+    ```
+
+    Places past the step's own hold a sequence without tokens that is stored nowhere.
+    """
+    count = len(token_ids)
+    staging[:] = 0
+    staging[SOURCES] = NOWHERE
+    staging[IDS, :count] = token_ids
+    staging[POSITIONS, :count] = positions
+    for place, row in (pending.rows if pending is not None else {}).items():
+        staging[SOURCES, place] = row
+    for number, group in enumerate(index):
+        part = staging[3 + 5 * number : 8 + 5 * number]
+        part[APPEND_POSITION] = NOWHERE
+        part[APPEND_POSITION, :count] = group.append_positions
+        part[APPEND_OFFSET, :count] = group.append_offsets
+        part[ROW, :count], part[EXACT, :count] = group.rows, group.exact
+        part[BLOCKS, :count] = group.blocks
+
+
+def known_tokens(ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
+    """`ids`, and where `sources` is not negative that element of `sampled`; int64."""
+    return torch.where(sources < 0, ids.long(), sampled[sources.clamp_min(0)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    size: int
+
+
+class DecodeGraphs:
+    """Captures and replays decode steps.
+
+    Inputs of all graphs lie in one static tensor; what a step needs is one copy from the host.
+    Graphs share their memory: they run one after the other.
+
+    Args:
+        cache: its tables and arenas are what graphs read and write.
+        forward: logits `[n, vocab]` of input ids and positions, int64 `[n]`, whose attention goes
+            through `cache.attend`.
+    """
+
+    def __init__(self, cache: SpectralKVCache, forward: Forward) -> None:
+        self.cache = cache
+        self.forward = forward
+        self.sizes = batch_sizes(cache.max_num_seqs)
+        shape = 3 + 5 * len(cache.groups), cache.max_num_seqs
+        self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
+        self._staging = [
+            torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
+        ]
+        self._turn = 0
+        self._sampled = torch.zeros(cache.max_num_seqs, dtype=torch.int64, device=cache.device)
+        self._logits: Tensor | None = None
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self.num_replays = 0
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def run(
+        self, token_ids: Sequence[int], positions: Sequence[int], pending: PendingTokens | None
+    ) -> Tensor:
+        """Logits fp32 `[n, vocab]` of the cache's open step, a token a sequence; they hold until
+        the next call."""
+        index = self.cache.step_index
+        total = max(sum(group.blocks) if group.num_pages else 0 for group in index)
+        size = next(size for size in self.sizes if size >= len(token_ids))
+        key = size, entries_for(total)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        self._turn = (self._turn + 1) % STAGING
+        staging = self._staging[self._turn]
+        fill_inputs(staging.numpy(), token_ids, positions, pending, index)
+        self._inputs.copy_(staging, non_blocking=True)
+        if pending is not None:
+            self._sampled[: len(pending.ids)] = pending.ids
+        self._graphs[key].graph.replay()
+        self.num_replays += 1
+        assert self._logits is not None
+        return self._logits[: len(token_ids)]
+
+    def _capture(self, size: int, max_blocks: int) -> _Graph:
+        """Capture the step of a batch of `size` with up to `max_blocks` page reads.
+
+        It runs once before, with sequences that have no tokens, so that kernels are compiled and
+        loaded; nothing is stored.
+        """
+        staging = torch.zeros_like(self._staging[0])
+        fill_inputs(staging.numpy(), [], [], None, [])
+        for number in range(len(self.cache.groups)):
+            staging[3 + 5 * number + APPEND_POSITION] = NOWHERE
+        self._inputs.copy_(staging)
+        self._step(size, max_blocks)
+        graph = torch.cuda.CUDAGraph()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=self._pool)
+            try:
+                self._step(size, max_blocks)
+            finally:
+                graph.capture_end()
+        current.wait_stream(side)
+        return _Graph(graph, size)
+
+    def _step(self, size: int, max_blocks: int) -> None:
+        inputs = self._inputs[:, :size]
+        steps = []
+        for number, group in enumerate(self.cache.groups):
+            part = inputs[3 + 5 * number : 8 + 5 * number]
+            decode = DecodeBatch.of(
+                group,
+                part[ROW],
+                part[EXACT],
+                part[BLOCKS],
+                max_exact_pages=size * group.exact_table.width,
+                max_blocks=max_blocks if group.seals else 0,
+                format=self.cache.format,
+                ops=self.cache.ops,
+            )
+            steps.append(
+                GroupStep(part[APPEND_POSITION], part[APPEND_OFFSET], decode, None, ())
+            )
+        ids = known_tokens(inputs[IDS], inputs[SOURCES], self._sampled)
+        with self.cache.attending_by(steps):
+            logits = self.forward(ids, inputs[POSITIONS].long())
+        if self._logits is None:
+            shape = self.cache.max_num_seqs, logits.shape[-1]
+            self._logits = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        self._logits[:size] = logits

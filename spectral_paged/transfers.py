@@ -1,0 +1,54 @@
+"""Small copies between host and device that do not stop either of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def upload(
+    values: Sequence[Any] | np.ndarray[Any, Any] | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`values` as a tensor on `device`.
+
+    To CUDA through pinned memory, queued behind what the stream has to do: a plain `torch.tensor(
+    ..., device="cuda")` waits until the stream is empty.
+    """
+    if device.type != "cuda":
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """Tensors on their way to the host.
+
+    On CUDA the copies are queued here and `get` waits for them alone, not for what was queued
+    since. Tensors may be overwritten on the device by later work of the same stream.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].device.type != "cuda":
+            self._found = tensors
+            return
+        self._found = tuple(
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
+        )
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    @property
+    def is_here(self) -> bool:
+        """True where there is nothing to wait for."""
+        return self._event is None
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The tensors, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._found

@@ -1,0 +1,141 @@
+"""Steps queued before the tokens of the one before are known: the same tokens, the same endings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_model import random_prompts, tiny_format, tiny_llm
+
+from spectral_paged import SamplingParams
+from spectral_paged.errors import NonFiniteError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+LENGTHS = [1, 63, 64, 65, 575, 576, 577, 640, 700, 1087, 1088, 1152, 1217, 1500]
+
+
+def both(prompts, params, **options):
+    """Outputs in lockstep and with steps queued ahead, each from an engine of its own."""
+    found = []
+    for ahead in (False, True):
+        llm = tiny_llm(**options)
+        llm.engine.async_scheduling = ahead
+        found.append(llm.generate(prompts, params, use_tqdm=False))
+        llm.cache.check_integrity()
+        assert llm.stats()["num_sequences"] == 0 and not llm.engine.has_unfinished()
+    return found[0], found[1], llm.stats()
+
+
+def completions(outputs):
+    return [[(c.token_ids, c.finish_reason, c.stop_reason) for c in o.outputs] for o in outputs]
+
+
+@pytest.mark.parametrize("budget", [64, 8192])
+@pytest.mark.parametrize("format", ["spectral-int8", "exact"])
+def test_queued_steps_say_the_same(format, budget):
+    options = {"format": tiny_format(format), "max_num_batched_tokens": budget}
+    want, got, stats = both(random_prompts(LENGTHS), GREEDY, **options)
+    assert completions(got) == completions(want)
+    assert stats["async_scheduling"] and stats["lockstep_steps"] == 0
+
+
+@pytest.mark.parametrize("format", ["spectral-int8", "exact"])
+def test_a_full_pool_preempts_queued_steps_and_changes_no_token(format):
+    prompts = random_prompts([300, 600, 650, 700, 400, 620, 900, 560, 610], seed=5)
+    small = 1_100_000 if format == "exact" else 700_000
+    want, got, stats = both(
+        prompts, SamplingParams(temperature=0.0, max_tokens=90),
+        format=tiny_format(format), kv_cache_bytes=small,
+    )  # fmt: skip
+    assert stats["preemptions"] > 0 and completions(got) == completions(want)
+
+
+def test_every_kind_of_ending_comes_at_the_same_token():
+    prompts = random_prompts([30, 30, 700, 64, 5], seed=8)
+    free = tiny_llm().generate(prompts[0], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=20, stop_token_ids=[free[4]]),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=9),
+        SamplingParams(temperature=1.0, seed=4, max_tokens=40, min_tokens=20, stop_token_ids=[7]),
+        SamplingParams(temperature=0.0, max_tokens=1),
+        SamplingParams(temperature=0.8, seed=1, max_tokens=200, logprobs=2),
+    ]
+    want, got, _ = both(prompts, params, max_model_len=720)
+    assert completions(got) == completions(want)
+    assert {c.finish_reason for o in got for c in o.outputs} == {"stop", "length"}
+    tables = [[sorted(t) for t in out[4].outputs[0].logprobs] for out in (got, want)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("seats", [1, 32])
+def test_siblings_start_from_tokens_that_are_known(seats):
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=11)
+    want, got, stats = both(random_prompts([639, 10], seed=4), params, max_num_seqs=seats)
+    assert completions(got) == completions(want) and stats["lockstep_steps"] > 0
+
+
+def test_penalties_go_in_lockstep():
+    params = SamplingParams(temperature=0.0, max_tokens=20, frequency_penalty=1.5)
+    want, got, stats = both(random_prompts([50, 600], seed=2), params)
+    assert completions(got) == completions(want)
+    assert stats["lockstep_steps"] >= 19
+
+
+def test_an_abort_between_steps_drops_the_token_on_its_way():
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    prompts = random_prompts(LENGTHS)
+    want = tiny_llm().generate([prompts[8]], GREEDY, use_tqdm=False)
+    for name, i in (("stays", 8), ("goes", 10)):
+        llm.engine.add_request(name, prompts[i], GREEDY)
+    for _ in range(3):
+        llm.engine.step()
+    llm.engine.abort("goes")
+    llm.engine.add_request("goes", prompts[2], GREEDY)  # the name may be used again at once
+    done = {}
+    while llm.engine.has_unfinished():
+        done |= {o.request_id: o for o in llm.engine.step()}
+    assert completions([done["stays"]]) == completions(want)
+    again = tiny_llm().generate([prompts[2]], GREEDY, use_tqdm=False)
+    assert completions([done["goes"]]) == completions(again)
+    llm.cache.check_integrity()
+
+
+def test_nan_fails_its_request_and_no_other():
+    prompts = [[t or 1 for t in p] for p in random_prompts([30, 700, 60], seed=6)]
+    prompts[1][100] = 0
+    want = tiny_llm().generate([prompts[0], prompts[2]], GREEDY, use_tqdm=False)
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    with torch.no_grad():
+        llm.engine.runner.model.model.embed_tokens.weight[0] = float("inf")
+    with pytest.raises(NonFiniteError, match="NaN or Inf") as caught:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    outputs = caught.value.outputs
+    assert completions([outputs[0], outputs[2]]) == completions(want)
+    assert llm.stats()["num_sequences"] == 0
+    llm.cache.check_integrity()
+
+
+def test_a_failing_forward_keeps_what_was_sampled_before():
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    prompt = random_prompts([700])[0]
+    want = tiny_llm().generate([prompt], GREEDY, use_tqdm=False)
+    forward, calls = llm.engine.runner.forward, []
+
+    def flaky(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    llm.engine.runner.forward = flaky
+    llm.engine.add_request("a", prompt, GREEDY)
+    done = []
+    while llm.engine.has_unfinished():
+        try:
+            done += llm.engine.step()
+        except RuntimeError:
+            calls.append(1)
+    assert completions([done[-1]]) == completions(want)
+    llm.cache.check_integrity()
