@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.page_format import PageFormat
-from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
+from spectral_paged.shared_basis import BasisAccumulator, BoundBasis, SharedBasis
 
 
 def structured_blocks(
@@ -24,13 +24,24 @@ def structured_blocks(
     return x[0], x[1]
 
 
-def toy_calibration(format: PageFormat, k: Tensor, v: Tensor, *, num_layers: int = 1) -> BoundBasis:
-    """A calibration of `num_layers` alike layers from the first block itself, plain metrics."""
+def toy_basis(
+    format: PageFormat,
+    blocks: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int,
+) -> SharedBasis:
+    """A calibration of `num_layers` alike layers from the first of `blocks` (default structured
+    ones), plain metrics."""
     heads, dim = format.num_kv_heads, format.head_dim
+    k, v = structured_blocks(1, format, "cpu") if blocks is None else blocks
     accumulator = BasisAccumulator(num_layers, heads, dim)
     first_k, first_v = (x[:1].expand(num_layers, -1, -1, -1) for x in (k, v))
     keys = {f"k_{rope}": first_k for rope in ("pre", "frame", "post")}
     accumulator.add(range(num_layers), v=first_v, **keys)
     plain = torch.eye(dim).expand(num_layers, heads, -1, -1)
-    basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="toy")
-    return basis.bind(format, k.device)
+    return accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="toy")
+
+
+def toy_calibration(format: PageFormat, k: Tensor, v: Tensor, *, num_layers: int = 1) -> BoundBasis:
+    """The same, bound to `format` on the device of `k`."""
+    return toy_basis(format, (k, v), num_layers=num_layers).bind(format, k.device)

@@ -26,7 +26,15 @@ MAX_DIM = 256  # what FlashAttention takes
 
 @cache
 def has_xformers() -> bool:
-    return importlib.util.find_spec("xformers") is not None
+    """Whether xformers is there with an operator for this GPU: some of its wheels have none."""
+    if importlib.util.find_spec("xformers") is None:
+        return False
+    one = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    try:
+        _xformers(one, one, one, ChunkSpans.of([1], [1], one.device), 1.0)
+    except (ImportError, NotImplementedError):
+        return False
+    return True
 
 
 @cache

@@ -54,7 +54,7 @@ def _reduce_kernel(
         tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
     mixed_ptr, basis_ptr, out_ptr, num_seqs,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,

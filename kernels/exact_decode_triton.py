@@ -16,7 +16,7 @@ from spectral_paged.kernels.triton_page import capped, padded
 PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _exact_kernel(
     q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, item_end_ptr,
     visible_ptr, out_ptr, sums_ptr, num_seqs, table_width, scale, cap,

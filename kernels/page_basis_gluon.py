@@ -38,7 +38,7 @@ def _basis_operand(x, MMA: gl.constexpr):
     return gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
     plane_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr,
     vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,

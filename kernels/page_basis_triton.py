@@ -19,7 +19,7 @@ from spectral_paged.kernels.triton_page import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
     plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
     vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,

@@ -57,7 +57,7 @@ def _rows(ptr, BYTES: gl.constexpr):
     return x.to(gl.float16)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_seqs"])
 def _project_kernel(
     q_ptr, plane_ptr, half_ptr, bf16_ptr, short_ptr, table_ptr, item_seq_ptr, item_start_ptr,
     first_entry_ptr, item_end_ptr, cos_ptr, sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr,

@@ -19,7 +19,7 @@ from spectral_paged.kernels.triton_page import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _project_kernel(
     q_ptr, plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr,
     cos_ptr, sin_ptr, basis_ptr, levels_ptr, digits_ptr, affine_ptr, slots_ptr,

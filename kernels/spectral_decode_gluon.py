@@ -157,7 +157,7 @@ def _store_vectors(to, x, SIZE: gl.constexpr):
     gl.store(to + group[None, :] * SIZE + place[:, None], x)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_seqs"])
 def _attend_kernel(
     plane_ptr, bytes_ptr, short_ptr, bf16_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr,
     first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr,

@@ -40,7 +40,7 @@ def _store(
     tl.store(sums_ptr + (part * 2 + 1) * P + group, total, mask=group < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _attend_kernel(
     plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
     digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,

@@ -52,6 +52,16 @@ class PagedAttention:
         """The page format; an online calibration changes its fingerprint."""
         return self.basis.format
 
+    def append(
+        self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
+        k, v = k.to(self.dtype), v.to(self.dtype)
+        self.ops.exact_append(
+            k, v, group.plane(layer), step.append_positions, step.append_offsets
+        )
+        return k, v
+
     def run(
         self, group: LayerGroup, step: GroupStep, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
@@ -61,8 +71,7 @@ class PagedAttention:
         """
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
-        k, v = k.to(self.dtype), v.to(self.dtype)
-        self.ops.exact_append(k, v, plane, step.append_positions, step.append_offsets)
+        k, v = self.append(group, step, layer, k, v)
         if step.decode is not None and step.decode_tokens is None:
             return self._decode(step.decode, plane, q, shared).to(q.dtype)
         out = torch.empty_like(q)

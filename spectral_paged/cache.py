@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spectral_paged import cache_stats, capacity
 from spectral_paged.attention import PagedAttention
-from spectral_paged.errors import CapacityError, FormatError, NonFiniteError, PoolError
+from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
 from spectral_paged.groups import (
     build_groups,
     check_geometry,
@@ -38,7 +38,7 @@ from spectral_paged.rope import RotaryTable
 from spectral_paged.sealer import Sealer
 from spectral_paged.sequence_table import SequenceTable
 from spectral_paged.shared_basis import SharedBasis
-from spectral_paged.step import GroupIndex, GroupStep, PlanEntry, StepPlan, StepReport
+from spectral_paged.step import GroupStep, OpenStep, PlanEntry, StepPlan, StepReport
 from spectral_paged.step_clock import StepClock
 
 
@@ -89,12 +89,8 @@ class SpectralKVCache:
         if isinstance(format, str):
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_geometry(format, num_layers, num_q_heads, num_kv_heads, head_dim, exempt_layers)
-        if format.seals and format.rope != "post" and rope is None:
-            raise FormatError(
-                f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable"
-            )
         check_kernels(format, torch.device(device))
-        max_model_len = check_length(max_model_len, rope)
+        max_model_len = check_length(max_model_len, rope, format)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format
         self.device = torch.device(device)
@@ -117,9 +113,8 @@ class SpectralKVCache:
             dtype=dtype,
         )
         self._sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
-        self._step: StepPlan | None = None
-        self.step_index: list[GroupIndex] = []  # of the open step
-        self._group_steps: list[GroupStep] | None = None
+        self.open_step: OpenStep | None = None
+        self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # failures found between steps
         self.groups = build_groups(
             format,
@@ -304,12 +299,10 @@ class SpectralKVCache:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Look up where the step's tokens go and commit the tables."""
-        if self._step is not None:
+        if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
-        self._step = plan
-        self._group_steps = None
-        self.step_index = [GroupIndex.of(group, plan) for group in self.groups]
-        for group, index in zip(self.groups, self.step_index, strict=True):
+        self.open_step = OpenStep(plan, self.groups, self.format, self.ops)
+        for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.exact_table.commit()
             group.page_table.commit()
             self.counters.pages_attended += index.pages_attended * len(group.layers)
@@ -318,11 +311,11 @@ class SpectralKVCache:
     def attending_by(self, steps: Sequence[GroupStep]) -> Iterator[None]:
         """Let `attend` inside take its index tensors from `steps`, a group each, instead of the
         step's own: what a CUDA graph captures and replays."""
-        before, self._group_steps = self._group_steps, list(steps)
+        self._replayed = steps
         try:
             yield
         finally:
-            self._group_steps = before
+            self._replayed = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v of the step's tokens, then attend.
@@ -333,26 +326,33 @@ class SpectralKVCache:
         Returns:
             `[T, Hq, D]` in q's dtype.
         """
-        if self._group_steps is None:
-            if self._step is None:
-                raise PoolError("attend outside begin_step / end_step")
-            self._group_steps = [
-                GroupStep.of(group, index, self.format, self.ops)
-                for group, index in zip(self.groups, self.step_index, strict=True)
-            ]
-        index = self._group_of[layer]
-        group, step = self.groups[index], self._group_steps[index]
-        check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        group, step = self._of_layer(layer, q, k, v)
         with self.clock.section("attention"):
             return self._attention.run(group, step, layer, q, k, v)
 
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
+        self._attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
+
+    def _of_layer(
+        self, layer: int, q: Tensor | None, k: Tensor, v: Tensor
+    ) -> tuple[LayerGroup, GroupStep]:
+        index = self._group_of[layer]
+        step = (self._replayed or self._step_for("attend").steps)[index]
+        check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        return self.groups[index], step
+
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
-        plan, self._step = self._step, None
-        self._group_steps = None
-        for entry in plan.entries if plan is not None else ():
+        step, self.open_step = self.open_step, None
+        for entry in step.plan.entries if step is not None else ():
             if entry.seq_id in self._sequences:
                 self.cancel_reservation(entry.seq_id)
+
+    def _step_for(self, what: str) -> OpenStep:
+        if self.open_step is None:
+            raise PoolError(f"{what} outside begin_step / end_step")
+        return self.open_step
 
     def end_step(self) -> StepReport:
         """Count the step's tokens as stored, publish full pages, seal what is due.
@@ -360,11 +360,9 @@ class SpectralKVCache:
         Sequences of the plan may have been freed since `begin_step`. Where a kernel seals, NaN and
         Inf are found while it runs, and reported by a later `end_step` (or by `settle`).
         """
-        if self._step is None:
-            raise PoolError("end_step without begin_step")
-        plan, self._step = self._step, None
-        self._group_steps = None
-        plan = StepPlan(tuple(e for e in plan.entries if e.seq_id in self._sequences))
+        entries = self._step_for("end_step").plan.entries
+        self.open_step = None
+        plan = StepPlan(tuple(e for e in entries if e.seq_id in self._sequences))
         report = self.settle()
         for entry in plan.entries:
             state = self._sequences[entry.seq_id]

@@ -61,3 +61,24 @@ def capacity_tokens(groups: list[LayerGroup]) -> int:
         )
         per_group.append(blocks.num_slabs * blocks.slots_per_slab[kind] * tokens)
     return min(per_group)
+
+
+def concurrency(
+    format: PageFormat, groups: list[LayerGroup], num_tokens: int, num_prompt_tokens: int = 0
+) -> int:
+    """Sequences of `num_tokens` tokens that the arenas hold at once, all sealed that is due.
+
+    A little more is needed while prompts come in: their last segment is exact until it ends.
+    """
+    counts = []
+    for group in groups:
+        blocks = group.pool.blocks
+        pages = group.blocks_sealed(format.visible_blocks(num_tokens, num_prompt_tokens))
+        exact = group.num_exact_pages(num_tokens, pages)
+        low, high = 0, blocks.num_slabs * max(blocks.slots_per_slab.values())
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = blocks.slabs_needed(middle * exact, middle * pages) <= blocks.num_slabs
+            low, high = (middle, high) if fits else (low, middle - 1)
+        counts.append(low)
+    return min(counts)

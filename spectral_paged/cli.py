@@ -127,6 +127,24 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
     parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--max-model-len", type=positive)
+    parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no torch.compile")
+    parser.add_argument(
+        "--decode-only", action="store_true",
+        help="fill contexts with made-up K and V: times the decode phase alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fit", action="store_true", help="of the prompts only as many as the cache holds at once"
+    )
+    parser.add_argument(
+        "--suite", default="",
+        help="a list of workloads with the model loaded once: 8b (random weights, one H200)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="of the suite; repeatable"
+    )
+    parser.add_argument("--name", default="", help="of the result's files; default the model's")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
 
@@ -322,8 +340,10 @@ def bench_tune(args: argparse.Namespace) -> int:
 
 def bench_throughput(args: argparse.Namespace) -> int:
     """Generate, and say how fast."""
-    from spectral_paged.benchmarks.throughput import run, workload
+    from spectral_paged.benchmarks.throughput import run, suites, workload
 
+    if args.suite:
+        return suites.main(args.suite, only=args.only, output_dir=args.output_dir)
     return run.main(
         run.Options(
             model=args.model,
@@ -346,6 +366,12 @@ def bench_throughput(args: argparse.Namespace) -> int:
             kv_cache_bytes=args.kv_cache_memory,
             enable_prefix_caching=not args.no_enable_prefix_caching,
             profile=args.profile,
+            decode_only=args.decode_only,
+            fit=args.fit,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            max_model_len=args.max_model_len,
+            enforce_eager=args.enforce_eager,
+            name=args.name,
             output_dir=args.output_dir,
         )
     )

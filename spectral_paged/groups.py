@@ -62,27 +62,35 @@ def check_kernels(format: PageFormat, device: torch.device) -> None:
 
 
 def check_heads(
-    q: Tensor, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
+    q: Tensor | None, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
 ) -> None:
-    """Refuse what `attend` cannot take.
+    """Refuse what `attend` (and without q `append`) cannot take.
 
     Raises:
         FormatError: names the shapes that were expected and those that came.
     """
     expected = (num_tokens, format.num_kv_heads, format.head_dim)
-    if k.shape != expected or v.shape != expected or q.shape[:2] != (num_tokens, num_q_heads):
+    queries = (num_tokens, num_q_heads, format.head_dim)
+    if k.shape != expected or v.shape != expected or (q is not None and q.shape != queries):
         raise FormatError(
-            f"attend takes k and v {list(expected)} and {num_q_heads} query heads; got "
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV heads unexpanded)"
+            f"a step of {num_tokens} tokens takes q {list(queries)}, k and v {list(expected)}; got "
+            f"q {None if q is None else list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV "
+            "heads unexpanded)"
         )
 
 
-def check_length(max_model_len: int | None, rope: RotaryTable | None) -> int:
+def check_length(
+    max_model_len: int | None, rope: RotaryTable | None, format: PageFormat
+) -> int:
     """Longest sequence, by default the rotary table's length.
 
     Raises:
-        FormatError: neither is given, or the table is shorter.
+        FormatError: neither is given, or the table is shorter, or missing where keys are turned.
     """
+    if format.seals and format.rope != "post" and rope is None:
+        raise FormatError(
+            f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable"
+        )
     if max_model_len is None and rope is not None:
         return rope.max_positions
     if max_model_len is None:

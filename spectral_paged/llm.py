@@ -15,13 +15,13 @@ from spectral_paged.cache import SpectralKVCache
 from spectral_paged.calibration import find_calibration
 from spectral_paged.engine import Engine
 from spectral_paged.errors import FormatError, InvalidRequestError, SpectralPagedError
+from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import (
-    DEFAULT_CPU_CACHE_BYTES,
     choose_cache_bytes,
     choose_device,
     choose_dtype,
@@ -51,7 +51,8 @@ class LLM:
         kv_format: preset name, `exact`, or a `PageFormat`; `auto` needs no calibration file.
         device: `auto` takes CUDA where there is one.
         dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
-        gpu_memory_utilization: share of GPU memory for weights and cache together.
+        gpu_memory_utilization: share of GPU memory for weights, cache and a step's activations,
+            which a step at the budgets' limit is run for.
         kv_cache_bytes: bytes of the arenas; default from GPU memory, or 1 GiB on the CPU.
         max_num_seqs, max_num_batched_tokens: budgets of a step.
         max_model_len: longest sequence; default the model's own.
@@ -117,6 +118,15 @@ class LLM:
         elif not isinstance(kv_format, PageFormat):
             raise FormatError(f"kv_format is {kv_format!r}; give a preset name or a PageFormat")
         self.model_name = loaded.name
+        reserved = 0
+        if kv_cache_bytes is None:
+            reserved = activation_bytes(
+                loaded.model,
+                geometry,
+                num_tokens=max_num_batched_tokens,
+                num_rows=max_num_seqs,
+                max_model_len=longest,
+            )
         self.cache = SpectralKVCache(
             num_layers=geometry.num_layers,
             num_q_heads=geometry.num_q_heads,
@@ -126,7 +136,9 @@ class LLM:
             format=kv_format,
             device=where,
             dtype=loaded.model.dtype,
-            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, where),
+            kv_cache_bytes=choose_cache_bytes(
+                kv_cache_bytes, gpu_memory_utilization, where, reserved
+            ),
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             exempt_layers=exempt_layers,
@@ -135,10 +147,11 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             poison=poison,
         )
+        self._runner = ModelRunner(
+            loaded.model, self.cache, enforce_eager=enforce_eager, compile_layers=compile_layers
+        )
         self.engine = Engine(
-            ModelRunner(
-                loaded.model, self.cache, enforce_eager=enforce_eager, compile_layers=compile_layers
-            ),
+            self._runner,
             self.cache,
             tokenizer=loaded.tokenizer,
             scheduler_config=config,
@@ -158,7 +171,8 @@ class LLM:
         tokenizer: Any = None,
         *,
         kv_format: str | PageFormat = "auto",
-        kv_cache_bytes: int = DEFAULT_CPU_CACHE_BYTES,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_bytes: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         max_model_len: int | None = None,
@@ -180,6 +194,7 @@ class LLM:
         return cls(
             LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry),
             kv_format=kv_format,
+            gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_bytes=kv_cache_bytes,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -193,6 +208,14 @@ class LLM:
             async_scheduling=async_scheduling,
             seed=seed,
             poison=poison,
+        )
+
+    def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
+        """Capture the decode graphs of up to `num_seqs` sequences of up to `num_tokens` tokens now,
+        instead of when a step first needs one; how many there are (0 on the CPU)."""
+        return self._runner.warm_up(
+            min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
+            min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
         )
 
     # ---- generation ----------------------------------------------------------------------

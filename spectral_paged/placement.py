@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import CapacityError, InvalidRequestError
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 
@@ -52,11 +52,18 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return names[dtype]
 
 
-def choose_cache_bytes(given: int | None, utilization: float, device: torch.device) -> int:
+def choose_cache_bytes(
+    given: int | None, utilization: float, device: torch.device, reserved: int = 0
+) -> int:
     """Bytes of the arenas: those given, else what `utilization` leaves of the GPU, else 1 GiB.
+
+    Args:
+        utilization: share of the GPU's memory for all together: what is there already (weights,
+            other processes), the arenas, and `reserved` bytes for a step's activations.
 
     Raises:
         InvalidRequestError: a share outside (0, 1].
+        CapacityError: nothing is left.
     """
     if given is not None:
         return given
@@ -64,5 +71,13 @@ def choose_cache_bytes(given: int | None, utilization: float, device: torch.devi
         return DEFAULT_CPU_CACHE_BYTES
     if not 0 < utilization <= 1:
         raise InvalidRequestError(f"gpu_memory_utilization is {utilization}; it must be in (0, 1]")
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - total * (1 - utilization))
+    left = int(free - total * (1 - utilization)) - reserved
+    if left <= 0:
+        raise CapacityError(
+            f"gpu_memory_utilization {utilization} of {total / 1e9:.1f} GB leaves nothing for the "
+            f"cache: {(total - free) / 1e9:.1f} GB are taken and a step needs {reserved / 1e9:.1f} "
+            "GB: raise it, or lower max_num_batched_tokens or max_num_seqs"
+        )
+    return left

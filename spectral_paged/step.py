@@ -10,6 +10,7 @@ which is what a CUDA graph replays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.page_format import PageFormat
-from spectral_paged.transfers import upload
+from spectral_paged.transfers import upload, upload_rows
 
 HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single one has more
 
@@ -240,9 +241,7 @@ class GroupStep:
         num_tokens = len(index.append_positions)
         decode = tokens = None
         if index.tokens:
-            rows, exact, blocks = upload(
-                [index.rows, index.exact, index.blocks], torch.int32, device
-            )
+            rows, exact, blocks = upload_rows([index.rows, index.exact, index.blocks], device)
             decode = DecodeBatch.of(
                 group,
                 rows,
@@ -285,3 +284,31 @@ def chunk_batches(
             tokens = upload(np.concatenate(places), torch.long, device)
         found.append(ChunkBatch(tuple(batch), spans, tokens))
     return found
+
+
+class OpenStep:
+    """A step between `begin_step` and `end_step`.
+
+    Attributes:
+        plan: what it computes.
+        index: where its tokens go, a group each.
+    """
+
+    def __init__(
+        self, plan: StepPlan, groups: Sequence[LayerGroup], format: PageFormat, ops: PageOps
+    ) -> None:
+        self.plan = plan
+        self.index = [GroupIndex.of(group, plan) for group in groups]
+        self._made_for = groups, format, ops
+        self._steps: list[GroupStep] | None = None
+
+    @property
+    def steps(self) -> list[GroupStep]:
+        """The index tensors, made when a layer first asks: a replayed graph never does."""
+        if self._steps is None:
+            groups, format, ops = self._made_for
+            self._steps = [
+                GroupStep.of(group, index, format, ops)
+                for group, index in zip(groups, self.index, strict=True)
+            ]
+        return self._steps

@@ -23,6 +23,15 @@ def upload(
     return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
+def upload_rows(rows: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """int32 rows of one length, in one copy. Each starts at a multiple of 128 bytes, so that
+    kernels, which are compiled anew for pointers of another alignment, are not."""
+    count = len(rows[0])
+    padded = np.zeros((len(rows), -(-count // 32) * 32), dtype=np.int32)
+    padded[:, :count] = rows
+    return [row[:count] for row in upload(padded, torch.int32, device)]
+
+
 class Download:
     """Tensors on their way to the host.
 

@@ -27,7 +27,7 @@ ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group", "admission",
     "engine", "scheduler",
 }  # fmt: skip
-MODELS = CACHE | {"models"}
+MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
 TOP = {"llm", "placement", "model_report", "batch_file", "batch_run"}
 LLM = ENGINE | CALIBRATION | TOP

@@ -66,7 +66,7 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
             return eager(plan, token_ids, logit_rows, pending)
         staging = torch.full((3 + 5 * len(cache.groups), 8), 99, dtype=torch.int32)
         positions = [e.start for e in plan.entries]
-        fill_inputs(staging.numpy(), token_ids, positions, pending, cache.step_index)
+        fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
         steps = []
         for i, group in enumerate(cache.groups):
             append, offset, row, exact, blocks = staging[3 + 5 * i : 8 + 5 * i]

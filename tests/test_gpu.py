@@ -292,8 +292,8 @@ def test_compiled_layers_say_what_eager_ones_say():
 @pytest.mark.parametrize("by", ["xformers", "varlen"])
 @pytest.mark.parametrize("group, dim", [(1, 64), (4, 128), (7, 128), (3, 96), (2, 256)])
 def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim):
-    if by == "xformers":
-        pytest.importorskip("xformers")
+    if by == "xformers" and not chunk_attention_gpu.has_xformers():
+        pytest.skip("no xformers with an operator for this GPU")
     queries, keys = [1, 37, 300, 64], [1, 700, 300, 65]
     generator = torch.Generator("cuda").manual_seed(1)
 
@@ -309,10 +309,10 @@ def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim):
     assert float((got.float() - want).norm() / want.norm()) < 5e-3
 
 
-def test_nan_that_a_kernel_finds_is_reported_by_the_next_step():
+def test_nan_that_a_kernel_finds_is_reported_when_it_is_known():
     cache = small_cache(device="cuda")
     for s in "ab":
         cache.add_sequence(s, num_prompt_tokens=1300)
-    _, failed = feed(cache, "ab", 1300, spoiled="b")
-    assert set(failed) == {"b"}
+    _, failed = feed(cache, "ab", 1300, spoiled="b")  # the last step seals: nothing is known yet
+    assert not failed and set(cache.settle().failed) == {"b"}
     cache.check_integrity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,20 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from spectral_paged.benchmarks.throughput.filling import FillingRunner
+from spectral_paged.benchmarks.throughput.random_models import is_random, random_calibration
 from spectral_paged.benchmarks.throughput.workload import Job
+from spectral_paged.capacity import concurrency
+from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.page_format import PageFormat
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.step_clock import StepClock
 
+FITTING = 0.97  # of the sequences that fit when all prompts are done
 CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching, its default
 
 
@@ -24,16 +32,20 @@ CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching,
 class Served:
     """What a backend did, every token of every job; times in seconds from the start of the run.
 
+    jobs: what was served.
     first, gaps: until each request's first token, and between its tokens; empty where a backend
         does not tell.
+    decode_rate: tokens a second while every request decodes.
     """
 
     elapsed: float
+    jobs: Sequence[Job]
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     breakdown: dict[str, float] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    decode_rate: float | None = None
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -49,6 +61,66 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
+def _forget(device: torch.device) -> None:
+    """Give back what an engine before held: graphs and models refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> LLM:
+    """This engine over a model; one with random weights gets a made-up calibration."""
+    geometry = loaded.geometry
+    format = PageFormat.preset(
+        kv_format, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+    )
+    if is_random(loaded.name):
+        options = options | {"calibration": random_calibration(format, loaded)}
+    return LLM(loaded, kv_format=format, **options)
+
+
+@dataclass(slots=True)
+class _Times:
+    """When each request got which of its tokens."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    gaps: list[float] = field(default_factory=list)
+    finished: list[float] = field(default_factory=list)
+    steps: list[tuple[float, int]] = field(default_factory=list)  # when, tokens of all
+
+    def note(self, now: float, outputs: Sequence[RequestOutput]) -> None:
+        total = 0
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            key = output.request_id
+            count = len(output.outputs[0].token_ids)
+            new = count - self.counts.get(key, 0)
+            if new and key in self.last:
+                self.gaps.append(now - self.last[key])
+            elif new:
+                self.first[key] = now
+            if new:
+                self.last[key], self.counts[key] = now, count
+            total += new
+            if output.finished:
+                self.finished.append(now)
+        if total:
+            self.steps.append((now, total))
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second while every request decodes: from the last first token to the first
+        end; None where there is no such time."""
+        begin, end = max(self.first.values()), min(self.finished)
+        inside = [(at, count) for at, count in self.steps if begin < at <= end]
+        if len(inside) < 2:
+            return None
+        return sum(count for _, count in inside) / (inside[-1][0] - begin)
+
+
 def serve_with_pages(
     loaded: LoadedModel,
     jobs: Sequence[Job],
@@ -56,59 +128,64 @@ def serve_with_pages(
     kv_format: str,
     options: dict[str, Any],
     profile: bool = False,
+    decode_only: bool = False,
+    fit: bool = False,
 ) -> Served:
     """All requests at once into this engine; greedy, no token ends a request early.
 
     Args:
         options: of `LLM`.
         profile: measure where the time goes; the run is slower for it.
+        decode_only: prompts are not computed, K and V are made up (see `filling`).
+        fit: only as many of the jobs as the cache holds at once.
     """
-    llm = LLM(loaded, kv_format=kv_format, **options)
     device = loaded.model.device
-    _warm_up(llm)
+    _forget(device)
+    llm = engine_of(loaded, kv_format, options)
+    if decode_only:
+        llm.engine.runner = FillingRunner(
+            llm.engine.runner, llm.cache, loaded.geometry.vocab_size
+        )
+    if fit:
+        longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
+        room = concurrency(llm.cache.format, llm.cache.groups, longest)
+        # some room is left for the last segments of prompts, which are exact until they end
+        jobs = jobs[: max(1, min(int(FITTING * room), llm.cache.max_num_seqs))]
+    _warm_up(llm, jobs)
     if profile:
         llm.cache.clock = StepClock(device)
     _reset_peak(device)
+    times = _Times()
     begin = time.perf_counter()
     for i, job in enumerate(jobs):
         params = SamplingParams(temperature=0.0, max_tokens=job.output_len, ignore_eos=True)
         llm.engine.add_request(str(i), job.prompt_token_ids, params)
-    last: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    first, gaps = [], []
+    most = 0
     while llm.engine.has_unfinished():
         outputs = llm.engine.step()
-        now = time.perf_counter() - begin
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
-            key = output.request_id
-            new = len(output.outputs[0].token_ids) - counts.get(key, 0)
-            if new and key in last:
-                gaps.append(now - last[key])
-            elif new:
-                first.append(now)
-            if new:
-                last[key], counts[key] = now, counts.get(key, 0) + new
+        times.note(time.perf_counter() - begin, outputs)
+        most = max(most, len(llm.engine.scheduler.running))
     elapsed = time.perf_counter() - begin
     wanted = {str(i): job.output_len for i, job in enumerate(jobs)}
-    if counts != wanted:
-        missing = sum(wanted.values()) - sum(counts.values())
+    if times.counts != wanted:
+        missing = sum(wanted.values()) - sum(times.counts.values())
         raise ArithmeticError(f"{kv_format}: {missing} tokens are missing; not timed")
-    return Served(
-        elapsed,
-        first,
-        gaps,
-        dict(llm.cache.clock.seconds) if profile else {},
-        llm.stats(),
-        _peak(device),
-    )
+    stats = llm.stats() | {"most_running": most}
+    seconds = dict(llm.cache.clock.seconds) if profile else {}
+    rate, first, gaps = times.decode_rate, list(times.first.values()), times.gaps
+    return Served(elapsed, jobs, first, gaps, seconds, stats, _peak(device), rate)
 
 
-def _warm_up(llm: LLM) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": [1, 2, 3]}] * 2, params, use_tqdm=False)
+def _warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
+    """Compile what the run will need, and capture its graphs."""
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    longest = max(len(job.prompt_token_ids) for job in jobs)
+    for length in sorted({3, min(longest, 2 * BLOCK_TOKENS), min(longest, 4 * BLOCK_TOKENS + 5)}):
+        prompts = [{"prompt_token_ids": [1] * length}] * min(2, len(jobs))
+        llm.generate(prompts, params, use_tqdm=False)
     llm.cache.reset_prefix_cache()
+    longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
+    llm.warm_up(num_seqs=len(jobs), num_tokens=longest)
 
 
 @torch.inference_mode()
@@ -132,6 +209,7 @@ def serve_with_generate(
         elapsed = time.perf_counter() - begin
     return Served(
         elapsed,
+        jobs,
         stats={"backend": f"transformers generate, {attention}"},
         peak_memory_bytes=_peak(device),
     )
@@ -191,6 +269,7 @@ def serve_with_continuous_batching(
             )
     return Served(
         elapsed,
+        jobs,
         stats={"backend": f"transformers continuous batching, paged {attention}"},
         peak_memory_bytes=_peak(device),
     )

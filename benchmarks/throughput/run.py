@@ -16,6 +16,7 @@ from spectral_paged.benchmarks.throughput.backends import (
     serve_with_generate,
     serve_with_pages,
 )
+from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.loader import LoadedModel, load_model
@@ -33,6 +34,9 @@ class Options:
     backends: presets of this engine, `transformers` (static batches of `generate`), or
         `transformers-continuous` (its continuous batching, which chooses its batches itself).
     max_num_seqs: one run a value; of `transformers`, the batch size.
+    fit: of the requests only as many as the cache holds at once, a backend at a time.
+    decode_only: this engine's contexts are made up instead of computed.
+    name: of the result's files; default the model's.
     """
 
     model: str
@@ -45,6 +49,12 @@ class Options:
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     profile: bool = False
+    decode_only: bool = False
+    fit: bool = False
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    enforce_eager: bool = False
+    name: str = ""
     output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
 
 
@@ -61,8 +71,9 @@ def latency(values: Sequence[float]) -> dict[str, float | None] | None:
     }
 
 
-def row_of(backend: str, max_num_seqs: int, jobs: Sequence[Job], served: Served) -> dict[str, Any]:
+def row_of(backend: str, max_num_seqs: int, served: Served) -> dict[str, Any]:
     """One run, keys of vLLM's throughput benchmark first."""
+    jobs = served.jobs
     outputs = sum(job.output_len for job in jobs)
     total = outputs + sum(len(job.prompt_token_ids) for job in jobs)
     other = served.elapsed - sum(served.breakdown.values())
@@ -74,6 +85,7 @@ def row_of(backend: str, max_num_seqs: int, jobs: Sequence[Job], served: Served)
         "requests_per_second": len(jobs) / served.elapsed,
         "tokens_per_second": total / served.elapsed,
         "output_tokens_per_second": outputs / served.elapsed,
+        "decode_tokens_per_second": served.decode_rate,
         "max_num_seqs": max_num_seqs,
         "ttft_ms": latency(served.first),
         "itl_ms": latency(served.gaps),
@@ -99,8 +111,14 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
         "max_num_batched_tokens": o.max_num_batched_tokens,
         "kv_cache_bytes": o.kv_cache_bytes,
         "enable_prefix_caching": o.enable_prefix_caching,
+        "gpu_memory_utilization": o.gpu_memory_utilization,
+        "max_model_len": o.max_model_len,
+        "enforce_eager": o.enforce_eager,
     }
-    return serve_with_pages(loaded, jobs, kv_format=backend, options=engine, profile=o.profile)
+    return serve_with_pages(
+        loaded, jobs, kv_format=backend, options=engine, profile=o.profile,
+        decode_only=o.decode_only, fit=o.fit,
+    )  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
@@ -113,32 +131,44 @@ def line(row: dict[str, Any]) -> str:
     )
     if first is not None and gaps is not None:
         text += f", ttft p50 {first['p50']:.0f} ms, itl p50 {gaps['p50']:.1f} p99 {gaps['p99']:.1f}"
+    if row["decode_tokens_per_second"] is not None:
+        text += f", decoding {row['decode_tokens_per_second']:.1f} tokens/s"
     stats = row["stats"]
     if "preemptions" in stats:
-        text += f", {stats['preemptions']} preemptions, {stats['pages_sealed']} pages sealed"
+        text += (
+            f", {stats['most_running']} at once, {stats['preemptions']} preemptions, "
+            f"{stats['pages_sealed']} pages sealed"
+        )
     return text
 
 
-def main(options: Options) -> int:
+def load(options: Options) -> LoadedModel:
+    """The model of a run."""
+    device = choose_device(options.device)
+    loader = load_random if is_random(options.model) else load_model
+    return loader(options.model, device=device, dtype=choose_dtype(options.dtype, device))
+
+
+def main(options: Options, loaded: LoadedModel | None = None) -> int:
     """Measure, print, write `throughput-<model>.json` and, over several batches, a plot.
+
+    Args:
+        loaded: the model, where it is there already.
 
     Raises:
         InvalidRequestError: no backend, or a workload that the model does not take.
     """
     if not options.backends:
         raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
-    device = choose_device(options.device)
-    loaded = load_model(
-        options.model, device=device, dtype=choose_dtype(options.dtype, device)
-    )
-    geometry = loaded.geometry
+    loaded = load(options) if loaded is None else loaded
+    device, geometry = loaded.model.device, loaded.geometry
     jobs = jobs_of(
         options.workload, geometry.vocab_size, geometry.max_position_embeddings, loaded.tokenizer
     )
     rows = []
     for backend in options.backends:
         for batch in options.max_num_seqs:
-            rows.append(row_of(backend, batch, jobs, serve(loaded, backend, jobs, batch, options)))
+            rows.append(row_of(backend, batch, serve(loaded, backend, jobs, batch, options)))
             print(line(rows[-1]), flush=True)
     workload = asdict(options.workload)
     workload["dataset_path"] = str(options.workload.dataset_path or "")
@@ -147,10 +177,12 @@ def main(options: Options) -> int:
         "model": options.model,
         "workload": workload,
         "profiled": options.profile,
+        "decode_only": options.decode_only,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
         "rows": rows,
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    stem = f"throughput-{Path(options.model).stem}"
+    stem = f"throughput-{options.name or Path(options.model.replace(':', '-')).stem}"
     path = options.output_dir / f"{stem}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"raw results: {path}")

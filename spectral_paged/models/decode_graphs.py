@@ -4,7 +4,6 @@ needed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,10 +27,10 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 def entries_for(count: int) -> int:
-    """Page reads that a graph has room for when a step has `count`: 0, or a power of 4."""
+    """Page reads that a graph has room for when a step has `count`."""
     size = 64
     while size < count:
-        size *= 4
+        size *= 16 if size < 1024 else 4
     return size if count else 0
 
 
@@ -71,12 +70,6 @@ def known_tokens(ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
     return torch.where(sources < 0, ids.long(), sampled[sources.clamp_min(0)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    size: int
-
-
 class DecodeGraphs:
     """Captures and replays decode steps.
 
@@ -93,7 +86,8 @@ class DecodeGraphs:
         self.cache = cache
         self.forward = forward
         self.sizes = batch_sizes(cache.max_num_seqs)
-        shape = 3 + 5 * len(cache.groups), cache.max_num_seqs
+        # rows start at a multiple of 128 bytes: kernels are compiled anew for other alignments
+        shape = 3 + 5 * len(cache.groups), -(-cache.max_num_seqs // 32) * 32
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
         self._staging = [
             torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
@@ -101,7 +95,7 @@ class DecodeGraphs:
         self._turn = 0
         self._sampled = torch.zeros(cache.max_num_seqs, dtype=torch.int64, device=cache.device)
         self._logits: Tensor | None = None
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.num_replays = 0
 
@@ -114,24 +108,30 @@ class DecodeGraphs:
     ) -> Tensor:
         """Logits fp32 `[n, vocab]` of the cache's open step, a token a sequence; they hold until
         the next call."""
-        index = self.cache.step_index
+        assert self.cache.open_step is not None
+        index = self.cache.open_step.index
         total = max(sum(group.blocks) if group.num_pages else 0 for group in index)
         size = next(size for size in self.sizes if size >= len(token_ids))
-        key = size, entries_for(total)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
+        graph = self.prepare(size, entries_for(total))
         self._turn = (self._turn + 1) % STAGING
         staging = self._staging[self._turn]
         fill_inputs(staging.numpy(), token_ids, positions, pending, index)
         self._inputs.copy_(staging, non_blocking=True)
         if pending is not None:
             self._sampled[: len(pending.ids)] = pending.ids
-        self._graphs[key].graph.replay()
+        graph.replay()
         self.num_replays += 1
         assert self._logits is not None
         return self._logits[: len(token_ids)]
 
-    def _capture(self, size: int, max_blocks: int) -> _Graph:
+    def prepare(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
+        """The graph of a batch of `size` with up to `max_blocks` page reads, captured once."""
+        key = size, max_blocks
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        return self._graphs[key]
+
+    def _capture(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
         """Capture the step of a batch of `size` with up to `max_blocks` page reads.
 
         It runs once before, with sequences that have no tokens, so that kernels are compiled and
@@ -153,7 +153,7 @@ class DecodeGraphs:
             finally:
                 graph.capture_end()
         current.wait_stream(side)
-        return _Graph(graph, size)
+        return graph
 
     def _step(self, size: int, max_blocks: int) -> None:
         inputs = self._inputs[:, :size]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from spectral_paged.cache import SpectralKVCache
-from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens
+from spectral_paged.models.decode_graphs import DecodeGraphs, entries_for, known_tokens
 from spectral_paged.step import PendingTokens, StepPlan
 from spectral_paged.transfers import upload
 
@@ -81,6 +81,20 @@ class ModelRunner:
             "num_graphs": 0 if graphs is None else graphs.num_graphs,
             "graph_replays": 0 if graphs is None else graphs.num_replays,
         }
+
+    @torch.inference_mode()
+    def warm_up(self, num_seqs: int, num_tokens: int) -> int:
+        """Capture the graphs that up to `num_seqs` sequences of up to `num_tokens` tokens need;
+        how many there are now."""
+        if self.graphs is None:
+            return 0
+        blocks = self.cache.format.visible_blocks(num_tokens, 0)
+        for size in self.graphs.sizes:
+            for entries in sorted({0, entries_for(min(size, num_seqs) * blocks)}):
+                self.graphs.prepare(size, entries)
+            if size >= num_seqs:
+                break
+        return self.graphs.num_graphs
 
     @torch.inference_mode()
     def forward(

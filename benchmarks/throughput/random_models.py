@@ -1,0 +1,88 @@
+"""Models of known shapes with random weights: for speed alone, their text means nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.initialization import no_init_weights
+
+from spectral_paged.benchmarks.blocks import toy_basis
+from spectral_paged.calibration import model_fingerprint
+from spectral_paged.errors import UnknownModelError
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.page_format import PageFormat
+from spectral_paged.shared_basis import SharedBasis
+
+PREFIX = "random:"
+COMMON: dict[str, Any] = {
+    "max_position_embeddings": 131_072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    "tie_word_embeddings": False,
+}
+SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama-3-8b": (
+        LlamaConfig, LlamaForCausalLM,
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+        },
+    ),
+    "qwen2.5-7b": (
+        Qwen2Config, Qwen2ForCausalLM,
+        {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+        },
+    ),
+    "tiny": (
+        LlamaConfig, LlamaForCausalLM,
+        {
+            "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
+        },
+    ),
+}  # fmt: skip
+
+
+def is_random(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """The model `random:<shape>`.
+
+    Raises:
+        UnknownModelError: no such shape.
+    """
+    shape = name.removeprefix(PREFIX)
+    if shape not in SHAPES:
+        raise UnknownModelError(f"model {name!r}: random shapes are {', '.join(SHAPES)}")
+    config_type, model_type, fields = SHAPES[shape]
+    config = config_type(**(COMMON | fields))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
+            model = model_type(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator(device=device).manual_seed(0)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+    return LoadedModel(name, model, None, ModelGeometry.from_config(config))
+
+
+def random_calibration(format: PageFormat, loaded: LoadedModel) -> SharedBasis | str:
+    """A basis of made-up K and V for formats that need one."""
+    if not format.needs_calibration:
+        return "auto"
+    basis = toy_basis(format, num_layers=loaded.geometry.num_layers)
+    return replace(basis, model_fingerprint=model_fingerprint(loaded.model))

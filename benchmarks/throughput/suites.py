@@ -1,0 +1,82 @@
+"""Workloads that belong together, run over one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spectral_paged.benchmarks.throughput import run
+from spectral_paged.benchmarks.throughput.run import CONTINUOUS, GENERATE, Options
+from spectral_paged.benchmarks.throughput.workload import WorkloadOptions
+from spectral_paged.errors import InvalidRequestError
+
+MODEL_8B = "random:llama-3-8b"
+FORMATS = ("exact", "spectral-quality", "spectral-int8-post", "spectral-compact")
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def _decode_only(context: int, output_len: int, requests: int = 512) -> Options:
+    return Options(
+        MODEL_8B,
+        WorkloadOptions(num_prompts=requests, input_len=context, output_len=output_len),
+        FORMATS,
+        max_num_seqs=(requests,),
+        max_model_len=context + 512,
+        enable_prefix_caching=False,
+        decode_only=True,
+        fit=True,
+    )
+
+
+def _whole(input_len: int, output_len: int, requests: int, ratio: float = 0.0) -> Options:
+    return Options(
+        MODEL_8B,
+        WorkloadOptions(
+            num_prompts=requests, input_len=input_len, output_len=output_len, range_ratio=ratio
+        ),
+        ("exact", "spectral-quality"),
+        max_model_len=2 * (input_len + output_len),
+        enable_prefix_caching=False,
+    )
+
+
+SUITES: dict[str, dict[str, Options]] = {
+    # one H200; names say context or prompt, and what is bounded
+    "8b": {
+        "32k-full": _decode_only(32_768, 32),
+        # of 141 GB a common card has 24
+        "8k-24gb": replace(
+            _decode_only(8192, 48, 64), gpu_memory_utilization=0.17, max_num_batched_tokens=2048
+        ),
+        "1k": _whole(1024, 256, 256),
+        "8k": _whole(8192, 512, 64),
+        "curve": replace(
+            _whole(128, 128, 1), max_num_seqs=POWERS,
+        ),
+        "transformers": replace(
+            _whole(256, 1024, 64, 0.5),
+            backends=("exact", "spectral-quality", GENERATE, CONTINUOUS),
+            max_num_seqs=(64,),
+        ),
+    },
+}  # fmt: skip
+
+
+def main(name: str, *, only: Sequence[str], output_dir: Path) -> int:
+    """Run the workloads of a suite, a result each.
+
+    Raises:
+        InvalidRequestError: no such suite or workload.
+    """
+    if name not in SUITES:
+        raise InvalidRequestError(f"--suite {name!r}: use {', '.join(SUITES)}")
+    suite = SUITES[name]
+    if unknown := [one for one in only if one not in suite]:
+        raise InvalidRequestError(f"--only {', '.join(unknown)}: {name} has {', '.join(suite)}")
+    chosen = {one: options for one, options in suite.items() if not only or one in only}
+    loaded = run.load(next(iter(chosen.values())))
+    for one, options in chosen.items():
+        print(f"-- {name} {one}", flush=True)
+        run.main(replace(options, name=f"{name}-{one}", output_dir=output_dir), loaded)
+    return 0

@@ -1,0 +1,64 @@
+"""What a step needs besides weights and cache: measured by running the largest one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.sampler import Drawn, SampleRow
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.step import HISTORY_TOKENS
+
+PASSING = "spectral_paged_profile"
+GRAPH_BYTES = 512 << 20  # what graphs and kernels' modules were seen to take, at most
+COMMON = SamplingParams(temperature=1.0, top_p=0.9)  # the sampler's largest temporaries
+
+
+def _pass_on(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """In place of attention: the queries themselves."""
+    return query.transpose(1, 2), None
+
+
+def history_bytes(geometry: ModelGeometry, max_model_len: int, itemsize: int) -> int:
+    """The transient K and V that prompt chunks attend to, of one layer."""
+    tokens = max(HISTORY_TOKENS, max_model_len)
+    return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * itemsize
+
+
+@torch.inference_mode()
+def activation_bytes(
+    model: Any, geometry: ModelGeometry, *, num_tokens: int, num_rows: int, max_model_len: int
+) -> int:
+    """Peak bytes of a step of `num_tokens` tokens that samples `num_rows`, on CUDA; 0 elsewhere.
+
+    The step runs with attention left out; its history buffer and what CUDA graphs keep are added.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return 0
+    AttentionInterface.register(PASSING, _pass_on)
+    num_rows = min(num_rows, num_tokens)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with attending(model, PASSING):
+        places = torch.arange(num_tokens, device=device)
+        logits = model(
+            input_ids=torch.zeros_like(places).unsqueeze(0),
+            position_ids=(places % max_model_len).unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=places[:num_rows],
+        ).logits[0]
+    Drawn(logits.float(), [SampleRow(COMMON, 0, (), ())] * num_rows).get()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del logits
+    torch.cuda.empty_cache()
+    graph_logits = 4 * num_rows * geometry.vocab_size
+    history = history_bytes(geometry, max_model_len, model.dtype.itemsize)
+    return peak + history + graph_logits + GRAPH_BYTES
