@@ -34,6 +34,7 @@ class Options:
     backends: presets of this engine, `transformers` (static batches of `generate`), or
         `transformers-continuous` (its continuous batching, which chooses its batches itself).
     max_num_seqs: one run a value; of `transformers`, the batch size.
+    rounds: of the requests only so many for each of `max_num_seqs`.
     fit: of the requests only as many as the cache holds at once, a backend at a time.
     decode_only: this engine's contexts are made up instead of computed.
     name: of the result's files; default the model's.
@@ -51,6 +52,7 @@ class Options:
     profile: bool = False
     decode_only: bool = False
     fit: bool = False
+    rounds: int | None = None
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     enforce_eager: bool = False
@@ -168,7 +170,8 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     rows = []
     for backend in options.backends:
         for batch in options.max_num_seqs:
-            rows.append(row_of(backend, batch, serve(loaded, backend, jobs, batch, options)))
+            some = jobs if options.rounds is None else jobs[: options.rounds * batch]
+            rows.append(row_of(backend, batch, serve(loaded, backend, some, batch, options)))
             print(line(rows[-1]), flush=True)
     workload = asdict(options.workload)
     workload["dataset_path"] = str(options.workload.dataset_path or "")

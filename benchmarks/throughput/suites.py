@@ -52,7 +52,7 @@ SUITES: dict[str, dict[str, Options]] = {
         "1k": _whole(1024, 256, 256),
         "8k": _whole(8192, 512, 64),
         "curve": replace(
-            _whole(128, 128, 1), max_num_seqs=POWERS,
+            _whole(128, 96, 256), max_num_seqs=POWERS, rounds=1
         ),
         "transformers": replace(
             _whole(256, 1024, 64, 0.5),
