@@ -35,6 +35,7 @@ from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 from spectral_paged.pins import Spans, pinned_blocks
 from spectral_paged.rope import RotaryTable
+from spectral_paged.seal_schedule import blocks_to_seal
 from spectral_paged.sealer import Sealer
 from spectral_paged.sequence_table import SequenceTable
 from spectral_paged.shared_basis import SharedBasis
@@ -234,7 +235,8 @@ class SpectralKVCache:
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """Blocks that become due for sealing when `num_new` more tokens are stored."""
-        return self._visible_next(seq_id, num_new) - self._visible_next(seq_id)
+        visible = self._visible_next(seq_id, num_new)
+        return max(len(group.due(seq_id, visible)) for group in self.groups)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
         """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
@@ -288,8 +290,7 @@ class SpectralKVCache:
         """Give back slots reserved for tokens that no step stored."""
         state = self._sequences[seq_id]
         for group in self.groups:
-            sealed = group.sequences[seq_id].num_sealed_pages
-            group.shrink(seq_id, group.num_exact_pages(state.num_tokens, sealed), sealed)
+            group.cancel(seq_id, state.num_tokens)
 
     def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
         """The step over sequences whose tokens are reserved already."""
@@ -392,23 +393,20 @@ class SpectralKVCache:
                 self._sequences[seq_id].error = report.failed[seq_id] = error
 
     def _seal(self, group: LayerGroup, plan: StepPlan, report: StepReport) -> None:
-        due = [
-            (entry.seq_id, block)
-            for entry in plan.entries
-            if self._sequences[entry.seq_id].error is None
-            for block in group.due(entry.seq_id, self._visible_next(entry.seq_id))
-        ]
-        self._sealer.seal(group, due)
+        states = {e.seq_id: self._sequences[e.seq_id] for e in plan.entries}
+        blocks = blocks_to_seal(group, self.format, states)
+        self._sealer.seal(group, blocks)
         self._note(self._sealer.failures(lambda check: False), report)
-        for seq_id in (entry.seq_id for entry in plan.entries):
-            state, visible = self._sequences[seq_id], self._visible_next(seq_id)
-            if state.error is not None:
-                continue
-            count = len(group.due(seq_id, visible))
-            group.publish_sealed(seq_id, state.chain, group.blocks_sealed(visible))
-            state.num_pages_sealed += count * len(group.layers)
-            report.blocks_sealed += count
-            self.counters.pages_sealed += count * len(group.layers)
+        for seq_id, block in blocks:
+            if states[seq_id].error is None:
+                group.note_encoded(seq_id, block)
+                states[seq_id].num_pages_sealed += len(group.layers)
+                self.counters.pages_sealed += len(group.layers)
+                report.blocks_sealed += 1
+        for seq_id, state in states.items():
+            if state.error is None:
+                visible = group.blocks_sealed(self._visible_next(seq_id))
+                group.publish_sealed(seq_id, state.chain, visible)
 
     def _visible_next(self, seq_id: str, num_new: int = 0) -> int:
         """Blocks that the query after `num_new` more tokens sees as pages."""

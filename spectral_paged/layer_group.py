@@ -42,6 +42,7 @@ class GroupSlots:
     pages: list[int] = field(default_factory=list)
     num_published: int = 0  # full exact pages looked at so far, in sequence order
     num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
+    num_encoded: int = 0  # blocks whose pages are written, shown or not
 
     def num_pages(self, num_blocks: int) -> int:
         """Pages among the first `num_blocks` blocks: those not pinned."""
@@ -50,6 +51,11 @@ class GroupSlots:
     @property
     def num_sealed_pages(self) -> int:
         return self.num_pages(self.num_sealed)
+
+    @property
+    def num_written(self) -> int:
+        """Blocks that need no sealing any more."""
+        return max(self.num_sealed, self.num_encoded)
 
     def exact_place(self, index: int, num_landmark_pages: int) -> int:
         """Where the exact page with tokens `64 index ...` stands in `exact`; it is not sealed."""
@@ -269,9 +275,34 @@ class LayerGroup:
     # ---- sealing -------------------------------------------------------------------------
 
     def due(self, seq_id: str, visible_blocks: int) -> list[int]:
-        """Blocks to seal now."""
+        """Blocks that must be sealed now."""
         slots = self.sequences[seq_id]
-        return self._unpinned(slots, range(slots.num_sealed, self.blocks_sealed(visible_blocks)))
+        return self._unpinned(slots, range(slots.num_written, self.blocks_sealed(visible_blocks)))
+
+    def complete(self, seq_id: str, num_tokens: int) -> int | None:
+        """The next block to seal, if all of its tokens are among the first `num_tokens`."""
+        slots = self.sequences[seq_id]
+        block = slots.num_written
+        while block in slots.pinned:
+            block += 1
+        end = (self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK) * EXACT_PAGE_TOKENS
+        return block if self.seals and end <= num_tokens else None
+
+    def reserve_page(self, seq_id: str, block: int) -> bool:
+        """Hold a page slot for a block that is not visible yet; False: not now."""
+        slots = self.sequences[seq_id]
+        return self.grow(seq_id, len(slots.exact), slots.num_pages(block) + 1)
+
+    def note_encoded(self, seq_id: str, block: int) -> None:
+        """The page of `block` is written."""
+        slots = self.sequences[seq_id]
+        slots.num_encoded = max(slots.num_encoded, block + 1)
+
+    def cancel(self, seq_id: str, num_tokens: int) -> None:
+        """Give back what was reserved for tokens past `num_tokens`."""
+        slots = self.sequences[seq_id]
+        num_exact = self.num_exact_pages(num_tokens, slots.num_sealed_pages)
+        self.shrink(seq_id, num_exact, slots.num_pages(slots.num_written))
 
     @staticmethod
     def _unpinned(slots: GroupSlots, blocks: range) -> list[int]:

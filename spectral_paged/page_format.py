@@ -206,6 +206,10 @@ class PageFormat:
             past = max(past, 0) // self.prefill_segment * self.prefill_segment
         return max(0, (past - self.hot_tokens) // BLOCK_TOKENS)
 
+    def visible_from(self, block: int) -> int:
+        """Position of the first generated token whose query sees `block` as a page."""
+        return self.num_landmark_tokens + BLOCK_TOKENS * (block + 1) + self.hot_tokens
+
     def chunk_end(self, start: int, num_prompt_tokens: int) -> int:
         """First position after `start` whose query sees another number of pages than `start`.
 
@@ -215,7 +219,7 @@ class PageFormat:
             return 1 << 62
         landmarks, segment = self.num_landmark_tokens, self.prefill_segment
         blocks = self.visible_blocks(start, num_prompt_tokens)
-        end = landmarks + self.hot_tokens + BLOCK_TOKENS * (blocks + 1)  # while generating
+        end = self.visible_from(blocks)  # while generating
         if start < num_prompt_tokens:
             past = max(start - landmarks, 0)
             segment_end = landmarks + (past // segment + 1) * segment

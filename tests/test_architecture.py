@@ -22,6 +22,7 @@ CACHE = {
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
     "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock", "transfers",
+    "seal_schedule",
 }  # fmt: skip
 ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group", "admission",
