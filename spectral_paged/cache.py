@@ -113,7 +113,7 @@ class SpectralKVCache:
             scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             dtype=dtype,
         )
-        self._sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
+        self.sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
         self.open_step: OpenStep | None = None
         self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # failures found between steps
@@ -217,7 +217,7 @@ class SpectralKVCache:
         """
         state = self._sequences.held(seq_id, ": double free")
         # what is not to be trusted must not be found by others
-        self._note(self._sealer.failures(lambda check: seq_id in check.seq_ids), self._late)
+        self._note(self.sealer.failures(lambda check: seq_id in check.seq_ids), self._late)
         if state.ran:
             self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
@@ -384,7 +384,7 @@ class SpectralKVCache:
     def settle(self) -> StepReport:
         """Wait until what was sealed so far has been checked; failures not reported yet."""
         report, self._late = self._late, StepReport()
-        self._note(self._sealer.failures(lambda check: True), report)
+        self._note(self.sealer.failures(lambda check: True), report)
         return report
 
     def _note(self, failed: dict[str, NonFiniteError], report: StepReport) -> None:
@@ -395,8 +395,8 @@ class SpectralKVCache:
     def _seal(self, group: LayerGroup, plan: StepPlan, report: StepReport) -> None:
         states = {e.seq_id: self._sequences[e.seq_id] for e in plan.entries}
         blocks = blocks_to_seal(group, self.format, states)
-        self._sealer.seal(group, blocks)
-        self._note(self._sealer.failures(lambda check: False), report)
+        self.sealer.seal(group, blocks)
+        self._note(self.sealer.failures(lambda check: False), report)
         for seq_id, block in blocks:
             if states[seq_id].error is None:
                 group.note_encoded(seq_id, block)

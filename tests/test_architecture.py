@@ -30,7 +30,7 @@ ENGINE = CACHE | {
 }  # fmt: skip
 MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
-TOP = {"llm", "placement", "model_report", "batch_file", "batch_run"}
+TOP = {"llm", "placement", "model_report", "batch_file", "batch_run", "arguments"}
 LLM = ENGINE | CALIBRATION | TOP
 ALLOWED = {
     "kernels": {"kernels"},

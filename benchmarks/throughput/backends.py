@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from spectral_paged.benchmarks.throughput.filling import FillingRunner
+from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_calibration
 from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.capacity import concurrency
@@ -143,9 +143,7 @@ def serve_with_pages(
     _forget(device)
     llm = engine_of(loaded, kv_format, options)
     if decode_only:
-        llm.engine.runner = FillingRunner(
-            llm.engine.runner, llm.cache, loaded.geometry.vocab_size
-        )
+        fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
     if fit:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
         room = concurrency(llm.cache.format, llm.cache.groups, longest)

@@ -7,6 +7,7 @@ phase alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,44 @@ from torch import Tensor
 
 from spectral_paged.benchmarks.blocks import structured_blocks
 from spectral_paged.cache import SpectralKVCache
-from spectral_paged.engine import Runner
+from spectral_paged.codec import encode_pages
+from spectral_paged.engine import Engine, Runner
+from spectral_paged.layer_group import LayerGroup
+from spectral_paged.sealer import Sealer
 from spectral_paged.step import PendingTokens, StepPlan
+
+FILL_TOKENS = 65_536  # of a step that only stores
+
+
+class CopyingSealer(Sealer):
+    """Writes one page, encoded once, wherever a block is sealed: for formats that no kernel seals,
+    whose encoding would take hours at the size of a benchmark. Pages of their own places, so
+    reading them costs what it costs."""
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        before = cache.sealer
+        super().__init__(
+            before.basis, before.ops, cos=before.cos, sin=before.sin, dtype=before.dtype
+        )
+        k, v = structured_blocks(1, cache.format, cache.device)
+        layers = cache.num_layers
+        self._page = encode_pages(
+            k, v, cache.format, basis=self.basis.bound, layers=[0]
+        ).expand(layers, -1)
+
+    def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
+        for seq_id, block in due:
+            group.write_page(seq_id, block, self._page[: len(group.layers)])
+
+
+def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
+    """Let an engine's prompts be stored and sealed, and its decode steps run."""
+    cache = engine.cache
+    engine.runner = FillingRunner(engine.runner, cache, vocab_size)
+    if cache.format.seals and not cache.ops.seals(cache.format.layout):
+        cache.sealer = CopyingSealer(cache)
+    scheduler = engine.scheduler
+    scheduler.config = replace(scheduler.config, max_num_batched_tokens=FILL_TOKENS)
 
 
 class FillingRunner:

@@ -52,8 +52,8 @@ def is_random(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The model `random:<shape>`.
+def random_config(name: str) -> Any:
+    """The config of `random:<shape>`.
 
     Raises:
         UnknownModelError: no such shape.
@@ -61,8 +61,14 @@ def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> Loade
     shape = name.removeprefix(PREFIX)
     if shape not in SHAPES:
         raise UnknownModelError(f"model {name!r}: random shapes are {', '.join(SHAPES)}")
-    config_type, model_type, fields = SHAPES[shape]
-    config = config_type(**(COMMON | fields))
+    config_type, _, fields = SHAPES[shape]
+    return config_type(**(COMMON | fields))
+
+
+def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """The model `random:<shape>`; errors as `random_config` has them."""
+    config = random_config(name)
+    model_type = SHAPES[name.removeprefix(PREFIX)][1]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -167,14 +167,9 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     jobs = jobs_of(
         options.workload, geometry.vocab_size, geometry.max_position_embeddings, loaded.tokenizer
     )
-    rows = []
-    for backend in options.backends:
-        for batch in options.max_num_seqs:
-            some = jobs if options.rounds is None else jobs[: options.rounds * batch]
-            rows.append(row_of(backend, batch, serve(loaded, backend, some, batch, options)))
-            print(line(rows[-1]), flush=True)
     workload = asdict(options.workload)
     workload["dataset_path"] = str(options.workload.dataset_path or "")
+    rows: list[dict[str, Any]] = []
     result = {
         "environment": environment() | {"device": device.type, "dtype": str(loaded.model.dtype)},
         "model": options.model,
@@ -187,7 +182,12 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     stem = f"throughput-{options.name or Path(options.model.replace(':', '-')).stem}"
     path = options.output_dir / f"{stem}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for backend in options.backends:
+        for batch in options.max_num_seqs:
+            some = jobs if options.rounds is None else jobs[: options.rounds * batch]
+            rows.append(row_of(backend, batch, serve(loaded, backend, some, batch, options)))
+            print(line(rows[-1]), flush=True)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"raw results: {path}")
     if len(options.max_num_seqs) > 1:
         print(draw(result, options.output_dir / f"{stem}.png"))

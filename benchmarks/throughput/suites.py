@@ -16,7 +16,8 @@ FORMATS = ("exact", "spectral-quality", "spectral-int8-post", "spectral-compact"
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def _decode_only(context: int, output_len: int, requests: int = 512) -> Options:
+def _decode_only(context: int, output_len: int, requests: int = 256) -> Options:
+    """Outputs are long enough for the first context filled to go on until the last one is."""
     return Options(
         MODEL_8B,
         WorkloadOptions(num_prompts=requests, input_len=context, output_len=output_len),
@@ -41,23 +42,24 @@ def _whole(input_len: int, output_len: int, requests: int, ratio: float = 0.0) -
     )
 
 
+MIXED = _whole(256, 1024, 64, 0.5)
+
 SUITES: dict[str, dict[str, Options]] = {
     # one H200; names say context or prompt, and what is bounded
     "8b": {
-        "32k-full": _decode_only(32_768, 32),
+        "32k-full": _decode_only(32_768, 192),
         # of 141 GB a common card has 24
         "8k-24gb": replace(
-            _decode_only(8192, 48, 64), gpu_memory_utilization=0.17, max_num_batched_tokens=2048
-        ),
-        "1k": _whole(1024, 256, 256),
-        "8k": _whole(8192, 512, 64),
-        "curve": replace(
-            _whole(128, 96, 256), max_num_seqs=POWERS, rounds=1
+            _decode_only(8192, 96, 64), gpu_memory_utilization=0.17, max_num_batched_tokens=2048
         ),
         "transformers": replace(
-            _whole(256, 1024, 64, 0.5),
-            backends=("exact", "spectral-quality", GENERATE, CONTINUOUS),
-            max_num_seqs=(64,),
+            MIXED, backends=("exact", "spectral-quality", GENERATE), max_num_seqs=(64,)
+        ),
+        "8k": _whole(8192, 512, 64),
+        "1k": _whole(1024, 256, 256),
+        "curve": replace(_whole(128, 96, 256), max_num_seqs=POWERS, rounds=1),
+        "continuous": replace(
+            MIXED, backends=(CONTINUOUS,), kv_cache_bytes=32 << 30, max_num_seqs=(64,)
         ),
     },
 }  # fmt: skip

@@ -1,0 +1,178 @@
+"""`spectral-paged bench capacity`: how much context a memory holds, by format.
+
+Predicted by arithmetic over slabs; measured by storing sequences (K and V are made up) until one
+more does not fit, and by what the allocator says was taken. Speed and quality are not its business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from spectral_paged import capacity
+from spectral_paged.benchmarks.blocks import structured_blocks, toy_basis
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import load_config
+from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import choose_device
+from spectral_paged.rope import RotaryTable
+
+FORMATS = (
+    "exact", "spectral-quality", "spectral-compact", "spectral-page", "spectral-int8",
+    "spectral-int8-post",
+)  # fmt: skip
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format. Tokens are of sealed contexts; sequences have `context` tokens each."""
+
+    format: str
+    fingerprint: str
+    bytes_per_token: float
+    capacity_tokens: int
+    predicted_sequences: int
+    stored_sequences: int
+    allocated_bytes: int  # by the arenas and all that the cache keeps beside them
+    peak_bytes: int | None  # while storing and sealing; None without a GPU
+
+
+class Filler:
+    """Stores sequences in a cache, in steps as long as they may be.
+
+    Layers get the same K and V: how much fits depends on no value.
+    """
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self.cache = cache
+        k, v = structured_blocks(2, cache.format, cache.device)
+        self._k, self._v = (x.transpose(1, 2).flatten(0, 1).to(DTYPE) for x in (k, v))
+
+    def store(self, name: str, num_tokens: int) -> bool:
+        """A whole sequence; False, and nothing held, where it does not fit."""
+        cache = self.cache
+        if cache.add_sequence(name, num_prompt_tokens=num_tokens) is None:
+            return False
+        while cache.num_tokens(name) < num_tokens:
+            left = num_tokens - cache.num_tokens(name)
+            count = min(left, cache.chunk_limit(name), len(self._k))
+            plan = cache.reserve({name: count})
+            if plan is None:
+                cache.free(name)
+                return False
+            cache.begin_step(plan)
+            for layer in range(cache.num_layers):
+                cache.append(layer, self._k[:count], self._v[:count])
+            cache.end_step()
+        return True
+
+
+def measure(
+    name: str, geometry: ModelGeometry, context: int, memory: int, max_num_seqs: int,
+    device: torch.device,
+) -> Row:  # fmt: skip
+    """Fill a cache of `memory` bytes with contexts until no more fits."""
+    heads, dim = geometry.num_kv_heads, geometry.head_dim
+    format = PageFormat.preset(name, num_kv_heads=heads, head_dim=dim)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    cache = SpectralKVCache(
+        num_layers=geometry.num_layers,
+        num_q_heads=geometry.num_q_heads,
+        num_kv_heads=heads,
+        head_dim=dim,
+        rope=RotaryTable.from_theta(5e5, dim, max_positions=context + 64, device=device),
+        format=format,
+        device=device,
+        dtype=DTYPE,
+        kv_cache_bytes=memory,
+        max_num_seqs=max_num_seqs,
+        calibration=(
+            toy_basis(format, num_layers=geometry.num_layers) if format.needs_calibration else None
+        ),
+        enable_prefix_caching=False,
+    )
+    allocated = torch.cuda.memory_allocated(device) - before if cuda else 0
+    filler, stored = Filler(cache), 0
+    while stored < max_num_seqs and filler.store(str(stored), context):
+        stored += 1
+    if cuda:
+        torch.cuda.synchronize(device)
+    stats = cache.stats()
+    bytes_per_token = stats["bytes_per_token"]
+    assert isinstance(bytes_per_token, float)
+    return Row(
+        name,
+        cache.format.fingerprint,
+        bytes_per_token,
+        cache.capacity_tokens,
+        min(capacity.concurrency(cache.format, cache.groups, context), max_num_seqs),
+        stored,
+        allocated or sum(group.pool.num_bytes for group in cache.groups),
+        torch.cuda.max_memory_allocated(device) - before if cuda else None,
+    )
+
+
+def main(
+    *,
+    model: str,
+    device: str,
+    context: int,
+    memory: int,
+    max_num_seqs: int,
+    formats: Sequence[str],
+    output_dir: Path,
+) -> int:
+    """Measure, print a table and write `capacity-<model>.json`.
+
+    Raises:
+        InvalidRequestError: a context that the model does not take.
+    """
+    where = choose_device(device)
+    config = random_config(model) if is_random(model) else load_config(model)
+    geometry = ModelGeometry.from_config(config)
+    if not 1 <= context <= geometry.max_position_embeddings:
+        raise InvalidRequestError(
+            f"--context is {context}; this model takes 1 to {geometry.max_position_embeddings}"
+        )
+    print(
+        f"{model}: {memory / 1e9:.2f} GB of cache, sequences of {context} tokens, at most "
+        f"{max_num_seqs}"
+    )
+    rows = []
+    for name in formats or FORMATS:
+        rows.append(measure(name, geometry, context, memory, max_num_seqs, where))
+        row, base = rows[-1], rows[0]
+        print(
+            f"{row.format:20} {row.bytes_per_token:9.0f} bytes/token  {row.capacity_tokens:9} "
+            f"tokens ({row.capacity_tokens / base.capacity_tokens:5.2f}x)  sequences: predicted "
+            f"{row.predicted_sequences:4}, stored {row.stored_sequences:4} "
+            f"({row.stored_sequences / max(base.stored_sequences, 1):5.2f}x)  "
+            f"{row.allocated_bytes / 1e9:.2f} GB allocated",
+            flush=True,
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / f"capacity-{Path(model.replace(':', '-')).stem}.json"
+    result = {
+        "environment": environment() | {"device": where.type},
+        "model": model,
+        "context": context,
+        "kv_cache_bytes": memory,
+        "max_num_seqs": max_num_seqs,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"raw results: {path}")
+    return 0
