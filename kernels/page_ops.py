@@ -38,14 +38,16 @@ class PageOps:
     seal: Callable[..., Tensor] | None = None
     on_gpu: bool = False
 
-    def backend(self, layout: PageLayout | None, group: int, device: torch.device) -> str:
+    def backend(
+        self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
+    ) -> str:
         """What `stats()` says of decoding: `torch`, `triton`, or `gluon` where explicit layouts
         fit."""
         if not self.on_gpu:
             return "torch"
         from spectral_paged.kernels.spectral_decode_gpu import implementation
 
-        return "triton" if layout is None else implementation(layout, group, device)
+        return "triton" if layout is None else implementation(layout, group, device, rotary_dim)
 
     def prefill_backend(self, dtype: torch.dtype, dim: int) -> str:
         """What `stats()` says of attention of prompt chunks: `torch`, or what

@@ -104,6 +104,7 @@ class SpectralKVCache:
         empty = torch.zeros(0, 0, device=self.device)
         cos = rope.cos.to(self.device) if rope is not None else empty
         sin = rope.sin.to(self.device) if rope is not None else empty
+        self.rotary_dim = 2 * cos.shape[-1] or head_dim
         self.ops = page_ops(self.device)
         self._attention = PagedAttention(
             self._basis,
@@ -428,7 +429,7 @@ class SpectralKVCache:
         """
         return {
             **cache_stats.backends(
-                self.ops, self.format, self.num_q_heads, self.device, self.dtype
+                self.ops, self.format, self.num_q_heads, self.rotary_dim, self.device, self.dtype
             ),
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,

@@ -100,12 +100,17 @@ def cost_figures(
 
 
 def backends(
-    ops: PageOps, format: PageFormat, num_q_heads: int, device: torch.device, dtype: torch.dtype
+    ops: PageOps,
+    format: PageFormat,
+    num_q_heads: int,
+    rotary_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, object]:
     """What runs: decode attention, attention of prompt chunks, sealing."""
     layout = format.layout if format.seals else None
     return {
-        "backend": ops.backend(layout, num_q_heads // format.num_kv_heads, device),
+        "backend": ops.backend(layout, num_q_heads // format.num_kv_heads, device, rotary_dim),
         "prefill_backend": ops.prefill_backend(dtype, format.head_dim),
         "seal_backend": ops.seal_backend(layout),
     }

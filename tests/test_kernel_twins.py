@@ -255,6 +255,19 @@ def test_a_chunk_is_causal_from_the_bottom_right(tokens, length, group):
     assert torch.allclose(got, plain(q, k, v, 0.3, causal=True)[0], atol=1e-5)
 
 
+def test_chunks_behind_each_other_see_their_own_keys_only():
+    queries, keys = [1, 300, 37, 64], [1, 300, 600, 65]
+    q, k = torch.randn(sum(queries), 6, D), torch.randn(2, sum(keys), D)
+    v = torch.randn(2, sum(keys), D)
+    spans = ChunkSpans.of(queries, keys, q.device)
+    got = chunk_attention(q, k, v, spans=spans, scale=0.3)
+    for mine, own in spans:
+        want = plain(q[mine], k[:, own], v[:, own], 0.3, causal=True)[0]
+        assert torch.allclose(got[mine], want, atol=1e-5)
+    with pytest.raises(ValueError, match="2.* queries"):
+        ChunkSpans.of([2], [1], q.device)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.3, 0.7])
 @pytest.mark.parametrize("rotary_dim", [D, D // 2])
 def test_unrotation_is_exact_where_the_model_scales_its_table_too(factor, rotary_dim):

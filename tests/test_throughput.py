@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_model import VOCAB, tiny_model
 
-from spectral_paged.benchmarks.throughput import run
-from spectral_paged.benchmarks.throughput.backends import serve_with_pages
+from spectral_paged.benchmarks.throughput import run, suites
+from spectral_paged.benchmarks.throughput.backends import serve_with_generate, serve_with_pages
+from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
@@ -168,3 +169,42 @@ def test_a_clock_that_is_off_counts_nothing():
     with clock.section("model"):
         time.sleep(0.001)
     assert not any(clock.seconds.values())
+
+
+# ---- decode alone, suites ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["exact", "auto", "spectral-int8-post"])
+def test_decode_alone_runs_the_model_for_decode_steps_only(format):
+    tiny = load_random("random:tiny", device=torch.device("cpu"), dtype=torch.float32)
+    lengths, forward = [], tiny.model.forward
+
+    def counted(**arguments):
+        lengths.append(arguments["input_ids"].shape[1])
+        return forward(**arguments)
+
+    tiny.model.forward = counted
+    options = {"kv_cache_bytes": 24 << 20, "max_model_len": 2048, "enable_prefix_caching": False}
+    found = serve_with_pages(
+        tiny, [Job([1] * 1500, 30)] * 40, kv_format=format, options=options, decode_only=True,
+        fit=True,
+    )  # fmt: skip
+    count = len(found.jobs)
+    warm_up = lengths.index(1500) + 1 if 1500 in lengths else 0
+    assert 2 < count < 40 and max(lengths[warm_up:]) <= count
+    assert found.decode_rate > 0 and found.stats["most_running"] == count
+    assert (found.stats["pages_sealed"] >= count * 2 * 2) == (format != "exact")
+
+
+def test_the_suite_refuses_what_it_does_not_have(tmp_path):
+    for name, only in (("9b", []), ("8b", ["no-such"])):
+        with pytest.raises(InvalidRequestError, match="8b"):
+            suites.main(name, only=only, output_dir=tmp_path)
+
+
+def test_baselines_run_the_model_as_it_came():
+    """A model that an engine compiled before is not what transformers' own loops are timed on."""
+    tiny = loaded()
+    tiny.model.model.norm._compiled_call_impl = lambda *_: pytest.fail("still compiled")
+    served = serve_with_generate(tiny, [Job([1, 2, 3], 4)], batch_size=1)
+    assert served.elapsed > 0

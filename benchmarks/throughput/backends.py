@@ -19,6 +19,7 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.runner import uncompile
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.page_format import PageFormat
 from spectral_paged.sampling import SamplingParams
@@ -61,10 +62,12 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _forget(device: torch.device) -> None:
-    """Give back what an engine before held: graphs and models refer to each other."""
+def _forget(model: Any) -> None:
+    """Give back what an engine before held (graphs, arenas and models refer to each other), and
+    let the model's layers run as transformers has them."""
+    uncompile(model)
     gc.collect()
-    if device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -140,7 +143,7 @@ def serve_with_pages(
         fit: only as many of the jobs as the cache holds at once.
     """
     device = loaded.model.device
-    _forget(device)
+    _forget(loaded.model)
     llm = engine_of(loaded, kv_format, options)
     if decode_only:
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
@@ -194,6 +197,7 @@ def serve_with_generate(
     padded; a batch runs until its longest output is done, tokens past a request's own length do
     not count."""
     model, device = loaded.model, loaded.model.device
+    _forget(model)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
     with attending(model, attention):
         _generate(model, order[:1], 2)
@@ -232,6 +236,7 @@ def serve_with_continuous_batching(
         ArithmeticError: a request came back with an error or with another number of tokens.
     """
     model, device = loaded.model, loaded.model.device
+    _forget(model)
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
     num_blocks = None
     if kv_cache_bytes is not None:

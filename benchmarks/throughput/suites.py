@@ -52,7 +52,7 @@ SUITES: dict[str, dict[str, Options]] = {
         "8k-24gb": replace(
             _decode_only(8192, 96, 64), gpu_memory_utilization=0.17, max_num_batched_tokens=2048
         ),
-        "transformers": replace(
+        "mixed": replace(
             MIXED, backends=("exact", "spectral-quality", GENERATE), max_num_seqs=(64,)
         ),
         "8k": _whole(8192, 512, 64),

@@ -36,6 +36,17 @@ def spectral_attention(
     return spectral_cache.attend(module.layer_idx, q, k, v).unsqueeze(0), None
 
 
+def compiled_parts(model: Any) -> list[Any]:
+    """The modules that `torch.compile` is for, one by one: all layers share their code."""
+    return [*model.model.layers, model.model.norm]
+
+
+def uncompile(model: Any) -> None:
+    """Let a model that a `ModelRunner` compiled run as it did before."""
+    for part in compiled_parts(model):
+        part._compiled_call_impl = None
+
+
 class ModelRunner:
     """A causal LM whose attention goes through a `SpectralKVCache`.
 
@@ -68,7 +79,7 @@ class ModelRunner:
         if self.compiles:
             # a graph break: what attention does depends on the step, not on the layer's code
             attention = torch.compiler.disable(spectral_attention)
-            for part in (*model.model.layers, model.model.norm):
+            for part in compiled_parts(model):
                 part.compile(dynamic=True)
         AttentionInterface.register(ATTENTION_NAME, attention)
         model.set_attn_implementation(ATTENTION_NAME)
