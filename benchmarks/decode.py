@@ -22,6 +22,7 @@ from torch import Tensor
 from spectral_paged.benchmarks import decode_report
 from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
 from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.flashinfer_decode import best_ways, installed
 from spectral_paged.codec import encode_pages
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels import exact_decode_triton as exact_op
@@ -239,7 +240,8 @@ class Workload:
         work, num_bytes = self._exact(self.lengths)
         found.append(("exact_decode bf16", graph_ms(work), num_bytes))
         found += [(name, ms, num_bytes) for name, ms in self._library_kernels()]
-        self.best_bf16 = min(ms for _, ms, _ in found)
+        found += best_ways(self.q, self.lengths, self.heads, graph_ms)
+        self.best_bf16 = min(ms for name, ms, _ in found if "bf16" in name)
         return [self._row(name, "pages", ms, size) for name, ms, size in found]
 
     def _library_kernels(self) -> Iterable[tuple[str, float]]:
@@ -343,6 +345,8 @@ def main(
         raise InvalidRequestError(f"--shape {', '.join(unknown)}: use {', '.join(SHAPES)}")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: device copy {bandwidth / 1e12:.2f} TB/s")
+    if not installed():
+        print("flashinfer is not installed: it has no rows")
     found: list[Row] = []
     for shape in shapes or SHAPES:
         num_q_heads, _, dim = SHAPES[shape]
@@ -383,6 +387,7 @@ def main(
     result = {
         "environment": environment(),
         "gpu": torch.cuda.get_device_name(),
+        "flashinfer": installed(),
         "copy_bytes_per_second": bandwidth,
         "launch_configs": {
             gpu: launch_table().get(gpu, {}) for gpu in gpus_of(torch.device("cuda"))
