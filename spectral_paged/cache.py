@@ -222,6 +222,7 @@ class SpectralKVCache:
         if state.ran:
             self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
+        self._late.failed.pop(seq_id, None)  # it has ended; another may take its name
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached slot that nobody uses; returns how many."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from spectral_paged.admission import check_request
@@ -28,11 +26,11 @@ from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, Re
 from spectral_paged.pins import Spans, spans_of
 from spectral_paged.prompts import token_ids_of
 from spectral_paged.request_group import Completion, RequestGroup, seed_of
-from spectral_paged.sampler import Drawn, Sampled, SampleRow
+from spectral_paged.sampled_step import SampledStep
+from spectral_paged.sampler import Sampled
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
 from spectral_paged.step import PendingTokens, StepPlan
-from spectral_paged.transfers import upload
 
 
 class Runner(Protocol):
@@ -46,19 +44,6 @@ class Runner(Protocol):
         pending: PendingTokens | None = None,
     ) -> Tensor: ...
     def stats(self) -> dict[str, object]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A step whose tokens are sampled but not fetched: a completion a row."""
-
-    drawn: Drawn
-    completions: list[Completion]
-
-    @property
-    def needs_results(self) -> bool:
-        """Whether the next step cannot be queued before these tokens are known."""
-        return any(c.owner.starting_siblings for c in self.completions)
 
 
 class Engine:
@@ -96,7 +81,8 @@ class Engine:
         self.async_scheduling = async_scheduling
         self.num_steps = 0
         self.num_lockstep_steps = 0
-        self._in_flight: _InFlight | None = None
+        self._in_flight: SampledStep | None = None
+        self._touched: dict[str, RequestGroup] = {}  # with news that no step has returned
         self._groups: dict[str, RequestGroup] = {}
         self._by_sequence: dict[str, Completion] = {}
 
@@ -181,34 +167,44 @@ class Engine:
         Raises:
             PoolError: nothing can run and nothing was preempted: the pool is held from outside.
         """
-        touched: dict[str, RequestGroup] = {}
         clock = self.cache.clock
         if self._in_flight is not None and self._must_wait():
-            self._collect(touched)
+            self._collect()
         with clock.section("schedule"):
             scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
-            idle = self._in_flight is None and not touched and not scheduled.preempted
+            idle = self._in_flight is None and not self._touched and not scheduled.preempted
             if idle and self.scheduler.has_unfinished:
                 raise PoolError(
                     f"no request can run: {len(self.scheduler.running)} running, "
                     f"{len(self.scheduler.waiting)} waiting; every sequence may hold slots that "
                     "another caller of the same cache took"
                 )
-            self._collect(touched)
-            return [self._output(group) for group in touched.values()]
+            self._collect()
+            return self._outputs()
         launched = self._launch(scheduled.new_tokens)
-        self._collect(touched)
+        try:
+            self._collect()
+        except BaseException:  # an interrupt comes where the host waits: in there
+            self.cache.abort_step()
+            if launched is not None:
+                launched.withdraw()
+            raise
+        self._in_flight = launched
         with clock.section("commit"):
             report = self.cache.end_step()
         for seq_id, error in report.failed.items():
             completion = self._by_sequence.get(seq_id)
             if completion is not None:
                 self._fail(completion, error)
-                touched[completion.owner.request_id] = completion.owner
-        self._in_flight = launched
+                self._touched[completion.owner.request_id] = completion.owner
         if not self.async_scheduling:
-            self._collect(touched)
+            self._collect()
+        return self._outputs()
+
+    def _outputs(self) -> list[RequestOutput]:
+        """Of every request that got a token or ended since the last call that returned."""
+        touched, self._touched = self._touched, {}
         return [self._output(group) for group in touched.values()]
 
     def _must_wait(self) -> bool:
@@ -220,7 +216,7 @@ class Engine:
         self.num_lockstep_steps += wait
         return wait
 
-    def _launch(self, new_tokens: dict[str, int]) -> _InFlight | None:
+    def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
         """Queue a step and the sampling of its tokens; None where it samples none."""
         clock = self.cache.clock
         self.num_steps += 1
@@ -250,38 +246,20 @@ class Engine:
         try:
             with clock.section("model"):
                 logits = self.runner.forward(plan, flat, rows or [len(flat) - 1], pending)
+            with clock.section("sample"):
+                return SampledStep.draw(ready, logits, self.eos_token_ids) if rows else None
         except BaseException:
             self.cache.abort_step()
             raise
-        if not rows:
-            return None
-        with clock.section("sample"):
-            return self._draw(ready, logits)
 
-    def _draw(self, ready: list[Completion], logits: Tensor) -> _InFlight:
-        """Sample for every completion, and for siblings that start from the same logits."""
-        picked = list(enumerate(ready))
-        for row, completion in enumerate(ready):
-            group = completion.owner
-            if not group.forked:
-                group.forked = True
-                group.starting_siblings = len(group.completions) > 1
-                picked.extend((row, sibling) for sibling in group.completions[1:])
-        if len(picked) > len(ready):
-            logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
-        completions = [completion for _, completion in picked]
-        drawn = Drawn(logits, [self._row(completion) for completion in completions])
-        for completion in completions:
-            completion.request.num_pending += 1
-        return _InFlight(drawn, completions)
-
-    def _collect(self, touched: dict[str, RequestGroup]) -> None:
+    def _collect(self) -> None:
         """Fetch the tokens of the step in flight and give them to their requests."""
-        step, self._in_flight = self._in_flight, None
+        step = self._in_flight
         if step is None:
             return
         with self.cache.clock.section("sample"):
             results = step.drawn.get()
+        self._in_flight = None  # not before: a wait that was interrupted can be taken up again
         now = time.monotonic()
         for completion in step.completions:
             completion.request.num_pending -= 1
@@ -289,7 +267,7 @@ class Engine:
             if completion.output.finish_reason is not None:
                 continue  # ended while the step ran
             group = completion.owner
-            touched[group.request_id] = group
+            self._touched[group.request_id] = group
             try:
                 if result is None:
                     raise NonFiniteError(
@@ -314,21 +292,6 @@ class Engine:
                 self._start_sibling(completion)
         for completion in step.completions:
             completion.owner.starting_siblings = False
-
-    def _row(self, completion: Completion) -> SampleRow:
-        params = completion.owner.params
-        blocked: tuple[int, ...] = ()
-        if len(completion.generated) + completion.request.num_pending < params.min_tokens:
-            eos = () if params.ignore_eos else self.eos_token_ids
-            blocked = (*eos, *params.stop_token_ids)
-        return SampleRow(
-            params,
-            completion.seed,
-            completion.owner.prompt_token_ids,
-            completion.generated,
-            blocked,
-            completion.request.num_pending,
-        )
 
     def _append(self, completion: Completion, result: Sampled, now: float) -> None:
         group, output = completion.owner, completion.output

@@ -149,9 +149,10 @@ class LayerGroup:
         parent = self.sequences[parent_id]
         child = self.add(child_id, row, parent.pinned)
         child.num_published, child.num_sealed = parent.num_published, parent.num_sealed
+        child.num_encoded = parent.num_encoded
         num_exact = self.num_exact_pages(num_tokens, parent.num_sealed_pages)
         partial = num_tokens % EXACT_PAGE_TOKENS != 0
-        for slot in parent.pages[: parent.num_sealed_pages]:
+        for slot in parent.pages[: parent.num_pages(parent.num_written)]:
             self.pool.blocks.acquire(slot)
             child.pages.append(slot)
         for slot in parent.exact[: num_exact - partial]:
@@ -351,7 +352,8 @@ class LayerGroup:
             last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
             if chain is not None and last < len(chain):
                 page = slots.pages[slots.num_pages(block)]
-                self.pool.blocks.publish(page, (Kind.PAGE, chain[last]))
+                if not self.pool.blocks.is_published(page):  # else by a fork that shares it
+                    self.pool.blocks.publish(page, (Kind.PAGE, chain[last]))
             start = self._exact_start(slots, block)
             replaced += slots.exact[start : start + PAGES_PER_BLOCK]
         gone = set(replaced)

@@ -41,7 +41,8 @@ def sealed_ahead(waiting: Iterable[tuple[int, str, int]]) -> list[tuple[str, int
     rounded up.
 
     Args:
-        waiting: `(slack, sequence, block)`, `slack` the steps that are left until it is visible.
+        waiting: `(slack, sequence, block)`, `slack` the steps that are left until it is visible;
+            a sequence's next block alone, so hot windows over 512 tokens are evened out less.
     """
     ordered = sorted(waiting)
     rate = max((-(-i // max(slack, 1)) for i, (slack, _, _) in enumerate(ordered, 1)), default=0)

@@ -39,7 +39,7 @@ class SealCheck:
         self._blocks = list(blocks)
         self._flags = None if flags is None else Download(flags)
         self._layers = layers
-        self.seq_ids = {seq_id for seq_id, _ in blocks}
+        self.seq_ids = {seq_id for seq_id, _ in blocks} | set(failed)
 
     @property
     def is_known(self) -> bool:

@@ -25,7 +25,8 @@ CACHE = {
     "seal_schedule",
 }  # fmt: skip
 ENGINE = CACHE | {
-    "sampling", "sampler", "outputs", "output_text", "prompts", "request_group", "admission",
+    "sampling", "sampler", "outputs", "output_text", "prompts", "request_group",
+    "sampled_step", "admission",
     "engine", "scheduler",
 }  # fmt: skip
 MODELS = CACHE | {"models", "sampling", "sampler"}

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny_model import random_prompts, tiny_format, tiny_llm
 
-from spectral_paged import SamplingParams
+from spectral_paged import SamplingParams, sampled_step
 from spectral_paged.errors import NonFiniteError
+from spectral_paged.sampler import Drawn
+from spectral_paged.sealer import SealCheck
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LENGTHS = [1, 63, 64, 65, 575, 576, 577, 640, 700, 1087, 1088, 1152, 1217, 1500]
@@ -139,3 +141,100 @@ def test_a_failing_forward_keeps_what_was_sampled_before():
             calls.append(1)
     assert completions([done[-1]]) == completions(want)
     llm.cache.check_integrity()
+
+
+# ---- what is interrupted can go on -------------------------------------------------------
+
+
+def serve(llm, tolerate):
+    """Outputs of everything queued, steps that raise `tolerate` taken again."""
+    done, raised = {}, 0
+    for _ in range(400):
+        if not llm.engine.has_unfinished():
+            break
+        try:
+            done |= {o.request_id: o for o in llm.engine.step()}
+        except tolerate:
+            raised += 1
+    assert not llm.engine.has_unfinished(), "some request never ends"
+    llm.cache.check_integrity()
+    assert llm.stats()["num_sequences"] == 0
+    return done, raised
+
+
+def once(monkeypatch, owner, name, error, call):
+    """Let the `call`-th call of `owner.name` raise."""
+    before, calls = getattr(owner, name), []
+
+    def flaky(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, flaky)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize(
+    "where, error",
+    [("get", KeyboardInterrupt()), ("draw", RuntimeError("oom")), ("seal", RuntimeError("oom"))],
+)
+def test_a_step_that_raises_anywhere_can_be_taken_again(monkeypatch, where, error, call, ahead):
+    prompts = random_prompts([700, 30], seed=4)
+    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=8)
+    want = tiny_llm().generate(prompts, params, use_tqdm=False)
+    llm = tiny_llm()
+    llm.engine.async_scheduling = ahead
+    if where == "get":
+        once(monkeypatch, Drawn, "get", error, call)
+    elif where == "draw":
+        once(monkeypatch, sampled_step, "Drawn", error, call)
+    else:
+        once(monkeypatch, llm.cache.sealer, "seal", error, call)
+    for i, prompt in enumerate(prompts):
+        llm.engine.add_request(str(i), prompt, params)
+    done, raised = serve(llm, type(error))
+    assert raised == 1 and completions([done["0"], done["1"]]) == completions(want)
+
+
+def test_a_request_that_ended_before_a_step_raised_is_returned_by_the_next(monkeypatch):
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    slow = SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=1.0)
+    llm.engine.add_request("slow", [1, 2, 3], slow)
+    llm.engine.add_request("short", [4, 5], SamplingParams(temperature=0.0, max_tokens=4))
+    once(monkeypatch, llm.engine.runner, "forward", RuntimeError("oom"), 5)
+    done, raised = serve(llm, RuntimeError)
+    assert raised == 1 and set(done) == {"slow", "short"}
+
+
+def test_what_is_found_of_an_ended_request_fails_no_other_of_its_name(monkeypatch):
+    """As on CUDA, where a check is known later: the aborted request's NaN is nobody else's."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    embedding = llm.engine.runner.model.model.embed_tokens.weight
+    with torch.no_grad():
+        embedding[0] = float("inf")
+    prompt = [t or 1 for t in random_prompts([1300], seed=6)[0]]
+    spoiled = list(prompt)
+    spoiled[100] = 0
+    llm.engine.add_request("a", spoiled, GREEDY)
+    llm.engine.step()
+    llm.engine.abort("a")
+    llm.engine.add_request("a", prompt, GREEDY)
+    done, _ = serve(llm, ())
+    assert done["a"].error is None and done["a"].outputs[0].finish_reason == "length"
+
+
+def test_forks_share_what_is_sealed_ahead():
+    """600 + 60 tokens: a block completes, is sealed ahead once, and counts once a sequence."""
+    for n in (1, 3):
+        llm = tiny_llm()
+        params = SamplingParams(n=n, temperature=1.0, seed=1, max_tokens=60)
+        out = llm.generate(random_prompts([600]), params, use_tqdm=False)[0]
+        assert out.metrics.num_pages_sealed == 2 * n
+        assert llm.cache.counters.pages_sealed in (2, 2 * n)
+        llm.cache.check_integrity()

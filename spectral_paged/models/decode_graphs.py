@@ -15,7 +15,7 @@ from spectral_paged.step import DecodeBatch, GroupIndex, GroupStep, PendingToken
 IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
 APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS = range(5)  # rows of each group
 NOWHERE = -1
-STAGING = 4  # copies in flight: a step is fetched at the latest while the one after it runs
+STAGING = 4  # copies in flight
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,6 +92,7 @@ class DecodeGraphs:
         self._staging = [
             torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
         ]
+        self._copied = [torch.cuda.Event() for _ in range(STAGING)]
         self._turn = 0
         self._sampled = torch.zeros(cache.max_num_seqs, dtype=torch.int64, device=cache.device)
         self._logits: Tensor | None = None
@@ -115,8 +116,10 @@ class DecodeGraphs:
         graph = self.prepare(size, entries_for(total))
         self._turn = (self._turn + 1) % STAGING
         staging = self._staging[self._turn]
+        self._copied[self._turn].synchronize()  # steps that sample nothing are never waited for
         fill_inputs(staging.numpy(), token_ids, positions, pending, index)
         self._inputs.copy_(staging, non_blocking=True)
+        self._copied[self._turn].record()
         if pending is not None:
             self._sampled[: len(pending.ids)] = pending.ids
         graph.replay()

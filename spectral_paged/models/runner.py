@@ -95,11 +95,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, num_seqs: int, num_tokens: int) -> int:
-        """Capture the graphs that up to `num_seqs` sequences of up to `num_tokens` tokens need;
-        how many there are now."""
+        """Capture the graphs of every size of batch up to `num_seqs`, without pages and with room
+        for sequences of `num_tokens` tokens; how many there are now. Others are captured when a
+        step needs them; before an online calibration, so are those with pages."""
         if self.graphs is None:
             return 0
-        blocks = self.cache.format.visible_blocks(num_tokens, 0)
+        format = self.cache.format
+        waiting = format.needs_calibration and not format.basis_id
+        blocks = 0 if waiting else format.visible_blocks(num_tokens, 0)
         for size in self.graphs.sizes:
             for entries in sorted({0, entries_for(min(size, num_seqs) * blocks)}):
                 self.graphs.prepare(size, entries)
