@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectral_paged.cache import SpectralKVCache
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.page_format import PageFormat
 from spectral_paged.shared_basis import BasisAccumulator, BoundBasis, SharedBasis
@@ -22,6 +23,26 @@ def structured_blocks(
     x = x + 3 * torch.randn((2, 1, shape[2], 1, shape[4]), generator=generator, device=device)
     x[..., 7, :] *= 6
     return x[0], x[1]
+
+
+class MadeUpTokens:
+    """K and V that are stored in place of a model's: for what depends on no value of them.
+
+    Layers get the same, from a few blocks over and over.
+    """
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self.cache = cache
+        k, v = structured_blocks(4, cache.format, cache.device)
+        # [tokens, H, D]
+        self._k, self._v = (x.transpose(1, 2).flatten(0, 1).to(cache.dtype) for x in (k, v))
+
+    def append(self, count: int) -> None:
+        """Store `count` tokens, those of the cache's open step, in every layer."""
+        rows = torch.arange(count, device=self.cache.device) % len(self._k)
+        k, v = self._k[rows], self._v[rows]
+        for layer in range(self.cache.num_layers):
+            self.cache.append(layer, k, v)
 
 
 def toy_basis(

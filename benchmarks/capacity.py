@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from spectral_paged import capacity
-from spectral_paged.benchmarks.blocks import structured_blocks, toy_basis
-from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.blocks import MadeUpTokens, toy_basis
+from spectral_paged.benchmarks.environment import environment, file_stem
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import InvalidRequestError
@@ -30,6 +30,7 @@ FORMATS = (
     "spectral-int8-post",
 )  # fmt: skip
 DTYPE = torch.bfloat16
+STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,23 @@ class Row:
     peak_bytes: int | None  # while storing and sealing; None without a GPU
 
 
-class Filler:
-    """Stores sequences in a cache, in steps as long as they may be.
-
-    Layers get the same K and V: how much fits depends on no value.
-    """
-
-    def __init__(self, cache: SpectralKVCache) -> None:
-        self.cache = cache
-        k, v = structured_blocks(2, cache.format, cache.device)
-        self._k, self._v = (x.transpose(1, 2).flatten(0, 1).to(DTYPE) for x in (k, v))
-
-    def store(self, name: str, num_tokens: int) -> bool:
-        """A whole sequence; False, and nothing held, where it does not fit."""
-        cache = self.cache
-        if cache.add_sequence(name, num_prompt_tokens=num_tokens) is None:
+def store(tokens: MadeUpTokens, name: str, num_tokens: int) -> bool:
+    """A whole sequence, in steps of at most `STEP_TOKENS`; False, and nothing held, where it does
+    not fit."""
+    cache = tokens.cache
+    if cache.add_sequence(name, num_prompt_tokens=num_tokens) is None:
+        return False
+    while cache.num_tokens(name) < num_tokens:
+        left = num_tokens - cache.num_tokens(name)
+        count = min(left, cache.chunk_limit(name), STEP_TOKENS)
+        plan = cache.reserve({name: count})
+        if plan is None:
+            cache.free(name)
             return False
-        while cache.num_tokens(name) < num_tokens:
-            left = num_tokens - cache.num_tokens(name)
-            count = min(left, cache.chunk_limit(name), len(self._k))
-            plan = cache.reserve({name: count})
-            if plan is None:
-                cache.free(name)
-                return False
-            cache.begin_step(plan)
-            for layer in range(cache.num_layers):
-                cache.append(layer, self._k[:count], self._v[:count])
-            cache.end_step()
-        return True
+        cache.begin_step(plan)
+        tokens.append(count)
+        cache.end_step()
+    return True
 
 
 def measure(
@@ -105,8 +95,8 @@ def measure(
         enable_prefix_caching=False,
     )
     allocated = torch.cuda.memory_allocated(device) - before if cuda else 0
-    filler, stored = Filler(cache), 0
-    while stored < max_num_seqs and filler.store(str(stored), context):
+    tokens, stored = MadeUpTokens(cache), 0
+    while stored < max_num_seqs and store(tokens, str(stored), context):
         stored += 1
     if cuda:
         torch.cuda.synchronize(device)
@@ -164,7 +154,7 @@ def main(
             flush=True,
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"capacity-{Path(model.replace(':', '-')).stem}.json"
+    path = output_dir / f"capacity-{file_stem(model)}.json"
     result = {
         "environment": environment() | {"device": where.type},
         "model": model,

@@ -12,6 +12,11 @@ import torch
 import transformers
 
 
+def file_stem(model: str) -> str:
+    """A model's name as part of a result file's."""
+    return Path(model.replace(":", "-")).stem
+
+
 def environment() -> dict[str, object]:
     """Machine, commit and versions, for the head of a result file."""
     commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 
 from spectral_paged.block_pool import Kind
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
@@ -44,11 +45,12 @@ def fits_alone(
 
 def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:
     """Longest single sequence that fits, at most `max_model_len` tokens."""
-    low, high = 0, max_model_len
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits_alone(format, groups, middle) else (low, middle - 1)
-    return low
+    return _largest(max_model_len, lambda tokens: fits_alone(format, groups, tokens))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits; 0 always does."""
+    return bisect_right(range(1, most + 1), False, key=lambda number: not fits(number))
 
 
 def capacity_tokens(groups: list[LayerGroup]) -> int:
@@ -70,15 +72,14 @@ def concurrency(
 
     A little more is needed while prompts come in: their last segment is exact until it ends.
     """
-    counts = []
-    for group in groups:
+
+    def of(group: LayerGroup) -> int:
         blocks = group.pool.blocks
         pages = group.blocks_sealed(format.visible_blocks(num_tokens, num_prompt_tokens))
         exact = group.num_exact_pages(num_tokens, pages)
-        low, high = 0, blocks.num_slabs * max(blocks.slots_per_slab.values())
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = blocks.slabs_needed(middle * exact, middle * pages) <= blocks.num_slabs
-            low, high = (middle, high) if fits else (low, middle - 1)
-        counts.append(low)
-    return min(counts)
+        return _largest(
+            blocks.num_slabs * max(blocks.slots_per_slab.values()),
+            lambda count: blocks.slabs_needed(count * exact, count * pages) <= blocks.num_slabs,
+        )
+
+    return min(of(group) for group in groups)

@@ -60,7 +60,11 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 class Drawn:
-    """Tokens of a batch, sampled on the device; `get` brings them to the host.
+    """Tokens of a batch, sampled on the device from logits `[N, vocab]`; `get` brings them to the
+    host.
+
+    Order as in vLLM: log-probabilities of the raw logits, then penalties, then temperature, then
+    min-p, top-k and top-p, then a draw by the Gumbel maximum.
 
     Attributes:
         ids: int64 `[N]`, on the device, where the next step can take them from.
@@ -102,15 +106,6 @@ class Drawn:
             if rank <= params.logprobs:
                 table.setdefault(token, (value, rank))
         return Sampled(ints[0], reals[0], table)
-
-
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
-    """Sample one token for each row of `logits` `[N, vocab]`; None where they are not finite.
-
-    Order as in vLLM: log-probabilities of the raw logits, then penalties, then temperature,
-    then min-p, top-k and top-p, then a draw by the Gumbel maximum.
-    """
-    return Drawn(logits, rows).get()
 
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

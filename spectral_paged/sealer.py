@@ -77,7 +77,6 @@ class Sealer:
         self.sin = sin
         self.dtype = dtype
         self._checks: list[SealCheck] = []
-        self._failed: dict[str, NonFiniteError] = {}  # found, not handed out yet
 
     @property
     def format(self) -> PageFormat:
@@ -92,23 +91,23 @@ class Sealer:
     def failures(self, wait_for: Callable[[SealCheck], bool]) -> dict[str, NonFiniteError]:
         """Sequences found with NaN or Inf since the last call; checks that are not known yet are
         waited for where `wait_for` says so, and kept otherwise."""
+        found: dict[str, NonFiniteError] = {}
         kept = []
         for check in self._checks:
             if check.is_known or wait_for(check):
-                self._failed |= check.failed()
+                found |= check.failed()
             else:
                 kept.append(check)
         self._checks = kept
-        found, self._failed = self._failed, {}
         return found
 
     def _encode(self, group: LayerGroup, due: list[tuple[str, int]]) -> SealCheck:
         failed: dict[str, NonFiniteError] = {}
-        if due and self.basis.is_waiting:
+        if self.basis.is_waiting:
             self._freeze(group, due)
         # without a basis still, every block due has NaN or Inf, and is only to be refused
         by_torch = self.basis.is_waiting or not self.ops.seals(self.format.layout)
-        if due and not by_torch:
+        if not by_torch:
             return self._encode_in_place(group, due)
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_model import random_prompts, tiny_format, tiny_llm
+from tiny_model import raise_once, random_prompts, tiny_format, tiny_llm
 
 from spectral_paged import SamplingParams, sampled_step
 from spectral_paged.errors import NonFiniteError
@@ -118,31 +118,6 @@ def test_nan_fails_its_request_and_no_other():
     llm.cache.check_integrity()
 
 
-def test_a_failing_forward_keeps_what_was_sampled_before():
-    llm = tiny_llm()
-    llm.engine.async_scheduling = True
-    prompt = random_prompts([700])[0]
-    want = tiny_llm().generate([prompt], GREEDY, use_tqdm=False)
-    forward, calls = llm.engine.runner.forward, []
-
-    def flaky(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("out of memory")
-        return forward(*args)
-
-    llm.engine.runner.forward = flaky
-    llm.engine.add_request("a", prompt, GREEDY)
-    done = []
-    while llm.engine.has_unfinished():
-        try:
-            done += llm.engine.step()
-        except RuntimeError:
-            calls.append(1)
-    assert completions([done[-1]]) == completions(want)
-    llm.cache.check_integrity()
-
-
 # ---- what is interrupted can go on -------------------------------------------------------
 
 
@@ -162,17 +137,15 @@ def serve(llm, tolerate):
     return done, raised
 
 
-def once(monkeypatch, owner, name, error, call):
-    """Let the `call`-th call of `owner.name` raise."""
-    before, calls = getattr(owner, name), []
-
-    def flaky(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return before(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, flaky)
+def test_a_failing_forward_keeps_what_was_sampled_before(monkeypatch):
+    llm = tiny_llm()
+    llm.engine.async_scheduling = True
+    prompt = random_prompts([700])[0]
+    want = tiny_llm().generate([prompt], GREEDY, use_tqdm=False)
+    raise_once(monkeypatch, llm.engine.runner, "forward", RuntimeError("out of memory"), 5)
+    llm.engine.add_request("a", prompt, GREEDY)
+    done, raised = serve(llm, RuntimeError)
+    assert raised == 1 and completions([done["a"]]) == completions(want)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -188,11 +161,11 @@ def test_a_step_that_raises_anywhere_can_be_taken_again(monkeypatch, where, erro
     llm = tiny_llm()
     llm.engine.async_scheduling = ahead
     if where == "get":
-        once(monkeypatch, Drawn, "get", error, call)
+        raise_once(monkeypatch, Drawn, "get", error, call)
     elif where == "draw":
-        once(monkeypatch, sampled_step, "Drawn", error, call)
+        raise_once(monkeypatch, sampled_step, "Drawn", error, call)
     else:
-        once(monkeypatch, llm.cache.sealer, "seal", error, call)
+        raise_once(monkeypatch, llm.cache.sealer, "seal", error, call)
     for i, prompt in enumerate(prompts):
         llm.engine.add_request(str(i), prompt, params)
     done, raised = serve(llm, type(error))
@@ -205,7 +178,7 @@ def test_a_request_that_ended_before_a_step_raised_is_returned_by_the_next(monke
     slow = SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=1.0)
     llm.engine.add_request("slow", [1, 2, 3], slow)
     llm.engine.add_request("short", [4, 5], SamplingParams(temperature=0.0, max_tokens=4))
-    once(monkeypatch, llm.engine.runner, "forward", RuntimeError("oom"), 5)
+    raise_once(monkeypatch, llm.engine.runner, "forward", RuntimeError("oom"), 5)
     done, raised = serve(llm, RuntimeError)
     assert raised == 1 and set(done) == {"slow", "short"}
 

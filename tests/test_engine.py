@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
+from tiny_model import VOCAB, raise_once, random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import (
@@ -252,18 +252,10 @@ def test_nan_in_the_model_fails_its_request_and_no_other(alone):
     assert healed[0].metrics.num_cached_tokens == 0, "spoiled pages are not found again"
 
 
-def test_a_failing_forward_leaves_the_engine_usable(alone):
+def test_a_failing_forward_leaves_the_engine_usable(alone, monkeypatch):
     llm = tiny_llm()
     prompts = random_prompts(LENGTHS)
-    forward, calls = llm.engine.runner.forward, []
-
-    def flaky(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return forward(*args)
-
-    llm.engine.runner.forward = flaky
+    raise_once(monkeypatch, llm.engine.runner, "forward", RuntimeError("out of memory"), 3)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.generate([prompts[8]], GREEDY, use_tqdm=False)
     llm.cache.check_integrity()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_paged.errors import SamplingParamsError
-from spectral_paged.sampler import SampleRow, sample, uniform_noise
+from spectral_paged.sampler import Drawn, SampleRow, uniform_noise
 from spectral_paged.sampling import SamplingParams
 
 VOCAB = 50
@@ -22,7 +22,7 @@ def row(seed=0, prompt=(), output=(), blocked=(), **params):
 
 
 def draw(logits, rows):
-    return [r.token_id for r in sample(logits, rows)]
+    return [r.token_id for r in Drawn(logits, rows).get()]
 
 
 def drawn_set(logits, count=3000, **params):
@@ -203,7 +203,7 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
             presence_penalty=1.0)
         for i in range(20)
     ]  # fmt: skip
-    results = sample(logits, rows)
+    results = Drawn(logits, rows).get()
     assert torch.equal(logits, before), "the caller's logits stay"
     want = torch.log_softmax(logits, -1)
     for i, result in enumerate(results):
@@ -218,7 +218,8 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
 
 def test_logprobs_only_where_they_are_asked_for():
     logits = torch.randn(2, VOCAB)
-    asked, plain = sample(logits, [row(logprobs=0, temperature=0.0), row(temperature=0.0)])
+    rows = [row(logprobs=0, temperature=0.0), row(temperature=0.0)]
+    asked, plain = Drawn(logits, rows).get()
     assert set(asked.logprobs) == {int(logits[0].argmax())} and plain.logprobs is None
 
 

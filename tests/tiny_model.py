@@ -53,3 +53,16 @@ def tiny_llm(format=None, **options):
 def random_prompts(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def raise_once(monkeypatch, owner, name, error, call):
+    """Let the `call`-th call of `owner.name` raise `error`, and no other."""
+    before, calls = getattr(owner, name), []
+
+    def flaky(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, flaky)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.benchmarks.blocks import structured_blocks
+from spectral_paged.benchmarks.blocks import MadeUpTokens, structured_blocks
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.codec import encode_pages
 from spectral_paged.engine import Engine, Runner
@@ -65,9 +65,7 @@ class FillingRunner:
         self.runner = runner
         self.cache = cache
         self.vocab_size = vocab_size
-        k, v = structured_blocks(4, cache.format, cache.device)
-        # [tokens, H, D], long enough for any step and other for every head
-        self._k, self._v = (x.transpose(1, 2).flatten(0, 1).to(cache.dtype) for x in (k, v))
+        self._tokens = MadeUpTokens(cache)
 
     def forward(
         self,
@@ -78,10 +76,7 @@ class FillingRunner:
     ) -> Tensor:
         if plan.is_decode:
             return self.runner.forward(plan, token_ids, logit_rows, pending)
-        count = plan.num_tokens
-        rows = torch.arange(count, device=self.cache.device) % len(self._k)
-        for layer in range(self.cache.num_layers):
-            self.cache.append(layer, self._k[rows], self._v[rows])
+        self._tokens.append(plan.num_tokens)
         return torch.zeros(len(logit_rows), self.vocab_size, device=self.cache.device)
 
     def stats(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.environment import environment, file_stem
 from spectral_paged.benchmarks.quality.summary import mean, percentile
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
@@ -180,7 +180,7 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
         "rows": rows,
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    stem = f"throughput-{options.name or Path(options.model.replace(':', '-')).stem}"
+    stem = f"throughput-{options.name or file_stem(options.model)}"
     path = options.output_dir / f"{stem}.json"
     for backend in options.backends:
         for batch in options.max_num_seqs:

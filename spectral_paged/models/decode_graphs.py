@@ -51,14 +51,13 @@ def fill_inputs(
     """
     count = len(token_ids)
     staging[:] = 0
-    staging[SOURCES] = NOWHERE
+    staging[SOURCES] = staging[3 + APPEND_POSITION :: 5] = NOWHERE
     staging[IDS, :count] = token_ids
     staging[POSITIONS, :count] = positions
     for place, row in (pending.rows if pending is not None else {}).items():
         staging[SOURCES, place] = row
     for number, group in enumerate(index):
         part = staging[3 + 5 * number : 8 + 5 * number]
-        part[APPEND_POSITION] = NOWHERE
         part[APPEND_POSITION, :count] = group.append_positions
         part[APPEND_OFFSET, :count] = group.append_offsets
         part[ROW, :count], part[EXACT, :count] = group.rows, group.exact
@@ -142,8 +141,6 @@ class DecodeGraphs:
         """
         staging = torch.zeros_like(self._staging[0])
         fill_inputs(staging.numpy(), [], [], None, [])
-        for number in range(len(self.cache.groups)):
-            staging[3 + 5 * number + APPEND_POSITION] = NOWHERE
         self._inputs.copy_(staging)
         self._step(size, max_blocks)
         graph = torch.cuda.CUDAGraph()
