@@ -21,18 +21,17 @@ from torch import Tensor
 
 from spectral_paged.benchmarks import decode_report
 from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
+from spectral_paged.benchmarks.decode_inputs import LANDMARKS, ExactPages, Pages
 from spectral_paged.benchmarks.environment import environment
 from spectral_paged.benchmarks.flashinfer_decode import best_ways, installed
 from spectral_paged.codec import encode_pages
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels import exact_decode_triton as exact_op
 from spectral_paged.kernels import spectral_decode_gpu as pages_op
+from spectral_paged.kernels.decode_attention_gpu import decode_attention
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig, gpus_of, launch_table
-from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
-from spectral_paged.kernels.layout import exact_page_bytes as exact_bytes
-from spectral_paged.kernels.merge_triton import merge
-from spectral_paged.kernels.page_view import side_view, slot_tokens
+from spectral_paged.kernels.layout import UNIT_BYTES
 from spectral_paged.kernels.spectral_decode import spectral_decode as twin
 from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
@@ -49,7 +48,7 @@ WORK = ((64, 16384), (32, 8192), (8, 8192), (1, 32768))
 MORE_WORK = ((128, 2048), (8, 32768), (1, 131072))  # of the first shape
 MIXED = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 0)
 MAX_ERROR = 5e-3
-LANDMARKS, TAIL = 64, 384  # exact tokens beside the pages: a tail is 64 to 639 long
+TAIL = 384  # exact tokens behind the pages: 64 to 639
 COPY_BYTES = 2 << 30
 ROPE_THETA = 500000.0
 
@@ -61,7 +60,7 @@ class Row:
     shape: str
     work: str
     what: str
-    part: str  # pages | attend (pages, landmarks, tail, merge)
+    part: str  # pages | attend (landmarks, pages, tail)
     ms: float
     gigabytes_per_second: float
     copy_share: float
@@ -167,34 +166,6 @@ def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> floa
     return max(errors)
 
 
-def random_pages(format: PageFormat, count: int) -> Tensor:
-    """A plane of pages of random codes with plausible scales."""
-    plane = torch.randint(256, (count * format.page_bytes,), dtype=torch.uint8, device="cuda")
-    pages = plane.view(count, -1)
-    for side in "kv":
-        view = side_view(pages, format.layout, side)
-        view.scale.fill_(2e-3)
-        for part, value in ((view.mean, 0.1), (view.slots, 0.5), (view.gain, 128)):
-            if part is not None:
-                part.fill_(value)
-    if format.outlier_slots:
-        slots = torch.arange(format.outlier_slots, device="cuda") * 100
-        slot_tokens(pages, format.layout).copy_(slots)
-    return plane
-
-
-def shuffled_table(lengths: Sequence[int], page_tokens: int, page_size: int) -> Tensor:
-    """int32 `[N, most pages]`: every sequence's pages at random places of one plane."""
-    counts = [-(-n // page_tokens) for n in lengths]
-    order = torch.randperm(sum(counts), device="cuda").to(torch.int32) * (page_size // UNIT_BYTES)
-    table = torch.zeros(len(counts), max(*counts, 1), dtype=torch.int32, device="cuda")
-    at = 0
-    for i, count in enumerate(counts):
-        table[i, :count] = order[at : at + count]
-        at += count
-    return table
-
-
 # ---- timing ------------------------------------------------------------------------------
 
 
@@ -217,29 +188,19 @@ class Workload:
             self.best_bf16 / ms, **rest,
         )  # fmt: skip
 
-    def _exact(self, lengths: Sequence[int]) -> tuple[Callable[[], tuple[Tensor, Tensor]], int]:
-        """`exact_decode` over `lengths` tokens of bf16, and the bytes it reads."""
-        size = exact_bytes(self.heads, self.dim, 2)
-        table = shuffled_table(lengths, EXACT_PAGE_TOKENS, size)
-        pages = sum(-(-n // EXACT_PAGE_TOKENS) for n in lengths)
-        plane = torch.randn(max(pages, 1) * size // 2, dtype=torch.bfloat16, device="cuda")
-        tokens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        plan = exact_op.plan_exact(tokens, max(pages, 1), self.heads)
-
-        def work() -> tuple[Tensor, Tensor]:
-            return exact_op.exact_decode(
-                self.q, plane.view(torch.uint8), table, tokens, num_kv_heads=self.heads,
-                scale=self.scale, dtype=torch.bfloat16, plan=plan,
-            )  # fmt: skip
-
-        return work, sum(lengths) * self.heads * self.dim * 4
-
     def baselines(self) -> list[Row]:
         """bf16 kernels; the fastest is what speedups are against."""
         found = []
-        work, num_bytes = self._exact(self.lengths)
-        found.append(("exact_decode bf16", graph_ms(work), num_bytes))
-        found += [(name, ms, num_bytes) for name, ms in self._library_kernels()]
+        exact = ExactPages.random(self.lengths, self.heads, self.dim)
+
+        def work() -> tuple[Tensor, Tensor]:
+            return exact_op.exact_decode(
+                self.q, exact.plane, exact.table, exact.tokens, num_kv_heads=self.heads,
+                scale=self.scale, dtype=torch.bfloat16, plan=exact.plan,
+            )  # fmt: skip
+
+        found.append(("exact_decode bf16", graph_ms(work), exact.num_bytes))
+        found += [(name, ms, exact.num_bytes) for name, ms in self._library_kernels()]
         found += best_ways(self.q, self.lengths, self.heads, graph_ms)
         self.best_bf16 = min(ms for name, ms, _ in found if "bf16" in name)
         return [self._row(name, "pages", ms, size) for name, ms, size in found]
@@ -259,49 +220,51 @@ class Workload:
     ) -> tuple[Callable[[DecodeConfig | None], tuple[Tensor, Tensor]], int]:
         """`spectral_decode` over `lengths` tokens as a function of how kernels are launched, and
         the bytes of the pages."""
-        num_pages = [n // BLOCK_TOKENS for n in self.lengths]
-        plane = random_pages(format, max(sum(num_pages), 1))
-        table = shuffled_table(
-            [n * BLOCK_TOKENS for n in num_pages], BLOCK_TOKENS, format.page_bytes
-        )
-        counts = torch.tensor(num_pages, dtype=torch.int32, device="cuda")
+        pages = Pages.random(format, self.lengths, rope)
         plans: dict[DecodeConfig | None, DecodePlan] = {}
-        rows: dict[str, Any] = {}
-        if format.basis == "shared":
-            for name, rank in (("k_basis", format.k_rank), ("v_basis", format.v_rank)):
-                rows[name] = 0.1 * torch.randn(self.heads, rank, self.dim, device="cuda").half()
 
         def work(config: DecodeConfig | None = None) -> tuple[Tensor, Tensor]:
             if config not in plans:
-                total = max(sum(num_pages), 1)
-                plans[config] = pages_op.plan_pages(format.layout, counts, total, config)
+                plans[config] = pages.plan(config)
             return pages_op.spectral_decode(
-                self.q, plane, table, counts, layout=format.layout, first_position=LANDMARKS,
-                cos=rope.cos, sin=rope.sin, scale=self.scale, plan=plans[config], config=config,
-                **rows,
+                self.q, pages.plane, pages.table, pages.counts, scale=self.scale,
+                plan=plans[config], config=config, **pages.options,
             )  # fmt: skip
 
-        return work, sum(num_pages) * format.page_bytes
+        return work, pages.num_bytes
+
+    def attend_op(
+        self, format: PageFormat, rope: RotaryTable
+    ) -> tuple[Callable[[], Tensor], int]:
+        """`decode_attention` over pages, landmarks and a tail, and the bytes of all."""
+        pages = Pages.random(format, self.lengths, rope)
+        exact = ExactPages.random(
+            [LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim
+        )
+        plane = torch.cat((pages.plane, exact.plane))
+        exact_table = exact.table + len(pages.plane) // UNIT_BYTES
+        plan = pages.plan()
+
+        def work() -> Tensor:
+            return decode_attention(
+                self.q, plane, exact_table, exact.tokens, pages.table, pages.counts,
+                num_kv_heads=self.heads, scale=self.scale, dtype=torch.bfloat16,
+                exact_plan=exact.plan, page_plan=plan, **pages.options,
+            )  # fmt: skip
+
+        return work, pages.num_bytes + exact.num_bytes
 
     def pages(self, format: PageFormat, rope: RotaryTable, error: float, **about: Any) -> list[Row]:
-        """The page part alone, and with landmarks, tail and merge, over `lengths` tokens."""
+        """The page part alone, and with landmarks and tail, over `lengths` tokens."""
+        about = {"error": error, "fingerprint": format.fingerprint, **about}
         op, num_bytes = self.page_op(format, rope)
 
-        def work() -> tuple[Tensor, Tensor]:
+        def alone() -> tuple[Tensor, Tensor]:
             return op(None)
 
-        rest, rest_bytes = self._exact([LANDMARKS + TAIL] * len(self.lengths))
-
-        def whole() -> tuple[Tensor, Tensor]:
-            out, lse = rest()
-            other, other_lse = work()
-            return merge([out, other], [lse, other_lse])
-
-        about = {"error": error, "fingerprint": format.fingerprint, **about}
-        return [
-            self._row(format.name, "pages", graph_ms(work), num_bytes, **about),
-            self._row(format.name, "attend", graph_ms(whole), num_bytes + rest_bytes, **about),
-        ]
+        rows = [self._row(format.name, "pages", graph_ms(alone), num_bytes, **about)]
+        whole, num_bytes = self.attend_op(format, rope)
+        return [*rows, self._row(format.name, "attend", graph_ms(whole), num_bytes, **about)]
 
 
 def with_quality(result: dict[str, Any], results: Path) -> dict[str, Any]:
@@ -383,8 +346,16 @@ def main(
                 )
             found += rows
             torch.cuda.empty_cache()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    result = {
+            # written workload by workload: what was measured survives a time limit
+            result = result_of(found, bandwidth)
+            decode_report.write_rows(result, output_dir)
+    print(*decode_report.write(result, output_dir), sep="\n")
+    return 0
+
+
+def result_of(rows: Sequence[Row], bandwidth: float) -> dict[str, Any]:
+    """What `decode.json` holds."""
+    return {
         "environment": environment(),
         "gpu": torch.cuda.get_device_name(),
         "flashinfer": installed(),
@@ -392,7 +363,5 @@ def main(
         "launch_configs": {
             gpu: launch_table().get(gpu, {}) for gpu in gpus_of(torch.device("cuda"))
         },
-        "rows": [asdict(row) for row in found],
+        "rows": [asdict(row) for row in rows],
     }
-    print(*decode_report.write(result, output_dir), sep="\n")
-    return 0

@@ -107,9 +107,16 @@ def read(path: Path) -> dict[str, Any]:
     return dict(result)
 
 
+def write_rows(result: dict[str, Any], folder: Path) -> Path:
+    """`decode.json` alone; written workload by workload, so a time limit loses nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / "decode.json"
+    raw.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return raw
+
+
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """`decode.json`, `decode.md` and the pictures."""
-    raw, text = folder / "decode.json", folder / "decode.md"
-    raw.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    raw, text = write_rows(result, folder), folder / "decode.md"
     text.write_text(markdown(result), encoding="utf-8")
     return [raw, text, *draw(result, folder)]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode_parts import Partials, group_sizes
+from spectral_paged.kernels.decode_parts import Beside, Partials, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import padded, times_rows
@@ -17,38 +17,62 @@ APPLY_COLUMNS = 32
 
 
 @triton.jit
-def _reduce_kernel(
-    first_item_ptr, part_ptr, sums_ptr, out_ptr, lse_ptr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
+def _add_items(
+    first_item_ptr, part_ptr, sums_ptr, seq, head, group, dim, top, total, acc,
+    HEADS: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """The items of one query of one sequence, many at once; some of the vectors' columns."""
-    seq, query = tl.program_id(0), tl.program_id(1)
-    head, group = query // GROUP, query % GROUP
+    """The items of one query of one sequence, many at once, added to what is merged already.
+
+    `dim` are columns of their vectors of `SIZE`; what lies outside counts as zero.
+    """
     first = tl.load(first_item_ptr + seq)
     num_items = tl.load(first_item_ptr + seq + 1) - first
-    dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([COLUMNS], tl.float32)
+    inside = (dim >= 0) & (dim < SIZE)
     for begin in range(0, num_items, ITEMS):
         item = begin + tl.arange(0, ITEMS)
         ok = item < num_items
         at = ((first + item).to(tl.int64) * HEADS + head) * P
         peak = tl.load(sums_ptr + at * 2 + group, mask=ok, other=float("-inf"))
         part = tl.load(sums_ptr + at * 2 + P + group, mask=ok, other=0.0)
-        both = ok[:, None] & (dim < DIM)[None, :]
-        vector = (at + group)[:, None] * DIM + dim[None, :]
-        vector = tl.load(part_ptr + vector, mask=both, other=0.0)
+        vector = part_ptr + (at + group)[:, None] * SIZE + dim[None, :]
+        vector = tl.load(vector, mask=ok[:, None] & inside[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(peak, axis=0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
         total = total * shrink + tl.sum(weight * part, axis=0)
         acc = acc * shrink + tl.sum(vector * weight[:, None], axis=0)
         top = new_top
+    return top, total, acc
+
+
+@triton.jit
+def _reduce_kernel(
+    first_item_ptr, part_ptr, sums_ptr, beside_first_ptr, beside_ptr, beside_sums_ptr, out_ptr,
+    lse_ptr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr,
+    BESIDE: tl.constexpr, BESIDE_P: tl.constexpr, BESIDE_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """One query of one sequence; some of the vectors' columns. Vectors of items beside are the
+    last columns of those of the others."""
+    seq, query = tl.program_id(0), tl.program_id(1)
+    head, group = query // GROUP, query % GROUP
+    dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([COLUMNS], tl.float32)
+    top, total, acc = _add_items(
+        first_item_ptr, part_ptr, sums_ptr, seq, head, group, dim, top, total, acc,
+        HEADS, P, SIZE, ITEMS,
+    )  # fmt: skip
+    if BESIDE:
+        top, total, acc = _add_items(
+            beside_first_ptr, beside_ptr, beside_sums_ptr, seq, head, group,
+            dim - (SIZE - BESIDE_SIZE), top, total, acc, HEADS, BESIDE_P, BESIDE_SIZE, ITEMS,
+        )  # fmt: skip
     whole = tl.where(total == 0, 1.0, total)
     out = seq * (HEADS * GROUP) + query
-    tl.store(out_ptr + out * DIM + dim, acc / whole, mask=dim < DIM)
+    tl.store(out_ptr + out * SIZE + dim, acc / whole, mask=dim < SIZE)
     if tl.program_id(2) == 0:
         one = tl.arange(0, 1)
         tl.store(lse_ptr + out + one, (top + tl.log2(whole)) * 0.6931471805599453)
@@ -80,16 +104,19 @@ def _apply_kernel(
 
 
 def reduce_items(
-    first_item: Tensor, parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor
+    first_item: Tensor, partials: Partials, out: Tensor, lse: Tensor, beside: Beside | None = None
 ) -> None:
-    """Merge `parts` fp32 `[items, H, P, n]` by `sums` `[items, H, 2, P]` (largest score in bits,
-    sum of weights) into `out` `[N, Hq, n]` and `lse`."""
+    """Merge items into `out` `[N, Hq, n]` and `lse` fp32 `[N, Hq]`; those `beside` have vectors of
+    the last columns alone."""
     num_seqs, num_q_heads, size = out.shape
-    heads = parts.shape[1]
+    heads, width = partials.vectors.shape[1:3]
+    more = beside or Beside(partials, first_item)
     _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
-        first_item, parts, sums, out, lse,
-        HEADS=heads, GROUP=num_q_heads // heads, P=parts.shape[2], DIM=size, COLUMNS=COLUMNS,
-        ITEMS=ITEMS, num_warps=1,
+        first_item, partials.vectors, partials.sums, more.first_item, more.partials.vectors,
+        more.partials.sums, out, lse,
+        HEADS=heads, GROUP=num_q_heads // heads, P=width, SIZE=size, BESIDE=beside is not None,
+        BESIDE_P=more.partials.vectors.shape[2], BESIDE_SIZE=more.partials.vectors.shape[3],
+        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1,
     )  # fmt: skip
 
 
@@ -100,21 +127,25 @@ def finish(
     layout: PageLayout,
     basis: Tensor | None,
     plan: DecodePlan,
+    beside: Beside | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Items merged by sequence: out fp32 `[N, Hq, D]`, lse fp32 `[N, Hq]`.
+    """Items merged by sequence: out `[N, Hq, D]` in `dtype`, lse fp32 `[N, Hq]`.
 
     Args:
         partials: an item each; in rank space with a shared `basis`, which is applied here.
+        beside: items of the same sequences that are not in rank space (exact pages).
     """
     group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if basis is None:
-        reduce_items(plan.first_item, partials.vectors, partials.sums, out, lse)
+        reduce_items(plan.first_item, partials, out, lse, beside)
         return out, lse
+    # columns behind the rank are those of D that no basis multiplies
     mixed = torch.empty(*q.shape[:2], side.rank + dim, dtype=torch.float32, device=q.device)
-    reduce_items(plan.first_item, partials.vectors, partials.sums, mixed, lse)
+    reduce_items(plan.first_item, partials, mixed, lse, beside)
     rows = 64 if q.shape[0] * group > 16 else 16
     grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))
     _apply_kernel[grid](

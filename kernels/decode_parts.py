@@ -3,7 +3,8 @@
 ```
 project   per page: q turned back with every frame, times B and the scales -> two INT8 digits
 attend    per item: digits x codes -> scores -> weights x codes, in rank space
-finish    items of a sequence merged, times V's basis; where a page has its own, the other way round
+finish    items of a sequence merged, those over its exact pages among them, times V's basis; where
+          a page has its own, the other way round
 ```
 
 Scores and weights never leave the chip; K and V are never rebuilt. The query is an integer of two
@@ -93,6 +94,18 @@ class Partials:
                 for shape in ((width, size), (2, width))
             )
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Items over exact pages of the same sequences, to be merged with those over pages.
+
+    partials: vectors `[items, H, P, D]`, P not padded to 4.
+    first_item: int32 `[N + 1]` of their plan.
+    """
+
+    partials: Partials
+    first_item: Tensor
 
 
 @dataclass(frozen=True, slots=True)

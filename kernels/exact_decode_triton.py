@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectral_paged.kernels.decode_finish_triton import reduce_items
-from spectral_paged.kernels.decode_parts import LOG2_E, ScoreOptions
+from spectral_paged.kernels.decode_parts import LOG2_E, Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.triton_page import capped, padded
@@ -77,6 +77,37 @@ def plan_exact(num_tokens: Tensor, max_entries: int, num_kv_heads: int) -> Decod
     return DecodePlan.of(counts, max_entries=max_entries, target_items=target)
 
 
+def attend_exact(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    num_tokens: Tensor,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    dtype: torch.dtype,
+    plan: DecodePlan,
+    options: ScoreOptions,
+) -> Partials:
+    """The items of `plan`: vectors fp32 `[items, H, P, D]` and their sums, not yet merged."""
+    num_seqs, num_q_heads, dim = q.shape
+    group = num_q_heads // num_kv_heads
+    width = padded(group, 1)
+    parts, sums = (
+        torch.empty(plan.num_items, num_kv_heads, *shape, dtype=torch.float32, device=q.device)
+        for shape in ((width, dim), (2, width))
+    )
+    _exact_kernel[(plan.num_items, num_kv_heads)](
+        q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
+        plan.item_end, options.visible(num_tokens), parts, sums,
+        num_seqs, table.stride(0), scale * LOG2_E, options.cap,
+        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
+        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=options.capped,
+        WINDOW=options.window, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return Partials(parts, sums)
+
+
 def exact_decode(
     q: Tensor,
     plane: Tensor,
@@ -95,26 +126,13 @@ def exact_decode(
     Args:
         plan: `plan_exact` of this step, the same for all layers; made here where it is missing.
     """
-    num_seqs, num_q_heads, dim = q.shape
-    options = ScoreOptions(0, softcap, first_visible)
     if plan is None:
         plan = plan_exact(num_tokens, table.shape[0] * table.shape[1], num_kv_heads)
-    group = num_q_heads // num_kv_heads
-    width = padded(group, 1)
-    shapes = (
-        (plan.num_items, num_kv_heads, width, dim), (plan.num_items, num_kv_heads, 2, width),
-        q.shape, q.shape[:2],
+    partials = attend_exact(
+        q, plane, table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
+        plan=plan, options=ScoreOptions(0, softcap, first_visible),
     )  # fmt: skip
-    parts, sums, out, lse = (
-        torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes
-    )
-    _exact_kernel[(plan.num_items, num_kv_heads)](
-        q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
-        plan.item_end, options.visible(num_tokens), parts, sums,
-        num_seqs, table.stride(0), scale * LOG2_E, options.cap,
-        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
-        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=options.capped,
-        WINDOW=options.window, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    reduce_items(plan.first_item, parts, sums, out, lse)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    reduce_items(plan.first_item, partials, out, lse)
     return out, lse

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from spectral_paged.kernels import (
     chunk_attention,
-    exact_decode,
+    decode_attention,
     exact_pages,
-    merge,
-    spectral_decode,
     spectral_rebuild,
 )
 from spectral_paged.kernels.layout import PageLayout
@@ -30,11 +28,9 @@ class PageOps:
     """
 
     exact_append: Callable[..., None]
-    exact_decode: Callable[..., tuple[Tensor, Tensor]]
-    spectral_decode: Callable[..., tuple[Tensor, Tensor]]
+    decode_attention: Callable[..., Tensor]
     spectral_rebuild: Callable[..., tuple[Tensor, Tensor]]
     chunk_attention: Callable[..., Tensor]
-    merge: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
     seal: Callable[..., Tensor] | None = None
     on_gpu: bool = False
 
@@ -71,33 +67,30 @@ class PageOps:
         return supports(layout)
 
     def exact_plan(self, num_tokens: Tensor, num_pages: int, heads: int) -> dict[str, Any]:
-        """What `exact_decode` shares between layers: `num_tokens` int `[N]` in `num_pages` exact
-        pages together."""
+        """What `decode_attention` of all layers shares over exact pages: `num_tokens` int `[N]` in
+        `num_pages` of them together."""
         if not self.on_gpu:
             return {}
         from spectral_paged.kernels.exact_decode_triton import plan_exact
 
-        return {"plan": plan_exact(num_tokens, num_pages, heads)}
+        return {"exact_plan": plan_exact(num_tokens, num_pages, heads)}
 
     def page_plan(self, layout: PageLayout, num_blocks: Tensor, total: int) -> dict[str, Any]:
-        """What `spectral_decode` shares between layers: `num_blocks` int `[N]` table entries,
-        `total` together."""
+        """What it shares over pages: `num_blocks` int `[N]` table entries, `total` together."""
         if not self.on_gpu:
             return {}
         from spectral_paged.kernels.launch_configs import decode_config
         from spectral_paged.kernels.spectral_decode_gpu import plan_pages
 
         config = decode_config(layout, num_blocks.device)
-        return {"plan": plan_pages(layout, num_blocks, total, config), "config": config}
+        return {"page_plan": plan_pages(layout, num_blocks, total, config), "config": config}
 
 
 TORCH_OPS = PageOps(
     exact_pages.exact_append,
-    exact_decode.exact_decode,
-    spectral_decode.spectral_decode,
+    decode_attention.decode_attention,
     spectral_rebuild.spectral_rebuild,
     chunk_attention.chunk_attention,
-    merge.merge,
 )
 
 
@@ -107,21 +100,17 @@ def page_ops(device: torch.device) -> PageOps:
         return TORCH_OPS
     from spectral_paged.kernels import (
         chunk_attention_gpu,
+        decode_attention_gpu,
         exact_append_triton,
-        exact_decode_triton,
-        merge_triton,
         seal_triton,
-        spectral_decode_gpu,
         spectral_rebuild_triton,
     )
 
     return PageOps(
         exact_append_triton.exact_append,
-        exact_decode_triton.exact_decode,
-        spectral_decode_gpu.spectral_decode,
+        decode_attention_gpu.decode_attention,
         spectral_rebuild_triton.spectral_rebuild,
         chunk_attention_gpu.chunk_attention,
-        merge_triton.merge,
         seal=seal_triton.seal,
         on_gpu=True,
     )

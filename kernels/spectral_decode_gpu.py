@@ -22,7 +22,7 @@ from spectral_paged.kernels import (
     spectral_decode_triton,
 )
 from spectral_paged.kernels.decode_finish_triton import finish
-from spectral_paged.kernels.decode_parts import ScoreOptions
+from spectral_paged.kernels.decode_parts import Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
 from spectral_paged.kernels.layout import PageLayout
@@ -84,6 +84,43 @@ def implementation(
     return "gluon" if all(parts) else "gluon and triton"
 
 
+def attend_pages(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    *,
+    layout: PageLayout,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    k_basis: Tensor | None,
+    plan: DecodePlan,
+    config: DecodeConfig,
+    options: ScoreOptions,
+    explicit: bool | None = None,
+) -> Partials:
+    """The items of `plan`, not yet merged: what `finish` takes; see `spectral_decode`."""
+    group = q.shape[1] // layout.num_kv_heads
+    able = has_tensor_cores(q.device) if explicit is None else explicit
+    parts = _explicit_parts(layout, group, 2 * cos.shape[-1])
+    projection, attention, bases = (
+        explicit_kernel if able and fits else portable
+        for explicit_kernel, portable, fits in zip(EXPLICIT, PORTABLE, parts, strict=True)
+    )
+    projected = projection.project_queries(
+        q, plane, table, layout=layout, first_position=options.first_position, cos=cos, sin=sin,
+        scale=scale, basis=k_basis, plan=plan, config=config,
+    )  # fmt: skip
+    partials: Partials = attention.attend_pages(
+        q, plane, table, projected, layout=layout, plan=plan, options=options, config=config
+    )
+    if not layout.v.shared_basis:
+        partials = bases.apply_bases(
+            q, plane, table, partials, layout=layout, plan=plan, config=config
+        )
+    return partials
+
+
 def spectral_decode(
     q: Tensor,
     plane: Tensor,
@@ -118,23 +155,9 @@ def spectral_decode(
         config = decode_config(layout, q.device)
     if plan is None:
         plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1], config)
-    group = q.shape[1] // layout.num_kv_heads
-    able = has_tensor_cores(q.device) if explicit is None else explicit
-    parts = _explicit_parts(layout, group, 2 * cos.shape[-1])
-    projection, attention, bases = (
-        explicit_kernel if able and fits else portable
-        for explicit_kernel, portable, fits in zip(EXPLICIT, PORTABLE, parts, strict=True)
-    )
-    projected = projection.project_queries(
-        q, plane, table, layout=layout, first_position=first_position, cos=cos, sin=sin,
-        scale=scale, basis=k_basis, plan=plan, config=config,
+    partials = attend_pages(
+        q, plane, table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis, plan=plan,
+        config=config, options=ScoreOptions(first_position, softcap, first_visible),
+        explicit=explicit,
     )  # fmt: skip
-    options = ScoreOptions(first_position, softcap, first_visible)
-    partials = attention.attend_pages(
-        q, plane, table, projected, layout=layout, plan=plan, options=options, config=config
-    )
-    if not layout.v.shared_basis:
-        partials = bases.apply_bases(
-            q, plane, table, partials, layout=layout, plan=plan, config=config
-        )
     return finish(q, partials, layout=layout, basis=v_basis, plan=plan)

@@ -18,7 +18,7 @@ class PagedAttention:
     """Attention over landmarks, pages and tail of a batch of sequences.
 
     ```
-    one new token   exact_decode (landmarks, tail)  +  spectral_decode (pages)  ->  merge
+    one new token   decode_attention (landmarks, tail and pages, merged)
     several         spectral_rebuild (pages), exact_gather (landmarks, tail)  ->  chunk_attention
     ```
 
@@ -73,11 +73,11 @@ class PagedAttention:
         shared = self.basis.rows(layer)
         k, v = self.append(group, step, layer, k, v)
         if step.decode is not None and step.decode_tokens is None:
-            return self._decode(step.decode, plane, q, shared).to(q.dtype)
+            return self._decode(step.decode, plane, q, shared)
         out = torch.empty_like(q)
         if step.decode is not None:
             places = step.decode_tokens
-            out[places] = self._decode(step.decode, plane, q[places], shared).to(q.dtype)
+            out[places] = self._decode(step.decode, plane, q[places], shared)
         for batch in step.chunks:
             tokens = slice(None) if batch.tokens is None else batch.tokens
             if batch.is_fresh:
@@ -93,32 +93,23 @@ class PagedAttention:
     def _decode(
         self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: dict[str, Tensor]
     ) -> Tensor:
-        out, lse = self.ops.exact_decode(
+        return self.ops.decode_attention(
             q,
             plane,
             batch.exact_table,
             batch.exact,
+            batch.page_table if batch.has_pages else None,
+            batch.blocks,
             num_kv_heads=self.format.num_kv_heads,
             scale=self.scale,
             dtype=self.dtype,
-            **batch.exact_plan,
-        )
-        if not batch.has_pages:
-            return out
-        page_out, page_lse = self.ops.spectral_decode(
-            q,
-            plane,
-            batch.page_table,
-            batch.blocks,
-            layout=self.format.layout,
+            layout=self.format.layout if batch.has_pages else None,
             first_position=self.format.num_landmark_tokens,
             cos=self.cos,
             sin=self.sin,
-            scale=self.scale,
             **shared,
-            **batch.page_plan,
+            **batch.plans,
         )
-        return self.ops.merge([out, page_out], [lse, page_lse])[0]
 
     def _history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]

@@ -161,7 +161,7 @@ class DecodeBatch:
 
     exact_table, page_table: their rows of the group's tables.
     exact, blocks: int32 `[N]`, tokens and entries to read there.
-    exact_plan, page_plan: what `exact_decode` and `spectral_decode` of all layers share.
+    plans: what `decode_attention` of all layers shares.
     has_pages: False where no sequence of the batch has a page.
     """
 
@@ -169,8 +169,7 @@ class DecodeBatch:
     page_table: Tensor
     exact: Tensor
     blocks: Tensor
-    exact_plan: dict[str, Any]
-    page_plan: dict[str, Any]
+    plans: dict[str, Any]
     has_pages: bool
 
     @classmethod
@@ -197,8 +196,8 @@ class DecodeBatch:
             group.page_table.device[rows],
             exact,
             blocks,
-            ops.exact_plan(exact, max_exact_pages, format.num_kv_heads),
-            ops.page_plan(format.layout, blocks, max_blocks) if max_blocks else {},
+            ops.exact_plan(exact, max_exact_pages, format.num_kv_heads)
+            | (ops.page_plan(format.layout, blocks, max_blocks) if max_blocks else {}),
             max_blocks > 0,
         )
 

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from spectral_paged.kernels import (
+    decode_attention_gpu,
     decode_finish_triton,
     exact_append_triton,
     exact_decode_triton,
@@ -129,6 +130,11 @@ def launch_pages(format, group, **scores):
     spectral_decode_gpu.spectral_decode(
         q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
     )
+    if format.name == "spectral-quality" and group == 4 and not scores:
+        decode_attention_gpu.decode_attention(
+            q, plane, table, torch.zeros(1).int(), table, torch.ones(1).int(),
+            num_kv_heads=format.num_kv_heads, scale=0.1, dtype=torch.bfloat16, **common,
+        )  # fmt: skip
     if group == 4 and format.head_dim == 128:
         spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from spectral_paged.benchmarks.blocks import toy_calibration
 from spectral_paged.codec import decode_pages, encode_pages
+from spectral_paged.kernels.decode_attention import decode_attention
 from spectral_paged.kernels.exact_decode import exact_decode
 from spectral_paged.kernels.exact_pages import exact_append
 from spectral_paged.kernels.layout import exact_page_bytes
@@ -189,6 +190,27 @@ def exact_error(op, args, options):
     return max(float((x[~empty] - y[~empty]).abs().max()) for x, y in zip(got, want))
 
 
+def attend_case(name, counts, tokens, *, group=3, heads=2, dtype=torch.float32, device="cpu"):
+    """Arguments of `decode_attention` over exact tokens and pages of one poisoned plane."""
+    dim = PAGES[name][0]
+    (q, pages, table, counts), options = page_case(
+        name, heads=heads, group=group, counts=counts, device=device
+    )
+    (_, exact, exact_table, tokens), _ = exact_case(
+        tokens, heads=heads, group=group, dim=dim, dtype=dtype, device=device
+    )
+    plane = torch.cat((pages, exact))
+    args = (q, plane, exact_table + len(pages) // 128, tokens, table, counts)
+    return args, options | {"num_kv_heads": heads, "dtype": dtype}
+
+
+def attend_error(op, args, options, **more):
+    """Largest relative error against the twin; sequences with nothing must be exact."""
+    want, got = decode_attention(*args, **options), op(*args, **options, **more)
+    assert got.dtype == want.dtype == args[0].dtype
+    empty = (args[3] == 0) & (args[5] == 0)
+    assert not got[empty].any()
+    return float((got.float() - want.float()).norm() / want.float().norm())
 
 
 # ---- sealing -----------------------------------------------------------------------------

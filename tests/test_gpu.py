@@ -11,6 +11,8 @@ from kernel_cases import (
     SEALED,
     SealCase,
     append_both,
+    attend_case,
+    attend_error,
     captured_case,
     exact_case,
     exact_error,
@@ -28,6 +30,7 @@ from spectral_paged.kernels import chunk_attention_gpu
 from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
+    from spectral_paged.kernels.decode_attention_gpu import decode_attention
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
     from spectral_paged.kernels.launch_configs import DecodeConfig
@@ -157,6 +160,24 @@ def test_exact_pages_are_read_as_the_twin_reads_them(group, dim, dtype):
     # weights are rounded to the pages' dtype, as every flash kernel does
     limit = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     assert exact_error(exact_decode, args, options) < limit
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("name", ["quality-128", "compact-128", "int8-128", "int8-post-64"])
+def test_landmarks_pages_and_tail_are_one_softmax(name, group):
+    tokens = (70, 0, 64, 0, 600)
+    args, options = attend_case(name, (0, 3, 1, 0, 2), tokens, group=group, device="cuda")
+    assert attend_error(decode_attention, args, options) < 2e-3
+    args = (*args[:4], None, args[5] * 0)
+    assert attend_error(decode_attention, args, options | {"layout": None}) < 1e-4
+
+
+def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
+    args, options = attend_case(
+        "quality-128", (1, 2), (65, 1), dtype=torch.bfloat16, device="cuda"
+    )
+    args = (args[0].bfloat16(), *args[1:])
+    assert attend_error(decode_attention, args, options) < 2e-2
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -7,6 +7,8 @@ import torch
 from kernel_cases import (
     PAGES,
     append_both,
+    attend_case,
+    attend_error,
     captured_case,
     exact_case,
     exact_error,
@@ -16,6 +18,7 @@ from kernel_cases import (
 )
 
 from spectral_paged.kernels import spectral_decode_gpu
+from spectral_paged.kernels.decode_attention_gpu import decode_attention
 from spectral_paged.kernels.exact_append_triton import exact_append
 from spectral_paged.kernels.exact_decode_triton import exact_decode
 from spectral_paged.kernels.launch_configs import DecodeConfig
@@ -206,3 +209,18 @@ def test_merging_is_what_the_twin_does_and_empty_parts_have_no_weight():
     got, want = merge(outs, lses), torch_merge(outs, lses)
     assert torch.allclose(got[0], want[0], atol=1e-6)
     assert torch.allclose(got[1], want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("name", ["quality-64", "slots-without-gain", "int8-post-64"])
+def test_landmarks_pages_and_tail_are_one_softmax(name, group):
+    args, options = attend_case(name, (0, 3, 1, 0, 2), (70, 0, 64, 0, 130), group=group)
+    assert attend_error(decode_attention, args, options) < 2e-3
+    args = (*args[:4], None, args[5] * 0)
+    assert attend_error(decode_attention, args, options | {"layout": None}) < 1e-4
+
+
+def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
+    args, options = attend_case("quality-64", (1, 2), (65, 1), dtype=torch.float16)
+    args = (args[0].half(), *args[1:])
+    assert attend_error(decode_attention, args, options) < 1e-2

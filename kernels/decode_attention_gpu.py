@@ -1,0 +1,77 @@
+"""`decode_attention` on a GPU: items over exact pages and items over pages are merged at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.decode_finish_triton import finish, reduce_items
+from spectral_paged.kernels.decode_parts import Beside, ScoreOptions
+from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.exact_decode_triton import attend_exact, plan_exact
+from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
+from spectral_paged.kernels.layout import PageLayout
+from spectral_paged.kernels.spectral_decode_gpu import attend_pages, plan_pages
+from spectral_paged.kernels.triton_page import check_layout
+
+
+def decode_attention(
+    q: Tensor,
+    plane: Tensor,
+    exact_table: Tensor,
+    num_tokens: Tensor,
+    page_table: Tensor | None,
+    num_pages: Tensor,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    dtype: torch.dtype,
+    layout: PageLayout | None,
+    first_position: int,
+    cos: Tensor,
+    sin: Tensor,
+    k_basis: Tensor | None = None,
+    v_basis: Tensor | None = None,
+    exact_plan: DecodePlan | None = None,
+    page_plan: DecodePlan | None = None,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """`kernels.decode_attention.decode_attention` on a GPU: the same arguments and results.
+
+    Args:
+        exact_plan, page_plan: `plan_exact` and `plan_pages` of this step, the same for all layers;
+            made here where they are missing.
+        config: how kernels are launched; default what `launch_configs` has for the GPU.
+
+    Raises:
+        ValueError: a layout that no kernel reads; the message says what to use instead.
+    """
+    if exact_plan is None:
+        exact_plan = plan_exact(
+            num_tokens, exact_table.shape[0] * exact_table.shape[1], num_kv_heads
+        )
+    exact = attend_exact(
+        q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
+        plan=exact_plan, options=ScoreOptions(0),
+    )  # fmt: skip
+    if page_table is None or layout is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        reduce_items(exact_plan.first_item, exact, out, lse)
+        return out
+    check_layout(layout)
+    if config is None:
+        config = decode_config(layout, q.device)
+    if page_plan is None:
+        page_plan = plan_pages(
+            layout, num_pages, page_table.shape[0] * page_table.shape[1], config
+        )
+    pages = attend_pages(
+        q, plane, page_table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis,
+        plan=page_plan, config=config, options=ScoreOptions(first_position),
+    )  # fmt: skip
+    beside = Beside(exact, exact_plan.first_item)
+    out, _ = finish(
+        q, pages, layout=layout, basis=v_basis, plan=page_plan, beside=beside, dtype=q.dtype
+    )
+    return out
