@@ -217,39 +217,39 @@ class Workload:
 
     def page_op(
         self, format: PageFormat, rope: RotaryTable
-    ) -> tuple[Callable[[DecodeConfig | None], tuple[Tensor, Tensor]], int]:
-        """`spectral_decode` over `lengths` tokens as a function of how kernels are launched, and
-        the bytes of the pages."""
+    ) -> tuple[Callable[[], tuple[Tensor, Tensor]], int]:
+        """`spectral_decode` over `lengths` tokens, and the bytes of the pages."""
         pages = Pages.random(format, self.lengths, rope)
-        plans: dict[DecodeConfig | None, DecodePlan] = {}
+        plan = pages.plan()
 
-        def work(config: DecodeConfig | None = None) -> tuple[Tensor, Tensor]:
-            if config not in plans:
-                plans[config] = pages.plan(config)
+        def work() -> tuple[Tensor, Tensor]:
             return pages_op.spectral_decode(
-                self.q, pages.plane, pages.table, pages.counts, scale=self.scale,
-                plan=plans[config], config=config, **pages.options,
+                self.q, pages.plane, pages.table, pages.counts, scale=self.scale, plan=plan,
+                **pages.options,
             )  # fmt: skip
 
         return work, pages.num_bytes
 
     def attend_op(
         self, format: PageFormat, rope: RotaryTable
-    ) -> tuple[Callable[[], Tensor], int]:
-        """`decode_attention` over pages, landmarks and a tail, and the bytes of all."""
+    ) -> tuple[Callable[[DecodeConfig | None], Tensor], int]:
+        """`decode_attention` over pages, landmarks and a tail as a function of how kernels are
+        launched, and the bytes of all."""
         pages = Pages.random(format, self.lengths, rope)
         exact = ExactPages.random(
             [LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim
         )
         plane = torch.cat((pages.plane, exact.plane))
         exact_table = exact.table + len(pages.plane) // UNIT_BYTES
-        plan = pages.plan()
+        plans: dict[DecodeConfig | None, DecodePlan] = {}
 
-        def work() -> Tensor:
+        def work(config: DecodeConfig | None = None) -> Tensor:
+            if config not in plans:
+                plans[config] = pages.plan(config)
             return decode_attention(
                 self.q, plane, exact_table, exact.tokens, pages.table, pages.counts,
                 num_kv_heads=self.heads, scale=self.scale, dtype=torch.bfloat16,
-                exact_plan=exact.plan, page_plan=plan, **pages.options,
+                exact_plan=exact.plan, page_plan=plans[config], config=config, **pages.options,
             )  # fmt: skip
 
         return work, pages.num_bytes + exact.num_bytes
@@ -258,13 +258,13 @@ class Workload:
         """The page part alone, and with landmarks and tail, over `lengths` tokens."""
         about = {"error": error, "fingerprint": format.fingerprint, **about}
         op, num_bytes = self.page_op(format, rope)
-
-        def alone() -> tuple[Tensor, Tensor]:
-            return op(None)
-
-        rows = [self._row(format.name, "pages", graph_ms(alone), num_bytes, **about)]
+        rows = [self._row(format.name, "pages", graph_ms(op), num_bytes, **about)]
         whole, num_bytes = self.attend_op(format, rope)
-        return [*rows, self._row(format.name, "attend", graph_ms(whole), num_bytes, **about)]
+
+        def attend() -> Tensor:
+            return whole(None)
+
+        return [*rows, self._row(format.name, "attend", graph_ms(attend), num_bytes, **about)]
 
 
 def with_quality(result: dict[str, Any], results: Path) -> dict[str, Any]:

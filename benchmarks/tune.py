@@ -45,6 +45,7 @@ DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
     "apply_registers": (None, 128, 112, 96),
     "splits": (1, 2, 4, 6),
     "programs": (528, 792, 1056, 1584),
+    "second_stream": (False, True),
 }
 SEAL_CANDIDATES: dict[str, Sequence[int | None]] = {"warps": (4, 8), "rows": (32, 64)}
 NOISE = 0.99  # a candidate must be this much faster to replace the default
@@ -71,10 +72,10 @@ def best(
 
 
 def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
-    """The case and the fastest launch of `spectral_decode` for it."""
+    """The case and the fastest launch of `decode_attention` for it."""
     format = formats_of(shape, [preset])[0]
     rope = RotaryTable.from_theta(ROPE_THETA, format.head_dim, max_positions=40_000, device="cuda")
-    ops = [Workload(shape, [length] * batch, "", 1.0).page_op(format, rope)[0]
+    ops = [Workload(shape, [length] * batch, "", 1.0).attend_op(format, rope)[0]
            for batch, length in WORK]  # fmt: skip
 
     def cost(config: DecodeConfig) -> float:

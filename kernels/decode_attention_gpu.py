@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from spectral_paged.kernels.decode_finish_triton import finish, reduce_items
-from spectral_paged.kernels.decode_parts import Beside, ScoreOptions
+from spectral_paged.kernels.decode_parts import Beside, Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.exact_decode_triton import attend_exact, plan_exact
 from spectral_paged.kernels.launch_configs import DecodeConfig, decode_config
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.spectral_decode_gpu import attend_pages, plan_pages
 from spectral_paged.kernels.triton_page import check_layout
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _begin(
+    attend: Callable[[], Partials], device: torch.device, second_stream: bool
+) -> Callable[[], Partials]:
+    """Queue `attend`; what is returned gives its result to what is queued later.
+
+    Memory of the second stream is used there alone until the join, and again only behind the next
+    fork, which waits for what the first has queued: nothing is overwritten while it is read.
+    """
+    if not second_stream:
+        found = attend()
+        return lambda: found
+    current, second = torch.cuda.current_stream(device), _second_stream(device)
+    second.wait_stream(current)
+    with torch.cuda.stream(second):
+        beside = attend()
+
+    def join() -> Partials:
+        current.wait_stream(second)
+        return beside
+
+    return join
 
 
 def decode_attention(
@@ -50,14 +81,17 @@ def decode_attention(
         exact_plan = plan_exact(
             num_tokens, exact_table.shape[0] * exact_table.shape[1], num_kv_heads
         )
-    exact = attend_exact(
-        q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
-        plan=exact_plan, options=ScoreOptions(0),
-    )  # fmt: skip
+
+    def attend() -> Partials:
+        return attend_exact(
+            q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale,
+            dtype=dtype, plan=exact_plan, options=ScoreOptions(0),
+        )  # fmt: skip
+
     if page_table is None or layout is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        reduce_items(exact_plan.first_item, exact, out, lse)
+        reduce_items(exact_plan.first_item, attend(), out, lse)
         return out
     check_layout(layout)
     if config is None:
@@ -66,11 +100,12 @@ def decode_attention(
         page_plan = plan_pages(
             layout, num_pages, page_table.shape[0] * page_table.shape[1], config
         )
+    join = _begin(attend, q.device, config.second_stream)
     pages = attend_pages(
         q, plane, page_table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis,
         plan=page_plan, config=config, options=ScoreOptions(first_position),
     )  # fmt: skip
-    beside = Beside(exact, exact_plan.first_item)
+    beside = Beside(join(), exact_plan.first_item)
     out, _ = finish(
         q, pages, layout=layout, basis=v_basis, plan=page_plan, beside=beside, dtype=q.dtype
     )

@@ -30,6 +30,7 @@ class DecodeConfig:
     project_registers, attend_registers, apply_registers: most registers a thread may take in the
         projection, in attention and in the application of page bases; None leaves it to the
         compiler. Fewer let more programs run at once.
+    second_stream: `decode_attention` reads exact pages beside pages, not before them.
     """
 
     programs: int = 792
@@ -37,6 +38,7 @@ class DecodeConfig:
     project_registers: int | None = None
     attend_registers: int | None = None
     apply_registers: int | None = None
+    second_stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
