@@ -14,6 +14,8 @@ from torch import Tensor
 
 PAGE_TOKENS = (16, 32, 64)
 WORKSPACE_BYTES = 256 << 20
+# queries of a KV head that its plain kernels are built for; with others they end the process
+CUDA_CORE_GROUPS = (1, 2, 3, 4, 8)
 # element type, its name, and the largest relative error against fp32 over what was stored
 KINDS = ((torch.bfloat16, "bf16", 1e-2), (torch.float8_e4m3fn, "fp8", 2e-2))
 
@@ -90,6 +92,8 @@ def best_ways(
         for page in PAGE_TOKENS:
             batch = PagedBatch(lengths, heads, dim, page, dtype, q.device)
             for tensor_cores in (False, True):
+                if not tensor_cores and q.shape[1] // heads not in CUDA_CORE_GROUPS:
+                    continue
                 how = f"pages of {page}{', tensor cores' if tensor_cores else ''}"
                 try:
                     work = planned(q, batch, tensor_cores)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from spectral_paged.kernels.decode_parts import Beside, Partials, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import dependent_launch
 from spectral_paged.kernels.layout import PageLayout
-from spectral_paged.kernels.triton_page import padded, times_rows
+from spectral_paged.kernels.triton_page import after_previous, padded, times_rows
 
 COLUMNS, ITEMS = 64, 32  # what a program merges at once
 APPLY_COLUMNS = 32
@@ -51,10 +52,11 @@ def _reduce_kernel(
     lse_ptr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr,
     BESIDE: tl.constexpr, BESIDE_P: tl.constexpr, BESIDE_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
+    COLUMNS: tl.constexpr, ITEMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query of one sequence; some of the vectors' columns. Vectors of items beside are the
     last columns of those of the others."""
+    after_previous(PDL)
     seq, query = tl.program_id(0), tl.program_id(1)
     head, group = query // GROUP, query % GROUP
     dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -82,9 +84,10 @@ def _reduce_kernel(
 def _apply_kernel(
     mixed_ptr, basis_ptr, out_ptr, num_seqs,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Vectors in rank space times V's shared basis, and what lies beside them; one KV head."""
+    after_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < num_seqs * GROUP
@@ -116,7 +119,7 @@ def reduce_items(
         more.partials.sums, out, lse,
         HEADS=heads, GROUP=num_q_heads // heads, P=width, SIZE=size, BESIDE=beside is not None,
         BESIDE_P=more.partials.vectors.shape[2], BESIDE_SIZE=more.partials.vectors.shape[3],
-        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1,
+        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1, **dependent_launch(out.device),
     )  # fmt: skip
 
 
@@ -151,5 +154,6 @@ def finish(
     _apply_kernel[grid](
         mixed, basis, out, q.shape[0], HEADS=heads, GROUP=group, DIM=dim, RANK=side.rank,
         RANK_PAD=padded(side.rank), ROWS=rows, COLUMNS=APPLY_COLUMNS, num_warps=4, num_stages=1,
+        **dependent_launch(q.device),
     )  # fmt: skip
     return out, lse

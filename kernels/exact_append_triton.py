@@ -6,15 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.launch_configs import dependent_launch
 from spectral_paged.kernels.layout import UNIT_BYTES
-from spectral_paged.kernels.triton_page import padded
+from spectral_paged.kernels.triton_page import after_previous, padded
 
 
 @triton.jit
 def _append_kernel(
     k_ptr, v_ptr, plane_ptr, positions_ptr, offsets_ptr, k_stride, v_stride,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, UNIT: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     token, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, DIM_PAD)
     ok = dim < DIM
@@ -36,4 +38,5 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets
     _append_kernel[(num_tokens, num_heads)](
         k, v, plane.view(k.dtype), positions, offsets, k.stride(0), v.stride(0),
         DIM=dim, DIM_PAD=padded(dim), UNIT=UNIT_BYTES // k.element_size(), num_warps=1,
+        **dependent_launch(k.device),
     )  # fmt: skip

@@ -10,10 +10,12 @@ from torch import Tensor
 from spectral_paged.kernels.decode_finish_triton import reduce_items
 from spectral_paged.kernels.decode_parts import LOG2_E, Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
+from spectral_paged.kernels.launch_configs import dependent_launch
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
-from spectral_paged.kernels.triton_page import capped, padded
+from spectral_paged.kernels.triton_page import after_previous, capped, padded
 
 PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
+WARPS, STAGES = 4, 3
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -22,8 +24,9 @@ def _exact_kernel(
     visible_ptr, out_ptr, sums_ptr, num_seqs, table_width, scale, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -103,7 +106,7 @@ def attend_exact(
         num_seqs, table.stride(0), scale * LOG2_E, options.cap,
         HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
         ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=options.capped,
-        WINDOW=options.window, num_warps=4, num_stages=3,
+        WINDOW=options.window, num_warps=WARPS, num_stages=STAGES, **dependent_launch(q.device),
     )  # fmt: skip
     return Partials(parts, sums)
 

@@ -12,6 +12,7 @@ from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from spectral_paged.kernels.layout import LEVELS
 
@@ -96,6 +97,14 @@ OUT8 = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 20))
 
 
 # ---- layouts -----------------------------------------------------------------------------
+
+
+@gluon.jit
+def after_previous(PDL: gl.constexpr):
+    """`triton_page.after_previous` where layouts are explicit."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @gluon.constexpr_function

@@ -9,6 +9,7 @@ tune` writes it. Nothing is tuned while serving.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -62,6 +63,19 @@ def gpus_of(device: torch.device) -> tuple[str, ...]:
         return ()
     major, minor = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+
+
+@cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch whose programs take their places while the kernel before drains, and
+    wait for its end there (programmatic dependent launch, sm_90 and newer). The kernels of a layer
+    are short: their starts would show."""
+    able = (
+        device.type == "cuda"
+        and os.environ.get("TRITON_INTERPRET") != "1"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 
 @cache

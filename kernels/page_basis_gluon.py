@@ -15,8 +15,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from spectral_paged.kernels.decode_parts import Partials, adds_values, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
-from spectral_paged.kernels.gluon_operands import dims_layout, from_dims, half_integers
-from spectral_paged.kernels.launch_configs import DecodeConfig
+from spectral_paged.kernels.gluon_operands import (
+    after_previous,
+    dims_layout,
+    from_dims,
+    half_integers,
+)
+from spectral_paged.kernels.launch_configs import DecodeConfig, dependent_launch
 from spectral_paged.kernels.layout import PageLayout
 
 
@@ -44,8 +49,9 @@ def _apply_kernel(
     vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,
     HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr,
     BASIS_AT: gl.constexpr, HEAD_BYTES: gl.constexpr, MEAN_AT: gl.constexpr, VALUES: gl.constexpr,
-    ROWS: gl.constexpr,
+    ROWS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     first_dim = gl.program_id(2) * 64
     seq = gl.load(item_seq_ptr + item)
@@ -149,6 +155,6 @@ def apply_bases(
         q.shape[0], table.stride(0),
         HEADS=heads, P=width, DIM=dim, RANK=side.rank, BASIS_AT=side.bands[0].basis_offset,
         HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
-        ROWS=max(16, 2 * width), num_warps=1, maxnreg=registers,
+        ROWS=max(16, 2 * width), num_warps=1, maxnreg=registers, **dependent_launch(q.device),
     )  # fmt: skip
     return out

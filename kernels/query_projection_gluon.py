@@ -16,8 +16,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
 from spectral_paged.kernels.decode_plan import DecodePlan
-from spectral_paged.kernels.gluon_operands import dims_layout, from_dims, half_integers
-from spectral_paged.kernels.launch_configs import DecodeConfig
+from spectral_paged.kernels.gluon_operands import (
+    after_previous,
+    dims_layout,
+    from_dims,
+    half_integers,
+)
+from spectral_paged.kernels.launch_configs import DecodeConfig, dependent_launch
 from spectral_paged.kernels.layout import PageLayout
 
 CHUNK = 32  # components that one product makes at a time
@@ -65,9 +70,10 @@ def _project_kernel(
     HEADS: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr,
     TURN: gl.constexpr, RANK: gl.constexpr, BASIS_AT: gl.constexpr, HEAD_BYTES: gl.constexpr,
     SCALE_AT: gl.constexpr, MEAN_AT: gl.constexpr, SLOT_AT: gl.constexpr, INDEX_AT: gl.constexpr,
-    SLOTS: gl.constexpr, STEP: gl.constexpr,
+    SLOTS: gl.constexpr, STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`BASIS_AT`: where a page's own basis begins, or -1 for the shared one at `basis_ptr`."""
+    after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -220,6 +226,6 @@ def project_queries(
         RANK=side.rank, BASIS_AT=side.bands[0].basis_offset, HEAD_BYTES=layout.head_bytes,
         SCALE_AT=side.scale_offset, MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset,
         INDEX_AT=layout.index_offset, SLOTS=layout.num_slots, STEP=splits, num_warps=1,
-        maxnreg=config.project_registers,
+        maxnreg=config.project_registers, **dependent_launch(q.device),
     )  # fmt: skip
     return out

@@ -32,6 +32,7 @@ from spectral_paged.kernels.decode_parts import (
 )
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import (
+    after_previous,
     capped,
     digit_steps,
     level_words,
@@ -45,7 +46,7 @@ from spectral_paged.kernels.gluon_operands import (
     weight_layout,
     weight_steps,
 )
-from spectral_paged.kernels.launch_configs import DecodeConfig
+from spectral_paged.kernels.launch_configs import DecodeConfig, dependent_launch
 from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import band_tuples
 
@@ -167,8 +168,10 @@ def _attend_kernel(
     HEAD_BYTES: gl.constexpr, K_GAIN: gl.constexpr, V_GAIN: gl.constexpr, V_SCALE: gl.constexpr,
     V_MEAN: gl.constexpr, V_SLOT: gl.constexpr, SLOTS: gl.constexpr, PER_PAGE: gl.constexpr,
     VALUES: gl.constexpr, INDEX_AT: gl.constexpr, CAPPED: gl.constexpr, WINDOW: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
+    after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -397,5 +400,6 @@ def attend_pages(
         V_SLOT=v.slot_offset, SLOTS=layout.num_slots, PER_PAGE=not v.shared_basis,
         VALUES=adds_values(layout), INDEX_AT=layout.index_offset, CAPPED=options.capped,
         WINDOW=options.window, num_warps=WARPS, maxnreg=config.attend_registers,
+        **dependent_launch(q.device),
     )  # fmt: skip
     return partials

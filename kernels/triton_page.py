@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from spectral_paged.kernels.layout import LEVELS, PageLayout, SideLayout
 
@@ -60,6 +61,14 @@ def check_scales(layout: PageLayout) -> None:
     """
     if layout.k.scale_groups != 1:
         raise ValueError("GPU kernels take scale_tokens=512 (one scale a component and page)")
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """With `launch_configs.dependent_launch`: nothing may be read or written before this."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

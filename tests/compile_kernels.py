@@ -76,7 +76,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, **constants):
+    def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, launch_pdl=False, **constants):
         names = self.kernel.arg_names
         signature, aligned, fixed = {}, {}, {}
         for i, name in enumerate(names):
@@ -95,7 +95,8 @@ class Compiled:
         built = triton.compile(
             source,
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
+            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg,
+                     "launch_pdl": launch_pdl},
         )
         found = {
             "kernel": f"{self.kernel.__module__.split('.')[-1]}.{self.kernel.__name__}",
@@ -111,6 +112,8 @@ def stand_in():
         for module in modules:
             for name in [n for n in vars(module) if re.fullmatch(r"_\w+_kernel", n)]:
                 setattr(module, name, Compiled(getattr(module, name), source))
+            if hasattr(module, "dependent_launch"):
+                module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
 
 
 def launch_pages(format, group, **scores):
