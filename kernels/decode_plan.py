@@ -46,18 +46,24 @@ class DecodePlan:
 
     @classmethod
     def of(
-        cls, num_entries: Tensor, *, max_entries: int, target_items: int
+        cls, num_entries: Tensor, *, max_entries: int, target_items: int, grain: int = 1
     ) -> DecodePlan:
         """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
 
         Args:
             max_entries: a bound on their sum, known on the host.
+            grain: items have as many entries, if half of `target_items` of them are left then.
         """
         counts = num_entries.to(torch.int32)
         num_seqs = counts.shape[0]
         zero = counts.new_zeros(1)
         first_entry = torch.cat((zero, counts.cumsum(0, dtype=torch.int32)))
-        chunk = (first_entry[-1:] + target_items - 1).div(target_items, rounding_mode="floor")
+        total = first_entry[-1:]
+        chunk = (total + target_items - 1).div(target_items, rounding_mode="floor")
+        if grain > 1:
+            half = max(1, target_items // 2)
+            coarse = (total + half - 1).div(half, rounding_mode="floor").clamp_max(grain)
+            chunk = torch.maximum(chunk, coarse)
         chunk = chunk.clamp_min(1)
         items = (counts + chunk - 1).div(chunk, rounding_mode="floor")
         first_item = torch.cat((zero, items.cumsum(0, dtype=torch.int32)))

@@ -14,7 +14,8 @@ from spectral_paged.kernels.launch_configs import dependent_launch
 from spectral_paged.kernels.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.triton_page import after_previous, capped, padded
 
-PROGRAMS = 1056  # about what keeps a GPU of 132 multiprocessors busy: 8 programs each
+PROGRAMS = 2112  # about what keeps a GPU of 132 multiprocessors busy: 16 programs each
+GRAIN = 4  # pages that a program should have, so that loads of the next hide
 WARPS, STAGES = 4, 3
 
 
@@ -77,7 +78,9 @@ def plan_exact(num_tokens: Tensor, max_entries: int, num_kv_heads: int) -> Decod
     """The items of a decode step over exact pages of 64 tokens."""
     counts = (num_tokens.to(torch.int32) + EXACT_PAGE_TOKENS - 1) // EXACT_PAGE_TOKENS
     target = max(1, PROGRAMS // num_kv_heads)
-    return DecodePlan.of(counts, max_entries=max_entries, target_items=target)
+    return DecodePlan.of(
+        counts, max_entries=max_entries, target_items=target, grain=GRAIN
+    )
 
 
 def attend_exact(

@@ -14,16 +14,19 @@ from spectral_paged.kernels.decode_plan import DecodePlan
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=12),
     target=st.integers(1, 200),
     slack=st.integers(0, 50),
+    grain=st.integers(1, 6),
 )
 def test_items_cover_every_entry_once_and_are_of_like_size(
-    counts, target, slack
+    counts, target, slack, grain
 ):
     plan = DecodePlan.of(
         torch.tensor(counts),
         max_entries=sum(counts) + slack,
         target_items=target,
+        grain=grain,
     )
     limit = max(1, -(-sum(counts) // target))
+    limit = max(limit, min(grain, -(-sum(counts) // max(1, target // 2))))
     sizes = [set() for _ in counts]
     seen = {i: [] for i in range(len(counts))}
     for item in range(plan.num_items):
@@ -51,3 +54,14 @@ def test_the_number_of_items_does_not_depend_on_the_lengths(counts, others):
         DecodePlan.of(torch.tensor(c), max_entries=210, target_items=16) for c in (counts, others)
     ]
     assert plans[0].num_items == plans[1].num_items == 19
+
+
+def test_items_have_the_grain_where_enough_of_them_are_left():
+    def longest(total, grain):
+        plan = DecodePlan.of(
+            torch.tensor([total]), max_entries=total, target_items=16, grain=grain
+        )
+        return int((plan.item_end - plan.item_start).max())
+
+    assert [longest(n, 1) for n in (4, 16, 32, 320)] == [1, 1, 2, 20]
+    assert [longest(n, 4) for n in (4, 16, 32, 320)] == [1, 2, 4, 20]

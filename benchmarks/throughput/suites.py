@@ -55,7 +55,8 @@ SUITES: dict[str, dict[str, Options]] = {
         "mixed": replace(
             MIXED, backends=("exact", "spectral-quality", GENERATE), max_num_seqs=(64,)
         ),
-        "8k": _whole(8192, 512, 64),
+        "8k": _whole(8192, 512, 256),
+        "8k-long": _whole(8192, 2048, 96),
         "1k": _whole(1024, 256, 256),
         "curve": replace(_whole(128, 96, 256), max_num_seqs=POWERS, rounds=1),
         "continuous": replace(
