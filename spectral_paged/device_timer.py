@@ -13,7 +13,8 @@ class DeviceTimer:
     """Adds up the seconds of what runs inside `with timer:`.
 
     On CUDA events mark where it begins and ends on the stream, and are read once they have passed:
-    neither timing nor reading waits for the device. A reader may be another thread.
+    neither timing nor reading waits for the device. Another thread may read and sees what was known
+    last: asking an event there would break a CUDA graph that the timing thread captures meanwhile.
 
     Args:
         device: where the work runs.
@@ -24,7 +25,7 @@ class DeviceTimer:
         self._seconds = 0.0
         self._begin: float | torch.cuda.Event = 0.0
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._lock = threading.Lock()
+        self._thread = 0
 
     def _mark(self) -> float | torch.cuda.Event:
         if not self._on_cuda:
@@ -34,6 +35,7 @@ class DeviceTimer:
         return event
 
     def __enter__(self) -> None:
+        self._thread = threading.get_ident()
         self._begin = self._mark()
 
     def __exit__(self, *_: object) -> None:
@@ -45,13 +47,13 @@ class DeviceTimer:
             self._take_passed()
 
     def _take_passed(self) -> None:
-        with self._lock:
-            while self._open and self._open[0][1].query():
-                begin, end = self._open.popleft()
-                self._seconds += begin.elapsed_time(end) / 1000
+        while self._open and self._open[0][1].query():
+            begin, end = self._open.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
 
     @property
     def seconds(self) -> float:
         """What has ended so far."""
-        self._take_passed()
+        if threading.get_ident() == self._thread:
+            self._take_passed()
         return self._seconds

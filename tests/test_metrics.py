@@ -226,6 +226,41 @@ def test_a_timer_adds_up_what_runs_inside(monkeypatch):
     assert timer.seconds == 2.5
 
 
+class FakeEvent:
+    """Stands in for a CUDA event; has passed when the test says so."""
+
+    passed, threads = False, []
+
+    def __init__(self, **_):
+        pass
+
+    def record(self):
+        pass
+
+    def query(self):
+        self.threads.append(threading.get_ident())
+        return self.passed
+
+    def elapsed_time(self, end):
+        return 250.0
+
+
+def test_a_timer_on_cuda_asks_its_events_from_its_own_thread_only(monkeypatch):
+    """A query from a scraper's thread would break a graph that is captured meanwhile."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    timer, other = DeviceTimer(torch.device("cuda")), []
+    for _ in range(2):
+        with timer:
+            pass
+    assert timer.seconds == 0.0, "not passed: not counted, not waited for"
+    monkeypatch.setattr(FakeEvent, "passed", True)
+    reader = threading.Thread(target=lambda: other.append(timer.seconds))
+    reader.start()
+    reader.join()
+    assert other == [0.0] and timer.seconds == 0.5
+    assert set(FakeEvent.threads) == {threading.get_ident()}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_timer_on_a_gpu_counts_its_work_and_waits_for_nothing():
