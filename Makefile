@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types audit clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -28,6 +28,12 @@ types: $(STAMP)
 	rm -rf build/types && mkdir -p build/types
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p spectral_paged
+
+# Known vulnerabilities of the pins, by pip-audit in a venv of its own; needs the index's advisories.
+audit:
+	rm -rf build/audit
+	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 || true
+	.ci/audit build/audit/bin/pip-audit
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

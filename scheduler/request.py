@@ -23,6 +23,8 @@ class Request:
         max_num_tokens: prompt and output together at most; the last one is never computed.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
+        num_lost_tokens: computed before the last preemption; those that a resume finds cached are
+            not recomputed.
     """
 
     request_id: str
@@ -35,6 +37,7 @@ class Request:
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_lost_tokens: int = 0
     num_pending: int = 0
 
     @property

@@ -160,6 +160,10 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             if request.num_preemptions == 0:
                 request.num_cached_tokens = cached
+            else:
+                recomputed = max(0, request.num_lost_tokens - cached)
+                request.num_recomputed_tokens += recomputed
+                self.num_recomputed_tokens += recomputed
             self.running.append(request)
             budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
             output.new_tokens[request.request_id] = num_new
@@ -176,7 +180,7 @@ class Scheduler:
         return num_new
 
     def _preempt(self, victim: Request, output: SchedulerOutput, budget: _Budget) -> None:
-        lost = self.cache.num_tokens(victim.request_id)
+        lost = victim.num_lost_tokens = self.cache.num_tokens(victim.request_id)
         if victim.request_id in output.new_tokens:
             num_new = output.new_tokens.pop(victim.request_id)
             budget.give_back(num_new, self.cache.seals_due(victim.request_id, num_new))
@@ -184,13 +188,11 @@ class Scheduler:
         self.running.remove(victim)
         self.cache.free(victim.request_id)
         victim.num_preemptions += 1
-        victim.num_recomputed_tokens += lost
         self.num_preemptions += 1
-        self.num_recomputed_tokens += lost
         output.preempted.append(victim.request_id)
         self.requeue(victim)
         logger.warning(
-            "preempted %s: the pool is full; %d tokens will be recomputed (%d running, %d "
+            "preempted %s: the pool is full; up to %d tokens will be recomputed (%d running, %d "
             "waiting, %d preemptions so far). More kv_cache_bytes or a smaller max_num_seqs "
             "avoids this",
             victim.request_id,
@@ -198,6 +200,15 @@ class Scheduler:
             len(self.running),
             len(self.waiting),
             self.num_preemptions,
+            extra={
+                "event": "preemption",
+                "request_id": victim.request_id,
+                "reason": "pool full",
+                "num_lost_tokens": lost,
+                "num_running": len(self.running),
+                "num_waiting": len(self.waiting),
+                "num_preemptions": self.num_preemptions,
+            },
         )
 
 

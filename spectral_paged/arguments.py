@@ -33,3 +33,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return value
+
+
+def port_number(text: str) -> int:
+    """A TCP port, 0 to 65535; 0 asks for any that is free."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: write a number up to 65535")
+    return int(text)

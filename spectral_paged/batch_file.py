@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from spectral_paged.errors import CorruptFileError, InvalidRequestError, SpectralPagedError
+from spectral_paged.file_limits import (
+    MAX_LINE_BYTES,
+    MAX_RECORD_BYTES,
+    amount,
+    bounded_lines,
+    is_cut,
+)
 from spectral_paged.outputs import Logprob, RequestOutput
 from spectral_paged.sampling import SamplingParams
 
@@ -68,9 +75,14 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in bounded_lines(file, MAX_LINE_BYTES):
             if raw.strip():
-                yield number, raw.strip()
+                yield number, raw if is_cut(raw, MAX_LINE_BYTES) else raw.strip()
+
+
+def count_lines(path: Path) -> int:
+    """Lines that are not blank."""
+    return sum(1 for _ in _raw_lines(path))
 
 
 def _digest(raw: bytes) -> str:
@@ -92,6 +104,10 @@ def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLin
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
+    if is_cut(raw, MAX_LINE_BYTES):
+        raise InvalidRequestError(
+            f"the line has more than {amount(MAX_LINE_BYTES)}: is the file JSONL, with line ends?"
+        )
     try:
         value = json.loads(raw)
         if b"\\u" in raw:  # an escaped lone surrogate is no text: nothing can encode it
@@ -306,7 +322,12 @@ class OutputFile:
     def _recover(self) -> None:
         end = 0
         with self.path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+            for number, raw in bounded_lines(file, MAX_RECORD_BYTES):
+                if is_cut(raw, MAX_RECORD_BYTES):  # no torn end: what follows must not be dropped
+                    raise CorruptFileError(
+                        f"{self.path}, line {number}: more than {amount(MAX_RECORD_BYTES)}, so no "
+                        "record of this program; name another --output"
+                    )
                 is_record = raw.startswith(_RECORD_START) or _RECORD_START.startswith(raw)
                 if is_record and not raw.endswith(b"\n"):
                     break

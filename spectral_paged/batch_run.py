@@ -12,12 +12,14 @@ from tqdm import tqdm
 from spectral_paged.batch_file import (
     BatchLine,
     OutputFile,
+    count_lines,
     error_record,
     read_lines,
     result_record,
 )
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
+from spectral_paged.request_events import log_refusal
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class BatchRun:
         self.source = source
         self.output = output
         self.summary = BatchSummary()
+        self.total = 0
         self._in_flight: dict[str, BatchLine] = {}
 
     def run(self, defaults: Mapping[str, Any], *, quiet: bool = False) -> BatchSummary:
@@ -56,9 +59,8 @@ class BatchRun:
         lines = read_lines(self.source, defaults)
         limit = 2 * self.llm.engine.scheduler.config.max_num_seqs
         more = True
-        with self.source.open("rb") as file:
-            total = sum(1 for raw in file if raw.strip())
-        bar = tqdm(total=total, desc="generate", unit="line", disable=quiet)
+        self.total = count_lines(self.source)
+        bar = tqdm(total=self.total, desc="generate", unit="line", disable=quiet)
         try:
             while more or self._in_flight:
                 while more and len(self._in_flight) < limit:
@@ -75,6 +77,11 @@ class BatchRun:
             bar.close()
         return self.summary
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Lines that have a record, and lines in all (0 before `run`)."""
+        return self.summary.done + self.summary.failed + self.summary.skipped, self.total
+
     def _submit(self, line: BatchLine) -> bool:
         """Queue a line; False where it needs no engine: finished before, or bad."""
         if self.output.has(line):
@@ -82,6 +89,7 @@ class BatchRun:
             return False
         try:
             if line.error is not None:
+                log_refusal(f"line-{line.number}", line.error)
                 raise line.error
             prompt = line.prompt
             if line.messages is not None:

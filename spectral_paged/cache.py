@@ -94,11 +94,11 @@ class SpectralKVCache:
         max_model_len = check_length(max_model_len, rope, format)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format
-        self.device = torch.device(device)
-        self.dtype = dtype
+        self.device, self.dtype = torch.device(device), dtype
         self.num_layers = num_layers
         self.num_q_heads = num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.prefix_caching = enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
         self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
         empty = torch.zeros(0, 0, device=self.device)
@@ -441,6 +441,7 @@ class SpectralKVCache:
                 self.format, self.num_layers, self.groups, self._sequences, self.counters
             ),
             **cache_stats.pool_stats(self.groups),
+            "seal_seconds": self.sealer.timer.seconds,
         }
 
     def check_integrity(self) -> None:

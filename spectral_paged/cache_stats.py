@@ -85,8 +85,11 @@ def cost_figures(
     """What a token costs, over sequences freed so far and those held now, and what was sealed."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
     for seq_id, state in sequences.items():
+        try:
+            held += held_bytes(groups, seq_id)
+        except KeyError:  # freed by the engine's thread while another one asks
+            continue
         plain += token_bytes(format, num_layers, state.num_tokens)
-        held += held_bytes(groups, seq_id)
     per_token = token_bytes(format, num_layers, 1)
     return {
         "bytes_per_token": held / plain * per_token if plain else 0.0,

@@ -216,12 +216,21 @@ def calibrate(
                 attention_mask=None,
                 spectral_recorder=recorder,
             )
-    return accumulator.finish(
+    basis = accumulator.finish(
         q_pre=met_before_rope(recorder.moments[0], rope),
         q_post=recorder.moments[1],
         o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
         model_fingerprint=model_fingerprint(model),
     )
+    done = {
+        "event": "calibrated",
+        "model": loaded.name,
+        "model_fingerprint": basis.model_fingerprint,
+        "num_tokens": basis.num_tokens,
+        "num_windows": len(chosen),
+    }
+    logger.info("calibrated %s on %d tokens", loaded.name, basis.num_tokens, extra=done)
+    return basis
 
 
 def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
@@ -241,7 +250,8 @@ def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
             return SharedBasis.load(path, model_fingerprint=fingerprint)
         except (CorruptFileError, FormatError) as error:
             logger.warning("making a damaged calibration again: %s", error)
-    logger.info("calibrating %s on the built-in text (once)", loaded.name)
+    start = {"event": "calibration", "model": loaded.name, "reason": "no kept calibration"}
+    logger.info("calibrating %s on the built-in text (once)", loaded.name, extra=start)
     basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True)
     _keep(basis, path)
     return basis

@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | info | calibrate | bench`."""
+"""The command line: `spectral-paged generate | top | info | calibrate | bench`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spectral_paged.arguments import parse_bytes, positive
+from spectral_paged.arguments import parse_bytes, port_number, positive
 from spectral_paged.benchmarks import command
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
+from spectral_paged.log_format import FORMATS, LEVELS, logging_to_stderr
+
+if TYPE_CHECKING:
+    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.llm import LLM
 
 SAMPLING = {
     "max_tokens": int,
@@ -46,8 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--max-tokens", type=positive, default=65536, help="stop after about so many; default 65536"
     )
+    top = commands.add_parser("top", help="figures of a running `generate --metrics-port`, live")
+    top.add_argument("url", help="such as http://localhost:9100")
+    top.add_argument("--interval", type=positive, default=1, help="seconds; default 1")
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     command.add_benches(bench)
+    for one in (commands.choices["generate"], info, calibrate):
+        one.add_argument(
+            "--trust-remote-code", action="store_true", help="run Python code of the model's own"
+        )
+    for one in (commands.choices["generate"], info, calibrate, top, bench):
+        group = one.add_argument_group("log, on stderr")
+        group.add_argument("--log-format", choices=FORMATS, default="text")
+        group.add_argument("--log-level", choices=LEVELS, default="warning")
     return parser
 
 
@@ -68,7 +87,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
-    parser.add_argument("--quiet", action="store_true")
+    watching = parser.add_argument_group("watching it run")
+    shown = watching.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="no bar, no summary")
+    shown.add_argument("--top", action="store_true", help="a live view instead of the bar")
+    watching.add_argument(
+        "--metrics-port", type=port_number, help="serve Prometheus metrics here while it runs"
+    )
+    watching.add_argument("--metrics-host", default="127.0.0.1", help="default 127.0.0.1")
     defaults = parser.add_argument_group("sampling, for lines that name no value")
     for name, kind in SAMPLING.items():
         defaults.add_argument("--" + name.replace("_", "-"), type=kind)
@@ -89,27 +115,33 @@ def generate(args: argparse.Namespace) -> int:
     SamplingParams(**defaults)  # a bad default would otherwise become the error of every line
     if args.output.exists() and args.output.samefile(args.input):
         raise InvalidRequestError(f"--input and --output are both {str(args.output)!r}")
+    show = args.top and _can_show()
     output = OutputFile(args.output, overwrite=args.overwrite)
     try:
         output.check(args.input)
-        llm = LLM(
-            args.model,
-            kv_format=args.kv_format,
-            device=args.device,
-            dtype=args.dtype,
-            kv_cache_bytes=args.kv_cache_bytes,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_model_len=args.max_model_len,
-            prefill_segment=args.prefill_segment,
-            calibration=args.calibration,
-            enable_prefix_caching=not args.no_prefix_caching,
-            seed=args.seed,
-        )
-        begin = time.monotonic()
-        summary = BatchRun(llm, args.input, output).run(defaults, quiet=args.quiet)
-        seconds = time.monotonic() - begin
+        with _exporting(args) as export:
+            llm = LLM(
+                args.model,
+                kv_format=args.kv_format,
+                device=args.device,
+                dtype=args.dtype,
+                kv_cache_bytes=args.kv_cache_bytes,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                max_model_len=args.max_model_len,
+                prefill_segment=args.prefill_segment,
+                calibration=args.calibration,
+                enable_prefix_caching=not args.no_prefix_caching,
+                trust_remote_code=args.trust_remote_code,
+                seed=args.seed,
+            )
+            export(llm)
+            begin = time.monotonic()
+            run = BatchRun(llm, args.input, output)
+            with _view(llm, run) if show else nullcontext():
+                summary = run.run(defaults, quiet=args.quiet or show)
+            seconds = time.monotonic() - begin
     except KeyboardInterrupt:
         print(
             f"interrupted: finished lines are in {args.output}; the same command goes on from "
@@ -133,13 +165,51 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _can_show() -> bool:
+    """Whether `--top` has a terminal; says so where it has none."""
+    from spectral_paged import top
+
+    if not top.can_show():
+        print("--top: stdout is no terminal, so the plain bar is shown", file=sys.stderr)
+        return False
+    return True
+
+
+def _view(llm: LLM, run: BatchRun) -> AbstractContextManager[None]:
+    from spectral_paged import top
+
+    return top.showing(llm, lambda: run.progress)
+
+
+@contextmanager
+def _exporting(args: argparse.Namespace) -> Iterator[Callable[[LLM], object]]:
+    """Serve metrics inside where a port is given; yields what adds an LLM to them."""
+    if args.metrics_port is None:
+        yield lambda llm: None
+        return
+    from spectral_paged.metrics import serving
+
+    with serving(args.metrics_port, args.metrics_host) as (collector, port):
+        print(f"metrics at http://{args.metrics_host}:{port}/metrics", file=sys.stderr)
+        yield collector.add
+
+
+def top(args: argparse.Namespace) -> int:
+    """Show the figures of another process's metrics endpoint."""
+    from spectral_paged.top import watch
+
+    return watch(args.url, args.interval)
+
+
 def info(args: argparse.Namespace) -> int:
     """Print a model's figures for every preset; needs its config, not its weights."""
     from spectral_paged.model_report import model_report
     from spectral_paged.models.geometry import ModelGeometry
     from spectral_paged.models.loader import load_config
 
-    geometry = ModelGeometry.from_config(load_config(args.model))
+    geometry = ModelGeometry.from_config(
+        load_config(args.model, trust_remote_code=args.trust_remote_code)
+    )
     print(model_report(args.model, geometry, args.memory))
     return 0
 
@@ -153,6 +223,8 @@ def calibrate(args: argparse.Namespace) -> int:
     missing = [str(f) for f in args.data or () if not f.is_file()]
     if missing:
         raise InvalidRequestError(f"there is no file {', '.join(missing)}: name text files")
+    for file in args.data or ():
+        check_file(file, MAX_TEXT_BYTES, "calibration text")
     if args.output.is_dir():
         raise InvalidRequestError(f"--output {str(args.output)!r} is a folder: name a file")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +233,12 @@ def calibrate(args: argparse.Namespace) -> int:
     files = args.data or ()
     texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
     device = choose_device(args.device)
-    loaded = load_model(args.model, device=device, dtype=choose_dtype(args.dtype, device))
+    loaded = load_model(
+        args.model,
+        device=device,
+        dtype=choose_dtype(args.dtype, device),
+        trust_remote_code=args.trust_remote_code,
+    )
     basis = calibration.calibrate(
         loaded,
         texts or [calibration.builtin_text()],
@@ -180,10 +257,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 2 for a typed error or an unusable file (the message goes to stderr), 130
     after an interrupt."""
     args = build_parser().parse_args(argv)
+    commands = {
+        "generate": generate,
+        "top": top,
+        "info": info,
+        "calibrate": calibrate,
+        "bench": command.bench,
+    }
     try:
-        return {"generate": generate, "info": info, "calibrate": calibrate, "bench": command.bench}[
-            args.command
-        ](args)
+        with logging_to_stderr(args.log_format, args.log_level):
+            return commands[args.command](args)
     except (SpectralPagedError, OSError) as error:
         print(f"spectral-paged: {error}", file=sys.stderr)
         return 2

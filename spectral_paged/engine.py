@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_paged.admission import check_request
 from spectral_paged.cache import SpectralKVCache
+from spectral_paged.engine_counters import EngineCounters
 from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
@@ -25,6 +26,7 @@ from spectral_paged.output_text import OutputText
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from spectral_paged.pins import Spans, spans_of
 from spectral_paged.prompts import token_ids_of
+from spectral_paged.request_events import log_failure, log_refusal
 from spectral_paged.request_group import Completion, RequestGroup, seed_of
 from spectral_paged.sampled_step import SampledStep
 from spectral_paged.sampler import Sampled
@@ -79,6 +81,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.seed = seed
         self.async_scheduling = async_scheduling
+        self.counters = EngineCounters()
         self.num_steps = 0
         self.num_lockstep_steps = 0
         self._in_flight: SampledStep | None = None
@@ -106,12 +109,17 @@ class Engine:
                 can never be served; nothing is queued.
         """
         params = params or SamplingParams()
-        if request_id in self._groups:
-            raise InvalidRequestError(f"request id {request_id!r} is running already")
+        try:
+            if request_id in self._groups:
+                raise InvalidRequestError(f"request id {request_id!r} is running already")
+            token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
+            spans = spans_of(pinned_spans)
+            check_request(self.cache, token_ids, params, spans, self.vocab_size)
+        except SpectralPagedError as error:
+            self.counters.count_refusal(error)
+            log_refusal(request_id, error)
+            raise
         text = prompt if isinstance(prompt, str) else None
-        token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
-        spans = spans_of(pinned_spans)
-        check_request(self.cache, token_ids, params, spans, self.vocab_size)
         group = RequestGroup(
             request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
         )
@@ -292,6 +300,7 @@ class Engine:
                 self._start_sibling(completion)
         for completion in step.completions:
             completion.owner.starting_siblings = False
+        self.counters.inter_token_latency.fold_if_long()
 
     def _append(self, completion: Completion, result: Sampled, now: float) -> None:
         group, output = completion.owner, completion.output
@@ -303,8 +312,12 @@ class Engine:
             output.logprobs.append(
                 {t: Logprob(p, r, self._decode(t)) for t, (p, r) in result.logprobs.items()}
             )
+        self.counters.generated_tokens += 1
+        if completion.token_time is not None:
+            self.counters.inter_token_latency.append(now - completion.token_time)
+        completion.token_time = now
         if group.metrics.first_token_time is None:
-            group.metrics.first_token_time = now
+            self._note_first_token(completion, now)
         may_stop = len(output.token_ids) >= params.min_tokens
         is_eos = result.token_id in self.eos_token_ids and not params.ignore_eos
         stop = None
@@ -322,6 +335,16 @@ class Engine:
             or len(completion.request.token_ids) >= self.cache.max_model_len
         ):
             self._finish(completion, "length")
+
+    def _note_first_token(self, completion: Completion, now: float) -> None:
+        metrics = completion.owner.metrics
+        metrics.first_token_time = now
+        metrics.num_cached_tokens = completion.request.num_cached_tokens
+        self.counters.count_first_token(
+            now - metrics.arrival_time,
+            len(completion.owner.prompt_token_ids),
+            metrics.num_cached_tokens if self.cache.prefix_caching else None,
+        )
 
     def _decode(self, token_id: int) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode([token_id])
@@ -353,10 +376,10 @@ class Engine:
     ) -> None:
         completion.output.finish_reason = reason
         completion.output.stop_reason = stop_reason
+        self.counters.finished[reason] += 1
         request, metrics = completion.request, completion.owner.metrics
         metrics.num_preemptions += request.num_preemptions
         metrics.num_recomputed_tokens += request.num_recomputed_tokens
-        metrics.num_cached_tokens = max(metrics.num_cached_tokens, request.num_cached_tokens)
         if request.request_id in self.cache:
             held = self.cache.sequence_stats(request.request_id)
             metrics.num_pages_sealed += int(held["pages_sealed"])
@@ -370,6 +393,7 @@ class Engine:
         for other in completion.owner.completions:
             if other.output.finish_reason is None:
                 self._finish(other, "error")
+        log_failure(completion.owner, error)
 
     def _forget(self, group: RequestGroup) -> None:
         group.metrics.finished_time = time.monotonic()
@@ -381,6 +405,8 @@ class Engine:
         finished = group.finished
         if finished:
             self._forget(group)
+            if group.error is None:
+                self.counters.count_finished(time.monotonic() - group.metrics.arrival_time)
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
@@ -396,8 +422,11 @@ class Engine:
         return self._groups[request_id].completions[index].text.settled()
 
     def stats(self) -> dict[str, object]:
-        """The cache's figures, the runner's and the scheduler's."""
-        return self.cache.stats() | self.runner.stats() | {
+        """The cache's figures, the runner's, the scheduler's and the requests'.
+
+        Another thread may ask while steps run.
+        """
+        return self.cache.stats() | self.runner.stats() | self.counters.stats() | {
             "async_scheduling": self.async_scheduling,
             "steps": self.num_steps,
             "lockstep_steps": self.num_lockstep_steps,

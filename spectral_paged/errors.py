@@ -50,6 +50,10 @@ class CorruptFileError(SpectralPagedError, ValueError):
     """A model, basis or data file that is truncated or is not what its name says."""
 
 
+class MissingPackageError(SpectralPagedError, ImportError):
+    """An option that needs a package which the base install does not bring."""
+
+
 class FormatError(SpectralPagedError, ValueError):
     """A `PageFormat` (or preset name) that is unknown or breaks the kernel contract."""
 

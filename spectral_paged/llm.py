@@ -26,11 +26,11 @@ from spectral_paged.placement import (
     choose_device,
     choose_dtype,
 )
+from spectral_paged.prompts import Prompt, params_list, prompt_list
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 from spectral_paged.shared_basis import SharedBasis
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "pinned_spans")
 
 
@@ -65,6 +65,8 @@ class LLM:
         enable_prefix_caching: share sealed blocks between prompts with a common beginning.
         enforce_eager: no CUDA graphs and no `torch.compile` (CUDA; the CPU is always eager).
         compile_layers: `torch.compile` the model's layers; takes about 20 seconds at the start.
+        trust_remote_code: run Python code that comes with the model; without it such a model is
+            refused.
         async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
         seed: base seed of requests without one.
 
@@ -91,6 +93,7 @@ class LLM:
         enforce_eager: bool = False,
         compile_layers: bool = True,
         async_scheduling: bool = True,
+        trust_remote_code: bool = False,
         seed: int = 0,
         poison: bool = False,
     ) -> None:
@@ -99,7 +102,12 @@ class LLM:
             loaded = model
         else:
             where = choose_device(device)
-            loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
+            loaded = load_model(
+                model,
+                device=where,
+                dtype=choose_dtype(dtype, where),
+                trust_remote_code=trust_remote_code,
+            )
         where = loaded.model.device
         geometry = loaded.geometry
         longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
@@ -239,11 +247,11 @@ class LLM:
             SpectralPagedError: the first error of any request, after all others have finished;
                 `error.outputs` holds what every request produced (None where it was refused).
         """
-        prompt_list = _as_list(prompts)
-        params_list = _params_list(sampling_params, len(prompt_list))
-        results: list[RequestOutput | None] = [None] * len(prompt_list)
+        prompts = prompt_list(prompts)
+        params = params_list(sampling_params, len(prompts))
+        results: list[RequestOutput | None] = [None] * len(prompts)
         errors: list[SpectralPagedError] = []
-        places = self._submit_all(prompt_list, params_list, errors)
+        places = self._submit_all(prompts, params, errors)
         bar = tqdm(total=len(places), desc="generate", unit="prompt", disable=not use_tqdm)
         try:
             for output in self._outputs(places):
@@ -259,7 +267,7 @@ class LLM:
             first.outputs = list(results)
             done = sum(r is not None and r.error is None for r in results)
             first.add_note(
-                f"{first.request_id}; {len(errors)} of {len(prompt_list)} requests failed, "
+                f"{first.request_id}; {len(errors)} of {len(prompts)} requests failed, "
                 f"{done} finished: their outputs are in error.outputs"
             )
             raise first
@@ -303,9 +311,9 @@ class LLM:
         Closing the iterator aborts what still runs. A refused prompt raises before any piece; a
         request that fails while it runs yields a last piece with its error.
         """
-        prompt_list = _as_list(prompts)
-        params_list = _params_list(sampling_params, len(prompt_list))
-        places = self._submit_all(prompt_list, params_list, None)
+        prompts = prompt_list(prompts)
+        params = params_list(sampling_params, len(prompts))
+        places = self._submit_all(prompts, params, None)
         shown: dict[tuple[str, int], tuple[int, int]] = {}
         for output in self._outputs(places):
             yield from self._deltas(output, places[output.request_id], shown)
@@ -418,27 +426,6 @@ class LLM:
     def stats(self) -> dict[str, object]:
         """Figures since construction: backend, capacity, bytes, pages, prefix hits, preemptions."""
         return self.engine.stats()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    items: list[Any] = list(prompts)
-    if items and all(isinstance(x, int) for x in items):
-        return [items]
-    return items
-
-
-def _params_list(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidRequestError(
-            f"{len(params)} sampling parameters for {count} prompts: give one, or one a prompt"
-        )
-    return list(params)
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:

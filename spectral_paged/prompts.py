@@ -1,4 +1,4 @@
-"""Prompts as token ids."""
+"""Prompts in the forms that callers give them, and their token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.sampling import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def token_ids_of(
@@ -36,3 +39,30 @@ def token_ids_of(
                 f"prompt token {token} is outside the vocabulary of {vocab_size}"
             )
     return token_ids
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (text, token ids or a mapping) or many, as a list of them."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and all(isinstance(x, int) for x in items):
+        return [items]
+    return items
+
+
+def params_list(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Sampling parameters for each of `count` prompts.
+
+    Raises:
+        InvalidRequestError: some were given, but not one for each.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequestError(
+            f"{len(params)} sampling parameters for {count} prompts: give one, or one a prompt"
+        )
+    return list(params)

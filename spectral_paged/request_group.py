@@ -14,13 +14,14 @@ from spectral_paged.scheduler import Request
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """One of a request's `n` sequences."""
+    """One of a request's `n` sequences. `token_time`: when its newest token came."""
 
     request: Request
     owner: RequestGroup
     output: CompletionOutput
     text: OutputText
     seed: int
+    token_time: float | None = None
 
     @property
     def generated(self) -> list[int]:

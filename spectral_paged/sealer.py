@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.codec import encode_pages
+from spectral_paged.device_timer import DeviceTimer
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
@@ -76,6 +77,7 @@ class Sealer:
         self.cos = cos
         self.sin = sin
         self.dtype = dtype
+        self.timer = DeviceTimer(cos.device)
         self._checks: list[SealCheck] = []
 
     @property
@@ -86,7 +88,8 @@ class Sealer:
     def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
         """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
         if due:
-            self._checks.append(self._encode(group, due))
+            with self.timer:
+                self._checks.append(self._encode(group, due))
 
     def failures(self, wait_for: Callable[[SealCheck], bool]) -> dict[str, NonFiniteError]:
         """Sequences found with NaN or Inf since the last call; checks that are not known yet are

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from spectral_paged.decompose import band_vectors, fix_signs, leading_eigenvectors
 from spectral_paged.errors import CorruptFileError, FormatError
+from spectral_paged.file_limits import MAX_CALIBRATION_BYTES, check_file
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
 
@@ -198,6 +199,7 @@ class SharedBasis:
             FormatError: it was made from another model.
         """
         try:
+            check_file(path, MAX_CALIBRATION_BYTES, "a calibration")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {n: file.get_tensor(n) for n in COVARIANCES + METRICS}

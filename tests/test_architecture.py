@@ -22,16 +22,19 @@ CACHE = {
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
     "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock", "transfers",
-    "seal_schedule",
+    "seal_schedule", "device_timer", "file_limits",
 }  # fmt: skip
 ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group",
-    "sampled_step", "admission",
+    "sampled_step", "admission", "engine_counters", "request_events",
     "engine", "scheduler",
 }  # fmt: skip
 MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
-TOP = {"llm", "placement", "model_report", "batch_file", "batch_run", "arguments"}
+TOP = {
+    "llm", "placement", "model_report", "batch_file", "batch_run", "arguments", "readings",
+    "metrics", "top", "log_format",
+}  # fmt: skip
 LLM = ENGINE | CALIBRATION | TOP
 ALLOWED = {
     "kernels": {"kernels"},

@@ -146,8 +146,31 @@ def test_the_newest_gives_way_and_is_recomputed_first():
     out = s.schedule()  # a fills its page; b needs a slot: c goes
     assert out.preempted == ["c"] and out.new_tokens == {"a": 1, "b": 1}
     assert [r.request_id for r in s.waiting] == ["c", "d"]
-    assert c.num_preemptions == 1 and c.num_recomputed_tokens == 16
-    assert s.num_preemptions == 1 and s.num_recomputed_tokens == 16
+    assert c.num_preemptions == 1 and s.num_preemptions == 1
+    cache.step(out)
+    s.finish(a)
+    assert s.schedule().new_tokens["c"] == 17
+    assert c.num_recomputed_tokens == 16 and s.num_recomputed_tokens == 16
+
+
+def test_what_a_resume_finds_cached_is_not_counted_as_recomputed(monkeypatch):
+    cache = CountingCache(4)
+    a, b = request("a", 16), request("b", 16)
+    s = scheduler(cache, [a, b])
+    cache.step(s.schedule())
+    b.token_ids.append(0)
+    assert s.schedule().preempted == ["b"] and s.num_recomputed_tokens == 0
+    s.finish(a)
+    add = cache.add_sequence
+
+    def add_with_a_hit(seq_id, **options):
+        add(seq_id, **options)
+        cache.stored[seq_id] = 8
+        return 8
+
+    monkeypatch.setattr(cache, "add_sequence", add_with_a_hit)
+    assert s.schedule().new_tokens == {"b": 9}
+    assert b.num_recomputed_tokens == s.num_recomputed_tokens == 8
 
 
 def test_a_request_that_cannot_go_on_preempts_itself_at_last():

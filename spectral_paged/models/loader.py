@@ -25,6 +25,7 @@ from spectral_paged.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from spectral_paged.models.checkpoint_files import check_checkpoint, check_sizes, refuse_pickle
 from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,11 @@ def convert_gguf(path: Path) -> Path:
     check_gguf(path)
     logger.info("converting %s to safetensors in %s (once)", path, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -138,6 +143,7 @@ def resolve(name: str) -> str:
 
     Raises:
         UnknownModelError: a path that does not exist.
+        UnsupportedModelError: a file of weights that is none of GGUF.
         CorruptFileError: a GGUF file that is truncated or none.
     """
     if name in EMBEDDED:
@@ -151,11 +157,16 @@ def resolve(name: str) -> str:
         if not (path / "config.json").exists():
             raise UnknownModelError(f"folder {name!r} has no config.json, so it holds no model")
         return str(path)
+    if path.is_file():
+        refuse_pickle(path)
     return name
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model name.
+
+    Args:
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UnknownModelError: no such folder, file or hub id.
@@ -163,8 +174,9 @@ def load_config(name: str) -> Any:
         CorruptFileError: a folder whose config.json cannot be read.
     """
     where = resolve(name)
+    check_sizes(where, "config.json")
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())
         if not Path(where).is_dir():
@@ -182,24 +194,32 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load weights (safetensors only) and tokenizer.
+
+    Args:
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UnknownModelError, UnsupportedModelError, CorruptFileError.
     """
-    geometry = ModelGeometry.from_config(load_config(name))
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    geometry = ModelGeometry.from_config(config)
     where = resolve(name)
+    check_sizes(where)
+    check_checkpoint(where, config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise CorruptFileError(
             f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CorruptFileError(
