@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test soak lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -19,6 +19,11 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# A million operations on block pools, then minutes of an engine and of a small model:
+# MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.
+soak: $(STAMP)
+	$(BIN)/python tests/soak --minutes $${MINUTES:-5} --device $${DEVICE:-cpu}
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -111,6 +111,8 @@ class BlockPool:
         In order: a free slot of the kind, an empty slab, the least recently used cached slot of
         the kind, an idle slab of the other kind, and last a slab emptied by moving slots together.
         """
+        if not self.slots_per_slab.get(kind):
+            return None
         slot = self._take_free(kind)
         if slot is None and self._lru[kind]:
             self._evict(next(iter(self._lru[kind])))
@@ -123,7 +125,7 @@ class BlockPool:
 
     def _take_free(self, kind: Kind) -> int | None:
         if not self._with_free[kind]:
-            if not self._empty or not self.slots_per_slab.get(kind):
+            if not self._empty:
                 return None
             slab_id = self._empty.pop()
             base = slab_id * self._stride

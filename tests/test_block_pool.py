@@ -3,92 +3,75 @@
 from __future__ import annotations
 
 import pytest
+from checked_pool import CheckedPool
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from spectral_paged.block_pool import BlockPool, Kind
 from spectral_paged.errors import PoolError
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: a list of references by token of ownership, and what each key should find."""
+    """Any order of operations; `CheckedPool` is the model."""
 
-    def __init__(self):
-        super().__init__()
-        self.refs: list[tuple[int, int]] = []  # (slot, owner)
-        self.content: dict[int, int] = {}  # slot -> owner that wrote it
-        self.pool = BlockPool(4, {Kind.EXACT: 3, Kind.PAGE: 2}, on_move=self.move)
-        self.next_owner = 0
-        self.keys: dict[int, int] = {}  # key -> owner that wrote it
+    @initialize(
+        num_slabs=st.integers(2, 5),
+        slots=st.sampled_from([(3, 2), (1, 1), (4, 1), (1, 3), (2, None)]),
+    )
+    def start(self, num_slabs, slots):
+        kinds = {kind: count for kind, count in zip(Kind, slots) if count}
+        self.checked = CheckedPool(num_slabs, kinds)
 
-    def move(self, moves):
-        names = {}
-        for _, source, target in moves:
-            names[source] = target
-            self.content[target] = self.content[source]
-        self.refs = [(names.get(slot, slot), owner) for slot, owner in self.refs]
+    def _index(self, data):
+        return data.draw(st.integers(0, len(self.checked.refs) - 1))
 
     @rule(kind=st.sampled_from(list(Kind)))
     def allocate(self, kind):
-        used = {k: len({s for s, _ in self.refs if self.pool.kind_of(s) == k}) for k in Kind}
-        slot = self.pool.allocate(kind)
-        used[kind] += 1
-        fits = self.pool.slabs_needed(used[Kind.EXACT], used[Kind.PAGE]) <= 4
-        assert (slot is not None) == fits, "None exactly when packed slabs would not hold it"
-        if slot is not None:
-            assert slot not in {s for s, _ in self.refs}
-            self.content[slot] = self.next_owner
-            self.refs.append((slot, self.next_owner))
-            self.next_owner += 1
+        self.checked.allocate(kind)
 
-    @precondition(lambda self: self.refs)
+    @precondition(lambda self: self.checked.refs)
     @rule(data=st.data())
     def share(self, data):
-        slot, owner = data.draw(st.sampled_from(self.refs))
-        self.pool.acquire(slot)
-        self.refs.append((slot, owner))
+        self.checked.share(self._index(data))
 
-    @precondition(lambda self: self.refs)
+    @precondition(lambda self: self.checked.refs)
     @rule(data=st.data())
     def release(self, data):
-        i = data.draw(st.integers(0, len(self.refs) - 1))
-        slot, _ = self.refs.pop(i)
-        self.pool.release(slot)
+        self.checked.release(self._index(data))
 
-    @precondition(lambda self: self.refs)
+    @precondition(lambda self: self.checked.refs)
     @rule(data=st.data(), key=st.integers(0, 20))
     def publish(self, data, key):
-        slot, owner = data.draw(st.sampled_from(self.refs))
-        try:
-            published = self.pool.publish(slot, key)
-        except PoolError:
-            return
-        if published:
-            self.keys[key] = owner
+        self.checked.publish(self._index(data), key)
+
+    @precondition(lambda self: self.checked.refs)
+    @rule(data=st.data())
+    def unpublish(self, data):
+        self.checked.unpublish(self._index(data))
 
     @rule(key=st.integers(0, 20))
     def hit(self, key):
-        slot = self.pool.lookup(key)
-        if slot is not None:
-            self.pool.acquire(slot)
-            assert self.content[slot] == self.keys[key], "a key finds what was published under it"
-            self.refs.append((slot, self.keys[key]))
+        self.checked.hit(key)
 
     @rule()
     def drop(self):
-        self.pool.drop_cached()
+        self.checked.drop()
 
     @invariant()
     def whole(self):
-        self.pool.check_integrity()
-        for slot, owner in self.refs:
-            assert self.content[slot] == owner
-            assert self.pool.ref_count(slot) == sum(s == slot for s, _ in self.refs)
+        if hasattr(self, "checked"):
+            self.checked.check()
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestPoolMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 
 
 def pool(slabs=2, exact=4, page=2):
@@ -138,3 +121,13 @@ def test_a_slab_changes_kind_only_when_nothing_in_it_is_in_use():
     p.release(slot)
     assert p.allocate(Kind.PAGE) is not None
     assert p.allocate(Kind.EXACT) is None
+
+
+def test_a_kind_that_the_pool_has_not_evicts_nothing():
+    p = BlockPool(2, {Kind.EXACT: 2})
+    slot = p.allocate(Kind.EXACT)
+    p.publish(slot, "a")
+    p.release(slot)
+    assert p.allocate(Kind.PAGE) is None
+    assert p.lookup("a") == slot and p.num_evicted == 0
+    p.check_integrity()
