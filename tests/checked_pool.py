@@ -104,6 +104,24 @@ class CheckedPool:
         count = len(self.released)
         assert self.pool.drop_cached() == count and not self.released
 
+    def any_operation(self, rng):
+        """A random one; references are given back as fast as they are taken."""
+        refs, what = len(self.refs), rng.random()
+        if what < 0.35 or not refs:
+            self.allocate(rng.choice(list(Kind)))
+        elif what < 0.70 or refs > 40:
+            self.release(rng.randrange(refs))
+        elif what < 0.75:
+            self.share(rng.randrange(refs))
+        elif what < 0.90:
+            self.publish(rng.randrange(refs), rng.randrange(30))
+        elif what < 0.92:
+            self.unpublish(rng.randrange(refs))
+        elif what < 0.998:
+            self.hit(rng.randrange(30))
+        else:
+            self.drop()
+
     def check(self):
         pool = self.pool
         pool.check_integrity()

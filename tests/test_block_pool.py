@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from checked_pool import CheckedPool
 from hypothesis import settings
@@ -74,6 +76,19 @@ TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 
 
+def test_a_long_random_walk_moves_slots_and_keeps_their_content():
+    """Packing needs pools that are nearly full and torn: short examples seldom make one."""
+    rng, moved = random.Random(0), 0
+    for num_slabs, slots in ((4, (3, 2)), (3, (4, 1)), (2, (1, 3)), (5, (2, 4))):
+        checked = CheckedPool(num_slabs, dict(zip(Kind, slots)))
+        for _ in range(5_000):
+            checked.any_operation(rng)
+            checked.check()
+        assert checked.pool.num_evicted > 0
+        moved += checked.pool.num_moved
+    assert moved > 20
+
+
 def pool(slabs=2, exact=4, page=2):
     return BlockPool(slabs, {Kind.EXACT: exact, Kind.PAGE: page})
 
@@ -131,3 +146,83 @@ def test_a_kind_that_the_pool_has_not_evicts_nothing():
     assert p.allocate(Kind.PAGE) is None
     assert p.lookup("a") == slot and p.num_evicted == 0
     p.check_integrity()
+
+
+def torn():
+    """A pool with slots in every state: exact 0 in use, 1 published and in use, 2 cached, 3 free;
+    a page in use and one free; and an empty slab."""
+    p = pool(slabs=3)
+    slots = [p.allocate(Kind.EXACT) for _ in range(3)]
+    p.publish(slots[1], "used")
+    p.publish(slots[2], "cached")
+    p.release(slots[2])
+    p.allocate(Kind.PAGE)
+    p.check_integrity()
+    return p, slots
+
+
+CORRUPTIONS = {
+    "listed twice": lambda p, s: p._empty.append(p._empty[0]),
+    "both empty and held": lambda p, s: p._empty.append(s[0] // p._stride),
+    "a slab is lost": lambda p, s: p._empty.pop(),
+    "lists a free slot twice": lambda p, s: p._slabs[s[0] // p._stride].free.extend([3, 3]),
+    "not every slot once": lambda p, s: p._slabs[s[0] // p._stride].free.append(s[0]),
+    "is not every slot": lambda p, s: p._slabs[s[0] // p._stride].cached.clear(),
+    "miscounts": lambda p, s: setattr(p._slabs[s[0] // p._stride], "num_in_use", 3),
+    "free index": lambda p, s: p._with_free[Kind.EXACT].clear(),
+    "idle index": lambda p, s: p._idle[Kind.EXACT].update({s[0] // p._stride: None}),
+    "counts of slots in use": lambda p, s: p.num_in_use.update({Kind.PAGE: 2}),
+    "lies in no slab": lambda p, s: p._ref_count.update({p._stride * 9: 1}),
+    "has no reference": lambda p, s: p._ref_count.update({s[0]: 0}),
+    "LRU list differ": lambda p, s: p._lru[Kind.EXACT].clear(),
+    "cached slot has no key": lambda p, s: p._by_key.pop(p._key_of.pop(s[2])),
+    "prefix map is not a map": lambda p, s: p._by_key.update({"other": s[1]}),
+}
+
+
+@pytest.mark.parametrize("says", CORRUPTIONS)
+def test_integrity_notices_every_corruption(says):
+    p, slots = torn()
+    CORRUPTIONS[says](p, slots)
+    with pytest.raises(PoolError, match=f"pool integrity: .*{says}"):
+        p.check_integrity()
+
+
+def test_integrity_notices_an_empty_slab_that_is_held():
+    p, slots = torn()
+    slab_id = slots[0] // p._stride
+    slab = p._slabs[slab_id]
+    slab.free, slab.num_in_use, slab.cached = [p._stride * slab_id + i for i in range(4)], 0, set()
+    del p._ref_count[slots[0]], p._ref_count[slots[1]]
+    with pytest.raises(PoolError, match=f"slab {slab_id} is empty but held"):
+        p.check_integrity()
+
+
+def test_slots_wanted_again_are_neither_idle_nor_evicted():
+    p = pool(slabs=1, exact=2, page=1)
+    slot = p.allocate(Kind.EXACT)
+    p.publish(slot, "a")
+    p.release(slot)
+    assert p.num_cached(Kind.EXACT) == 1 and p.num_in_use[Kind.EXACT] == 0
+    p.acquire(slot)
+    assert p.allocate(Kind.PAGE) is None and p.lookup("a") == slot
+    p.acquire(slot)
+    assert p.ref_count(slot) == 2 and not p.release(slot) and not p.release(slot)
+    assert p.drop_cached() == 1 and p.lookup("a") is None and p.ref_count(slot) == 0
+
+
+def test_what_is_not_in_use_cannot_be_unpublished():
+    p = pool()
+    slot = p.allocate(Kind.EXACT)
+    p.unpublish(slot)
+    p.publish(slot, "a")
+    p.unpublish(slot)
+    assert p.lookup("a") is None and p.release(slot)
+    with pytest.raises(PoolError, match=f"^slot {slot} is not in use: it cannot be unpublished$"):
+        p.unpublish(slot)
+
+
+def test_slabs_that_are_needed_are_counted_by_kind():
+    p = pool(slabs=9, exact=4, page=2)
+    needed = [p.slabs_needed(*counts) for counts in ((0, 0), (1, 0), (4, 1), (5, 2), (8, 3))]
+    assert needed == [0, 1, 2, 3, 4]

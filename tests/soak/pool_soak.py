@@ -25,7 +25,7 @@ def soak_pool(num_operations, seed):
         checked = CheckedPool(rng.randint(2, 6), slots)
         try:
             for _ in range(min(PER_POOL, num_operations - row["operations"])):
-                operate(checked, rng)
+                checked.any_operation(rng)
                 row["operations"] += 1
                 checked.check()
         except (AssertionError, PoolError) as error:
@@ -36,23 +36,3 @@ def soak_pool(num_operations, seed):
         row["moved"] += checked.pool.num_moved
     row["seconds"] = round(time.monotonic() - start)
     return row, examples[:5]
-
-
-def operate(checked, rng):
-    """One operation; references are given back as fast as they are taken."""
-    refs = len(checked.refs)
-    what = rng.random()
-    if what < 0.35 or not refs:
-        checked.allocate(rng.choice(list(Kind)))
-    elif what < 0.70 or refs > 40:
-        checked.release(rng.randrange(refs))
-    elif what < 0.75:
-        checked.share(rng.randrange(refs))
-    elif what < 0.90:
-        checked.publish(rng.randrange(refs), rng.randrange(30))
-    elif what < 0.92:
-        checked.unpublish(rng.randrange(refs))
-    elif what < 0.998:
-        checked.hit(rng.randrange(30))
-    else:
-        checked.drop()
