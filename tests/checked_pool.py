@@ -22,19 +22,25 @@ class CheckedPool:
         self.content: dict[int, int] = {}
         self.keys: dict[int, int] = {}  # key to the owner that published it
         self.released: dict[int, Kind] = {}
-        self.num_owners = 0
+        self.kinds: dict[int, Kind] = {}
+        self.num_owners = self.num_evicted = self.num_moved = 0
 
     def _move(self, moves):
+        assert moves, "nothing is moved"
+        self.num_moved += len(moves)
         names = {source: target for _, source, target in moves}
         assert len(set(names.values())) == len(moves) and not names.keys() & set(names.values())
-        for source, target in names.items():
+        for kind, source, target in moves:
+            assert self.kinds[source] == kind
+            self.kinds[target] = kind
             assert target not in self.content, "a slot that is wanted was written over"
             self.content[target] = self.content[source]
         self.refs = [(names.get(slot, slot), owner) for slot, owner in self.refs]
 
     def _free(self, kind, slot):
+        assert self.kinds[slot] == kind
         del self.content[slot]
-        self.released.pop(slot, None)
+        self.num_evicted += self.released.pop(slot, None) is not None
 
     def _in_use(self, kind):
         return {slot for slot, _ in self.refs if self.pool.kind_of(slot) == kind}
@@ -57,7 +63,7 @@ class CheckedPool:
         if len(gone) == 1 and before[gone[0]] == kind and moved == pool.num_moved:
             assert gone[0] == next(s for s, k in before.items() if k == kind), "LRU goes first"
         assert slot not in self.content and pool.ref_count(slot) == 1
-        self.content[slot] = self.num_owners
+        self.content[slot], self.kinds[slot] = self.num_owners, kind
         self.refs.append((slot, self.num_owners))
         self.num_owners += 1
 
@@ -125,6 +131,7 @@ class CheckedPool:
     def check(self):
         pool = self.pool
         pool.check_integrity()
+        assert (pool.num_evicted, pool.num_moved) == (self.num_evicted, self.num_moved)
         counts: dict[int, int] = {}
         for slot, owner in self.refs:
             assert self.content[slot] == owner, f"slot {slot} no longer holds what was written"

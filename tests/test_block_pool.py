@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from checked_pool import CheckedPool
@@ -162,29 +163,28 @@ def torn():
 
 
 CORRUPTIONS = {
-    "listed twice": lambda p, s: p._empty.append(p._empty[0]),
-    "both empty and held": lambda p, s: p._empty.append(s[0] // p._stride),
-    "a slab is lost": lambda p, s: p._empty.pop(),
-    "lists a free slot twice": lambda p, s: p._slabs[s[0] // p._stride].free.extend([3, 3]),
-    "not every slot once": lambda p, s: p._slabs[s[0] // p._stride].free.append(s[0]),
-    "is not every slot": lambda p, s: p._slabs[s[0] // p._stride].cached.clear(),
-    "miscounts": lambda p, s: setattr(p._slabs[s[0] // p._stride], "num_in_use", 3),
-    "free index": lambda p, s: p._with_free[Kind.EXACT].clear(),
-    "idle index": lambda p, s: p._idle[Kind.EXACT].update({s[0] // p._stride: None}),
-    "counts of slots in use": lambda p, s: p.num_in_use.update({Kind.PAGE: 2}),
-    "lies in no slab": lambda p, s: p._ref_count.update({p._stride * 9: 1}),
-    "has no reference": lambda p, s: p._ref_count.update({s[0]: 0}),
-    "LRU list differ": lambda p, s: p._lru[Kind.EXACT].clear(),
-    "cached slot has no key": lambda p, s: p._by_key.pop(p._key_of.pop(s[2])),
-    "prefix map is not a map": lambda p, s: p._by_key.update({"other": s[1]}),
+    "an empty slab is listed twice": lambda p, slab, s: p._empty.append(p._empty[0]),
+    "a slab is both empty and held": lambda p, slab, s: p._empty.append(0),
+    "a slab is lost": lambda p, slab, s: p._empty.pop(),
+    "slab 0 lists a free slot twice": lambda p, slab, s: slab.free.extend([3, 3]),
+    "slab 0: free + cached + in use is not every slot once": lambda p, slab, s: slab.free.append(s[0]),
+    "slab 0 miscounts its slots in use": lambda p, slab, s: setattr(slab, "num_in_use", 3),
+    "free index is wrong": lambda p, slab, s: p._with_free[Kind.EXACT].clear(),
+    "idle index is wrong": lambda p, slab, s: p._idle[Kind.EXACT].update({0: None}),
+    "the counts of slots in use are wrong": lambda p, slab, s: p.num_in_use.update({Kind.PAGE: 2}),
+    "a slot in use lies in no slab": lambda p, slab, s: p._ref_count.update({p._stride * 9: 1}),
+    "a slot in use has no reference": lambda p, slab, s: p._ref_count.update({s[0]: 0}),
+    "cached slots and LRU list differ": lambda p, slab, s: p._lru[Kind.EXACT].clear(),
+    "a cached slot has no key": lambda p, slab, s: p._by_key.pop(p._key_of.pop(s[2])),
+    "the prefix map is not a map": lambda p, slab, s: p._by_key.update({"other": s[1]}),
 }
 
 
 @pytest.mark.parametrize("says", CORRUPTIONS)
 def test_integrity_notices_every_corruption(says):
     p, slots = torn()
-    CORRUPTIONS[says](p, slots)
-    with pytest.raises(PoolError, match=f"pool integrity: .*{says}"):
+    CORRUPTIONS[says](p, p._slabs[0], slots)
+    with pytest.raises(PoolError, match=f"^pool integrity: {re.escape(says)}$"):
         p.check_integrity()
 
 
@@ -226,3 +226,20 @@ def test_slabs_that_are_needed_are_counted_by_kind():
     p = pool(slabs=9, exact=4, page=2)
     needed = [p.slabs_needed(*counts) for counts in ((0, 0), (1, 0), (4, 1), (5, 2), (8, 3))]
     assert needed == [0, 1, 2, 3, 4]
+
+
+def test_the_slab_that_is_idle_longest_changes_kind_first():
+    p = pool(slabs=2, exact=1, page=1)
+    slots = [p.allocate(Kind.EXACT), p.allocate(Kind.EXACT)]
+    for slot in reversed(slots):
+        p.publish(slot, slot)
+        p.release(slot)
+    assert p.allocate(Kind.PAGE) is not None
+    assert p.lookup(slots[1]) is None and p.lookup(slots[0]) == slots[0]
+
+
+def test_a_slot_says_where_it_lies():
+    p = pool(slabs=2, exact=4, page=2)
+    slots = [p.allocate(Kind.EXACT) for _ in range(4)] + [p.allocate(Kind.PAGE)]
+    places = [p.slab_and_index(slot) for slot in slots]
+    assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
