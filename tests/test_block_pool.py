@@ -167,7 +167,7 @@ CORRUPTIONS = {
     "a slab is both empty and held": lambda p, slab, s: p._empty.append(0),
     "a slab is lost": lambda p, slab, s: p._empty.pop(),
     "slab 0 lists a free slot twice": lambda p, slab, s: slab.free.extend([3, 3]),
-    "slab 0: free + cached + in use is not every slot once": lambda p, slab, s: slab.free.append(s[0]),
+    "slab 0: free + cached + in use is not every slot once": lambda p, slab, s: slab.free.append(0),
     "slab 0 miscounts its slots in use": lambda p, slab, s: setattr(slab, "num_in_use", 3),
     "free index is wrong": lambda p, slab, s: p._with_free[Kind.EXACT].clear(),
     "idle index is wrong": lambda p, slab, s: p._idle[Kind.EXACT].update({0: None}),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -52,10 +51,6 @@ def table(rows: dict[str, Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("spectral_paged").setLevel(logging.ERROR)  # preemptions are wanted here
     from engine_soak import soak_engine
     from model_soak import soak_model
     from pool_soak import soak_pool
@@ -77,4 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("spectral_paged").setLevel(logging.ERROR)  # preemptions are wanted here
     sys.exit(main())

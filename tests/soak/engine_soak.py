@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -19,8 +20,9 @@ def soak_engine(seconds, seed):
     """(figures, examples of what went wrong) of engines of every format, one after another."""
     rng, start, total, examples = random.Random(seed), time.monotonic(), Counter(), []
     wrong = dict.fromkeys(("lost", "stale", "wrong", "integrity"), 0)
+    names = itertools.cycle(formats())
     while (left := start + seconds - time.monotonic()) > 0:
-        name = rng.choice(list(formats()))
+        name = next(names)
         exempt = (1,) if name != "exact" and rng.random() < 0.2 else ()
         smallest = SMALLEST.get(name, 640_000 if exempt else 330_000)
         engine = CheckedEngine(
