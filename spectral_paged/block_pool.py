@@ -337,6 +337,9 @@ class BlockPool:
         require(sum(in_use.values()) == len(self._ref_count), "a slot in use lies in no slab")
         require(all(c >= 1 for c in self._ref_count.values()), "a slot in use has no reference")
         for kind in Kind:
+            named = {*self._with_free[kind], *self._idle[kind]}
+            of_kind = {i for i, slab in self._slabs.items() if slab.kind == kind}
+            require(named <= of_kind, "an index names a slab that is gone")
             require(cached[kind] == set(self._lru[kind]), "cached slots and LRU list differ")
             require(all(s in self._key_of for s in cached[kind]), "a cached slot has no key")
         require(

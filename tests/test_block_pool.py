@@ -172,6 +172,7 @@ CORRUPTIONS = {
     "free index is wrong": lambda p, slab, s: p._with_free[Kind.EXACT].clear(),
     "idle index is wrong": lambda p, slab, s: p._idle[Kind.EXACT].update({0: None}),
     "the counts of slots in use are wrong": lambda p, slab, s: p.num_in_use.update({Kind.PAGE: 2}),
+    "an index names a slab that is gone": lambda p, slab, s: p._idle[Kind.PAGE].update({2: None}),
     "a slot in use lies in no slab": lambda p, slab, s: p._ref_count.update({p._stride * 9: 1}),
     "a slot in use has no reference": lambda p, slab, s: p._ref_count.update({s[0]: 0}),
     "cached slots and LRU list differ": lambda p, slab, s: p._lru[Kind.EXACT].clear(),

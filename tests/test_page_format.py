@@ -113,8 +113,10 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"scale_tokens": 32}, "use 64, 128, 256 or 512"),
         ({"outlier_slots": 65}, "0 to 64"),
         ({"outlier_slots": -1}, "0 to 64"),
-        ({"basis": "shared", "token_weighting": "attention"}, "use token_weighting='none'"),
-        ({"basis_id": "0123456789abcdef"}, "uses none"),
+        ({"basis": "shared", "token_weighting": "attention"},
+         "^token_weighting weighs the decomposition of a page's own basis; with basis='shared' use "
+         "token_weighting='none'$"),
+        ({"basis_id": "0123456789abcdef"}, "^basis_id names .* uses none$"),
     ],
 )
 def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):
