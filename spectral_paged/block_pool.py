@@ -111,6 +111,8 @@ class BlockPool:
         In order: a free slot of the kind, an empty slab, the least recently used cached slot of
         the kind, an idle slab of the other kind, and last a slab emptied by moving slots together.
         """
+        if not self.slots_per_slab.get(kind):
+            return None
         slot = self._take_free(kind)
         if slot is None and self._lru[kind]:
             self._evict(next(iter(self._lru[kind])))
@@ -123,7 +125,7 @@ class BlockPool:
 
     def _take_free(self, kind: Kind) -> int | None:
         if not self._with_free[kind]:
-            if not self._empty or not self.slots_per_slab.get(kind):
+            if not self._empty:
                 return None
             slab_id = self._empty.pop()
             base = slab_id * self._stride
@@ -335,6 +337,9 @@ class BlockPool:
         require(sum(in_use.values()) == len(self._ref_count), "a slot in use lies in no slab")
         require(all(c >= 1 for c in self._ref_count.values()), "a slot in use has no reference")
         for kind in Kind:
+            named = {*self._with_free[kind], *self._idle[kind]}
+            of_kind = {i for i, slab in self._slabs.items() if slab.kind == kind}
+            require(named <= of_kind, "an index names a slab that is gone")
             require(cached[kind] == set(self._lru[kind]), "cached slots and LRU list differ")
             require(all(s in self._key_of for s in cached[kind]), "a cached slot has no key")
         require(

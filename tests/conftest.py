@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 # The installed package is what is tested: with the repository root on the path, `import kernels`
 # would find the source folder under a wrong name.
@@ -18,6 +19,9 @@ sys.path.append(str(pathlib.Path(__file__).parent))  # shared builders: referenc
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported
+
+# for `make mutants`: that a test fails is enough, the smallest example is not wanted
+settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(autouse=True)

@@ -52,18 +52,20 @@ def wave(position: int, side: int) -> torch.Tensor:
     return torch.sin(torch.arange(D) * 0.7 + position * 0.013 + side)
 
 
-def content(token_ids, start, end):
-    """q [T, HQ, D], k after RoPE and v [T, H, D] of the tokens in `start..end`."""
+def content(token_ids, start, end, salt=""):
+    """q [T, HQ, D], k after RoPE and v [T, H, D] of the tokens in `start..end`; salts stand for
+    models that differ."""
     ids = torch.tensor(token_ids[start:end])
     span = torch.arange(start, end)
-    waves = [torch.stack([wave(t, s) for t in range(start, end)])[:, None] for s in (0, 1)]
+    sides = (2 * len(salt), 2 * len(salt) + 1)
+    waves = [torch.stack([wave(t, s) for t in range(start, end)])[:, None] for s in sides]
     k = ROPE.apply(K_TABLE[ids] + waves[0], span)
     return Q_TABLE[ids], k, V_TABLE[ids] + waves[1]
 
 
-def answer(format, token_ids, prompt, t, pins=()):
+def answer(format, token_ids, prompt, t, pins=(), salt=""):
     """What the query at `t` must get, [HQ, D], by the rule of what a query sees."""
-    q, k, v = content(token_ids, 0, t + 1)
+    q, k, v = content(token_ids, 0, t + 1, salt)
     k, v = k.clone(), v.clone()
     for b in range(format.visible_blocks(t, prompt)):
         first = format.num_landmark_tokens + 512 * b
@@ -107,6 +109,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.prompt: dict[str, int] = {}
         self.pins: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.salt: dict[str, str] = {}
         self.next_id = 0
 
     def _name(self):
@@ -119,8 +122,9 @@ class CacheMachine(RuleBasedStateMachine):
         own=st.sampled_from([650, 575, 64, 63, 1, 300]),
         resumed=st.sampled_from([0, 1, 130]),
         pins=st.sampled_from([(), ((0, 65),), ((600, 601),), ((0, 10), (576, 1100))]),
+        salt=st.sampled_from(["", "", "b"]),
     )
-    def add(self, family, shared, own, resumed, pins):
+    def add(self, family, shared, own, resumed, pins, salt):
         """A prompt that shares its beginning with its family, perhaps with generated tokens."""
         base = torch.Generator().manual_seed(family)
         rest = torch.Generator().manual_seed(100 + self.next_id)
@@ -129,13 +133,15 @@ class CacheMachine(RuleBasedStateMachine):
         name = self._name()
         pins = tuple((a, min(b, shared + own)) for a, b in pins if a < shared + own)
         cached = self.cache.add_sequence(
-            name, num_prompt_tokens=shared + own, token_ids=ids, pinned_spans=pins
-        )
+            name, num_prompt_tokens=shared + own, token_ids=ids, pinned_spans=pins,
+            cache_salt=salt,
+        )  # fmt: skip
         if len(self.tokens) == self.seats:
             assert cached is None
             return
         assert cached is not None and cached < len(ids) and cached % 64 == 0
         self.tokens[name], self.prompt[name], self.pins[name] = ids, shared + own, pins
+        self.salt[name] = salt
 
     def _pick(self, data):
         return data.draw(
@@ -192,7 +198,8 @@ class CacheMachine(RuleBasedStateMachine):
             return False
         self.cache.begin_step(plan)
         parts = [
-            content(self.tokens[e.seq_id], e.start, e.start + e.num_new) for e in plan.entries
+            content(self.tokens[e.seq_id], e.start, e.start + e.num_new, self.salt[e.seq_id])
+            for e in plan.entries
         ]
         out = self.cache.attend(0, *(torch.cat(x) for x in zip(*parts)))
         assert not self.cache.end_step().failed
@@ -201,8 +208,9 @@ class CacheMachine(RuleBasedStateMachine):
             for t in {e.start, e.start + e.num_new - 1}:
                 name = e.seq_id
                 want = answer(
-                    self.format, self.tokens[name], self.prompt[name], t, self.pins[name]
-                )
+                    self.format, self.tokens[name], self.prompt[name], t, self.pins[name],
+                    self.salt[name],
+                )  # fmt: skip
                 assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
                 sealed = self.format.visible_blocks(t, self.prompt[name])
                 if "queries_past_pins" in self.seen and sealed and self.pins[name]:
@@ -218,11 +226,14 @@ class CacheMachine(RuleBasedStateMachine):
             return
         child = self._name()
         ids = list(self.tokens[parent])
-        if not self.cache.fork(parent, child, token_ids=ids if follow else None):
+        salt = self.salt[parent]
+        if not self.cache.fork(
+            parent, child, token_ids=ids if follow else None, cache_salt=salt
+        ):
             assert child not in self.cache
             return
         self.tokens[child], self.prompt[child] = ids, self.prompt[parent]
-        self.pins[child] = self.pins[parent]
+        self.pins[child], self.salt[child] = self.pins[parent], salt
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), forget=st.booleans())
@@ -241,8 +252,30 @@ class CacheMachine(RuleBasedStateMachine):
             num_prompt_tokens=self.prompt[name],
             token_ids=self.tokens[name],
             pinned_spans=self.pins[name],
+            cache_salt=self.salt[name],
         )
         assert cached is not None and cached < len(self.tokens[name])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), stored=st.booleans())
+    def give_up_a_step(self, data, stored):
+        """A step is reserved and dropped, before it began or after K and V were written."""
+        names = self._pick(data)
+        left = {n: len(self.tokens[n]) - self.cache.num_tokens(n) for n in names}
+        new = {n: min(c, self.cache.chunk_limit(n)) for n, c in left.items() if c}
+        before = {n: self.cache.num_tokens(n) for n in names}
+        plan = self.cache.reserve(new) if new else None
+        if plan is None:
+            return
+        if stored:
+            self.cache.begin_step(plan)
+            wrong = [torch.full((sum(new.values()), h, D), 7.0) for h in (HQ, H, H)]
+            self.cache.attend(0, *wrong)
+            self.cache.abort_step()
+        else:
+            for name in new:
+                self.cache.cancel_reservation(name)
+        assert {n: self.cache.num_tokens(n) for n in names} == before
 
     @rule()
     def reset_prefix_cache(self):
@@ -272,7 +305,7 @@ def test_any_order_of_operations_gives_the_written_answer(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=150,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -294,6 +327,7 @@ def test_slots_that_move_together_keep_their_content():
         ids = torch.randint(VOCAB, (length,)).tolist()
         cache.add_sequence(name, num_prompt_tokens=length, token_ids=ids)
         machine.tokens[name], machine.prompt[name], machine.pins[name] = ids, length, ()
+        machine.salt[name] = ""
         names.append(name)
         return name
 

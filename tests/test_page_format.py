@@ -36,6 +36,7 @@ SECTIONED = {
     "reference": {},
     "mixed": {"k_bands": ((16, 8), (16, 4), (16, 3), (16, 2)), "gain": True, "basis_bits": 4},
     "no-mean": {"mean": False, "scale_tokens": 64},
+    "many-slots": {"outlier_slots": 60},
     "shared": {"basis": "shared", "outlier_slots": 5, "v_bands": ((32, 3),), "gain": True},
 }
 
@@ -47,7 +48,12 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
     format = replace(preset(dim=dim), **changes)
     layout, cursor = format.layout, 0
     groups = 512 // format.scale_tokens
+    assert (layout.num_kv_heads, layout.head_dim) == (format.num_kv_heads, dim)
+    assert (layout.rope, layout.levels) == (format.rope, format.levels)
+    assert layout.num_slots == format.outlier_slots
+    assert layout.k.by_component is False and layout.v.by_component is True
     for side, bands in ((layout.k, format.k_bands), (layout.v, format.v_bands)):
+        assert side.scale_groups == groups
         taken, first = [], 0
         for band, (count, bits) in zip(side.bands, bands, strict=True):
             assert (band.first, band.count, band.bits) == (first, count, bits)
@@ -56,6 +62,7 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
             taken.append((band.offset, 512 * count * plane_bits // 8))
             taken.append((band.high_offset, 512 * count // 8 if bits == 3 else None))
             row_bits = 4 if bits < 8 and format.basis_bits == 4 else 8
+            assert band.basis_bits == row_bits
             size = count * dim * row_bits // 8 if format.basis == "page" else None
             taken.append((band.basis_offset, size))
         assert side.rank == first
@@ -69,26 +76,28 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
             if size is None:
                 assert offset == -1
                 continue
-            assert offset == cursor and offset % 16 == 0
+            assert offset == cursor and offset % 16 == 0 and isinstance(offset, int)
             cursor = -(-(offset + size) // 16) * 16
     assert layout.index_offset == cursor
-    end = cursor + 2 * format.outlier_slots
-    assert end <= layout.head_bytes < end + 128 + 16 and layout.head_bytes % 128 == 0
+    assert layout.head_bytes == -(-(cursor + 2 * format.outlier_slots) // 128) * 128
     assert format.page_bytes == format.num_kv_heads * layout.head_bytes
 
 
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"k_bands": ((80, 8),)}, "rank 80 but head_dim is 64"),
+        ({"num_kv_heads": 0}, "^num_kv_heads is 0; it must be at least 1$"),
+        ({"k_bands": ((80, 8),)}, "^k_bands has rank 80 but head_dim is 64"),
         ({"k_bands": ((24, 8),)}, "multiples of 16"),
         ({"k_bands": ((16, 5),)}, "5-bit"),
-        ({"v_bands": ()}, "both"),
-        ({"num_landmark_tokens": 65}, "use 128"),
+        ({"v_bands": ()}, "^k_bands and v_bands must both be empty"),
+        ({"num_landmark_tokens": 65}, "^num_landmark_tokens is 65; .*use 128"),
         ({"num_landmark_tokens": -64}, "use 0"),
-        ({"hot_tokens": 10}, "multiple of 64"),
-        ({"prefill_segment": 0}, "at least 512"),
+        ({"hot_tokens": 10}, "^hot_tokens is 10; .*multiple of 64"),
+        ({"prefill_segment": 0}, "^prefill_segment is 0; .*at least 512"),
         ({"head_dim": 40}, "multiple of 16"),
+        ({"head_dim": 272}, "between 16 and 256"),
+        ({"head_dim": 0}, "between 16 and 256"),
         ({"k_bands": ((16, 3.5),)}, "3.5-bit"),
         ({"k_bands": ((16, 1),)}, "1-bit"),
         ({"k_bands": ((0, 8),)}, "band of 0"),
@@ -104,8 +113,10 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"scale_tokens": 32}, "use 64, 128, 256 or 512"),
         ({"outlier_slots": 65}, "0 to 64"),
         ({"outlier_slots": -1}, "0 to 64"),
-        ({"basis": "shared", "token_weighting": "attention"}, "use token_weighting='none'"),
-        ({"basis_id": "0123456789abcdef"}, "uses none"),
+        ({"basis": "shared", "token_weighting": "attention"},
+         "^token_weighting weighs the decomposition of a page's own basis; with basis='shared' use "
+         "token_weighting='none'$"),
+        ({"basis_id": "0123456789abcdef"}, "^basis_id names .* uses none$"),
     ],
 )
 def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):
@@ -114,6 +125,27 @@ def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):
     } | changes
     with pytest.raises(FormatError, match=says):
         PageFormat(**fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 16, "v_bands": ((16, 8),)},
+        {"head_dim": 256},
+        {"scale_tokens": 64},
+        {"scale_tokens": 128},
+        {"scale_tokens": 256},
+        {"outlier_slots": 64},
+        {"num_kv_heads": 1},
+        {"num_landmark_tokens": 0, "hot_tokens": 0, "prefill_segment": 512},
+    ],
+)
+def test_values_at_the_limits_are_taken(changes):
+    fields = {
+        "name": "x", "num_kv_heads": 2, "head_dim": 64, "k_bands": ((16, 8),), "v_bands": ((32, 8),)
+    } | changes
+    format = PageFormat(**fields)
+    assert {name: getattr(format, name) for name in changes} == changes
 
 
 def test_unknown_preset_names_the_known_ones():
@@ -170,6 +202,21 @@ def test_a_chunk_ends_exactly_where_the_view_changes(start, prompt, hot, segment
     assert fmt.visible_blocks(end, prompt) != here
 
 
+@pytest.mark.parametrize("landmarks", [0, 64])
+@pytest.mark.parametrize("hot", [0, 64])
+def test_a_chunk_that_starts_anywhere_ends_where_the_view_changes(landmarks, hot):
+    fmt = PageFormat(
+        "x", 1, 64, ((16, 8),), ((32, 8),), num_landmark_tokens=landmarks, hot_tokens=hot,
+        prefill_segment=512,
+    )  # fmt: skip
+    for prompt in (1, 700, 1700, 5000):
+        views = [fmt.visible_blocks(t, prompt) for t in range(4000)]
+        for start in range(0, 2600, 3):
+            end = next(t for t in range(start, 4000) if views[t] != views[start])
+            assert fmt.chunk_end(start, prompt) == end, (start, prompt)
+
+
 def test_exact_never_sees_a_page():
     fmt = preset("exact")
+    assert fmt.chunk_end(0, 10) > 10**9
     assert fmt.visible_blocks(10**6, 10) == 0 and fmt.page_bytes == 0 and fmt.page_ratio == 1.0

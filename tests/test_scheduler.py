@@ -25,6 +25,8 @@ class CountingCache:
         )
         self.stored: dict[str, int] = {}
         self.reserved: dict[str, int] = {}
+        self.asked: dict[str, tuple] = {}
+        self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
 
     def _used(self):
         return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
@@ -35,8 +37,9 @@ class CountingCache:
         assert seq_id not in self.stored
         if len(self.stored) >= self.seats:
             return None
-        self.stored[seq_id] = self.reserved[seq_id] = 0
-        return 0
+        self.asked[seq_id] = num_prompt_tokens, token_ids, cache_salt, pinned_spans
+        self.stored[seq_id], self.reserved[seq_id] = self.cached, 0
+        return self.cached
 
     def try_reserve(self, seq_id, num_new):
         assert num_new >= 1 and self.reserved[seq_id] == 0
@@ -47,9 +50,11 @@ class CountingCache:
         return True
 
     def cancel_reservation(self, seq_id):
+        assert seq_id in self.reserved
         self.reserved[seq_id] = 0
 
     def chunk_limit(self, seq_id):
+        assert seq_id in self.stored
         return self.chunk
 
     def seals_due(self, seq_id, num_new):
@@ -63,6 +68,7 @@ class CountingCache:
         del self.stored[seq_id], self.reserved[seq_id]
 
     def reset_prefix_cache(self):
+        self.num_resets += 1
         return 0
 
     def step(self, output):
@@ -198,6 +204,167 @@ def test_no_seat_in_the_cache_means_not_now():
     cache = CountingCache(100, seats=1)
     s = scheduler(cache, [request("a", 4), request("b", 4)])
     assert list(s.schedule().new_tokens) == ["a"]
+
+
+def test_the_cache_is_told_all_that_separates_requests():
+    cache = CountingCache(100)
+    cache.cached = 8
+    asked = Request("a", [5, 6, 7] * 4, 9, cache_salt="x", pinned_spans=((1, 3),))
+    s = scheduler(cache, [asked])
+    assert s.schedule().new_tokens == {"a": 4} and asked.num_cached_tokens == 8
+    assert cache.asked["a"] == (9, asked.token_ids, "x", ((1, 3),))
+    assert cache.asked["a"][1] is asked.token_ids, "the cache follows what is generated"
+
+
+def test_a_resume_is_no_prefix_hit_of_the_request():
+    cache = CountingCache(100)
+    cache.cached = 8
+    a = request("a", 9)
+    a.num_preemptions, a.num_cached_tokens = 1, 3
+    scheduler(cache, [a]).schedule()
+    assert a.num_cached_tokens == 3
+
+
+def test_a_chunk_is_never_longer_than_the_cache_lets_it_be():
+    s = scheduler(CountingCache(100, chunk=5), [request("a", 12)])
+    assert s.schedule().new_tokens == {"a": 5}
+
+
+@pytest.mark.parametrize("seats, seated", [(2, True), (1, False)])
+def test_a_fork_runs_where_there_is_a_seat(seats, seated):
+    cache = CountingCache(100)
+    parent, child = request("a", 4), request("b", 4)
+    s = scheduler(cache, [parent], max_num_seqs=seats)
+    cache.step(s.schedule())
+    cache.add_sequence("b", num_prompt_tokens=4)
+    assert s.adopt(child) is seated
+    assert s.running == [parent, child][: 1 + seated] and not s.waiting
+    assert child.status is (RequestStatus.RUNNING if seated else RequestStatus.WAITING)
+
+
+def test_what_is_queued_again_waits_and_comes_first():
+    s = scheduler(CountingCache(100), [request("a", 4)])
+    again = request("b", 4)
+    again.status = RequestStatus.RUNNING
+    s.requeue(again)
+    assert again.status is RequestStatus.WAITING
+    assert list(s.schedule().new_tokens) == ["b", "a"]
+
+
+def test_finish_takes_a_request_that_was_never_queued():
+    """A sibling that has not started is neither running nor in the queue."""
+    s = scheduler(CountingCache(100), [])
+    sibling = request("a", 4)
+    s.finish(sibling)
+    assert sibling.status is RequestStatus.FINISHED and not s.has_unfinished
+
+
+def test_cached_slots_make_room_for_the_only_request_that_is_left():
+    """And only for it: while others run, what is cached stays."""
+
+    class Crowded(CountingCache):
+        def _used(self):
+            return super()._used() + (0 if self.num_resets else 3)
+
+    cache = Crowded(4)
+    s = scheduler(cache, [request("a", 20)])
+    assert s.schedule().new_tokens == {"a": 20} and cache.num_resets == 1
+    cache = CountingCache(4)
+    s = scheduler(cache, [request("a", 20), request("b", 20)])
+    cache.step(s.schedule())
+    assert not s.schedule().new_tokens and cache.num_resets == 0, "b waits until a has ended"
+    assert not scheduler(cache, []).schedule().new_tokens and cache.num_resets == 0
+
+
+def test_preemptions_are_counted_one_by_one():
+    cache = CountingCache(4)
+    a, b = request("a", 16), request("b", 16)
+    s = scheduler(cache, [a, b])
+    cache.step(s.schedule())
+    a.token_ids.append(0)
+    cache.step(s.schedule())
+    assert b.num_preemptions == 1 and b.num_recomputed_tokens == 16
+    s.finish(a)
+    cache.step(s.schedule())
+    s.add(request("c", 16))
+    cache.step(s.schedule())
+    b.token_ids.append(0)
+    assert s.schedule().preempted == ["c"]
+    s.running.clear()
+    s.running.append(b)
+    cache.cancel_reservation("b")
+    cache.num_slots = 2
+    assert s.schedule().preempted == ["b"]
+    assert b.num_preemptions == 2 and b.num_recomputed_tokens == 32
+    assert s.num_preemptions == 3 and s.num_recomputed_tokens == 48
+
+
+def test_the_budget_of_one_that_gives_way_goes_to_others(caplog):
+    """The newest has its token of this step already when an older one needs its slots."""
+    cache = CountingCache(6, seal_every=9)
+    old, mid, new = request("old", 8), request("mid", 8), request("new", 8)
+    s = scheduler(cache, [old, mid, new], max_num_batched_tokens=24, max_seals_per_step=3)
+    cache.step(s.schedule())
+    new.token_ids.append(0)
+    old.token_ids.extend([0] * 17)
+    mid.token_ids.extend([0] * 7)
+    out = s.schedule()
+    assert out.preempted == ["new"] and out.new_tokens == {"old": 17, "mid": 7}
+    assert (
+        "preempted new: the pool is full; 8 tokens will be recomputed (2 running, 1 waiting, "
+        "1 preemptions so far). More kv_cache_bytes or a smaller max_num_seqs avoids this"
+    ) in caplog.messages
+
+
+@pytest.mark.parametrize("by", ["a", "itself"])
+def test_others_go_on_when_one_gives_way(by):
+    """In this order: a and c, with a token to go each, then b; c goes for want of a slot."""
+    cache = CountingCache(3)
+    a, b, c = request("a", 8), request("b", 4), request("c", 8)
+    s = scheduler(cache, [a, b, c])
+    cache.step(s.schedule())
+    (a if by == "a" else c).token_ids.append(0)
+    b.token_ids.extend([0] * 3)
+    c.token_ids.extend([0] * (by == "a"))
+    out = s.schedule()
+    assert out.preempted == ["c"] and out.new_tokens == ({"a": 1} if by == "a" else {}) | {"b": 3}
+
+
+def test_a_request_with_two_tokens_to_go_does_not_overtake_one_with_one():
+    cache = CountingCache(100)
+    a, b = request("a", 4), request("b", 4)
+    s = scheduler(cache, [a, b])
+    cache.step(s.schedule())
+    a.token_ids.extend([0, 0])
+    b.token_ids.append(0)
+    assert list(s.schedule().new_tokens) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "lengths, seals, started",
+    [
+        ((30, 5), 1, "ab"),  # seals nothing: a budget that is overdrawn does not matter
+        ((5, 30), 1, "ab"),  # the first that seals passes, whoever came before
+        ((10, 20), 1, "a"),  # the second that seals does not
+        ((10, 20), 2, "a"),
+        ((10, 20), 3, "ab"),  # to the last seal
+    ],
+)
+def test_who_seals_within_the_budget(lengths, seals, started):
+    cache = CountingCache(100, seal_every=10)
+    requests = [request(name, n) for name, n in zip("ab", lengths)]
+    s = scheduler(cache, requests, max_seals_per_step=seals)
+    assert "".join(s.schedule().new_tokens) == started
+
+
+def test_one_whose_token_is_on_its_way_is_not_resumed_yet():
+    cache = CountingCache(100)
+    a = request("a", 4)
+    s = scheduler(cache, [a, request("b", 4)])
+    a.num_pending = 1
+    assert not s.schedule().new_tokens and cache.num_resets == 1
+    a.num_pending = 0
+    assert list(s.schedule().new_tokens) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_seals_per_step"])
