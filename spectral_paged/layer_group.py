@@ -43,6 +43,7 @@ class GroupSlots:
     num_published: int = 0  # full exact pages looked at so far, in sequence order
     num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
     num_encoded: int = 0  # blocks whose pages are written, shown or not
+    num_attached: int = 0  # blocks that a prefix hit brought as pages
 
     def num_pages(self, num_blocks: int) -> int:
         """Pages among the first `num_blocks` blocks: those not pinned."""
@@ -134,12 +135,25 @@ class LayerGroup:
                 self.pool.blocks.release(held.pop())
         self._write_rows(slots, num_exact)
 
-    def free(self, seq_id: str) -> None:
-        """Release everything, newest first, so that chains are evicted from their ends."""
+    def free(self, seq_id: str, chain: PrefixChain | None = None) -> None:
+        """Release everything, the end of the sequence first and its landmarks last.
+
+        So chains are evicted from their ends: what begins one is of use without what follows, and
+        never the other way round. Exact pages that pages replaced were released when they were,
+        oldest first; with the sequence's `chain` they get their place here.
+        """
         slots = self.sequences.pop(seq_id)
-        for slot in reversed(slots.exact):
+        landmarks = slots.exact[: self.num_landmark_pages]
+        for slot in reversed(slots.exact[self.num_landmark_pages :]):
             self.pool.blocks.release(slot)
-        for slot in reversed(slots.pages):
+        if chain is not None:
+            first, end = (
+                self.num_landmark_pages + block * PAGES_PER_BLOCK
+                for block in (slots.num_attached, slots.num_sealed)
+            )
+            for index in reversed(range(first, min(end, len(chain)))):
+                self.pool.blocks.touch((Kind.EXACT, chain[index]))
+        for slot in (*reversed(slots.pages), *reversed(landmarks)):
             self.pool.blocks.release(slot)
         self.exact_table.write(slots.row, 0, [])
         self.page_table.write(slots.row, 0, [])
@@ -225,7 +239,7 @@ class LayerGroup:
             assert slot is not None, "the hit was checked"
             blocks.acquire(slot)
             slots.exact.append(slot)
-        slots.num_sealed = sealed
+        slots.num_sealed = slots.num_attached = sealed
         slots.num_published = num_tokens // EXACT_PAGE_TOKENS
         self._write_rows(slots, 0)
 
@@ -245,11 +259,14 @@ class LayerGroup:
                 self.pool.blocks.publish(slot, (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
-    def unpublish(self, seq_id: str) -> None:
-        """Let nobody find the sequence's slots any more."""
+    def forget(self, seq_id: str, chain: PrefixChain | None) -> None:
+        """Let nobody find what the sequence stored, what its pages replaced included."""
         slots = self.sequences[seq_id]
         for slot in (*slots.exact, *slots.pages):
             self.pool.blocks.unpublish(slot)
+        for index in range(0 if chain is None else len(chain)):
+            for kind in Kind:
+                self.pool.blocks.forget((kind, chain[index]))
 
     # ---- proof ---------------------------------------------------------------------------
 

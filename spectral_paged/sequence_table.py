@@ -132,12 +132,12 @@ class SequenceTable:
         return True
 
     def remove(self, seq_id: str, *, forget: bool) -> None:
-        """Release a sequence's slots and row; `forget` lets nobody find the slots any more."""
+        """Release a sequence's slots and row; `forget` lets nobody find what it stored."""
         state = self._sequences.pop(seq_id)
         for group in self._groups:
             if forget:
-                group.unpublish(seq_id)
-            group.free(seq_id)
+                group.forget(seq_id, state.chain)
+            group.free(seq_id, state.chain)
         self._free_rows.append(state.row)
 
     def check_integrity(self) -> None:
