@@ -113,18 +113,26 @@ class LayerGroup:
         before = len(slots.exact), len(slots.pages)
         if before[0] >= num_exact and before[1] >= num_pages:
             return True
-        for held, wanted, kind in (
-            (slots.exact, num_exact, Kind.EXACT),
-            (slots.pages, num_pages, Kind.PAGE),
-        ):
-            while len(held) < wanted:
-                # appended at once: the pool may move slots while allocating the next one
-                slot = self.pool.blocks.allocate(kind)
-                if slot is None:
-                    self.shrink(seq_id, *before)
-                    return False
-                held.append(slot)
+        try:
+            grown = self._allocate(slots.exact, num_exact, Kind.EXACT) and self._allocate(
+                slots.pages, num_pages, Kind.PAGE
+            )
+        except BaseException:
+            self.shrink(seq_id, *before)
+            raise
+        if not grown:
+            self.shrink(seq_id, *before)
+            return False
         self._write_rows(slots, before[0])
+        return True
+
+    def _allocate(self, held: list[int], wanted: int, kind: Kind) -> bool:
+        """Let `held` have at least `wanted` slots; False where the pool has no more."""
+        while len(held) < wanted:
+            slot = self.pool.blocks.allocate(kind)
+            if slot is None:
+                return False
+            held.append(slot)  # at once: the pool may move slots while allocating the next one
         return True
 
     def shrink(self, seq_id: str, num_exact: int, num_pages: int) -> None:

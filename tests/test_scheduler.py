@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectral_paged.scheduler as scheduler_package
-from spectral_paged.scheduler import Request, RequestStatus, Scheduler, SchedulerConfig
+from spectral_paged.scheduler import (
+    PreemptionReason,
+    Request,
+    RequestStatus,
+    Scheduler,
+    SchedulerConfig,
+)
 
 BLOCK = 8  # tokens a slot of the counting cache
 
@@ -30,7 +36,8 @@ class CountingCache:
         return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
 
     def add_sequence(
-        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=()
+        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=(),
+        resumed=False,
     ):
         assert seq_id not in self.stored
         if len(self.stored) >= self.seats:
@@ -59,7 +66,7 @@ class CountingCache:
     def num_tokens(self, seq_id):
         return self.stored[seq_id]
 
-    def free(self, seq_id):
+    def free(self, seq_id, *, forget=False):
         del self.stored[seq_id], self.reserved[seq_id]
 
     def reset_prefix_cache(self):
@@ -146,8 +153,12 @@ def test_the_newest_gives_way_and_is_recomputed_first():
     out = s.schedule()  # a fills its page; b needs a slot: c goes
     assert out.preempted == ["c"] and out.new_tokens == {"a": 1, "b": 1}
     assert [r.request_id for r in s.waiting] == ["c", "d"]
-    assert c.num_preemptions == 1 and c.num_recomputed_tokens == 16
-    assert s.num_preemptions == 1 and s.num_recomputed_tokens == 16
+    assert c.preemptions == [PreemptionReason.OLDER] and s.num_preemptions == 1
+    assert c.num_recomputed_tokens == s.num_recomputed_tokens == 0, "nothing is computed again yet"
+    cache.step(out)
+    s.finish(a)
+    assert s.schedule().new_tokens == {"c": 17}
+    assert c.num_recomputed_tokens == s.num_recomputed_tokens == 16
 
 
 def test_a_request_that_cannot_go_on_preempts_itself_at_last():
@@ -158,6 +169,7 @@ def test_a_request_that_cannot_go_on_preempts_itself_at_last():
     b.token_ids.append(0)
     out = s.schedule()
     assert out.preempted == ["b"] and not out.new_tokens
+    assert s.preemptions == {PreemptionReason.OWN_TOKENS: 1}
     a.token_ids.append(0)
     assert s.schedule().new_tokens == {"a": 1}
 
