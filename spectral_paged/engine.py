@@ -110,7 +110,9 @@ class Engine:
     ) -> None:
         """Queue a prompt (text or token ids).
 
-        `pinned_spans`: `(start, end)` token positions of the prompt that are never sealed.
+        Args:
+            cache_salt: requests with different salts never share cached tokens.
+            pinned_spans: `(start, end)` token positions of the prompt that are never sealed.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
@@ -119,6 +121,8 @@ class Engine:
         params = params or SamplingParams()
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is running already")
+        if not isinstance(cache_salt, str):
+            raise InvalidRequestError(f"cache_salt is {cache_salt!r:.80}; it must be a string")
         text = prompt if isinstance(prompt, str) else None
         token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
         spans = spans_of(pinned_spans)
