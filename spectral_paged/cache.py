@@ -401,8 +401,7 @@ class SpectralKVCache:
         self.sealer.seal(group, blocks)
         self._note(self.sealer.failures(lambda check: False), report)
         for seq_id, block in blocks:
-            if states[seq_id].error is None:
-                group.note_encoded(seq_id, block)
+            if states[seq_id].error is None and group.note_encoded(seq_id, block):
                 states[seq_id].num_pages_sealed += len(group.layers)
                 self.counters.pages_sealed += len(group.layers)
                 report.blocks_sealed += 1

@@ -217,8 +217,12 @@ class Engine:
                 launched.withdraw()
             raise
         self._in_flight = launched
-        with clock.section("commit"):
-            report = self.cache.end_step()
+        try:
+            with clock.section("commit"):
+                report = self.cache.end_step()
+        except BaseException:  # what was not counted as stored is computed again
+            self.cache.abort_step()
+            raise
         for seq_id, error in report.failed.items():
             completion = self._by_sequence.get(seq_id)
             if completion is not None:

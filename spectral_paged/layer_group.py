@@ -44,6 +44,7 @@ class GroupSlots:
     num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
     num_encoded: int = 0  # blocks whose pages are written, shown or not
     num_attached: int = 0  # blocks that a prefix hit brought as pages
+    num_dropped: int = 0  # blocks below have had pages ahead that made room: they wait until due
 
     def num_pages(self, num_blocks: int) -> int:
         """Pages among the first `num_blocks` blocks: those not pinned."""
@@ -312,17 +313,28 @@ class LayerGroup:
         while block in slots.pinned:
             block += 1
         end = (self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK) * EXACT_PAGE_TOKENS
-        return block if self.seals and end <= num_tokens else None
+        return block if self.seals and end <= num_tokens and block >= slots.num_dropped else None
 
     def reserve_page(self, seq_id: str, block: int) -> bool:
         """Hold a page slot for a block that is not visible yet; False: not now."""
         slots = self.sequences[seq_id]
         return self.grow(seq_id, len(slots.exact), slots.num_pages(block) + 1)
 
-    def note_encoded(self, seq_id: str, block: int) -> None:
-        """The page of `block` is written."""
+    def note_encoded(self, seq_id: str, block: int) -> bool:
+        """The page of `block` is written; False where it was written before."""
         slots = self.sequences[seq_id]
         slots.num_encoded = max(slots.num_encoded, block + 1)
+        return block >= slots.num_dropped
+
+    def drop_ahead(self, seq_id: str) -> bool:
+        """Give back pages of blocks that no query sees as pages yet; False where there are none.
+        They are written again, the same, when they are due."""
+        slots = self.sequences[seq_id]
+        if slots.num_encoded <= slots.num_sealed:
+            return False
+        slots.num_dropped, slots.num_encoded = slots.num_encoded, slots.num_sealed
+        self.shrink(seq_id, len(slots.exact), slots.num_sealed_pages)
+        return True
 
     def cancel(self, seq_id: str, num_tokens: int) -> None:
         """Give back what was reserved for tokens past `num_tokens`."""
@@ -393,7 +405,17 @@ def reserve_slots(
     groups: Sequence[LayerGroup], seq_id: str, num_tokens: int, visible_blocks: int
 ) -> bool:
     """Hold, in every group, slots for `num_tokens` tokens of a sequence and for the pages of
-    `visible_blocks` blocks. False, and nothing changed: not now."""
+    `visible_blocks` blocks, if need be in place of pages written ahead. False: not now."""
+    if _grow_all(groups, seq_id, num_tokens, visible_blocks):
+        return True
+    dropped = [group.drop_ahead(seq_id) for group in groups]
+    return any(dropped) and _grow_all(groups, seq_id, num_tokens, visible_blocks)
+
+
+def _grow_all(
+    groups: Sequence[LayerGroup], seq_id: str, num_tokens: int, visible_blocks: int
+) -> bool:
+    """False, and nothing changed: not now."""
     before = [(len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in groups]
     for done, group in enumerate(groups):
         num_exact = group.num_exact_pages(num_tokens, group.sequences[seq_id].num_sealed_pages)

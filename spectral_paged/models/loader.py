@@ -191,9 +191,12 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
     geometry = ModelGeometry.from_config(load_config(name))
     where = resolve(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        if missing := sorted(found["missing_keys"]):  # transformers would make them up
+            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except Exception as error:
         raise CorruptFileError(
             f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
