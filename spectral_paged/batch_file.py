@@ -233,7 +233,7 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
     if line.custom_id is not None:
         record["custom_id"] = line.custom_id
     generated = sum(len(c.token_ids) for c in output.outputs)
-    usage = {
+    usage: dict[str, Any] = {
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": generated,
         "total_tokens": len(output.prompt_token_ids) + generated,
@@ -248,8 +248,11 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
             "cached_tokens": output.metrics.num_cached_tokens,
             "pages_sealed": output.metrics.num_pages_sealed,
             "compression_ratio": round(output.metrics.compression_ratio, 4),
+            "preemptions": output.metrics.num_preemptions,
+            "recomputed_tokens": output.metrics.num_recomputed_tokens,
         }
         return record | {"outputs": outputs, "usage": usage, "metrics": metrics, "error": None}
+    usage["prompt_tokens_details"] = {"cached_tokens": output.metrics.num_cached_tokens}
     chat = line.url == CHAT_URL
     choices = []
     for c in output.outputs:

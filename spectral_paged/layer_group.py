@@ -273,7 +273,9 @@ class LayerGroup:
         slots = self.sequences[seq_id]
         for slot in (*slots.exact, *slots.pages):
             self.pool.blocks.unpublish(slot)
-        for index in range(0 if chain is None else len(chain)):
+        if chain is None:
+            return
+        for index in range(len(chain)):
             for kind in Kind:
                 self.pool.blocks.forget((kind, chain[index]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from page_parts import toy_basis
 from tiny_model import random_prompts, tiny_llm
 
 from spectral_paged import SamplingParams
+from spectral_paged.batch_file import OutputFile
+from spectral_paged.batch_run import BatchRun
 from spectral_paged.block_pool import BlockPool, Kind
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.prefix_hit import prefix_chain
@@ -141,6 +144,26 @@ def test_requests_of_different_salts_share_nothing(salt):
     assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 1
     with pytest.raises(InvalidRequestError, match="cache_salt is 5; it must be a string"):
         llm.generate([{"prompt_token_ids": prompt, "cache_salt": 5}], GREEDY, use_tqdm=False)
+
+
+def test_lines_of_a_batch_have_salts_and_say_what_was_cached(tmp_path):
+    [prompt] = random_prompts([700])
+    body = {"prompt": prompt, "max_tokens": 2}
+    lines = [
+        {"prompt": prompt, "max_tokens": 2},
+        {"prompt": prompt, "max_tokens": 2, "cache_salt": "mine"},
+        {"custom_id": "c", "url": "/v1/completions", "body": body | {"cache_salt": "mine"}},
+        {"custom_id": "d", "url": "/v1/completions", "body": body | {"cache_salt": 7}},
+    ]
+    source, output = tmp_path / "in.jsonl", OutputFile(tmp_path / "out.jsonl")
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    BatchRun(tiny_llm(max_num_seqs=1), source, output).run({"temperature": 0.0}, quiet=True)
+    output.close()
+    got = {r["line"]: r for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert [got[n]["metrics"]["cached_tokens"] for n in (1, 2)] == [0, 0]
+    usage = got[3]["response"]["body"]["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 640}
+    assert "cache_salt is 7; it must be a string" in got[4]["error"]["message"]
 
 
 # ---- what is counted ---------------------------------------------------------------------

@@ -190,6 +190,8 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
     """
     geometry = ModelGeometry.from_config(load_config(name))
     where = resolve(name)
+    converted = Path(where).parent == cache_folder()
+    remedy = f"delete {where}, and they are made again" if converted else "fetch them again"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
@@ -199,7 +201,7 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except Exception as error:
         raise CorruptFileError(
-            f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
+            f"the files of model {name!r} in {where} cannot be loaded ({error}): {remedy}"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
