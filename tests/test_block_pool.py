@@ -20,7 +20,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, int] = {}  # slot -> owner that wrote it
         self.pool = BlockPool(4, {Kind.EXACT: 3, Kind.PAGE: 2}, on_move=self.move)
         self.next_owner = 0
-        self.keys: dict[int, int] = {}  # key -> owner that wrote it
+        self.keys: dict[int, set[int]] = {}  # key -> owners that published it, all alike
 
     def move(self, moves):
         names = {}
@@ -61,19 +61,28 @@ class PoolMachine(RuleBasedStateMachine):
     def publish(self, data, key):
         slot, owner = data.draw(st.sampled_from(self.refs))
         try:
-            published = self.pool.publish(slot, key)
+            known = self.pool.lookup(key)
+            assert self.pool.publish(slot, key) == (known is None)
         except PoolError:
             return
-        if published:
-            self.keys[key] = owner
+        self.keys.setdefault(key, set()).add(owner)
 
     @rule(key=st.integers(0, 20))
     def hit(self, key):
         slot = self.pool.lookup(key)
         if slot is not None:
             self.pool.acquire(slot)
-            assert self.content[slot] == self.keys[key], "a key finds what was published under it"
-            self.refs.append((slot, self.keys[key]))
+            assert self.content[slot] in self.keys[key], "a key finds what was published under it"
+            self.refs.append((slot, self.content[slot]))
+
+    @rule(key=st.integers(0, 20))
+    def touch(self, key):
+        self.pool.touch(key)
+
+    @rule(key=st.integers(0, 20))
+    def forget(self, key):
+        self.pool.forget(key)
+        assert self.pool.lookup(key) is None
 
     @rule()
     def drop(self):
