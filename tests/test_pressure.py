@@ -142,7 +142,7 @@ def test_what_is_admitted_fits_alone_and_one_token_more_is_refused(name, exempt)
 # ---- fair progress -----------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     long=st.integers(100, 400), short=st.integers(1, 40), generated=st.integers(1, 12),
     budget=st.sampled_from([16, 64, 200]), every=st.integers(1, 6), seqs=st.integers(2, 6),
@@ -160,8 +160,9 @@ def test_short_requests_finish_under_a_stream_of_long_prompts(
     def add(name, length):
         goal[name] = length + generated
         ahead = [goal[r.request_id] for r in (*s.waiting, *s.running)] + [goal[name]]
-        # one after the other, each computed once more because an older one preempted it
-        steps = sum(2 * (-(-tokens // budget) + generated + 1) for tokens in ahead)
+        # The oldest is never preempted and has what others' single tokens leave of each step, so
+        # from nothing it needs so many; then the next is the oldest.
+        steps = sum(-(-tokens // (budget - seqs + 1)) + generated + 2 for tokens in ahead)
         arrived[name] = (step, steps)
         s.add(request(name, length))
 
