@@ -1,6 +1,9 @@
 """Continuous batching over ids and counts. Imports no torch; the cache comes as an argument."""
 
-from spectral_paged.scheduler.request import Request, RequestStatus
+from spectral_paged.scheduler.request import PreemptionReason, Request, RequestStatus
 from spectral_paged.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
-__all__ = ["Request", "RequestStatus", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
+__all__ = [
+    "PreemptionReason", "Request", "RequestStatus", "Scheduler", "SchedulerConfig",
+    "SchedulerOutput",
+]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -10,6 +10,13 @@ class RequestStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class PreemptionReason(Enum):
+    """Why a running request had to give its slots back."""
+
+    OLDER = "an older request needs its slots"
+    OWN_TOKENS = "its own next tokens do not fit"
 
 
 @dataclass(slots=True, eq=False)
@@ -21,10 +28,11 @@ class Request:
 
     Attributes:
         max_num_tokens: prompt and output together at most; the last one is never computed.
+        preemptions: why it was preempted, each time.
+        num_dropped_tokens: those it had stored when it was preempted, until it runs again.
+        num_recomputed_tokens: of the dropped ones, those that the prefix cache had no more.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
-        num_lost_tokens: computed before the last preemption; those that a resume finds cached are
-            not recomputed.
     """
 
     request_id: str
@@ -34,11 +42,15 @@ class Request:
     cache_salt: str = ""
     pinned_spans: tuple[tuple[int, int], ...] = ()
     status: RequestStatus = RequestStatus.WAITING
-    num_preemptions: int = 0
+    preemptions: list[PreemptionReason] = field(default_factory=list)
+    num_dropped_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
-    num_lost_tokens: int = 0
     num_pending: int = 0
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preemptions)
 
     @property
     def num_tokens(self) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from spectral_paged.scheduler.request import Request, RequestStatus
+from spectral_paged.scheduler.request import PreemptionReason, Request, RequestStatus
 
 logger = logging.getLogger(__name__)
+
+STEPS_UNTIL_RAISED = 16  # a lowered token budget is doubled after so many steps
 
 
 class Cache(Protocol):
@@ -24,13 +26,14 @@ class Cache(Protocol):
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
         pinned_spans: Sequence[tuple[int, int]] = (),
+        resumed: bool = False,
     ) -> int | None: ...
     def try_reserve(self, seq_id: str, num_new: int) -> bool: ...
     def cancel_reservation(self, seq_id: str) -> None: ...
     def chunk_limit(self, seq_id: str) -> int: ...
     def seals_due(self, seq_id: str, num_new: int) -> int: ...
     def num_tokens(self, seq_id: str) -> int: ...
-    def free(self, seq_id: str) -> None: ...
+    def free(self, seq_id: str, *, forget: bool = False) -> None: ...
     def reset_prefix_cache(self) -> int: ...
 
 
@@ -73,8 +76,10 @@ class Scheduler:
         self.config = config
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.num_preemptions = 0
+        self.preemptions: Counter[PreemptionReason] = Counter()
         self.num_recomputed_tokens = 0
+        self.token_budget = config.max_num_batched_tokens
+        self._num_steps = 0  # with this budget
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -92,11 +97,14 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
 
-    def finish(self, request: Request) -> None:
-        """Drop a request, wherever it is, and free what it holds."""
+    def finish(self, request: Request, *, forget: bool = False) -> None:
+        """Drop a request, wherever it is, and free what it holds.
+
+        With `forget` no later request finds what it stored.
+        """
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self.cache.free(request.request_id)
+            self.cache.free(request.request_id, forget=forget)
         elif request.status is RequestStatus.WAITING and request in self.waiting:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
@@ -105,12 +113,35 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def num_preemptions(self) -> int:
+        return self.preemptions.total()
+
+    def lower_budget(self, num_tokens: int) -> None:
+        """Let steps have at most `num_tokens` tokens for now; the budget comes back by and by."""
+        self.token_budget, self._num_steps = max(1, num_tokens), 0
+
+    def stats(self) -> dict[str, object]:
+        """Requests now, and preemptions since construction by reason."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "preemptions": self.num_preemptions,
+            **{f"preemptions_{r.name.lower()}": self.preemptions[r] for r in PreemptionReason},
+            "recomputed_tokens": self.num_recomputed_tokens,
+            "token_budget": self.token_budget,
+        }
+
     # ---- one step ------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
         """Reserve slots for this step's tokens. Empty only when there is nothing to run."""
         output = SchedulerOutput()
-        budget = _Budget(self.config.max_num_batched_tokens, self.config.max_seals_per_step)
+        self._num_steps += 1
+        if self._num_steps > STEPS_UNTIL_RAISED:
+            most = self.config.max_num_batched_tokens
+            self.token_budget, self._num_steps = min(2 * self.token_budget, most), 0
+        budget = _Budget(self.token_budget, self.config.max_seals_per_step)
         self._schedule_running(output, budget)
         if not output.preempted:
             self._schedule_waiting(output, budget)
@@ -131,7 +162,7 @@ class Scheduler:
                 continue
             while not self.cache.try_reserve(request.request_id, num_new):
                 victim = self.running[-1]
-                self._preempt(victim, output, budget)
+                self._preempt(victim, request, num_new, output, budget)
                 if victim is request:
                     break
             else:
@@ -149,21 +180,27 @@ class Scheduler:
                 token_ids=request.token_ids,
                 cache_salt=request.cache_salt,
                 pinned_spans=request.pinned_spans,
+                resumed=request.num_preemptions > 0,
             )
             if cached is None:
                 return
-            num_new = self._chunk(request, budget)
-            if num_new == 0 or not self.cache.try_reserve(request.request_id, num_new):
-                self.cache.free(request.request_id)
+            reserved = False
+            try:
+                num_new = self._chunk(request, budget)
+                reserved = num_new > 0 and self.cache.try_reserve(request.request_id, num_new)
+            finally:
+                if not reserved:  # not now, or something raised: it waits on
+                    self.cache.free(request.request_id)
+            if not reserved:
                 return
             self.waiting.popleft()
             request.status = RequestStatus.RUNNING
             if request.num_preemptions == 0:
                 request.num_cached_tokens = cached
-            else:
-                recomputed = max(0, request.num_lost_tokens - cached)
-                request.num_recomputed_tokens += recomputed
-                self.num_recomputed_tokens += recomputed
+            lost = max(0, request.num_dropped_tokens - cached)
+            request.num_dropped_tokens = 0
+            request.num_recomputed_tokens += lost
+            self.num_recomputed_tokens += lost
             self.running.append(request)
             budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
             output.new_tokens[request.request_id] = num_new
@@ -179,32 +216,45 @@ class Scheduler:
             return 0
         return num_new
 
-    def _preempt(self, victim: Request, output: SchedulerOutput, budget: _Budget) -> None:
-        lost = victim.num_lost_tokens = self.cache.num_tokens(victim.request_id)
+    def _preempt(
+        self,
+        victim: Request,
+        needy: Request,
+        num_new: int,
+        output: SchedulerOutput,
+        budget: _Budget,
+    ) -> None:
+        """Take the slots of `victim`, because `needy` cannot get those of `num_new` tokens."""
+        reason = PreemptionReason.OWN_TOKENS if victim is needy else PreemptionReason.OLDER
+        dropped = self.cache.num_tokens(victim.request_id)
         if victim.request_id in output.new_tokens:
-            num_new = output.new_tokens.pop(victim.request_id)
-            budget.give_back(num_new, self.cache.seals_due(victim.request_id, num_new))
+            taken = output.new_tokens.pop(victim.request_id)
+            budget.give_back(taken, self.cache.seals_due(victim.request_id, taken))
             self.cache.cancel_reservation(victim.request_id)
         self.running.remove(victim)
         self.cache.free(victim.request_id)
-        victim.num_preemptions += 1
-        self.num_preemptions += 1
+        victim.preemptions.append(reason)
+        victim.num_dropped_tokens = dropped
+        self.preemptions[reason] += 1
         output.preempted.append(victim.request_id)
         self.requeue(victim)
         logger.warning(
-            "preempted %s: the pool is full; up to %d tokens will be recomputed (%d running, %d "
-            "waiting, %d preemptions so far). More kv_cache_bytes or a smaller max_num_seqs "
-            "avoids this",
+            "preempted %s: %s; the pool is full, and %s has %d tokens to store. %d tokens are "
+            "dropped, and recomputed unless the prefix cache keeps them (%d running, %d waiting, "
+            "%d preemptions so far). More kv_cache_bytes or a smaller max_num_seqs avoids this",
             victim.request_id,
-            lost,
+            reason.value,
+            needy.request_id,
+            num_new,
+            dropped,
             len(self.running),
             len(self.waiting),
             self.num_preemptions,
             extra={
                 "event": "preemption",
                 "request_id": victim.request_id,
-                "reason": "pool full",
-                "num_lost_tokens": lost,
+                "reason": reason.value,
+                "num_dropped_tokens": dropped,
                 "num_running": len(self.running),
                 "num_waiting": len(self.waiting),
                 "num_preemptions": self.num_preemptions,

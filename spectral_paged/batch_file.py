@@ -51,6 +51,7 @@ class BatchLine:
     messages: list[Mapping[str, str]] | None = None
     params: SamplingParams | None = None
     url: str | None = None
+    cache_salt: str = ""
     error: SpectralPagedError | None = None
 
 
@@ -140,7 +141,8 @@ def _parse(
         raise InvalidRequestError(f"sampling_params is {given!r:.80}; it must be an object")
     given = given | {k: v for k, v in value.items() if k in _PARAMS}
     given = {k: v for k, v in given.items() if v is not None}
-    extra = set(value) - set(_PARAMS) - {"prompt", "messages", "custom_id", "id", "sampling_params"}
+    ours = {"prompt", "messages", "custom_id", "id", "sampling_params", "cache_salt"}
+    extra = set(value) - set(_PARAMS) - ours
     if extra:
         raise InvalidRequestError(f"unknown fields {sorted(extra)}")
     return BatchLine(
@@ -150,6 +152,7 @@ def _parse(
         prompt=value.get("prompt"),
         messages=_messages(value),
         params=_params(dict(defaults) | given),
+        cache_salt=_cache_salt(value),
     )
 
 
@@ -176,6 +179,7 @@ def _parse_openai(
     elif not chat and logprobs is not None:
         given["logprobs"] = logprobs
     known = {*_OPENAI_PARAMS, *_IGNORED, "max_tokens", "max_completion_tokens", "logprobs"}
+    known.add("cache_salt")  # as in vLLM
     known |= {"top_logprobs", "messages"} if chat else {"prompt"}
     extra = {k for k in body if k not in known and body[k] not in _NO_WISH}
     if extra:
@@ -188,7 +192,15 @@ def _parse_openai(
         messages=_messages(body) if chat else None,
         params=_params(dict(defaults) | given),
         url=url,
+        cache_salt=_cache_salt(body),
     )
+
+
+def _cache_salt(value: Mapping[str, Any]) -> str:
+    salt = value.get("cache_salt")
+    if salt is not None and not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is {salt!r:.80}; it must be a string")
+    return salt or ""
 
 
 def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
@@ -237,7 +249,7 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
     if line.custom_id is not None:
         record["custom_id"] = line.custom_id
     generated = sum(len(c.token_ids) for c in output.outputs)
-    usage = {
+    usage: dict[str, Any] = {
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": generated,
         "total_tokens": len(output.prompt_token_ids) + generated,
@@ -252,8 +264,11 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
             "cached_tokens": output.metrics.num_cached_tokens,
             "pages_sealed": output.metrics.num_pages_sealed,
             "compression_ratio": round(output.metrics.compression_ratio, 4),
+            "preemptions": output.metrics.num_preemptions,
+            "recomputed_tokens": output.metrics.num_recomputed_tokens,
         }
         return record | {"outputs": outputs, "usage": usage, "metrics": metrics, "error": None}
+    usage["prompt_tokens_details"] = {"cached_tokens": output.metrics.num_cached_tokens}
     chat = line.url == CHAT_URL
     choices = []
     for c in output.outputs:

@@ -96,7 +96,9 @@ class BatchRun:
                 prompt = self.llm.chat_tokens(line.messages)
             assert prompt is not None, "a line without an error has a prompt"
             request_id = f"line-{line.number}"
-            self.llm.engine.add_request(request_id, prompt, line.params)
+            self.llm.engine.add_request(
+                request_id, prompt, line.params, cache_salt=line.cache_salt
+            )
         except SpectralPagedError as error:
             self._fail(line, error)
             return False

@@ -10,7 +10,9 @@ slot states      free ----allocate----> in use (ref_count >= 1)
                   +------- cached <-------+--+        (release without a key goes to free)
 ```
 
-Every slot of a slab with a kind is in exactly one state; slabs without a kind are empty.
+Every slot of a slab with a kind is in exactly one state; slabs without a kind are empty. Cached
+slots are evicted in the order of their last use, whatever their kind: a chain that is released
+from its end keeps its beginning longest.
 """
 
 from __future__ import annotations
@@ -65,10 +67,13 @@ class BlockPool:
         self._empty = list(range(num_slabs - 1, -1, -1))
         self._with_free: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
         self._idle: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
-        self._lru: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
+        # slot -> when it was last used; oldest first
+        self._lru: dict[Kind, OrderedDict[int, int]] = {k: OrderedDict() for k in Kind}
+        self._clock = 0
         self._ref_count: dict[int, int] = {}
         self._key_of: dict[int, Hashable] = {}
         self._by_key: dict[Hashable, int] = {}
+        self._twin_key: dict[int, Hashable] = {}  # of slots whose key another slot carries
         self.num_in_use = dict.fromkeys(Kind, 0)
         self.num_evicted = 0
         self.num_moved = 0
@@ -108,20 +113,32 @@ class BlockPool:
     def allocate(self, kind: Kind) -> int | None:
         """A slot with reference count 1, or None: not now.
 
-        In order: a free slot of the kind, an empty slab, the least recently used cached slot of
-        the kind, an idle slab of the other kind, and last a slab emptied by moving slots together.
+        In order: a free slot of the kind, an empty slab, what was used least recently (a cached
+        slot of the kind, or an idle slab of the other kind), and last a slab emptied by moving
+        slots together.
         """
         if not self.slots_per_slab.get(kind):
             return None
         slot = self._take_free(kind)
-        if slot is None and self._lru[kind]:
-            self._evict(next(iter(self._lru[kind])))
-            slot = self._take_free(kind)
-        if slot is None and self._convert_idle_slab(kind):
-            slot = self._take_free(kind)
-        if slot is None and self._pack():
+        if slot is None and (self._evict_oldest(kind) or self._pack()):
             slot = self._take_free(kind)
         return slot
+
+    def _evict_oldest(self, kind: Kind) -> bool:
+        """Make room for a slot of `kind` from cached ones; False where none would help."""
+        slot, used = next(iter(self._lru[kind].items()), (None, self._clock + 1))
+        for other in Kind:
+            if other != kind and self._idle[other]:
+                cached = self._slabs[next(iter(self._idle[other]))].cached
+                # a slab is as old as its youngest slot
+                if max(self._lru[other][s] for s in cached) < used:
+                    for idle in sorted(cached):
+                        self._evict(idle)
+                    return True
+        if slot is None:
+            return False
+        self._evict(slot)
+        return True
 
     def _take_free(self, kind: Kind) -> int | None:
         if not self._with_free[kind]:
@@ -173,33 +190,68 @@ class BlockPool:
         slab = self._slabs[slab_id]
         slab.num_in_use -= 1
         self.num_in_use[slab.kind] -= 1
+        twin_key = self._twin_key.pop(slot, None)
+        if twin_key is not None and twin_key not in self._by_key:
+            self._by_key[twin_key] = slot  # the other is gone: this one takes its place
+            self._key_of[slot] = twin_key
         if slot in self._key_of:
             slab.cached.add(slot)
-            self._lru[slab.kind][slot] = None
+            self._clock += 1
+            self._lru[slab.kind][slot] = self._clock
             self._note_idle(slab_id, slab)
             return False
+        self.touch(twin_key)
         self._put_free(slab_id, slab, slot)
         return True
 
+    def touch(self, key: Hashable) -> None:
+        """Count the cached slot under `key`, where there is one, as used now."""
+        slot = self._by_key.get(key)
+        if slot is None or slot in self._ref_count:
+            return
+        kind, slab_id = self.kind_of(slot), slot // self._stride
+        self._clock += 1
+        self._lru[kind][slot] = self._clock
+        self._lru[kind].move_to_end(slot)
+        if slab_id in self._idle[kind]:
+            self._idle[kind].move_to_end(slab_id)
+
     def publish(self, slot: int, key: Hashable) -> bool:
-        """Let `key` find a slot in use. False where another slot already carries the key."""
+        """Let `key` find a slot in use.
+
+        False where another slot already carries the key. This one then stands in for it: the
+        other counts as used when this one is released, and is replaced by it where it is gone.
+        """
         if slot not in self._ref_count:
             raise PoolError(f"slot {slot} is not in use: it cannot be published")
         if slot in self._key_of:
             raise PoolError(f"slot {slot} is already published")
         if key in self._by_key:
+            self._twin_key[slot] = key
             return False
         self._by_key[key] = slot
         self._key_of[slot] = key
+        self._twin_key.pop(slot, None)
         return True
 
     def unpublish(self, slot: int) -> None:
-        """Let no key find a slot in use; nothing happens where none does."""
+        """Let no key find a slot in use, now or later; nothing happens where none does."""
         if slot not in self._ref_count:
             raise PoolError(f"slot {slot} is not in use: it cannot be unpublished")
+        self._twin_key.pop(slot, None)
         key = self._key_of.pop(slot, None)
         if key is not None:
             del self._by_key[key]
+
+    def forget(self, key: Hashable) -> None:
+        """Let `key` find nothing; a cached slot under it becomes free."""
+        slot = self._by_key.get(key)
+        if slot is None:
+            return
+        if slot in self._ref_count:
+            self.unpublish(slot)
+        else:
+            self._evict(slot)
 
     def drop_cached(self) -> int:
         """Evict every cached slot; returns how many."""
@@ -237,14 +289,6 @@ class BlockPool:
         del self._by_key[self._key_of.pop(slot)]
         self.num_evicted += 1
         self._put_free(slab_id, slab, slot)
-
-    def _convert_idle_slab(self, kind: Kind) -> bool:
-        for other in Kind:
-            if other != kind and self._idle[other]:
-                for slot in list(self._slabs[next(iter(self._idle[other]))].cached):
-                    self._evict(slot)
-                return True
-        return False
 
     def _pack(self) -> bool:
         """Empty one slab by moving its slots in use into other slabs of its kind."""
@@ -295,6 +339,8 @@ class BlockPool:
             key = self._key_of.pop(slot)
             self._key_of[target] = key
             self._by_key[key] = target
+        if slot in self._twin_key:
+            self._twin_key[target] = self._twin_key.pop(slot)
         source = self._slabs[source_id]
         source.num_in_use -= 1
         self.num_moved += 1
@@ -341,7 +387,10 @@ class BlockPool:
             of_kind = {i for i, slab in self._slabs.items() if slab.kind == kind}
             require(named <= of_kind, "an index names a slab that is gone")
             require(cached[kind] == set(self._lru[kind]), "cached slots and LRU list differ")
+            ages = list(self._lru[kind].values())
+            require(ages == sorted(set(ages)), "the LRU list is out of order")
             require(all(s in self._key_of for s in cached[kind]), "a cached slot has no key")
         require(
             {k: s for s, k in self._key_of.items()} == self._by_key, "the prefix map is not a map"
         )
+        require(set(self._twin_key) <= set(self._ref_count), "a twin is not in use")

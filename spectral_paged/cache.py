@@ -19,16 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectral_paged import cache_stats, capacity
+from spectral_paged import cache_stats, capacity, groups
 from spectral_paged.attention import PagedAttention
 from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
-from spectral_paged.groups import (
-    build_groups,
-    check_geometry,
-    check_heads,
-    check_kernels,
-    check_length,
-)
 from spectral_paged.kernels.page_ops import page_ops
 from spectral_paged.layer_group import LayerGroup, reserve_slots
 from spectral_paged.online_basis import CacheBasis
@@ -89,9 +82,10 @@ class SpectralKVCache:
     ) -> None:
         if isinstance(format, str):
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
-        check_geometry(format, num_layers, num_q_heads, num_kv_heads, head_dim, exempt_layers)
-        check_kernels(format, torch.device(device))
-        max_model_len = check_length(max_model_len, rope, format)
+        heads = num_q_heads, num_kv_heads, head_dim
+        groups.check_geometry(format, num_layers, *heads, exempt_layers)
+        groups.check_kernels(format, torch.device(device))
+        max_model_len = groups.check_length(max_model_len, rope, format)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format
         self.device, self.dtype = torch.device(device), dtype
@@ -118,7 +112,8 @@ class SpectralKVCache:
         self.open_step: OpenStep | None = None
         self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # failures found between steps
-        self.groups = build_groups(
+        self._overdue: set[str] = set()  # sequences of a step whose sealing raised
+        self.groups = groups.build_groups(
             format,
             num_layers=num_layers,
             exempt_layers=exempt_layers,
@@ -164,6 +159,7 @@ class SpectralKVCache:
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
         pinned_spans: Spans = (),
+        resumed: bool = False,
     ) -> int | None:
         """Register a sequence and take what the prefix cache has of it.
 
@@ -174,6 +170,7 @@ class SpectralKVCache:
             cache_salt: sequences with different salts never share slots.
             pinned_spans: `(start, end)` positions of the prompt that stay exact for ever, by whole
                 blocks.
+            resumed: it ran before and was preempted; its hits are counted apart.
 
         Returns:
             Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.
@@ -185,6 +182,7 @@ class SpectralKVCache:
             token_ids=token_ids,
             cache_salt=cache_salt,
             pinned=pinned_blocks(self.format, pinned_spans, num_prompt_tokens),
+            resumed=resumed,
         )
         return None if state is None else state.num_tokens
 
@@ -222,7 +220,9 @@ class SpectralKVCache:
         if state.ran:
             self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
-        self._late.failed.pop(seq_id, None)  # it has ended; another may take its name
+        # it has ended; another may take its name
+        self._late.failed.pop(seq_id, None)
+        self._overdue.discard(seq_id)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached slot that nobody uses; returns how many."""
@@ -304,6 +304,9 @@ class SpectralKVCache:
         """Look up where the step's tokens go and commit the tables."""
         if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
+        overdue = tuple(e for e in plan.entries if e.seq_id in self._overdue)
+        if overdue:  # its queries are to see pages
+            self._seal_all(StepPlan(overdue), self._late)
         self.open_step = OpenStep(plan, self.groups, self.format, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.exact_table.commit()
@@ -342,7 +345,7 @@ class SpectralKVCache:
     ) -> tuple[LayerGroup, GroupStep]:
         index = self._group_of[layer]
         step = (self._replayed or self._step_for("attend").steps)[index]
-        check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        groups.check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
         return self.groups[index], step
 
     def abort_step(self) -> None:
@@ -368,20 +371,18 @@ class SpectralKVCache:
         plan = StepPlan(tuple(e for e in entries if e.seq_id in self._sequences))
         report = self.settle()
         for entry in plan.entries:
-            state = self._sequences[entry.seq_id]
-            state.num_tokens += entry.num_new
-            if state.chain is not None and state.token_ids is not None:
-                if not state.ran:
-                    self.counters.count_prefix(len(state.token_ids), state.num_cached_tokens)
-                known = min(state.num_tokens, len(state.token_ids))
-                state.chain.extend(state.token_ids, known)
-                for group in self.groups:
-                    group.publish_exact(entry.seq_id, state.chain, known)
-            state.ran = True
+            self.counters.count_prefix(self._sequences[entry.seq_id])
+            self._sequences.store(entry.seq_id, entry.num_new)
+        self._seal_all(plan, report)
+        return report
+
+    def _seal_all(self, plan: StepPlan, report: StepReport) -> None:
+        seq_ids = {e.seq_id for e in plan.entries}
+        self._overdue |= seq_ids
         with self.clock.section("seal"):
             for group in self.groups:
                 self._seal(group, plan, report)
-        return report
+        self._overdue -= seq_ids
 
     def settle(self) -> StepReport:
         """Wait until what was sealed so far has been checked; failures not reported yet."""
@@ -400,8 +401,7 @@ class SpectralKVCache:
         self.sealer.seal(group, blocks)
         self._note(self.sealer.failures(lambda check: False), report)
         for seq_id, block in blocks:
-            if states[seq_id].error is None:
-                group.note_encoded(seq_id, block)
+            if states[seq_id].error is None and group.note_encoded(seq_id, block):
                 states[seq_id].num_pages_sealed += len(group.layers)
                 self.counters.pages_sealed += len(group.layers)
                 report.blocks_sealed += 1

@@ -22,13 +22,25 @@ class CacheCounters:
     pages_attended: int = 0  # page reads, layer by layer
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    resumed_query_tokens: int = 0
+    resumed_hit_tokens: int = 0
     freed_token_bytes: int = 0  # 2 bytes an element, of sequences freed so far
     freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
 
-    def count_prefix(self, asked: int, found: int) -> None:
-        """Tokens of a sequence that ran for the first time, and those found cached."""
-        self.prefix_query_tokens += asked
-        self.prefix_hit_tokens += found
+    def count_prefix(self, state: SequenceState) -> None:
+        """Tokens of a sequence that runs for the first time, and those found cached.
+
+        As vLLM does, preempted sequences that go on are counted apart: they find themselves.
+        """
+        if state.ran or state.chain is None or state.token_ids is None:
+            return
+        asked, found = len(state.token_ids), state.num_cached_tokens
+        if state.resumed:
+            self.resumed_query_tokens += asked
+            self.resumed_hit_tokens += found
+        else:
+            self.prefix_query_tokens += asked
+            self.prefix_hit_tokens += found
 
     def count_freed(
         self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int
@@ -99,6 +111,8 @@ def cost_figures(
         "pages_attended": counters.pages_attended,
         "prefix_query_tokens": counters.prefix_query_tokens,
         "prefix_hit_tokens": counters.prefix_hit_tokens,
+        "resumed_query_tokens": counters.resumed_query_tokens,
+        "resumed_hit_tokens": counters.resumed_hit_tokens,
     }
 
 

@@ -7,10 +7,13 @@ schedule -> begin_step -> forward (append, attend) -> draw -> end_step (publish,
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from spectral_paged.admission import check_request
@@ -22,17 +25,20 @@ from spectral_paged.errors import (
     PoolError,
     SpectralPagedError,
 )
-from spectral_paged.output_text import OutputText
-from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.pins import Spans, spans_of
 from spectral_paged.prompts import token_ids_of
 from spectral_paged.request_events import log_failure, log_refusal
-from spectral_paged.request_group import Completion, RequestGroup, seed_of
-from spectral_paged.sampled_step import SampledStep
+from spectral_paged.request_group import Completion, RequestGroup, failure, seed_of
+from spectral_paged.sampled_step import SampledStep, unsampled
 from spectral_paged.sampler import Sampled
 from spectral_paged.sampling import SamplingParams
-from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
+from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from spectral_paged.step import PendingTokens, StepPlan
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class Runner(Protocol):
@@ -82,9 +88,10 @@ class Engine:
         self.seed = seed
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
-        self.num_steps = 0
-        self.num_lockstep_steps = 0
+        self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
+        self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be given out
+        self._siblings: deque[Completion] = deque()  # to be forked from their first
         self._touched: dict[str, RequestGroup] = {}  # with news that no step has returned
         self._groups: dict[str, RequestGroup] = {}
         self._by_sequence: dict[str, Completion] = {}
@@ -102,7 +109,9 @@ class Engine:
     ) -> None:
         """Queue a prompt (text or token ids).
 
-        `pinned_spans`: `(start, end)` token positions of the prompt that are never sealed.
+        Args:
+            cache_salt: requests with different salts never share cached tokens.
+            pinned_spans: `(start, end)` token positions of the prompt that are never sealed.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
@@ -112,6 +121,8 @@ class Engine:
         try:
             if request_id in self._groups:
                 raise InvalidRequestError(f"request id {request_id!r} is running already")
+            if not isinstance(cache_salt, str):
+                raise InvalidRequestError(f"cache_salt is {cache_salt!r:.80}; it must be a string")
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
@@ -119,34 +130,23 @@ class Engine:
             self.counters.count_refusal(error)
             log_refusal(request_id, error)
             raise
-        text = prompt if isinstance(prompt, str) else None
         group = RequestGroup(
-            request_id, text, token_ids, params, RequestMetrics(arrival_time=time.monotonic())
+            request_id,
+            prompt if isinstance(prompt, str) else None,
+            token_ids,
+            params,
+            RequestMetrics(arrival_time=time.monotonic()),
         )
         for index in range(params.n):
-            request = Request(
-                f"{request_id}#{index}",
-                list(token_ids),
-                len(token_ids),
-                min(len(token_ids) + params.max_tokens, self.cache.max_model_len),
+            completion = group.add_completion(
+                index,
+                self.tokenizer,
+                max_model_len=self.cache.max_model_len,
+                seed=seed_of(params, f"{self.seed}/{request_id}", index),
                 cache_salt=cache_salt,
                 pinned_spans=spans,
             )
-            output_text = OutputText(
-                self.tokenizer,
-                stop=params.stop_strings,
-                skip_special_tokens=params.skip_special_tokens,
-            )
-            output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
-            completion = Completion(
-                request,
-                group,
-                output,
-                output_text,
-                seed_of(params, f"{self.seed}/{request_id}", index),
-            )
-            group.completions.append(completion)
-            self._by_sequence[request.request_id] = completion
+            self._by_sequence[completion.request.request_id] = completion
         self._groups[request_id] = group
         # the others fork from the first when its prompt is computed
         self.scheduler.add(group.completions[0].request)
@@ -172,14 +172,25 @@ class Engine:
         With `async_scheduling` a step is queued before the tokens of the one before are fetched,
         so the device never waits for the host; a step's outputs then come with the next call.
 
+        A step that runs out of memory is dropped, and later ones get half its tokens; a request
+        that runs out of it with a single token fails. Steps that raise can be taken again.
+
         Raises:
             PoolError: nothing can run and nothing was preempted: the pool is held from outside.
         """
+        try:
+            self._step()
+        except OUT_OF_MEMORY as error:
+            self._give_way(error)
+        return self._outputs()
+
+    def _step(self) -> None:
         clock = self.cache.clock
-        if self._in_flight is not None and self._must_wait():
+        self._scheduled = SchedulerOutput()
+        if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
             self._collect()
         with clock.section("schedule"):
-            scheduled = self.scheduler.schedule()
+            scheduled = self._scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not self._touched and not scheduled.preempted
             if idle and self.scheduler.has_unfinished:
@@ -189,7 +200,7 @@ class Engine:
                     "another caller of the same cache took"
                 )
             self._collect()
-            return self._outputs()
+            return
         launched = self._launch(scheduled.new_tokens)
         try:
             self._collect()
@@ -199,16 +210,39 @@ class Engine:
                 launched.withdraw()
             raise
         self._in_flight = launched
-        with clock.section("commit"):
-            report = self.cache.end_step()
+        try:
+            with clock.section("commit"):
+                report = self.cache.end_step()
+        except BaseException:  # what was not counted as stored is computed again
+            self.cache.abort_step()
+            raise
         for seq_id, error in report.failed.items():
             completion = self._by_sequence.get(seq_id)
             if completion is not None:
                 self._fail(completion, error)
-                self._touched[completion.owner.request_id] = completion.owner
         if not self.async_scheduling:
             self._collect()
-        return self._outputs()
+
+    def _give_way(self, error: BaseException) -> None:
+        """After a step that ran out of memory: fewer tokens a step, or one request less."""
+        self.counters.steps_out_of_memory += 1
+        scheduled = self._scheduled.new_tokens
+        num_tokens = self._scheduled.num_tokens or self.scheduler.token_budget
+        if num_tokens > 1:
+            self.scheduler.lower_budget(num_tokens // 2)
+            logger.warning(
+                "a step of %d tokens of %s ran out of memory (%s): it is taken again with at most "
+                "%d tokens. A smaller max_num_batched_tokens, max_num_seqs or cache avoids this",
+                num_tokens,
+                ", ".join(scheduled) or "requests not chosen yet",
+                error,
+                self.scheduler.token_budget,
+            )
+            return
+        known = [r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)]
+        for seq_id in list(scheduled) or known[:1]:
+            completion = self._by_sequence[seq_id]
+            self._fail(completion, failure(completion, "a step of one token was run", error))
 
     def _outputs(self) -> list[RequestOutput]:
         """Of every request that got a token or ended since the last call that returned."""
@@ -221,13 +255,13 @@ class Engine:
         wait = self._in_flight.needs_results or any(
             group.params.has_penalties for group in self._groups.values()
         )
-        self.num_lockstep_steps += wait
+        self.counters.lockstep_steps += wait
         return wait
 
     def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
         """Queue a step and the sampling of its tokens; None where it samples none."""
         clock = self.cache.clock
-        self.num_steps += 1
+        self.counters.steps += 1
         plan = self.cache.plan(new_tokens)
         before = self._in_flight
         places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
@@ -249,105 +283,87 @@ class Engine:
         pending = None
         if before is not None and unknown:
             pending = PendingTokens(before.drawn.ids, unknown)
-        with clock.section("commit"):
-            self.cache.begin_step(plan)
         try:
+            with clock.section("commit"):
+                self.cache.begin_step(plan)
             with clock.section("model"):
                 logits = self.runner.forward(plan, flat, rows or [len(flat) - 1], pending)
             with clock.section("sample"):
-                return SampledStep.draw(ready, logits, self.eos_token_ids) if rows else None
+                return self._draw(ready, logits) if rows else None
         except BaseException:
             self.cache.abort_step()
             raise
 
+    def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
+        """Sample for `ready`, a row of `logits` each; those whose row alone cannot be sampled
+        fail. None where that leaves nobody.
+
+        Raises:
+            Exception: what sampling raised, where no row or every one of several is to blame.
+        """
+        try:
+            return SampledStep.draw(ready, logits, self.eos_token_ids)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            errors = unsampled(ready, logits, self.eos_token_ids)
+            if not errors or (len(errors) == len(ready) > 1):
+                raise
+            for row, cause in errors.items():
+                logger.warning("%s cannot be sampled: %r", ready[row].request.request_id, error)
+                self._fail(ready[row], failure(ready[row], "its token was sampled", cause))
+        rows = [row for row in range(len(ready)) if row not in errors]
+        if not rows:
+            return None
+        return SampledStep.draw([ready[r] for r in rows], logits[rows], self.eos_token_ids)
+
     def _collect(self) -> None:
-        """Fetch the tokens of the step in flight and give them to their requests."""
+        """Fetch the tokens of the step in flight and give them to their requests.
+
+        Whatever interrupts this, the next call goes on from there.
+        """
         step = self._in_flight
-        if step is None:
-            return
-        with self.cache.clock.section("sample"):
-            results = step.drawn.get()
-        self._in_flight = None  # not before: a wait that was interrupted can be taken up again
+        if step is not None:
+            with self.cache.clock.section("sample"):
+                results = step.drawn.get()
+            self._arrived.extend(zip(step.completions, results, strict=True))
+            self._in_flight = None  # not before: a wait that was interrupted can be taken up again
         now = time.monotonic()
-        for completion in step.completions:
-            completion.request.num_pending -= 1
-        for completion, result in zip(step.completions, results, strict=True):
-            if completion.output.finish_reason is not None:
-                continue  # ended while the step ran
-            group = completion.owner
-            self._touched[group.request_id] = group
-            try:
-                if result is None:
-                    raise NonFiniteError(
-                        f"the logits of request {group.request_id!r} have NaN or Inf after "
-                        f"{completion.request.num_tokens} tokens: check the model's dtype and "
-                        "weights"
-                    )
-                self._append(completion, result, now)
-            except SpectralPagedError as error:
-                self._fail(completion, error)
-            except Exception as error:
-                self._fail(
-                    completion,
-                    InvalidRequestError(
-                        f"request {group.request_id!r} failed while its output was processed: "
-                        f"{error!r}"
-                    ),
-                )
-        for completion in step.completions:
-            group = completion.owner
-            if group.starting_siblings and completion is not group.completions[0]:
-                self._start_sibling(completion)
-        for completion in step.completions:
-            completion.owner.starting_siblings = False
+        while self._arrived:
+            self._deliver(*self._arrived.popleft(), now)
+        while self._siblings:
+            self._start_sibling(self._siblings.popleft())
         self.counters.inter_token_latency.fold_if_long()
 
-    def _append(self, completion: Completion, result: Sampled, now: float) -> None:
-        group, output = completion.owner, completion.output
-        params = group.params
-        completion.request.token_ids.append(result.token_id)
-        output.token_ids.append(result.token_id)
-        output.cumulative_logprob += result.logprob
-        if output.logprobs is not None and result.logprobs is not None:
-            output.logprobs.append(
-                {t: Logprob(p, r, self._decode(t)) for t, (p, r) in result.logprobs.items()}
+    def _deliver(self, completion: Completion, result: Sampled | None, now: float) -> None:
+        """Give a completion its token; a request whose output cannot be processed fails alone."""
+        group = completion.owner
+        completion.request.num_pending -= 1
+        if group.starting_siblings and completion is not group.completions[0]:
+            self._siblings.append(completion)
+            group.starting_siblings = completion is not group.completions[-1]
+        if completion.output.finish_reason is not None:
+            return  # ended while the step ran
+        self._touched[group.request_id] = group
+        ending = None
+        try:
+            if result is None:
+                raise NonFiniteError(
+                    f"the logits of request {group.request_id!r} have NaN or Inf after "
+                    f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
+                )
+            self.counters.count_token(completion, now)
+            ending = completion.take(
+                result, self.eos_token_ids, self.cache.max_model_len, self.tokenizer
             )
-        self.counters.generated_tokens += 1
-        if completion.token_time is not None:
-            self.counters.inter_token_latency.append(now - completion.token_time)
-        completion.token_time = now
-        if group.metrics.first_token_time is None:
-            self._note_first_token(completion, now)
-        may_stop = len(output.token_ids) >= params.min_tokens
-        is_eos = result.token_id in self.eos_token_ids and not params.ignore_eos
-        stop = None
-        if not (is_eos and may_stop):
-            stop = completion.text.append(result.token_id, may_stop=may_stop)
-        output.text = completion.text.text
-        if may_stop and is_eos:
-            self._finish(completion, "stop")
-        elif may_stop and result.token_id in params.stop_token_ids:
-            self._finish(completion, "stop", result.token_id)
-        elif stop is not None:
-            self._finish(completion, "stop", stop)
-        elif (
-            len(output.token_ids) >= params.max_tokens
-            or len(completion.request.token_ids) >= self.cache.max_model_len
-        ):
-            self._finish(completion, "length")
-
-    def _note_first_token(self, completion: Completion, now: float) -> None:
-        metrics = completion.owner.metrics
-        metrics.first_token_time = now
-        metrics.num_cached_tokens = completion.request.num_cached_tokens
-        self.counters.count_first_token(
-            now - metrics.arrival_time,
-            len(completion.owner.prompt_token_ids),
-            metrics.num_cached_tokens if self.cache.prefix_caching else None,
-        )
-
-    def _decode(self, token_id: int) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode([token_id])
+        except SpectralPagedError as error:
+            self._fail(completion, error)
+        except BaseException as error:
+            self._fail(completion, failure(completion, "its output was processed", error))
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+        if ending is not None:
+            self._finish(completion, *ending)
 
     def _start_sibling(self, completion: Completion) -> None:
         """Fork a sampled sibling from the first completion, or let it wait and recompute."""
@@ -355,19 +371,25 @@ class Engine:
             return
         request = completion.request
         parent_id = completion.owner.completions[0].request.request_id
-        if (
-            parent_id in self.cache
-            and len(self.scheduler.running) < self.scheduler.config.max_num_seqs
-            and self.cache.fork(
-                parent_id,
-                request.request_id,
-                token_ids=request.token_ids,
-                cache_salt=request.cache_salt,
+        forked = False
+        try:
+            forked = (
+                parent_id in self.cache
+                and len(self.scheduler.running) < self.scheduler.config.max_num_seqs
+                and self.cache.fork(
+                    parent_id,
+                    request.request_id,
+                    token_ids=request.token_ids,
+                    cache_salt=request.cache_salt,
+                )
             )
-        ):
-            self.scheduler.adopt(request)
-        else:
-            self.scheduler.requeue(request)
+        except OUT_OF_MEMORY as error:
+            logger.warning("%s is recomputed: its fork failed: %s", request.request_id, error)
+        finally:
+            if forked:
+                self.scheduler.adopt(request)
+            else:
+                self.scheduler.requeue(request)
 
     # ---- endings -------------------------------------------------------------------------
 
@@ -379,17 +401,19 @@ class Engine:
         self.counters.finished[reason] += 1
         request, metrics = completion.request, completion.owner.metrics
         metrics.num_preemptions += request.num_preemptions
+        metrics.preemption_reasons += [reason.value for reason in request.preemptions]
         metrics.num_recomputed_tokens += request.num_recomputed_tokens
         if request.request_id in self.cache:
             held = self.cache.sequence_stats(request.request_id)
             metrics.num_pages_sealed += int(held["pages_sealed"])
             metrics.bytes_per_token = held["bytes_per_token"]
             metrics.compression_ratio = held["compression_ratio"]
-        self.scheduler.finish(request)
+        self.scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
 
     def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
         error.request_id = completion.owner.request_id
         completion.owner.error = error
+        self._touched[completion.owner.request_id] = completion.owner
         for other in completion.owner.completions:
             if other.output.finish_reason is None:
                 self._finish(other, "error")
@@ -402,20 +426,11 @@ class Engine:
         self._groups.pop(group.request_id, None)
 
     def _output(self, group: RequestGroup) -> RequestOutput:
-        finished = group.finished
-        if finished:
+        if group.finished:
             self._forget(group)
             if group.error is None:
                 self.counters.count_finished(time.monotonic() - group.metrics.arrival_time)
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=group.prompt_token_ids,
-            outputs=[c.output for c in group.completions],
-            finished=finished,
-            metrics=group.metrics,
-            error=group.error,
-        )
+        return group.result()
 
     def settled_text(self, request_id: str, index: int) -> str:
         """Text of a running completion that no later stop string can take back."""
@@ -426,12 +441,8 @@ class Engine:
 
         Another thread may ask while steps run.
         """
-        return self.cache.stats() | self.runner.stats() | self.counters.stats() | {
-            "async_scheduling": self.async_scheduling,
-            "steps": self.num_steps,
-            "lockstep_steps": self.num_lockstep_steps,
-            "running": len(self.scheduler.running),
-            "waiting": len(self.scheduler.waiting),
-            "preemptions": self.scheduler.num_preemptions,
-            "recomputed_tokens": self.scheduler.num_recomputed_tokens,
-        }
+        parts = (self.cache, self.runner, self.scheduler, self.counters)
+        found: dict[str, object] = {"async_scheduling": self.async_scheduling}
+        for part in parts:
+            found |= part.stats()
+        return found

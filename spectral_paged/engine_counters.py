@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spectral_paged.request_group import Completion
+
 FINISH_REASONS = ("stop", "length", "abort", "error")
 # seconds; vLLM's bounds, so that one dashboard reads both
 FIRST_TOKEN_BOUNDS = (
@@ -99,10 +101,11 @@ class EngineCounters:
     request computes or finds cached a second time is no prompt of anybody.
     """
 
+    steps: int = 0
+    lockstep_steps: int = 0  # whose tokens had to be fetched before the next was queued
+    steps_out_of_memory: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
     finished: dict[str, int] = field(  # completions by finish reason
         default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0)
     )
@@ -111,19 +114,19 @@ class EngineCounters:
     inter_token_latency: Durations = field(default_factory=lambda: Durations(INTER_TOKEN_BOUNDS))
     request_latency: Durations = field(default_factory=lambda: Durations(REQUEST_BOUNDS))
 
-    def count_first_token(self, seconds: float, num_prompt: int, num_cached: int | None) -> None:
-        """A request's first token came `seconds` after the request.
-
-        Args:
-            num_prompt, num_cached: tokens of the prompt, and those found cached when the request
-                first ran; None where nobody looked.
-        """
-        self.time_to_first_token.append(seconds)
-        self.time_to_first_token.fold_if_long()
-        self.prompt_tokens += num_prompt
-        if num_cached is not None:
-            self.prefix_query_tokens += num_prompt
-            self.prefix_hit_tokens += num_cached
+    def count_token(self, completion: Completion, now: float) -> None:
+        """A completion gets a token at `now`, seconds of the metrics' clock."""
+        self.generated_tokens += 1
+        if completion.token_time is not None:
+            self.inter_token_latency.append(now - completion.token_time)
+        completion.token_time = now
+        group, metrics = completion.owner, completion.owner.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            metrics.num_cached_tokens = completion.request.num_cached_tokens
+            self.time_to_first_token.append(now - metrics.arrival_time)
+            self.time_to_first_token.fold_if_long()
+            self.prompt_tokens += len(group.prompt_token_ids)
 
     def count_finished(self, seconds: float) -> None:
         """A request ended by itself `seconds` after it came."""
@@ -138,10 +141,11 @@ class EngineCounters:
     def stats(self) -> dict[str, object]:
         """The counts; durations are read by themselves."""
         return {
+            "steps": self.steps,
+            "lockstep_steps": self.lockstep_steps,
+            "steps_out_of_memory": self.steps_out_of_memory,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
-            "prefix_query_tokens": self.prefix_query_tokens,
-            "prefix_hit_tokens": self.prefix_hit_tokens,
             "finished": dict(self.finished),
             "refused": dict(self.refused),
         }

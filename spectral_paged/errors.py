@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -72,3 +73,10 @@ class PatchError(SpectralPagedError, RuntimeError):
 
 class PoolError(SpectralPagedError, RuntimeError):
     """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""
+
+
+def keep_outputs(error: BaseException, outputs: Sequence[Any], what: str) -> None:
+    """Let `error.outputs` hold what finished, in prompt order, and a note say so."""
+    error.outputs = list(outputs)  # type: ignore[attr-defined]
+    done = sum(output is not None and output.error is None for output in outputs)
+    error.add_note(f"{what}, {done} finished: their outputs are in error.outputs")

@@ -43,6 +43,8 @@ class GroupSlots:
     num_published: int = 0  # full exact pages looked at so far, in sequence order
     num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
     num_encoded: int = 0  # blocks whose pages are written, shown or not
+    num_attached: int = 0  # blocks that a prefix hit brought as pages
+    num_dropped: int = 0  # blocks below have had pages ahead that made room: they wait until due
 
     def num_pages(self, num_blocks: int) -> int:
         """Pages among the first `num_blocks` blocks: those not pinned."""
@@ -112,18 +114,26 @@ class LayerGroup:
         before = len(slots.exact), len(slots.pages)
         if before[0] >= num_exact and before[1] >= num_pages:
             return True
-        for held, wanted, kind in (
-            (slots.exact, num_exact, Kind.EXACT),
-            (slots.pages, num_pages, Kind.PAGE),
-        ):
-            while len(held) < wanted:
-                # appended at once: the pool may move slots while allocating the next one
-                slot = self.pool.blocks.allocate(kind)
-                if slot is None:
-                    self.shrink(seq_id, *before)
-                    return False
-                held.append(slot)
+        try:
+            grown = self._allocate(slots.exact, num_exact, Kind.EXACT) and self._allocate(
+                slots.pages, num_pages, Kind.PAGE
+            )
+        except BaseException:
+            self.shrink(seq_id, *before)
+            raise
+        if not grown:
+            self.shrink(seq_id, *before)
+            return False
         self._write_rows(slots, before[0])
+        return True
+
+    def _allocate(self, held: list[int], wanted: int, kind: Kind) -> bool:
+        """Let `held` have at least `wanted` slots; False where the pool has no more."""
+        while len(held) < wanted:
+            slot = self.pool.blocks.allocate(kind)
+            if slot is None:
+                return False
+            held.append(slot)  # at once: the pool may move slots while allocating the next one
         return True
 
     def shrink(self, seq_id: str, num_exact: int, num_pages: int) -> None:
@@ -134,12 +144,25 @@ class LayerGroup:
                 self.pool.blocks.release(held.pop())
         self._write_rows(slots, num_exact)
 
-    def free(self, seq_id: str) -> None:
-        """Release everything, newest first, so that chains are evicted from their ends."""
+    def free(self, seq_id: str, chain: PrefixChain | None = None) -> None:
+        """Release everything, the end of the sequence first and its landmarks last.
+
+        So chains are evicted from their ends: what begins one is of use without what follows, and
+        never the other way round. Exact pages that pages replaced were released when they were,
+        oldest first; with the sequence's `chain` they get their place here.
+        """
         slots = self.sequences.pop(seq_id)
-        for slot in reversed(slots.exact):
+        landmarks = slots.exact[: self.num_landmark_pages]
+        for slot in reversed(slots.exact[self.num_landmark_pages :]):
             self.pool.blocks.release(slot)
-        for slot in reversed(slots.pages):
+        if chain is not None:
+            first, end = (
+                self.num_landmark_pages + block * PAGES_PER_BLOCK
+                for block in (slots.num_attached, slots.num_sealed)
+            )
+            for index in reversed(range(first, min(end, len(chain)))):
+                self.pool.blocks.touch((Kind.EXACT, chain[index]))
+        for slot in (*reversed(slots.pages), *reversed(landmarks)):
             self.pool.blocks.release(slot)
         self.exact_table.write(slots.row, 0, [])
         self.page_table.write(slots.row, 0, [])
@@ -225,7 +248,7 @@ class LayerGroup:
             assert slot is not None, "the hit was checked"
             blocks.acquire(slot)
             slots.exact.append(slot)
-        slots.num_sealed = sealed
+        slots.num_sealed = slots.num_attached = sealed
         slots.num_published = num_tokens // EXACT_PAGE_TOKENS
         self._write_rows(slots, 0)
 
@@ -245,11 +268,16 @@ class LayerGroup:
                 self.pool.blocks.publish(slot, (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
-    def unpublish(self, seq_id: str) -> None:
-        """Let nobody find the sequence's slots any more."""
+    def forget(self, seq_id: str, chain: PrefixChain | None) -> None:
+        """Let nobody find what the sequence stored, what its pages replaced included."""
         slots = self.sequences[seq_id]
         for slot in (*slots.exact, *slots.pages):
             self.pool.blocks.unpublish(slot)
+        if chain is None:
+            return
+        for index in range(len(chain)):
+            for kind in Kind:
+                self.pool.blocks.forget((kind, chain[index]))
 
     # ---- proof ---------------------------------------------------------------------------
 
@@ -287,17 +315,28 @@ class LayerGroup:
         while block in slots.pinned:
             block += 1
         end = (self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK) * EXACT_PAGE_TOKENS
-        return block if self.seals and end <= num_tokens else None
+        return block if self.seals and end <= num_tokens and block >= slots.num_dropped else None
 
     def reserve_page(self, seq_id: str, block: int) -> bool:
         """Hold a page slot for a block that is not visible yet; False: not now."""
         slots = self.sequences[seq_id]
         return self.grow(seq_id, len(slots.exact), slots.num_pages(block) + 1)
 
-    def note_encoded(self, seq_id: str, block: int) -> None:
-        """The page of `block` is written."""
+    def note_encoded(self, seq_id: str, block: int) -> bool:
+        """The page of `block` is written; False where it was written before."""
         slots = self.sequences[seq_id]
         slots.num_encoded = max(slots.num_encoded, block + 1)
+        return block >= slots.num_dropped
+
+    def drop_ahead(self, seq_id: str) -> bool:
+        """Give back pages of blocks that no query sees as pages yet; False where there are none.
+        They are written again, the same, when they are due."""
+        slots = self.sequences[seq_id]
+        if slots.num_encoded <= slots.num_sealed:
+            return False
+        slots.num_dropped, slots.num_encoded = slots.num_encoded, slots.num_sealed
+        self.shrink(seq_id, len(slots.exact), slots.num_sealed_pages)
+        return True
 
     def cancel(self, seq_id: str, num_tokens: int) -> None:
         """Give back what was reserved for tokens past `num_tokens`."""
@@ -368,7 +407,17 @@ def reserve_slots(
     groups: Sequence[LayerGroup], seq_id: str, num_tokens: int, visible_blocks: int
 ) -> bool:
     """Hold, in every group, slots for `num_tokens` tokens of a sequence and for the pages of
-    `visible_blocks` blocks. False, and nothing changed: not now."""
+    `visible_blocks` blocks, if need be in place of pages written ahead. False: not now."""
+    if _grow_all(groups, seq_id, num_tokens, visible_blocks):
+        return True
+    dropped = [group.drop_ahead(seq_id) for group in groups]
+    return any(dropped) and _grow_all(groups, seq_id, num_tokens, visible_blocks)
+
+
+def _grow_all(
+    groups: Sequence[LayerGroup], seq_id: str, num_tokens: int, visible_blocks: int
+) -> bool:
+    """False, and nothing changed: not now."""
     before = [(len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in groups]
     for done, group in enumerate(groups):
         num_exact = group.num_exact_pages(num_tokens, group.sequences[seq_id].num_sealed_pages)

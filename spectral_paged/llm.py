@@ -14,18 +14,19 @@ from tqdm import tqdm
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.calibration import find_calibration
 from spectral_paged.engine import Engine
-from spectral_paged.errors import FormatError, InvalidRequestError, SpectralPagedError
+from spectral_paged.errors import (
+    FormatError,
+    InvalidRequestError,
+    SpectralPagedError,
+    keep_outputs,
+)
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import (
-    choose_cache_bytes,
-    choose_device,
-    choose_dtype,
-)
+from spectral_paged.placement import choose_cache_bytes, choose_device, choose_dtype
 from spectral_paged.prompts import Prompt, params_list, prompt_list
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
@@ -244,8 +245,9 @@ class LLM:
             sampling_params: one for all, or one for each prompt.
 
         Raises:
-            SpectralPagedError: the first error of any request, after all others have finished;
-                `error.outputs` holds what every request produced (None where it was refused).
+            SpectralPagedError: the first error of any request, after all others have finished.
+            Whatever is raised, an interrupt too, `error.outputs` holds the finished outputs in
+                prompt order (None for the others).
         """
         prompts = prompt_list(prompts)
         params = params_list(sampling_params, len(prompts))
@@ -260,16 +262,14 @@ class LLM:
                     bar.update()
                     if output.error is not None:
                         errors.append(output.error)
+        except BaseException as error:
+            keep_outputs(error, results, "generate ended early")
+            raise
         finally:
             bar.close()
         if errors:
-            first = errors[0]
-            first.outputs = list(results)
-            done = sum(r is not None and r.error is None for r in results)
-            first.add_note(
-                f"{first.request_id}; {len(errors)} of {len(prompts)} requests failed, "
-                f"{done} finished: their outputs are in error.outputs"
-            )
+            first, counts = errors[0], f"{len(errors)} of {len(prompts)} requests failed"
+            keep_outputs(first, results, f"{first.request_id}; {counts}")
             raise first
         return [r for r in results if r is not None]
 
@@ -404,7 +404,7 @@ class LLM:
                 raise InvalidRequestError(
                     f"a prompt mapping has {unknown}; it takes {list(PROMPT_KEYS)}"
                 )
-            salt, pinned = str(prompt.get("cache_salt", "")), prompt.get("pinned_spans", ())
+            salt, pinned = prompt.get("cache_salt") or "", prompt.get("pinned_spans", ())
             if "prompt_token_ids" in prompt:
                 body = prompt["prompt_token_ids"]
             elif "prompt" in prompt:

@@ -34,7 +34,12 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times are seconds of a monotonic clock; counts are of this request alone."""
+    """Times are seconds of a monotonic clock; counts are of this request alone.
+
+    `num_cached_tokens`: prompt tokens that the prefix cache had when the request began.
+    `preemption_reasons`: one for each preemption. `num_recomputed_tokens`: those that a preemption
+    dropped and the prefix cache had no more when the request went on.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
@@ -42,6 +47,7 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_pages_sealed: int = 0
     num_preemptions: int = 0
+    preemption_reasons: list[str] = field(default_factory=list)
     num_recomputed_tokens: int = 0
     bytes_per_token: float = 0.0
     compression_ratio: float = 1.0

@@ -54,7 +54,7 @@ def prefix_chain(
 
     What queries see behind a pinned block differs, so pins separate chains as salts do.
     """
-    root = f"{format.fingerprint}/{cache_salt}" + (f"/pinned {pinned}" if pinned else "")
+    root = repr((format.fingerprint, cache_salt, pinned))  # no salt can spell another's pins
     chain = PrefixChain(root, num_prompt_tokens, generated_differ=format.seals)
     chain.extend(token_ids, len(token_ids) - 1)
     return chain

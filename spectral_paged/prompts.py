@@ -17,7 +17,7 @@ def token_ids_of(
     """The token ids of a prompt, text or ids already.
 
     Raises:
-        InvalidRequestError: text without a tokenizer or that is not valid, or something that is no
+        InvalidRequestError: text without a tokenizer, not valid or refused by it, or what is no
             token id of this vocabulary.
     """
     if isinstance(prompt, str):
@@ -27,7 +27,10 @@ def token_ids_of(
             prompt.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
-        return list(tokenizer(prompt)["input_ids"]) if prompt else []
+        try:
+            return list(tokenizer(prompt)["input_ids"]) if prompt else []
+        except Exception as error:  # of one prompt: others go on
+            raise InvalidRequestError(f"the tokenizer refuses the prompt: {error!r}") from error
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
         raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
     token_ids = list(prompt)

@@ -58,6 +58,19 @@ class SampledStep:
             group.forked = group.starting_siblings = False
 
 
+def unsampled(
+    ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
+) -> dict[int, Exception]:
+    """Which of `ready` cannot be sampled even alone, and why: errors by row of `logits`."""
+    errors: dict[int, Exception] = {}
+    for row, completion in enumerate(ready):
+        try:
+            Drawn(logits[row : row + 1], [sample_row(completion, eos_token_ids)])
+        except Exception as error:
+            errors[row] = error
+    return errors
+
+
 def sample_row(completion: Completion, eos_token_ids: Sequence[int]) -> SampleRow:
     """How the next token of a completion is sampled."""
     params, pending = completion.owner.params, completion.request.num_pending

@@ -21,5 +21,6 @@ class SequenceState:
     pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
     num_pages_sealed: int = 0
+    resumed: bool = False
     ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
     error: NonFiniteError | None = None

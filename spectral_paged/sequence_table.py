@@ -79,24 +79,38 @@ class SequenceTable:
         token_ids: Sequence[int] | None,
         cache_salt: str,
         pinned: tuple[int, ...],
+        resumed: bool,
     ) -> SequenceState | None:
         """A new sequence with its prefix hit attached; None when every row is taken."""
         row = self._row(seq_id)
         if row is None:
             return None
-        state = SequenceState(num_prompt_tokens, row, token_ids, pinned=pinned)
-        state.chain = self._chain(format, state, cache_salt)
-        self._sequences[seq_id] = state
-        for group in self._groups:
-            group.add(seq_id, row, pinned)
-        if state.chain is not None:
-            num_hit, num_sealed = longest_hit(
-                format, self._groups, state.chain, num_prompt_tokens, pinned
-            )
-            state.num_tokens = state.num_cached_tokens = num_hit
+        state = SequenceState(
+            num_prompt_tokens, row, token_ids, pinned=pinned, resumed=resumed
+        )
+        try:
+            state.chain = self._chain(format, state, cache_salt)
             for group in self._groups:
-                group.attach(seq_id, state.chain, num_hit, num_sealed)
+                group.add(seq_id, row, pinned)
+            if state.chain is not None:
+                num_hit, num_sealed = longest_hit(
+                    format, self._groups, state.chain, num_prompt_tokens, pinned
+                )
+                state.num_tokens = state.num_cached_tokens = num_hit
+                for group in self._groups:
+                    group.attach(seq_id, state.chain, num_hit, num_sealed)
+        except BaseException:
+            self._undo(seq_id, row)
+            raise
+        self._sequences[seq_id] = state
         return state
+
+    def _undo(self, seq_id: str, row: int) -> None:
+        """Give back what a sequence that cannot be had holds already."""
+        for group in self._groups:
+            if seq_id in group.sequences:
+                group.free(seq_id)
+        self._free_rows.append(row)
 
     def fork(
         self,
@@ -112,12 +126,14 @@ class SequenceTable:
         row = self._row(child_id)
         if row is None:
             return False
-        for done, group in enumerate(self._groups):
-            if not group.fork(parent_id, child_id, row, parent.num_tokens):
-                for earlier in self._groups[:done]:
-                    earlier.free(child_id)
-                self._free_rows.append(row)
-                return False
+        try:
+            whole = all(g.fork(parent_id, child_id, row, parent.num_tokens) for g in self._groups)
+        except BaseException:
+            self._undo(child_id, row)
+            raise
+        if not whole:
+            self._undo(child_id, row)
+            return False
         child = SequenceState(
             parent.num_prompt_tokens,
             row,
@@ -126,18 +142,30 @@ class SequenceTable:
             num_cached_tokens=parent.num_tokens,
             num_pages_sealed=parent.num_pages_sealed,
             pinned=parent.pinned,
+            ran=True,  # it asked the prefix cache for nothing
         )
         child.chain = self._chain(format, child, cache_salt)
         self._sequences[child_id] = child
         return True
 
+    def store(self, seq_id: str, num_new: int) -> None:
+        """Count `num_new` more tokens as stored, and let full exact pages be found."""
+        state = self._sequences[seq_id]
+        state.num_tokens += num_new
+        state.ran = True
+        if state.chain is not None and state.token_ids is not None:
+            known = min(state.num_tokens, len(state.token_ids))
+            state.chain.extend(state.token_ids, known)
+            for group in self._groups:
+                group.publish_exact(seq_id, state.chain, known)
+
     def remove(self, seq_id: str, *, forget: bool) -> None:
-        """Release a sequence's slots and row; `forget` lets nobody find the slots any more."""
+        """Release a sequence's slots and row; `forget` lets nobody find what it stored."""
         state = self._sequences.pop(seq_id)
         for group in self._groups:
             if forget:
-                group.unpublish(seq_id)
-            group.free(seq_id)
+                group.forget(seq_id, state.chain)
+            group.free(seq_id, state.chain)
         self._free_rows.append(state.row)
 
     def check_integrity(self) -> None:

@@ -12,7 +12,8 @@ class CheckedPool:
     Attributes:
         refs: a (slot, owner) pair for each reference.
         content: the owner that wrote a slot; gone when the pool says that the slot became free.
-        released: published slots without references, the one released longest ago first.
+        released: published slots without references, the one used longest ago first.
+        twins: slots in use whose key another slot carries.
     """
 
     def __init__(self, num_slabs=4, slots_per_slab=None):
@@ -20,7 +21,8 @@ class CheckedPool:
         self.pool = BlockPool(num_slabs, slots_per_slab, on_move=self._move, on_free=self._free)
         self.refs: list[tuple[int, int]] = []
         self.content: dict[int, int] = {}
-        self.keys: dict[int, int] = {}  # key to the owner that published it
+        self.keys: dict[int, set[int]] = {}  # key to the owners that published it, all alike
+        self.twins: dict[int, int] = {}
         self.released: dict[int, Kind] = {}
         self.kinds: dict[int, Kind] = {}
         self.num_owners = self.num_evicted = self.num_moved = 0
@@ -36,6 +38,7 @@ class CheckedPool:
             assert target not in self.content, "a slot that is wanted was written over"
             self.content[target] = self.content[source]
         self.refs = [(names.get(slot, slot), owner) for slot, owner in self.refs]
+        self.twins = {names.get(slot, slot): key for slot, key in self.twins.items()}
 
     def _free(self, kind, slot):
         assert self.kinds[slot] == kind
@@ -75,10 +78,20 @@ class CheckedPool:
     def release(self, index):
         slot, _ = self.refs.pop(index)
         kind, last = self.pool.kind_of(slot), all(s != slot for s, _ in self.refs)
-        published = self.pool.is_published(slot)
-        if last and published:
+        found = self.pool.is_published(slot)
+        twin = self.twins.pop(slot, None) if last else None
+        if twin is not None:
+            found = self.pool.lookup(twin) is None  # it takes the place of the one that is gone
+        if last and found:
             self.released[slot] = kind
-        assert self.pool.release(slot) == (last and not published)
+        assert self.pool.release(slot) == (last and not found)
+        if last and not found and twin is not None:
+            self._use(twin)
+
+    def _use(self, key):
+        slot = self.pool.lookup(key)
+        if slot in self.released:
+            self.released[slot] = self.released.pop(slot)
 
     def publish(self, index, key):
         slot, owner = self.refs[index]
@@ -90,11 +103,14 @@ class CheckedPool:
                 return
             raise AssertionError("a slot was published twice")
         assert self.pool.publish(slot, key) != taken
-        if not taken:
-            self.keys[key] = owner
+        self.keys.setdefault(key, set()).add(owner)
+        self.twins.pop(slot, None)
+        if taken:
+            self.twins[slot] = key
 
     def unpublish(self, index):
         self.pool.unpublish(self.refs[index][0])
+        self.twins.pop(self.refs[index][0], None)
         assert not self.pool.is_published(self.refs[index][0])
 
     def hit(self, key):
@@ -103,8 +119,16 @@ class CheckedPool:
         if slot is not None:
             self.pool.acquire(slot)
             self.released.pop(slot, None)
-            assert self.content[slot] == self.keys[key]
-            self.refs.append((slot, self.keys[key]))
+            assert self.content[slot] in self.keys[key]
+            self.refs.append((slot, self.content[slot]))
+
+    def touch(self, key):
+        self._use(key)
+        self.pool.touch(key)
+
+    def forget(self, key):
+        self.pool.forget(key)
+        assert self.pool.lookup(key) is None
 
     def drop(self):
         count = len(self.released)
@@ -123,6 +147,10 @@ class CheckedPool:
             self.publish(rng.randrange(refs), rng.randrange(30))
         elif what < 0.92:
             self.unpublish(rng.randrange(refs))
+        elif what < 0.94:
+            self.touch(rng.randrange(30))
+        elif what < 0.95:
+            self.forget(rng.randrange(30))
         elif what < 0.998:
             self.hit(rng.randrange(30))
         else:

@@ -63,6 +63,14 @@ class PoolMachine(RuleBasedStateMachine):
     def hit(self, key):
         self.checked.hit(key)
 
+    @rule(key=st.integers(0, 20))
+    def touch(self, key):
+        self.checked.touch(key)
+
+    @rule(key=st.integers(0, 20))
+    def forget(self, key):
+        self.checked.forget(key)
+
     @rule()
     def drop(self):
         self.checked.drop()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import gguf
 import huggingface_hub
@@ -78,6 +80,17 @@ def test_a_gguf_file_generates_and_its_conversion_is_made_once(tmp_path, own_cac
     assert again[0].outputs[0].text == first[0].outputs[0].text
     assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == written
     assert list(own_cache.iterdir()) == [folder], "no scratch folder is left"
+
+
+def test_a_damaged_conversion_is_refused_with_its_folder(tmp_path, own_cache):
+    path = str(write_gguf(tmp_path / "small.gguf"))
+    folder = Path(loader.resolve(path))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptFileError, match=f"delete {folder}, and they are made again"):
+        LLM(path, device="cpu")
+    shutil.rmtree(folder)
+    LLM(path, device="cpu", kv_format="exact")
 
 
 def test_a_gguf_file_that_changed_is_converted_again(tmp_path, own_cache):

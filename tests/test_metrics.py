@@ -92,11 +92,10 @@ def test_latencies_are_counted_once_a_request_and_once_a_gap(pressed):
 
 
 def test_a_resume_that_finds_its_own_pages_is_no_hit_of_a_prompt(pressed):
-    """The cache's own count holds resumes too, and so was more than the outputs said."""
     llm, outputs = pressed
     hits = sum(o.metrics.num_cached_tokens for o in outputs)
     assert llm.stats()["prefix_hit_tokens"] == hits
-    assert llm.cache.counters.prefix_hit_tokens > hits
+    assert llm.stats()["resumed_hit_tokens"] > 0
 
 
 def test_requests_that_end_badly_are_counted_by_how(monkeypatch):
@@ -162,7 +161,7 @@ def test_another_thread_may_scrape_while_steps_run():
     MetricsCollector(llm, registry=registry)
 
     def scrape():
-        while not done.is_set():
+        while not done.wait(0.01):  # at once again, steps would wait for the interpreter
             try:
                 generate_latest(registry)
             except Exception as error:
@@ -170,9 +169,11 @@ def test_another_thread_may_scrape_while_steps_run():
 
     thread = threading.Thread(target=scrape)
     thread.start()
-    generate(llm, random_prompts([5] * 40))
-    done.set()
-    thread.join()
+    try:
+        generate(llm, random_prompts([5] * 40))
+    finally:
+        done.set()
+        thread.join()
     assert errors == []
 
 
@@ -181,7 +182,8 @@ def test_a_sequence_freed_while_its_bytes_are_read_is_left_out(monkeypatch):
     generate(llm, [[1, 2, 3] * 30])
     want = llm.stats()["compression_ratio"]
     state = llm.cache._sequences.add(
-        llm.cache.format, "gone", num_prompt_tokens=1, token_ids=None, cache_salt="", pinned=()
+        llm.cache.format, "gone", num_prompt_tokens=1, token_ids=None, cache_salt="", pinned=(),
+        resumed=False,
     )
     llm.cache.free("gone")
     monkeypatch.setattr(llm.cache._sequences, "items", lambda: [("gone", state)])

@@ -7,80 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from counting_cache import CountingCache, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectral_paged.scheduler as scheduler_package
-from spectral_paged.scheduler import Request, RequestStatus, Scheduler, SchedulerConfig
-
-BLOCK = 8  # tokens a slot of the counting cache
-
-
-class CountingCache:
-    """Slots of `BLOCK` tokens; a block seals at every multiple of `seal_every` tokens."""
-
-    def __init__(self, num_slots, chunk=10**9, seal_every=10**9, seats=10**9):
-        self.num_slots, self.chunk, self.seal_every, self.seats = (
-            num_slots, chunk, seal_every, seats,
-        )
-        self.stored: dict[str, int] = {}
-        self.reserved: dict[str, int] = {}
-        self.asked: dict[str, tuple] = {}
-        self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
-
-    def _used(self):
-        return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
-
-    def add_sequence(
-        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=()
-    ):
-        assert seq_id not in self.stored
-        if len(self.stored) >= self.seats:
-            return None
-        self.asked[seq_id] = num_prompt_tokens, token_ids, cache_salt, pinned_spans
-        self.stored[seq_id], self.reserved[seq_id] = self.cached, 0
-        return self.cached
-
-    def try_reserve(self, seq_id, num_new):
-        assert num_new >= 1 and self.reserved[seq_id] == 0
-        self.reserved[seq_id] = num_new
-        if self._used() > self.num_slots:
-            self.reserved[seq_id] = 0
-            return False
-        return True
-
-    def cancel_reservation(self, seq_id):
-        assert seq_id in self.reserved
-        self.reserved[seq_id] = 0
-
-    def chunk_limit(self, seq_id):
-        assert seq_id in self.stored
-        return self.chunk
-
-    def seals_due(self, seq_id, num_new):
-        before = self.stored[seq_id]
-        return (before + num_new) // self.seal_every - before // self.seal_every
-
-    def num_tokens(self, seq_id):
-        return self.stored[seq_id]
-
-    def free(self, seq_id):
-        del self.stored[seq_id], self.reserved[seq_id]
-
-    def reset_prefix_cache(self):
-        self.num_resets += 1
-        return 0
-
-    def step(self, output):
-        for seq_id, count in output.new_tokens.items():
-            assert self.reserved[seq_id] == count
-            self.stored[seq_id] += count
-            self.reserved[seq_id] = 0
-        assert not any(self.reserved.values()), "a reservation outlived its step"
-
-
-def request(name, length):
-    return Request(name, list(range(length)), length)
+from spectral_paged.scheduler import (
+    PreemptionReason,
+    Request,
+    RequestStatus,
+    Scheduler,
+    SchedulerConfig,
+)
 
 
 def scheduler(cache, requests, **budgets):
@@ -152,11 +90,12 @@ def test_the_newest_gives_way_and_is_recomputed_first():
     out = s.schedule()  # a fills its page; b needs a slot: c goes
     assert out.preempted == ["c"] and out.new_tokens == {"a": 1, "b": 1}
     assert [r.request_id for r in s.waiting] == ["c", "d"]
-    assert c.num_preemptions == 1 and s.num_preemptions == 1
+    assert c.preemptions == [PreemptionReason.OLDER] and s.num_preemptions == 1
+    assert c.num_recomputed_tokens == s.num_recomputed_tokens == 0, "nothing is computed again yet"
     cache.step(out)
     s.finish(a)
-    assert s.schedule().new_tokens["c"] == 17
-    assert c.num_recomputed_tokens == 16 and s.num_recomputed_tokens == 16
+    assert s.schedule().new_tokens == {"c": 17}
+    assert c.num_recomputed_tokens == s.num_recomputed_tokens == 16
 
 
 def test_what_a_resume_finds_cached_is_not_counted_as_recomputed(monkeypatch):
@@ -187,6 +126,7 @@ def test_a_request_that_cannot_go_on_preempts_itself_at_last():
     b.token_ids.append(0)
     out = s.schedule()
     assert out.preempted == ["b"] and not out.new_tokens
+    assert s.preemptions == {PreemptionReason.OWN_TOKENS: 1}
     a.token_ids.append(0)
     assert s.schedule().new_tokens == {"a": 1}
 
@@ -220,7 +160,7 @@ def test_a_resume_is_no_prefix_hit_of_the_request():
     cache = CountingCache(100)
     cache.cached = 8
     a = request("a", 9)
-    a.num_preemptions, a.num_cached_tokens = 1, 3
+    a.preemptions, a.num_cached_tokens = [PreemptionReason.OLDER], 3
     scheduler(cache, [a]).schedule()
     assert a.num_cached_tokens == 3
 
@@ -283,9 +223,10 @@ def test_preemptions_are_counted_one_by_one():
     cache.step(s.schedule())
     a.token_ids.append(0)
     cache.step(s.schedule())
-    assert b.num_preemptions == 1 and b.num_recomputed_tokens == 16
+    assert b.num_preemptions == 1 and b.num_recomputed_tokens == 0
     s.finish(a)
     cache.step(s.schedule())
+    assert b.num_recomputed_tokens == 16
     s.add(request("c", 16))
     cache.step(s.schedule())
     b.token_ids.append(0)
@@ -295,8 +236,8 @@ def test_preemptions_are_counted_one_by_one():
     cache.cancel_reservation("b")
     cache.num_slots = 2
     assert s.schedule().preempted == ["b"]
-    assert b.num_preemptions == 2 and b.num_recomputed_tokens == 32
-    assert s.num_preemptions == 3 and s.num_recomputed_tokens == 48
+    assert b.num_preemptions == 2 and s.num_preemptions == 3
+    assert b.preemptions == [PreemptionReason.OLDER, PreemptionReason.OWN_TOKENS]
 
 
 def test_the_budget_of_one_that_gives_way_goes_to_others(caplog):
@@ -311,8 +252,10 @@ def test_the_budget_of_one_that_gives_way_goes_to_others(caplog):
     out = s.schedule()
     assert out.preempted == ["new"] and out.new_tokens == {"old": 17, "mid": 7}
     assert (
-        "preempted new: the pool is full; 8 tokens will be recomputed (2 running, 1 waiting, "
-        "1 preemptions so far). More kv_cache_bytes or a smaller max_num_seqs avoids this"
+        "preempted new: an older request needs its slots; the pool is full, and old has 17 tokens "
+        "to store. 8 tokens are dropped, and recomputed unless the prefix cache keeps them "
+        "(2 running, 1 waiting, 1 preemptions so far). More kv_cache_bytes or a smaller "
+        "max_num_seqs avoids this"
     ) in caplog.messages
 
 

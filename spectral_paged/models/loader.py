@@ -210,13 +210,18 @@ def load_model(
     where = resolve(name)
     check_sizes(where)
     check_checkpoint(where, config)
+    converted = Path(where).parent == cache_folder()
+    remedy = f"delete {where}, and they are made again" if converted else "fetch them again"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
+        if missing := sorted(found["missing_keys"]):  # transformers would make them up
+            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except Exception as error:
         raise CorruptFileError(
-            f"the files of model {name!r} in {where} cannot be loaded ({error}): fetch them again"
+            f"the files of model {name!r} in {where} cannot be loaded ({error}): {remedy}"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)

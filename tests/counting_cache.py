@@ -1,0 +1,73 @@
+"""A cache made of counters, to test a scheduler without tensors."""
+
+from __future__ import annotations
+
+from spectral_paged.scheduler import Request
+
+BLOCK = 8  # tokens a slot of the counting cache
+
+
+class CountingCache:
+    """Slots of `BLOCK` tokens; a block seals at every multiple of `seal_every` tokens."""
+
+    def __init__(self, num_slots, chunk=10**9, seal_every=10**9, seats=10**9):
+        self.num_slots, self.chunk, self.seal_every, self.seats = (
+            num_slots, chunk, seal_every, seats,
+        )
+        self.stored: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
+        self.asked: dict[str, tuple] = {}
+        self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
+
+    def _used(self):
+        return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
+
+    def add_sequence(
+        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=(),
+        resumed=False,
+    ):
+        assert seq_id not in self.stored
+        if len(self.stored) >= self.seats:
+            return None
+        self.asked[seq_id] = num_prompt_tokens, token_ids, cache_salt, pinned_spans
+        self.stored[seq_id], self.reserved[seq_id] = self.cached, 0
+        return self.cached
+
+    def try_reserve(self, seq_id, num_new):
+        assert num_new >= 1 and self.reserved[seq_id] == 0
+        self.reserved[seq_id] = num_new
+        if self._used() > self.num_slots:
+            self.reserved[seq_id] = 0
+            return False
+        return True
+
+    def cancel_reservation(self, seq_id):
+        self.reserved[seq_id] = 0
+
+    def chunk_limit(self, seq_id):
+        return self.chunk
+
+    def seals_due(self, seq_id, num_new):
+        before = self.stored[seq_id]
+        return (before + num_new) // self.seal_every - before // self.seal_every
+
+    def num_tokens(self, seq_id):
+        return self.stored[seq_id]
+
+    def free(self, seq_id, *, forget=False):
+        del self.stored[seq_id], self.reserved[seq_id]
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
+        return 0
+
+    def step(self, output):
+        for seq_id, count in output.new_tokens.items():
+            assert self.reserved[seq_id] == count
+            self.stored[seq_id] += count
+            self.reserved[seq_id] = 0
+        assert not any(self.reserved.values()), "a reservation outlived its step"
+
+
+def request(name, length):
+    return Request(name, list(range(length)), length)
