@@ -15,6 +15,8 @@ Coefficients wait in a workspace of bf16 between passes: their rounding (0.1 %) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -288,6 +290,7 @@ def seal(
     k_projection: Tensor,
     v_projection: Tensor,
     config: SealConfig | None = None,
+    compile_only: bool = False,
 ) -> Tensor:
     """Encode blocks that lie in exact pages; their pages get what `codec.encode_pages` gives.
 
@@ -301,6 +304,7 @@ def seal(
         k_projection, v_projection: fp32 `[L, H, D, rank]`, what a token without its page's mean is
             multiplied with to give its coefficients.
         config: how kernels are launched; default what `launch_configs` has for the GPU.
+        compile_only: compile the kernels that these arguments need; nothing is read or written.
 
     Returns:
         int32 `[B, L, H, 2]`: elements of K and of V that are NaN or Inf. Such pages are written
@@ -308,6 +312,10 @@ def seal(
     """
     if config is None:
         config = seal_config(layout, arena.device)
+
+    def launcher(kernel: Any, programs: int) -> Callable[..., object]:
+        return partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
+
     num_layers, plane_bytes = arena.shape
     heads, dim = layout.num_kv_heads, layout.head_dim
     device = arena.device
@@ -341,14 +349,14 @@ def seal(
         for side, rank, matrix, work, common in zip(
             sides, ranks, (k_projection, v_projection), works, commons, strict=True
         ):
-            _project_kernel[(items,)](
+            launcher(_project_kernel, items)(
                 values, arena, *places, matrix, work, power, gains, errors, bad[span],
                 plane_bytes, values.shape[1],
                 MEAN_AT=side.mean_offset, COLUMNS=min(rank, 16384 // padded(dim)),
                 PAGE_BYTES=layout.page_bytes, **common,
             )  # fmt: skip
         for side, work, common in zip(sides, works, commons, strict=True):
-            _quantize_kernel[(items,)](
+            launcher(_quantize_kernel, items)(
                 values, arena, *places, work, power, gains, errors, code_table(device),
                 plane_bytes, values.shape[1],
                 BY_COMPONENT=side.by_component, SCALE_AT=side.scale_offset,

@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_paged.codec import encode_pages
 from spectral_paged.device_timer import DeviceTimer
 from spectral_paged.errors import NonFiniteError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
 from spectral_paged.kernels.rotary import stored_keys
 from spectral_paged.layer_group import LayerGroup
@@ -85,6 +85,17 @@ class Sealer:
         """The page format; an online calibration changes its fingerprint."""
         return self.basis.format
 
+    def warm_up(self, group: LayerGroup) -> None:
+        """Compile the seal kernel, which takes seconds that a first seal would cost; nothing is
+        written. An online calibration has yet to say what it is to do."""
+        if self.basis.is_waiting or not group.seals or not self.ops.seals(self.format.layout):
+            return
+        exact, pages, first = (
+            torch.zeros(shape, dtype=torch.int32, device=group.pool.arena.device)
+            for shape in ((1, BLOCK_TOKENS // EXACT_PAGE_TOKENS), (1,), (1,))
+        )
+        self._by_kernel(group, exact, pages, first, compile_only=True)
+
     def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
         """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
         if due:
@@ -119,22 +130,27 @@ class Sealer:
 
     def _encode_in_place(self, group: LayerGroup, batch: list[tuple[str, int]]) -> SealCheck:
         """By the seal kernel, which looks for NaN and Inf while it reads."""
-        assert self.ops.seal is not None
-        arena = group.pool.arena
+        device = group.pool.arena.device
         places = [group.block_positions(seq_id, block) for seq_id, block in batch]
         exact, pages, first = (
-            upload(x, torch.int32, arena.device)
+            upload(x, torch.int32, device)
             for x in (
                 [place[0] for place in places],
                 [place[1] for place in places],
                 [self._first_token(block) for _, block in batch],
             )
         )
-        bad = self.ops.seal(
-            arena, exact, pages, first, layout=self.format.layout, dtype=self.dtype, cos=self.cos,
-            sin=self.sin, **self.basis.projections(group.layers),
-        )  # fmt: skip
+        bad = self._by_kernel(group, exact, pages, first)
         return SealCheck({}, batch, bad, group.layers)
+
+    def _by_kernel(
+        self, group: LayerGroup, exact: Tensor, pages: Tensor, first: Tensor, **options: bool
+    ) -> Tensor:
+        assert self.ops.seal is not None
+        return self.ops.seal(
+            group.pool.arena, exact, pages, first, layout=self.format.layout, dtype=self.dtype,
+            cos=self.cos, sin=self.sin, **self.basis.projections(group.layers), **options,
+        )  # fmt: skip
 
     def _encode_batch(
         self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]

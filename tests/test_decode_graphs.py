@@ -19,6 +19,7 @@ from spectral_paged.models.decode_graphs import (
     entries_for,
     fill_inputs,
     known_tokens,
+    rooms,
 )
 from spectral_paged.step import DecodeBatch, GroupStep, PendingTokens
 
@@ -35,6 +36,12 @@ def test_every_batch_has_a_size_that_wastes_little(max_num_seqs, data):
 @given(st.integers(0, 1 << 20))
 def test_a_graph_has_room_for_the_pages_of_its_step(count):
     assert entries_for(count) >= count and (entries_for(count) == 0) == (count == 0)
+
+
+@given(st.integers(0, 1 << 20), st.data())
+def test_a_warm_up_knows_every_room_that_a_step_may_need(most, data):
+    count = data.draw(st.integers(0, most))
+    assert entries_for(count) in rooms(most) and rooms(most)[-1] == entries_for(most)
 
 
 def test_tokens_that_only_the_device_knows_are_taken_from_it():

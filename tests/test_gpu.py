@@ -30,6 +30,7 @@ from spectral_paged.kernels import chunk_attention_gpu
 from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
+    from spectral_paged.kernels import seal_triton
     from spectral_paged.kernels.decode_attention_gpu import decode_attention
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
@@ -250,6 +251,20 @@ def test_a_cache_on_the_gpu_seals_rebuilds_and_reads_by_kernels_only():
     for seq_id in "ab":
         error = (found[0][seq_id] - found[1][seq_id]).norm() / found[0][seq_id].norm()
         assert float(error) < 0.05
+
+
+def test_after_a_warm_up_no_seal_compiles():
+    cache = small_cache(device="cuda", outlier_slots=3)  # a layout that no other test seals
+    kernels = seal_triton._project_kernel, seal_triton._quantize_kernel
+
+    def compiled():
+        return [len(caches[0]) for k in kernels for caches in k.device_caches.values()]
+
+    cache.sealer.warm_up(cache.groups[0])
+    before = compiled()
+    cache.add_sequence("a", num_prompt_tokens=1200)
+    feed(cache, "a", 1300)
+    assert cache.stats()["pages_sealed"] > 0 and compiled() == before
 
 
 def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():

@@ -138,3 +138,32 @@ def test_a_sequence_with_nan_fails_at_its_seal_and_the_others_go_on(monkeypatch)
         messages.append(str(failed["b"]))
         cache.check_integrity()
     assert messages[0] == messages[1]
+
+
+def test_a_warm_up_compiles_what_a_seal_will_launch_and_writes_nothing(monkeypatch):
+    asked = []
+
+    def recorded(*args, compile_only=False, **options):
+        asked.append((compile_only, [(x.shape[1:], x.dtype) for x in args], options))
+        return seal(*args, compile_only=compile_only, **options)
+
+    cache = small_cache(monkeypatch, recorded)
+    [group] = cache.groups
+    before = group.pool.arena.clone()
+    cache.sealer.warm_up(group)
+    assert torch.equal(group.pool.arena, before)
+    cache.add_sequence("a", num_prompt_tokens=1100)
+    feed(cache, "a", 1100)
+    (first, *what), (second, *later) = asked[:2]
+    assert first and not second and what[0] == later[0]
+    assert what[1].keys() == later[1].keys()
+    assert all(torch.equal(x, later[1][n]) for n, x in what[1].items() if torch.is_tensor(x))
+
+
+def test_an_undecided_calibration_has_nothing_to_compile(monkeypatch):
+    asked = []
+    cache = small_cache(monkeypatch, lambda *args, **options: asked.append(options))
+    for waiting in (True, False):
+        monkeypatch.setattr(type(cache.sealer.basis), "is_waiting", waiting)
+        cache.sealer.warm_up(cache.groups[0])
+        assert len(asked) == (not waiting)

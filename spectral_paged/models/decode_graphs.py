@@ -34,6 +34,14 @@ def entries_for(count: int) -> int:
     return size if count else 0
 
 
+def rooms(count: int) -> list[int]:
+    """Every value of `entries_for` up to that of `count`."""
+    found = [0]
+    while found[-1] < count:
+        found.append(entries_for(found[-1] + 1))
+    return found
+
+
 def fill_inputs(
     staging: np.ndarray, token_ids: Sequence[int], positions: Sequence[int],
     pending: PendingTokens | None, index: Sequence[GroupIndex],

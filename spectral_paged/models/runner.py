@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from spectral_paged.cache import SpectralKVCache
-from spectral_paged.models.decode_graphs import DecodeGraphs, entries_for, known_tokens
+from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens, rooms
 from spectral_paged.step import PendingTokens, StepPlan
 from spectral_paged.transfers import upload
 
@@ -95,16 +95,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, num_seqs: int, num_tokens: int) -> int:
-        """Capture the graphs of every size of batch up to `num_seqs`, without pages and with room
-        for sequences of `num_tokens` tokens; how many there are now. Others are captured when a
-        step needs them; before an online calibration, so are those with pages."""
+        """Compile what seals, and capture the graphs of every size of batch up to `num_seqs`, for
+        any number of pages that sequences of up to `num_tokens` tokens have; how many there are
+        now. Others are captured when a step needs them; before an online calibration, so are those
+        with pages."""
+        for group in self.cache.groups:
+            self.cache.sealer.warm_up(group)
         if self.graphs is None:
             return 0
         format = self.cache.format
         waiting = format.needs_calibration and not format.basis_id
         blocks = 0 if waiting else format.visible_blocks(num_tokens, 0)
         for size in self.graphs.sizes:
-            for entries in sorted({0, entries_for(min(size, num_seqs) * blocks)}):
+            for entries in rooms(min(size, num_seqs) * blocks):
                 self.graphs.prepare(size, entries)
             if size >= num_seqs:
                 break
