@@ -51,7 +51,10 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="random", help="random, sharegpt, prefix_repetition")
     parser.add_argument("--dataset-path", type=Path, help="JSONL of sharegpt")
     parser.add_argument("--num-prompts", type=positive, default=64)
-    parser.add_argument("--input-len", type=positive, default=1024)
+    parser.add_argument(
+        "--input-len", type=positive, action="append", default=[],
+        help="repeatable, a plot is drawn over them; default 1024",
+    )  # fmt: skip
     parser.add_argument(
         "--output-len", type=positive, help="default 128; of sharegpt, as long as the answer was"
     )
@@ -179,7 +182,7 @@ def bench_throughput(args: argparse.Namespace) -> int:
                 dataset=args.dataset,
                 dataset_path=args.dataset_path,
                 num_prompts=args.num_prompts,
-                input_len=args.input_len,
+                input_len=(args.input_len or [1024])[0],
                 output_len=args.output_len,
                 range_ratio=args.random_range_ratio,
                 num_prefixes=args.prefix_repetition_num_prefixes,
@@ -189,6 +192,7 @@ def bench_throughput(args: argparse.Namespace) -> int:
             backends=args.backend or run.BACKENDS,
             device=args.device,
             dtype=args.dtype,
+            input_lens=args.input_len,
             max_num_seqs=args.max_num_seqs or (256,),
             max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_bytes=args.kv_cache_memory,

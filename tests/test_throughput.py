@@ -125,6 +125,20 @@ def test_a_run_writes_the_keys_of_vllm_and_counts_every_token(tmp_path, monkeypa
     assert "output tokens/s" in capsys.readouterr().out
 
 
+def test_a_run_over_several_prompt_lengths_has_a_row_and_a_point_for_each(tmp_path):
+    options = run.Options(
+        model="tiny", workload=WorkloadOptions(num_prompts=2, output_len=3), backends=("exact",),
+        device="cpu", dtype="float32", input_lens=(20, 90), max_num_seqs=(1, 2),
+        kv_cache_bytes=16 << 20, output_dir=tmp_path,
+    )  # fmt: skip
+    assert run.main(options, loaded()) == 0
+    rows = json.loads((tmp_path / "throughput-tiny.json").read_text())["rows"]
+    found = [(r["input_len"], r["max_num_seqs"], r["total_num_tokens"]) for r in rows]
+    assert found == [(n, b, 2 * (n + 3)) for n in (20, 90) for b in (1, 2)]
+    for over in ("", "-over-input-len"):
+        assert (tmp_path / f"throughput-tiny{over}.png").stat().st_size > 1000
+
+
 def test_a_profiled_run_says_where_its_time_went():
     work = [Job(list(range(3, 33)), 4), Job([i % VOCAB for i in range(700)], 4)]
     served = serve_with_pages(

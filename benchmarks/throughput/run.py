@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Options:
     backends: presets of this engine, `transformers` (static batches of `generate`), or
         `transformers-continuous` (its continuous batching, which chooses its batches itself).
     max_num_seqs: one run a value; of `transformers`, the batch size.
+    input_lens: one run a value, in place of the workload's own.
     rounds: of the requests only so many for each of `max_num_seqs`.
     fit: of the requests only as many as the cache holds at once, a backend at a time.
     decode_only: this engine's contexts are made up instead of computed.
@@ -45,6 +47,7 @@ class Options:
     backends: Sequence[str] = BACKENDS
     device: str = "auto"
     dtype: str = "auto"
+    input_lens: Sequence[int] = ()
     max_num_seqs: Sequence[int] = (256,)
     max_num_batched_tokens: int = 8192
     kv_cache_bytes: int | None = None
@@ -164,9 +167,14 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
         raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
     loaded = load(options) if loaded is None else loaded
     device, geometry = loaded.model.device, loaded.geometry
-    jobs = jobs_of(
-        options.workload, geometry.vocab_size, geometry.max_position_embeddings, loaded.tokenizer
-    )
+    lengths = options.input_lens or (options.workload.input_len,)
+    jobs = {
+        length: jobs_of(
+            replace(options.workload, input_len=length), geometry.vocab_size,
+            geometry.max_position_embeddings, loaded.tokenizer,
+        )
+        for length in lengths
+    }  # fmt: skip
     workload = asdict(options.workload)
     workload["dataset_path"] = str(options.workload.dataset_path or "")
     rows: list[dict[str, Any]] = []
@@ -183,32 +191,43 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     stem = f"throughput-{options.name or file_stem(options.model)}"
     path = options.output_dir / f"{stem}.json"
     for backend in options.backends:
-        for batch in options.max_num_seqs:
-            some = jobs if options.rounds is None else jobs[: options.rounds * batch]
-            rows.append(row_of(backend, batch, serve(loaded, backend, some, batch, options)))
-            print(line(rows[-1]), flush=True)
+        for length, batch in product(lengths, options.max_num_seqs):
+            some = jobs[length]
+            some = some if options.rounds is None else some[: options.rounds * batch]
+            served = serve(loaded, backend, some, batch, options)
+            rows.append(row_of(backend, batch, served) | {"input_len": length})
+            print(f"{length} tokens in, {line(rows[-1])}", flush=True)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"raw results: {path}")
-    if len(options.max_num_seqs) > 1:
-        print(draw(result, options.output_dir / f"{stem}.png"))
+    for key, values in (("max_num_seqs", options.max_num_seqs), ("input_len", lengths)):
+        if len(values) > 1:
+            over = "" if key == "max_num_seqs" else "-over-input-len"
+            print(draw(result, options.output_dir / f"{stem}{over}.png", key))
     return 0
 
 
-def draw(result: dict[str, Any], path: Path) -> Path:
-    """Output tokens per second over the batch size."""
+AXES = {"max_num_seqs": "requests at once", "input_len": "tokens of a prompt"}
+
+
+def draw(result: dict[str, Any], path: Path, over: str = "max_num_seqs") -> Path:
+    """Output tokens per second over one of `AXES`, a line for each backend and value of the
+    other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    for backend in dict.fromkeys(row["backend"] for row in result["rows"]):
+    [other] = AXES.keys() - {over}
+    several = len({row[other] for row in result["rows"]}) > 1
+    for backend, rest in dict.fromkeys((row["backend"], row[other]) for row in result["rows"]):
         points = [
-            (row["max_num_seqs"], row["output_tokens_per_second"])
+            (row[over], row["output_tokens_per_second"])
             for row in result["rows"]
-            if row["backend"] == backend
+            if (row["backend"], row[other]) == (backend, rest)
         ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=backend)
+        label = f"{backend}, {rest} {AXES[other]}" if several else backend
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("requests at once")
+    axes.set_xlabel(AXES[over])
     axes.set_ylabel("output tokens a second")
     axes.set_title(f"{result['model']}, {result['environment']['machine']}")
     axes.legend()

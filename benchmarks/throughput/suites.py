@@ -59,6 +59,9 @@ SUITES: dict[str, dict[str, Options]] = {
         "8k-long": _whole(8192, 2048, 96),
         "1k": _whole(1024, 256, 256),
         "curve": replace(_whole(128, 96, 256), max_num_seqs=POWERS, rounds=1),
+        "context": replace(
+            _decode_only(32_768, 96, 16), fit=False, input_lens=(2048, 8192, 32_768)
+        ),
         "continuous": replace(
             MIXED, backends=(CONTINUOUS,), kv_cache_bytes=32 << 30, max_num_seqs=(64,)
         ),
