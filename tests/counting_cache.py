@@ -17,6 +17,8 @@ class CountingCache:
         self.stored: dict[str, int] = {}
         self.reserved: dict[str, int] = {}
         self.asked: dict[str, tuple] = {}
+        self.resumed: dict[str, bool] = {}
+        self.forgotten: dict[str, bool] = {}  # by those that were freed
         self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
 
     def _used(self):
@@ -30,6 +32,7 @@ class CountingCache:
         if len(self.stored) >= self.seats:
             return None
         self.asked[seq_id] = num_prompt_tokens, token_ids, cache_salt, pinned_spans
+        self.resumed[seq_id] = resumed
         self.stored[seq_id], self.reserved[seq_id] = self.cached, 0
         return self.cached
 
@@ -42,9 +45,11 @@ class CountingCache:
         return True
 
     def cancel_reservation(self, seq_id):
+        assert seq_id in self.reserved
         self.reserved[seq_id] = 0
 
     def chunk_limit(self, seq_id):
+        assert seq_id in self.stored
         return self.chunk
 
     def seals_due(self, seq_id, num_new):
@@ -56,6 +61,7 @@ class CountingCache:
 
     def free(self, seq_id, *, forget=False):
         del self.stored[seq_id], self.reserved[seq_id]
+        self.forgotten[seq_id] = forget
 
     def reset_prefix_cache(self):
         self.num_resets += 1

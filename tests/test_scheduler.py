@@ -257,6 +257,71 @@ def test_the_budget_of_one_that_gives_way_goes_to_others(caplog):
         "(2 running, 1 waiting, 1 preemptions so far). More kv_cache_bytes or a smaller "
         "max_num_seqs avoids this"
     ) in caplog.messages
+    told = vars(caplog.records[-1])
+    want = {
+        "event": "preemption", "request_id": "new", "reason": "an older request needs its slots",
+        "num_dropped_tokens": 8, "num_running": 2, "num_waiting": 1, "num_preemptions": 1,
+    }  # fmt: skip
+    assert {name: told[name] for name in want} == want
+    assert s.stats() == {
+        "running": 2, "waiting": 1, "preemptions": 1, "preemptions_older": 1,
+        "preemptions_own_tokens": 0, "recomputed_tokens": 0, "token_budget": 24,
+    }  # fmt: skip
+    assert cache.resumed == {"old": False, "mid": False, "new": False}
+
+
+def test_what_is_computed_again_adds_up_over_resumes():
+    cache = CountingCache(4)
+    a, b = request("a", 16), request("b", 16)
+    s = scheduler(cache, [a, b])
+    cache.step(s.schedule())
+    for times in (1, 2):
+        a.token_ids.append(0)
+        assert s.schedule().preempted == ["b"]
+        s.finish(a)
+        assert s.schedule().new_tokens == {"b": 16} and cache.resumed["b"]
+        assert b.num_recomputed_tokens == s.num_recomputed_tokens == 16 * times
+        assert b.num_dropped_tokens == 0
+        cache.stored["b"], cache.reserved["b"] = 16, 0
+        a = request(f"a{times}", 16)  # older than b, as far as the scheduler goes
+        s.add(a)
+        cache.step(s.schedule())
+        s.running.reverse()
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_what_a_request_stored_is_forgotten_where_that_is_asked_for(forget):
+    cache = CountingCache(100)
+    a = request("a", 9)
+    s = scheduler(cache, [a])
+    s.schedule()
+    s.finish(a, forget=forget)
+    assert cache.forgotten == {"a": forget}
+
+
+def test_a_request_that_cannot_be_looked_at_waits_on_and_holds_nothing(monkeypatch):
+    cache = CountingCache(100)
+    s = scheduler(cache, [request("a", 9)])
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(cache, "chunk_limit", lambda seq_id: 1 // 0)
+        s.schedule()
+    assert not cache.stored and [r.request_id for r in s.waiting] == ["a"]
+    assert s.schedule().new_tokens == {"a": 9}
+
+
+def test_a_lowered_budget_doubles_after_so_many_steps_up_to_what_it_was():
+    cache = CountingCache(1000)
+    s = scheduler(cache, [request("a", 900)], max_num_batched_tokens=11)
+    found = []
+    for step in range(70):
+        if step == 5:
+            s.lower_budget(3)
+        out = s.schedule()
+        found.append(out.num_tokens)
+        cache.step(out)
+    assert found == [11] * 5 + [3] * 16 + [6] * 17 + [11] * 32
+    s.lower_budget(0)
+    assert s.schedule().num_tokens == 1
 
 
 @pytest.mark.parametrize("by", ["a", "itself"])
