@@ -9,11 +9,13 @@ from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
     InvalidRequestError,
+    PoolError,
     PromptTooLongError,
 )
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.pins import Spans, pinned_blocks
 from spectral_paged.sampling import SamplingParams
+from spectral_paged.scheduler import Scheduler
 
 
 def check_request(
@@ -55,3 +57,11 @@ def check_request(
             raise InvalidRequestError(
                 f"stop_token_ids {bad} are outside the vocabulary of {vocab_size}"
             )
+
+
+def stalled(scheduler: Scheduler) -> PoolError:
+    """The error of a scheduler that has requests and can run none of them."""
+    return PoolError(
+        f"no request can run: {len(scheduler.running)} running, {len(scheduler.waiting)} waiting; "
+        "every sequence may hold slots that another caller of the same cache took"
+    )

@@ -109,9 +109,9 @@ class BatchRun:
         """One engine step; lines that it finished."""
         count = 0
         for output in self.llm.engine.step():
-            if not output.finished:
-                continue
-            line = self._in_flight.pop(output.request_id)
+            line = self._in_flight.pop(output.request_id, None) if output.finished else None
+            if line is None:
+                continue  # it goes on, or is not of this run
             count += 1
             if output.error is not None:
                 self._fail(line, output.error)

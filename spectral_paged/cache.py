@@ -89,8 +89,7 @@ class SpectralKVCache:
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
         format = self.format
         self.device, self.dtype = torch.device(device), dtype
-        self.num_layers = num_layers
-        self.num_q_heads = num_q_heads
+        self.num_layers, self.num_q_heads = num_layers, num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.prefix_caching = enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
@@ -111,7 +110,7 @@ class SpectralKVCache:
         self.sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
         self.open_step: OpenStep | None = None
         self._replayed: Sequence[GroupStep] | None = None
-        self._late = StepReport()  # failures found between steps
+        self._late = StepReport()  # what no `end_step` has reported yet
         self._overdue: set[str] = set()  # sequences of a step whose sealing raised
         self.groups = groups.build_groups(
             format,
@@ -127,9 +126,7 @@ class SpectralKVCache:
         self._sequences = SequenceTable(
             self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
         )
-        self._group_of = {
-            layer: index for index, group in enumerate(self.groups) for layer in group.layers
-        }
+        self._group_of = {n: i for i, group in enumerate(self.groups) for n in group.layers}
         self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
@@ -205,9 +202,11 @@ class SpectralKVCache:
 
         With the child's own `token_ids`, its later spans can be found as prefixes.
         """
-        return self._sequences.fork(
+        done = self._sequences.fork(
             self.format, parent_id, child_id, token_ids=token_ids, cache_salt=cache_salt
         )
+        self._overdue |= {child_id} if done and parent_id in self._overdue else set()
+        return done
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
         """Release a sequence. Published slots stay findable until they are evicted.
@@ -216,12 +215,11 @@ class SpectralKVCache:
         """
         state = self._sequences.held(seq_id, ": double free")
         # what is not to be trusted must not be found by others
-        self._note(self.sealer.failures(lambda check: seq_id in check.seq_ids), self._late)
+        self._note(self.sealer.failures(lambda check: seq_id in check.seq_ids))
         if state.ran:
             self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
-        # it has ended; another may take its name
-        self._late.failed.pop(seq_id, None)
+        self._late.failed.pop(seq_id, None)  # another may take its name
         self._overdue.discard(seq_id)
 
     def reset_prefix_cache(self) -> int:
@@ -270,8 +268,7 @@ class SpectralKVCache:
         An unknown sequence is added, its first tokens taken for its whole prompt; call
         `add_sequence` first where that is not so.
         """
-        added: list[str] = []
-        grown: list[str] = []
+        added, grown = list[str](), list[str]()
         for seq_id, num_new in new_tokens.items():
             if seq_id not in self:
                 if self.add_sequence(seq_id, num_prompt_tokens=num_new) is None:
@@ -306,7 +303,7 @@ class SpectralKVCache:
             raise PoolError("begin_step before end_step of the step before")
         overdue = tuple(e for e in plan.entries if e.seq_id in self._overdue)
         if overdue:  # its queries are to see pages
-            self._seal_all(StepPlan(overdue), self._late)
+            self._seal_all(StepPlan(overdue))
         self.open_step = OpenStep(plan, self.groups, self.format, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.exact_table.commit()
@@ -369,42 +366,50 @@ class SpectralKVCache:
         entries = self._step_for("end_step").plan.entries
         self.open_step = None
         plan = StepPlan(tuple(e for e in entries if e.seq_id in self._sequences))
-        report = self.settle()
+        self._note(self.sealer.failures(lambda check: True))
         for entry in plan.entries:
             self.counters.count_prefix(self._sequences[entry.seq_id])
             self._sequences.store(entry.seq_id, entry.num_new)
-        self._seal_all(plan, report)
-        return report
+        self._seal_all(plan)
+        return self._take_report()
 
-    def _seal_all(self, plan: StepPlan, report: StepReport) -> None:
+    def _seal_all(self, plan: StepPlan) -> None:
         seq_ids = {e.seq_id for e in plan.entries}
         self._overdue |= seq_ids
         with self.clock.section("seal"):
             for group in self.groups:
-                self._seal(group, plan, report)
+                self._seal(group, plan)
         self._overdue -= seq_ids
 
     def settle(self) -> StepReport:
-        """Wait until what was sealed so far has been checked; failures not reported yet."""
+        """Wait for the checks of all that was sealed so far; what was not reported yet."""
+        self._note(self.sealer.failures(lambda check: True))
+        return self._take_report()
+
+    @property
+    def has_late_failures(self) -> bool:
+        """Whether failures were found that no step has reported: `settle` tells them."""
+        return bool(self._late.failed)
+
+    def _take_report(self) -> StepReport:
         report, self._late = self._late, StepReport()
-        self._note(self.sealer.failures(lambda check: True), report)
         return report
 
-    def _note(self, failed: dict[str, NonFiniteError], report: StepReport) -> None:
+    def _note(self, failed: dict[str, NonFiniteError]) -> None:
         for seq_id, error in failed.items():
             if seq_id in self._sequences:
-                self._sequences[seq_id].error = report.failed[seq_id] = error
+                self._sequences[seq_id].error = self._late.failed[seq_id] = error
 
-    def _seal(self, group: LayerGroup, plan: StepPlan, report: StepReport) -> None:
+    def _seal(self, group: LayerGroup, plan: StepPlan) -> None:
         states = {e.seq_id: self._sequences[e.seq_id] for e in plan.entries}
         blocks = blocks_to_seal(group, self.format, states)
         self.sealer.seal(group, blocks)
-        self._note(self.sealer.failures(lambda check: False), report)
+        self._note(self.sealer.failures(lambda check: False))
         for seq_id, block in blocks:
             if states[seq_id].error is None and group.note_encoded(seq_id, block):
                 states[seq_id].num_pages_sealed += len(group.layers)
                 self.counters.pages_sealed += len(group.layers)
-                report.blocks_sealed += 1
+                self._late.blocks_sealed += 1
         for seq_id, state in states.items():
             if state.error is None:
                 visible = group.blocks_sealed(self._visible_next(seq_id))
@@ -432,15 +437,11 @@ class SpectralKVCache:
             **cache_stats.backends(
                 self.ops, self.format, self.num_q_heads, self.rotary_dim, self.device, self.dtype
             ),
-            "format": self.format.name,
-            "fingerprint": self.format.fingerprint,
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
-            "num_sequences": len(self._sequences),
             **cache_stats.cost_figures(
                 self.format, self.num_layers, self.groups, self._sequences, self.counters
             ),
-            **cache_stats.pool_stats(self.groups),
             "seal_seconds": self.sealer.timer.seconds,
         }
 

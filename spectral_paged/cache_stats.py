@@ -94,7 +94,8 @@ def cost_figures(
     sequences: SequenceTable,
     counters: CacheCounters,
 ) -> dict[str, object]:
-    """What a token costs, over sequences freed so far and those held now, and what was sealed."""
+    """What a token costs, over sequences freed so far and those held now, what was sealed, and
+    what the pools hold."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
     for seq_id, state in sequences.items():
         try:
@@ -103,7 +104,8 @@ def cost_figures(
             continue
         plain += token_bytes(format, num_layers, state.num_tokens)
     per_token = token_bytes(format, num_layers, 1)
-    return {
+    return pool_stats(groups) | {
+        "num_sequences": len(sequences),
         "bytes_per_token": held / plain * per_token if plain else 0.0,
         "compression_ratio": plain / held if held else 1.0,
         "sealed_ratio": format.page_ratio,
@@ -124,9 +126,11 @@ def backends(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, object]:
-    """What runs: decode attention, attention of prompt chunks, sealing."""
+    """What runs: the format, and decode attention, attention of prompt chunks, sealing."""
     layout = format.layout if format.seals else None
     return {
+        "format": format.name,
+        "fingerprint": format.fingerprint,
         "backend": ops.backend(layout, num_q_heads // format.num_kv_heads, device, rotary_dim),
         "prefill_backend": ops.prefill_backend(dtype, format.head_dim),
         "seal_backend": ops.seal_backend(layout),

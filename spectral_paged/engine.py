@@ -10,19 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from spectral_paged.admission import check_request
+from spectral_paged.admission import check_request, stalled
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine_counters import EngineCounters
 from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
-    PoolError,
     SpectralPagedError,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
@@ -84,8 +83,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
         self.eos_token_ids = tuple(eos_token_ids)
-        self.vocab_size = vocab_size
-        self.seed = seed
+        self.vocab_size, self.seed = vocab_size, seed
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
         self._scheduled = SchedulerOutput()
@@ -159,6 +157,7 @@ class Engine:
         for completion in group.completions:
             if completion.output.finish_reason is None:
                 self._finish(completion, "abort")
+        self._touched.pop(request_id, None)
         self._forget(group)
 
     def has_unfinished(self) -> bool:
@@ -189,16 +188,14 @@ class Engine:
         self._scheduled = SchedulerOutput()
         if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
             self._collect()
+        if self.cache.has_late_failures:  # they are not to be scheduled
+            self._fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not self._touched and not scheduled.preempted
             if idle and self.scheduler.has_unfinished:
-                raise PoolError(
-                    f"no request can run: {len(self.scheduler.running)} running, "
-                    f"{len(self.scheduler.waiting)} waiting; every sequence may hold slots that "
-                    "another caller of the same cache took"
-                )
+                raise stalled(self.scheduler)
             self._collect()
             return
         launched = self._launch(scheduled.new_tokens)
@@ -216,12 +213,14 @@ class Engine:
         except BaseException:  # what was not counted as stored is computed again
             self.cache.abort_step()
             raise
-        for seq_id, error in report.failed.items():
-            completion = self._by_sequence.get(seq_id)
-            if completion is not None:
-                self._fail(completion, error)
+        self._fail_sequences(report.failed)
         if not self.async_scheduling:
             self._collect()
+
+    def _fail_sequences(self, failed: Mapping[str, SpectralPagedError]) -> None:
+        for seq_id, error in failed.items():
+            if seq_id in self._by_sequence:
+                self._fail(self._by_sequence[seq_id], error)
 
     def _give_way(self, error: BaseException) -> None:
         """After a step that ran out of memory: fewer tokens a step, or one request less."""
@@ -411,6 +410,8 @@ class Engine:
         self.scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
 
     def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
+        if completion.output.finish_reason is not None:
+            return  # it has all that it asked for
         error.request_id = completion.owner.request_id
         completion.owner.error = error
         self._touched[completion.owner.request_id] = completion.owner
@@ -423,7 +424,8 @@ class Engine:
         group.metrics.finished_time = time.monotonic()
         for completion in group.completions:
             self._by_sequence.pop(completion.request.request_id, None)
-        self._groups.pop(group.request_id, None)
+        if self._groups.get(group.request_id) is group:  # another may have its name by now
+            del self._groups[group.request_id]
 
     def _output(self, group: RequestGroup) -> RequestOutput:
         if group.finished:

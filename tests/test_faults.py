@@ -491,3 +491,82 @@ def test_a_damaged_model_file_is_refused_by_name(saved, tmp_path, how):
         path.write_bytes(data)
     with pytest.raises(CorruptFileError, match=f"{tmp_path}.*cannot be loaded"):
         LLM(str(tmp_path), device="cpu")
+
+
+# ---- what a fresh reader found -----------------------------------------------------------
+
+
+@AHEAD
+@pytest.mark.parametrize("error", [RuntimeError("no"), MemoryError("no")], ids=repr)
+@pytest.mark.parametrize("length, call", [(1088, 1), (1600, 2)])
+def test_forks_of_a_prompt_whose_seal_raised_see_its_pages(
+    monkeypatch, length, call, error, ahead
+):
+    """The prompt ends where a block does, so that its seal is due when the others fork."""
+    [prompt] = random_prompts([length], seed=4)
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=12)
+    found = []
+    for fail in (False, True):
+        llm = make_llm(ahead)
+        with monkeypatch.context() as patch:
+            if fail:
+                raise_once(patch, llm.cache.sealer, "seal", error, call)
+            llm.engine.add_request("0", prompt, params)
+            done, _ = serve(llm, RuntimeError)
+        found.append(([o.token_ids for o in done["0"].outputs], llm.stats()["pages_attended"]))
+        llm.cache.check_integrity()
+    assert found[0] == found[1]
+
+
+def test_nan_that_a_retry_of_a_seal_finds_fails_its_request_and_no_other(monkeypatch):
+    """The step that found it raised before it could tell: nobody may be scheduled with it."""
+    llm = make_llm(False)
+    good, bad = ([t or 1 for t in p] for p in random_prompts([1300, 1900], seed=6))
+    bad[20] = 0
+    with torch.no_grad():
+        llm.engine.runner.model.model.embed_tokens.weight[0] = float("nan")
+    raise_once(monkeypatch, llm.cache.sealer, "seal", RuntimeError("no"), 1)
+    raise_once(monkeypatch, llm.engine.runner, "forward", RuntimeError("no"), 2)
+    params = SamplingParams(temperature=0.0, max_tokens=10)
+    for name, prompt in (("good", good), ("bad", bad)):
+        llm.engine.add_request(name, prompt, params)
+    done, _ = serve(llm, RuntimeError)
+    assert isinstance(done["bad"].error, NonFiniteError)
+    assert done["good"].error is None and len(done["good"].outputs[0].token_ids) == 10
+
+
+@AHEAD
+def test_a_name_may_be_used_again_after_an_abort_behind_a_step_that_raised(monkeypatch, ahead):
+    llm = make_llm(ahead)
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    llm.engine.add_request("0", [1, 2, 3], params)
+    for _ in range(3):
+        llm.engine.step()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        raise_once(patch, llm.cache, "end_step", RuntimeError("no"), 1)
+        llm.engine.step()
+    llm.engine.abort("0")
+    llm.engine.add_request("0", [4, 5, 6], params)
+    done, _ = serve(llm)
+    [output] = done.values()
+    assert output.prompt_token_ids == [4, 5, 6] and len(output.outputs[0].token_ids) == 8
+    assert llm.engine.counters.request_latency.distribution().count == 1
+
+
+def test_a_request_that_has_ended_is_not_failed_by_what_its_step_runs_into(monkeypatch):
+    """Its last token is there; the memory that its step lacks then is nobody's."""
+    [prompt] = random_prompts([30])
+    greedy = SamplingParams(temperature=0.0, max_tokens=8)
+    [said] = make_llm(True).generate([prompt], greedy, use_tqdm=False)
+    stop = said.outputs[0].token_ids[4]
+    for call in range(1, 10):
+        llm = make_llm(True)
+        params = SamplingParams(temperature=0.0, max_tokens=8, stop_token_ids=[stop])
+        llm.engine.add_request("0", prompt, params)
+        with monkeypatch.context() as patch:
+            raise_once(patch, llm.cache, "end_step", MemoryError("no"), call)
+            done, _ = serve(llm)
+        output, finished = done["0"], llm.stats()["finished"]
+        ended = output.outputs[0].finish_reason
+        assert (output.error is None) == (ended == "stop")
+        assert finished == dict.fromkeys(finished, 0) | {ended: 1}
