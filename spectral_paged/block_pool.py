@@ -47,7 +47,8 @@ class BlockPool:
         num_slabs: slabs in the arena.
         slots_per_slab: slots a slab holds, by kind; 0 where the pool has no such kind.
         on_move: called with `[(kind, source, target), ...]` when slots in use are moved together
-            to free a slab; must copy the bytes and rename the ids wherever they are kept.
+            to free a slab; must copy the bytes and rename the ids wherever they are kept. Called
+            again where it was interrupted.
         on_free: called with `(kind, slot)` when a slot's bytes stop meaning anything.
     """
 
@@ -312,7 +313,11 @@ class BlockPool:
                 if slot in self._ref_count:
                     moves.append((kind, slot, self._move(slot, source_id, kind)))
             if moves and self.on_move is not None:
-                self.on_move(moves)
+                try:
+                    self.on_move(moves)
+                except BaseException:  # interrupted: the new names stand, so all bytes must follow
+                    self.on_move(moves)
+                    raise
             if self.on_free is not None:
                 for _, slot, _ in moves:
                     self.on_free(kind, slot)

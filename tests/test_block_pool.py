@@ -252,3 +252,29 @@ def test_a_slot_says_where_it_lies():
     slots = [p.allocate(Kind.EXACT) for _ in range(4)] + [p.allocate(Kind.PAGE)]
     places = [p.slab_and_index(slot) for slot in slots]
     assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+
+
+def test_bytes_follow_their_names_although_a_move_is_interrupted():
+    held, calls = {}, []
+
+    def move(moves):
+        calls.append(moves)
+        for _, source, target in moves:
+            held[target] = held[source]
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+
+    pool = BlockPool(2, {Kind.EXACT: 4, Kind.PAGE: 1}, on_move=move)
+    slots = [pool.allocate(Kind.EXACT) for _ in range(8)]
+    for slot in slots[:2] + slots[4:6]:
+        pool.release(slot)
+    kept = slots[2:4] + slots[6:]
+    held |= {slot: f"bytes of {slot}" for slot in kept}
+    with pytest.raises(KeyboardInterrupt):
+        pool.allocate(Kind.PAGE)
+    pool.check_integrity()
+    names = {source: target for _, source, target in calls[0]}
+    assert len(names) == 2 and calls == [calls[0]] * 2
+    for slot in kept:
+        assert held[names.get(slot, slot)] == f"bytes of {slot}"
+    assert pool.allocate(Kind.PAGE) is not None
