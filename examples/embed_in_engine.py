@@ -133,7 +133,7 @@ class ServingLoop:
 
     def _admit(self, name):
         new = self.waiting[name]
-        if self.crowded or self.cache.add_sequence(
+        if (self.crowded and self.running) or self.cache.add_sequence(
             name, num_prompt_tokens=new.num_prompt_tokens, token_ids=new.token_ids,
             resumed=new.preempted,
         ) is None:  # until one ends it would be preempted at once; or max_num_seqs are held

@@ -84,6 +84,7 @@ class Traffic:
     results: dict[str, Result] = field(default_factory=dict)
     evidence: Evidence = field(default_factory=Evidence)
     _made: dict[str, list[int]] = field(default_factory=dict)
+    _prompts: dict[str, int] = field(default_factory=dict)  # their lengths
 
     def start(self, prompt: Sequence[int]) -> str:
         """Queue a prompt.
@@ -96,6 +97,7 @@ class Traffic:
             raise ConformanceError(f"start returned {handle!r} twice: a new sequence, a new id")
         self.handles.append(handle)
         self._made[handle] = []
+        self._prompts[handle] = len(prompt)
         return handle
 
     def release(self, handle: str) -> None:
@@ -119,13 +121,30 @@ class Traffic:
                 )
         return [self.results[handle] for handle in self.handles]
 
+    def num_made(self, handle: str) -> int:
+        """Tokens of a request so far.
+
+        Raises:
+            ConformanceError: it got none in so many steps, or failed.
+        """
+        if self.evidence.steps > STALLED_STEPS or isinstance(self.results.get(handle), Exception):
+            raise ConformanceError(f"{handle!r} got no further: {self.results.get(handle)!r}")
+        return len(self._made.get(handle, self.results.get(handle, ())))  # type: ignore[arg-type]
+
     def step(self) -> bool:
         """One step; True where somebody got a token or failed."""
         self.evidence.steps += 1
-        with Preemptions(self.adapter.cache, set(self._made)) as preemptions:
+        with Calls(self.adapter.cache) as calls:
             found = self.adapter.step()
-            preemptions.ended |= {h for h, got in found.items() if isinstance(got, Exception)}
-        self.evidence.preemptions += preemptions.count
+        ended = {h for h, got in found.items() if isinstance(got, Exception)}
+        self.evidence.preemptions += sum(h in self._made and h not in ended for h in calls.freed)
+        for handle, num_tokens in calls.prompts.items():
+            if num_tokens != self._prompts.get(handle, num_tokens):
+                raise ConformanceError(
+                    f"{handle!r} was added with num_prompt_tokens={num_tokens}, its prompt has "
+                    f"{self._prompts[handle]}: it stays the same when a sequence is resumed, and "
+                    "reserve takes the first tokens of a sequence nobody added for the prompt"
+                )
         for handle, got in found.items():
             if handle not in self._made:
                 raise ConformanceError(
@@ -164,30 +183,61 @@ class Traffic:
         self.evidence.prefix_hit_tokens = stats["prefix_hit_tokens"] + stats["resumed_hit_tokens"]
 
 
-class Preemptions:
-    """Sequences among `wanted` that a loop frees inside, those in `ended` left out."""
+class Calls:
+    """What a loop adds to the cache and frees inside.
 
-    def __init__(self, cache: SpectralKVCache, wanted: set[str]) -> None:
-        self._cache, self._wanted = cache, wanted
-        self._freed: list[str] = []
-        self.ended: set[str] = set()
+    Attributes:
+        prompts: `num_prompt_tokens` of each sequence that was added.
+        freed: the sequences that were freed, in order.
+    """
 
-    def __enter__(self) -> Preemptions:
-        free = self._cache.free
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self._cache = cache
+        self.prompts: dict[str, int] = {}
+        self.freed: list[str] = []
 
-        def counted(seq_id: str, *, forget: bool = False) -> None:
+    def __enter__(self) -> Calls:
+        add, free = self._cache.add_sequence, self._cache.free
+
+        def noted_add(seq_id: str, *, num_prompt_tokens: int, **options: Any) -> int | None:
+            self.prompts[seq_id] = num_prompt_tokens
+            return add(seq_id, num_prompt_tokens=num_prompt_tokens, **options)
+
+        def noted_free(seq_id: str, *, forget: bool = False) -> None:
             free(seq_id, forget=forget)
-            self._freed.append(seq_id)
+            self.freed.append(seq_id)
 
-        self._cache.free = counted  # type: ignore[method-assign]
+        self._cache.add_sequence = noted_add  # type: ignore[method-assign]
+        self._cache.free = noted_free  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._cache.free  # the class's own again
+        del self._cache.add_sequence, self._cache.free  # the class's own again
 
-    @property
-    def count(self) -> int:
-        return sum(seq_id in self._wanted - self.ended for seq_id in self._freed)
+
+class Squatters:
+    """Sequences that hold all that is free of a cache while the inside runs."""
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self._cache = cache
+        self._held: list[str] = []
+
+    def __enter__(self) -> Squatters:
+        return self
+
+    def take(self) -> None:
+        """Hold what is free now, and what is cached."""
+        num_tokens = 512
+        while num_tokens >= 64:
+            name = f"squatter-{len(self._held)}"
+            if self._cache.reserve({name: num_tokens}) is None:
+                num_tokens //= 2
+            else:
+                self._held.append(name)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._held:
+            self._cache.free(name)
 
 
 class Spoiled:

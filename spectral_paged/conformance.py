@@ -23,7 +23,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from spectral_paged.adapter import Adapter, AdapterConfig, Evidence, Result, Spoiled, Traffic
+from spectral_paged.adapter import (
+    Adapter,
+    AdapterConfig,
+    Evidence,
+    Result,
+    Spoiled,
+    Squatters,
+    Traffic,
+)
 from spectral_paged.errors import ConformanceError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
@@ -129,22 +137,32 @@ class Conformance:
         return evidence
 
     def preemption_changes_nothing(self) -> Evidence:
-        """Requests that grow in a pool too small for all of them."""
-        prompts, evidence = self._prompts((600, 577, 640, 63, 620, 590)), Evidence()
-        for format, num_tokens in ((self.coarse, 2200), (self.exact, 1600)):
+        """While all generate, somebody else takes what is free of the pool."""
+        prompts, evidence = self._prompts((600, 577, 63, 590, 620, 640)), Evidence()
+        for format in (self.coarse, self.exact):
             for caching in (False, True):
                 config = self._config(
                     format,
-                    kv_cache_bytes=self._bytes(num_tokens),
+                    kv_cache_bytes=self._bytes(5000),
+                    max_num_seqs=64,
                     enable_prefix_caching=caching,
-                    max_step_tokens=2048,
                 )
-                found, seen = self._serve(config, prompts, num_tokens=GROWN_TOKENS)
+                traffic = Traffic(self.make(config), GROWN_TOKENS)
+                handles = [traffic.start(prompt) for prompt in prompts]
+                while traffic.num_made(handles[-1]) < GROWN_TOKENS // 2:
+                    traffic.step()
+                with Squatters(traffic.adapter.cache) as squatters:
+                    while traffic.evidence.preemptions == 0:
+                        squatters.take()  # again: a seal gives back more than it takes
+                        if not traffic.step():
+                            break
+                    found = traffic.finish()
+                traffic.check_empty()
                 self._compare_alone(
                     prompts, found, "that a resumed sequence has all its tokens and still the "
                     "num_prompt_tokens that it began with", format=format, num_tokens=GROWN_TOKENS,
                 )  # fmt: skip
-                evidence += seen
+                evidence += traffic.evidence
         return evidence
 
     def prefix_hits_change_nothing(self) -> Evidence:
