@@ -10,7 +10,8 @@ import pytest
 from spectral_paged.conformance import Conformance
 from spectral_paged.errors import ConformanceError
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "embed_in_engine.py"
+ROOT = Path(__file__).resolve().parents[1]
+PATH = ROOT / "examples" / "embed_in_engine.py"
 SPEC = importlib.util.spec_from_file_location("embed_in_engine", PATH)
 example = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(example)
@@ -179,3 +180,11 @@ def test_the_example_is_held_in_the_head():
     """The loop and its forward pass, without what prints: under 150 lines."""
     loop = PATH.read_text(encoding="utf-8").split("\ndef main(")[0]
     assert len(loop.splitlines()) < 150
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    names = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    assert names["done"] == 700 and names["failed"] == {} and names["out"].isfinite().all()
+    assert names["cache"].stats()["num_sequences"] == 0
