@@ -13,7 +13,7 @@ report = cache.end_step()                           publishes, seals what is due
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -266,24 +266,19 @@ class SpectralKVCache:
         """Reserve a whole step; None (and nothing held) when it does not fit now.
 
         An unknown sequence is added, its first tokens taken for its whole prompt; call
-        `add_sequence` first where that is not so.
+        `add_sequence` first where that is not so. What `try_reserve` raises holds nothing either.
         """
-        added, grown = list[str](), list[str]()
-        for seq_id, num_new in new_tokens.items():
-            if seq_id not in self:
-                if self.add_sequence(seq_id, num_prompt_tokens=num_new) is None:
-                    break
-                added.append(seq_id)
-            if not self.try_reserve(seq_id, num_new):
-                break
-            grown.append(seq_id)
-        else:
-            return self.plan(new_tokens)
-        for seq_id in grown:
-            self.cancel_reservation(seq_id)
-        for seq_id in added:
-            self.free(seq_id)
-        return None
+        with ExitStack() as undo:
+            for seq_id, num_new in new_tokens.items():
+                if seq_id not in self:
+                    if self.add_sequence(seq_id, num_prompt_tokens=num_new) is None:
+                        return None
+                    undo.callback(self.free, seq_id)
+                if not self.try_reserve(seq_id, num_new):
+                    return None
+                undo.callback(self.cancel_reservation, seq_id)
+            undo.pop_all()  # neither None nor an error: what is held stays
+        return self.plan(new_tokens)
 
     def cancel_reservation(self, seq_id: str) -> None:
         """Give back slots reserved for tokens that no step stored."""

@@ -67,6 +67,10 @@ class NonFiniteError(SpectralPagedError, ArithmeticError):
         self.block_index = block_index
 
 
+class ConformanceError(SpectralPagedError, AssertionError):
+    """A loop around the cache that breaks a rule of embedding it; see `docs/embedding.md`."""
+
+
 class PatchError(SpectralPagedError, RuntimeError):
     """A function in third-party code that cannot be replaced, or not restored, everywhere."""
 

@@ -100,6 +100,16 @@ def test_tokens_that_cannot_be_stored_are_refused():
     cache.check_integrity()
 
 
+def test_a_step_that_is_refused_holds_nothing():
+    cache = make(max_model_len=700)
+    cache.add_sequence("b", num_prompt_tokens=70)
+    with pytest.raises(CapacityError, match="'c' would hold 701 tokens"):
+        cache.reserve({"a": 3, "b": 70, "c": 701})
+    assert "a" not in cache and "b" in cache and "c" not in cache
+    assert cache.stats()["exact_pages_in_use"] == 0
+    cache.check_integrity()
+
+
 def test_a_sequence_that_failed_takes_no_more_tokens():
     cache = make()
     cache.add_sequence("a", num_prompt_tokens=640)
