@@ -403,6 +403,7 @@ class Engine:
         metrics.num_preemptions += request.num_preemptions
         metrics.preemption_reasons += [reason.value for reason in request.preemptions]
         metrics.num_recomputed_tokens += request.num_recomputed_tokens
+        metrics.num_pages_sealed += request.num_pages_sealed
         if request.request_id in self.cache:
             held = self.cache.sequence_stats(request.request_id)
             metrics.num_pages_sealed += int(held["pages_sealed"])
