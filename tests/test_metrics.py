@@ -20,7 +20,7 @@ from tiny_model import random_prompts, tiny_format, tiny_llm
 from spectral_paged import SamplingParams
 from spectral_paged.device_timer import DeviceTimer
 from spectral_paged.engine_counters import FINISH_REASONS, Distribution, Durations
-from spectral_paged.errors import MissingPackageError, SpectralPagedError
+from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
 from spectral_paged.metrics import MetricsCollector, parse, serving
 from spectral_paged.readings import DURATIONS, FIGURES, read
 
@@ -139,6 +139,23 @@ def test_requests_that_end_badly_are_counted_by_how(monkeypatch):
     assert ended == {"stop": 0, "length": 1, "abort": 1, "error": 1}
     assert reading.value("prompt_tokens") == 2, "only what was served"
     assert reading.durations["e2e_request_latency_seconds"].count == 1
+
+
+@pytest.mark.parametrize("bad", [{"prompt_token_ids": [1], "x": 1}, {"cache_salt": "a"}, "text"])
+def test_every_prompt_that_is_refused_is_counted_and_logged(bad, caplog):
+    llm = tiny_llm()
+    with caplog.at_level("INFO", "spectral_paged"), pytest.raises(InvalidRequestError):
+        generate(llm, [bad])
+    assert llm.stats()["refused"] == {"InvalidRequestError": 1}
+    assert [r.event for r in caplog.records if hasattr(r, "event")] == ["refusal"]
+
+
+def test_conversations_that_are_refused_are_counted_and_logged(caplog):
+    llm = tiny_llm()
+    with caplog.at_level("INFO", "spectral_paged"), pytest.raises(InvalidRequestError):
+        llm.chat([{"role": "user", "content": "no template"}], use_tqdm=False)
+    assert llm.stats()["refused"] == {"InvalidRequestError": 1}
+    assert [r.event for r in caplog.records if hasattr(r, "event")] == ["refusal"]
 
 
 def test_without_prefix_caching_nothing_is_asked_for():
