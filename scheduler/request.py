@@ -31,6 +31,7 @@ class Request:
         preemptions: why it was preempted, each time.
         num_dropped_tokens: those it had stored when it was preempted, until it runs again.
         num_recomputed_tokens: of the dropped ones, those that the prefix cache had no more.
+        num_pages_sealed: those of lives that a preemption ended.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
     """
@@ -46,11 +47,17 @@ class Request:
     num_dropped_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_pages_sealed: int = 0
     num_pending: int = 0
 
     @property
     def num_preemptions(self) -> int:
         return len(self.preemptions)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether its prompt was computed before: by itself, or by the one it could not fork."""
+        return bool(self.preemptions) or len(self.token_ids) > self.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:

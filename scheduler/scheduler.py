@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +33,7 @@ class Cache(Protocol):
     def chunk_limit(self, seq_id: str) -> int: ...
     def seals_due(self, seq_id: str, num_new: int) -> int: ...
     def num_tokens(self, seq_id: str) -> int: ...
+    def sequence_stats(self, seq_id: str) -> Mapping[str, float]: ...
     def free(self, seq_id: str, *, forget: bool = False) -> None: ...
     def reset_prefix_cache(self) -> int: ...
 
@@ -180,7 +181,7 @@ class Scheduler:
                 token_ids=request.token_ids,
                 cache_salt=request.cache_salt,
                 pinned_spans=request.pinned_spans,
-                resumed=request.num_preemptions > 0,
+                resumed=request.is_resumed,
             )
             if cached is None:
                 return
@@ -232,6 +233,8 @@ class Scheduler:
             budget.give_back(taken, self.cache.seals_due(victim.request_id, taken))
             self.cache.cancel_reservation(victim.request_id)
         self.running.remove(victim)
+        stats = self.cache.sequence_stats(victim.request_id)
+        victim.num_pages_sealed += int(stats["pages_sealed"])
         self.cache.free(victim.request_id)
         victim.preemptions.append(reason)
         victim.num_dropped_tokens = dropped

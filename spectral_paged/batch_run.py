@@ -19,7 +19,7 @@ from spectral_paged.batch_file import (
 )
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
-from spectral_paged.request_events import log_refusal
+from spectral_paged.request_events import refusing
 
 
 @dataclass(slots=True)
@@ -87,18 +87,16 @@ class BatchRun:
         if self.output.has(line):
             self.summary.skipped += 1
             return False
+        request_id, engine = f"line-{line.number}", self.llm.engine
         try:
-            if line.error is not None:
-                log_refusal(f"line-{line.number}", line.error)
-                raise line.error
-            prompt = line.prompt
-            if line.messages is not None:
-                prompt = self.llm.chat_tokens(line.messages)
+            with refusing(engine.counters, request_id):
+                if line.error is not None:
+                    raise line.error
+                prompt = line.prompt
+                if line.messages is not None:
+                    prompt = self.llm.chat_tokens(line.messages)
             assert prompt is not None, "a line without an error has a prompt"
-            request_id = f"line-{line.number}"
-            self.llm.engine.add_request(
-                request_id, prompt, line.params, cache_salt=line.cache_salt
-            )
+            engine.add_request(request_id, prompt, line.params, cache_salt=line.cache_salt)
         except SpectralPagedError as error:
             self._fail(line, error)
             return False

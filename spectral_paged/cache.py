@@ -167,7 +167,7 @@ class SpectralKVCache:
             cache_salt: sequences with different salts never share slots.
             pinned_spans: `(start, end)` positions of the prompt that stay exact for ever, by whole
                 blocks.
-            resumed: it ran before and was preempted; its hits are counted apart.
+            resumed: its prompt was computed before; its hits are counted apart.
 
         Returns:
             Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.

@@ -30,7 +30,8 @@ class CacheCounters:
     def count_prefix(self, state: SequenceState) -> None:
         """Tokens of a sequence that runs for the first time, and those found cached.
 
-        As vLLM does, preempted sequences that go on are counted apart: they find themselves.
+        As vLLM does, preempted sequences that go on are counted apart: they find themselves. So do
+        siblings that could not be forked: their prompt was asked for by the first of them.
         """
         if state.ran or state.chain is None or state.token_ids is None:
             return
@@ -39,8 +40,8 @@ class CacheCounters:
             self.resumed_query_tokens += asked
             self.resumed_hit_tokens += found
         else:
-            self.prefix_query_tokens += asked
-            self.prefix_hit_tokens += found
+            self.prefix_query_tokens += min(asked, state.num_prompt_tokens)
+            self.prefix_hit_tokens += min(found, state.num_prompt_tokens)
 
     def count_freed(
         self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int

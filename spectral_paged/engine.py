@@ -27,7 +27,7 @@ from spectral_paged.errors import (
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.pins import Spans, spans_of
 from spectral_paged.prompts import token_ids_of
-from spectral_paged.request_events import log_failure, log_refusal
+from spectral_paged.request_events import log_failure, refusing
 from spectral_paged.request_group import Completion, RequestGroup, failure, seed_of
 from spectral_paged.sampled_step import SampledStep, unsampled
 from spectral_paged.sampler import Sampled
@@ -116,7 +116,7 @@ class Engine:
                 can never be served; nothing is queued.
         """
         params = params or SamplingParams()
-        try:
+        with refusing(self.counters, request_id):
             if request_id in self._groups:
                 raise InvalidRequestError(f"request id {request_id!r} is running already")
             if not isinstance(cache_salt, str):
@@ -124,10 +124,6 @@ class Engine:
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
-        except SpectralPagedError as error:
-            self.counters.count_refusal(error)
-            log_refusal(request_id, error)
-            raise
         group = RequestGroup(
             request_id,
             prompt if isinstance(prompt, str) else None,
@@ -304,12 +300,11 @@ class Engine:
             return SampledStep.draw(ready, logits, self.eos_token_ids)
         except OUT_OF_MEMORY:
             raise
-        except Exception as error:
+        except Exception:
             errors = unsampled(ready, logits, self.eos_token_ids)
             if not errors or (len(errors) == len(ready) > 1):
                 raise
             for row, cause in errors.items():
-                logger.warning("%s cannot be sampled: %r", ready[row].request.request_id, error)
                 self._fail(ready[row], failure(ready[row], "its token was sampled", cause))
         rows = [row for row in range(len(ready)) if row not in errors]
         if not rows:
@@ -402,6 +397,7 @@ class Engine:
         metrics.num_preemptions += request.num_preemptions
         metrics.preemption_reasons += [reason.value for reason in request.preemptions]
         metrics.num_recomputed_tokens += request.num_recomputed_tokens
+        metrics.num_pages_sealed += request.num_pages_sealed
         if request.request_id in self.cache:
             held = self.cache.sequence_stats(request.request_id)
             metrics.num_pages_sealed += int(held["pages_sealed"])
@@ -411,7 +407,7 @@ class Engine:
 
     def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
         if completion.output.finish_reason is not None:
-            return  # it has all that it asked for
+            return  # it has all that it asked for, or another of its request failed before
         error.request_id = completion.owner.request_id
         completion.owner.error = error
         self._touched[completion.owner.request_id] = completion.owner

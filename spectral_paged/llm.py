@@ -27,12 +27,11 @@ from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import choose_cache_bytes, choose_device, choose_dtype
-from spectral_paged.prompts import Prompt, params_list, prompt_list
+from spectral_paged.prompts import Prompt, params_list, parts_of, prompt_list
+from spectral_paged.request_events import refusing
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 from spectral_paged.shared_basis import SharedBasis
-
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "pinned_spans")
 
 
 @dataclass(slots=True, eq=False)
@@ -282,7 +281,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one conversation or many through the tokenizer's chat template."""
         many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        prompts = [{"prompt_token_ids": self.chat_tokens(m)} for m in many]  # type: ignore[arg-type]
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(many):
+            with refusing(self.engine.counters, f"prompt {i}"):
+                prompts.append({"prompt_token_ids": self.chat_tokens(conversation)})  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -396,25 +398,8 @@ class LLM:
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"
-        salt, pinned = "", ()
-        body: str | Sequence[int]
-        if isinstance(prompt, Mapping):
-            unknown = sorted(set(prompt) - set(PROMPT_KEYS), key=str)
-            if unknown:
-                raise InvalidRequestError(
-                    f"a prompt mapping has {unknown}; it takes {list(PROMPT_KEYS)}"
-                )
-            salt, pinned = prompt.get("cache_salt") or "", prompt.get("pinned_spans", ())
-            if "prompt_token_ids" in prompt:
-                body = prompt["prompt_token_ids"]
-            elif "prompt" in prompt:
-                body = prompt["prompt"]
-            else:
-                raise InvalidRequestError(
-                    f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {list(prompt)}"
-                )
-        else:
-            body = prompt
+        with refusing(self.engine.counters, request_id):
+            body, salt, pinned = parts_of(prompt)
         self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id
 

@@ -37,6 +37,7 @@ class RequestMetrics:
     """Times are seconds of a monotonic clock; counts are of this request alone.
 
     `num_cached_tokens`: prompt tokens that the prefix cache had when the request began.
+    `num_pages_sealed`: over all completions and all their lives; what forks share counts once.
     `preemption_reasons`: one for each preemption. `num_recomputed_tokens`: those that a preemption
     dropped and the prefix cache had no more when the request went on.
     """

@@ -9,6 +9,26 @@ from spectral_paged.errors import InvalidRequestError
 from spectral_paged.sampling import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "pinned_spans")
+
+
+def parts_of(prompt: Prompt) -> tuple[str | Sequence[int], str, Any]:
+    """Text or token ids of a prompt, its cache salt and its pinned spans.
+
+    Raises:
+        InvalidRequestError: a mapping with unknown keys, or without a prompt.
+    """
+    if not isinstance(prompt, Mapping):
+        return prompt, "", ()
+    unknown = sorted(set(prompt) - set(PROMPT_KEYS), key=str)
+    if unknown:
+        raise InvalidRequestError(f"a prompt mapping has {unknown}; it takes {list(PROMPT_KEYS)}")
+    for key in ("prompt_token_ids", "prompt"):
+        if key in prompt:
+            return prompt[key], prompt.get("cache_salt") or "", prompt.get("pinned_spans", ())
+    raise InvalidRequestError(
+        f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {list(prompt)}"
+    )
 
 
 def token_ids_of(

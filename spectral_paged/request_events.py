@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from spectral_paged.engine_counters import EngineCounters
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.request_group import RequestGroup
 
 logger = logging.getLogger(__name__)
 
 
-def log_refusal(request_id: str, error: SpectralPagedError) -> None:
-    """A request that was never queued; its caller has the error too."""
-    fields = {"event": "refusal", "request_id": request_id, "reason": type(error).__name__}
-    logger.info("refused request %s: %s", request_id, error, extra=fields)
+@contextmanager
+def refusing(counters: EngineCounters, request_id: str) -> Iterator[None]:
+    """An error in here means that the request is never queued: it is counted, logged, and raised
+    on to the caller. Not to be nested, or a refusal counts twice."""
+    try:
+        yield
+    except SpectralPagedError as error:
+        counters.count_refusal(error)
+        fields = {"event": "refusal", "request_id": request_id, "reason": type(error).__name__}
+        logger.info("refused request %s: %s", request_id, error, extra=fields)
+        raise
 
 
 def log_failure(group: RequestGroup, error: SpectralPagedError) -> None:

@@ -20,7 +20,7 @@ class SequenceState:
     num_tokens: int = 0
     pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
-    num_pages_sealed: int = 0
+    num_pages_sealed: int = 0  # for this sequence: a fork's parent keeps its own count
     resumed: bool = False
     ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
     error: NonFiniteError | None = None

@@ -140,7 +140,6 @@ class SequenceTable:
             token_ids,
             num_tokens=parent.num_tokens,
             num_cached_tokens=parent.num_tokens,
-            num_pages_sealed=parent.num_pages_sealed,
             pinned=parent.pinned,
             ran=True,  # it asked the prefix cache for nothing
         )

@@ -59,6 +59,9 @@ class CountingCache:
     def num_tokens(self, seq_id):
         return self.stored[seq_id]
 
+    def sequence_stats(self, seq_id):
+        return {"pages_sealed": self.stored[seq_id] // self.seal_every}
+
     def free(self, seq_id, *, forget=False):
         del self.stored[seq_id], self.reserved[seq_id]
         self.forgotten[seq_id] = forget

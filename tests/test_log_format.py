@@ -9,7 +9,7 @@ import pytest
 from tiny_model import random_prompts, tiny_llm
 
 import spectral_paged.llm
-from spectral_paged import SamplingParams
+from spectral_paged import SamplingParams, sampled_step
 from spectral_paged.cli import main
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.log_format import JsonFormatter, TextFormatter, logging_to_stderr
@@ -101,16 +101,20 @@ def test_preemptions_are_told_with_who_why_and_how_much(tight, tmp_path, capsys)
 
 def test_refused_lines_are_told_at_level_info_only(tight, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
-    source.write_text('{"prompt": [1, 2]}\n{"prompt": []}\n{bad\n{"prompt": [5000]}\n')
+    chat = json.dumps({"messages": [{"role": "user", "content": "no template"}]})
+    lines = ['{"prompt": [1, 2]}', '{"prompt": []}', "{bad", '{"prompt": [5000]}', chat]
+    source.write_text("\n".join(lines))
     argv = ["generate", "--input", str(source), "--output", str(tmp_path / "out"), "--quiet",
             "--overwrite", "--log-format", "json"]  # fmt: skip
     assert main(argv) == 0 and events(capsys.readouterr().err) == []
+    assert tight.stats()["refused"] == {"EmptyPromptError": 1, "InvalidRequestError": 3}
     assert main([*argv, "--log-level", "info"]) == 0
     found = events(capsys.readouterr().err)
     assert [(e["event"], e["request_id"], e["reason"]) for e in found] == [
         ("refusal", "line-2", "EmptyPromptError"),
         ("refusal", "line-3", "InvalidRequestError"),
         ("refusal", "line-4", "InvalidRequestError"),
+        ("refusal", "line-5", "InvalidRequestError"),
     ]
 
 
@@ -130,6 +134,23 @@ def test_a_failed_request_is_told_once_with_what_it_had(monkeypatch, caplog):
         "NonFiniteError", 3, 4
     )  # fmt: skip
     assert event.request_id == "request-0" and event.levelname == "WARNING"
+
+
+def test_a_request_whose_rows_all_fail_is_told_once_with_the_cause_of_a_row(monkeypatch, caplog):
+    llm, draw = tiny_llm(), sampled_step.Drawn
+
+    def picky(logits, rows):
+        if any(r.params.n == 2 and r.num_output_tokens == 2 for r in rows):
+            raise IndexError(f"in a batch of {len(rows)}")
+        return draw(logits, rows)
+
+    monkeypatch.setattr(sampled_step, "Drawn", picky)
+    params = [SamplingParams(max_tokens=9, n=n) for n in (1, 2)]
+    with pytest.raises(SpectralPagedError):
+        llm.generate([[1, 2, 3], [4, 5]], params, use_tqdm=False)
+    [told] = [r for r in caplog.records if r.name.startswith("spectral_paged")]
+    assert (told.event, told.request_id) == ("failure", "request-1")
+    assert "in a batch of 1" in told.getMessage()
 
 
 @pytest.mark.model

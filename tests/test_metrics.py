@@ -20,7 +20,7 @@ from tiny_model import random_prompts, tiny_format, tiny_llm
 from spectral_paged import SamplingParams
 from spectral_paged.device_timer import DeviceTimer
 from spectral_paged.engine_counters import FINISH_REASONS, Distribution, Durations
-from spectral_paged.errors import MissingPackageError, SpectralPagedError
+from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
 from spectral_paged.metrics import MetricsCollector, parse, serving
 from spectral_paged.readings import DURATIONS, FIGURES, read
 
@@ -77,7 +77,32 @@ def test_pages_and_bytes_are_those_of_stats(pressed):
     for name in ("pages_sealed", "pages_attended", "compression_ratio"):
         assert reading.value(name) == stats[name] > 0
     assert reading.value("seal_time_seconds") == stats["seal_seconds"] > 0
-    assert reading.value("pages_sealed") >= sum(o.metrics.num_pages_sealed for o in outputs) > 0
+    assert reading.value("pages_sealed") == sum(o.metrics.num_pages_sealed for o in outputs) > 0
+
+
+def test_forks_count_the_pages_of_their_prompt_once():
+    llm = tiny_llm()
+    params = SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=3)
+    [output] = generate(llm, random_prompts([1700]), params)
+    assert output.metrics.num_pages_sealed == llm.stats()["pages_sealed"] == 3 * 2
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_pages_sealed_before_a_preemption_are_counted_with_those_after(aborted):
+    llm = tiny_llm(kv_cache_bytes=700_000, enable_prefix_caching=False)
+    engine, found = llm.engine, []
+    for i, prompt in enumerate(random_prompts([700] * 4)):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=300))
+    while engine.has_unfinished():
+        found += [o.metrics for o in engine.step() if o.finished]
+        waiting = [r for r in engine.scheduler.waiting if r.num_preemptions]
+        if aborted and waiting:
+            name = waiting[0].request_id.removesuffix("#0")
+            found.append(engine._groups[name].metrics)
+            engine.abort(name)
+    assert len(found) == 4 and sum(m.num_preemptions for m in found) > 0
+    assert all(m.num_pages_sealed for m in found)
+    assert sum(m.num_pages_sealed for m in found) == llm.stats()["pages_sealed"]
 
 
 def test_latencies_are_counted_once_a_request_and_once_a_gap(pressed):
@@ -114,6 +139,23 @@ def test_requests_that_end_badly_are_counted_by_how(monkeypatch):
     assert ended == {"stop": 0, "length": 1, "abort": 1, "error": 1}
     assert reading.value("prompt_tokens") == 2, "only what was served"
     assert reading.durations["e2e_request_latency_seconds"].count == 1
+
+
+@pytest.mark.parametrize("bad", [{"prompt_token_ids": [1], "x": 1}, {"cache_salt": "a"}, "text"])
+def test_every_prompt_that_is_refused_is_counted_and_logged(bad, caplog):
+    llm = tiny_llm()
+    with caplog.at_level("INFO", "spectral_paged"), pytest.raises(InvalidRequestError):
+        generate(llm, [bad])
+    assert llm.stats()["refused"] == {"InvalidRequestError": 1}
+    assert [r.event for r in caplog.records if hasattr(r, "event")] == ["refusal"]
+
+
+def test_conversations_that_are_refused_are_counted_and_logged(caplog):
+    llm = tiny_llm()
+    with caplog.at_level("INFO", "spectral_paged"), pytest.raises(InvalidRequestError):
+        llm.chat([{"role": "user", "content": "no template"}], use_tqdm=False)
+    assert llm.stats()["refused"] == {"InvalidRequestError": 1}
+    assert [r.event for r in caplog.records if hasattr(r, "event")] == ["refusal"]
 
 
 def test_without_prefix_caching_nothing_is_asked_for():

@@ -192,6 +192,24 @@ def test_a_fork_is_no_hit():
     assert out.metrics.num_cached_tokens == 0
 
 
+def test_siblings_without_a_seat_ask_for_no_prompt():
+    llm = tiny_llm(max_num_seqs=1)
+    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=4)
+    llm.generate(random_prompts([700]), params, use_tqdm=False)
+    stats = llm.stats()
+    assert (stats["prefix_query_tokens"], stats["prefix_hit_tokens"]) == (700, 0)
+    assert (stats["resumed_query_tokens"], stats["resumed_hit_tokens"]) == (2 * 701, 2 * 640)
+
+
+def test_tokens_after_the_prompt_are_neither_asked_for_nor_hit():
+    cache, ids = make(FORMATS["exact"]), list(range(300))
+    for name in "ab":
+        run(cache, name, ids, prompt=200)
+    assert cache.sequence_stats("b")["cached_tokens"] == 256
+    stats = cache.stats()
+    assert (stats["prefix_query_tokens"], stats["prefix_hit_tokens"]) == (400, 200)
+
+
 def test_a_resume_that_finds_itself_is_counted_apart(monkeypatch):
     llm, [prompt] = tiny_llm(), random_prompts([700])
     llm.engine.add_request("first", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=9))
