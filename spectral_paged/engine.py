@@ -302,7 +302,8 @@ class Engine:
             raise
         except Exception:
             errors = unsampled(ready, logits, self.eos_token_ids)
-            if not errors or (len(errors) == len(ready) > 1):
+            several = len({c.owner.request_id for c in ready}) > 1
+            if not errors or (len(errors) == len(ready) and several):
                 raise
             for row, cause in errors.items():
                 self._fail(ready[row], failure(ready[row], "its token was sampled", cause))

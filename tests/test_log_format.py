@@ -153,6 +153,23 @@ def test_a_request_whose_rows_all_fail_is_told_once_with_the_cause_of_a_row(monk
     assert "in a batch of 1" in told.getMessage()
 
 
+def test_a_request_alone_whose_rows_all_fail_fails_and_raises_out_of_no_step(monkeypatch):
+    llm, draw = tiny_llm(), sampled_step.Drawn
+
+    def picky(logits, rows):
+        if rows[0].num_output_tokens == 2:
+            raise IndexError("no")
+        return draw(logits, rows)
+
+    monkeypatch.setattr(sampled_step, "Drawn", picky)
+    llm.engine.add_request("two", [1, 2], SamplingParams(max_tokens=9, n=2))
+    done = []
+    while llm.engine.has_unfinished():
+        done += [output for output in llm.engine.step() if output.finished]
+    assert [output.error.request_id for output in done] == ["two"]
+    llm.cache.check_integrity()
+
+
 @pytest.mark.model
 def test_a_calibration_is_told_with_its_tokens(tmp_path, capsys):
     argv = ["calibrate", "smollm2-135m", "--output", str(tmp_path / "basis.safetensors")]
