@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import huggingface_hub
@@ -373,7 +374,8 @@ def test_an_archive_with_another_hash_than_its_pin_stops_the_set_up(
     tmp_path, monkeypatch, capsys, lines, code, said
 ):
     path = Path(__file__).parent.parent / ".ci" / "pins"
-    pins = SourceFileLoader("pins", str(path)).load_module()
+    pins = module_from_spec(spec_from_loader("pins", SourceFileLoader("pins", str(path))))
+    pins.__loader__.exec_module(pins)
     file = tmp_path / "pins.sha256"
     file.write_text("".join("{1}  {0}\n".format(*line.split()) for line in lines))
     monkeypatch.setattr(pins, "PINS", file)
