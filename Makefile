@@ -53,10 +53,9 @@ types: $(STAMP)
 # Archives against their pinned hashes (set-up does that too, and stops at a wrong one), then known
 # vulnerabilities of the pins, by pip-audit in a venv of its own; needs the index's advisories.
 audit: $(STAMP)
-	$(BIN)/python .ci/pins check
 	rm -rf build/audit
 	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 || true
-	.ci/audit build/audit/bin/pip-audit
+	@$(BIN)/python .ci/pins check; pins=$$?; .ci/audit build/audit/bin/pip-audit && exit $$pins
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

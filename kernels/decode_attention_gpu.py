@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.decode_finish_triton import finish, reduce_items
+from spectral_paged.kernels.decode_finish_triton import finish, merge_items
 from spectral_paged.kernels.decode_parts import Beside, Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.exact_decode_triton import attend_exact, plan_exact
@@ -89,10 +89,7 @@ def decode_attention(
         )  # fmt: skip
 
     if page_table is None or layout is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        reduce_items(exact_plan.first_item, attend(), out, lse)
-        return out
+        return merge_items(q, attend(), exact_plan.first_item, dtype=q.dtype)[0]
     check_layout(layout)
     if config is None:
         config = decode_config(layout, q.device)

@@ -106,21 +106,29 @@ def _apply_kernel(
     tl.store(out_ptr + query[:, None] * DIM + dim[None, :], found, mask=ok)
 
 
-def reduce_items(
-    first_item: Tensor, partials: Partials, out: Tensor, lse: Tensor, beside: Beside | None = None
-) -> None:
-    """Merge items into `out` `[N, Hq, n]` and `lse` fp32 `[N, Hq]`; those `beside` have vectors of
-    the last columns alone."""
-    num_seqs, num_q_heads, size = out.shape
-    heads, width = partials.vectors.shape[1:3]
+def merge_items(
+    q: Tensor,
+    partials: Partials,
+    first_item: Tensor,
+    *,
+    beside: Beside | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The items of each sequence merged: `[N, Hq, n]` in `dtype`, n as `partials` have it, and lse
+    fp32 `[N, Hq]`; those `beside` have vectors of the last columns alone."""
+    num_seqs, num_q_heads = q.shape[:2]
+    heads, width, size = partials.vectors.shape[1:]
+    out = torch.empty(num_seqs, num_q_heads, size, dtype=dtype, device=q.device)
+    lse = torch.empty(num_seqs, num_q_heads, dtype=torch.float32, device=q.device)
     more = beside or Beside(partials, first_item)
     _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
         first_item, partials.vectors, partials.sums, more.first_item, more.partials.vectors,
         more.partials.sums, out, lse,
         HEADS=heads, GROUP=num_q_heads // heads, P=width, SIZE=size, BESIDE=beside is not None,
         BESIDE_P=more.partials.vectors.shape[2], BESIDE_SIZE=more.partials.vectors.shape[3],
-        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1, **dependent_launch(out.device),
+        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1, **dependent_launch(q.device),
     )  # fmt: skip
+    return out, lse
 
 
 def finish(
@@ -139,16 +147,13 @@ def finish(
         partials: an item each; in rank space with a shared `basis`, which is applied here.
         beside: items of the same sequences that are not in rank space (exact pages).
     """
+    if basis is None:
+        return merge_items(q, partials, plan.first_item, beside=beside, dtype=dtype)
     group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    if basis is None:
-        reduce_items(plan.first_item, partials, out, lse, beside)
-        return out, lse
     # columns behind the rank are those of D that no basis multiplies
-    mixed = torch.empty(*q.shape[:2], side.rank + dim, dtype=torch.float32, device=q.device)
-    reduce_items(plan.first_item, partials, mixed, lse, beside)
+    mixed, lse = merge_items(q, partials, plan.first_item, beside=beside)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     rows = 64 if q.shape[0] * group > 16 else 16
     grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))
     _apply_kernel[grid](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode_finish_triton import reduce_items
+from spectral_paged.kernels.decode_finish_triton import merge_items
 from spectral_paged.kernels.decode_parts import LOG2_E, Partials, ScoreOptions
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import dependent_launch
@@ -138,7 +138,4 @@ def exact_decode(
         q, plane, table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
         plan=plan, options=ScoreOptions(0, softcap, first_visible),
     )  # fmt: skip
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    reduce_items(plan.first_item, partials, out, lse)
-    return out, lse
+    return merge_items(q, partials, plan.first_item)

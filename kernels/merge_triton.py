@@ -1,4 +1,7 @@
-"""Merge partial attention results by their log-sum-exp, in Triton."""
+"""Merge partial attention results by their log-sum-exp, in Triton.
+
+For callers of single ops, whose results are whole; `decode_attention` merges items instead.
+"""
 
 from __future__ import annotations
 

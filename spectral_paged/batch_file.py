@@ -26,6 +26,7 @@ from spectral_paged.file_limits import (
     is_cut,
 )
 from spectral_paged.outputs import Logprob, RequestOutput
+from spectral_paged.prompts import check_salt
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -198,9 +199,7 @@ def _parse_openai(
 
 def _cache_salt(value: Mapping[str, Any]) -> str:
     salt = value.get("cache_salt")
-    if salt is not None and not isinstance(salt, str):
-        raise InvalidRequestError(f"cache_salt is {salt!r:.80}; it must be a string")
-    return salt or ""
+    return "" if salt is None else check_salt(salt)
 
 
 def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:

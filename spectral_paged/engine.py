@@ -26,7 +26,7 @@ from spectral_paged.errors import (
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.pins import Spans, spans_of
-from spectral_paged.prompts import token_ids_of
+from spectral_paged.prompts import check_salt, token_ids_of
 from spectral_paged.request_events import log_failure, refusing
 from spectral_paged.request_group import Completion, RequestGroup, failure, seed_of
 from spectral_paged.sampled_step import SampledStep, unsampled
@@ -119,8 +119,7 @@ class Engine:
         with refusing(self.counters, request_id):
             if request_id in self._groups:
                 raise InvalidRequestError(f"request id {request_id!r} is running already")
-            if not isinstance(cache_salt, str):
-                raise InvalidRequestError(f"cache_salt is {cache_salt!r:.80}; it must be a string")
+            check_salt(cache_salt)
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
@@ -421,8 +420,7 @@ class Engine:
         group.metrics.finished_time = time.monotonic()
         for completion in group.completions:
             self._by_sequence.pop(completion.request.request_id, None)
-        if self._groups.get(group.request_id) is group:  # another may have its name by now
-            del self._groups[group.request_id]
+        self._groups.pop(group.request_id, None)
 
     def _output(self, group: RequestGroup) -> RequestOutput:
         if group.finished:

@@ -19,6 +19,7 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_TOKENIZER_BYTES = 1 << 30
 MAX_CALIBRATION_BYTES = 16 << 30  # seven fp32 [layers, H, D, D]: 0.5 GB for 126 layers of 8 x 128
 MAX_TEXT_BYTES = 1 << 30
+MAX_METRICS_BYTES = 16 << 20  # an answer of a metrics endpoint
 
 
 def amount(num_bytes: int) -> str:

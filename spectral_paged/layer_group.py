@@ -114,18 +114,17 @@ class LayerGroup:
         before = len(slots.exact), len(slots.pages)
         if before[0] >= num_exact and before[1] >= num_pages:
             return True
+        grown = False
         try:
             grown = self._allocate(slots.exact, num_exact, Kind.EXACT) and self._allocate(
                 slots.pages, num_pages, Kind.PAGE
             )
-        except BaseException:
-            self.shrink(seq_id, *before)
-            raise
-        if not grown:
-            self.shrink(seq_id, *before)
-            return False
-        self._write_rows(slots, before[0])
-        return True
+        finally:
+            if not grown:  # not now, or something raised
+                self.shrink(seq_id, *before)
+        if grown:
+            self._write_rows(slots, before[0])
+        return grown
 
     def _allocate(self, held: list[int], wanted: int, kind: Kind) -> bool:
         """Let `held` have at least `wanted` slots; False where the pool has no more."""

@@ -31,6 +31,17 @@ def parts_of(prompt: Prompt) -> tuple[str | Sequence[int], str, Any]:
     )
 
 
+def check_salt(salt: object) -> str:
+    """A cache salt as it is.
+
+    Raises:
+        InvalidRequestError: it is no string.
+    """
+    if not isinstance(salt, str):
+        raise InvalidRequestError(f"cache_salt is {salt!r:.80}; it must be a string")
+    return salt
+
+
 def token_ids_of(
     prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None
 ) -> list[int]:

@@ -126,13 +126,13 @@ class SequenceTable:
         row = self._row(child_id)
         if row is None:
             return False
+        whole = False
         try:
             whole = all(g.fork(parent_id, child_id, row, parent.num_tokens) for g in self._groups)
-        except BaseException:
-            self._undo(child_id, row)
-            raise
+        finally:
+            if not whole:  # not now, or something raised
+                self._undo(child_id, row)
         if not whole:
-            self._undo(child_id, row)
             return False
         child = SequenceState(
             parent.num_prompt_tokens,

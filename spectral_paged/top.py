@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
+from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
 from spectral_paged.readings import Reading, read
 
@@ -28,7 +29,6 @@ except ImportError as error:
     ) from error
 
 RATE_SECONDS = 5.0
-MAX_TEXT_BYTES = 16 << 20
 REFRESHES_PER_SECOND = 4
 
 
@@ -162,14 +162,14 @@ def fetch(url: str) -> str:
         url = parts._replace(path="/metrics").geturl()
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
-            found: bytes = answer.read(MAX_TEXT_BYTES + 1)
+            found: bytes = answer.read(MAX_METRICS_BYTES + 1)
     except (OSError, ValueError) as error:
         raise InvalidRequestError(
             f"{url} gives no metrics ({error}): does `generate --metrics-port` run "
             "there?"
         ) from error
-    if len(found) > MAX_TEXT_BYTES:
-        raise InvalidRequestError(f"{url} answers with more than {MAX_TEXT_BYTES >> 20} MiB")
+    if len(found) > MAX_METRICS_BYTES:
+        raise InvalidRequestError(f"{url} answers with more than {amount(MAX_METRICS_BYTES)}")
     return found.decode("utf-8", errors="replace")
 
 

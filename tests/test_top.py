@@ -190,7 +190,7 @@ def test_only_http_is_fetched(url):
 def test_an_endless_answer_is_cut_off(monkeypatch):
     class Endless(io.BytesIO):
         def read(self, size=-1):
-            assert 0 < size <= top.MAX_TEXT_BYTES + 1
+            assert 0 < size <= top.MAX_METRICS_BYTES + 1
             return b"x" * size
 
     monkeypatch.setattr(top.urllib.request, "urlopen", lambda *a, **k: Endless())
