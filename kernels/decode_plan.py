@@ -30,6 +30,7 @@ class DecodePlan:
         item_start, item_end: int32 `[num_items]`, its table entries.
         first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
         first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
+        entry_seq: int32 `[max_entries]`, the sequence of each of these; N past the last.
         max_entries: most entries that all sequences may have together.
     """
 
@@ -38,6 +39,7 @@ class DecodePlan:
     item_end: Tensor
     first_item: Tensor
     first_entry: Tensor
+    entry_seq: Tensor
     max_entries: int
 
     @property
@@ -72,6 +74,7 @@ class DecodePlan:
         seq = torch.searchsorted(first_item[1:], slot, right=True, out_int32=True)
         # the k-th of n items of a sequence takes entries [k count / n, (k + 1) count / n)
         own = torch.cat((items, zero + 1))[seq].clamp_min(1)
+        every = torch.arange(max(max_entries, 1), dtype=torch.int32, device=counts.device)
         count, place = torch.cat((counts, zero))[seq], slot - first_item[seq]
         start, end = (
             (k * count).div(own, rounding_mode="floor").to(torch.int32) for k in (place, place + 1)
@@ -82,5 +85,6 @@ class DecodePlan:
             item_end=end,
             first_item=first_item,
             first_entry=first_entry,
+            entry_seq=torch.searchsorted(first_entry[1:], every, right=True, out_int32=True),
             max_entries=max(max_entries, 1),
         )

@@ -157,7 +157,7 @@ def _byte_layout(rows):
 
 
 @gluon.jit
-def _index(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
+def index_of(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
     """`arange(size)` along `dim` of a 3-dimensional layout, broadcastable in it."""
     if dim == 0:
         x = gl.arange(0, size, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -176,9 +176,9 @@ def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
     """int32 `[ROWS, 4, ROW_WORDS / 4]` of rows of `ROW_WORDS` words that follow each other."""
     WORDS: gl.constexpr = ROW_WORDS // 4
     LAYOUT: gl.constexpr = _words_layout(ROWS, WORDS)
-    row = _index(ROWS, LAYOUT, 0)
-    lane = _index(4, LAYOUT, 1)
-    word = _index(WORDS, LAYOUT, 2)
+    row = index_of(ROWS, LAYOUT, 0)
+    lane = index_of(4, LAYOUT, 1)
+    word = index_of(WORDS, LAYOUT, 2)
     return gl.load(base + (row * ROW_WORDS + lane * WORDS + word))
 
 
@@ -186,8 +186,8 @@ def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
 def load_half_words(base, ROWS: gl.constexpr):
     """int32 `[ROWS, 4, 1]` of rows of four int16 that follow each other: 8 codes of 2 bits each."""
     LAYOUT: gl.constexpr = _words_layout(ROWS, 1)
-    row = _index(ROWS, LAYOUT, 0)
-    lane = _index(4, LAYOUT, 1)
+    row = index_of(ROWS, LAYOUT, 0)
+    lane = index_of(4, LAYOUT, 1)
     return gl.load(base + (row * 4 + lane)).to(gl.int32)
 
 
@@ -284,9 +284,9 @@ def load_digits(base, COLUMNS: gl.constexpr, RANK: gl.constexpr, COUNT: gl.const
     """Digits of the query for one band, int32 `[COLUMNS, 4, COUNT / 16]`, four in a word."""
     WORDS: gl.constexpr = COUNT // 16
     LAYOUT: gl.constexpr = _column_layout(COLUMNS, WORDS)
-    column = _index(COLUMNS, LAYOUT, 0)
-    lane = _index(4, LAYOUT, 1)
-    word = _index(WORDS, LAYOUT, 2)
+    column = index_of(COLUMNS, LAYOUT, 0)
+    lane = index_of(4, LAYOUT, 1)
+    word = index_of(WORDS, LAYOUT, 2)
     return gl.load(base + (column * (RANK // 4) + lane * WORDS + word))
 
 

@@ -27,7 +27,8 @@ class DecodeConfig:
     """Of `spectral_decode`.
 
     programs: about how many programs attend; items are cut to give so many.
-    splits: programs that share the projection of an item.
+    splits: programs that share the projection of an item, where pages have their own basis.
+    project_programs: programs that project, where they share one.
     project_registers, attend_registers, apply_registers: most registers a thread may take in the
         projection, in attention and in the application of page bases; None leaves it to the
         compiler. Fewer let more programs run at once.
@@ -36,6 +37,7 @@ class DecodeConfig:
 
     programs: int = 792
     splits: int = 4
+    project_programs: int = 396
     project_registers: int | None = None
     attend_registers: int | None = None
     apply_registers: int | None = None

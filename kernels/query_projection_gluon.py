@@ -1,4 +1,4 @@
-"""Queries in the rank space of pages, with explicit layouts (Gluon); see `project_queries`.
+"""Queries in the rank space of pages that have their own basis, with explicit layouts (Gluon).
 
 A program is one warp and takes 16 rows (frames x queries of a KV head) of a page at a time. A
 thread of four that share a row takes a quarter of the dimensions, consecutive ones, of the query
@@ -53,26 +53,16 @@ def _parts(x, MMA: gl.constexpr):
     return from_dims(first, 0, MMA), from_dims(rest, 0, MMA)
 
 
-@gluon.jit
-def _rows(ptr, BYTES: gl.constexpr):
-    """Basis rows as fp16: integers of a page's own basis, or the shared one."""
-    x = gl.load(ptr)
-    if BYTES:
-        x = half_integers(x)
-    return x.to(gl.float16)
-
-
 @gluon.jit(do_not_specialize=["num_seqs"])
 def _project_kernel(
     q_ptr, plane_ptr, half_ptr, bf16_ptr, short_ptr, table_ptr, item_seq_ptr, item_start_ptr,
-    first_entry_ptr, item_end_ptr, cos_ptr, sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr,
+    first_entry_ptr, item_end_ptr, cos_ptr, sin_ptr, digits_ptr, affine_ptr, slots_ptr,
     num_seqs, table_width, first_position, scale,
     HEADS: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr,
     TURN: gl.constexpr, RANK: gl.constexpr, BASIS_AT: gl.constexpr, HEAD_BYTES: gl.constexpr,
     SCALE_AT: gl.constexpr, MEAN_AT: gl.constexpr, SLOT_AT: gl.constexpr, INDEX_AT: gl.constexpr,
     SLOTS: gl.constexpr, STEP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """`BASIS_AT`: where a page's own basis begins, or -1 for the shared one at `basis_ptr`."""
     after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
@@ -145,14 +135,11 @@ def _project_kernel(
             products = ()
             top = gl.full([16], 1e-30, gl.float32, layout=gl.SliceLayout(1, R))
             for i in gl.static_range(RANK // 32):
-                if BASIS_AT >= 0:
-                    basis = plane_ptr + record * 2 + BASIS_AT + i * 32 * DIM
-                else:
-                    basis = basis_ptr + (head * RANK + i * 32) * DIM
+                basis = plane_ptr + record * 2 + BASIS_AT + i * 32 * DIM
                 acc = gl.zeros([16, 32], gl.float32, layout=MMA)
-                rows = from_dims(_rows(basis + b_at, BASIS_AT >= 0), 1, MMA)
+                rows = from_dims(half_integers(gl.load(basis + b_at)), 1, MMA)
                 acc = mma_v2(low_a, rows, acc)
-                rows = from_dims(_rows(basis + b_at + HALF, BASIS_AT >= 0), 1, MMA)
+                rows = from_dims(half_integers(gl.load(basis + b_at + HALF)), 1, MMA)
                 acc = mma_v2(high_a, rows, acc)
                 found = _in_order(acc, R) * scales[i].to(gl.float32)[None, :]
                 top = gl.maximum(top, gl.max(gl.abs(found), axis=1))
@@ -192,7 +179,9 @@ def supports(layout: PageLayout, rotary_dim: int) -> bool:
     return (
         layout.head_dim in (64, 128)
         and layout.k.rank % CHUNK == 0
-        and (layout.k.shared_basis or (len(own) == 1 and own[0].basis_bits == 8))
+        and not layout.k.shared_basis
+        and len(own) == 1
+        and own[0].basis_bits == 8
         and layout.num_slots <= 7
         and (layout.rope == "post" or rotary_dim == layout.head_dim)
     )
@@ -208,7 +197,7 @@ def project_queries(
     cos: Tensor,
     sin: Tensor,
     scale: float,
-    basis: Tensor | None,
+    basis: None,
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Projected:
@@ -220,8 +209,8 @@ def project_queries(
     _project_kernel[(plan.num_items, heads, splits * (width // 4))](
         q.contiguous(), plane, plane.view(torch.float16), plane.view(torch.bfloat16),
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.item_end, cos, sin, plane if basis is None else basis, out.digits, out.affine,
-        out.slots, q.shape[0], table.stride(0), first_position, scale * LOG2_E,
+        plan.item_end, cos, sin, out.digits, out.affine, out.slots, q.shape[0], table.stride(0),
+        first_position, scale * LOG2_E,
         HEADS=heads, GROUP=group, P=width, DIM=layout.head_dim, TURN=layout.rope == "frame",
         RANK=side.rank, BASIS_AT=side.bands[0].basis_offset, HEAD_BYTES=layout.head_bytes,
         SCALE_AT=side.scale_offset, MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset,

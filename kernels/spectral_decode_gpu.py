@@ -18,6 +18,7 @@ from spectral_paged.kernels import (
     page_basis_triton,
     query_projection_gluon,
     query_projection_triton,
+    shared_projection_gluon,
     spectral_decode_gluon,
     spectral_decode_triton,
 )
@@ -29,7 +30,6 @@ from spectral_paged.kernels.layout import PageLayout
 from spectral_paged.kernels.triton_page import check_layout
 
 # projection, attention, application of page bases
-EXPLICIT: tuple[ModuleType, ...] = (query_projection_gluon, spectral_decode_gluon, page_basis_gluon)
 PORTABLE: tuple[ModuleType, ...] = (
     query_projection_triton, spectral_decode_triton, page_basis_triton,
 )  # fmt: skip
@@ -63,13 +63,14 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 def _explicit_parts(
     layout: PageLayout, group: int, rotary_dim: int
-) -> tuple[bool, bool, bool]:
-    """Whether projection, attention and the application of page bases have explicit layouts; what
-    does not run counts as it has."""
+) -> tuple[tuple[ModuleType, bool], ...]:
+    """What has explicit layouts for projection, attention and the application of page bases, and
+    whether it fits; what does not run counts as it does."""
+    projection = shared_projection_gluon if layout.k.shared_basis else query_projection_gluon
     return (
-        query_projection_gluon.supports(layout, rotary_dim),
-        spectral_decode_gluon.supports(layout, group),
-        layout.v.shared_basis or page_basis_gluon.supports(layout),
+        (projection, projection.supports(layout, rotary_dim)),
+        (spectral_decode_gluon, spectral_decode_gluon.supports(layout, group)),
+        (page_basis_gluon, layout.v.shared_basis or page_basis_gluon.supports(layout)),
     )
 
 
@@ -79,9 +80,10 @@ def implementation(
     """What reads pages of `layout`, as `stats()` reports it: `gluon`, `triton`, or
     `gluon and triton` where only some parts have explicit layouts."""
     parts = _explicit_parts(layout, group, rotary_dim or layout.head_dim)
-    if not has_tensor_cores(device) or not any(parts[:2]):
+    fits = [fit for _, fit in parts]
+    if not has_tensor_cores(device) or not any(fits[:2]):
         return "triton"
-    return "gluon" if all(parts) else "gluon and triton"
+    return "gluon" if all(fits) else "gluon and triton"
 
 
 def attend_pages(
@@ -105,7 +107,7 @@ def attend_pages(
     parts = _explicit_parts(layout, group, 2 * cos.shape[-1])
     projection, attention, bases = (
         explicit_kernel if able and fits else portable
-        for explicit_kernel, portable, fits in zip(EXPLICIT, PORTABLE, parts, strict=True)
+        for (explicit_kernel, fits), portable in zip(parts, PORTABLE, strict=True)
     )
     projected = projection.project_queries(
         q, plane, table, layout=layout, first_position=options.first_position, cos=cos, sin=sin,

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from spectral_paged.kernels import (
     query_projection_gluon,
     query_projection_triton,
     seal_triton,
+    shared_projection_gluon,
     spectral_decode_gluon,
     spectral_decode_gpu,
     spectral_decode_triton,
@@ -45,7 +47,9 @@ PORTABLE = (
     page_basis_triton, query_projection_triton, seal_triton, spectral_decode_triton,
     spectral_rebuild_triton,
 )  # fmt: skip
-EXPLICIT = (page_basis_gluon, query_projection_gluon, spectral_decode_gluon)
+EXPLICIT = (
+    page_basis_gluon, query_projection_gluon, shared_projection_gluon, spectral_decode_gluon,
+)  # fmt: skip
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
     torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
@@ -134,9 +138,11 @@ def launch_pages(format, group, **scores):
         q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
     )
     if format.name == "spectral-quality" and group == 4 and not scores:
+        config = launch_configs.decode_config(format.layout, q.device)
         decode_attention_gpu.decode_attention(
             q, plane, table, torch.zeros(1).int(), table, torch.ones(1).int(),
-            num_kv_heads=format.num_kv_heads, scale=0.1, dtype=torch.bfloat16, **common,
+            num_kv_heads=format.num_kv_heads, scale=0.1, dtype=torch.bfloat16,
+            config=replace(config, second_stream=False), **common,
         )  # fmt: skip
     if group == 4 and format.head_dim == 128:
         spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)

@@ -41,6 +41,9 @@ def test_items_cover_every_entry_once_and_are_of_like_size(
     assert seen == {i: list(range(count)) for i, count in enumerate(counts)}
     assert all(max(s) - min(s) <= 1 for s in sizes if s)
     assert plan.first_entry.tolist() == [sum(counts[:i]) for i in range(len(counts) + 1)]
+    owners = [i for i, count in enumerate(counts) for _ in range(count)]
+    past = [len(counts)] * (max(sum(counts) + slack, 1) - len(owners))
+    assert plan.entry_seq.tolist() == owners + past
 
 
 @settings(max_examples=60, deadline=None)
