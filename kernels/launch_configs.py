@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -78,6 +79,23 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+def launcher(
+    kernel: Any, grid: tuple[int, ...], *, compile_only: bool = False
+) -> Callable[..., object]:
+    """What launches `kernel`; `compile_only` builds what a launch needs, and launches nothing."""
+    if not compile_only:
+        launch: Callable[..., object] = kernel[grid]
+        return launch
+
+    def build(*args: Any, **options: Any) -> object:
+        built = kernel.warmup(*args, grid=grid, **options)
+        # `run` is what a C compiler makes of the launch itself, a third of a second; where
+        # kernels are interpreted nothing is built
+        return built and built.run
+
+    return build
 
 
 @cache

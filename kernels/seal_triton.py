@@ -15,8 +15,6 @@ Coefficients wait in a workspace of bf16 between passes: their rounding (0.1 %) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.launch_configs import SealConfig, seal_config
+from spectral_paged.kernels.launch_configs import SealConfig, launcher, seal_config
 from spectral_paged.kernels.layout import (
     BLOCK_TOKENS,
     UNIT_BYTES,
@@ -313,9 +311,6 @@ def seal(
     if config is None:
         config = seal_config(layout, arena.device)
 
-    def launcher(kernel: Any, programs: int) -> Callable[..., object]:
-        return partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
-
     num_layers, plane_bytes = arena.shape
     heads, dim = layout.num_kv_heads, layout.head_dim
     device = arena.device
@@ -349,14 +344,14 @@ def seal(
         for side, rank, matrix, work, common in zip(
             sides, ranks, (k_projection, v_projection), works, commons, strict=True
         ):
-            launcher(_project_kernel, items)(
+            launcher(_project_kernel, (items,), compile_only=compile_only)(
                 values, arena, *places, matrix, work, power, gains, errors, bad[span],
                 plane_bytes, values.shape[1],
                 MEAN_AT=side.mean_offset, COLUMNS=min(rank, 16384 // padded(dim)),
                 PAGE_BYTES=layout.page_bytes, **common,
             )  # fmt: skip
         for side, work, common in zip(sides, works, commons, strict=True):
-            launcher(_quantize_kernel, items)(
+            launcher(_quantize_kernel, (items,), compile_only=compile_only)(
                 values, arena, *places, work, power, gains, errors, code_table(device),
                 plane_bytes, values.shape[1],
                 BY_COMPONENT=side.by_component, SCALE_AT=side.scale_offset,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.launch_configs import launcher
 from spectral_paged.kernels.layout import BLOCK_TOKENS, TILE_TOKENS, PageLayout
 from spectral_paged.kernels.triton_page import (
     band_tuples,
@@ -34,7 +35,8 @@ def _half_rows(
     return halves(rows * scale[:, None])
 
 
-@triton.jit
+# a sequence's row of the table begins anywhere: one build is to serve them all
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rebuild_kernel(
     plane_ptr, positions_ptr, place_ptr, cos_ptr, sin_ptr, basis_ptr, levels_ptr, row_levels_ptr,
     out_ptr, head_stride, first_position,
@@ -121,8 +123,12 @@ def spectral_rebuild(
     v_basis: Tensor | None = None,
     num_pages: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    compile_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.spectral_rebuild.spectral_rebuild` in Triton: the same arguments and results.
+
+    Args:
+        compile_only: compile the kernel for these arguments; nothing is read or written.
 
     Raises:
         ValueError: more than one scale a component.
@@ -143,7 +149,8 @@ def spectral_rebuild(
     turn = {"post": 0, "frame": 1, "pre": 2}[layout.rope]
     sides = ((layout.k, k_basis, turn, out[0]), (layout.v, v_basis, 0, out[1]))
     for side, basis, turned, to in sides:
-        _rebuild_kernel[(len(positions), heads, BLOCK_TOKENS // TILE_TOKENS)](
+        grid = len(positions), heads, BLOCK_TOKENS // TILE_TOKENS
+        launcher(_rebuild_kernel, grid, compile_only=compile_only)(
             plane, positions, place, cos, sin, plane if basis is None else basis,
             level_table(layout.levels, plane.device), level_table("gaussian", plane.device), to,
             to.stride(0), first_position,
