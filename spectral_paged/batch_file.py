@@ -245,7 +245,8 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
         counts = token_counts([output])
         return record | {"outputs": outputs, "usage": counts, "metrics": metrics, "error": None}
     chat = line.url == CHAT_URL
-    choices = [(chat_choice if chat else text_choice)(c) for c in output.outputs]
+    assert line.params is not None, "a line without an error has them"
+    choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
     body = {
         "id": f"cmpl-{line.number}",
         "object": "chat.completion" if chat else "text_completion",

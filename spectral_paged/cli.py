@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | top | info | calibrate | bench`."""
+"""The command line: `spectral-paged generate | serve | top | info | calibrate | bench`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from spectral_paged.arguments import parse_bytes, port_number, positive
 from spectral_paged.benchmarks import command
+from spectral_paged.engine_options import add_engine_options, engine_options
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
 from spectral_paged.log_format import FORMATS, LEVELS, logging_to_stderr
+from spectral_paged.server.command import add_serve, serve
 
 if TYPE_CHECKING:
     from spectral_paged.batch_run import BatchRun
@@ -38,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="complete the prompts of a JSONL file"))
+    serving = commands.add_parser("serve", help="answer OpenAI's HTTP requests")
+    add_serve(serving)
     info = commands.add_parser("info", help="what a model needs and gets, by format")
     info.add_argument("model", help="alias, hub id, folder or .gguf file")
     info.add_argument("--memory", type=parse_bytes, default=16 << 30, help="default 16GiB")
@@ -54,19 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--max-tokens", type=positive, default=65536, help="stop after about so many; default 65536"
     )
-    top = commands.add_parser("top", help="figures of a running `generate --metrics-port`, live")
+    top = commands.add_parser(
+        "top", help="figures of a running `serve` or `generate --metrics-port`, live"
+    )
     top.add_argument("url", help="such as http://localhost:9100")
     top.add_argument("--interval", type=positive, default=1, help="seconds; default 1")
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     command.add_benches(bench)
-    for one in (commands.choices["generate"], info, calibrate):
+    for one in (info, calibrate):
         one.add_argument(
             "--trust-remote-code", action="store_true", help="run Python code of the model's own"
         )
-    for one in (commands.choices["generate"], info, calibrate, top, bench):
+    for one in commands.choices.values():
         group = one.add_argument_group("log, on stderr")
         group.add_argument("--log-format", choices=FORMATS, default="text")
-        group.add_argument("--log-level", choices=LEVELS, default="warning")
+        level = "info" if one is serving else "warning"
+        group.add_argument("--log-level", choices=LEVELS, default=level)
     return parser
 
 
@@ -75,18 +82,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--overwrite", action="store_true", help="forget an earlier output")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv-format", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-bytes", type=parse_bytes)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-num-seqs", type=positive, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--prefill-segment", type=int, default=2048)
-    parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
-    parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
+    add_engine_options(parser)
     watching = parser.add_argument_group("watching it run")
     shown = watching.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="no bar, no summary")
@@ -120,22 +116,7 @@ def generate(args: argparse.Namespace) -> int:
     try:
         output.check(args.input)
         with _exporting(args) as export:
-            llm = LLM(
-                args.model,
-                kv_format=args.kv_format,
-                device=args.device,
-                dtype=args.dtype,
-                kv_cache_bytes=args.kv_cache_bytes,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-                max_num_seqs=args.max_num_seqs,
-                max_num_batched_tokens=args.max_num_batched_tokens,
-                max_model_len=args.max_model_len,
-                prefill_segment=args.prefill_segment,
-                calibration=args.calibration,
-                enable_prefix_caching=not args.no_prefix_caching,
-                trust_remote_code=args.trust_remote_code,
-                seed=args.seed,
-            )
+            llm = LLM(args.model, **engine_options(args))
             export(llm)
             begin = time.monotonic()
             run = BatchRun(llm, args.input, output)
@@ -259,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     commands = {
         "generate": generate,
+        "serve": serve,
         "top": top,
         "info": info,
         "calibrate": calibrate,

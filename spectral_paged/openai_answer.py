@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestOutput
+from spectral_paged.sampling import SamplingParams
 
 
 def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -25,31 +26,33 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     return token_counts(outputs) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def chat_choice(completion: CompletionOutput) -> dict[str, Any]:
+def chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
     """A choice of `chat.completion`."""
-    message = {"role": "assistant", "content": completion.text}
-    return _choice(completion, {"message": message}, chat_logprobs)
+    choice = _choice(completion, {"message": {"role": "assistant", "content": completion.text}})
+    if completion.logprobs is not None:
+        choice["logprobs"] = chat_logprobs(completion.token_ids, completion.logprobs, params)
+    return choice
 
 
 def text_choice(completion: CompletionOutput) -> dict[str, Any]:
     """A choice of `text_completion`."""
-    return _choice(completion, {"text": completion.text}, text_logprobs)
-
-
-def _choice(completion: CompletionOutput, content: dict[str, Any], tables: Any) -> dict[str, Any]:
-    choice = {"index": completion.index, "finish_reason": completion.finish_reason, **content}
+    choice = _choice(completion, {"text": completion.text})
     if completion.logprobs is not None:
-        choice["logprobs"] = tables(completion.token_ids, completion.logprobs)
+        choice["logprobs"] = text_logprobs(completion.token_ids, completion.logprobs)
     return choice
 
 
-def chat_logprobs(
-    token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]]
-) -> dict[str, Any]:
-    """One entry a token; a token that was drawn from below the top ones is not among them."""
+def _choice(completion: CompletionOutput, content: dict[str, Any]) -> dict[str, Any]:
+    return {"index": completion.index, "finish_reason": completion.finish_reason, **content}
 
-    def entry(table: Mapping[int, Logprob], token_id: int) -> dict[str, Any]:
-        found = table[token_id]
+
+def chat_logprobs(
+    token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], params: SamplingParams
+) -> dict[str, Any]:
+    """One entry a token, each with as many top tokens as `params.logprobs` asks for."""
+    num_top = params.logprobs or 0
+
+    def entry(found: Logprob, token_id: int) -> dict[str, Any]:
         return {
             "token": found.decoded_token,
             "token_id": token_id,
@@ -57,14 +60,14 @@ def chat_logprobs(
             "bytes": _bytes_of(found.decoded_token),
         }
 
-    def top(table: Mapping[int, Logprob], chosen: int) -> list[dict[str, Any]]:
-        ranked = sorted(table, key=lambda token_id: table[token_id].rank)
-        beside = len(table) - 1 if table[chosen].rank >= len(table) else len(table)
-        return [entry(table, token_id) for token_id in ranked[:beside]]
+    def top(table: Mapping[int, Logprob]) -> list[dict[str, Any]]:
+        # the table has the drawn token too, whatever its rank
+        ranked = sorted(table.items(), key=lambda item: item[1].rank)
+        return [entry(found, token_id) for token_id, found in ranked[:num_top]]
 
     return {
         "content": [
-            entry(table, token_id) | {"top_logprobs": top(table, token_id)}
+            entry(table[token_id], token_id) | {"top_logprobs": top(table)}
             for token_id, table in zip(token_ids, tables, strict=True)
         ]
     }

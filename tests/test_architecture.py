@@ -33,7 +33,8 @@ MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
 TOP = {
     "llm", "placement", "model_report", "batch_file", "batch_run", "arguments", "readings",
-    "metrics", "top", "log_format",
+    "metrics", "top", "log_format", "openai_request", "openai_answer", "text_deltas",
+    "engine_options",
 }  # fmt: skip
 LLM = ENGINE | CALIBRATION | TOP
 ALLOWED = {
@@ -47,7 +48,8 @@ ALLOWED = {
     "small_llama": {"small_llama"},
     "adapter": CACHE,
     "conformance": LLM | {"conformance", "adapter", "small_llama"},
-    "cli": LLM | {"benchmarks", "cli"},
+    "server": LLM | {"server"},
+    "cli": LLM | {"benchmarks", "server", "cli"},
     "__init__": LLM,
     **dict.fromkeys(CACHE - {"kernels"}, CACHE),
     **dict.fromkeys(ENGINE - CACHE - {"scheduler"}, ENGINE),
@@ -82,7 +84,8 @@ def part_of(name):
 
 def known_parts():
     parts = {p.stem for p in FOLDERS["spectral_paged"].glob("*.py")}
-    return parts | {"kernels", "scheduler", "benchmarks", "models", "integrations", "data"}
+    folders = {p.parent.name for p in FOLDERS["spectral_paged"].glob("*/__init__.py")}
+    return parts | folders | {"kernels", "scheduler", "benchmarks"}
 
 
 def violations(part, package, source):
