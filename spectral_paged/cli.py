@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectral_paged.arguments import parse_bytes, port_number, positive
 from spectral_paged.benchmarks import command
@@ -20,7 +20,8 @@ from spectral_paged.log_format import FORMATS, LEVELS, logging_to_stderr
 from spectral_paged.server.command import add_serve, serve
 
 if TYPE_CHECKING:
-    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.batch_file import OutputFile
+    from spectral_paged.batch_run import BatchRun, BatchSummary
     from spectral_paged.llm import LLM
 
 SAMPLING = {
@@ -91,6 +92,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--metrics-port", type=port_number, help="serve Prometheus metrics here while it runs"
     )
     watching.add_argument("--metrics-host", default="127.0.0.1", help="default 127.0.0.1")
+    cluster = parser.add_argument_group("on a Ray cluster")
+    cluster.add_argument("--ray", action="store_true", help="one worker for each GPU of a cluster")
+    cluster.add_argument("--ray-workers", type=positive, help="how many; needed without GPUs")
+    cluster.add_argument(
+        "--ray-address", help="of the cluster; default RAY_ADDRESS, else this machine alone"
+    )
     defaults = parser.add_argument_group("sampling, for lines that name no value")
     for name, kind in SAMPLING.items():
         defaults.add_argument("--" + name.replace("_", "-"), type=kind)
@@ -99,30 +106,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Run a batch file; 0 when every line got a record, bad lines included."""
     from spectral_paged.batch_file import OutputFile
-    from spectral_paged.batch_run import BatchRun
-    from spectral_paged.llm import LLM
     from spectral_paged.sampling import SamplingParams
 
     if not args.input.is_file():
         raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
+    if not args.ray and (args.ray_workers or args.ray_address):
+        raise InvalidRequestError("--ray-workers and --ray-address need --ray")
+    if args.ray and (args.top or args.metrics_port is not None):
+        raise InvalidRequestError(
+            "--top and --metrics-port show one engine; with --ray there are several: leave them out"
+        )
     defaults = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
     if "sampling_seed" in defaults:
         defaults["seed"] = defaults.pop("sampling_seed")
     SamplingParams(**defaults)  # a bad default would otherwise become the error of every line
     if args.output.exists() and args.output.samefile(args.input):
         raise InvalidRequestError(f"--input and --output are both {str(args.output)!r}")
-    show = args.top and _can_show()
     output = OutputFile(args.output, overwrite=args.overwrite)
     try:
         output.check(args.input)
-        with _exporting(args) as export:
-            llm = LLM(args.model, **engine_options(args))
-            export(llm)
-            begin = time.monotonic()
-            run = BatchRun(llm, args.input, output)
-            with _view(llm, run) if show else nullcontext():
-                summary = run.run(defaults, quiet=args.quiet or show)
-            seconds = time.monotonic() - begin
+        serve_file = _generate_on_ray if args.ray else _generate_here
+        summary, seconds, figures = serve_file(args, output, defaults)
     except KeyboardInterrupt:
         print(
             f"interrupted: finished lines are in {args.output}; the same command goes on from "
@@ -133,17 +137,57 @@ def generate(args: argparse.Namespace) -> int:
     finally:
         output.close()
     if not args.quiet:
-        stats = llm.stats()
         print(
             f"{summary.done} lines done, {summary.failed} with an error, {summary.skipped} "
             f"finished before; {summary.generated_tokens} tokens in {seconds:.1f} s "
-            f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s)\n"
-            f"backend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
-            f"sealed, {stats['pages_attended']} page reads, ratio "
-            f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
-            f"the prefix cache, {stats['preemptions']} preemptions"
+            f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s){figures}"
         )
     return 0
+
+
+def _generate_here(
+    args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
+) -> tuple[BatchSummary, float, str]:
+    """With one LLM in this process; the summary, seconds, and what else there is to print."""
+    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.llm import LLM
+
+    show = args.top and _can_show()
+    with _exporting(args) as export:
+        llm = LLM(args.model, **engine_options(args))
+        export(llm)
+        begin = time.monotonic()
+        run = BatchRun(llm, args.input, output)
+        with _view(llm, run) if show else nullcontext():
+            summary = run.run(defaults, quiet=args.quiet or show)
+        seconds = time.monotonic() - begin
+    stats = llm.stats()
+    return summary, seconds, (
+        f"\nbackend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
+        f"sealed, {stats['pages_attended']} page reads, ratio "
+        f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
+        f"the prefix cache, {stats['preemptions']} preemptions"
+    )
+
+
+def _generate_on_ray(
+    args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
+) -> tuple[BatchSummary, float, str]:
+    """With workers of a cluster; the seconds are those of loading too."""
+    from spectral_paged.integrations.ray import run_batch
+
+    begin = time.monotonic()
+    summary = run_batch(
+        args.model,
+        args.input,
+        output,
+        defaults,
+        options=engine_options(args),
+        num_workers=args.ray_workers,
+        address=args.ray_address,
+        quiet=args.quiet,
+    )
+    return summary, time.monotonic() - begin, ""
 
 
 def _can_show() -> bool:

@@ -73,6 +73,10 @@ class ConformanceError(SpectralPagedError, AssertionError):
     """A loop around the cache that breaks a rule of embedding it; see `docs/embedding.md`."""
 
 
+class ClusterError(SpectralPagedError, RuntimeError):
+    """A cluster that did not do its part of a batch; what it finished is kept."""
+
+
 class PatchError(SpectralPagedError, RuntimeError):
     """A function in third-party code that cannot be replaced, or not restored, everywhere."""
 

@@ -115,7 +115,7 @@ class EngineThread:
             self._calls.put(add)
         try:
             await admitted
-        except BaseException:
+        except BaseException:  # refused, or the client has gone: none of the prompts goes on
             generation.close()
             raise
         return generation
@@ -131,6 +131,7 @@ class EngineThread:
     # ---- the thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
+        reason: Callable[[], ApiError] = stopping
         try:
             while not self._stopped:
                 self._take_calls(wait=not self.llm.engine.has_unfinished())
@@ -139,9 +140,10 @@ class EngineThread:
         except BaseException as error:
             logger.exception("the engine's thread ends")
             self._failure, self.died = error, True
+            reason = partial(failed, error)
         with self._lock:
             self._stopped = True
-        self._end_all(partial(failed, self._failure) if self.died else stopping)
+        self._end_all(reason)
         self._take_calls(wait=False)  # those who wait for their admission get an answer too
 
     def _take_calls(self, *, wait: bool) -> None:
@@ -161,13 +163,9 @@ class EngineThread:
     ) -> None:
         if self._stopped:
             raise stopping()
-        try:
-            for request_id, prompt in zip(ids, prompts, strict=True):
-                self.llm.engine.add_request(request_id, prompt, params, cache_salt=cache_salt)
-                self._generations[request_id] = generation
-        except BaseException:
-            self._abort(ids)
-            raise
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.llm.engine.add_request(request_id, prompt, params, cache_salt=cache_salt)
+            self._generations[request_id] = generation
 
     def _abort(self, ids: Sequence[str]) -> None:
         for request_id in ids:
@@ -200,7 +198,6 @@ class EngineThread:
                 continue
             if output.error is not None:
                 mail.append((generation, [], failed(output.error)))
-                self._abort(list(generation.places))
             else:
                 mail.append((generation, generation.news_of(output), None))
             if output.finished:

@@ -1,0 +1,143 @@
+"""A batch file over a Ray cluster: the records are those of one process, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+
+import psutil
+import pytest
+from served import letter_tokenizer, served_llm
+from tiny_model import tiny_model
+
+from spectral_paged import SamplingParams
+from spectral_paged.batch_file import BatchLine
+from spectral_paged.cli import main
+from spectral_paged.errors import ClusterError, MissingPackageError
+
+LINES = [{"prompt": f"Number {i} {'abc' * (i % 7)}", "id": f"id-{i}"} for i in range(60)]
+LINES[5] = {"prompt": "", "id": "an empty one"}
+LINES[9] = {"prompt": "x", "temprature": 1}
+LINES[17] = {
+    "custom_id": "chat", "url": "/v1/chat/completions",
+    "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "n": 2,
+             "temperature": 1.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(path)
+    letter_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def run(folder, source, output, *extra):
+    return main(
+        ["generate", "--input", str(source), "--output", str(output), "--model",
+         str(folder), "--device", "cpu", "--kv-cache-bytes", "16MiB", "--max-num-seqs", "4",
+         "--temperature", "0", "--max-tokens", "60", *extra]
+    )  # fmt: skip
+
+
+def content(path):
+    """Records by line, without what differs between runs; every line once."""
+    found = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        assert record["line"] not in found, "a line was written twice"
+        record.pop("metrics", None)
+        if record.get("response"):
+            record["response"]["body"].pop("created")
+            record["response"]["body"]["usage"].pop("prompt_tokens_details")
+        found[record["line"]] = record
+    return found
+
+
+def workers():
+    """Processes of this test's cluster that run a `LineWorker`."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if "LineWorker" in " ".join(p.cmdline())]
+
+
+def kill_one(output, killed):
+    """Kill a worker when the first lines are written."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if output.exists() and output.read_bytes().count(b"\n") > 8:
+            [victim, *_] = workers()
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append((victim.pid, output.read_bytes().count(b"\n")))
+            return
+        time.sleep(0.02)
+
+
+def test_a_worker_that_is_killed_loses_and_doubles_no_line(folder, source, tmp_path):
+    pytest.importorskip("ray.data")
+    alone, output, killed = tmp_path / "alone.jsonl", tmp_path / "out.jsonl", []
+    assert run(folder, source, alone) == 0
+    # a torn output of an earlier run: two lines are done
+    kept = b"".join(alone.read_bytes().splitlines(keepends=True)[:2])
+    output.write_bytes(kept + b'{"line": 3, "li')
+    killer = threading.Thread(target=kill_one, args=(output, killed))
+    killer.start()
+    assert run(folder, source, output, "--ray", "--ray-workers", "2") == 0
+    killer.join()
+    [(pid, num_lines)] = killed
+    assert 8 < num_lines < len(LINES) and not psutil.pid_exists(pid)
+    assert output.read_bytes().startswith(kept)
+    assert content(output) == content(alone)
+    assert sorted(content(output)) == list(range(1, len(LINES) + 1))
+    assert not workers(), "the cluster is gone"
+
+
+def test_lines_that_kill_every_worker_end_the_run(monkeypatch):
+    ray = pytest.importorskip("spectral_paged.integrations.ray")
+    monkeypatch.setattr("spectral_paged.llm.LLM", lambda model, **options: served_llm())
+    tries = Counter()
+
+    def take(number):
+        tries[number] += 1
+        return tries[number]
+
+    worker = ray.LineWorker("tiny", {}, take)
+    lines = [BatchLine(number, "", prompt="ab", params=SamplingParams()) for number in (7, 8)]
+    batch = {"line": [pickle.dumps(line) for line in lines]}
+    for _ in range(ray.MAX_ATTEMPTS):
+        assert sum(worker(batch)["num_tokens"]) == 32
+    with pytest.raises(ClusterError, match="workers died over lines 7 to 8"):
+        worker(batch)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--ray-workers", "2"], "need --ray"),
+        (["--ray", "--top"], "with --ray there are several"),
+        (["--ray", "--metrics-port", "0"], "with --ray there are several"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(source, tmp_path, capsys, extra, message):
+    assert run("none", source, tmp_path / "out.jsonl", *extra) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "spectral_paged.integrations.ray", raising=False)
+    with pytest.raises(MissingPackageError, match=r"pip install 'spectral-paged\[ray\]'"):
+        importlib.import_module("spectral_paged.integrations.ray")
