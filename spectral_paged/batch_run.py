@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class BatchSummary:
         self.generated_tokens += result.num_tokens
 
 
-def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Iterator[LineResult]:
+def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, None, None]:
     """Results in the order in which lines finish; fewer than `2 * max_num_seqs` are in flight.
 
     A line that cannot be served becomes an error record. Closing the iterator, or an error in it,

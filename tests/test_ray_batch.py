@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -18,9 +18,10 @@ from served import letter_tokenizer, served_llm
 from tiny_model import tiny_model
 
 from spectral_paged import SamplingParams
-from spectral_paged.batch_file import BatchLine
+from spectral_paged.batch_file import BatchLine, OutputFile
+from spectral_paged.batch_run import LineResult
 from spectral_paged.cli import main
-from spectral_paged.errors import ClusterError, MissingPackageError
+from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
 
 LINES = [{"prompt": f"Number {i} {'abc' * (i % 7)}", "id": f"id-{i}"} for i in range(60)]
 LINES[5] = {"prompt": "", "id": "an empty one"}
@@ -108,19 +109,98 @@ def test_a_worker_that_is_killed_loses_and_doubles_no_line(folder, source, tmp_p
 def test_lines_that_kill_every_worker_end_the_run(monkeypatch):
     ray = pytest.importorskip("spectral_paged.integrations.ray")
     monkeypatch.setattr("spectral_paged.llm.LLM", lambda model, **options: served_llm())
-    tries = Counter()
-
-    def take(number):
-        tries[number] += 1
-        return tries[number]
-
-    worker = ray.LineWorker("tiny", {}, take)
+    worker = ray.LineWorker("tiny", {}, ray.Attempts().take)
     lines = [BatchLine(number, "", prompt="ab", params=SamplingParams()) for number in (7, 8)]
     batch = {"line": [pickle.dumps(line) for line in lines]}
     for _ in range(ray.MAX_ATTEMPTS):
         assert sum(worker(batch)["num_tokens"]) == 32
     with pytest.raises(ClusterError, match="workers died over lines 7 to 8"):
         worker(batch)
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """The driver's part alone: blocks are tables, a test says what comes back."""
+    ray = pytest.importorskip("spectral_paged.integrations.ray")
+    monkeypatch.setattr(ray, "_joined", lambda address: nullcontext())
+    monkeypatch.setattr(ray.ray, "put", lambda table: table)
+    monkeypatch.setattr(ray.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    return ray
+
+
+def answers(blocks, fail=False):
+    for block in blocks:
+        for line in map(pickle.loads, block["line"].to_pylist()):
+            yield LineResult({"line": line.number, "line_hash": line.digest}, fail, 1)
+
+
+def run_driver(ray, source, output, **options):
+    file = OutputFile(output)
+    values = {"options": {"max_num_seqs": 4}, "num_workers": 2, "quiet": True} | options
+    try:
+        return ray.run_batch("tiny", source, file, {}, **values)
+    finally:
+        file.close()
+
+
+def test_a_block_that_comes_back_twice_is_written_once(no_cluster, source, tmp_path, monkeypatch):
+    def twice(blocks, *_):
+        assert [len(b) for b in blocks] == [3] * 19 + [2], "sixteen blocks or more"
+        yield from answers(blocks[:3])
+        yield from answers(blocks[1:] + blocks[:2])
+
+    monkeypatch.setattr(no_cluster, "_results", twice)
+    summary = run_driver(no_cluster, source, tmp_path / "out.jsonl")
+    assert sorted(content(tmp_path / "out.jsonl")) == list(range(1, len(LINES) + 1))
+    assert (summary.done, summary.failed, summary.generated_tokens) == (59, 1, 59)
+    monkeypatch.setattr(no_cluster, "_results", None)
+    again = run_driver(no_cluster, source, tmp_path / "out.jsonl")
+    assert (again.skipped, again.done) == (60, 0), "nothing is left to send"
+
+
+def test_a_line_that_does_not_come_back_is_told(no_cluster, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(no_cluster, "_results", lambda blocks, *_: answers(blocks[1:]))
+    with pytest.raises(ClusterError, match="3 lines came back from no worker, line 1 the first"):
+        run_driver(no_cluster, source, tmp_path / "out.jsonl")
+    assert len(content(tmp_path / "out.jsonl")) == len(LINES) - 3
+
+
+def test_a_cluster_that_gives_up_says_what_a_worker_raised(
+    no_cluster, source, tmp_path, monkeypatch
+):
+    def gives_up(blocks, *_):
+        yield from answers(blocks[:1])
+        raise no_cluster.ray.exceptions.RayError(
+            "ray::MapWorker()\n  File 'x.py'\nOSError: inner\n\nThe above\n"
+            "spectral_paged.errors.UnknownModelError: unknown model 'm'\nTo change attempts: do"
+        )
+
+    monkeypatch.setattr(no_cluster, "_results", gives_up)
+    with pytest.raises(ClusterError, match=r"56 lines .* gave up: \S+UnknownModelError: unknown"):
+        run_driver(no_cluster, source, tmp_path / "out.jsonl")
+    assert len(content(tmp_path / "out.jsonl")) == 4, "what came before is kept"
+
+
+@pytest.mark.parametrize(
+    "found, device, wanted, message",
+    [
+        ({"CPU": 8.0}, "auto", None, "say how many with --ray-workers"),
+        ({"CPU": 8.0}, "auto", 9, "has 8 CPU"),
+        ({"CPU": 8.0, "GPU": 2.0}, "auto", 3, "has 2 GPU"),
+        ({"CPU": 8.0, "GPU": 2.0}, "cpu", None, "say how many with --ray-workers"),
+        ({"CPU": 8.0, "GPU": 2.0}, "cuda", None, ("GPU", 2)),
+        ({"CPU": 8.0, "GPU": 2.0}, "cpu", 3, ("CPU", 3)),
+    ],
+)
+def test_workers_are_as_many_as_the_cluster_has_room_for(
+    no_cluster, monkeypatch, found, device, wanted, message
+):
+    monkeypatch.setattr(no_cluster.ray, "cluster_resources", lambda: found)
+    if isinstance(message, tuple):
+        assert no_cluster._workers(device, wanted) == message
+        return
+    with pytest.raises(InvalidRequestError, match=message):
+        no_cluster._workers(device, wanted)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +45,6 @@ TASKS_PER_WORKER = 8  # at least, where there are lines enough: so that all end 
 SEATS_PER_TASK = 4  # lines of a block at most, in `max_num_seqs`: few steps run half empty
 
 
-@ray.remote(num_cpus=0)
 class Attempts:
     """How often blocks were taken; of the whole cluster, for an actor that died knows nothing."""
 
@@ -203,8 +203,8 @@ def _run(
                 bar.update(summary.num_lines - bar.n)
     except ray.exceptions.RayError as error:
         raise ClusterError(
-            f"{len(waiting)} lines have no record, for the Ray cluster gave up: {error}\n"
-            f"Finished lines are in {output.path}; the same command goes on from there"
+            f"{len(waiting)} lines have no record, for the Ray cluster gave up: {_cause(error)}\n"
+            f"finished lines are in {output.path}; the same command goes on from there"
         ) from error
     finally:
         bar.close()
@@ -214,6 +214,12 @@ def _run(
             "the same command again"
         )
     return summary
+
+
+def _cause(error: ray.exceptions.RayError) -> str:
+    """What a worker raised: the last such line among its tracebacks and what Ray says of them."""
+    raised = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception): .+$", str(error), re.MULTILINE)
+    return str(raised[-1]) if raised else str(error)
 
 
 def _blocks(
@@ -256,7 +262,7 @@ def _results(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
-    attempts = Attempts.remote()
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     answers = ray.data.from_arrow_refs(blocks).map_batches(
         LineWorker,
         fn_constructor_args=(
