@@ -172,7 +172,8 @@ def test_a_cluster_that_gives_up_says_what_a_worker_raised(
         yield from answers(blocks[:1])
         raise no_cluster.ray.exceptions.RayError(
             "ray::MapWorker()\n  File 'x.py'\nOSError: inner\n\nThe above\n"
-            "spectral_paged.errors.UnknownModelError: unknown model 'm'\nTo change attempts: do"
+            "spectral_paged.errors.UnknownModelError: unknown model 'm'\n"
+            "ray.exceptions.UserCodeException: UDF failed\nTo change attempts: do"
         )
 
     monkeypatch.setattr(no_cluster, "_results", gives_up)

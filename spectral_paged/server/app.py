@@ -51,6 +51,8 @@ class Service:
         self.seats = Seats(settings.max_num_requests, settings.retry_seconds)
         self.stopping = False
         self._created = int(time.time())
+        if llm.get_tokenizer() is not None:  # a first call sets it up, which threads must not share
+            llm.get_tokenizer()("a")
         # one thread: parsing and tokenizing disturb neither the event loop nor the engine's steps
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
         registry = CollectorRegistry()

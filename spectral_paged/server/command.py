@@ -22,6 +22,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     standard = ServerSettings(())
     parser.add_argument("model", help="alias, hub id, folder or .gguf file")
     add_engine_options(parser)
+    parser.add_argument(
+        "--warm-up", action="store_true",
+        help="on CUDA: compile and capture every decode graph before the first request",
+    )  # fmt: skip
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     http.add_argument("--port", type=port_number, default=8000, help="0: any; default 8000")
@@ -40,7 +44,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         f"{standard.max_num_requests}",
     )  # fmt: skip
     limits.add_argument(
-        "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 16MiB"
+        "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 8MiB"
     )
     limits.add_argument(
         "--max-tokens-limit", type=positive, help="most tokens that a completion may ask for"
@@ -86,14 +90,15 @@ def serve(args: argparse.Namespace) -> int:
     with _bound(args.host, args.port) as listener:
         from spectral_paged.llm import LLM
 
-        service = Service(LLM(args.model, **engine_options(args)), settings)
+        llm = LLM(args.model, **engine_options(args))
+        if args.warm_up:
+            llm.warm_up()
+        service = Service(llm, settings)
         host, port = listener.getsockname()[:2]
-        print(
-            f"serving {settings.model_names[0]} at http://{f'[{host}]' if ':' in host else host}:"
-            f"{port}/v1",
-            file=sys.stderr,
-        )
-        asyncio.run(HttpServer(service).serve([listener]))
+        host = f"[{host}]" if ":" in host else host
+        ready = f"serving {settings.model_names[0]} at http://{host}:{port}/v1"
+        server = HttpServer(service, lambda: print(ready, file=sys.stderr, flush=True))
+        asyncio.run(server.serve([listener]))
     return 1 if service.engine.died else 0
 
 

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -23,10 +23,13 @@ class HttpServer(uvicorn.Server):
     SIGINT and SIGTERM end it: it stops to listen, requests in work go on for
     `settings.grace_seconds`, what is left is aborted and answered 503. A second signal aborts
     at once. No signal is raised again, so the process ends by itself.
+
+    Args:
+        on_ready: called when requests are answered.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
+        self._service, self._on_ready = service, on_ready
         self._grace = service.settings.grace_seconds
         super().__init__(
             uvicorn.Config(
@@ -38,6 +41,10 @@ class HttpServer(uvicorn.Server):
                 lifespan="on",
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.begin_to_stop()

@@ -27,7 +27,7 @@ class ServerSettings:
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     max_num_requests: int = 1024
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 8 << 20
     max_tokens: int | None = None
     max_stops: int = 16
     max_stop_chars: int = 256
