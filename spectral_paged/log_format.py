@@ -19,8 +19,10 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What `extra=` gave to a record."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    """What `extra=` gave to a record; names with a `_` before are other packages' (Ray marks every
+    record of a process that imports it)."""
+    found = vars(record).items()
+    return {k: v for k, v in found if k not in _STANDARD and not k.startswith("_")}
 
 
 class TextFormatter(logging.Formatter):

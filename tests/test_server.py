@@ -80,6 +80,14 @@ def test_tokens_that_the_prefix_cache_had_are_told(client):
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
 
 
+def test_a_conversation_without_a_limit_fits_a_small_pool():
+    llm = served_llm(kv_cache_bytes=300_000)
+    with serving(llm) as running, running.client() as client:
+        messages = [{"role": "user", "content": "Hello"}]
+        answer = client.chat.completions.create(model="tiny", messages=messages)
+        assert answer.usage.total_tokens == llm.cache.max_sequence_tokens < 500
+
+
 @pytest.mark.parametrize(
     "messages, prompt",
     [

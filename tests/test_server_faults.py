@@ -188,13 +188,18 @@ def test_steps_that_keep_raising_answer_500_and_the_server_goes_on(monkeypatch):
 
 
 def test_where_the_engines_thread_ends_everybody_hears_of_it(monkeypatch):
+    """Who is served, who is being queued, and who comes after."""
     llm = served_llm()
     with serving(llm) as served, served.client() as client:
+        stream = client.completions.create(prompt="ab", max_tokens=4000, stream=True, **VALUES)
+        next(stream)
         monkeypatch.setattr(llm.engine, "has_unfinished", raising_pool_error)
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.APIError, match="a slot was lost"):
+            list(stream)
+        assert served.service.engine.died
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
             client.completions.create(prompt="ab", **VALUES)
         wait_until(lambda: served.server.should_exit)
-        assert served.service.engine.died
 
 
 def raising_pool_error():
