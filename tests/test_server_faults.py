@@ -22,7 +22,8 @@ from served import served_llm, serving
 
 from spectral_paged import SamplingParams
 from spectral_paged.errors import PoolError
-from spectral_paged.server.engine_thread import MAX_FAILED_STEPS
+from spectral_paged.server.api_error import ApiError
+from spectral_paged.server.engine_thread import MAX_FAILED_STEPS, EngineThread
 
 VALUES = {"model": "tiny", "temperature": 0}
 LONG = "".join(chr(33 + i * 7 % 90) for i in range(720))
@@ -204,6 +205,39 @@ def test_where_the_engines_thread_ends_everybody_hears_of_it(monkeypatch):
 
 def raising_pool_error():
     raise PoolError("a slot was lost")
+
+
+def test_who_is_being_queued_when_the_engine_stops_gets_an_answer(monkeypatch):
+    llm = served_llm()
+    engine, step = EngineThread(llm), llm.engine.step
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def blocking():
+        stepping.set()
+        assert go_on.wait(30)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", blocking)
+
+    async def run():
+        engine.start()
+        first = await engine.submit("a", [[4, 5]], SamplingParams())
+        await asyncio.to_thread(stepping.wait, 30)
+        late = asyncio.ensure_future(engine.submit("b", [[4, 5]], SamplingParams()))
+        stop = asyncio.ensure_future(engine.stop())
+        await asyncio.sleep(0.05)
+        go_on.set()
+        for waiting in (late, first.outputs()):
+            with pytest.raises(ApiError) as caught:
+                await asyncio.wait_for(waiting, 30)
+            assert caught.value.status == 503
+        await stop
+        with pytest.raises(ApiError, match="shutting down"):
+            await engine.submit("c", [[4, 5]], SamplingParams())
+
+    asyncio.run(run())
+    assert not llm.engine.has_unfinished()
+    llm.cache.check_integrity()
 
 
 @pytest.mark.parametrize("grace, finishes", [(30.0, True), (0.3, False)])
