@@ -188,6 +188,23 @@ def test_steps_that_keep_raising_answer_500_and_the_server_goes_on(monkeypatch):
         served.settle()
 
 
+def test_a_bug_is_answered_500_and_told_to_the_log_alone(monkeypatch, caplog):
+    with serving(served_llm()) as served, served.client() as client:
+        monkeypatch.setattr("spectral_paged.server.app.prepare", broken)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(prompt="ab", **VALUES)
+        assert caught.value.code == "internal" and "secret detail" not in str(caught.value)
+        wait_until(lambda: "secret detail" in caplog.text)
+        with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+            counted = 'http_requests_total{route="/v1/completions",status="500"} 1.0'
+            assert counted in answer.read().decode()
+        served.settle()
+
+
+def broken(*_, **__):
+    raise RuntimeError("secret detail")
+
+
 def test_where_the_engines_thread_ends_everybody_hears_of_it(monkeypatch):
     """Who is served, who is being queued, and who comes after."""
     llm = served_llm()

@@ -62,8 +62,8 @@ TEXT = {
     "an empty prompt among others": ({"prompt": ["a", ""]}, "prompt", "empty"),
     "a mixed prompt": ({"prompt": [1, "a"]}, "prompt", "a list of those"),
     "a prompt of another kind": ({"prompt": {"text": "a"}}, "prompt", "a list of those"),
-    "a token": ({"prompt": [1, 199]}, None, "outside the vocabulary"),
-    "a negative token": ({"prompt": [-1]}, None, "not a token id"),
+    "a token": ({"prompt": [1, 199]}, "prompt", "outside the vocabulary"),
+    "a negative token": ({"prompt": [-1]}, "prompt", "not a token id"),
     "a long prompt": ({"prompt": "a" * 2048}, "prompt", "max_model_len"),
     "a prompt for a larger pool": ({"prompt": "a" * 2000, "max_tokens": 40}, "prompt", "never fit"),
     "many prompts": ({"prompt": ["a"] * 7}, "prompt", "6 completions at once"),
@@ -259,11 +259,12 @@ def test_a_bad_option_ends_before_a_model_is_loaded(line, message, capsys, monke
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["fastapi", "prometheus_client"])
+@pytest.mark.parametrize("package", ["fastapi", "prometheus_client", "uvicorn"])
 def test_without_a_package_the_error_says_what_to_install(monkeypatch, package):
     for name in [n for n in sys.modules if n.startswith("spectral_paged.server.")]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)  # the package's own reference, so that it comes back too
     monkeypatch.delitem(sys.modules, "spectral_paged.metrics", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'spectral-paged\[server\]'"):
-        importlib.import_module("spectral_paged.server.app")
+        importlib.import_module("spectral_paged.server.http_server")

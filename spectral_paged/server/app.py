@@ -26,7 +26,7 @@ try:
     from spectral_paged.server.traffic import Traffic
 except ImportError as error:
     raise MissingPackageError(
-        "the server needs the packages fastapi, uvicorn and prometheus-client: pip install "
+        "the server needs the packages fastapi and prometheus-client: pip install "
         "'spectral-paged[server]'"
     ) from error
 
@@ -49,7 +49,7 @@ class Service:
         self.llm, self.settings = llm, settings
         self.engine = EngineThread(llm)
         self.seats = Seats(settings.max_num_requests, settings.retry_seconds)
-        self.stopping = False
+        self.stopping = self._ended = False
         self._created = int(time.time())
         if llm.get_tokenizer() is not None:  # a first call sets it up, which threads must not share
             llm.get_tokenizer()("a")
@@ -95,6 +95,7 @@ class Service:
 
     def end_all(self) -> None:
         """Abort what is in work; clients are told that the server stops."""
+        self._ended = True
         self.engine.end_all(stopping)
 
     # ---- routes --------------------------------------------------------------------------
@@ -173,6 +174,8 @@ class Service:
     ) -> Response:
         """Queue the request and wait for its outputs; a stream takes over what `stack` holds."""
         prepared = await self._prepare(raw, chat)
+        if self._ended:
+            raise stopping()
         seat.grow(prepared.num_completions)
         body, request_id = prepared.body, request.state.request_id
         answer = Answer(

@@ -10,9 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import uvicorn
-
+from spectral_paged.errors import MissingPackageError
 from spectral_paged.server.app import Service
+
+try:
+    import uvicorn
+except ImportError as error:
+    raise MissingPackageError(
+        "the server needs the package uvicorn: pip install 'spectral-paged[server]'"
+    ) from error
 
 BACKSTOP_SECONDS = 5  # for answers to leave after the grace time; then connections are cut
 

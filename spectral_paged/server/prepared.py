@@ -49,17 +49,17 @@ def prepare(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> Pr
             code="too_many_completions",
         )
     tokenizer = llm.get_tokenizer()
-    if body.messages is not None:
-        try:
-            prompts = [llm.chat_tokens(body.messages)]
-        except InvalidRequestError as error:
-            error.param = "messages"
-            raise
-    else:
-        vocab_size = llm.engine.vocab_size
-        prompts = [token_ids_of(prompt, tokenizer, vocab_size) for prompt in body.prompts]
-    if not all(prompts):
-        raise EmptyPromptError("the prompt is empty: give at least one token")
+    try:
+        prompts = (
+            [llm.chat_tokens(body.messages)]
+            if body.messages is not None
+            else [token_ids_of(prompt, tokenizer, llm.engine.vocab_size) for prompt in body.prompts]
+        )
+        if not all(prompts):
+            raise EmptyPromptError("the prompt is empty: give at least one token")
+    except InvalidRequestError as error:
+        error.param = "messages" if chat else "prompt"
+        raise
     echoes = None
     if body.echo:
         if tokenizer is None and not all(isinstance(p, str) for p in body.prompts):

@@ -50,6 +50,9 @@ class Traffic:
         with self._in_progress.track_inprogress():
             try:
                 await self._app(scope, receive, watched)
+            except Exception:  # answered 500 by who called this
+                found["ended"] = True
+                raise
             finally:
                 status = found["status"] if found["ended"] else 499
                 route = getattr(scope.get("route"), "path", "none")
