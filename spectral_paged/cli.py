@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with logging_to_stderr(args.log_format, args.log_level):
             return commands[args.command](args)
+    except KeyboardInterrupt:
+        return 130
     except (SpectralPagedError, OSError) as error:
         print(f"spectral-paged: {error}", file=sys.stderr)
         return 2

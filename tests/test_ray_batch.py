@@ -106,8 +106,13 @@ def test_a_worker_that_is_killed_loses_and_doubles_no_line(folder, source, tmp_p
     assert not workers(), "the cluster is gone"
 
 
+def ray_batches():
+    pytest.importorskip("ray.data")
+    return importlib.import_module("spectral_paged.integrations.ray")
+
+
 def test_lines_that_kill_every_worker_end_the_run(monkeypatch):
-    ray = pytest.importorskip("spectral_paged.integrations.ray")
+    ray = ray_batches()
     monkeypatch.setattr("spectral_paged.llm.LLM", lambda model, **options: served_llm())
     worker = ray.LineWorker("tiny", {}, ray.Attempts().take)
     lines = [BatchLine(number, "", prompt="ab", params=SamplingParams()) for number in (7, 8)]
@@ -121,7 +126,7 @@ def test_lines_that_kill_every_worker_end_the_run(monkeypatch):
 @pytest.fixture
 def no_cluster(monkeypatch):
     """The driver's part alone: blocks are tables, a test says what comes back."""
-    ray = pytest.importorskip("spectral_paged.integrations.ray")
+    ray = ray_batches()
     monkeypatch.setattr(ray, "_joined", lambda address: nullcontext())
     monkeypatch.setattr(ray.ray, "put", lambda table: table)
     monkeypatch.setattr(ray.ray, "cluster_resources", lambda: {"CPU": 2.0})

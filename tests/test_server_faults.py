@@ -109,26 +109,29 @@ def test_a_client_that_goes_gives_its_seats_and_slots_back(stream):
         assert llm.stats()["finished"]["abort"] == 6
 
 
-def spoiling(llm, monkeypatch, victim):
-    """NaN in the logits of requests whose prompt begins with `victim`."""
+def spoiling(llm, monkeypatch, victim, kind):
+    """Requests whose prompt begins with `victim` get NaN, or no memory, from their sixth token."""
     forward, engine = llm.engine.runner.forward, llm.engine
 
     def spoil(plan, token_ids, rows, pending=None):
-        logits = forward(plan, token_ids, rows, pending).clone()
         ends = [e.seq_id for e in plan.entries]
-        for row, seq_id in enumerate(ends if len(ends) == len(rows) else ()):
-            request = engine._by_sequence[seq_id].request
-            if request.token_ids[0] == victim and request.num_tokens > 5:
-                logits[row, 3] = float("nan")
+        requests = [engine._by_sequence[seq_id].request for seq_id in ends]
+        bad = [r.token_ids[0] == victim and r.num_tokens > 5 for r in requests]
+        if any(bad) and kind == "memory":
+            raise MemoryError
+        logits = forward(plan, token_ids, rows, pending).clone()
+        for row in range(len(rows) if len(ends) == len(rows) else 0):
+            logits[row, 3] = float("nan") if bad[row] else logits[row, 3]
         return logits
 
     monkeypatch.setattr(llm.engine.runner, "forward", spoil)
 
 
+@pytest.mark.parametrize("kind, message", [("nan", "NaN or Inf"), ("memory", "MemoryError")])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_nan_answers_its_own_client_alone(monkeypatch, stream):
+def test_a_request_that_fails_answers_its_own_client_alone(monkeypatch, stream, kind, message):
     llm = served_llm()
-    spoiling(llm, monkeypatch, victim=9)
+    spoiling(llm, monkeypatch, victim=9, kind=kind)
 
     async def both(served):
         async with served.async_client() as client:
@@ -148,7 +151,7 @@ def test_nan_answers_its_own_client_alone(monkeypatch, stream):
         good, bad = asyncio.run(both(served))
         assert good.usage.completion_tokens == 20
         assert isinstance(bad, openai.APIError if stream else openai.InternalServerError)
-        assert "NaN or Inf" in str(bad) and bad.code == "generation_failed"
+        assert message in str(bad) and bad.code == "generation_failed"
         served.settle()
 
 
