@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,19 +25,18 @@ from spectral_paged.file_limits import (
     bounded_lines,
     is_cut,
 )
-from spectral_paged.outputs import Logprob, RequestOutput
+from spectral_paged.openai_answer import chat_choice, text_choice, token_counts, usage
+from spectral_paged.openai_request import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    SAMPLING_FIELDS,
+    parse_body,
+    parse_json,
+)
+from spectral_paged.outputs import RequestOutput
 from spectral_paged.prompts import check_salt
 from spectral_paged.sampling import SamplingParams
 
-CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
-_PARAMS = tuple(f.name for f in fields(SamplingParams))
-_OPENAI_PARAMS = tuple(p for p in _PARAMS if p not in ("max_tokens", "logprobs"))
-_IGNORED = (
-    "model", "user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls",
-    "safety_identifier", "prompt_cache_key",
-)  # fmt: skip
-# values of fields we lack that ask for nothing
-_NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"})
 _RECORD_START = b'{"line": '
 
 
@@ -110,14 +109,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise InvalidRequestError(
             f"the line has more than {amount(MAX_LINE_BYTES)}: is the file JSONL, with line ends?"
         )
-    try:
-        value = json.loads(raw)
-        if b"\\u" in raw:  # an escaped lone surrogate is no text: nothing can encode it
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"a string is not valid Unicode: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"not JSON: {error}") from None
+    value = parse_json(raw)
     if isinstance(value, str):
         value = {"prompt": value}
     if not isinstance(value, dict):
@@ -140,10 +132,10 @@ def _parse(
     given = value.get("sampling_params") or {}
     if not isinstance(given, dict):
         raise InvalidRequestError(f"sampling_params is {given!r:.80}; it must be an object")
-    given = given | {k: v for k, v in value.items() if k in _PARAMS}
+    given = given | {k: v for k, v in value.items() if k in SAMPLING_FIELDS}
     given = {k: v for k, v in given.items() if v is not None}
     ours = {"prompt", "messages", "custom_id", "id", "sampling_params", "cache_salt"}
-    extra = set(value) - set(_PARAMS) - ours
+    extra = set(value) - set(SAMPLING_FIELDS) - ours
     if extra:
         raise InvalidRequestError(f"unknown fields {sorted(extra)}")
     return BatchLine(
@@ -160,40 +152,30 @@ def _parse(
 def _parse_openai(
     number: int, digest: str, value: dict[str, Any], defaults: Mapping[str, Any]
 ) -> BatchLine:
-    url, body = value.get("url"), value["body"]
+    url = value.get("url")
     if url not in (CHAT_URL, COMPLETIONS_URL):
         raise InvalidRequestError(f"url is {url!r}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
-    if not isinstance(body, dict):
-        raise InvalidRequestError("body must be an object")
     if value.get("method", "POST") != "POST":
         raise InvalidRequestError(f"method is {value['method']!r}; use 'POST'")
     if not isinstance(value.get("custom_id"), str):
         raise InvalidRequestError("a batch line needs a custom_id string")
-    chat = url == CHAT_URL
-    given = {k: body[k] for k in _OPENAI_PARAMS if body.get(k) is not None}
-    for name in ("max_tokens", "max_completion_tokens"):
-        if body.get(name) is not None:
-            given["max_tokens"] = body[name]
-    logprobs = body.get("logprobs")
-    if chat and logprobs:
-        given["logprobs"] = body.get("top_logprobs") or 0
-    elif not chat and logprobs is not None:
-        given["logprobs"] = logprobs
-    known = {*_OPENAI_PARAMS, *_IGNORED, "max_tokens", "max_completion_tokens", "logprobs"}
-    known.add("cache_salt")  # as in vLLM
-    known |= {"top_logprobs", "messages"} if chat else {"prompt"}
-    extra = {k for k in body if k not in known and body[k] not in _NO_WISH}
-    if extra:
-        raise InvalidRequestError(f"body fields {sorted(extra)} are not supported")
+    request = parse_body(value["body"], chat=url == CHAT_URL, defaults=defaults)
+    for name in ("stream", "echo"):
+        if getattr(request, name):
+            raise InvalidRequestError(f"body field {name!r} is not supported in a batch line")
+    if len(request.prompts) > 1:
+        raise InvalidRequestError(
+            f"prompt has {len(request.prompts)} prompts; a batch line takes one"
+        )
     return BatchLine(
         number,
         digest,
         custom_id=value["custom_id"],
-        prompt=None if chat else body.get("prompt"),
-        messages=_messages(body) if chat else None,
-        params=_params(dict(defaults) | given),
+        prompt=request.prompts[0] if request.prompts else None,
+        messages=request.messages,
+        params=request.params,
         url=url,
-        cache_salt=_cache_salt(body),
+        cache_salt=request.cache_salt,
     )
 
 
@@ -221,7 +203,7 @@ def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
 
 
 def _params(values: Mapping[str, Any]) -> SamplingParams:
-    unknown = set(values) - set(_PARAMS)
+    unknown = set(values) - set(SAMPLING_FIELDS)
     if unknown:
         raise InvalidRequestError(f"unknown sampling fields {sorted(unknown)}")
     return SamplingParams(**values)
@@ -247,12 +229,6 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
     record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
     if line.custom_id is not None:
         record["custom_id"] = line.custom_id
-    generated = sum(len(c.token_ids) for c in output.outputs)
-    usage: dict[str, Any] = {
-        "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": generated,
-        "total_tokens": len(output.prompt_token_ids) + generated,
-    }
     if line.url is None:
         outputs = [
             {"index": c.index, "text": c.text, "token_ids": c.token_ids,
@@ -266,52 +242,21 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
             "preemptions": output.metrics.num_preemptions,
             "recomputed_tokens": output.metrics.num_recomputed_tokens,
         }
-        return record | {"outputs": outputs, "usage": usage, "metrics": metrics, "error": None}
-    usage["prompt_tokens_details"] = {"cached_tokens": output.metrics.num_cached_tokens}
+        counts = token_counts([output])
+        return record | {"outputs": outputs, "usage": counts, "metrics": metrics, "error": None}
     chat = line.url == CHAT_URL
-    choices = []
-    for c in output.outputs:
-        choice: dict[str, Any] = {"index": c.index, "finish_reason": c.finish_reason}
-        choice |= (
-            {"message": {"role": "assistant", "content": c.text}} if chat else {"text": c.text}
-        )
-        if c.logprobs is not None:
-            choice["logprobs"] = (_chat_logprobs if chat else _logprobs)(c.token_ids, c.logprobs)
-        choices.append(choice)
+    assert line.params is not None, "a line without an error has them"
+    choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
     body = {
         "id": f"cmpl-{line.number}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": model,
         "choices": choices,
-        "usage": usage,
+        "usage": usage([output]),
     }
     response = {"status_code": 200, "request_id": output.request_id, "body": body}
     return record | {"id": f"batch_req_{line.number}", "response": response, "error": None}
-
-
-def _chat_logprobs(token_ids: list[int], tables: list[dict[int, Logprob]]) -> dict[str, Any]:
-    def entry(table: Mapping[int, Logprob], t: int) -> dict[str, Any]:
-        return {"token": table[t].decoded_token, "token_id": t, "logprob": table[t].logprob}
-
-    return {
-        "content": [
-            entry(table, token) | {"top_logprobs": [entry(table, t) for t in table]}
-            for token, table in zip(token_ids, tables, strict=True)
-        ]
-    }
-
-
-def _logprobs(token_ids: list[int], tables: list[dict[int, Logprob]]) -> dict[str, Any]:
-    """The columns of a text completion."""
-    pairs = list(zip(token_ids, tables, strict=True))
-    return {
-        "tokens": [table[token].decoded_token for token, table in pairs],
-        "token_logprobs": [table[token].logprob for token, table in pairs],
-        "top_logprobs": [
-            {entry.decoded_token: entry.logprob for entry in table.values()} for _, table in pairs
-        ],
-    }
 
 
 class OutputFile:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ from spectral_paged.batch_file import (
 )
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
+from spectral_paged.outputs import RequestOutput
 from spectral_paged.request_events import refusing
+
+
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    """The record of one line. `failed`: it is an error's."""
+
+    record: dict[str, Any]
+    failed: bool
+    num_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -31,12 +42,72 @@ class BatchSummary:
     skipped: int = 0
     generated_tokens: int = 0
 
+    @property
+    def num_lines(self) -> int:
+        """Lines that have a record."""
+        return self.done + self.failed + self.skipped
+
+    def count(self, result: LineResult) -> None:
+        """One more line has its record."""
+        self.failed += result.failed
+        self.done += not result.failed
+        self.generated_tokens += result.num_tokens
+
+
+def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, None, None]:
+    """Results in the order in which lines finish; fewer than `2 * max_num_seqs` are in flight.
+
+    A line that cannot be served becomes an error record. Closing the iterator, or an error in it,
+    aborts what still runs.
+    """
+    limit = 2 * llm.engine.scheduler.config.max_num_seqs
+    in_flight: dict[str, BatchLine] = {}
+    more = True
+    try:
+        while more or in_flight:
+            while more and len(in_flight) < limit:
+                line = next(lines, None)
+                if line is None:
+                    more = False
+                    continue
+                try:
+                    in_flight[_submit(llm, line)] = line
+                except SpectralPagedError as error:
+                    yield LineResult(error_record(line, error), failed=True)
+            for output in llm.engine.step() if in_flight else ():
+                line = in_flight.pop(output.request_id, None) if output.finished else None
+                if line is not None:  # else it goes on, or is not of this run
+                    yield _result(line, output, llm.model_name)
+    finally:
+        for request_id in in_flight:
+            llm.engine.abort(request_id)
+
+
+def _submit(llm: LLM, line: BatchLine) -> str:
+    """Queue a line; its request id."""
+    request_id = f"line-{line.number}"
+    with refusing(llm.engine.counters, request_id):
+        if line.error is not None:
+            raise line.error
+        prompt = line.prompt
+        if line.messages is not None:
+            prompt = llm.chat_tokens(line.messages)
+    assert prompt is not None, "a line without an error has a prompt"
+    llm.engine.add_request(request_id, prompt, line.params, cache_salt=line.cache_salt)
+    return request_id
+
+
+def _result(line: BatchLine, output: RequestOutput, model_name: str) -> LineResult:
+    if output.error is not None:
+        return LineResult(error_record(line, output.error), failed=True)
+    num_tokens = sum(len(c.token_ids) for c in output.outputs)
+    return LineResult(result_record(line, output, model_name), False, num_tokens)
+
 
 class BatchRun:
-    """Feeds lines to the engine while fewer than `2 * max_num_seqs` are in flight.
+    """Serves the lines of a file that its output does not hold yet.
 
-    A line that cannot be served becomes an error record; it counts as finished, so a resume does
-    not try it again.
+    An error record counts as finished, so a resume does not try its line again.
     """
 
     def __init__(self, llm: LLM, source: Path, output: OutputFile) -> None:
@@ -45,7 +116,6 @@ class BatchRun:
         self.output = output
         self.summary = BatchSummary()
         self.total = 0
-        self._in_flight: dict[str, BatchLine] = {}
 
     def run(self, defaults: Mapping[str, Any], *, quiet: bool = False) -> BatchSummary:
         """Serve every line that the output file does not hold yet.
@@ -56,69 +126,36 @@ class BatchRun:
         Raises:
             InvalidRequestError: the output file belongs to another input.
         """
-        lines = read_lines(self.source, defaults)
-        limit = 2 * self.llm.engine.scheduler.config.max_num_seqs
-        more = True
         self.total = count_lines(self.source)
         bar = tqdm(total=self.total, desc="generate", unit="line", disable=quiet)
+        lines = unfinished_lines(self.source, self.output, defaults, self.summary)
         try:
-            while more or self._in_flight:
-                while more and len(self._in_flight) < limit:
-                    line = next(lines, None)
-                    if line is None:
-                        more = False
-                    elif not self._submit(line):
-                        bar.update()
-                if self._in_flight:
-                    bar.update(self._step())
+            with closing(serve_lines(self.llm, lines)) as results:
+                for result in results:
+                    self.output.write(result.record)
+                    self.summary.count(result)
+                    bar.update(self.summary.num_lines - bar.n)
+            bar.update(self.summary.num_lines - bar.n)
         finally:
-            for request_id in self._in_flight:
-                self.llm.engine.abort(request_id)
             bar.close()
         return self.summary
 
     @property
     def progress(self) -> tuple[int, int]:
         """Lines that have a record, and lines in all (0 before `run`)."""
-        return self.summary.done + self.summary.failed + self.summary.skipped, self.total
+        return self.summary.num_lines, self.total
 
-    def _submit(self, line: BatchLine) -> bool:
-        """Queue a line; False where it needs no engine: finished before, or bad."""
-        if self.output.has(line):
-            self.summary.skipped += 1
-            return False
-        request_id, engine = f"line-{line.number}", self.llm.engine
-        try:
-            with refusing(engine.counters, request_id):
-                if line.error is not None:
-                    raise line.error
-                prompt = line.prompt
-                if line.messages is not None:
-                    prompt = self.llm.chat_tokens(line.messages)
-            assert prompt is not None, "a line without an error has a prompt"
-            engine.add_request(request_id, prompt, line.params, cache_salt=line.cache_salt)
-        except SpectralPagedError as error:
-            self._fail(line, error)
-            return False
-        self._in_flight[request_id] = line
-        return True
 
-    def _step(self) -> int:
-        """One engine step; lines that it finished."""
-        count = 0
-        for output in self.llm.engine.step():
-            line = self._in_flight.pop(output.request_id, None) if output.finished else None
-            if line is None:
-                continue  # it goes on, or is not of this run
-            count += 1
-            if output.error is not None:
-                self._fail(line, output.error)
-                continue
-            self.output.write(result_record(line, output, self.llm.model_name))
-            self.summary.done += 1
-            self.summary.generated_tokens += sum(len(c.token_ids) for c in output.outputs)
-        return count
+def unfinished_lines(
+    source: Path, output: OutputFile, defaults: Mapping[str, Any], summary: BatchSummary
+) -> Iterator[BatchLine]:
+    """Lines that `output` has no record of; the others are counted as skipped.
 
-    def _fail(self, line: BatchLine, error: SpectralPagedError) -> None:
-        self.output.write(error_record(line, error))
-        self.summary.failed += 1
+    Raises:
+        InvalidRequestError: the output file belongs to another input.
+    """
+    for line in read_lines(source, defaults):
+        if output.has(line):
+            summary.skipped += 1
+        else:
+            yield line

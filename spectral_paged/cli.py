@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | top | info | calibrate | bench`."""
+"""The command line: `spectral-paged generate | serve | top | info | calibrate | bench`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectral_paged.arguments import parse_bytes, port_number, positive
 from spectral_paged.benchmarks import command
+from spectral_paged.engine_options import add_engine_options, engine_options
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
 from spectral_paged.log_format import FORMATS, LEVELS, logging_to_stderr
+from spectral_paged.server.command import add_serve, serve
 
 if TYPE_CHECKING:
-    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.batch_file import OutputFile
+    from spectral_paged.batch_run import BatchRun, BatchSummary
     from spectral_paged.llm import LLM
 
 SAMPLING = {
@@ -38,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="complete the prompts of a JSONL file"))
+    serving = commands.add_parser("serve", help="answer OpenAI's HTTP requests")
+    add_serve(serving)
     info = commands.add_parser("info", help="what a model needs and gets, by format")
     info.add_argument("model", help="alias, hub id, folder or .gguf file")
     info.add_argument("--memory", type=parse_bytes, default=16 << 30, help="default 16GiB")
@@ -54,19 +59,22 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--max-tokens", type=positive, default=65536, help="stop after about so many; default 65536"
     )
-    top = commands.add_parser("top", help="figures of a running `generate --metrics-port`, live")
+    top = commands.add_parser(
+        "top", help="figures of a running `serve` or `generate --metrics-port`, live"
+    )
     top.add_argument("url", help="such as http://localhost:9100")
     top.add_argument("--interval", type=positive, default=1, help="seconds; default 1")
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     command.add_benches(bench)
-    for one in (commands.choices["generate"], info, calibrate):
+    for one in (info, calibrate):
         one.add_argument(
             "--trust-remote-code", action="store_true", help="run Python code of the model's own"
         )
-    for one in (commands.choices["generate"], info, calibrate, top, bench):
+    for one in commands.choices.values():
         group = one.add_argument_group("log, on stderr")
         group.add_argument("--log-format", choices=FORMATS, default="text")
-        group.add_argument("--log-level", choices=LEVELS, default="warning")
+        level = "info" if one is serving else "warning"
+        group.add_argument("--log-level", choices=LEVELS, default=level)
     return parser
 
 
@@ -75,18 +83,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--overwrite", action="store_true", help="forget an earlier output")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv-format", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-bytes", type=parse_bytes)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-num-seqs", type=positive, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--prefill-segment", type=int, default=2048)
-    parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
-    parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="base seed of lines without one")
+    add_engine_options(parser)
     watching = parser.add_argument_group("watching it run")
     shown = watching.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="no bar, no summary")
@@ -95,6 +92,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--metrics-port", type=port_number, help="serve Prometheus metrics here while it runs"
     )
     watching.add_argument("--metrics-host", default="127.0.0.1", help="default 127.0.0.1")
+    cluster = parser.add_argument_group("on a Ray cluster")
+    cluster.add_argument("--ray", action="store_true", help="one worker for each GPU of a cluster")
+    cluster.add_argument("--ray-workers", type=positive, help="how many; needed without GPUs")
+    cluster.add_argument(
+        "--ray-address", help="of the cluster; default RAY_ADDRESS, else this machine alone"
+    )
     defaults = parser.add_argument_group("sampling, for lines that name no value")
     for name, kind in SAMPLING.items():
         defaults.add_argument("--" + name.replace("_", "-"), type=kind)
@@ -103,45 +106,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Run a batch file; 0 when every line got a record, bad lines included."""
     from spectral_paged.batch_file import OutputFile
-    from spectral_paged.batch_run import BatchRun
-    from spectral_paged.llm import LLM
     from spectral_paged.sampling import SamplingParams
 
     if not args.input.is_file():
         raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
+    if not args.ray and (args.ray_workers or args.ray_address):
+        raise InvalidRequestError("--ray-workers and --ray-address need --ray")
+    if args.ray and (args.top or args.metrics_port is not None):
+        raise InvalidRequestError(
+            "--top and --metrics-port show one engine; with --ray there are several: leave them out"
+        )
     defaults = {k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}
     if "sampling_seed" in defaults:
         defaults["seed"] = defaults.pop("sampling_seed")
     SamplingParams(**defaults)  # a bad default would otherwise become the error of every line
     if args.output.exists() and args.output.samefile(args.input):
         raise InvalidRequestError(f"--input and --output are both {str(args.output)!r}")
-    show = args.top and _can_show()
     output = OutputFile(args.output, overwrite=args.overwrite)
     try:
         output.check(args.input)
-        with _exporting(args) as export:
-            llm = LLM(
-                args.model,
-                kv_format=args.kv_format,
-                device=args.device,
-                dtype=args.dtype,
-                kv_cache_bytes=args.kv_cache_bytes,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-                max_num_seqs=args.max_num_seqs,
-                max_num_batched_tokens=args.max_num_batched_tokens,
-                max_model_len=args.max_model_len,
-                prefill_segment=args.prefill_segment,
-                calibration=args.calibration,
-                enable_prefix_caching=not args.no_prefix_caching,
-                trust_remote_code=args.trust_remote_code,
-                seed=args.seed,
-            )
-            export(llm)
-            begin = time.monotonic()
-            run = BatchRun(llm, args.input, output)
-            with _view(llm, run) if show else nullcontext():
-                summary = run.run(defaults, quiet=args.quiet or show)
-            seconds = time.monotonic() - begin
+        serve_file = _generate_on_ray if args.ray else _generate_here
+        summary, seconds, figures = serve_file(args, output, defaults)
     except KeyboardInterrupt:
         print(
             f"interrupted: finished lines are in {args.output}; the same command goes on from "
@@ -152,17 +137,57 @@ def generate(args: argparse.Namespace) -> int:
     finally:
         output.close()
     if not args.quiet:
-        stats = llm.stats()
         print(
             f"{summary.done} lines done, {summary.failed} with an error, {summary.skipped} "
             f"finished before; {summary.generated_tokens} tokens in {seconds:.1f} s "
-            f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s)\n"
-            f"backend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
-            f"sealed, {stats['pages_attended']} page reads, ratio "
-            f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
-            f"the prefix cache, {stats['preemptions']} preemptions"
+            f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s){figures}"
         )
     return 0
+
+
+def _generate_here(
+    args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
+) -> tuple[BatchSummary, float, str]:
+    """With one LLM in this process; the summary, seconds, and what else there is to print."""
+    from spectral_paged.batch_run import BatchRun
+    from spectral_paged.llm import LLM
+
+    show = args.top and _can_show()
+    with _exporting(args) as export:
+        llm = LLM(args.model, **engine_options(args))
+        export(llm)
+        begin = time.monotonic()
+        run = BatchRun(llm, args.input, output)
+        with _view(llm, run) if show else nullcontext():
+            summary = run.run(defaults, quiet=args.quiet or show)
+        seconds = time.monotonic() - begin
+    stats = llm.stats()
+    return summary, seconds, (
+        f"\nbackend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
+        f"sealed, {stats['pages_attended']} page reads, ratio "
+        f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
+        f"the prefix cache, {stats['preemptions']} preemptions"
+    )
+
+
+def _generate_on_ray(
+    args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
+) -> tuple[BatchSummary, float, str]:
+    """With workers of a cluster; the seconds are those of loading too."""
+    from spectral_paged.integrations.ray import run_batch
+
+    begin = time.monotonic()
+    summary = run_batch(
+        args.model,
+        args.input,
+        output,
+        defaults,
+        options=engine_options(args),
+        num_workers=args.ray_workers,
+        address=args.ray_address,
+        quiet=args.quiet,
+    )
+    return summary, time.monotonic() - begin, ""
 
 
 def _can_show() -> bool:
@@ -259,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     commands = {
         "generate": generate,
+        "serve": serve,
         "top": top,
         "info": info,
         "calibrate": calibrate,
@@ -267,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with logging_to_stderr(args.log_format, args.log_level):
             return commands[args.command](args)
+    except KeyboardInterrupt:
+        return 130
     except (SpectralPagedError, OSError) as error:
         print(f"spectral-paged: {error}", file=sys.stderr)
         return 2

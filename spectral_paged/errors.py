@@ -13,9 +13,11 @@ class SpectralPagedError(Exception):
         request_id: the request it belongs to, where there is one.
         outputs: set by `LLM.generate`: the outputs of every request of the call, in prompt
             order (`None` where a prompt was refused), so that nothing finished is lost.
+        param: the field of the request that is at fault, where one is.
     """
 
     request_id: str | None = None
+    param: str | None = None
     outputs: list[Any] | None = None
 
 
@@ -69,6 +71,10 @@ class NonFiniteError(SpectralPagedError, ArithmeticError):
 
 class ConformanceError(SpectralPagedError, AssertionError):
     """A loop around the cache that breaks a rule of embedding it; see `docs/embedding.md`."""
+
+
+class ClusterError(SpectralPagedError, RuntimeError):
+    """A cluster that did not do its part of a batch; what it finished is kept."""
 
 
 class PatchError(SpectralPagedError, RuntimeError):

@@ -32,6 +32,7 @@ from spectral_paged.request_events import refusing
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 from spectral_paged.shared_basis import SharedBasis
+from spectral_paged.text_deltas import TextDeltas
 
 
 @dataclass(slots=True, eq=False)
@@ -317,9 +318,9 @@ class LLM:
         prompts = prompt_list(prompts)
         params = params_list(sampling_params, len(prompts))
         places = self._submit_all(prompts, params, None)
-        shown: dict[tuple[str, int], tuple[int, int]] = {}
+        deltas = TextDeltas(self.engine)
         for output in self._outputs(places):
-            yield from self._deltas(output, places[output.request_id], shown)
+            yield from deltas.of(output, places[output.request_id])
 
     def _outputs(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
         """Run steps until the requests have finished; their outputs as they come.
@@ -345,34 +346,6 @@ class LLM:
             self._inboxes.remove(inbox)
             for request_id in inbox.running:
                 self.engine.abort(request_id)
-
-    def _deltas(
-        self, output: RequestOutput, place: int, shown: dict[tuple[str, int], tuple[int, int]]
-    ) -> Iterator[TextDelta]:
-        for completion in output.outputs:
-            key = (output.request_id, completion.index)
-            num_chars, num_tokens = shown.get(key, (0, 0))
-            if num_chars < 0:
-                continue
-            ended = completion.finish_reason is not None
-            text = (
-                completion.text
-                if ended
-                else self.engine.settled_text(output.request_id, completion.index)
-            )
-            tokens = completion.token_ids[num_tokens:]
-            if not ended and not tokens and len(text) <= num_chars:
-                continue
-            shown[key] = (-1, 0) if ended else (len(text), len(completion.token_ids))
-            yield TextDelta(
-                output.request_id,
-                place,
-                completion.index,
-                text[num_chars:],
-                list(tokens),
-                completion.finish_reason,
-                output.error,
-            )
 
     def _submit_all(
         self,

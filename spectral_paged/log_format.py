@@ -19,8 +19,10 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What `extra=` gave to a record."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    """What `extra=` gave to a record; names with a `_` before are other packages' (Ray marks every
+    record of a process that imports it)."""
+    found = vars(record).items()
+    return {k: v for k, v in found if k not in _STANDARD and not k.startswith("_")}
 
 
 class TextFormatter(logging.Formatter):
@@ -78,14 +80,17 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def logging_to_stderr(format: str, level: str) -> Iterator[None]:
-    """Show the package's own log records inside; other packages' are left as they are."""
-    logger = logging.getLogger("spectral_paged")
-    handler, before = _StderrHandler(), logger.level
+    """Show the package's own log records inside, and those of the HTTP server that it runs; other
+    packages' are left as they are."""
+    loggers = [logging.getLogger(name) for name in ("spectral_paged", "uvicorn.error")]
+    handler, before = _StderrHandler(), [logger.level for logger in loggers]
     handler.setFormatter({"text": TextFormatter, "json": JsonFormatter}[format]())
-    logger.addHandler(handler)
-    logger.setLevel(level.upper())
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for logger, old in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(old)

@@ -69,7 +69,8 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of a streaming completion; `finish_reason` is set on its last piece."""
+    """A piece of a streaming completion; `finish_reason` is set on its last piece. `logprobs`: a
+    table for each of its tokens, where the request asked for them."""
 
     request_id: str
     prompt_index: int
@@ -78,3 +79,4 @@ class TextDelta:
     token_ids: list[int]
     finish_reason: str | None
     error: SpectralPagedError | None = None
+    logprobs: list[dict[int, Logprob]] | None = None

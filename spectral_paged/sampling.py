@@ -58,7 +58,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, rule: str) -> None:
             if not ok:
-                raise SamplingParamsError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+                error = SamplingParamsError(
+                    f"{name} is {getattr(self, name)!r}; it must be {rule}"
+                )
+                error.param = name
+                raise error
 
         def whole(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)

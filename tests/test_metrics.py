@@ -336,15 +336,32 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 
 def test_only_their_own_modules_import_what_an_extra_brings():
+    """And what imports those is itself imported only when it is used."""
     folder = Path(__file__).resolve().parents[1] / "spectral_paged"
-    users = {"prometheus_client": set(), "rich": set(), "spectral_paged.metrics": set()}
+    want = {
+        "prometheus_client": {"metrics", "app", "traffic"},
+        "rich": {"top"},
+        "fastapi": {"app"},
+        "starlette": {"app", "traffic", "event_stream"},
+        "uvicorn": {"http_server"},
+        "ray": {"ray"},
+        "pyarrow": {"ray"},
+        "spectral_paged.metrics": {"app"},
+        "spectral_paged.server.traffic": {"app"},
+        "spectral_paged.server.event_stream": {"app"},
+        "spectral_paged.server.app": {"http_server"},
+        "spectral_paged.server.http_server": set(),
+        "spectral_paged.integrations.ray": set(),
+    }
+    users = {package: set() for package in want}
     for path in folder.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:  # what runs when a module is imported
             nodes = ast.walk(node) if isinstance(node, ast.Try) else [node]
             for found in nodes:
+                names = [a.name for a in found.names] if isinstance(found, ast.Import) else []
                 if isinstance(found, ast.ImportFrom) and found.module:
-                    for package, modules in users.items():
-                        if f"{found.module}.".startswith(f"{package}."):
-                            modules.add(path.stem)
-    want = {"prometheus_client": {"metrics"}, "rich": {"top"}, "spectral_paged.metrics": set()}
+                    names = [found.module]
+                for package, modules in users.items():
+                    if any(f"{name}.".startswith(f"{package}.") for name in names):
+                        modules.add(path.stem)
     assert users == want

@@ -1,0 +1,279 @@
+"""Batch files over a Ray cluster: `pip install 'spectral-paged[ray]'`.
+
+```
+driver     lines of the input that have no record yet -> blocks of lines in the object store
+Ray Data   one actor a GPU, each with an LLM of its own, takes block after block
+driver     writes each line's record once, as blocks come back
+```
+
+Ray restarts an actor that died and has its block done again, so a line may be computed twice. It
+is written once: the driver alone writes, and it knows by line number what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from spectral_paged.batch_file import BatchLine, OutputFile, count_lines, error_record
+from spectral_paged.batch_run import BatchSummary, LineResult, serve_lines, unfinished_lines
+from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
+
+try:
+    import pyarrow as pa
+    import ray
+    import ray.data
+    import ray.exceptions
+except ImportError as error:
+    raise MissingPackageError(
+        "--ray needs the package ray with its data library: pip install 'spectral-paged[ray]'"
+    ) from error
+
+MAX_ATTEMPTS = 4  # at one block of lines: one that kills whoever takes it ends the run
+TASKS_PER_WORKER = 8  # at least, where there are lines enough: so that all end at about one time
+SEATS_PER_TASK = 4  # lines of a block at most, in `max_num_seqs`: few steps run half empty
+
+
+class Attempts:
+    """How often blocks were taken; of the whole cluster, for an actor that died knows nothing."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def take(self, number: int) -> int:
+        """Count one more try at the block that begins with line `number`."""
+        self._counts[number] += 1
+        return self._counts[number]
+
+
+class LineWorker:
+    """What an actor runs: an LLM, and lines in, records out.
+
+    Args:
+        model: alias, hub id, or a path that every node has.
+        options: keyword arguments of `LLM`.
+        take: counts tries at the block that begins with a line number.
+    """
+
+    def __init__(
+        self, model: str, options: Mapping[str, Any], take: Callable[[int], int]
+    ) -> None:
+        from spectral_paged.llm import LLM
+
+        self._llm = LLM(model, **options)
+        self._take = take
+
+    def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+        """Columns `record` (JSON), `failed`, `num_tokens` of lines pickled in column `line`.
+
+        Raises:
+            ClusterError: whoever took these lines before has died, again and again.
+        """
+        lines: list[BatchLine] = [pickle.loads(raw) for raw in batch["line"]]
+        first, last = lines[0].number, lines[-1].number
+        if self._take(first) > MAX_ATTEMPTS:
+            raise ClusterError(
+                f"{MAX_ATTEMPTS} workers died over lines {first} to {last}: look for memory that "
+                "ran out (fewer --max-num-seqs, less --kv-cache-bytes), or leave these lines out"
+            )
+        results = list(serve_lines(self._llm, iter(lines)))
+        return {
+            "record": [json.dumps(result.record).encode() for result in results],
+            "failed": [result.failed for result in results],
+            "num_tokens": [result.num_tokens for result in results],
+        }
+
+
+def run_batch(
+    model: str,
+    source: Path,
+    output: OutputFile,
+    defaults: Mapping[str, Any],
+    *,
+    options: Mapping[str, Any],
+    num_workers: int | None = None,
+    address: str | None = None,
+    quiet: bool = False,
+) -> BatchSummary:
+    """Serve every line that the output file does not hold yet, on a Ray cluster.
+
+    A Ray that this process has joined already is used as it is; else one is joined, or started on
+    this machine, and left again at the end.
+
+    Args:
+        defaults: sampling values for lines that name none.
+        options: keyword arguments of `LLM`, plain values.
+        num_workers: actors; default one for each GPU of the cluster. They take a GPU each, or,
+            where `options["device"]` is `cpu` or the cluster has no GPU, a CPU each.
+        address: of the cluster; default that of `RAY_ADDRESS`, else this machine alone.
+
+    Raises:
+        InvalidRequestError: the output file belongs to another input, or the cluster is too small.
+        ClusterError: workers failed or died more often than is tried again.
+    """
+    with _joined(address):
+        resource, num_workers = _workers(options.get("device", "auto"), num_workers)
+        return _run(model, source, output, defaults, options, resource, num_workers, quiet)
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            address or os.environ.get("RAY_ADDRESS"),
+            include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _workers(device: str, wanted: int | None) -> tuple[str, int]:
+    """What an actor takes, `GPU` or `CPU`, and how many there are."""
+    found = ray.cluster_resources()
+    resource = "GPU" if found.get("GPU") and device != "cpu" else "CPU"
+    room = int(found.get(resource, 0))
+    if wanted is None:
+        if resource == "CPU":
+            raise InvalidRequestError(
+                "the Ray cluster has no GPU to count workers by: say how many with --ray-workers"
+            )
+        wanted = room
+    if not 1 <= wanted <= room:
+        raise InvalidRequestError(
+            f"--ray-workers {wanted}: the Ray cluster has {room} {resource}, one for each worker"
+        )
+    return resource, wanted
+
+
+def _run(
+    model: str,
+    source: Path,
+    output: OutputFile,
+    defaults: Mapping[str, Any],
+    options: Mapping[str, Any],
+    resource: str,
+    num_workers: int,
+    quiet: bool,
+) -> BatchSummary:
+    summary = BatchSummary()
+    total = count_lines(source)
+    per_task = max(
+        1,
+        min(
+            SEATS_PER_TASK * int(options.get("max_num_seqs", 256)),
+            (total - len(output.finished)) // (TASKS_PER_WORKER * num_workers),
+        ),
+    )
+    bar = tqdm(total=total, desc="generate", unit="line", disable=quiet)
+    waiting: set[int] = set()
+    try:
+        lines = unfinished_lines(source, output, defaults, summary)
+        blocks = list(_blocks(lines, per_task, output, summary, waiting))
+        bar.update(summary.num_lines - bar.n)
+        if blocks:
+            results = _results(blocks, model, options, resource, num_workers, per_task)
+            for result in results:
+                if result.record["line"] not in waiting:
+                    continue  # a block that was run twice
+                waiting.discard(result.record["line"])
+                output.write(result.record)
+                summary.count(result)
+                bar.update(summary.num_lines - bar.n)
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"{len(waiting)} lines have no record, for the Ray cluster gave up: {_cause(error)}\n"
+            f"finished lines are in {output.path}; the same command goes on from there"
+        ) from error
+    finally:
+        bar.close()
+    if waiting:
+        raise ClusterError(
+            f"{len(waiting)} lines came back from no worker, line {min(waiting)} the first: run "
+            "the same command again"
+        )
+    return summary
+
+
+def _cause(error: ray.exceptions.RayError) -> str:
+    """What a worker raised: the last such line among its tracebacks and what Ray says of them."""
+    raised = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception): .+$", str(error), re.MULTILINE)
+    return str(raised[-1]) if raised else str(error)
+
+
+def _blocks(
+    lines: Iterator[BatchLine],
+    size: int,
+    output: OutputFile,
+    summary: BatchSummary,
+    waiting: set[int],
+) -> Iterator[Any]:
+    """References to blocks of `size` lines; bad lines get their record at once.
+
+    Args:
+        waiting: gets the numbers of the lines.
+    """
+    good: list[bytes] = []
+    for line in lines:
+        if line.error is not None:
+            result = LineResult(error_record(line, line.error), failed=True)
+            output.write(result.record)
+            summary.count(result)
+            continue
+        waiting.add(line.number)
+        good.append(pickle.dumps(line))
+        if len(good) == size:
+            yield ray.put(pa.table({"line": good}))
+            good = []
+    if good:
+        yield ray.put(pa.table({"line": good}))
+
+
+def _results(
+    blocks: list[Any],
+    model: str,
+    options: Mapping[str, Any],
+    resource: str,
+    num_workers: int,
+    per_task: int,
+) -> Iterator[LineResult]:
+    """Results as blocks come back, maybe some of them twice."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
+    answers = ray.data.from_arrow_refs(blocks).map_batches(
+        LineWorker,
+        fn_constructor_args=(
+            model, dict(options), lambda number: ray.get(attempts.take.remote(number))
+        ),
+        batch_size=per_task,
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_gpus=1 if resource == "GPU" else None,
+        num_cpus=1 if resource == "CPU" else None,
+    )  # fmt: skip
+    for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
+        columns = (batch["record"], batch["failed"], batch["num_tokens"])
+        for record, failed, num_tokens in zip(*columns, strict=True):
+            yield LineResult(json.loads(record), bool(failed), int(num_tokens))

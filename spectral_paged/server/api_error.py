@@ -1,0 +1,81 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spectral_paged.errors import (
+    CapacityError,
+    EmptyPromptError,
+    PromptTooLongError,
+    SpectralPagedError,
+)
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+_CODES: dict[type[SpectralPagedError], tuple[str, str | None]] = {
+    PromptTooLongError: ("context_length_exceeded", "prompt"),
+    CapacityError: ("context_length_exceeded", "prompt"),
+    EmptyPromptError: ("empty_prompt", "prompt"),
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP; 4xx is the client's to mend, 5xx is not.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type, self.param, self.code = type, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def refused(error: SpectralPagedError) -> ApiError:
+    """A request that can never be served."""
+    code, param = _CODES.get(type(error), ("invalid_value", None))
+    return ApiError(400, str(error), param=error.param or param, code=code)
+
+
+def failed(error: BaseException) -> ApiError:
+    """A request that was taken and came to nothing."""
+    return ApiError(500, str(error) or repr(error), type=SERVER, code="generation_failed")
+
+
+def stopping() -> ApiError:
+    """What comes, or is not done yet, when the server stops."""
+    return ApiError(
+        503,
+        "the server is shutting down: send the request to another, or again later",
+        type=SERVER,
+        code="shutting_down",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+
+
+def disconnected() -> ApiError:
+    """For the log alone: nobody is there to read it."""
+    return ApiError(499, "the client has gone", code="client_disconnected")

@@ -1,0 +1,238 @@
+"""The HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+from spectral_paged.errors import MissingPackageError, SpectralPagedError
+from spectral_paged.llm import LLM
+from spectral_paged.openai_request import CHAT_URL, COMPLETIONS_URL
+
+try:
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST
+    from starlette.exceptions import HTTPException
+
+    from spectral_paged.metrics import MetricsCollector
+    from spectral_paged.server.event_stream import EventStream
+    from spectral_paged.server.traffic import Traffic
+except ImportError as error:
+    raise MissingPackageError(
+        "the server needs the packages fastapi and prometheus-client: pip install "
+        "'spectral-paged[server]'"
+    ) from error
+
+from spectral_paged.server.answer import Answer
+from spectral_paged.server.api_error import SERVER, ApiError, refused, stopping
+from spectral_paged.server.body import read_body, while_connected
+from spectral_paged.server.engine_thread import EngineThread
+from spectral_paged.server.prepared import PreparedRequest, prepare, unknown_model
+from spectral_paged.server.seats import Seat, Seats
+from spectral_paged.server.settings import ServerSettings
+
+
+class Service:
+    """An LLM behind HTTP; `app` is the ASGI application.
+
+    The LLM belongs to it while the application runs.
+    """
+
+    def __init__(self, llm: LLM, settings: ServerSettings) -> None:
+        self.llm, self.settings = llm, settings
+        self.engine = EngineThread(llm)
+        self.seats = Seats(settings.max_num_requests, settings.retry_seconds)
+        self.stopping = self._ended = False
+        self._created = int(time.time())
+        if llm.get_tokenizer() is not None:  # a first call sets it up, which threads must not share
+            llm.get_tokenizer()("a")
+        # one thread: parsing and tokenizing disturb neither the event loop nor the engine's steps
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        registry = CollectorRegistry()
+        MetricsCollector(llm, registry=registry)
+        self._metrics: Callable[[], bytes] = lambda: generate_latest(registry)
+        self.app = self._build(registry)
+
+    def _build(self, registry: CollectorRegistry) -> FastAPI:
+        app = FastAPI(
+            title="spectral-paged", openapi_url=None, lifespan=self._lifespan,
+            exception_handlers={
+                ApiError: _error,
+                SpectralPagedError: _refusal,
+                HTTPException: _http_error,
+                Exception: _fault,
+            },
+        )  # fmt: skip
+        app.add_middleware(Traffic, registry=registry)
+        keyed = [Depends(self._check_key)]
+        app.add_api_route("/health", self._health)
+        app.add_api_route("/metrics", self._scrape)
+        app.add_api_route("/v1/models", self._models, dependencies=keyed)
+        app.add_api_route("/v1/models/{name:path}", self._model, dependencies=keyed)
+        for url, endpoint in ((CHAT_URL, self._chat), (COMPLETIONS_URL, self._complete)):
+            app.add_api_route(url, endpoint, methods=["POST"], dependencies=keyed)
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        try:
+            yield
+        finally:
+            await self.engine.stop()
+            self._parser.shutdown(cancel_futures=True)
+
+    def begin_to_stop(self) -> None:
+        """Take no more requests; those in work go on."""
+        self.stopping = True
+
+    def end_all(self) -> None:
+        """Abort what is in work; clients are told that the server stops."""
+        self._ended = True
+        self.engine.end_all(stopping)
+
+    # ---- routes --------------------------------------------------------------------------
+
+    async def _check_key(self, request: Request) -> None:
+        if not self.settings.api_keys:
+            return
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        known = [secrets.compare_digest(given, k.encode()) for k in self.settings.api_keys]
+        if kind.lower() != "bearer" or not any(known):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _health(self) -> Response:
+        problem = "the server is shutting down" if self.stopping else self.engine.problem
+        if problem is not None:
+            return JSONResponse({"status": "unhealthy", "problem": problem}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _scrape(self) -> Response:
+        text = await asyncio.to_thread(self._metrics)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def _models(self) -> Response:
+        names = self.settings.model_names
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def _model(self, name: str) -> Response:
+        if name not in self.settings.model_names:
+            raise unknown_model(name, self.settings)
+        return JSONResponse(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "spectral-paged",
+            "max_model_len": self.llm.cache.max_model_len,
+        }
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    # ---- one request ---------------------------------------------------------------------
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        if self.stopping:
+            raise stopping()
+        with ExitStack() as stack:
+            seat = stack.enter_context(self.seats.take())
+            raw = await read_body(
+                request.receive,
+                request.headers,
+                limit=self.settings.max_body_bytes,
+                seconds=self.settings.body_seconds,
+            )
+            work = self._begin(request, raw, seat, stack, chat=chat)
+            try:
+                return await while_connected(request.receive, work)
+            except ApiError as error:
+                if chat and error.param == "prompt":  # made from the messages
+                    error.param = "messages"
+                raise
+
+    async def _begin(
+        self, request: Request, raw: bytes, seat: Seat, stack: ExitStack, *, chat: bool
+    ) -> Response:
+        """Queue the request and wait for its outputs; a stream takes over what `stack` holds."""
+        prepared = await self._prepare(raw, chat)
+        if self._ended:
+            raise stopping()
+        seat.grow(prepared.num_completions)
+        body, request_id = prepared.body, request.state.request_id
+        answer = Answer(
+            request_id,
+            body.model or self.settings.model_names[0],
+            chat=chat,
+            params=prepared.params,
+            echoes=prepared.echoes,
+        )
+        generation = await self.engine.submit(
+            request_id,
+            prepared.prompts,
+            prepared.params,
+            cache_salt=body.cache_salt,
+            streams=body.stream,
+        )
+        stack.callback(generation.close)
+        if not body.stream:
+            return JSONResponse(answer.whole(await generation.outputs()))
+        chunks = answer.chunks(generation, include_usage=body.include_usage)
+        return EventStream(chunks, stack.pop_all().close)
+
+    async def _prepare(self, raw: bytes, chat: bool) -> PreparedRequest:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(
+                self._parser, lambda: prepare(self.llm, self.settings, raw, chat=chat)
+            )
+        except SpectralPagedError as error:
+            self.engine.count_refusal(error)
+            raise
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.content, error.status, headers=error.headers)
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SpectralPagedError)
+    return await _error(request, refused(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200}: {error.detail}"
+    return await _error(
+        request, ApiError(error.status_code, message, code="not_found", headers=error.headers)
+    )
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A bug; what it was goes to the log alone."""
+    return await _error(
+        request, ApiError(500, "the server failed on this request", type=SERVER, code="internal")
+    )

@@ -1,0 +1,119 @@
+"""`spectral-paged serve`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+
+from spectral_paged.arguments import parse_bytes, port_number, positive
+from spectral_paged.engine_options import add_engine_options, engine_options
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.server.settings import ServerSettings
+
+API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    standard = ServerSettings(())
+    parser.add_argument("model", help="alias, hub id, folder or .gguf file")
+    add_engine_options(parser)
+    parser.add_argument(
+        "--warm-up", action="store_true",
+        help="on CUDA: compile and capture every decode graph before the first request",
+    )  # fmt: skip
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
+    http.add_argument("--port", type=port_number, default=8000, help="0: any; default 8000")
+    http.add_argument(
+        "--api-key", action="append", metavar="KEY",
+        help=f"asked for by /v1; may be given several times; or set {API_KEY_VARIABLE}",
+    )  # fmt: skip
+    http.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="what requests call the model; answers use the first; default the model argument",
+    )  # fmt: skip
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-num-requests", type=positive, default=standard.max_num_requests,
+        help="completions that run or wait at once; more are answered 429; default "
+        f"{standard.max_num_requests}",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 8MiB"
+    )
+    limits.add_argument(
+        "--max-tokens-limit", type=positive, help="most tokens that a completion may ask for"
+    )
+    limits.add_argument(
+        "--grace-seconds", type=float, default=standard.grace_seconds,
+        help="how long requests go on after SIGTERM; default "
+        f"{standard.grace_seconds:g}",
+    )  # fmt: skip
+
+
+def settings_of(args: argparse.Namespace) -> ServerSettings:
+    """The settings of a command line and its environment.
+
+    Raises:
+        InvalidRequestError: an empty key or a negative time.
+    """
+    keys = tuple(args.api_key or ())
+    if not keys and os.environ.get(API_KEY_VARIABLE):
+        keys = (os.environ[API_KEY_VARIABLE],)
+    if not all(key.strip() == key != "" and key.isascii() for key in keys):
+        raise InvalidRequestError(
+            "an API key is empty, begins or ends with a space, or is not ASCII: give another"
+        )
+    if not args.grace_seconds >= 0:
+        raise InvalidRequestError(f"--grace-seconds is {args.grace_seconds}; it must be >= 0")
+    return ServerSettings(
+        model_names=tuple(args.served_model_name or (args.model,)),
+        api_keys=keys,
+        max_num_requests=args.max_num_requests,
+        max_body_bytes=args.max_body_bytes,
+        max_tokens=args.max_tokens_limit,
+        grace_seconds=args.grace_seconds,
+    )
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; 0 after an orderly end, 1 where the engine's thread died."""
+    from spectral_paged.server.app import Service  # says what to install where it cannot
+    from spectral_paged.server.http_server import HttpServer
+
+    settings = settings_of(args)
+    with _bound(args.host, args.port) as listener:
+        from spectral_paged.llm import LLM
+
+        llm = LLM(args.model, **engine_options(args))
+        if args.warm_up:
+            llm.warm_up()
+        service = Service(llm, settings)
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        ready = f"serving {settings.model_names[0]} at http://{host}:{port}/v1"
+        server = HttpServer(service, lambda: print(ready, file=sys.stderr, flush=True))
+        asyncio.run(server.serve([listener]))
+    return 1 if service.engine.died else 0
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address, before a model is loaded for nothing; it listens when that is there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise OSError(
+                f"nothing can be served at {host}:{port} ({error}): name another --port or --host"
+            ) from error
+        yield listener

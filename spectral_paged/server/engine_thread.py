@@ -1,0 +1,224 @@
+"""The engine in a thread of its own; an event loop talks to it by calls that it takes between
+steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from spectral_paged.errors import SpectralPagedError
+from spectral_paged.llm import LLM
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.server.api_error import ApiError, failed, refused, stopping
+from spectral_paged.server.generation import Generation, News
+from spectral_paged.text_deltas import TextDeltas
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3  # in a row; a step that raised can be taken again
+
+
+class EngineThread:
+    """Runs steps while there are requests and sends what they bring to the event loop.
+
+    Nobody else may use the LLM meanwhile: an engine belongs to one thread.
+
+    Attributes:
+        died: its thread ended by an error.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._generations: dict[str, Generation] = {}  # by request id; the thread's own
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._lock = threading.Lock()  # no call is queued after the last ones were taken
+        self._stopped = False
+        self.died = False
+        self._failed_steps = 0
+        self._failure: BaseException | None = None
+
+    # ---- the event loop ------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin; the running event loop is the one that hears of results."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Abort what still runs, telling those who wait that the server stops; then join."""
+        with self._lock:
+            self._stopped = True
+        self._calls.put(lambda: None)  # wakes it
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
+
+    @property
+    def problem(self) -> str | None:
+        """Why requests are not answered; None while all is well."""
+        if self._failure is not None:
+            return f"engine steps raise: {self._failure!r}"
+        if self._loop is not None and not self._thread.is_alive():
+            return "the engine's thread has ended"
+        return None
+
+    async def submit(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        streams: bool = False,
+    ) -> Generation:
+        """Queue all prompts (token ids), or none of them.
+
+        Raises:
+            ApiError: 400, a prompt can never be served; 5xx, nothing can be.
+        """
+        loop = asyncio.get_running_loop()
+        admitted: asyncio.Future[None] = loop.create_future()
+        ids = [f"{request_id}-{place}" for place in range(len(prompts))]
+        generation = Generation(
+            ids,
+            TextDeltas(self.llm.engine) if streams else None,
+            lambda: self._calls.put(lambda: self._abort(ids)),
+        )
+
+        def answer(error: BaseException | None) -> None:
+            if not admitted.done():  # a client that has gone waits no more
+                admitted.set_result(None) if error is None else admitted.set_exception(error)
+
+        def add() -> None:
+            error: BaseException | None = None
+            try:
+                self._add(generation, ids, prompts, params, cache_salt)
+            except SpectralPagedError as refusal:
+                error = refused(refusal)
+            except ApiError as stop:
+                error = stop
+            except Exception as fault:
+                logger.exception("request %s could not be queued", request_id)
+                error = failed(fault)
+            self._tell(lambda: answer(error))
+
+        with self._lock:
+            if self._stopped:
+                raise stopping()
+            self._calls.put(add)
+        try:
+            await admitted
+        except BaseException:  # refused, or the client has gone: none of the prompts goes on
+            generation.close()
+            raise
+        return generation
+
+    def count_refusal(self, error: SpectralPagedError) -> None:
+        """A request that was refused before the engine saw it is counted among the others."""
+        self._calls.put(lambda: self.llm.engine.counters.count_refusal(error))
+
+    def end_all(self, reason: Callable[[], ApiError]) -> None:
+        """Abort every request; whoever waits gets `reason()`."""
+        self._calls.put(lambda: self._end_all(reason))
+
+    # ---- the thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason: Callable[[], ApiError] = stopping
+        try:
+            while not self._stopped:
+                self._take_calls(wait=not self.llm.engine.has_unfinished())
+                if self.llm.engine.has_unfinished() and not self._stopped:
+                    self._step()
+        except BaseException as error:
+            logger.exception("the engine's thread ends")
+            self._failure, self.died = error, True
+            reason = partial(failed, error)
+        with self._lock:
+            self._stopped = True
+        self._end_all(reason)
+        self._take_calls(wait=False)  # those who wait for their admission get an answer too
+
+    def _take_calls(self, *, wait: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                self._calls.get()()
+            while True:
+                self._calls.get_nowait()()
+
+    def _add(
+        self,
+        generation: Generation,
+        ids: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        cache_salt: str,
+    ) -> None:
+        if self._stopped:
+            raise stopping()
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.llm.engine.add_request(request_id, prompt, params, cache_salt=cache_salt)
+            self._generations[request_id] = generation
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            if self._generations.pop(request_id, None) is not None:
+                self.llm.engine.abort(request_id)
+
+    def _end_all(self, reason: Callable[[], ApiError]) -> None:
+        waiting = set(self._generations.values())
+        self._abort(list(self._generations))
+        self._tell(lambda: _fail(waiting, reason))
+
+    def _step(self) -> None:
+        try:
+            outputs = self.llm.engine.step()
+        except Exception as error:
+            self._failed_steps += 1
+            self._failure = error
+            logger.exception("engine step failed, %d in a row", self._failed_steps)
+            if self._failed_steps % MAX_FAILED_STEPS == 0:
+                self._end_all(partial(failed, error))
+            return
+        self._failed_steps, self._failure = 0, None
+        self._send(outputs)
+
+    def _send(self, outputs: Sequence[RequestOutput]) -> None:
+        mail: list[tuple[Generation, list[News], BaseException | None]] = []
+        for output in outputs:
+            generation = self._generations.get(output.request_id)
+            if generation is None:
+                continue
+            if output.error is not None:
+                mail.append((generation, [], failed(output.error)))
+            else:
+                mail.append((generation, generation.news_of(output), None))
+            if output.finished:
+                self._generations.pop(output.request_id, None)
+        if mail:
+            self._tell(lambda: _deliver(mail))
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            self._loop.call_soon_threadsafe(call)
+
+
+def _deliver(mail: Sequence[tuple[Generation, list[News], BaseException | None]]) -> None:
+    for generation, news, error in mail:
+        if news:
+            generation.receive(news)
+        if error is not None:
+            generation.fail(error)
+
+
+def _fail(generations: set[Generation], reason: Callable[[], ApiError]) -> None:
+    for generation in generations:
+        generation.fail(reason())

@@ -1,0 +1,36 @@
+"""What a server allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Names, keys and limits of a server.
+
+    Args:
+        model_names: what requests may call the model; answers use the first.
+        api_keys: bearer tokens that open `/v1`; none: it is open to all.
+        max_num_requests: completions (prompts times `n`) that run or wait at once; more are
+            answered 429.
+        max_body_bytes: longest body.
+        max_tokens: most tokens that one completion may ask for; None: as many as fit.
+        max_stops: most stop strings, and stop token ids, of a request; each is looked for after
+            every token.
+        max_stop_chars: longest stop string.
+        body_seconds: how long a body may take to arrive.
+        grace_seconds: how long requests may go on after the server was told to stop.
+        retry_seconds: what `Retry-After` says where there is no room.
+    """
+
+    model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    max_num_requests: int = 1024
+    max_body_bytes: int = 8 << 20
+    max_tokens: int | None = None
+    max_stops: int = 16
+    max_stop_chars: int = 256
+    body_seconds: float = 60.0
+    grace_seconds: float = 30.0
+    retry_seconds: int = 1
