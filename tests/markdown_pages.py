@@ -73,3 +73,9 @@ def commands(block):
     text = re.sub(r"\\\n\s*", " ", block.text)
     lines = [re.sub(r"\s#.*", "", line).strip().removeprefix("$ ") for line in text.splitlines()]
     return [line for line in lines if line.startswith("spectral-paged ")]
+
+
+def rows(page):
+    """Rows of a page's tables, cell by cell."""
+    lines = [line.strip() for line in page.prose.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

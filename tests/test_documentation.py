@@ -19,11 +19,8 @@ import yaml
 from markdown_pages import PAGES, ROOT, Block, commands, read
 
 import spectral_paged
-from spectral_paged import LLM, Engine, PageFormat, SpectralKVCache, calibration
+from spectral_paged import LLM, Engine, SpectralKVCache, calibration
 from spectral_paged.cli import build_parser
-from spectral_paged.model_report import sequence_bytes
-from spectral_paged.presets import PRESETS
-from spectral_paged.readings import DURATIONS, FIGURES
 
 BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
 EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
@@ -32,7 +29,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PUBLIC = {name: getattr(spectral_paged, name) for name in spectral_paged.__all__}
 PUBLIC |= {"llm": LLM, "engine": Engine, "cache": SpectralKVCache}
 FOLDERS = "benchmarks|docs|examples|kernels|scheduler|spectral_paged|tests"
-OTHERS_OPTIONS = {"--no-deps", "--import-mode"}  # of pip and pytest
+OTHERS_OPTIONS = {"--no-deps", "--attention-backend", "--kv-cache-dtype"}  # pip's and vLLM's
 
 
 # ---- what runs ------------------------------------------------------------------------------
@@ -347,81 +344,6 @@ def test_a_name_of_nothing_is_noticed(span):
 @pytest.mark.parametrize("span", ["spectral_paged.cache.SpectralKVCache", "LLM(MODEL, seed=1)"])
 def test_a_name_of_something_is_not(span):
     assert not list(strangers(span))
-
-
-# ---- figures --------------------------------------------------------------------------------
-
-
-def rows(page):
-    """Tables of a page, row by row."""
-    lines = [line.strip() for line in page.prose.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-@pytest.mark.parametrize("name", [n for n, p in BY_NAME.items() if "width 64 / 128 |" in p.text])
-def test_ratios_of_presets_are_those_of_their_pages(name):
-    said = {
-        row[0].split("`")[1]: row[-1]
-        for row in rows(BY_NAME[name])
-        if re.fullmatch(r"[\d.]+x / [\d.]+x", row[-1]) and row[0].startswith("`")
-    }
-    real = {}
-    for preset in PRESETS[1:]:
-        formats = [PageFormat.preset(preset, num_kv_heads=2, head_dim=d) for d in (64, 128)]
-        real[preset] = " / ".join(f"{f.page_ratio:.2f}x" for f in formats)
-    assert said == real
-
-
-def test_the_page_picture_has_the_bytes_of_a_page():
-    """Every section's bytes and offset, in order and without a gap but for alignment."""
-    page, format = BY_NAME["docs/concepts.md"], PageFormat.preset(
-        "spectral-quality", num_kv_heads=8, head_dim=128
-    )  # fmt: skip
-    said = {r[0]: (int(r[1].replace(",", "")), int(r[2].replace(",", "")))
-            for r in rows(page) if len(r) == 4 and r[1].replace(",", "").isdigit()}  # fmt: skip
-    layout = format.layout
-    real = {
-        "index": layout.index_offset,
-        "K band 0": layout.k.bands[0].offset,
-        "K band 1": layout.k.bands[1].offset,
-        "V band 0, low bits": layout.v.bands[0].offset,
-        "V band 0, third bits": layout.v.bands[0].high_offset,
-    }
-    for side in ("K", "V"):
-        for part in ("scale", "gain", "mean", "slot"):
-            offset = getattr(getattr(layout, side.lower()), f"{part}_offset")
-            real[f"{side} {part}{'s' * (part == 'slot')}"] = offset
-    assert {name: offset for name, (_, offset) in said.items() if name != "padding"} == real
-    ends = [size + offset for size, offset in said.values()]
-    assert ends[:-1] == [offset for _, offset in said.values()][1:]
-    assert ends[-1] == layout.head_bytes
-    exact = format.exact_page_bytes(2)
-    held = sequence_bytes(format, 1, 1700)
-    for number in (layout.page_bytes, layout.head_bytes, exact, 2 * exact, held):
-        assert f"{number:,}" in page.text
-    assert held == 3 * layout.page_bytes + 3 * exact
-    assert f"{1700 * exact // 64 / held:.2f} times" in page.text
-
-
-def test_positions_from_which_pages_are_seen():
-    format = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128)
-    text = BY_NAME["docs/concepts.md"].text
-    assert f"first page from position {format.visible_from(0)} on" in text
-    assert f"the second from {format.visible_from(1):,} on" in text
-
-
-def test_every_metric_is_explained():
-    spans = set(BY_NAME["docs/tuning.md"].spans)
-    assert {f.name for f in FIGURES} | set(DURATIONS) <= spans
-
-
-def test_every_argument_of_generate_has_a_default_that_the_pages_say():
-    """Defaults in the table of memory are those of `LLM`."""
-    takes = inspect.signature(LLM).parameters
-    for row in rows(BY_NAME["docs/tuning.md"]):
-        name = row[0].strip("`")
-        if name in takes and re.fullmatch(r"[\d.,]+", row[1]):
-            assert float(row[1].replace(",", "")) == takes[name].default, name
 
 
 def test_pages_are_read_as_they_are_shown():
