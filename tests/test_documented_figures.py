@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from markdown_pages import PAGES, ROOT, read, rows
@@ -60,6 +61,25 @@ def test_the_page_picture_has_the_bytes_of_a_page():
         assert f"{number:,}" in page.text
     assert held == 3 * layout.page_bytes + 3 * exact
     assert f"{1700 * exact // 64 / held:.2f} times" in page.text
+
+
+def test_the_drawing_is_to_scale():
+    """Sections of the record in `docs/page.svg` are as wide as their bytes."""
+    drawing = (ROOT / "docs" / "page.svg").read_text(encoding="utf-8")
+    layout = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128).layout
+    k, v = layout.k, layout.v
+    edges = [
+        k.bands[0].offset, k.bands[1].offset, k.scale_offset,
+        v.bands[0].offset, v.bands[0].high_offset, v.scale_offset, layout.head_bytes,
+    ]  # fmt: skip
+    drawn = re.findall(r'class="(?:k2?|v2?|side)" x="([\d.]+)" y="\d+" width="([\d.]+)"', drawing)
+    left, total = float(drawn[0][0]), sum(float(width) for _, width in drawn)
+    scale = total / layout.head_bytes
+    for (x, width), (start, end) in zip(drawn, pairwise(edges), strict=True):
+        assert float(x) == pytest.approx(left + start * scale, abs=0.2)
+        assert float(width) == pytest.approx((end - start) * scale, abs=0.2)
+    for number in (layout.page_bytes, layout.head_bytes, 8 * 512 * 128 * 4):
+        assert f"{number:,} bytes" in drawing or f"instead of {number:,}" in drawing
 
 
 def test_positions_from_which_pages_are_seen():
