@@ -20,6 +20,7 @@ from markdown_pages import PAGES, ROOT, Block, commands, read
 
 import spectral_paged
 from spectral_paged import LLM, Engine, SpectralKVCache, calibration
+from spectral_paged.batch_file import read_lines
 from spectral_paged.cli import build_parser
 
 BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
@@ -209,6 +210,15 @@ def test_make_targets_exist(page):
     for line in said:
         found = re.match(r"(?:[A-Z]+=\S+ )*make ([a-z]+)\b", line)
         assert not found or re.search(rf"^{found[1]}:", MAKEFILE, re.M), line
+
+
+@EVERY_PAGE
+def test_lines_of_a_batch_are_read(page, tmp_path):
+    for block in page.blocks:
+        if block.language == "json":
+            (tmp_path / "in.jsonl").write_text(block.text, encoding="utf-8")
+            for line in read_lines(tmp_path / "in.jsonl", {}):
+                assert line.error is None
 
 
 # ---- links ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -102,6 +103,26 @@ def test_defaults_in_the_table_of_memory_are_those_of_the_llm():
         if row[0].strip("`") in takes and re.fullmatch(r"[\d.,]+", row[1])
     }
     assert len(said) >= 4 and said == {name: takes[name].default for name in said}
+
+
+def gains(workload, figure):
+    """How often more `spectral-quality` has of a figure than `exact` in a stored result."""
+    path = ROOT / "benchmarks" / "results" / f"throughput-8b-{workload}.json"
+    rows_of = {r["backend"]: r for r in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    return rows_of["spectral-quality"][figure] / rows_of["exact"][figure]
+
+
+def test_gains_are_those_of_the_stored_results():
+    said = {row[0]: row[1] for row in rows(BY_NAME["docs/tuning.md"]) if len(row) == 2}
+    decode, output = "decode_tokens_per_second", "output_tokens_per_second"
+    full = gains("32k-full", "num_requests"), gains("32k-full", decode)
+    assert said["32K contexts, memory full"] == (
+        "{:.2f}x the sequences, {:.2f}x the decode tokens/s".format(*full)
+    )
+    assert f"{gains('8k-24gb', decode):.2f}x the decode" in said["8K contexts, 24 GB for all"]
+    assert said["1,024 in, 256 out"].startswith(f"{gains('1k', output):.2f}x")
+    assert said["128 to 384 in, 512 to 1,536 out"] == f"{gains('mixed', output):.2f}x"
+    assert f"{full[1]:.2f} times the decode tokens" in BY_NAME["docs/index.md"].text
 
 
 def test_what_vllms_blocks_would_cost_follows_from_the_format():
