@@ -6,13 +6,13 @@ and shapes that a page shows for one fit the other.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import torch
-import transformers
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from spectral_paged import calibration, llm
 from spectral_paged.models import loader
@@ -34,7 +34,7 @@ def tokenizer():
         vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator([calibration.builtin_text()], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="!", eos_token="!")
     fast.chat_template = TEMPLATE
     return fast
 
@@ -51,26 +51,43 @@ def load_model(name, *, device, dtype, trust_remote_code=False):
     )
 
 
+def pretrained_model(*args, attn_implementation=None, **kwargs):
+    """What `AutoModelForCausalLM.from_pretrained` returns, whatever the name is."""
+    made = model()
+    if attn_implementation is not None:
+        made.set_attn_implementation(attn_implementation)
+    return made
+
+
+def pretrained_tokenizer(*args, padding_side="right", **kwargs):
+    made = copy.deepcopy(tokenizer())
+    made.padding_side = padding_side
+    return made
+
+
 def enter(monkeypatch, folder):
     """Let every way to load a model give the small one, and `folder` be where one works."""
     monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(folder.parent / "cache"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(llm, "load_model", load_model)
     monkeypatch.setattr(loader, "load_model", load_model)
-    pretrained = {
-        transformers.AutoModelForCausalLM: lambda *a, **k: model(),
-        transformers.AutoTokenizer: lambda *a, **k: tokenizer(),
-    }
-    for owner, made in pretrained.items():
-        monkeypatch.setattr(owner, "from_pretrained", made)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained_model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", pretrained_tokenizer)
 
 
 def names():
     """What a page may use without saying where it comes from, as a reader would have it."""
+    prompts = ["The sea is", "Two and two make"]
     return {
         "__name__": "documentation",
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "model": model(),
         "tokenizer": tokenizer(),
+        "prompts": prompts,
+        "inputs": pretrained_tokenizer(padding_side="left")(
+            prompts, return_tensors="pt", padding=True
+        ),
         "registry": CollectorRegistry(),
         "make_adapter": lambda config: None,
         "q": torch.randn(18, 9, 64),
