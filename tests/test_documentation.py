@@ -19,7 +19,7 @@ import yaml
 from markdown_pages import PAGES, ROOT, Block, commands, read
 
 import spectral_paged
-from spectral_paged import LLM, Engine, SpectralKVCache, calibration
+from spectral_paged import LLM, Engine, calibration
 from spectral_paged.batch_file import read_lines
 from spectral_paged.cli import build_parser
 
@@ -28,7 +28,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
 WITH_PYTHON = {n: p for n, p in BY_NAME.items() if any(b.language == "python" for b in p.blocks)}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PUBLIC = {name: getattr(spectral_paged, name) for name in spectral_paged.__all__}
-PUBLIC |= {"llm": LLM, "engine": Engine, "cache": SpectralKVCache}
+PUBLIC |= {"llm": LLM, "engine": Engine}
 FOLDERS = "benchmarks|docs|examples|kernels|scheduler|spectral_paged|tests"
 OTHERS_OPTIONS = {"--no-deps", "--attention-backend", "--kv-cache-dtype"}  # pip's and vLLM's
 
