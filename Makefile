@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test soak coverage mutants audit lint types clean
+.PHONY: demo test docs vllm soak coverage mutants audit lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -20,6 +20,18 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The manual, into build/site; a broken link or an unknown name in it is an error. `make test` runs what it
+# shows and checks what it names, without building it.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The claims of docs/vllm.md, against the classes of a vLLM release that is fetched for it (900 MB unpacked).
+vllm: $(STAMP)
+	rm -rf build/vllm
+	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
+	PYTHONPATH=build/vllm $(BIN)/python tests/vllm_blocks.py
 
 # Lines and branches of the package and its scheduler; kernels have tests of their own on a GPU.
 coverage: $(STAMP)

@@ -180,11 +180,3 @@ def test_the_example_is_held_in_the_head():
     """The loop and its forward pass, without what prints: under 150 lines."""
     loop = PATH.read_text(encoding="utf-8").split("\ndef main(")[0]
     assert len(loop.splitlines()) < 150
-
-
-def test_the_example_of_the_documentation_runs():
-    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
-    names = {}
-    exec(text.split("```python")[1].split("```")[0], names)
-    assert names["done"] == 700 and names["failed"] == {} and names["out"].isfinite().all()
-    assert names["cache"].stats()["num_sequences"] == 0
