@@ -120,10 +120,10 @@ def test_gains_are_those_of_the_stored_results():
         "{:.2f}x the sequences, {:.2f}x the decode tokens/s".format(*full)
     )
     assert f"{gains('8k-24gb', decode):.2f}x the decode" in said["8K contexts, 24 GB for all"]
-    assert said["1,024 in, 256 out"].startswith(f"{gains('1k', output):.2f}x")
-    assert said["128 to 384 in, 512 to 1,536 out"] == f"{gains('mixed', output):.2f}x"
+    assert said["1,024 in, 256 out"].startswith(f"{gains('h100-1k', output):.2f}x")
+    assert said["128 to 384 in, 512 to 1,536 out"] == f"{gains('h100-mixed', output):.2f}x"
     assert f"{full[1]:.2f} times the decode tokens" in BY_NAME["docs/index.md"].text
-    for number in (f"({full[0]:.2f}x)", f"({full[1]:.2f}x)", f"{gains('mixed', output):.2f}x"):
+    for number in (f"({full[0]:.2f}x)", f"({full[1]:.2f}x)", f"{gains('h100-mixed', output):.2f}x"):
         assert number in BY_NAME["README.md"].text and number in BY_NAME["docs/speed.md"].text
 
 
