@@ -236,7 +236,7 @@ def calibrate(
                 spectral_recorder=recorder,
             )
     basis = accumulator.finish(
-        q_pre=torch.stack([met_before_rope(*x) for x in zip(recorder.moments[0], ropes)]),
+        q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
         o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
         model_fingerprint=model_fingerprint(model),
