@@ -52,6 +52,17 @@ class PagedAttention:
         """The page format; an online calibration changes its fingerprint."""
         return self.basis.format
 
+    def warm_up(self, group: LayerGroup) -> None:
+        """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
+        nothing is written. An online calibration has yet to say what it is to do."""
+        if self.ops.on_gpu and group.seals and not self.basis.is_waiting:
+            layer = group.layers[0]
+            self.ops.spectral_rebuild(
+                group.plane(layer), group.page_table.device[0, :1], layout=group.layout,
+                first_position=self.format.num_landmark_tokens, cos=group.cos, sin=group.sin,
+                dtype=self.dtype, num_pages=1, compile_only=True, **self.basis.rows(layer),
+            )  # fmt: skip
+
     def append(
         self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -222,9 +222,9 @@ class LLM:
         )
 
     def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
-        """Compile what seals, and capture the decode graphs of up to `num_seqs` sequences of up to
-        `num_tokens` tokens, now instead of when a step first needs them; how many graphs there are
-        (0 on the CPU)."""
+        """Compile what seals and what rebuilds history, and capture the decode graphs of up to
+        `num_seqs` sequences of up to `num_tokens` tokens, now instead of when a step first needs
+        them; how many graphs there are (0 on the CPU)."""
         return self._runner.warm_up(
             min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
             min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),

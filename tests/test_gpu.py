@@ -33,7 +33,7 @@ from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.rope import RotaryTable
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
-    from spectral_paged.kernels import seal_triton
+    from spectral_paged.kernels import seal_triton, spectral_rebuild_triton
     from spectral_paged.kernels.decode_attention_gpu import decode_attention
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
@@ -315,15 +315,23 @@ def test_a_cache_on_the_gpu_seals_rebuilds_and_reads_by_kernels_only():
         assert float(error) < 0.05
 
 
-def test_after_a_warm_up_no_seal_compiles():
+def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
     cache = small_cache(device="cuda", outlier_slots=3)  # a layout that no other test seals
-    kernels = seal_triton._project_kernel, seal_triton._quantize_kernel
+    kernels = (
+        seal_triton._project_kernel, seal_triton._quantize_kernel,
+        spectral_rebuild_triton._rebuild_kernel,
+    )  # fmt: skip
 
     def compiled():
-        return [len(caches[0]) for k in kernels for caches in k.device_caches.values()]
+        caches = [c[0] for kernel in kernels for c in kernel.device_caches.values()]
+        built = [x for found in caches for x in found.values()]
+        return len(built), [x._run is not None for x in built]  # without `_run` a launch builds it
 
-    cache.sealer.warm_up(cache.groups[0])
+    [group] = cache.groups
+    cache.sealer.warm_up(group)
+    cache.attention.warm_up(group)
     before = compiled()
+    assert all(before[1])
     cache.add_sequence("a", num_prompt_tokens=1200)
     feed(cache, "a", 1300)
     assert cache.stats()["pages_sealed"] > 0 and compiled() == before

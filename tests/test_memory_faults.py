@@ -30,7 +30,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_tokens(
         "seal": (llm.cache.sealer, "seal"),
         "begin_step": (llm.cache, "begin_step"),
         "end_step": (llm.cache, "end_step"),
-        "append": (llm.cache._attention, "run"),
+        "append": (llm.cache.attention, "run"),
     }[where]
     expected = want(format)
     raise_once(monkeypatch, owner, name, error, 2)

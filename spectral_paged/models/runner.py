@@ -95,12 +95,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, num_seqs: int, num_tokens: int) -> int:
-        """Compile what seals, and capture the graphs of every size of batch up to `num_seqs`, for
-        any number of pages that sequences of up to `num_tokens` tokens have; how many there are
-        now. Others are captured when a step needs them; before an online calibration, so are those
-        with pages."""
+        """Compile what seals and rebuilds history, and capture the graphs of every size of batch up
+        to `num_seqs`, for any number of pages that sequences of up to `num_tokens` tokens have; how
+        many there are now. Others are captured when a step needs them; before an online
+        calibration, so are those with pages."""
         for group in self.cache.groups:
             self.cache.sealer.warm_up(group)
+            self.cache.attention.warm_up(group)
         if self.graphs is None:
             return 0
         format = self.cache.format
