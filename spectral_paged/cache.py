@@ -51,7 +51,8 @@ class SpectralKVCache:
         calibration: what formats with a shared basis or calibrated weights need: a `SharedBasis`,
             or `"online"` to take the basis from the first blocks that are sealed here.
         softmax_scale: default `head_dim ** -0.5`.
-        enable_prefix_caching: reuse slots of sequences added with `token_ids`.
+        enable_prefix_caching: reuse slots of sequences added with `token_ids`; False for formats
+            with `prefill_segment=0`.
         poison: fill freed slots with NaN bytes (tests).
 
     Raises:
@@ -84,6 +85,7 @@ class SpectralKVCache:
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         heads = num_q_heads, num_kv_heads, head_dim
         groups.check_geometry(format, num_layers, *heads, exempt_layers)
+        groups.check_prefixes(format, enable_prefix_caching)
         groups.check_kernels(format, torch.device(device))
         max_model_len = groups.check_length(max_model_len, rope, format)
         self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))

@@ -13,6 +13,8 @@ from spectral_paged.page_format import PageFormat
 
 def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
     """Most tokens a sequence of `num_tokens` ever holds in exact pages of a spectral group."""
+    if not format.prefill_segment:  # all of them may come in one step
+        return num_tokens
     window = format.num_landmark_tokens + BLOCK_TOKENS + format.hot_tokens + format.prefill_segment
     return min(num_tokens, window)
 

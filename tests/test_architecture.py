@@ -31,18 +31,20 @@ ENGINE = CACHE | {
 }  # fmt: skip
 MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
+MODEL_CACHE = CALIBRATION | {"model_cache"}
 TOP = {
     "llm", "placement", "model_report", "batch_file", "batch_run", "arguments", "readings",
     "metrics", "top", "log_format",
 }  # fmt: skip
-LLM = ENGINE | CALIBRATION | TOP
+LLM = ENGINE | MODEL_CACHE | TOP
 ALLOWED = {
     "kernels": {"kernels"},
     "scheduler": {"scheduler"},
     "data": set(),
     "models": MODELS,
     "calibration": CALIBRATION,
-    "integrations": CACHE | {"integrations"},
+    "model_cache": MODEL_CACHE,
+    "integrations": MODEL_CACHE | {"placement", "integrations"},
     "benchmarks": LLM | {"benchmarks"},
     "small_llama": {"small_llama"},
     "adapter": CACHE,

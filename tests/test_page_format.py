@@ -94,7 +94,7 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"num_landmark_tokens": 65}, "^num_landmark_tokens is 65; .*use 128"),
         ({"num_landmark_tokens": -64}, "use 0"),
         ({"hot_tokens": 10}, "^hot_tokens is 10; .*multiple of 64"),
-        ({"prefill_segment": 0}, "^prefill_segment is 0; .*at least 512"),
+        ({"prefill_segment": 64}, "^prefill_segment is 64; .*at least 512"),
         ({"head_dim": 40}, "multiple of 16"),
         ({"head_dim": 272}, "between 16 and 256"),
         ({"head_dim": 0}, "between 16 and 256"),
