@@ -8,7 +8,7 @@ from pathlib import Path
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.calibration import find_calibration
 from spectral_paged.errors import FormatError, InvalidRequestError
-from spectral_paged.models.geometry import ModelGeometry, rotary_table
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 from spectral_paged.shared_basis import SharedBasis
@@ -77,16 +77,18 @@ def model_cache(
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        rope=rotary_table(model, max_model_len, model.device),
+        rope=layer_ropes(model, max_model_len, model.device),
         format=format,
         device=model.device,
         dtype=model.dtype,
         kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        sliding_windows=geometry.windows,
         exempt_layers=exempt_layers,
         calibration=find_calibration(calibration, format, loaded),
         softmax_scale=float(model.model.layers[0].self_attn.scaling),
+        softcap=geometry.softcap,
         enable_prefix_caching=enable_prefix_caching,
         poison=poison,
     )
