@@ -108,7 +108,7 @@ class SpectralKVCache:
         self.softcap = softcap
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self._attention = PagedAttention(
+        self.attention = PagedAttention(
             self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
         )
         self.sealer = Sealer(self._basis, self.ops, dtype=dtype, device=self.device)
@@ -329,11 +329,11 @@ class SpectralKVCache:
         """
         group, step = self._of_layer(layer, q, k, v)
         with self.clock.section("attention"):
-            return self._attention.run(group, step, layer, q, k, v)
+            return self.attention.run(group, step, layer, q, k, v)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
-        self._attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
+        self.attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
 
     def _of_layer(
         self, layer: int, q: Tensor | None, k: Tensor, v: Tensor

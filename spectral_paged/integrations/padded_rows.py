@@ -17,7 +17,7 @@ from spectral_paged.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class PaddedRows:
-    """The columns of one forward, B rows of T.
+    """The columns of one forward, B rows of T (`width`), behind `num_columns` of earlier ones.
 
     num_new: tokens of each row.
     places: int64, where tokens stand in the flattened `[B * T]`; None: everywhere.
@@ -27,6 +27,7 @@ class PaddedRows:
 
     batch_size: int
     width: int
+    num_columns: int
     num_new: tuple[int, ...]
     places: Tensor | None
     shown: Tensor | None
@@ -95,7 +96,7 @@ class PaddedRows:
         num_new = tuple(count for _, count, _ in facts)
         full = sum(num_new) == batch_size * width
         places = None if full else new.flatten().nonzero().squeeze(1)
-        return cls(batch_size, width, num_new, places, shown, positions)
+        return cls(batch_size, width, num_columns, num_new, places, shown, positions)
 
     def flatten(self, x: Tensor) -> Tensor:
         """The tokens of `[B, H, T, D]` behind each other, `[tokens, H, D]`."""
@@ -110,10 +111,15 @@ class PaddedRows:
             x = padded
         return x.unflatten(0, (self.batch_size, self.width))
 
-    def align(self, row: int, x: Tensor) -> Tensor:
-        """A row's tokens so far `[H, tokens, D]` in their columns `[H, columns, D]`, else zero."""
-        if self.shown is None:
-            return x
-        aligned = x.new_zeros(x.shape[0], self.shown.shape[1], x.shape[2])
-        aligned[:, self.shown[row]] = x
-        return aligned
+    def columns(self, stored: dict[int, Tensor], like: Tensor) -> Tensor:
+        """Rows' newest tokens `[H, tokens, D]`, by row, in their columns: `[B, H, columns, D]` of
+        `like`'s dtype, zero elsewhere."""
+        width = self.width + self.num_columns
+        found = like.new_zeros(self.batch_size, like.shape[1], width, like.shape[3])
+        for row, x in stored.items():
+            if self.shown is None:
+                found[row, :, width - x.shape[1] :] = x
+            else:
+                places = self.shown[row].nonzero().squeeze(1)
+                found[row, :, places[len(places) - x.shape[1] :]] = x
+        return found

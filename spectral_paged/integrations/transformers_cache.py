@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Cache
 
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
+from spectral_paged.history import read_history
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
@@ -233,7 +234,20 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 "a SpectralPagedCache keeps no gradients: run the model under torch.no_grad(), or "
                 "train with use_cache=False"
             )
-        return key_states, value_states
+        if not self.materialize:
+            return key_states, value_states
+        rows = self._forward.rows
+        self._forward.num_layers += 1
+        seen: list[tuple[Tensor, Tensor]] = []
+        if self._forward.has_tokens:
+            self.kv_cache.append(layer_idx, *map(rows.flatten, (key_states, value_states)))
+            seen = read_history(self.kv_cache, layer_idx)
+        computed = [row for row, num in enumerate(rows.num_new) if num]
+        keys, values = (
+            rows.columns(dict(zip(computed, side, strict=True)), key_states)
+            for side in (zip(*seen, strict=True) if seen else ((), ()))
+        )
+        return keys, values
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store and attend: q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]`; returns `[B, T, Hq, D]`."""
