@@ -216,6 +216,16 @@ def test_a_chunk_that_starts_anywhere_ends_where_the_view_changes(landmarks, hot
             assert fmt.chunk_end(start, prompt) == end, (start, prompt)
 
 
+def test_where_each_step_is_a_segment_a_step_has_no_end():
+    """And its queries see what the step's first position sees, prompt or not."""
+    fmt = preset(prefill_segment=0)
+    for start in (0, 64, 639, 640, 1151, 1152, 5000):
+        assert fmt.chunk_end(start, 3000) > 10**9
+        assert fmt.visible_blocks(start, 3000) == fmt.visible_blocks(start, 0)
+    assert fmt.visible_blocks(640, 3000) == 1
+    assert fmt.fingerprint != preset(prefill_segment=2048).fingerprint
+
+
 def test_exact_never_sees_a_page():
     fmt = preset("exact")
     assert fmt.chunk_end(0, 10) > 10**9

@@ -136,17 +136,18 @@ def test_materialized_conversations_go_on():
 def test_a_real_model_finds_what_lies_in_its_pages():
     loaded = smollm2()
     model, tokenizer = loaded.model, loaded.tokenizer
-    passage = text("alice")[:3000]
+    passage = text("alice")[:2800]
     middle = passage.index(" ", 1200)
     needle = " The secret number of the white door is 7391."
-    question = "\n\nQuestion: What is the secret number of the white door?\nAnswer: The secret number"
+    question = "\n\nQuestion: What is the secret number of the white door?\nAnswer: The secret "
+    question += "number"
     prompt = passage[:middle] + needle + passage[middle:] + question
     inputs = padded([tokenizer(prompt)["input_ids"]])
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         cache = paged_cache(model, "auto", kv_cache_bytes=256 << 20, tokenizer=tokenizer)
-        tokens = generated(model, inputs, cache, max_new_tokens=12)
+        tokens = generated(model, inputs, cache, max_new_tokens=8)
     finally:
         model.set_attn_implementation(before)
     answer = tokenizer.decode(tokens[0])
