@@ -134,23 +134,25 @@ def test_materialized_conversations_go_on():
 
 @pytest.mark.model
 def test_a_real_model_finds_what_lies_in_its_pages():
+    """The question comes in a second forward, to which the needle is in a page."""
     loaded = smollm2()
     model, tokenizer = loaded.model, loaded.tokenizer
     passage = text("alice")[:2800]
     middle = passage.index(" ", 1200)
-    needle = " The secret number of the white door is 7391."
+    passage = f"{passage[:middle]} The secret number of the white door is 7391.{passage[middle:]}"
     question = "\n\nQuestion: What is the secret number of the white door?\nAnswer: The secret "
-    question += "number"
-    prompt = passage[:middle] + needle + passage[middle:] + question
-    inputs = padded([tokenizer(prompt)["input_ids"]])
+    question += "number of the white door is"
+    seen, asked = (padded([tokenizer(text)["input_ids"]]) for text in (passage, question))
+    both = {name: torch.cat([seen[name], asked[name]], dim=1) for name in seen}
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     try:
-        cache = paged_cache(model, "auto", kv_cache_bytes=256 << 20, tokenizer=tokenizer)
-        tokens = generated(model, inputs, cache, max_new_tokens=8)
+        cache = paged_cache(model, "auto", kv_cache_bytes=64 << 20, tokenizer=tokenizer)
+        with torch.no_grad():
+            model(**seen, past_key_values=cache, logits_to_keep=1)
+        tokens = generated(model, both, cache, max_new_tokens=5)
     finally:
         model.set_attn_implementation(before)
-    answer = tokenizer.decode(tokens[0])
-    assert "7391" in answer, answer
-    assert cache.stats()["pages_attended"] > 0
+    assert "7391" in tokenizer.decode(tokens[0])
+    assert cache.stats()["pages_attended"] == 30 * 5
     assert cache.kv_cache.format.name == "spectral-quality"
