@@ -204,9 +204,12 @@ def test_the_model_stays_what_it_was(name):
         return loss.item(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
     tokens, (loss, gradient) = generated(model, inputs), trained()
+    unpadded = batch((130,))
+    alone = generated(model, unpadded)
     model.set_attn_implementation(ATTENTION_NAME)
     generated(model, inputs, paged_cache(model))
     assert torch.equal(generated(model, inputs), tokens)
+    assert torch.equal(generated(model, unpadded), alone)
     again, same = trained()
     assert again == pytest.approx(loss, rel=1e-5) and gradient.abs().max() > 0
     assert torch.allclose(same, gradient, atol=1e-6)

@@ -7,6 +7,7 @@ import torch
 from padded_batch import LENGTHS, attending_model, batch, build, generated, padded, paged_cache
 from real_text import smollm2, text
 from tiny_model import random_prompts, tiny_format
+from transformers import DynamicCache
 
 from spectral_paged import PageFormat
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
@@ -20,7 +21,8 @@ SEALING = {
     "gemma2, a window that is sealed": 2,
 }  # fmt: skip
 WINDOWED = (
-    "gemma3", "cohere2", "mistral, a window that is sealed", "gemma2, a window that is sealed",
+    "gemma3", "cohere", "cohere2", "mistral, a window that is sealed",
+    "gemma2, a window that is sealed",
 )  # fmt: skip
 PAGES = 1 + 2  # of rows with 700 and 1,300 tokens, in a layer
 
@@ -124,6 +126,34 @@ def test_materialized_windows_and_rotations_say_what_pages_say(name):
     materialized(build(name), "eager", fine)
 
 
+@pytest.mark.parametrize("name", ["llama", "cohere"])
+def test_what_is_materialized_stands_where_a_dynamic_cache_has_it(name, monkeypatch):
+    """Landmarks and tail are what the model gave; pages are close to it."""
+    model, inputs = build(name), batch((700,))
+    given, cache = DynamicCache(config=model.config), paged_cache(
+        model, fine(model), materialize=True
+    )
+    new = {
+        "input_ids": torch.tensor([[7]]),
+        "attention_mask": torch.ones(1, 701, dtype=torch.long),
+    }
+    with torch.no_grad():
+        for each in (given, cache):
+            model(**inputs, past_key_values=each)
+        model(**new, past_key_values=given)
+        returned, update = {}, cache.update
+        monkeypatch.setattr(
+            cache, "update", lambda k, v, layer: returned.setdefault(layer, update(k, v, layer))
+        )
+        model(**new, past_key_values=cache)
+    for side, expected in zip(returned[0], (given.layers[0].keys, given.layers[0].values)):
+        assert side.shape == expected.shape
+        kept = [*range(64), *range(576, 701)]
+        assert torch.equal(side[:, :, kept], expected[:, :, kept])
+        error = (side - expected)[:, :, 64:576].norm() / expected[:, :, 64:576].norm()
+        assert 0 < error < 0.02
+
+
 def materialized(model, attention, format_of):
     kv_format, inputs = "exact" if format_of is None else format_of(model), batch()
     tokens = torch.tensor(random_prompts([NEW] * len(LENGTHS), seed=3))
@@ -152,6 +182,18 @@ def test_materialized_conversations_go_on():
         new = {"input_ids": turn["input_ids"], "attention_mask": mask}
         found.append(generated(model, new, cache))
     assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu():
+    model, inputs = attending_model(), batch()
+    here = generated(model, inputs, paged_cache(model, tiny_format()))
+    model, inputs = model.cuda(), {name: x.cuda() for name, x in inputs.items()}
+    cache = paged_cache(model, tiny_format())
+    assert torch.equal(generated(model, inputs, cache).cpu(), here)
+    assert cache.stats()["pages_attended"] == PAGES * 2 * (NEW - 1)
+    cache.kv_cache.check_integrity()
 
 
 @pytest.mark.model
