@@ -157,9 +157,12 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             device=self.kv_cache.device,
         )
         new_tokens = {name: num for name, num in zip(names, rows.num_new, strict=True) if num}
-        if new_tokens:
-            self._begin_step(new_tokens)
         self._rows = names
+        try:
+            self._begin_step(new_tokens)
+        except BaseException:
+            self._abandon()
+            raise
         self._forward = _Forward(rows, has_tokens=bool(new_tokens))
         changed = inputs | {"position_ids": rows.position_ids}
         if not self.materialize:
@@ -169,17 +172,16 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return changed
 
     def _begin_step(self, new_tokens: dict[str, int]) -> None:
+        if not new_tokens:
+            return
         plan = self.kv_cache.reserve(new_tokens)
         if plan is None:
             raise self._full(new_tokens)
         try:
             self.kv_cache.begin_step(plan)
         except BaseException:
-            self.kv_cache.abort_step()
             for name in new_tokens:
                 self.kv_cache.cancel_reservation(name)
-                if not self._num_tokens(name):
-                    self.kv_cache.free(name)
             raise
 
     def end_forward(self, *, failed: bool) -> None:
