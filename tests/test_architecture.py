@@ -42,7 +42,7 @@ ALLOWED = {
     "data": set(),
     "models": MODELS,
     "calibration": CALIBRATION,
-    "integrations": CACHE | {"integrations"},
+    "integrations": CALIBRATION | {"integrations", "placement"},
     "benchmarks": LLM | {"benchmarks"},
     "small_llama": {"small_llama"},
     "adapter": CACHE,

@@ -1,0 +1,287 @@
+"""Unsloth models over a spectral paged cache: `patch_unsloth_attention(model)` and back.
+
+```python
+model, tokenizer = FastLanguageModel.from_pretrained(...)
+patch_unsloth_attention(model, k_rank_keys=32, k_rank_values=64)
+model.generate(**tokenizer(prompts, padding=True, return_tensors="pt").to("cuda"))
+unpatch_unsloth_attention(model)
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.calibration import find_calibration
+from spectral_paged.errors import FormatError, PatchError
+from spectral_paged.integrations.unsloth_attention import FunctionPatches
+from spectral_paged.integrations.unsloth_families import causal_lm, family_of, loaded_unsloth
+from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.runner import ATTENTION_NAME, spectral_attention
+from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import choose_cache_bytes
+from spectral_paged.rope import RotaryTable
+from spectral_paged.shared_basis import SharedBasis
+
+_functions = FunctionPatches()
+_patched: list[UnslothPatch] = []
+
+
+class UnslothPatch:
+    """A patched model: its cache and its figures.
+
+    Attributes:
+        model: the causal LM whose `forward` is replaced.
+        cache: where its keys and values lie; arenas are freed with the patch.
+    """
+
+    def __init__(self, model: Any, forward: PatchedForward) -> None:
+        self.model = model
+        self.cache = forward.cache
+        self._forward = forward
+        self._saved: dict[str, Any] = {}
+        for name, value in {
+            "forward": forward,
+            # without this, generate brings a static cache for families that Unsloth compiles
+            "_supports_static_cache": False,
+            "_reorder_cache": SpectralPast.reorder_cache,
+        }.items():
+            self._saved[name] = vars(model).get(name, self)  # self: there was none
+            setattr(model, name, value)
+
+    def stats(self) -> dict[str, object]:
+        """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards."""
+        self._forward.collect()
+        return self.cache.stats() | {
+            "prompt_steps": self._forward.num_prompt_steps,
+            "decode_steps": self._forward.num_decode_steps,
+        }
+
+    def undo(self) -> None:
+        """What `unpatch_unsloth_attention` does; a second call does nothing.
+
+        Raises:
+            PatchError: somebody replaced the model's forward since.
+        """
+        if self not in _patched:
+            return
+        if vars(self.model).get("forward") is not self._forward:
+            raise PatchError(
+                "the model's forward was replaced since this patch: undo the later change first"
+            )
+        for name, value in self._saved.items():
+            if value is self:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, value)
+        _patched.remove(self)
+        if not _patched:
+            _functions.remove()
+
+
+def patch_unsloth_attention(
+    model: Any,
+    block_size: int = BLOCK_TOKENS,
+    k_rank_keys: int | None = None,
+    k_rank_values: int | None = None,
+    hot_buffer_size: int = 64,
+    use_spectral_attention: bool = True,
+    use_triton_kernel: bool = True,
+    use_attention_weighted_svd: bool = False,
+    landmark_count: int | None = None,
+    kv_format: str | PageFormat | None = None,
+    debug_logging: bool = False,
+    verbose: bool = True,
+    *,
+    kv_cache_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.8,
+    max_num_seqs: int = 256,
+    prefill_segment: int = 2048,
+    exempt_layers: Sequence[int] = (),
+    calibration: SharedBasis | str | Path = "auto",
+    poison: bool = False,
+) -> UnslothPatch:
+    """Let a model that Unsloth loaded generate over a paged pool of spectral pages.
+
+    `generate`, streamers and sampling work as before, for batches of left-padded prompts of any
+    mix of lengths. Training, losses and passes without `use_cache=True` are left alone.
+
+    Args:
+        model: what `FastLanguageModel.from_pretrained` or `get_peft_model` returned.
+        block_size: tokens of a page: 512.
+        k_rank_keys, k_rank_values: INT8 components a head of K and of V, multiples of 16; default
+            those of `spectral-int8` for the head's width.
+        hot_buffer_size: newest tokens that are never sealed; a multiple of 64.
+        use_spectral_attention: False is refused: there is no other attention over pages.
+        use_triton_kernel: False is refused on CUDA, where there is no other kernel.
+        use_attention_weighted_svd: True is refused: it was measured to gain nothing.
+        landmark_count: first tokens that stay exact for ever; a multiple of 64, default the
+            format's own (64).
+        kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`.
+        debug_logging: log a line about each prompt at level INFO.
+        verbose: print what was patched, in a line.
+        kv_cache_bytes: bytes of the pool; default what `gpu_memory_utilization` leaves, or 1 GiB
+            on the CPU.
+        gpu_memory_utilization: share of the GPU for all that is on it now and the pool.
+        max_num_seqs: rows held at a time.
+        prefill_segment: prompt tokens whose queries see each other exactly.
+        exempt_layers: layers that stay exact.
+        calibration: for formats that need one, as in `LLM`.
+        poison: fill freed slots with NaN bytes (tests).
+
+    Raises:
+        UnsupportedModelError: another version of Unsloth, another family, or a model that Unsloth
+            did not load; the message names what is supported.
+        PatchError: the model is patched already.
+        FormatError, CapacityError: an option that makes no sense; the message says what does.
+    """
+    version = loaded_unsloth().__version__
+    inner = causal_lm(model)
+    if any(patch.model is inner for patch in _patched):
+        raise PatchError("this model is patched already: unpatch_unsloth_attention(model) first")
+    family = family_of(inner)
+    device = inner.model.layers[0].self_attn.o_proj.weight.device
+    _check_options(
+        device, block_size, use_spectral_attention, use_triton_kernel, use_attention_weighted_svd
+    )
+    geometry = ModelGeometry.from_config(inner.config)
+    format = _format(
+        geometry,
+        kv_format,
+        k_rank_keys,
+        k_rank_values,
+        prefill_segment=prefill_segment,
+        hot_tokens=hot_buffer_size,
+        num_landmark_tokens=landmark_count,
+    )
+    cache = SpectralKVCache(
+        num_layers=geometry.num_layers,
+        num_q_heads=geometry.num_q_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        rope=_rotary_table(inner.model.rotary_emb, geometry, device),
+        format=format,
+        device=device,
+        dtype=inner.config.dtype,
+        kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, device),
+        max_num_seqs=max_num_seqs,
+        exempt_layers=exempt_layers,
+        calibration=find_calibration(
+            calibration, format, LoadedModel("unsloth", inner, None, geometry)
+        ),
+        softmax_scale=float(inner.model.layers[0].self_attn.scaling),
+        # adapters may change between two calls, and with them what a prefix means
+        enable_prefix_caching=False,
+        poison=poison,
+    )
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
+    _functions.install()
+    level = logging.INFO if debug_logging else logging.DEBUG
+    patch = UnslothPatch(
+        inner, PatchedForward(inner, cache, is_fast=family.is_fast, report_level=level)
+    )
+    _patched.append(patch)
+    if verbose:
+        print(
+            f"spectral_paged: {type(inner).__name__} of unsloth {version} patched; format "
+            f"{format.name}, {cache.capacity_tokens:,} tokens of cache on {device}"
+        )
+    return patch
+
+
+def unpatch_unsloth_attention(model: Any) -> None:
+    """Give the model, and with the last model Unsloth's functions, their own attention back.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    inner = causal_lm(model)
+    for patch in _patched:
+        if patch.model is inner:
+            patch.undo()
+            return
+    raise PatchError("this model is not patched: there is nothing to undo")
+
+
+def _check_options(
+    device: torch.device, block_size: int, spectral: bool, triton: bool, weighted: bool
+) -> None:
+    if block_size != BLOCK_TOKENS:
+        raise FormatError(
+            f"block_size is {block_size}; a page holds {BLOCK_TOKENS} tokens: leave it out"
+        )
+    if not spectral:
+        raise FormatError(
+            "use_spectral_attention=False would rebuild K and V in memory, which is not done here: "
+            "use kv_format='exact' for exact attention over the paged pool, or do not patch"
+        )
+    if not triton and device.type == "cuda":
+        raise FormatError(
+            "use_triton_kernel=False: on CUDA pages are read by Triton kernels alone; leave it True"
+        )
+    if weighted:
+        raise FormatError(
+            "use_attention_weighted_svd=True keeps queries, costs memory and was measured to gain "
+            "nothing: leave it False, or give a kv_format with dim_weighting='calibrated'"
+        )
+
+
+def _format(
+    geometry: ModelGeometry,
+    kv_format: str | PageFormat | None,
+    k_rank: int | None,
+    v_rank: int | None,
+    *,
+    prefill_segment: int,
+    **changes: int | None,
+) -> PageFormat:
+    if kv_format is not None and (k_rank is not None or v_rank is not None):
+        raise FormatError(
+            "kv_format fixes the ranks: leave k_rank_keys and k_rank_values out, or kv_format"
+        )
+    if isinstance(kv_format, PageFormat):
+        if changes["num_landmark_tokens"] is not None:
+            raise FormatError(
+                "landmark_count: the PageFormat that is given has num_landmark_tokens of its own"
+            )
+        return kv_format
+    format = PageFormat.preset(
+        kv_format or "spectral-int8",
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        prefill_segment=prefill_segment,
+    )
+    if k_rank is not None or v_rank is not None:
+        k_rank = format.k_rank if k_rank is None else k_rank
+        v_rank = format.v_rank if v_rank is None else v_rank
+        format = dataclasses.replace(
+            format,
+            name=f"spectral-int8-{k_rank}-{v_rank}",
+            k_bands=((k_rank, 8),),
+            v_bands=((v_rank, 8),),
+        )
+    return dataclasses.replace(format, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _rotary_table(rotary: Any, geometry: ModelGeometry, device: torch.device) -> RotaryTable:
+    """The table by which keys are turned back, from the module by which Unsloth turns them."""
+    length = geometry.max_position_embeddings
+    if hasattr(rotary, "inv_freq"):
+        return RotaryTable.from_inv_freq(
+            rotary.inv_freq,
+            max_positions=length,
+            attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
+            device=device,
+        )
+    return RotaryTable.from_theta(rotary.base, rotary.dim, max_positions=length, device=device)

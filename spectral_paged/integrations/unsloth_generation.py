@@ -1,0 +1,425 @@
+"""Generation of an Unsloth model over a `SpectralKVCache`: what its `forward` does while patched.
+
+```
+model.generate(ids [B, L], mask)                       a padded batch, transformers' own loop
+  forward, prompt   pads stripped, rows laid end to end [1, T], chunk by chunk as the format wants
+  forward, 1 token  Unsloth's one-token step over the B rows
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.errors import CapacityError, InvalidRequestError
+from spectral_paged.integrations.unsloth_attention import (
+    ServedStep,
+    prompt_layers,
+    serving,
+    without_autocast,
+)
+from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.runner import ATTENTION_NAME
+from spectral_paged.transfers import upload
+
+logger = logging.getLogger(__name__)
+
+MAX_STEP_TOKENS = 8192  # prompt tokens of one forward: enough to keep a GPU busy
+_numbers = itertools.count()
+
+
+class SpectralPast(Sequence[Any]):
+    """`past_key_values` of a patched model: says how long it is, and keeps its sequences alive.
+
+    Neither a tuple nor a transformers `Cache`, so that nobody copies K and V out of it: an item is
+    a layer's K and V by shape alone, without memory.
+    """
+
+    is_compileable = False
+
+    def __init__(self, owner: Any, rows: _Rows) -> None:
+        self.owner = owner
+        self.rows = rows
+        self.num_columns = rows.num_columns
+        cache = owner.cache
+        format = cache.format
+        shape = len(rows.seq_ids), format.num_kv_heads, self.num_columns, format.head_dim
+        nothing = torch.empty((), dtype=cache.dtype, device=cache.device).expand(shape)
+        self.pair = nothing, nothing
+
+    def __len__(self) -> int:
+        return self.owner.cache.num_layers
+
+    def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [self.pair] * len(range(len(self))[layer])
+        if not -len(self) <= layer < len(self):
+            raise IndexError(layer)
+        return self.pair
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the padded batch, as transformers counts them."""
+        return self.num_columns
+
+    def reorder_cache(self, *_: Any, **__: Any) -> None:
+        raise InvalidRequestError(
+            "beam search moves rows of the cache about, which paged sequences do not do: use "
+            "num_beams=1 (greedy or sampling)"
+        )
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        raise InvalidRequestError(
+            "assisted decoding cuts tokens off the cache, but a sealed page cannot be cut: "
+            "generate without an assistant model and prompt lookup"
+        )
+
+
+class _Rows:
+    """The sequences of one batch, freed when nobody holds it any more."""
+
+    def __init__(self, owner: Any, count: int) -> None:
+        self.seq_ids = [f"unsloth-{next(_numbers)}" for _ in range(count)]
+        self.num_columns = 0
+        self.positions: Tensor | None = None  # int64 [B, 1], where the next token of each row is
+        # collected at any moment, inside a step too: noted here, freed by the next call
+        weakref.finalize(self, owner.released.extend, self.seq_ids)
+
+
+class PatchedForward:
+    """`forward` of a causal LM that serves generation from `cache` and leaves the rest alone.
+
+    Args:
+        model: the causal LM; its `forward` of now is what is called for the layers.
+        is_fast: Unsloth has attention functions of its own for it.
+        report_level: of the log lines about each forward.
+    """
+
+    def __init__(
+        self, model: Any, cache: SpectralKVCache, *, is_fast: bool, report_level: int
+    ) -> None:
+        self.cache = cache
+        self.released: list[str] = []
+        self.num_prompt_steps = self.num_decode_steps = 0
+        self._model = model
+        self._forward: Callable[..., Any] = model.forward
+        self._names = list(inspect.signature(self._forward).parameters)
+        functools.update_wrapper(self, self._forward)  # its signature too: `generate` reads it
+        self._is_fast = is_fast
+        self._level = report_level
+        self._attentions = [layer.self_attn for layer in model.model.layers]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments as the model's own `forward`. Served are calls of a model in eval mode with
+        `use_cache=True` and no labels, as `generate` makes them; others pass through.
+
+        Raises:
+            CapacityError: the batch does not fit the pool.
+            InvalidRequestError: a cache of another kind, a mask or positions that no left-padded
+                batch has, or gradients.
+        """
+        kwargs |= zip(self._names, args, strict=False)
+        past = kwargs.get("past_key_values")
+        if not isinstance(past, SpectralPast) and not self._is_generation(kwargs):
+            return self._forward(**kwargs)
+        self._check(kwargs)
+        self.collect()
+        width = kwargs["input_ids"].shape[1]
+        if isinstance(past, SpectralPast) and width == 1:
+            logits, rows = self._decode(kwargs["input_ids"], past), past.rows
+        else:
+            logits, rows = self._prompt(kwargs, past if isinstance(past, SpectralPast) else None)
+        rows.num_columns += width
+        now = SpectralPast(self, rows)
+        if kwargs.get("return_dict") is False:
+            return logits, now
+        return CausalLMOutputWithPast(logits=logits, past_key_values=now)
+
+    def collect(self) -> None:
+        """Free the sequences of batches that nobody holds any more."""
+        while self.released:
+            seq_id = self.released.pop()
+            if seq_id in self.cache:
+                self.cache.free(seq_id)
+
+    # ---- what is served ------------------------------------------------------------------
+
+    def _is_generation(self, kwargs: dict[str, Any]) -> bool:
+        if not kwargs.get("use_cache") or self._model.training:
+            return False
+        if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
+            return False
+        past = kwargs.get("past_key_values")
+        empty = isinstance(past, Cache) and past.get_seq_length() == 0
+        if past is None or (empty and type(past) is DynamicCache):
+            return True
+        raise InvalidRequestError(
+            f"past_key_values is a {type(past).__name__} that this patched model did not make: "
+            "start without one, or unpatch the model to use that cache"
+        )
+
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        if torch.is_grad_enabled():
+            raise InvalidRequestError(
+                "use_cache=True with gradients: pages carry none; call under torch.no_grad(), or "
+                "pass use_cache=False for a pass with gradients"
+            )
+        if kwargs.get("input_ids") is None:
+            raise InvalidRequestError("a patched model generates from input_ids: pass token ids")
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise InvalidRequestError(
+                "output_attentions and output_hidden_states are not served while the model is "
+                "patched: leave them out, or unpatch"
+            )
+        if isinstance(past, SpectralPast):
+            if past.owner is not self:
+                raise InvalidRequestError(
+                    "past_key_values comes from another model, or from before this one was "
+                    "patched anew: start without it"
+                )
+            if past.num_columns != past.rows.num_columns:
+                raise InvalidRequestError(
+                    f"past_key_values has {past.num_columns} columns, but its sequences have grown "
+                    f"to {past.rows.num_columns}: go on from the newest one"
+                )
+            if len(kwargs["input_ids"]) != len(past.rows.seq_ids):
+                raise InvalidRequestError(
+                    f"{len(kwargs['input_ids'])} rows of input_ids for past_key_values of "
+                    f"{len(past.rows.seq_ids)}: pass as many"
+                )
+
+    # ---- prompts -------------------------------------------------------------------------
+
+    def _prompt(self, kwargs: dict[str, Any], past: SpectralPast | None) -> tuple[Tensor, _Rows]:
+        input_ids = kwargs["input_ids"]
+        columns = _real_columns(input_ids, kwargs.get("attention_mask"))
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            positions = positions.reshape(-1, positions.shape[-1])[:, -input_ids.shape[1] :]
+            positions = positions.expand_as(input_ids)
+        keep = max(_count(kwargs.get("logits_to_keep")), _count(kwargs.get("num_logits_to_keep")))
+        rows = past.rows if past is not None else _Rows(self, len(input_ids))
+        if past is None:
+            for seq_id, row in zip(rows.seq_ids, columns, strict=True):
+                if self.cache.add_sequence(seq_id, num_prompt_tokens=len(row)) is None:
+                    raise CapacityError(
+                        f"a batch of {len(columns)} rows does not fit: the cache holds "
+                        f"{self.cache.max_num_seqs} sequences at a time; patch with a larger "
+                        "max_num_seqs, drop past_key_values that are not needed, or split the batch"
+                    )
+        logger.log(
+            self._level, "prompt of %d rows, %d tokens", len(columns), sum(map(len, columns))
+        )
+        logits = self._prompt_steps(rows, input_ids, columns, positions, keep)
+        ends = [self.cache.num_tokens(seq_id) for seq_id in rows.seq_ids]
+        rows.positions = upload(ends, torch.long, self.cache.device).unsqueeze(1)
+        return logits, rows
+
+    def _prompt_steps(
+        self,
+        rows: _Rows,
+        input_ids: Tensor,
+        columns: list[list[int]],
+        positions: Tensor | None,
+        keep: int,
+    ) -> Tensor:
+        """Logits `[B, keep or L, vocab]`; zeros at pads."""
+        width = input_ids.shape[1]
+        first_kept = width - keep if keep else 0
+        done = [0] * len(columns)
+        logits: Tensor | None = None
+        while take := self._next_chunk(rows, columns, done):
+            with self._step({rows.seq_ids[row]: n for row, n in take}, len(columns)) as starts:
+                places = [
+                    (row, column)
+                    for row, n in take
+                    for column in columns[row][done[row] : done[row] + n]
+                ]
+                where = [s + i for s, (_, n) in zip(starts, take, strict=True) for i in range(n)]
+                # wanted ones last, so that the model computes logits of these alone
+                order = sorted(range(len(places)), key=lambda i: places[i][1] >= first_kept)
+                wanted = sum(column >= first_kept for _, column in places)
+                flat, at, order_ = upload(
+                    [
+                        [places[i][0] * width + places[i][1] for i in order],
+                        [where[i] for i in order],
+                        order,
+                    ],
+                    torch.long,
+                    self.cache.device,
+                )
+                if positions is not None and not torch.equal(positions.reshape(-1)[flat], at):
+                    raise InvalidRequestError(
+                        "position_ids are not those of the rows' tokens without their pads: leave "
+                        "position_ids out, or count them from each row's first token"
+                    )
+                in_order = order == list(range(len(order)))
+                step = ServedStep(self.cache, order=None if in_order else order_)
+                part = self._run_prompt(
+                    step,
+                    input_ids.reshape(1, -1)[:, flat],
+                    at.unsqueeze(0),
+                    [n for _, n in take],
+                    max(wanted, 1),
+                )
+                if logits is None:
+                    shape = len(columns), keep or width, part.shape[-1]
+                    logits = part.new_zeros(shape)
+                if wanted:
+                    kept = [places[i] for i in order[-wanted:]]
+                    row_of, column_of = upload(
+                        [[row for row, _ in kept], [column - first_kept for _, column in kept]],
+                        torch.long,
+                        self.cache.device,
+                    )
+                    logits[row_of, column_of] = part[0]
+            self.num_prompt_steps += 1
+            for row, n in take:
+                done[row] += n
+        assert logits is not None  # every row has a token
+        return logits
+
+    def _next_chunk(
+        self, rows: _Rows, columns: list[list[int]], done: list[int]
+    ) -> list[tuple[int, int]]:
+        """`(row, tokens)` of the next forward; empty when all is computed."""
+        room, found = MAX_STEP_TOKENS, []
+        for row, seq_id in enumerate(rows.seq_ids):
+            left = min(len(columns[row]) - done[row], room)
+            if left:
+                n = min(left, self.cache.chunk_limit(seq_id))
+                found.append((row, n))
+                room -= n
+        return found
+
+    def _run_prompt(
+        self, step: ServedStep, ids: Tensor, positions: Tensor, lengths: list[int], keep: int
+    ) -> Tensor:
+        if not self._is_fast:
+            return self._run_interface(step, ids, positions, keep)
+        nothing = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
+        step.past = (nothing, nothing)
+        gemma2 = self._model.config.model_type == "gemma2"
+        with serving(step), prompt_layers(self._attentions, step):
+            # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
+            # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
+            output = self._forward(
+                input_ids=ids,
+                position_ids=positions,
+                causal_mask=False,
+                attention_mask=ids.new_ones((1, 1, 1, 1)) if gemma2 else None,
+                packed_seq_lengths=torch.tensor(lengths, dtype=torch.int32),
+                use_cache=True,
+                logits_to_keep=keep,
+                return_dict=True,
+            )
+        return output.logits
+
+    def _run_interface(
+        self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int
+    ) -> Tensor:
+        """Through transformers' attention interface: ids and positions `[1, T]`."""
+        with attending(self._model, ATTENTION_NAME):
+            output = self._forward(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=keep,
+                return_dict=True,
+                spectral_cache=step,
+            )
+        return output.logits
+
+    # ---- one token a row -----------------------------------------------------------------
+
+    def _decode(self, input_ids: Tensor, past: SpectralPast) -> Tensor:
+        """Logits `[B, 1, vocab]` of one more token of each row."""
+        rows = past.rows
+        assert rows.positions is not None
+        with self._step(dict.fromkeys(rows.seq_ids, 1), len(rows.seq_ids)):
+            step = ServedStep(self.cache)
+            if self._is_fast:
+                with serving(step):
+                    output = self._forward(
+                        input_ids=input_ids,
+                        position_ids=rows.positions,
+                        past_key_values=past,
+                        attention_mask=None,
+                        return_dict=True,
+                    )
+                logits = output.logits
+            else:
+                flat = input_ids.reshape(1, -1), rows.positions.reshape(1, -1)
+                logits = self._run_interface(step, *flat, keep=0).transpose(0, 1)
+        rows.positions = rows.positions + 1
+        self.num_decode_steps += 1
+        return logits
+
+    @contextmanager
+    def _step(self, new_tokens: dict[str, int], num_rows: int) -> Iterator[list[int]]:
+        """A step of the cache; where each sequence's new tokens start."""
+        cache = self.cache
+        plan = cache.reserve(new_tokens)
+        if plan is None:
+            longest = max(cache.num_tokens(seq_id) for seq_id in new_tokens)
+            raise CapacityError(
+                f"a batch of {num_rows} rows does not fit any more at {longest} tokens: the pool "
+                f"holds {cache.capacity_tokens} tokens in all; patch with a larger "
+                "kv_cache_bytes, drop past_key_values that are not needed, or split the batch"
+            )
+        with without_autocast(cache.device):
+            cache.begin_step(plan)
+        try:
+            yield [entry.start for entry in plan.entries]
+        except BaseException:
+            cache.abort_step()
+            raise
+        with without_autocast(cache.device):
+            failed = cache.end_step().failed
+        for error in failed.values():
+            raise error
+
+
+def _real_columns(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Columns of each row that hold tokens and not pads.
+
+    Raises:
+        InvalidRequestError: the mask has another shape, or a row ends in a pad.
+    """
+    rows, width = input_ids.shape
+    if mask is None:
+        return [list(range(width))] * rows
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < width:
+        raise InvalidRequestError(
+            f"attention_mask has shape {list(mask.shape)}; a patched model takes the tokenizer's, "
+            f"[{rows}, {width}]"
+        )
+    kept = mask[:, -width:].bool().cpu()
+    if not bool(kept[:, -1].all()):
+        row = int(torch.nonzero(~kept[:, -1])[0])
+        raise InvalidRequestError(
+            f"row {row} ends in a pad: pad prompts on the left (tokenizer.padding_side = 'left')"
+        )
+    return [torch.nonzero(row).flatten().tolist() for row in kept]
+
+
+def _count(logits_to_keep: Any) -> int:
+    if isinstance(logits_to_keep, Tensor):
+        raise InvalidRequestError(
+            "logits_to_keep is a tensor; a patched model takes how many of the last columns"
+        )
+    return int(logits_to_keep or 0)

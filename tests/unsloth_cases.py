@@ -1,0 +1,334 @@
+"""Unsloth's own prefill and decode paths over the cache; `test_unsloth.py` runs this in a process
+of its own, because importing Unsloth changes transformers for good."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+import unsloth_on_cpu  # before transformers
+from unsloth_on_cpu import VOCAB_SIZE, torch
+
+from spectral_paged import PageFormat
+from spectral_paged.errors import (
+    CapacityError,
+    FormatError,
+    InvalidRequestError,
+    PatchError,
+    UnsupportedModelError,
+)
+from spectral_paged.integrations import unsloth_families
+from spectral_paged.integrations.unsloth import (
+    patch_unsloth_attention,
+    unpatch_unsloth_attention,
+)
+from spectral_paged.integrations.unsloth_families import FAMILIES, fast_functions, fast_modules
+
+SERVED = ["llama", "mistral", "qwen2", "qwen3", "granite"]
+LENGTHS = [40, 1300, 7, 750]
+RANKS = {"k_rank_keys": 16, "k_rank_values": 16, "prefill_segment": 512}
+
+
+@functools.cache
+def model_of(family, **changes):
+    folder = Path(tempfile.mkdtemp(prefix=f"unsloth-{family}-"))
+    return unsloth_on_cpu.load(unsloth_on_cpu.checkpoint(folder, family, **changes))
+
+
+@pytest.fixture
+def patched():
+    """Patch a model with a small poisoned pool; whatever a test leaves patched is undone."""
+    models = []
+
+    def patch(model, **options):
+        defaults = {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8, "verbose": False, "poison": True}
+        models.append(patch_unsloth_attention(model, **(defaults | options)))
+        return models[-1]
+
+    yield patch
+    for model in models:
+        model.undo()
+
+
+def batch(lengths=LENGTHS, seed=0):
+    """Left-padded random prompts."""
+    generator, width = torch.Generator().manual_seed(seed), max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, max_new_tokens=6, **options):
+    """New tokens `[B, max_new_tokens]`, greedy unless said."""
+    defaults = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **(defaults | options))
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def prompt_logits(model, inputs):
+    """Logits of all tokens that are no pads, fp32 `[T, vocab]`."""
+    return model(**inputs, use_cache=True).logits[inputs["attention_mask"].bool()]
+
+
+def functions_now():
+    """What every reference to a function that is replaced holds, by name."""
+    return {
+        f"{module.__name__}.{name}": vars(module).get(name)
+        for module in fast_modules()
+        for name in fast_functions()
+    }
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_exact_generates_what_the_unpatched_model_does_and_unpatching_gives_it_back(
+    family, patched
+):
+    model, inputs = model_of(family), batch()
+    tokens, logits = generate(model, inputs), prompt_logits(model, inputs)
+    before, forward = functions_now(), vars(model).get("forward")
+    patch = patched(model, kv_format="exact")
+    assert torch.equal(generate(model, inputs), tokens)
+    error = (prompt_logits(model, inputs) - logits).norm() / logits.norm()
+    assert error < 1e-4
+    stats = patch.stats()
+    assert (stats["prompt_steps"], stats["decode_steps"]) == (2, 5)
+    assert stats["exact_pages_in_use"] == 0
+    patch.cache.check_integrity()
+    unpatch_unsloth_attention(model)
+    assert functions_now() == before and vars(model).get("forward") is forward
+    assert torch.equal(generate(model, inputs), tokens)
+    assert torch.equal(prompt_logits(model, inputs), logits)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_pages_are_sealed_and_attended_and_cost_little(family, patched):
+    model, inputs = model_of(family), batch()
+    logits = prompt_logits(model, inputs)
+    patch = patched(model, **RANKS)
+    error = float((prompt_logits(model, inputs) - logits).norm() / logits.norm())
+    first = patch.stats()
+    # row 1: blocks 0 and 1 of two layers sealed, row 3: block 0; its queries past 640 see pages
+    assert first["pages_sealed"] == 2 * (2 + 1)
+    assert 0 < error < 0.02
+    assert generate(model, inputs, 4).shape == (4, 4)
+    assert patch.stats()["pages_attended"] >= first["pages_attended"] + 3 * first["pages_sealed"]
+    patch.cache.check_integrity()
+
+
+def test_a_row_is_what_it_is_alone(patched):
+    model = model_of("llama")
+    patched(model, **RANKS)
+    inputs = batch()
+    together = generate(model, inputs, 40)
+    for row, length in enumerate(LENGTHS):
+        alone = {name: x[row : row + 1, -length:] for name, x in inputs.items()}
+        assert torch.equal(generate(model, alone, 40)[0], together[row])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_sampling_streaming_and_several_sequences_a_prompt_work_unchanged(family, patched):
+    model, inputs = model_of(family), batch([30, 200])
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "num_return_sequences": 2}
+
+    class Streamer:
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self):
+            self.pieces.append("end")
+
+    def run():
+        torch.manual_seed(5)
+        sampled = generate(model, inputs, **options)
+        streamer = Streamer()
+        tokens = generate(model, batch([200]), streamer=streamer)[0].tolist()
+        return sampled.tolist(), streamer.pieces, tokens
+
+    before = run()
+    patched(model, kv_format="exact")
+    assert run() == before
+    pieces, tokens = before[1:]
+    assert pieces[1:] == [[token] for token in tokens] + ["end"]
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_conversation_goes_on_from_its_past(family, patched):
+    model, inputs = model_of(family), batch([30, 700])
+    patch = patched(model, kv_format="exact")
+    first = model.generate(
+        **inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert patch.stats()["exact_pages_in_use"] > 0
+    turn = torch.full((2, 5), 11)
+    longer = {
+        "input_ids": torch.cat([first.sequences, turn], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 9).long()], dim=1),
+    }
+    warm = generate(model, longer, past_key_values=first.past_key_values)
+    assert torch.equal(warm, generate(model, longer))
+    with pytest.raises(InvalidRequestError, match="columns, but its sequences have grown"):
+        generate(model, longer, past_key_values=first.past_key_values)
+    del first, warm
+    assert patch.stats()["exact_pages_in_use"] == 0
+
+
+def test_two_models_are_patched_side_by_side_any_number_of_times(patched):
+    one, two, inputs = model_of("llama"), model_of("qwen3"), batch([30, 700])
+    expected = generate(one, inputs), generate(two, inputs)
+    for _ in range(2):
+        first = patched(one, kv_format="exact")
+        assert torch.equal(generate(two, inputs), expected[1])  # not patched
+        second = patched(two, **RANKS)
+        assert torch.equal(generate(one, inputs), expected[0])
+        generate(two, inputs)
+        assert first.stats()["pages_attended"] == 0 < second.stats()["pages_attended"]
+        unpatch_unsloth_attention(one)
+        assert torch.equal(generate(one, inputs), expected[0])
+        generate(two, inputs)
+        unpatch_unsloth_attention(two)
+        assert torch.equal(generate(two, inputs), expected[1])
+
+
+def test_a_model_loaded_while_another_is_patched_is_not_patched(patched):
+    inputs = batch([30, 700])
+    expected = generate(model_of("llama"), inputs)
+    patched(model_of("qwen2"), kv_format="exact")
+    later = unsloth_on_cpu.load(model_of("llama").config._name_or_path)
+    assert torch.equal(generate(later, inputs), expected)
+    patched(later, kv_format="exact")
+    assert torch.equal(generate(later, inputs), expected)
+
+
+def test_a_patched_model_refuses_a_second_patch_and_an_unpatched_one_to_be_unpatched(patched):
+    model = model_of("llama")
+    with pytest.raises(PatchError, match="not patched"):
+        unpatch_unsloth_attention(model)
+    patched(model)
+    with pytest.raises(PatchError, match="patched already"):
+        patched(model)
+
+
+def test_what_cannot_be_served_is_refused_and_says_what_to_do(patched):
+    model, inputs = model_of("llama"), batch([30, 200])
+    patch = patched(model, kv_format="exact")
+    for options, match in (
+        ({"num_beams": 2}, "num_beams=1"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+    ):
+        with pytest.raises(InvalidRequestError, match=match):
+            generate(model, inputs, **options)
+    with pytest.raises(InvalidRequestError, match="without an assistant"):
+        generate(model, batch([200]), prompt_lookup_num_tokens=3)
+    right = {name: x.flip(1) for name, x in inputs.items()}
+    with pytest.raises(InvalidRequestError, match="padding_side = 'left'"):
+        generate(model, right)
+    with pytest.raises(InvalidRequestError, match="no_grad"):
+        model(**inputs, use_cache=True)
+    with torch.no_grad(), pytest.raises(InvalidRequestError, match="position_ids"):
+        positions = torch.arange(200).expand(2, -1)
+        model(**inputs, position_ids=positions, use_cache=True)
+    with pytest.raises(CapacityError, match="max_num_seqs"):
+        generate(model, batch([10] * 9))
+    assert patch.stats()["exact_pages_in_use"] == 0
+
+
+def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
+    model = model_of("llama")
+    patch = patched(model, kv_format="exact", kv_cache_bytes=1 << 20)
+    with pytest.raises(CapacityError, match="kv_cache_bytes"):
+        generate(model, batch([1000, 1100]))
+    assert patch.stats()["exact_pages_in_use"] == 0
+    patch.cache.check_integrity()
+    expected = generate(model, batch([100, 300]))
+    unpatch_unsloth_attention(model)
+    assert torch.equal(generate(model, batch([100, 300])), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"block_size": 256}, "512"),
+        ({"use_spectral_attention": False}, "kv_format='exact'"),
+        ({"use_attention_weighted_svd": True}, "calibrated"),
+        ({"kv_format": "exact", "k_rank_keys": 16}, "leave k_rank_keys"),
+        ({"landmark_count": 100}, "128"),
+        ({"hot_buffer_size": 70}, "128"),
+        ({"k_rank_keys": 24}, "multiples of 16"),
+        ({"k_rank_keys": 32}, "head_dim is 16"),
+        ({"kv_format": "nonsense"}, "nonsense"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, match, patched):
+    with pytest.raises(FormatError, match=match):
+        patched(model_of("llama"), **options)
+
+
+def test_options_are_fields_of_the_format(patched):
+    patch = patched(
+        model_of("llama"), k_rank_keys=16, k_rank_values=16, landmark_count=128,
+        hot_buffer_size=192, prefill_segment=1024, exempt_layers=[0],
+    )  # fmt: skip
+    format = patch.cache.format
+    assert (format.k_bands, format.v_bands) == (((16, 8),), ((16, 8),))
+    assert (format.num_landmark_tokens, format.hot_tokens) == (128, 192)
+    assert format.prefill_segment == 1024
+    assert [group.seals for group in patch.cache.groups] == [True, False]
+    patch.undo()
+    own = PageFormat("own", 2, 16, ((16, 4),), ((16, 4),), rope="frame")
+    assert patched(model_of("llama"), kv_format=own).cache.format is own
+
+
+def test_other_versions_families_and_models_are_refused_by_name(patched, monkeypatch):
+    model = model_of("llama")
+    monkeypatch.setattr("unsloth.__version__", "2025.1.1")
+    with pytest.raises(UnsupportedModelError, match=f"2025.1.1.*{unsloth_families.NEWEST}"):
+        patched(model)
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        patched(model.model.layers[0])
+    monkeypatch.setattr(model.config, "model_type", "falcon")
+    with pytest.raises(UnsupportedModelError, match=f"falcon.*{', '.join(FAMILIES)}"):
+        patched(model)
+    monkeypatch.undo()
+    attention = model.model.layers[0].self_attn
+    monkeypatch.setattr(attention, "_unsloth_fast_path", False)
+    with pytest.raises(UnsupportedModelError, match="FastLanguageModel.from_pretrained"):
+        patched(model)
+
+
+def test_training_and_adapters_are_left_alone(patched):
+    folder = model_of("llama").config._name_or_path
+    model = unsloth_on_cpu.adapters(unsloth_on_cpu.load(folder))
+    inputs = batch([20, 24], seed=2)
+
+    def step():
+        model.for_training()
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.for_inference()
+        return float(loss.detach()), grads
+
+    loss, grads = step()
+    assert len(grads) == 2 * 7 * 2 and all(bool(grad.any()) for grad in grads.values())
+    tokens = generate(model, batch([30, 700]))
+    patch = patched(model, kv_format="exact")
+    again, same = step()
+    assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
+    assert patch.stats()["prompt_steps"] == 0
+    assert torch.equal(generate(model, batch([30, 700])), tokens)
+    assert patch.stats()["decode_steps"] == 5
+    patch.undo()
+    again, same = step()
+    assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
