@@ -13,7 +13,7 @@ CASES = Path(__file__).with_name("unsloth_cases.py")
 def test_unsloth_models_generate_over_the_cache():
     """Importing Unsloth rewrites transformers and wants the Triton interpreter: not in here."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(CASES)],
         cwd=CASES.parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
         capture_output=True, text=True,
     )  # fmt: skip
