@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectral_paged.kernels.scores import capped
+
 QUERY_TILE = 256
 
 
@@ -62,7 +64,14 @@ class ChunkSpans:
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, spans: ChunkSpans, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    spans: ChunkSpans,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention of each chunk, aligned at the bottom right: its last query sees every key.
 
@@ -70,17 +79,23 @@ def chunk_attention(
         q: `[T, Hq, D]` after RoPE, chunks behind each other.
         k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other; the last of a
             chunk's keys are its own tokens.
+        softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
+        window: tokens that a query sees, its own among them; keys are then of positions behind each
+            other. None sees all before it.
 
     Returns:
         `[T, Hq, D]`, fp32.
     """
     out = q.new_empty(q.shape, dtype=torch.float32)
     for queries, keys in spans:
-        _attend(q[queries], k[:, keys], v[:, keys], scale, out[queries])
+        _attend(q[queries], k[:, keys], v[:, keys], scale, softcap, window, out[queries])
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
+    out: Tensor,
+) -> None:  # fmt: skip
     """One chunk. Grouped-query heads ride as extra query rows, so K and V are never expanded;
     queries go in tiles, so the mask stays small."""
     num_tokens, num_q_heads, dim = q.shape
@@ -92,11 +107,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         seen = length - num_tokens + end
         tile = q[start:end].float().view(end - start, num_kv_heads, group, dim)
         rows = tile.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * (end - start), dim)
-        columns = torch.arange(seen, device=q.device)
-        limit = torch.arange(seen - (end - start), seen, device=q.device)
-        mask = (columns <= limit.unsqueeze(-1)).repeat(group, 1)
-        result = F.scaled_dot_product_attention(
-            rows, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask, scale=scale
-        )
+        own = seen - (end - start)  # the key of the tile's first query
+        first = 0 if window is None else max(0, own - window + 1)
+        columns = torch.arange(first, seen, device=q.device)
+        limit = torch.arange(own, seen, device=q.device).unsqueeze(-1)
+        mask = columns <= limit
+        if window is not None:
+            mask &= columns > limit - window
+        mask = mask.repeat(group, 1)
+        k_tile, v_tile = keys[:, :, first:seen], values[:, :, first:seen]
+        if softcap is None:
+            result = F.scaled_dot_product_attention(
+                rows, k_tile, v_tile, attn_mask=mask, scale=scale
+            )
+        else:  # SDPA has no cap
+            scores = capped(rows @ k_tile.transpose(-1, -2) * scale, softcap)
+            result = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_tile
         result = result.view(num_kv_heads, group, end - start, dim)
         out[start:end] = result.permute(2, 0, 1, 3).reshape(end - start, num_q_heads, dim)

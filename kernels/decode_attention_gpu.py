@@ -63,6 +63,9 @@ def decode_attention(
     sin: Tensor,
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
+    softcap: float | None = None,
+    first_exact: Tensor | None = None,
+    first_visible: Tensor | None = None,
     exact_plan: DecodePlan | None = None,
     page_plan: DecodePlan | None = None,
     config: DecodeConfig | None = None,
@@ -85,7 +88,7 @@ def decode_attention(
     def attend() -> Partials:
         return attend_exact(
             q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale,
-            dtype=dtype, plan=exact_plan, options=ScoreOptions(0),
+            dtype=dtype, plan=exact_plan, options=ScoreOptions(0, softcap, first_exact),
         )  # fmt: skip
 
     if page_table is None or layout is None:
@@ -100,7 +103,8 @@ def decode_attention(
     join = _begin(attend, q.device, config.second_stream)
     pages = attend_pages(
         q, plane, page_table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis,
-        plan=page_plan, config=config, options=ScoreOptions(first_position),
+        plan=page_plan, config=config,
+        options=ScoreOptions(first_position, softcap, first_visible),
     )  # fmt: skip
     beside = Beside(join(), exact_plan.first_item)
     out, _ = finish(

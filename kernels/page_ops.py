@@ -45,14 +45,14 @@ class PageOps:
 
         return "triton" if layout is None else implementation(layout, group, device, rotary_dim)
 
-    def prefill_backend(self, dtype: torch.dtype, dim: int) -> str:
+    def prefill_backend(self, dtype: torch.dtype, dim: int, **scores: Any) -> str:
         """What `stats()` says of attention of prompt chunks: `torch`, or what
-        `chunk_attention_gpu` takes."""
+        `chunk_attention_gpu` takes with its `softcap` and `window`."""
         if not self.on_gpu:
             return "torch"
         from spectral_paged.kernels.chunk_attention_gpu import backend
 
-        return backend(dtype, dim)
+        return backend(dtype, dim, **scores)
 
     def seal_backend(self, layout: PageLayout | None) -> str:
         """What encodes: `triton` (the seal kernel) or `torch` (`codec.encode_pages`)."""

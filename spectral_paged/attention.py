@@ -8,6 +8,7 @@ from torch import Tensor
 from spectral_paged.kernels.exact_pages import exact_gather
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
+from spectral_paged.kernels.scores import check_softcap
 from spectral_paged.layer_group import LayerGroup
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
@@ -23,10 +24,10 @@ class PagedAttention:
     ```
 
     Args:
-        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table.
         basis: the cache's calibration and format.
         ops: what runs on the cache's device.
         scale: softmax scale.
+        softcap: scores s become softcap tanh(s / softcap); None caps none.
         dtype: element type of exact pages.
     """
 
@@ -35,16 +36,15 @@ class PagedAttention:
         basis: CacheBasis,
         ops: PageOps,
         *,
-        cos: Tensor,
-        sin: Tensor,
         scale: float,
+        softcap: float | None,
         dtype: torch.dtype,
     ) -> None:
+        check_softcap(softcap)
         self.basis = basis
         self.ops = ops
-        self.cos = cos
-        self.sin = sin
         self.scale = scale
+        self.softcap = softcap
         self.dtype = dtype
 
     @property
@@ -56,7 +56,7 @@ class PagedAttention:
         self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
-        k, v = k.to(self.dtype), v.to(self.dtype)
+        k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
         self.ops.exact_append(
             k, v, group.plane(layer), step.append_positions, step.append_offsets
         )
@@ -72,12 +72,13 @@ class PagedAttention:
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
         k, v = self.append(group, step, layer, k, v)
+        q = group.in_halves(q)
         if step.decode is not None and step.decode_tokens is None:
-            return self._decode(step.decode, plane, q, shared)
+            return self._decode(group, step.decode, plane, q, shared)
         out = torch.empty_like(q)
         if step.decode is not None:
             places = step.decode_tokens
-            out[places] = self._decode(step.decode, plane, q[places], shared)
+            out[places] = self._decode(group, step.decode, plane, q[places], shared)
         for batch in step.chunks:
             tokens = slice(None) if batch.tokens is None else batch.tokens
             if batch.is_fresh:
@@ -85,14 +86,16 @@ class PagedAttention:
             else:
                 keys, values = self._history(group, batch, plane, shared)
             found = self.ops.chunk_attention(
-                q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale
-            )
+                q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale,
+                softcap=self.softcap, window=group.window,
+            )  # fmt: skip
             out[tokens] = found.to(q.dtype)
         return out
 
     def _decode(
-        self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: dict[str, Tensor]
-    ) -> Tensor:
+        self, group: LayerGroup, batch: DecodeBatch, plane: Tensor, q: Tensor,
+        shared: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
         return self.ops.decode_attention(
             q,
             plane,
@@ -103,10 +106,13 @@ class PagedAttention:
             num_kv_heads=self.format.num_kv_heads,
             scale=self.scale,
             dtype=self.dtype,
-            layout=self.format.layout if batch.has_pages else None,
+            layout=group.layout if batch.has_pages else None,
             first_position=self.format.num_landmark_tokens,
-            cos=self.cos,
-            sin=self.sin,
+            cos=group.cos,
+            sin=group.sin,
+            softcap=self.softcap,
+            first_exact=batch.first_exact,
+            first_visible=batch.first_visible,
             **shared,
             **batch.plans,
         )
@@ -114,35 +120,26 @@ class PagedAttention:
     def _history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """K and V `[Hkv, L, D]` of chunks behind each other: pages rebuilt, then exact tokens."""
+        """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""
         heads, dim = self.format.num_kv_heads, self.format.head_dim
         keys, values = (
             plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)
             for _ in range(2)
         )
         for chunk, (_, span) in zip(batch.chunks, batch.spans, strict=True):
-            k, v = keys[:, span], values[:, span]
-            rebuilt = chunk.num_pages * BLOCK_TOKENS
-            if chunk.num_pages:
+            at = span.start
+            for run in chunk.runs:
+                out = keys[:, at : at + run.num_tokens], values[:, at : at + run.num_tokens]
+                at += run.num_tokens
+                table = group.page_table if run.sealed else group.exact_table
+                entries = table.device[chunk.row, run.start : run.stop]
+                if not run.sealed:
+                    exact_gather(plane, entries, run.num_tokens, heads, dim, self.dtype, out=out)
+                    continue
+                first = self.format.num_landmark_tokens + run.start * BLOCK_TOKENS
                 self.ops.spectral_rebuild(
-                    plane,
-                    group.page_table.device[chunk.row, : chunk.num_blocks],
-                    layout=self.format.layout,
-                    first_position=self.format.num_landmark_tokens,
-                    cos=self.cos,
-                    sin=self.sin,
-                    dtype=self.dtype,
-                    num_pages=chunk.num_pages,
-                    out=(k[:, :rebuilt], v[:, :rebuilt]),
-                    **shared,
-                )
-            exact_gather(
-                plane,
-                group.exact_table.device[chunk.row],
-                chunk.num_exact,
-                heads,
-                dim,
-                self.dtype,
-                out=(k[:, rebuilt:], v[:, rebuilt:]),
-            )
+                    plane, entries, layout=group.layout, first_position=first, cos=group.cos,
+                    sin=group.sin, dtype=self.dtype, num_pages=run.num_tokens // BLOCK_TOKENS,
+                    out=out, **shared,
+                )  # fmt: skip
         return keys, values

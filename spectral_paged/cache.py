@@ -24,10 +24,10 @@ from spectral_paged.attention import PagedAttention
 from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
 from spectral_paged.kernels.page_ops import page_ops
 from spectral_paged.layer_group import LayerGroup, reserve_slots
+from spectral_paged.layer_spec import Ropes, Windows, layer_specs
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 from spectral_paged.pins import Spans, pinned_blocks
-from spectral_paged.rope import RotaryTable
 from spectral_paged.seal_schedule import blocks_to_seal
 from spectral_paged.sealer import Sealer
 from spectral_paged.sequence_table import SequenceTable
@@ -41,16 +41,20 @@ class SpectralKVCache:
 
     Args:
         num_layers, num_q_heads, num_kv_heads, head_dim: the model's geometry.
-        rope: the model's rotary table; needed unless the format has `rope="post"`.
+        rope: the model's rotary table, or one for each layer (None: it rotates nothing; the same
+            object where it is the same table); needed unless the format has `rope="post"`.
         format: a `PageFormat` or a preset name.
         device, dtype: where the arenas live, and the element type of exact pages.
         kv_cache_bytes: bytes of all arenas together, allocated here and once.
         max_num_seqs: sequences held at a time.
         max_model_len: longest sequence, tokens; default the rotary table's length.
-        exempt_layers: layers that stay exact (a second group).
+        sliding_windows: tokens that a query sees, its own among them: of all layers, or of each
+            (None: all before it). Windows up to 1,024 stay exact, longer ones are sealed.
+        exempt_layers: layers that stay exact.
         calibration: what formats with a shared basis or calibrated weights need: a `SharedBasis`,
             or `"online"` to take the basis from the first blocks that are sealed here.
         softmax_scale: default `head_dim ** -0.5`.
+        softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
         enable_prefix_caching: reuse slots of sequences added with `token_ids`.
         poison: fill freed slots with NaN bytes (tests).
 
@@ -67,16 +71,18 @@ class SpectralKVCache:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        rope: RotaryTable | None,
+        rope: Ropes,
         format: PageFormat | str = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         kv_cache_bytes: int,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
+        sliding_windows: Windows = None,
         exempt_layers: Sequence[int] = (),
         calibration: SharedBasis | Literal["online"] | None = None,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         enable_prefix_caching: bool = True,
         poison: bool = False,
     ) -> None:
@@ -85,44 +91,35 @@ class SpectralKVCache:
         heads = num_q_heads, num_kv_heads, head_dim
         groups.check_geometry(format, num_layers, *heads, exempt_layers)
         groups.check_kernels(format, torch.device(device))
-        max_model_len = groups.check_length(max_model_len, rope, format)
-        self._basis = CacheBasis(calibration, format, num_layers, torch.device(device))
-        format = self.format
         self.device, self.dtype = torch.device(device), dtype
+        self.layers, max_model_len = layer_specs(
+            format, num_layers, rope, sliding_windows, max_model_len=max_model_len,
+            device=self.device,
+        )  # fmt: skip
+        self._basis = CacheBasis(calibration, format, num_layers, self.device)
+        format = self.format
         self.num_layers, self.num_q_heads = num_layers, num_q_heads
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.prefix_caching = enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
         self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
-        empty = torch.zeros(0, 0, device=self.device)
-        cos = rope.cos.to(self.device) if rope is not None else empty
-        sin = rope.sin.to(self.device) if rope is not None else empty
-        self.rotary_dim = 2 * cos.shape[-1] or head_dim
+        self.softcap = softcap
         self.ops = page_ops(self.device)
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self._attention = PagedAttention(
-            self._basis,
-            self.ops,
-            cos=cos,
-            sin=sin,
-            scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
-            dtype=dtype,
+            self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
         )
-        self.sealer = Sealer(self._basis, self.ops, cos=cos, sin=sin, dtype=dtype)
+        self.sealer = Sealer(self._basis, self.ops, dtype=dtype, device=self.device)
         self.open_step: OpenStep | None = None
         self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # what no `end_step` has reported yet
         self._overdue: set[str] = set()  # sequences of a step whose sealing raised
         self.groups = groups.build_groups(
-            format,
-            num_layers=num_layers,
-            exempt_layers=exempt_layers,
-            dtype=dtype,
-            device=self.device,
-            kv_cache_bytes=kv_cache_bytes,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
+            format, self.layers, exempt_layers=exempt_layers, dtype=dtype, device=self.device,
+            kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
             poison=poison,
-        )
+        )  # fmt: skip
+        groups.check_online(self._basis, self.groups)
         self._sequences = SequenceTable(
             self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
         )
@@ -229,9 +226,12 @@ class SpectralKVCache:
     # ---- one step ------------------------------------------------------------------------
 
     def chunk_limit(self, seq_id: str) -> int:
-        """Most tokens of a sequence that one step may compute: queries of a step share one view."""
+        """Most tokens of a sequence that one step may compute: queries of a step share one view, and
+        windows slide between steps."""
         state = self._sequences[seq_id]
-        return self.format.chunk_end(state.num_tokens, state.num_prompt_tokens) - state.num_tokens
+        end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
+        slides = any(layer.window is not None for layer in self.layers)
+        return min(end - state.num_tokens, self.format.prefill_segment if slides else end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """Blocks that become due for sealing when `num_new` more tokens are stored."""
@@ -420,7 +420,7 @@ class SpectralKVCache:
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
         """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
         return cache_stats.sequence_figures(
-            self.format, self.num_layers, self.groups, seq_id, self._sequences[seq_id]
+            self.format, self.groups, seq_id, self._sequences[seq_id]
         )
 
     def stats(self) -> dict[str, object]:
@@ -430,12 +430,13 @@ class SpectralKVCache:
         """
         return {
             **cache_stats.backends(
-                self.ops, self.format, self.num_q_heads, self.rotary_dim, self.device, self.dtype
-            ),
+                self.ops, self.format, self.groups, num_q_heads=self.num_q_heads,
+                softcap=self.softcap, device=self.device, dtype=self.dtype,
+            ),  # fmt: skip
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(
-                self.format, self.num_layers, self.groups, self._sequences, self.counters
+                self.format, self.groups, self._sequences, self.counters
             ),
             "seal_seconds": self.sealer.timer.seconds,
         }

@@ -24,7 +24,8 @@ class CacheCounters:
     prefix_hit_tokens: int = 0
     resumed_query_tokens: int = 0
     resumed_hit_tokens: int = 0
-    freed_token_bytes: int = 0  # 2 bytes an element, of sequences freed so far
+    freed_tokens: int = 0  # of sequences freed so far
+    freed_token_bytes: int = 0  # theirs at 2 bytes an element
     freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
 
     def count_prefix(self, state: SequenceState) -> None:
@@ -47,14 +48,16 @@ class CacheCounters:
         self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int
     ) -> None:
         """What a sequence of `num_tokens` held when it was freed."""
-        num_layers = sum(len(group.layers) for group in groups)
-        self.freed_token_bytes += token_bytes(format, num_layers, num_tokens)
+        self.freed_tokens += num_tokens
+        self.freed_token_bytes += token_bytes(format, groups, num_tokens)
         self.freed_held_bytes += held_bytes(groups, seq_id)
 
 
-def token_bytes(format: PageFormat, num_layers: int, num_tokens: int) -> int:
-    """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has."""
-    return num_tokens * num_layers * format.num_kv_heads * format.head_dim * 2 * 2
+def token_bytes(format: PageFormat, groups: list[LayerGroup], num_tokens: int) -> int:
+    """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has; of layers
+    with a window, of what it shows alone."""
+    tokens = sum(len(g.layers) * min(num_tokens, g.window or num_tokens) for g in groups)
+    return tokens * format.num_kv_heads * format.head_dim * 2 * 2
 
 
 def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
@@ -71,14 +74,13 @@ def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
 
 def sequence_figures(
     format: PageFormat,
-    num_layers: int,
     groups: list[LayerGroup],
     seq_id: str,
     state: SequenceState,
 ) -> dict[str, float]:
     """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of a sequence."""
     held = held_bytes(groups, seq_id)
-    plain = token_bytes(format, num_layers, state.num_tokens)
+    plain = token_bytes(format, groups, state.num_tokens)
     return {
         "tokens": state.num_tokens,
         "cached_tokens": state.num_cached_tokens,
@@ -90,7 +92,6 @@ def sequence_figures(
 
 def cost_figures(
     format: PageFormat,
-    num_layers: int,
     groups: list[LayerGroup],
     sequences: SequenceTable,
     counters: CacheCounters,
@@ -98,16 +99,17 @@ def cost_figures(
     """What a token costs, over sequences freed so far and those held now, what was sealed, and
     what the pools hold."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
+    num_tokens = counters.freed_tokens
     for seq_id, state in sequences.items():
         try:
             held += held_bytes(groups, seq_id)
         except KeyError:  # freed by the engine's thread while another one asks
             continue
-        plain += token_bytes(format, num_layers, state.num_tokens)
-    per_token = token_bytes(format, num_layers, 1)
+        plain += token_bytes(format, groups, state.num_tokens)
+        num_tokens += state.num_tokens
     return pool_stats(groups) | {
         "num_sequences": len(sequences),
-        "bytes_per_token": held / plain * per_token if plain else 0.0,
+        "bytes_per_token": held / num_tokens if num_tokens else 0.0,
         "compression_ratio": plain / held if held else 1.0,
         "sealed_ratio": format.page_ratio,
         "pages_sealed": counters.pages_sealed,
@@ -122,19 +124,38 @@ def cost_figures(
 def backends(
     ops: PageOps,
     format: PageFormat,
+    groups: list[LayerGroup],
+    *,
     num_q_heads: int,
-    rotary_dim: int,
+    softcap: float | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, object]:
-    """What runs: the format, and decode attention, attention of prompt chunks, sealing."""
-    layout = format.layout if format.seals else None
+    """What runs: the format, and decode attention, attention of prompt chunks, sealing; all that do
+    where groups differ."""
+    num_queries = num_q_heads // format.num_kv_heads
+
+    def named(names: list[str]) -> str:
+        return " and ".join(sorted({part for name in names for part in name.split(" and ")}))
+
+    # an exact group reads pages of one kind alone, whatever else runs
+    sealing = [g for g in groups if g.seals] or groups[:1]
     return {
         "format": format.name,
         "fingerprint": format.fingerprint,
-        "backend": ops.backend(layout, num_q_heads // format.num_kv_heads, device, rotary_dim),
-        "prefill_backend": ops.prefill_backend(dtype, format.head_dim),
-        "seal_backend": ops.seal_backend(layout),
+        "backend": named(
+            [
+                ops.backend(g.layout, num_queries, device, 2 * g.cos.shape[-1] or format.head_dim)
+                for g in sealing
+            ]
+        ),
+        "prefill_backend": named(
+            [
+                ops.prefill_backend(dtype, format.head_dim, softcap=softcap, window=g.window)
+                for g in groups
+            ]
+        ),
+        "seal_backend": named([ops.seal_backend(g.layout) for g in sealing]),
     }
 
 

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_paged.capacity import peak_exact_tokens
+from spectral_paged.capacity import Need, Share, divide, peak_exact_tokens
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import check_layout
 from spectral_paged.layer_group import LayerGroup
+from spectral_paged.layer_spec import LayerSpec
+from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
 from spectral_paged.pins import MAX_PINNED_BLOCKS
-from spectral_paged.rope import RotaryTable
+
+EXACT_WINDOW = 1024  # tokens: a window up to here is a few pages, which sealing would not shrink
 
 
 def check_geometry(
@@ -61,6 +64,21 @@ def check_kernels(format: PageFormat, device: torch.device) -> None:
         raise FormatError(f"format {format.name!r}: {error}") from error
 
 
+def check_online(basis: CacheBasis, groups: Sequence[LayerGroup]) -> None:
+    """Refuse an online calibration where one seal does not show what all layers hold.
+
+    Raises:
+        FormatError: says what to use instead.
+    """
+    sealing = sum(group.seals for group in groups)
+    if basis.is_waiting and sealing > 1:
+        raise FormatError(
+            f"calibration='online' takes the basis from the first blocks sealed, and {sealing} "
+            "groups of this model's layers seal blocks of their own: calibrate the model, or use a "
+            "format whose pages have their own basis (spectral-page)"
+        )
+
+
 def check_heads(
     q: Tensor | None, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
 ) -> None:
@@ -79,34 +97,26 @@ def check_heads(
         )
 
 
-def check_length(
-    max_model_len: int | None, rope: RotaryTable | None, format: PageFormat
-) -> int:
-    """Longest sequence, by default the rotary table's length.
+def _kinds(
+    format: PageFormat, specs: Sequence[LayerSpec], exempt: Sequence[int]
+) -> dict[tuple[bool, LayerSpec], list[int]]:
+    """Layers of one kind, sealing ones first: the same window, and the same table where they seal.
 
-    Raises:
-        FormatError: neither is given, or the table is shorter, or missing where keys are turned.
+    Windows up to `EXACT_WINDOW` stay exact.
     """
-    if format.seals and format.rope != "post" and rope is None:
-        raise FormatError(
-            f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable"
-        )
-    if max_model_len is None and rope is not None:
-        return rope.max_positions
-    if max_model_len is None:
-        raise FormatError("max_model_len must be given where there is no rotary table")
-    if rope is not None and rope.max_positions < max_model_len:
-        raise FormatError(
-            f"the rotary table has {rope.max_positions} positions, max_model_len is "
-            f"{max_model_len}: build the table longer or lower max_model_len"
-        )
-    return max_model_len
+    kinds: dict[tuple[bool, LayerSpec], list[int]] = {}
+    for layer, spec in enumerate(specs):
+        short = spec.window is not None and spec.window <= EXACT_WINDOW
+        seals = format.seals and layer not in exempt and not short
+        kind = seals, spec if seals else LayerSpec(None, spec.window)
+        kinds.setdefault(kind, []).append(layer)
+    return dict(sorted(kinds.items(), key=lambda item: not item[0][0]))
 
 
 def build_groups(
     format: PageFormat,
+    specs: Sequence[LayerSpec],
     *,
-    num_layers: int,
     exempt_layers: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -115,31 +125,30 @@ def build_groups(
     max_model_len: int,
     poison: bool,
 ) -> list[LayerGroup]:
-    """Allocate every arena: a spectral group, and an exact one for exempt layers (or for all).
+    """Allocate every arena: layers that seal and layers that do not, by window and rotary table.
 
-    Bytes are divided by what a token costs in each group, so that both run full at the same
-    length.
+    `capacity.divide` says who gets how much of the memory.
 
     Raises:
         CapacityError: a group's share is too small for two slabs.
     """
-    exempt = set(exempt_layers)
-    spectral = [i for i in range(num_layers) if format.seals and i not in exempt]
-    exact = [i for i in range(num_layers) if i not in spectral]
-    cost = {
-        True: format.page_bytes / BLOCK_TOKENS * len(spectral) if spectral else 0.0,
-        False: format.exact_page_bytes(dtype.itemsize) / EXACT_PAGE_TOKENS * len(exact),
-    }
+    kinds = _kinds(format, specs, exempt_layers)
+    shares = divide(
+        format,
+        [Share(len(layers), seals, spec.window) for (seals, spec), layers in kinds.items()],
+        kv_cache_bytes,
+        itemsize=dtype.itemsize,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
     groups = []
-    for seals, layers in ((True, spectral), (False, exact)):
-        if not layers:
-            continue
+    for ((seals, spec), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
         pool = PagePool(
             format,
             num_layers=len(layers),
             dtype=dtype,
             device=device,
-            budget_bytes=int(kv_cache_bytes * cost[seals] / sum(cost.values())),
+            budget_bytes=budget_bytes,
             exact_only=not seals,
             poison=poison,
         )
@@ -147,13 +156,18 @@ def build_groups(
         if seals:
             pinned = MAX_PINNED_BLOCKS * BLOCK_TOKENS
             longest = min(longest, peak_exact_tokens(format, max_model_len) + pinned)
+            max_exact_pages = -(-longest // EXACT_PAGE_TOKENS)
+        else:
+            need = Need.at_peak(format, longest, seals=False, window=spec.window)
+            max_exact_pages = need.num_exact
         groups.append(
             LayerGroup(
                 layers,
                 pool,
+                spec,
                 seals=seals,
                 max_rows=max_num_seqs,
-                max_exact_pages=-(-longest // EXACT_PAGE_TOKENS) + 1,
+                max_exact_pages=max_exact_pages + 1,
                 max_pages=-(-max_model_len // BLOCK_TOKENS) if seals else 0,
             )
         )

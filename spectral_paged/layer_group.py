@@ -3,75 +3,51 @@
 ```
 spectral group   exact: [landmark pages | tail pages]      pages: [block 0, block 1, ...]
 exact group      exact: [every page of the sequence]       pages: []
+with a window    the same without what no later query sees
 ```
 
 Blocks that a caller pinned are never sealed. Their exact pages stay between landmarks and tail, and
-their entry in the page table is negative: a hole that page ops skip.
+their entry in the page table is negative: a hole that page ops skip. So is that of a block that has
+left the window.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from spectral_paged.block_pool import Kind
 from spectral_paged.block_table import BlockTable
 from spectral_paged.errors import PoolError
-from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.group_slots import PAGES_PER_BLOCK, GroupSlots, Run, first_seen_page
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, PageLayout
+from spectral_paged.layer_spec import LayerSpec
+from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
 from spectral_paged.prefix import PrefixChain
 
-PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
-HOLE = -1  # page table entry of a pinned block
-
-
-@dataclass(slots=True)
-class GroupSlots:
-    """One sequence's slots in one group, oldest first, and its row in the tables.
-
-    `num_sealed` counts blocks that queries see as pages or, where pinned, as holes.
-    """
-
-    row: int
-    pinned: tuple[int, ...] = ()  # blocks that are never sealed, ascending
-    exact: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    num_published: int = 0  # full exact pages looked at so far, in sequence order
-    num_sealed: int = 0  # blocks shown in the page table; later pages are reserved for seals due
-    num_encoded: int = 0  # blocks whose pages are written, shown or not
-    num_attached: int = 0  # blocks that a prefix hit brought as pages
-    num_dropped: int = 0  # blocks below have had pages ahead that made room: they wait until due
-
-    def num_pages(self, num_blocks: int) -> int:
-        """Pages among the first `num_blocks` blocks: those not pinned."""
-        return num_blocks - bisect_left(self.pinned, num_blocks)
-
-    @property
-    def num_sealed_pages(self) -> int:
-        return self.num_pages(self.num_sealed)
-
-    @property
-    def num_written(self) -> int:
-        """Blocks that need no sealing any more."""
-        return max(self.num_sealed, self.num_encoded)
-
-    def exact_place(self, index: int, num_landmark_pages: int) -> int:
-        """Where the exact page with tokens `64 index ...` stands in `exact`; it is not sealed."""
-        block = max(0, index - num_landmark_pages) // PAGES_PER_BLOCK
-        return index - self.num_pages(min(block, self.num_sealed)) * PAGES_PER_BLOCK
+HOLE = -1  # page table entry of a pinned block, or of one that has left the window
 
 
 class LayerGroup:
-    """Slots, tables and sealing for `layers`; the pool decides who owns what."""
+    """Slots, tables and sealing for `layers`; the pool decides who owns what.
+
+    Attributes:
+        rope: by what the layers' keys are turned; None where they are not, or where blocks are
+            never sealed and nobody has to know.
+        window: tokens that a query sees, its own among them; None: all before it.
+        layout: of the group's pages; None where blocks are never sealed.
+    """
 
     def __init__(
         self,
         layers: list[int],
         pool: PagePool,
+        spec: LayerSpec,
         *,
         seals: bool,
         max_rows: int,
@@ -81,6 +57,11 @@ class LayerGroup:
         self.layers = layers
         self.pool = pool
         self.seals = seals
+        self.rope, self.window = spec.rope if seals else None, spec.window
+        self.layout = page_layout_of(pool.format, spec) if seals else None
+        empty = torch.zeros(0, 0, device=pool.arena.device)
+        self.cos = empty if self.rope is None else self.rope.cos
+        self.sin = empty if self.rope is None else self.rope.sin
         self._places = {layer: i for i, layer in enumerate(layers)}
         self.num_landmark_pages = pool.format.num_landmark_tokens // EXACT_PAGE_TOKENS
         device = pool.arena.device
@@ -94,6 +75,10 @@ class LayerGroup:
         """uint8 `[plane_bytes]` of model layer `layer`."""
         return self.pool.plane(self._places[layer])
 
+    def in_halves(self, x: Tensor) -> Tensor:
+        """Queries or keys `[..., D]` as pages and kernels take them: rotated pairs in halves."""
+        return x if self.rope is None else self.rope.halves(x)
+
     # ---- slots ---------------------------------------------------------------------------
 
     def blocks_sealed(self, visible_blocks: int) -> int:
@@ -101,8 +86,29 @@ class LayerGroup:
         return visible_blocks if self.seals else 0
 
     def add(self, seq_id: str, row: int, pinned: tuple[int, ...] = ()) -> GroupSlots:
-        slots = self.sequences[seq_id] = GroupSlots(row, pinned if self.seals else ())
+        pinned = pinned if self.seals else ()
+        slots = self.sequences[seq_id] = GroupSlots(row, self.num_landmark_pages, pinned)
         return slots
+
+    def first_page(self, num_tokens: int) -> int:
+        """Spans of 64 tokens, or blocks of them, that no query from `num_tokens` on sees."""
+        return first_seen_page(
+            num_tokens, window=self.window, num_landmark_pages=self.num_landmark_pages,
+            seals=self.seals,
+        )  # fmt: skip
+
+    def slide(self, seq_id: str, num_tokens: int) -> None:
+        """Give back what no query from position `num_tokens` on sees."""
+        slots, first = self.sequences[seq_id], self.first_page(num_tokens)
+        if first <= slots.first_page:
+            return
+        num_exact, num_pages = slots.exact_place(first), slots.num_pages(slots.block_of(first))
+        gone = slots.exact[:num_exact] + slots.pages[:num_pages]
+        del slots.exact[:num_exact], slots.pages[:num_pages]
+        slots.first_page = first
+        for slot in gone:
+            self.pool.blocks.release(slot)
+        self._write_rows(slots, 0)
 
     def pages_sealed(self, seq_id: str, visible_blocks: int) -> int:
         """Pages this group holds of a sequence when the format says `visible_blocks`."""
@@ -151,14 +157,13 @@ class LayerGroup:
         oldest first; with the sequence's `chain` they get their place here.
         """
         slots = self.sequences.pop(seq_id)
-        landmarks = slots.exact[: self.num_landmark_pages]
-        for slot in reversed(slots.exact[self.num_landmark_pages :]):
+        num_landmarks = max(0, self.num_landmark_pages - slots.first_page)
+        landmarks = slots.exact[:num_landmarks]
+        for slot in reversed(slots.exact[num_landmarks:]):
             self.pool.blocks.release(slot)
         if chain is not None:
-            first, end = (
-                self.num_landmark_pages + block * PAGES_PER_BLOCK
-                for block in (slots.num_attached, slots.num_sealed)
-            )
+            first, end = map(slots.first_index, (slots.num_attached, slots.num_sealed))
+            first = max(first, slots.first_page)
             for index in reversed(range(first, min(end, len(chain)))):
                 self.pool.blocks.touch((Kind.EXACT, chain[index]))
         for slot in (*reversed(slots.pages), *reversed(landmarks)):
@@ -171,8 +176,8 @@ class LayerGroup:
         parent = self.sequences[parent_id]
         child = self.add(child_id, row, parent.pinned)
         child.num_published, child.num_sealed = parent.num_published, parent.num_sealed
-        child.num_encoded = parent.num_encoded
-        num_exact = self.num_exact_pages(num_tokens, parent.num_sealed_pages)
+        child.num_encoded, child.first_page = parent.num_encoded, parent.first_page
+        num_exact = parent.num_exact(num_tokens)
         partial = num_tokens % EXACT_PAGE_TOKENS != 0
         for slot in parent.pages[: parent.num_pages(parent.num_written)]:
             self.pool.blocks.acquire(slot)
@@ -190,10 +195,16 @@ class LayerGroup:
         self._write_rows(child, 0)
         return True
 
-    @staticmethod
-    def num_exact_pages(num_tokens: int, num_sealed: int) -> int:
-        """Exact pages that hold what `num_sealed` pages (pinned blocks not counted) do not."""
-        return -(-(num_tokens - num_sealed * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
+    def runs(self, seq_id: str, num_tokens: int) -> tuple[Run, ...]:
+        """Where a sequence's tokens are, in the order in which a chunk's keys are laid out: by
+        position where a window cuts them, else pages first, which takes fewer reads."""
+        slots = self.sequences[seq_id]
+        if self.window is not None:
+            return slots.runs(num_tokens)
+        sealed, exact = slots.num_sealed_pages * BLOCK_TOKENS, num_tokens - slots.tail_start
+        pages = Run(True, 0, slots.num_sealed, sealed)
+        tail = Run(False, 0, -(-exact // EXACT_PAGE_TOKENS), exact)
+        return (pages, tail) if sealed else (tail,)
 
     def _write_rows(self, slots: GroupSlots, first_exact: int) -> None:
         position = self.pool.position
@@ -203,9 +214,11 @@ class LayerGroup:
 
     def _page_row(self, slots: GroupSlots) -> list[int]:
         """Positions of the sealed blocks, oldest first; a hole for a pinned one."""
-        pages, pinned = iter(slots.pages), set(slots.pinned)
+        pages, pinned, first = iter(slots.pages), set(slots.pinned), slots.first_block
         return [
-            HOLE if block in pinned else self.pool.position(next(pages), Kind.PAGE)
+            HOLE
+            if block < first or block in pinned
+            else self.pool.position(next(pages), Kind.PAGE)
             for block in range(slots.num_sealed)
         ]
 
@@ -227,7 +240,7 @@ class LayerGroup:
 
     def cached_page(self, chain: PrefixChain, block: int) -> int | None:
         """Slot of the page of `block`, if it is known."""
-        last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
+        last = self._last_index(block)
         return self.pool.blocks.lookup((Kind.PAGE, chain[last])) if last < len(chain) else None
 
     def attach(self, seq_id: str, chain: PrefixChain, num_tokens: int, num_sealed: int) -> None:
@@ -235,12 +248,13 @@ class LayerGroup:
         slots = self.sequences[seq_id]
         blocks = self.pool.blocks
         sealed = self.blocks_sealed(num_sealed)
-        for block in self._unpinned(slots, range(sealed)):
+        slots.first_page = self.first_page(num_tokens)
+        for block in self._unpinned(slots, range(slots.first_block, sealed)):
             slot = self.cached_page(chain, block)
             assert slot is not None, "the hit was checked"
             blocks.acquire(slot)
             slots.pages.append(slot)
-        for index in range(num_tokens // EXACT_PAGE_TOKENS):
+        for index in range(slots.first_page, num_tokens // EXACT_PAGE_TOKENS):
             if self.is_hidden(index, sealed, slots.pinned):
                 continue
             slot = self.cached_exact(chain, index)
@@ -254,15 +268,15 @@ class LayerGroup:
     def publish_exact(self, seq_id: str, chain: PrefixChain, num_tokens: int) -> None:
         """Let full exact pages be found by their prefix.
 
-        Those that a page replaced are gone where token ids came late. A fork's may have been
+        Those that a page replaced, or that left the window, are gone where token ids came late. A fork's may have been
         published by another.
         """
         slots = self.sequences[seq_id]
         full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))
-        for index in range(slots.num_published, full):
-            if self.is_hidden(index, slots.num_sealed, slots.pinned):
+        for index in range(max(slots.num_published, slots.first_page), full):
+            if slots.is_sealed(index):
                 continue
-            slot = slots.exact[slots.exact_place(index, self.num_landmark_pages)]
+            slot = slots.exact[slots.exact_place(index)]
             if not self.pool.blocks.is_published(slot):
                 self.pool.blocks.publish(slot, (Kind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
@@ -313,8 +327,12 @@ class LayerGroup:
         block = slots.num_written
         while block in slots.pinned:
             block += 1
-        end = (self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK) * EXACT_PAGE_TOKENS
+        end = (self._last_index(block) + 1) * EXACT_PAGE_TOKENS
         return block if self.seals and end <= num_tokens and block >= slots.num_dropped else None
+
+    def _last_index(self, block: int) -> int:
+        """The last span of 64 tokens of `block`."""
+        return self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
 
     def reserve_page(self, seq_id: str, block: int) -> bool:
         """Hold a page slot for a block that is not visible yet; False: not now."""
@@ -340,8 +358,8 @@ class LayerGroup:
     def cancel(self, seq_id: str, num_tokens: int) -> None:
         """Give back what was reserved for tokens past `num_tokens`."""
         slots = self.sequences[seq_id]
-        num_exact = self.num_exact_pages(num_tokens, slots.num_sealed_pages)
-        self.shrink(seq_id, num_exact, slots.num_pages(slots.num_written))
+        num_written = slots.num_pages(slots.num_written)
+        self.shrink(seq_id, slots.num_exact(num_tokens), num_written)
 
     @staticmethod
     def _unpinned(slots: GroupSlots, blocks: range) -> list[int]:
@@ -352,21 +370,16 @@ class LayerGroup:
         block = (index - self.num_landmark_pages) // PAGES_PER_BLOCK
         return 0 <= block < sealed and block not in pinned
 
-    def _exact_start(self, slots: GroupSlots, block: int) -> int:
-        """Where the exact pages of a block that is not sealed begin in `slots.exact`."""
-        index = self.num_landmark_pages + block * PAGES_PER_BLOCK
-        return slots.exact_place(index, self.num_landmark_pages)
-
     def read_block(self, seq_id: str, block: int) -> tuple[Tensor, Tensor]:
-        """K (as the model handed it over) and V of a block in the tail, `[L, H, 512, D]`."""
+        """K after RoPE, pairs in halves, and V of a block in the tail, `[L, H, 512, D]`."""
         slots = self.sequences[seq_id]
-        start = self._exact_start(slots, block)
+        start = slots.exact_place(slots.first_index(block))
         return self.pool.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
 
     def block_positions(self, seq_id: str, block: int) -> tuple[list[int], int]:
         """Positions of a tail block's eight exact pages and of the page reserved for it."""
         slots = self.sequences[seq_id]
-        start = self._exact_start(slots, block)
+        start = slots.exact_place(slots.first_index(block))
         exact = slots.exact[start : start + PAGES_PER_BLOCK]
         page = slots.pages[slots.num_pages(block)]
         return (
@@ -384,15 +397,16 @@ class LayerGroup:
         slots = self.sequences[seq_id]
         if num_sealed == slots.num_sealed:
             return
-        blocks = self._unpinned(slots, range(slots.num_sealed, num_sealed))
+        shown = range(max(slots.num_sealed, slots.first_block), num_sealed)
+        blocks = self._unpinned(slots, shown)
         replaced = []
         for block in blocks:
-            last = self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
+            last = self._last_index(block)
             if chain is not None and last < len(chain):
                 page = slots.pages[slots.num_pages(block)]
                 if not self.pool.blocks.is_published(page):  # else by a fork that shares it
                     self.pool.blocks.publish(page, (Kind.PAGE, chain[last]))
-            start = self._exact_start(slots, block)
+            start = slots.exact_place(slots.first_index(block))
             replaced += slots.exact[start : start + PAGES_PER_BLOCK]
         gone = set(replaced)
         slots.exact[:] = [slot for slot in slots.exact if slot not in gone]
@@ -400,6 +414,11 @@ class LayerGroup:
         for slot in reversed(replaced):
             self.pool.blocks.release(slot)
         self._write_rows(slots, 0)
+
+
+def page_layout_of(format: PageFormat, spec: LayerSpec) -> PageLayout:
+    """Pages of layers that turn no key hold them as they come, as a `post` format's do."""
+    return format.layout if spec.rope is not None else replace(format.layout, rope="post")
 
 
 def reserve_slots(
@@ -419,7 +438,7 @@ def _grow_all(
     """False, and nothing changed: not now."""
     before = [(len(g.sequences[seq_id].exact), len(g.sequences[seq_id].pages)) for g in groups]
     for done, group in enumerate(groups):
-        num_exact = group.num_exact_pages(num_tokens, group.sequences[seq_id].num_sealed_pages)
+        num_exact = group.sequences[seq_id].num_exact(num_tokens)
         if not group.grow(seq_id, num_exact, group.pages_sealed(seq_id, visible_blocks)):
             for earlier, counts in zip(groups[:done], before[:done], strict=True):
                 earlier.shrink(seq_id, *counts)

@@ -21,7 +21,7 @@ from spectral_paged.errors import (
     keep_outputs,
 )
 from spectral_paged.models.activation_memory import activation_bytes
-from spectral_paged.models.geometry import ModelGeometry, rotary_table
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
@@ -140,7 +140,7 @@ class LLM:
             num_q_heads=geometry.num_q_heads,
             num_kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
-            rope=rotary_table(loaded.model, longest, where),
+            rope=layer_ropes(loaded.model, longest, where),
             format=kv_format,
             device=where,
             dtype=loaded.model.dtype,
@@ -149,9 +149,11 @@ class LLM:
             ),
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
+            sliding_windows=geometry.windows,
             exempt_layers=exempt_layers,
             calibration=find_calibration(calibration, kv_format, loaded),
             softmax_scale=float(loaded.model.model.layers[0].self_attn.scaling),
+            softcap=geometry.softcap,
             enable_prefix_caching=enable_prefix_caching,
             poison=poison,
         )

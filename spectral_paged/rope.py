@@ -11,16 +11,18 @@ from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.kernels.rotary import rotate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # layers of one table are known by its identity
 class RotaryTable:
     """cos and sin for positions 0..max_positions-1, fp32 `[max_positions, rotary_dim / 2]`.
 
     Half-split convention: dimension i pairs with i + rotary_dim / 2; dimensions past rotary_dim
-    pass through. cos and sin may both carry the model's attention factor s (YaRN).
+    pass through. cos and sin may both carry the model's attention factor s (YaRN). With
+    `interleaved` dimension 2i pairs with 2i + 1 (Cohere).
     """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
 
     @classmethod
     def from_inv_freq(
@@ -29,6 +31,7 @@ class RotaryTable:
         *,
         max_positions: int,
         attention_scaling: float = 1.0,
+        interleaved: bool = False,
         device: torch.device | str = "cpu",
     ) -> RotaryTable:
         """Table for inverse frequencies `[rotary_dim / 2]` (radians per token).
@@ -43,7 +46,8 @@ class RotaryTable:
                 "pass the model's rotary_emb.inv_freq"
             )
         angle = torch.arange(max_positions, device=device).float().unsqueeze(-1) * freq
-        return cls(angle.cos() * attention_scaling, angle.sin() * attention_scaling)
+        cos, sin = angle.cos() * attention_scaling, angle.sin() * attention_scaling
+        return cls(cos, sin, interleaved)
 
     @classmethod
     def from_theta(
@@ -57,6 +61,30 @@ class RotaryTable:
     def max_positions(self) -> int:
         return self.cos.shape[0]
 
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.cos.shape[-1]
+
+    def to(self, device: torch.device) -> RotaryTable:
+        """The table on `device`."""
+        return RotaryTable(self.cos.to(device), self.sin.to(device), self.interleaved)
+
+    def halves(self, x: Tensor) -> Tensor:
+        """`x` `[..., D]` in the half-split convention: where pairs are interleaved, first their
+        first members, then their second ones. Products of two that are so ordered are the same."""
+        if not self.interleaved:
+            return x
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        return torch.cat((turned[..., ::2], turned[..., 1::2], rest), dim=-1)
+
+    def _pairs(self, x: Tensor) -> Tensor:
+        """What `halves` was given."""
+        if not self.interleaved:
+            return x
+        half = self.rotary_dim // 2
+        pairs = torch.stack((x[..., :half], x[..., half : 2 * half]), dim=-1).flatten(-2)
+        return torch.cat((pairs, x[..., 2 * half :]), dim=-1)
+
     def rows(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of 1-D `[T]` or 2-D `[1, T]` position ids, as `[T, 1, rotary_dim / 2]`."""
         flat = position_ids.reshape(-1)
@@ -64,8 +92,8 @@ class RotaryTable:
 
     def apply(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Rotate `x` `[T, H, D]`; fp32 out."""
-        return rotate(x, *self.rows(position_ids))
+        return self._pairs(rotate(self.halves(x), *self.rows(position_ids)))
 
     def undo(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Un-rotate `x` `[T, H, D]` exactly (to fp32 rounding); fp32 out."""
-        return rotate(x, *self.rows(position_ids), inverse=True)
+        return self._pairs(rotate(self.halves(x), *self.rows(position_ids), inverse=True))

@@ -65,19 +65,16 @@ class Sealer:
     Args:
         basis: the cache's calibration, frozen here at the first seal where it is taken online.
         ops: what runs on the cache's device; its `seal` where that makes pages of the format.
-        cos, sin: fp32 `[max_positions, rotary_dim / 2]`, to turn keys as the format stores them.
         dtype: element type of exact pages.
     """
 
     def __init__(
-        self, basis: CacheBasis, ops: PageOps, *, cos: Tensor, sin: Tensor, dtype: torch.dtype
+        self, basis: CacheBasis, ops: PageOps, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.basis = basis
         self.ops = ops
-        self.cos = cos
-        self.sin = sin
         self.dtype = dtype
-        self.timer = DeviceTimer(cos.device)
+        self.timer = DeviceTimer(device)
         self._checks: list[SealCheck] = []
 
     @property
@@ -88,7 +85,7 @@ class Sealer:
     def warm_up(self, group: LayerGroup) -> None:
         """Compile the seal kernel, which takes seconds that a first seal would cost; nothing is
         written. An online calibration has yet to say what it is to do."""
-        if self.basis.is_waiting or not group.seals or not self.ops.seals(self.format.layout):
+        if self.basis.is_waiting or group.layout is None or not self.ops.seals(group.layout):
             return
         exact, pages, first = (
             torch.zeros(shape, dtype=torch.int32, device=group.pool.arena.device)
@@ -120,8 +117,8 @@ class Sealer:
         if self.basis.is_waiting:
             self._freeze(group, due)
         # without a basis still, every block due has NaN or Inf, and is only to be refused
-        by_torch = self.basis.is_waiting or not self.ops.seals(self.format.layout)
-        if not by_torch:
+        assert group.layout is not None, "only groups with pages have blocks due"
+        if not self.basis.is_waiting and self.ops.seals(group.layout):
             return self._encode_in_place(group, due)
         for start in range(0, len(due), BLOCKS_AT_ONCE):
             batch = [d for d in due[start : start + BLOCKS_AT_ONCE] if d[0] not in failed]
@@ -148,8 +145,8 @@ class Sealer:
     ) -> Tensor:
         assert self.ops.seal is not None
         return self.ops.seal(
-            group.pool.arena, exact, pages, first, layout=self.format.layout, dtype=self.dtype,
-            cos=self.cos, sin=self.sin, **self.basis.projections(group.layers), **options,
+            group.pool.arena, exact, pages, first, layout=group.layout, dtype=self.dtype,
+            cos=group.cos, sin=group.sin, **self.basis.projections(group.layers), **options,
         )  # fmt: skip
 
     def _encode_batch(
@@ -162,8 +159,8 @@ class Sealer:
             if error is not None:
                 failed[seq_id] = error
                 continue
-            if self.format.rope != "post":
-                k = self._stored(k, block, self.format.rope)
+            assert group.layout is not None
+            k = self._stored(group, k, block, group.layout.rope)
             ready.append((seq_id, block))
             keys.append(k)
             values.append(v)
@@ -188,18 +185,19 @@ class Sealer:
         for seq_id, block in due:
             k, v = group.read_block(seq_id, block)
             if self._find_non_finite(group, seq_id, block, k, v) is None:
-                turned = {}
-                if len(self.cos):
-                    turned = {f"k_{r}": self._stored(k, block, r) for r in ("pre", "frame")}
+                turned = {f"k_{r}": self._stored(group, k, block, r) for r in ("pre", "frame")}
                 accumulator.add(group.layers, k_post=k, v=v, **turned)
                 seen += 1
         if seen:
             self.basis.freeze(accumulator)
 
-    def _stored(self, k: Tensor, block: int, rope: str) -> Tensor:
+    def _stored(self, group: LayerGroup, k: Tensor, block: int, rope: str) -> Tensor:
+        """Keys of a block as pages with `rope` store them."""
+        if group.rope is None or rope == "post":
+            return k
         first = self._first_token(block)
         span = slice(first, first + BLOCK_TOKENS)
-        return stored_keys(k, self.cos[span], self.sin[span], rope)
+        return stored_keys(k, group.cos[span], group.sin[span], rope)
 
     def _first_token(self, block: int) -> int:
         return self.format.num_landmark_tokens + block * BLOCK_TOKENS

@@ -148,7 +148,8 @@ class SequenceTable:
         return True
 
     def store(self, seq_id: str, num_new: int) -> None:
-        """Count `num_new` more tokens as stored, and let full exact pages be found."""
+        """Count `num_new` more tokens as stored, let full exact pages be found, and give back what
+        has left a window."""
         state = self._sequences[seq_id]
         state.num_tokens += num_new
         state.ran = True
@@ -157,6 +158,8 @@ class SequenceTable:
             state.chain.extend(state.token_ids, known)
             for group in self._groups:
                 group.publish_exact(seq_id, state.chain, known)
+        for group in self._groups:
+            group.slide(seq_id, state.num_tokens)
 
     def remove(self, seq_id: str, *, forget: bool) -> None:
         """Release a sequence's slots and row; `forget` lets nobody find what it stored."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import NonFiniteError
+from spectral_paged.group_slots import Run
 from spectral_paged.kernels.chunk_attention import ChunkSpans
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import PageOps
@@ -80,13 +81,15 @@ class Chunk:
     flat_start: int
     num_new: int
     row: int
-    num_exact: int  # exact tokens, the new ones among them
-    num_blocks: int  # page table entries to visit, holes of pinned blocks among them
-    num_pages: int
+    runs: tuple[Run, ...]  # its keys, behind each other
 
     @property
     def num_keys(self) -> int:
-        return self.num_pages * BLOCK_TOKENS + self.num_exact
+        return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def num_pages(self) -> int:
+        return sum(run.num_tokens // BLOCK_TOKENS for run in self.runs if run.sealed)
 
     @property
     def is_fresh(self) -> bool:
@@ -102,6 +105,8 @@ class GroupIndex:
         place in it.
     tokens, rows, exact, blocks: of each sequence with one new token, its place in the flat batch,
         table row, exact tokens (the new one among them) and page table entries to visit.
+    hidden, visible: of a window, those exact tokens that it has left, and the position where it
+        begins; empty without a window.
     num_pages: those entries without holes, together.
     """
 
@@ -111,6 +116,8 @@ class GroupIndex:
     rows: list[int] = field(default_factory=list)
     exact: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)
+    visible: list[int] = field(default_factory=list)
     num_pages: int = 0
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -124,8 +131,7 @@ class GroupIndex:
         flat = 0
         for entry in plan.entries:
             slots = group.sequences[entry.seq_id]
-            num_pages = slots.num_sealed_pages
-            first = entry.start - num_pages * BLOCK_TOKENS
+            first = entry.start - slots.tail_start
             if entry.num_new == 1:
                 found.append_positions[flat] = table[slots.row, first // EXACT_PAGE_TOKENS]
                 found.append_offsets[flat] = first % EXACT_PAGE_TOKENS
@@ -133,19 +139,19 @@ class GroupIndex:
                 found.rows.append(slots.row)
                 found.exact.append(first + 1)
                 found.blocks.append(slots.num_sealed)
-                found.num_pages += num_pages
+                found.num_pages += slots.num_sealed_pages
+                if group.window is not None:
+                    visible = max(0, entry.start + 1 - group.window)
+                    found.visible.append(visible)
+                    found.hidden.append(slots.exact_before(visible))
             else:
                 end = flat + entry.num_new
                 places = np.arange(first, first + entry.num_new)
                 row = table[slots.row]
                 found.append_positions[flat:end] = row[places // EXACT_PAGE_TOKENS]
                 found.append_offsets[flat:end] = places % EXACT_PAGE_TOKENS
-                num_exact = first + entry.num_new
-                found.chunks.append(
-                    Chunk(
-                        flat, entry.num_new, slots.row, num_exact, slots.num_sealed, num_pages
-                    )
-                )
+                runs = group.runs(entry.seq_id, entry.start + entry.num_new)
+                found.chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
             flat += entry.num_new
         return found
 
@@ -163,6 +169,8 @@ class DecodeBatch:
     exact, blocks: int32 `[N]`, tokens and entries to read there.
     plans: what `decode_attention` of all layers shares.
     has_pages: False where no sequence of the batch has a page.
+    first_exact, first_visible: of a window, int32 `[N]`, the first token that a query sees, counted
+        in its sequence's exact pages, and as a position; None without.
     """
 
     exact_table: Tensor
@@ -171,6 +179,8 @@ class DecodeBatch:
     blocks: Tensor
     plans: dict[str, Any]
     has_pages: bool
+    first_exact: Tensor | None = None
+    first_visible: Tensor | None = None
 
     @classmethod
     def of(
@@ -184,21 +194,28 @@ class DecodeBatch:
         max_blocks: int,
         format: PageFormat,
         ops: PageOps,
+        window: tuple[Tensor, Tensor] | None = None,
     ) -> DecodeBatch:
         """From int32 `[N]` on the device; nothing here asks the device for a value.
 
         Args:
             max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
                 that there are no pages.
+            window: `first_exact` and `first_visible`; needed where the group has a window.
         """
+        first_exact, first_visible = (None, None) if window is None else window
+        plans = ops.exact_plan(exact, max_exact_pages, format.num_kv_heads)
+        if max_blocks and group.layout is not None:
+            plans |= ops.page_plan(group.layout, blocks, max_blocks)
         return cls(
             group.exact_table.device[rows],
             group.page_table.device[rows],
             exact,
             blocks,
-            ops.exact_plan(exact, max_exact_pages, format.num_kv_heads)
-            | (ops.page_plan(format.layout, blocks, max_blocks) if max_blocks else {}),
+            plans,
             max_blocks > 0,
+            first_exact,
+            first_visible,
         )
 
 
@@ -240,7 +257,10 @@ class GroupStep:
         num_tokens = len(index.append_positions)
         decode = tokens = None
         if index.tokens:
-            rows, exact, blocks = upload_rows([index.rows, index.exact, index.blocks], device)
+            window = [index.hidden, index.visible] if group.window is not None else []
+            rows, exact, blocks, *seen = upload_rows(
+                [index.rows, index.exact, index.blocks, *window], device
+            )
             decode = DecodeBatch.of(
                 group,
                 rows,
@@ -250,6 +270,7 @@ class GroupStep:
                 max_blocks=sum(index.blocks) if index.num_pages else 0,
                 format=format,
                 ops=ops,
+                window=(seen[0], seen[1]) if seen else None,
             )
             if len(index.tokens) < num_tokens:
                 tokens = upload(index.tokens, torch.long, device)

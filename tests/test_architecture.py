@@ -21,8 +21,8 @@ CACHE = {
     "errors", "page_format", "page_layout", "presets", "decompose", "quantize", "shared_basis",
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
-    "sequence_state", "sequence_table", "pins", "cache", "kernels", "step_clock", "transfers",
-    "seal_schedule", "device_timer", "file_limits",
+    "sequence_state", "sequence_table", "group_slots", "layer_spec", "pins", "cache", "kernels",
+    "step_clock", "transfers", "seal_schedule", "device_timer", "file_limits",
 }  # fmt: skip
 ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group",

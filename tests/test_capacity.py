@@ -14,7 +14,8 @@ from spectral_paged import SamplingParams
 from spectral_paged.capacity import concurrency
 from spectral_paged.cli import main
 from spectral_paged.errors import CapacityError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.group_slots import Run
+from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.placement import choose_cache_bytes
 from spectral_paged.step import HISTORY_TOKENS, Chunk, chunk_batches
 
@@ -27,7 +28,7 @@ def test_one_sequence_more_than_predicted_does_not_fit(num_tokens):
     count = concurrency(cache.format, cache.groups, num_tokens)
     for group in cache.groups:
         pages = cache.format.visible_blocks(num_tokens, 0)
-        exact = group.num_exact_pages(num_tokens, pages)
+        exact = -(-(num_tokens - pages * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
         need = [group.pool.blocks.slabs_needed(n * exact, n * pages) for n in (count, count + 1)]
         assert need[0] <= group.pool.blocks.num_slabs < need[1]
 
@@ -69,7 +70,8 @@ def test_what_a_step_needs_is_left_of_the_gpu(monkeypatch):
 def test_chunks_that_attend_together_fit_the_history_buffer(sizes):
     chunks, flat = [], 3  # three decoding sequences come first
     for num_new, num_pages in sizes:
-        chunks.append(Chunk(flat, num_new, 0, num_new, num_pages, num_pages))
+        pages = Run(True, 0, num_pages, num_pages * BLOCK_TOKENS)
+        chunks.append(Chunk(flat, num_new, 0, (pages, Run(False, 0, 1, num_new))))
         flat += num_new
     batches = chunk_batches(chunks, flat, torch.device("cpu"))
     assert [c for b in batches for c in b.chunks] == chunks

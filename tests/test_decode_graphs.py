@@ -13,6 +13,7 @@ from spectral_paged import SamplingParams
 from spectral_paged.kernels.exact_pages import exact_append
 from spectral_paged.models.decode_graphs import (
     APPEND_POSITION,
+    GROUP_ROWS,
     NOWHERE,
     SOURCES,
     batch_sizes,
@@ -20,8 +21,9 @@ from spectral_paged.models.decode_graphs import (
     fill_inputs,
     known_tokens,
     rooms,
+    static_steps,
 )
-from spectral_paged.step import DecodeBatch, GroupStep, PendingTokens
+from spectral_paged.step import PendingTokens
 
 
 @given(st.integers(1, 1024), st.data())
@@ -71,17 +73,11 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
     def by_static_inputs(plan, token_ids, logit_rows, pending=None):
         if not plan.is_decode or len(logit_rows) < len(token_ids):
             return eager(plan, token_ids, logit_rows, pending)
-        staging = torch.full((3 + 5 * len(cache.groups), 8), 99, dtype=torch.int32)
+        shape = 3 + GROUP_ROWS * len(cache.groups), 8
+        staging = torch.full(shape, 99, dtype=torch.int32)
         positions = [e.start for e in plan.entries]
         fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
-        steps = []
-        for i, group in enumerate(cache.groups):
-            append, offset, row, exact, blocks = staging[3 + 5 * i : 8 + 5 * i]
-            decode = DecodeBatch.of(
-                group, row, exact, blocks, max_exact_pages=1000, format=cache.format,
-                max_blocks=64 if group.seals else 0, ops=cache.ops,
-            )  # fmt: skip
-            steps.append(GroupStep(append, offset, decode, None, ()))
+        steps = static_steps(cache, staging, 64)
         sampled = torch.zeros(8, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
@@ -101,16 +97,18 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
 
 
 def test_inputs_past_the_step_are_nowhere():
-    staging = np.full((3 + 5, 6), 77, dtype=np.int32)
+    staging = np.full((3 + GROUP_ROWS, 6), 77, dtype=np.int32)
     pending = PendingTokens(torch.tensor([9]), {1: 0})
 
     class Index:
         append_positions, append_offsets = np.array([4, 8]), np.array([1, 2])
         rows, exact, blocks = [3, 5], [10, 20], [0, 1]
+        hidden, visible = [6, 0], [70, 0]
 
     fill_inputs(staging, [11, 0], [7, 8], pending, [Index])
     assert staging[:3].tolist() == [[11, 0] + [0] * 4, [-1, 0] + [-1] * 4, [7, 8] + [0] * 4]
     assert staging[3 + APPEND_POSITION].tolist() == [4, 8] + [NOWHERE] * 4
     assert staging[4:].tolist() == [
         [1, 2] + [0] * 4, [3, 5] + [0] * 4, [10, 20] + [0] * 4, [0, 1] + [0] * 4,
+        [6, 0] + [0] * 4, [70, 0] + [0] * 4,
     ]  # fmt: skip

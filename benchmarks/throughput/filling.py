@@ -31,9 +31,7 @@ class CopyingSealer(Sealer):
 
     def __init__(self, cache: SpectralKVCache) -> None:
         before = cache.sealer
-        super().__init__(
-            before.basis, before.ops, cos=before.cos, sin=before.sin, dtype=before.dtype
-        )
+        super().__init__(before.basis, before.ops, dtype=before.dtype, device=cache.device)
         k, v = structured_blocks(1, cache.format, cache.device)
         layers = cache.num_layers
         self._page = encode_pages(

@@ -4,6 +4,7 @@ needed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from spectral_paged.cache import SpectralKVCache
 from spectral_paged.step import DecodeBatch, GroupIndex, GroupStep, PendingTokens
 
 IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
-APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS = range(5)  # rows of each group
+APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS, HIDDEN, VISIBLE = range(7)  # of each group
+GROUP_ROWS = 7
 NOWHERE = -1
 STAGING = 4  # copies in flight
 
@@ -46,30 +48,62 @@ def fill_inputs(
     staging: np.ndarray, token_ids: Sequence[int], positions: Sequence[int],
     pending: PendingTokens | None, index: Sequence[GroupIndex],
 ) -> None:  # fmt: skip
-    """Write a decode step into `staging`, int32 `[3 + 5 groups, max_num_seqs]`.
+    """Write a decode step into `staging`, int32 `[3 + 7 groups, max_num_seqs]`.
 
     ```
     IDS        token ids                       \
     SOURCES    which pending token, or -1       } [3, n], padded: token 0, at 0, nowhere
     POSITIONS  positions                       /
-    of each group: append position (-1: none), append offset, table row, exact tokens, blocks
+    of each group: append position (-1: none), append offset, table row, exact tokens, blocks, and
+                   where its window begins: in exact tokens, and as a position (0 without)
     ```
 
     Places past the step's own hold a sequence without tokens that is stored nowhere.
     """
     count = len(token_ids)
     staging[:] = 0
-    staging[SOURCES] = staging[3 + APPEND_POSITION :: 5] = NOWHERE
+    staging[SOURCES] = staging[3 + APPEND_POSITION :: GROUP_ROWS] = NOWHERE
     staging[IDS, :count] = token_ids
     staging[POSITIONS, :count] = positions
     for place, row in (pending.rows if pending is not None else {}).items():
         staging[SOURCES, place] = row
     for number, group in enumerate(index):
-        part = staging[3 + 5 * number : 8 + 5 * number]
+        part = _part(staging, number)
         part[APPEND_POSITION, :count] = group.append_positions
         part[APPEND_OFFSET, :count] = group.append_offsets
         part[ROW, :count], part[EXACT, :count] = group.rows, group.exact
         part[BLOCKS, :count] = group.blocks
+        if group.visible:
+            part[HIDDEN, :count], part[VISIBLE, :count] = group.hidden, group.visible
+
+
+def _part(rows: Any, number: int) -> Any:
+    """The rows of one group, of an array or a tensor."""
+    return rows[3 + GROUP_ROWS * number : 3 + GROUP_ROWS * (number + 1)]
+
+
+def static_steps(cache: SpectralKVCache, inputs: Tensor, max_blocks: int) -> list[GroupStep]:
+    """The decode step that `inputs`, int32 `[3 + 7 groups, n]`, hold when it runs; a group each.
+
+    Args:
+        max_blocks: a bound on the page reads of a group.
+    """
+    steps = []
+    for number, group in enumerate(cache.groups):
+        part = _part(inputs, number)
+        decode = DecodeBatch.of(
+            group,
+            part[ROW],
+            part[EXACT],
+            part[BLOCKS],
+            max_exact_pages=inputs.shape[1] * group.exact_table.width,
+            max_blocks=max_blocks if group.seals else 0,
+            format=cache.format,
+            ops=cache.ops,
+            window=(part[HIDDEN], part[VISIBLE]) if group.window is not None else None,
+        )
+        steps.append(GroupStep(part[APPEND_POSITION], part[APPEND_OFFSET], decode, None, ()))
+    return steps
 
 
 def known_tokens(ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
@@ -94,7 +128,7 @@ class DecodeGraphs:
         self.forward = forward
         self.sizes = batch_sizes(cache.max_num_seqs)
         # rows start at a multiple of 128 bytes: kernels are compiled anew for other alignments
-        shape = 3 + 5 * len(cache.groups), -(-cache.max_num_seqs // 32) * 32
+        shape = 3 + GROUP_ROWS * len(cache.groups), -(-cache.max_num_seqs // 32) * 32
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
         self._staging = [
             torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
@@ -165,22 +199,7 @@ class DecodeGraphs:
 
     def _step(self, size: int, max_blocks: int) -> None:
         inputs = self._inputs[:, :size]
-        steps = []
-        for number, group in enumerate(self.cache.groups):
-            part = inputs[3 + 5 * number : 8 + 5 * number]
-            decode = DecodeBatch.of(
-                group,
-                part[ROW],
-                part[EXACT],
-                part[BLOCKS],
-                max_exact_pages=size * group.exact_table.width,
-                max_blocks=max_blocks if group.seals else 0,
-                format=self.cache.format,
-                ops=self.cache.ops,
-            )
-            steps.append(
-                GroupStep(part[APPEND_POSITION], part[APPEND_OFFSET], decode, None, ())
-            )
+        steps = static_steps(self.cache, inputs, max_blocks)
         ids = known_tokens(inputs[IDS], inputs[SOURCES], self._sampled)
         with self.cache.attending_by(steps):
             logits = self.forward(ids, inputs[POSITIONS].long())

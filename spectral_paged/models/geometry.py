@@ -10,13 +10,29 @@ import torch
 from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.rope import RotaryTable
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text", "cohere",
+    "cohere2", "phi3", "olmo2", "smollm3",
+)  # fmt: skip
+INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
+CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
+ALL_SLIDE = ("mistral", "phi3")  # a window there is one of every layer, whatever layer_types say
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+INSTEAD = {
+    "gemma3": "it is the model with images; its text model, of type gemma3_text, is served",
+    "gpt_oss": "its attention has sinks, a score without a token, which no kernel here adds",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """Shapes of a decoder: `num_layers` layers, grouped-query heads of width `head_dim`."""
+    """Shapes of a decoder: `num_layers` layers, grouped-query heads of width `head_dim`.
+
+    Attributes:
+        windows: tokens that a query of each layer sees, its own among them; None: all before it.
+        rotates: whether each layer turns queries and keys.
+        softcap: of attention scores; None where they are not capped.
+    """
 
     num_layers: int
     num_q_heads: int
@@ -24,62 +40,123 @@ class ModelGeometry:
     head_dim: int
     max_position_embeddings: int
     vocab_size: int
+    windows: tuple[int | None, ...]
+    rotates: tuple[bool, ...]
+    softcap: float | None
 
     @classmethod
     def from_config(cls, config: Any) -> ModelGeometry:
         """Read and check a transformers config.
 
         Raises:
-            UnsupportedModelError: another family, sliding-window layers, soft-capped scores, or
-                a RoPE whose table depends on the sequence's length.
+            UnsupportedModelError: another family, attention that looks ahead, scores capped where
+                transformers caps none, or a RoPE whose table depends on the sequence's length.
         """
         family = config.model_type
         if family not in FAMILIES:
+            reason = f" ({INSTEAD[family]})" if family in INSTEAD else ""
             raise UnsupportedModelError(
-                f"model family {family!r} is not supported; this version serves "
+                f"model family {family!r} is not supported{reason}; this version serves "
                 f"{', '.join(FAMILIES)}: take a model of one of them"
             )
-        layer_types = getattr(config, "layer_types", None) or []
-        window = getattr(config, "sliding_window", None)
-        slides = "sliding_attention" in layer_types
-        if family not in ("qwen2", "qwen3"):  # their layers slide by layer_types alone
-            slides = slides or bool(window and window < config.max_position_embeddings)
-        if slides:
+        if getattr(config, "use_bidirectional_attention", False):
             raise UnsupportedModelError(
-                f"{family} with sliding-window layers (window {window}) is not supported in this "
-                "version: use a model with full attention in every layer"
+                "use_bidirectional_attention lets tokens see later ones, which a cache cannot have "
+                "yet: take a causal model"
             )
         cap = getattr(config, "attn_logit_softcapping", None)
-        if cap is not None:
+        if cap is not None and family not in CAPPED:
             raise UnsupportedModelError(
-                f"attn_logit_softcapping {cap} is not supported in this version: use a model "
-                "without soft-capped attention scores"
+                f"attn_logit_softcapping {cap} is set, but transformers' {family} caps no scores: "
+                "remove it from the config, or take a gemma2 model"
             )
-        rope = getattr(config, "rope_parameters", None) or {}
-        rope_type = rope.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise UnsupportedModelError(
-                f"RoPE type {rope_type!r} changes its table with the sequence's length, so pages "
-                f"could not be shared; supported are {', '.join(ROPE_TYPES)}: set one of them in "
-                "the config's rope_parameters (default serves the original length)"
-            )
-        num_q_heads = config.num_attention_heads
+        for rope in _rope_parameters(config):
+            rope_type = rope.get("rope_type", "default")
+            if rope_type not in ROPE_TYPES:
+                raise UnsupportedModelError(
+                    f"RoPE type {rope_type!r} changes its table with the sequence's length, so "
+                    f"pages could not be shared; supported are {', '.join(ROPE_TYPES)}: set one of "
+                    "them in the config's rope_parameters (default serves the original length)"
+                )
+        num_layers, num_q_heads = config.num_hidden_layers, config.num_attention_heads
         return cls(
-            num_layers=config.num_hidden_layers,
+            num_layers=num_layers,
             num_q_heads=num_q_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_q_heads,
             max_position_embeddings=config.max_position_embeddings,
             vocab_size=config.vocab_size,
+            windows=_windows(config),
+            rotates=_rotates(config),
+            softcap=cap,
         )
 
 
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The config's RoPE: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in rope.values() if isinstance(part, dict)]
+    return nested or [rope]
+
+
+def _slides(config: Any) -> list[bool]:
+    if config.model_type in ALL_SLIDE:
+        return [True] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in types]
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window; one that no position reaches is none."""
+    window = getattr(config, "sliding_window", None)
+    reached = window is not None and window < config.max_position_embeddings
+    return tuple(window if slides and reached else None for slides in _slides(config))
+
+
+def _rotates(config: Any) -> tuple[bool, ...]:
+    """Which layers turn queries and keys: all, but for two families."""
+    if config.model_type == "smollm3":
+        return tuple(bool(turned) for turned in config.no_rope_layers)
+    if config.model_type == "cohere2":  # those that slide
+        return tuple(slides and config.sliding_window is not None for slides in _slides(config))
+    return (True,) * config.num_hidden_layers
+
+
+def layer_ropes(
+    model: Any, max_positions: int, device: torch.device
+) -> list[RotaryTable | None]:
+    """Each layer's rotary table, of the model's own inverse frequencies and attention factor; None
+    for a layer that turns nothing."""
+    config, rotary = model.config, model.model.rotary_emb
+    turns = ModelGeometry.from_config(config).rotates
+    by_type = hasattr(rotary, "layer_types")
+    kinds = config.layer_types if by_type else [""] * config.num_hidden_layers
+    tables: dict[str, RotaryTable] = {}
+    for kind in dict.fromkeys(kinds):
+        name = f"{kind}_" if by_type else ""
+        tables[kind] = RotaryTable.from_inv_freq(
+            getattr(rotary, f"{name}inv_freq"),
+            max_positions=max_positions,
+            attention_scaling=float(getattr(rotary, f"{name}attention_scaling")),
+            interleaved=config.model_type in INTERLEAVED,
+            device=device,
+        )
+    return [
+        tables[kind] if turned else None for kind, turned in zip(kinds, turns, strict=True)
+    ]
+
+
 def rotary_table(model: Any, max_positions: int, device: torch.device) -> RotaryTable:
-    """The model's own rotary table: its inverse frequencies and attention factor."""
-    rotary = model.model.rotary_emb
-    return RotaryTable.from_inv_freq(
-        rotary.inv_freq,
-        max_positions=max_positions,
-        attention_scaling=float(rotary.attention_scaling),
-        device=device,
-    )
+    """The one table by which a model turns the keys of all its layers, pairs in halves.
+
+    Raises:
+        UnsupportedModelError: its layers differ, or its pairs are interleaved.
+    """
+    tables = set(layer_ropes(model, max_positions, device))
+    table = tables.pop()
+    if tables or table is None or table.interleaved:
+        raise UnsupportedModelError(
+            f"layers of {model.config.model_type} are not all turned by one table with pairs in "
+            "halves, which this needs: take a model of another family"
+        )
+    return table
