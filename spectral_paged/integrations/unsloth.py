@@ -26,7 +26,7 @@ from spectral_paged.integrations.unsloth_attention import FunctionPatches
 from spectral_paged.integrations.unsloth_families import causal_lm, family_of, loaded_unsloth
 from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
 from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.models.runner import ATTENTION_NAME, spectral_attention
 from spectral_paged.page_format import PageFormat
@@ -170,7 +170,9 @@ def patch_unsloth_attention(
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        rope=_rotary_table(inner.model.rotary_emb, geometry, device),
+        rope=_ropes(inner, geometry, device),
+        sliding_windows=geometry.windows,
+        softcap=geometry.softcap,
         format=format,
         device=device,
         dtype=inner.config.dtype,
@@ -274,14 +276,13 @@ def _format(
     return dataclasses.replace(format, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _rotary_table(rotary: Any, geometry: ModelGeometry, device: torch.device) -> RotaryTable:
-    """The table by which keys are turned back, from the module by which Unsloth turns them."""
-    length = geometry.max_position_embeddings
+def _ropes(
+    model: Any, geometry: ModelGeometry, device: torch.device
+) -> list[RotaryTable | None]:
+    """Each layer's table, of the module by which Unsloth turns its queries and keys."""
+    length, rotary = geometry.max_position_embeddings, model.model.rotary_emb
     if hasattr(rotary, "inv_freq"):
-        return RotaryTable.from_inv_freq(
-            rotary.inv_freq,
-            max_positions=length,
-            attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
-            device=device,
-        )
-    return RotaryTable.from_theta(rotary.base, rotary.dim, max_positions=length, device=device)
+        return layer_ropes(model, length, device)
+    # gemma and gemma2: a class that keeps only what its frequencies are made of
+    table = RotaryTable.from_theta(rotary.base, rotary.dim, max_positions=length, device=device)
+    return [table] * geometry.num_layers
