@@ -84,7 +84,7 @@ class PagedAttention:
             if batch.is_fresh:
                 keys, values = (x[tokens].transpose(0, 1) for x in (k, v))
             else:
-                keys, values = self._history(group, batch, plane, shared)
+                keys, values = self.history(group, batch, plane, shared)
             found = self.ops.chunk_attention(
                 q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale,
                 softcap=self.softcap, window=group.window,
@@ -117,7 +117,7 @@ class PagedAttention:
             **batch.plans,
         )
 
-    def _history(
+    def history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""

@@ -55,7 +55,8 @@ class SpectralKVCache:
             or `"online"` to take the basis from the first blocks that are sealed here.
         softmax_scale: default `head_dim ** -0.5`.
         softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
-        enable_prefix_caching: reuse slots of sequences added with `token_ids`.
+        enable_prefix_caching: reuse slots of sequences added with `token_ids`; not where
+            `prefill_segment` is 0.
         poison: fill freed slots with NaN bytes (tests).
 
     Raises:
@@ -90,6 +91,7 @@ class SpectralKVCache:
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         heads = num_q_heads, num_kv_heads, head_dim
         groups.check_geometry(format, num_layers, *heads, exempt_layers)
+        groups.check_prefixes(format, enable_prefix_caching)
         groups.check_kernels(format, torch.device(device))
         self.device, self.dtype = torch.device(device), dtype
         self.layers, max_model_len = layer_specs(
@@ -106,7 +108,7 @@ class SpectralKVCache:
         self.softcap = softcap
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self._attention = PagedAttention(
+        self.attention = PagedAttention(
             self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
         )
         self.sealer = Sealer(self._basis, self.ops, dtype=dtype, device=self.device)
@@ -231,7 +233,8 @@ class SpectralKVCache:
         state = self._sequences[seq_id]
         end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
         slides = any(layer.window is not None for layer in self.layers)
-        return min(end - state.num_tokens, self.format.prefill_segment if slides else end)
+        segment = self.format.prefill_segment if slides else 0  # 0: none, the step is one
+        return min(end - state.num_tokens, segment or end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """Blocks that become due for sealing when `num_new` more tokens are stored."""
@@ -326,11 +329,11 @@ class SpectralKVCache:
         """
         group, step = self._of_layer(layer, q, k, v)
         with self.clock.section("attention"):
-            return self._attention.run(group, step, layer, q, k, v)
+            return self.attention.run(group, step, layer, q, k, v)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
-        self._attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
+        self.attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
 
     def _of_layer(
         self, layer: int, q: Tensor | None, k: Tensor, v: Tensor

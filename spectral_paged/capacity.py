@@ -15,6 +15,8 @@ from spectral_paged.page_format import PageFormat
 
 def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
     """Most tokens a sequence of `num_tokens` ever holds in exact pages of a spectral group."""
+    if not format.prefill_segment:  # all of them may come in one step
+        return num_tokens
     window = format.num_landmark_tokens + BLOCK_TOKENS + format.hot_tokens + format.prefill_segment
     return min(num_tokens, window)
 
@@ -39,9 +41,11 @@ class Need:
         """The most that a sequence holds until it has `num_tokens`; blocks `pinned` (ascending)
         are exact pages from first to last.
 
-        A step stores at most a segment in front of a window before what left it is given back.
+        A step stores at most a segment in front of a window before what left it is given back:
+        everything, where each step is a segment.
         """
-        span = None if window is None else window + format.prefill_segment
+        segment = format.prefill_segment or num_tokens
+        span = None if window is None else window + segment
         if not seals:
             exact = -(-num_tokens // EXACT_PAGE_TOKENS)
             ends = 2 * EXACT_PAGE_TOKENS - 3  # of the span, in pages that it has a part of

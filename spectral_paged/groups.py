@@ -51,6 +51,19 @@ def check_geometry(
         raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
 
 
+def check_prefixes(format: PageFormat, prefix_caching: bool) -> None:
+    """Refuse prefix caching where what a query sees depends on how its prompt was cut.
+
+    Raises:
+        FormatError: says what to pass.
+    """
+    if prefix_caching and not format.prefill_segment:
+        raise FormatError(
+            f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
+            "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
+        )
+
+
 def check_kernels(format: PageFormat, device: torch.device) -> None:
     """Refuse a format whose pages no kernel on `device` reads.
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spectral_paged.cache import SpectralKVCache
-from spectral_paged.calibration import find_calibration
 from spectral_paged.engine import Engine
 from spectral_paged.errors import (
     FormatError,
@@ -20,8 +18,9 @@ from spectral_paged.errors import (
     SpectralPagedError,
     keep_outputs,
 )
+from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.activation_memory import activation_bytes
-from spectral_paged.models.geometry import ModelGeometry, layer_ropes
+from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
@@ -110,21 +109,13 @@ class LLM:
             )
         where = loaded.model.device
         geometry = loaded.geometry
-        longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
-        if not 1 < longest <= geometry.max_position_embeddings:
-            raise InvalidRequestError(
-                f"max_model_len is {longest}; this model takes 2 to "
-                f"{geometry.max_position_embeddings}"
+        longest = longest_sequence(geometry, max_model_len)
+        format = model_format(kv_format, geometry, prefill_segment=prefill_segment)
+        if not format.prefill_segment:
+            raise FormatError(
+                f"format {format.name!r} has prefill_segment=0, so what queries see would depend "
+                "on how the scheduler cuts prompts: use a multiple of 512"
             )
-        if isinstance(kv_format, str):
-            kv_format = PageFormat.preset(
-                kv_format,
-                num_kv_heads=geometry.num_kv_heads,
-                head_dim=geometry.head_dim,
-                prefill_segment=prefill_segment,
-            )
-        elif not isinstance(kv_format, PageFormat):
-            raise FormatError(f"kv_format is {kv_format!r}; give a preset name or a PageFormat")
         self.model_name = loaded.name
         reserved = 0
         if kv_cache_bytes is None:
@@ -135,25 +126,16 @@ class LLM:
                 num_rows=max_num_seqs,
                 max_model_len=longest,
             )
-        self.cache = SpectralKVCache(
-            num_layers=geometry.num_layers,
-            num_q_heads=geometry.num_q_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            rope=layer_ropes(loaded.model, longest, where),
-            format=kv_format,
-            device=where,
-            dtype=loaded.model.dtype,
+        self.cache = model_cache(
+            loaded,
+            format,
             kv_cache_bytes=choose_cache_bytes(
                 kv_cache_bytes, gpu_memory_utilization, where, reserved
             ),
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
-            sliding_windows=geometry.windows,
             exempt_layers=exempt_layers,
-            calibration=find_calibration(calibration, kv_format, loaded),
-            softmax_scale=float(loaded.model.model.layers[0].self_attn.scaling),
-            softcap=geometry.softcap,
+            calibration=calibration,
             enable_prefix_caching=enable_prefix_caching,
             poison=poison,
         )

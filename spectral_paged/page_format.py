@@ -71,7 +71,9 @@ class PageFormat:
             gain of code 0 marks them for kernels.
         num_landmark_tokens: first tokens of a sequence kept exact for ever; multiple of 64.
         hot_tokens: newest tokens that are never sealed; multiple of 64.
-        prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512.
+        prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512. 0:
+            those of one step, however many, for callers that cannot cut their steps; what queries
+            see then follows from how a prompt was cut.
         decomposition: of a page basis: `gram` (eigenvectors of the D x D Gram matrix) or
             `randomized` (Halko, Martinsson, Tropp 2011: Gaussian sketch with power iterations).
         token_weighting: `attention` weighs tokens of a page basis by the attention mass of the
@@ -138,7 +140,7 @@ class PageFormat:
         for field, value, step, low in (
             ("num_landmark_tokens", self.num_landmark_tokens, EXACT_PAGE_TOKENS, 0),
             ("hot_tokens", self.hot_tokens, EXACT_PAGE_TOKENS, 0),
-            ("prefill_segment", self.prefill_segment, BLOCK_TOKENS, BLOCK_TOKENS),
+            ("prefill_segment", self.prefill_segment or BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS),
         ):
             if value < low or value % step:
                 raise FormatError(
@@ -197,12 +199,13 @@ class PageFormat:
         """Number of leading blocks that the query at `position` sees as pages.
 
         Block b counts if and only if `s(t) >= landmarks + 512 (b + 1) + hot`, with s(t) = t for
-        a generated token and the start of the token's segment for a prompt token.
+        a generated token and the start of the token's segment for a prompt token. Where each step
+        is a segment (`prefill_segment=0`), ask for the step's first position.
         """
         if not self.seals:
             return 0
         past = position - self.num_landmark_tokens
-        if position < num_prompt_tokens:
+        if position < num_prompt_tokens and self.prefill_segment:
             past = max(past, 0) // self.prefill_segment * self.prefill_segment
         return max(0, (past - self.hot_tokens) // BLOCK_TOKENS)
 
@@ -215,7 +218,7 @@ class PageFormat:
 
         Queries of one step stay inside `[start, chunk_end)`, so that one step has one view.
         """
-        if not self.seals:
+        if not self.seals or not self.prefill_segment:
             return 1 << 62
         landmarks, segment = self.num_landmark_tokens, self.prefill_segment
         blocks = self.visible_blocks(start, num_prompt_tokens)

@@ -77,7 +77,7 @@ class RotaryTable:
         turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
         return torch.cat((turned[..., ::2], turned[..., 1::2], rest), dim=-1)
 
-    def _pairs(self, x: Tensor) -> Tensor:
+    def pairs(self, x: Tensor) -> Tensor:
         """What `halves` was given."""
         if not self.interleaved:
             return x
@@ -92,8 +92,8 @@ class RotaryTable:
 
     def apply(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Rotate `x` `[T, H, D]`; fp32 out."""
-        return self._pairs(rotate(self.halves(x), *self.rows(position_ids)))
+        return self.pairs(rotate(self.halves(x), *self.rows(position_ids)))
 
     def undo(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Un-rotate `x` `[T, H, D]` exactly (to fp32 rounding); fp32 out."""
-        return self._pairs(rotate(self.halves(x), *self.rows(position_ids), inverse=True))
+        return self.pairs(rotate(self.halves(x), *self.rows(position_ids), inverse=True))

@@ -22,7 +22,7 @@ CACHE = {
     "codec", "rope", "block_pool", "block_table", "page_pool", "prefix", "layer_group", "step",
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
     "sequence_state", "sequence_table", "group_slots", "layer_spec", "pins", "cache", "kernels",
-    "step_clock", "transfers", "seal_schedule", "device_timer", "file_limits",
+    "step_clock", "transfers", "seal_schedule", "history", "device_timer", "file_limits",
 }  # fmt: skip
 ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group",
@@ -31,18 +31,20 @@ ENGINE = CACHE | {
 }  # fmt: skip
 MODELS = CACHE | {"models", "sampling", "sampler"}
 CALIBRATION = MODELS | {"calibration"}
+MODEL_CACHE = CALIBRATION | {"model_cache"}
 TOP = {
     "llm", "placement", "model_report", "batch_file", "batch_run", "arguments", "readings",
     "metrics", "top", "log_format",
 }  # fmt: skip
-LLM = ENGINE | CALIBRATION | TOP
+LLM = ENGINE | MODEL_CACHE | TOP
 ALLOWED = {
     "kernels": {"kernels"},
     "scheduler": {"scheduler"},
     "data": set(),
     "models": MODELS,
     "calibration": CALIBRATION,
-    "integrations": CALIBRATION | {"integrations", "placement"},
+    "model_cache": MODEL_CACHE,
+    "integrations": MODEL_CACHE | {"placement", "integrations"},
     "benchmarks": LLM | {"benchmarks"},
     "small_llama": {"small_llama"},
     "adapter": CACHE,

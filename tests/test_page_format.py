@@ -94,7 +94,7 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"num_landmark_tokens": 65}, "^num_landmark_tokens is 65; .*use 128"),
         ({"num_landmark_tokens": -64}, "use 0"),
         ({"hot_tokens": 10}, "^hot_tokens is 10; .*multiple of 64"),
-        ({"prefill_segment": 0}, "^prefill_segment is 0; .*at least 512"),
+        ({"prefill_segment": 64}, "^prefill_segment is 64; .*at least 512"),
         ({"head_dim": 40}, "multiple of 16"),
         ({"head_dim": 272}, "between 16 and 256"),
         ({"head_dim": 0}, "between 16 and 256"),
@@ -214,6 +214,16 @@ def test_a_chunk_that_starts_anywhere_ends_where_the_view_changes(landmarks, hot
         for start in range(0, 2600, 3):
             end = next(t for t in range(start, 4000) if views[t] != views[start])
             assert fmt.chunk_end(start, prompt) == end, (start, prompt)
+
+
+def test_where_each_step_is_a_segment_a_step_has_no_end():
+    """And its queries see what the step's first position sees, prompt or not."""
+    fmt = preset(prefill_segment=0)
+    for start in (0, 64, 639, 640, 1151, 1152, 5000):
+        assert fmt.chunk_end(start, 3000) > 10**9
+        assert fmt.visible_blocks(start, 3000) == fmt.visible_blocks(start, 0)
+    assert fmt.visible_blocks(640, 3000) == 1
+    assert fmt.fingerprint != preset(prefill_segment=2048).fingerprint
 
 
 def test_exact_never_sees_a_page():

@@ -132,6 +132,11 @@ def test_pages_are_sealed_and_attended_and_cost_little(family, patched):
     assert sealing == (1 if family == "gemma2" else 2)  # a short window stays exact
     assert first["pages_sealed"] == sealing * (2 + 1)  # two blocks of row 1, one of row 3
     assert 0 < error < 0.02
+    if (rotary := model.model.rotary_emb) and FAMILIES[family].is_fast:  # keys are turned back by
+        cos, sin = rotary.get_cached(2000)
+        table = patch.cache.layers[0].rope
+        for own, theirs in ((table.cos, cos), (table.sin, sin)):
+            assert torch.allclose(own[:2000], theirs[:2000, :8], atol=1e-4)
     assert generate(model, inputs, 4).shape == (4, 4)
     assert patch.stats()["pages_attended"] >= first["pages_attended"] + 3 * first["pages_sealed"]
     patch.cache.check_integrity()
@@ -291,6 +296,7 @@ def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
         ({"k_rank_keys": 24}, "multiples of 16"),
         ({"k_rank_keys": 32}, "head_dim is 16"),
         ({"kv_format": "nonsense"}, "nonsense"),
+        ({"kv_format": "spectral-quality"}, "spectral-paged calibrate"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, match, patched):

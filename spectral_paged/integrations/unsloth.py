@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from spectral_paged.cache import SpectralKVCache
-from spectral_paged.calibration import find_calibration
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth_attention import FunctionPatches
-from spectral_paged.integrations.unsloth_families import causal_lm, family_of, loaded_unsloth
+from spectral_paged.integrations.unsloth_families import (
+    Family,
+    causal_lm,
+    family_of,
+    loaded_unsloth,
+)
 from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
 from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.models.runner import ATTENTION_NAME, spectral_attention
@@ -107,6 +111,7 @@ def patch_unsloth_attention(
     kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.8,
     max_num_seqs: int = 256,
+    max_model_len: int | None = None,
     prefill_segment: int = 2048,
     exempt_layers: Sequence[int] = (),
     calibration: SharedBasis | str | Path = "auto",
@@ -135,6 +140,7 @@ def patch_unsloth_attention(
             on the CPU.
         gpu_memory_utilization: share of the GPU for all that is on it now and the pool.
         max_num_seqs: rows held at a time.
+        max_model_len: longest row, tokens; default all positions of the model.
         prefill_segment: prompt tokens whose queries see each other exactly.
         exempt_layers: layers that stay exact.
         calibration: for formats that need one, as in `LLM`.
@@ -151,9 +157,11 @@ def patch_unsloth_attention(
     if any(patch.model is inner for patch in _patched):
         raise PatchError("this model is patched already: unpatch_unsloth_attention(model) first")
     family = family_of(inner)
-    device = inner.model.layers[0].self_attn.o_proj.weight.device
     _check_options(
-        device, block_size, use_spectral_attention, use_triton_kernel, use_attention_weighted_svd
+        block_size,
+        use_spectral_attention,
+        use_triton_kernel or inner.device.type != "cuda",
+        use_attention_weighted_svd,
     )
     geometry = ModelGeometry.from_config(inner.config)
     format = _format(
@@ -165,27 +173,19 @@ def patch_unsloth_attention(
         hot_tokens=hot_buffer_size,
         num_landmark_tokens=landmark_count,
     )
-    cache = SpectralKVCache(
-        num_layers=geometry.num_layers,
-        num_q_heads=geometry.num_q_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        rope=_ropes(inner, geometry, device),
-        sliding_windows=geometry.windows,
-        softcap=geometry.softcap,
-        format=format,
-        device=device,
-        dtype=inner.config.dtype,
-        kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, device),
+    _check_calibration(format, calibration, family)
+    cache = model_cache(
+        LoadedModel("unsloth", inner, getattr(inner, "_saved_temp_tokenizer", None), geometry),
+        format,
+        kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, inner.device),
         max_num_seqs=max_num_seqs,
+        max_model_len=longest_sequence(geometry, max_model_len),
         exempt_layers=exempt_layers,
-        calibration=find_calibration(
-            calibration, format, LoadedModel("unsloth", inner, None, geometry)
-        ),
-        softmax_scale=float(inner.model.layers[0].self_attn.scaling),
+        calibration=calibration,
         # adapters may change between two calls, and with them what a prefix means
         enable_prefix_caching=False,
         poison=poison,
+        ropes=_ropes(inner, longest_sequence(geometry, max_model_len)),
     )
     AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
     _functions.install()
@@ -197,7 +197,7 @@ def patch_unsloth_attention(
     if verbose:
         print(
             f"spectral_paged: {type(inner).__name__} of unsloth {version} patched; format "
-            f"{format.name}, {cache.capacity_tokens:,} tokens of cache on {device}"
+            f"{format.name}, {cache.capacity_tokens:,} tokens of cache on {inner.device}"
         )
     return patch
 
@@ -216,9 +216,7 @@ def unpatch_unsloth_attention(model: Any) -> None:
     raise PatchError("this model is not patched: there is nothing to undo")
 
 
-def _check_options(
-    device: torch.device, block_size: int, spectral: bool, triton: bool, weighted: bool
-) -> None:
+def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool) -> None:
     if block_size != BLOCK_TOKENS:
         raise FormatError(
             f"block_size is {block_size}; a page holds {BLOCK_TOKENS} tokens: leave it out"
@@ -228,7 +226,7 @@ def _check_options(
             "use_spectral_attention=False would rebuild K and V in memory, which is not done here: "
             "use kv_format='exact' for exact attention over the paged pool, or do not patch"
         )
-    if not triton and device.type == "cuda":
+    if not triton:
         raise FormatError(
             "use_triton_kernel=False: on CUDA pages are read by Triton kernels alone; leave it True"
         )
@@ -252,18 +250,13 @@ def _format(
         raise FormatError(
             "kv_format fixes the ranks: leave k_rank_keys and k_rank_values out, or kv_format"
         )
+    if isinstance(kv_format, PageFormat) and changes["num_landmark_tokens"] is not None:
+        raise FormatError(
+            "landmark_count: the PageFormat that is given has num_landmark_tokens of its own"
+        )
+    format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
-        if changes["num_landmark_tokens"] is not None:
-            raise FormatError(
-                "landmark_count: the PageFormat that is given has num_landmark_tokens of its own"
-            )
-        return kv_format
-    format = PageFormat.preset(
-        kv_format or "spectral-int8",
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        prefill_segment=prefill_segment,
-    )
+        return format
     if k_rank is not None or v_rank is not None:
         k_rank = format.k_rank if k_rank is None else k_rank
         v_rank = format.v_rank if v_rank is None else v_rank
@@ -276,13 +269,24 @@ def _format(
     return dataclasses.replace(format, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _ropes(
-    model: Any, geometry: ModelGeometry, device: torch.device
-) -> list[RotaryTable | None]:
+def _check_calibration(
+    format: PageFormat, calibration: SharedBasis | str | Path, family: Family
+) -> None:
+    if format.needs_calibration and calibration == "auto" and family.is_fast:
+        raise FormatError(
+            f"format {format.name!r} needs a calibration, which Unsloth's attention cannot be run "
+            "for: make one with `spectral-paged calibrate` on the model's checkpoint and pass its "
+            "file as calibration, or take kv_format='spectral-page'"
+        )
+
+
+def _ropes(model: Any, length: int) -> list[RotaryTable | None]:
     """Each layer's table, of the module by which Unsloth turns its queries and keys."""
-    length, rotary = geometry.max_position_embeddings, model.model.rotary_emb
+    rotary = model.model.rotary_emb
     if hasattr(rotary, "inv_freq"):
-        return layer_ropes(model, length, device)
+        return layer_ropes(model, length, model.device)
     # gemma and gemma2: a class that keeps only what its frequencies are made of
-    table = RotaryTable.from_theta(rotary.base, rotary.dim, max_positions=length, device=device)
-    return [table] * geometry.num_layers
+    table = RotaryTable.from_theta(
+        rotary.base, rotary.dim, max_positions=length, device=model.device
+    )
+    return [table] * len(model.model.layers)

@@ -1,0 +1,64 @@
+"""The attention that transformers models take to read a `SpectralPagedCache`.
+
+`ATTENTION_NAME` is registered when this module is imported. Forwards without such a cache (stock
+caches, training) run torch's SDPA under it, or the model's eager attention where scores are capped,
+which SDPA cannot do.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "spectral_paged_cache"
+CACHE_OPTION = "spectral_paged_cache"  # the keyword by which a forward's cache reaches attention
+
+
+class AttendingCache(Protocol):
+    """What attends in place of SDPA."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]` of the new columns; `[B, T, Hq, D]`."""
+        ...
+
+
+def cached_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    spectral_paged_cache: AttendingCache | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; the cache knows positions and padding, so its mask is
+    not read."""
+    if spectral_paged_cache is not None:
+        return spectral_paged_cache.attend(module.layer_idx, query, key, value), None
+    if options.get("softcap") is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return out, None
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    mask = _added(attention_mask, query, key)
+    return eager(module, query, key, value, mask, **options)[0], None
+
+
+def _added(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """SDPA's mask (bool, or None where queries are the newest keys and causal) as eager attention
+    adds it."""
+    length, seen = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(length, seen, dtype=torch.bool, device=key.device).tril(seen - length)
+    added = torch.zeros(mask.shape, dtype=query.dtype, device=key.device)
+    return added.masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+AttentionInterface.register(ATTENTION_NAME, cached_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,450 @@
+"""A `transformers.Cache` over spectral pages, for the stock `generate`.
+
+```
+model.set_attn_implementation(ATTENTION_NAME)
+cache = SpectralPagedCache(model)
+model.generate(**inputs, past_key_values=cache)
+```
+
+A forward of the model is one step of a `SpectralKVCache`: hooks on the decoder open it before the
+first layer and close it after the last, so a forward that fails leaves nothing half stored. All
+tokens of one forward see each other exactly (`prefill_segment=0`), whatever its length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Cache
+
+from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
+from spectral_paged.history import read_history
+from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
+from spectral_paged.integrations.padded_rows import PaddedRows
+from spectral_paged.model_cache import longest_sequence, model_cache, model_format
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import choose_cache_bytes
+from spectral_paged.shared_basis import SharedBasis
+
+
+@dataclass(slots=True)
+class _Forward:
+    """One forward of the decoder, from its first layer to its last."""
+
+    rows: PaddedRows
+    has_tokens: bool
+    num_layers: int = 0  # that attended, or took what was materialized
+
+
+class SpectralPagedCache(Cache):  # type: ignore[misc]
+    """Paged KV cache for a transformers model, sealed into spectral pages while it fills.
+
+    Args:
+        model: the causal LM that will generate. Its attention must be `ATTENTION_NAME`, unless
+            `materialize`.
+        kv_format: preset name, `exact`, or a `PageFormat`; its `prefill_segment` does not count,
+            for a forward is a segment.
+        kv_cache_bytes: bytes of the arenas, allocated here and once; default what
+            `gpu_memory_utilization` leaves, or 1 GiB on the CPU.
+        gpu_memory_utilization: share of GPU memory for weights and cache; activations and logits
+            of `generate` need the rest.
+        max_num_seqs: rows of a batch (times `num_return_sequences` or `num_beams`).
+        max_model_len: longest row, tokens; default all positions of the model.
+        exempt_layers: layers kept exact.
+        calibration: for formats with a shared basis, as in `LLM`.
+        tokenizer: for `calibration="auto"` where the model was not calibrated before; default the
+            one of `model.name_or_path`.
+        materialize: let `update` return all K and V, rebuilt from pages, to any attention: slow,
+            for comparisons and for attention that must see keys. Memory is saved all the same.
+        poison: fill freed slots with NaN bytes (tests).
+
+    Raises:
+        UnsupportedModelError: a model that is not served.
+        InvalidRequestError: another attention, several devices, or no tokenizer to calibrate with.
+        FormatError, CapacityError, CorruptFileError: as `LLM`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv_format: str | PageFormat = "auto",
+        *,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.8,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        exempt_layers: Sequence[int] = (),
+        calibration: SharedBasis | str | Path = "auto",
+        tokenizer: Any = None,
+        materialize: bool = False,
+        poison: bool = False,
+    ) -> None:
+        super().__init__(layers=[])
+        if hasattr(model, "get_base_model"):  # adapters around a model
+            model = model.get_base_model()
+        self.materialize = materialize
+        self._decoder = model.get_decoder()
+        self._check_attention()
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(devices) > 1:
+            raise InvalidRequestError(
+                f"the model lies on {', '.join(devices)}; the cache has one device: load the model "
+                "on one"
+            )
+        geometry = ModelGeometry.from_config(model.config)
+        longest = longest_sequence(geometry, max_model_len)
+        format = dataclasses.replace(model_format(kv_format, geometry), prefill_segment=0)
+        if format.needs_calibration and tokenizer is None and calibration == "auto":
+            tokenizer = _tokenizer_of(model)
+        self.kv_cache = model_cache(
+            LoadedModel(type(model).__name__, model, tokenizer, geometry),
+            format,
+            kv_cache_bytes=choose_cache_bytes(
+                kv_cache_bytes, gpu_memory_utilization, model.device
+            ),
+            max_num_seqs=max_num_seqs,
+            max_model_len=longest,
+            exempt_layers=exempt_layers,
+            calibration=calibration,
+            enable_prefix_caching=False,
+            poison=poison,
+        )
+        self._names = (f"row {i}" for i in itertools.count())
+        self._rows: list[str] = []
+        self._num_columns = 0
+        self._forward: _Forward | None = None
+        _watch(self._decoder)
+
+    # ---- a forward of the decoder --------------------------------------------------------
+
+    def begin_forward(self, decoder: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Open a step for a forward of `decoder` over `inputs`; the inputs as it is to take them.
+
+        Raises:
+            InvalidRequestError: another model or attention, or inputs that do not go on where the
+                cache stands.
+            CapacityError: more tokens than fit.
+        """
+        if decoder is not self._decoder:
+            raise InvalidRequestError(
+                "this SpectralPagedCache was made for another model: make one for this model"
+            )
+        self._check_attention()
+        self._abandon()  # a forward that was interrupted
+        taken = inputs.get("input_ids")
+        taken = inputs.get("inputs_embeds") if taken is None else taken
+        if taken is None:
+            return inputs  # the model says what it misses
+        batch_size, width = taken.shape[:2]
+        self._check_batch(batch_size)
+        names = self._rows or [next(self._names) for _ in range(batch_size)]
+        rows = PaddedRows.of(
+            batch_size,
+            width,
+            [self._num_tokens(name) for name in names],
+            self._num_columns,
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=inputs.get("position_ids"),
+            device=self.kv_cache.device,
+        )
+        new_tokens = {name: num for name, num in zip(names, rows.num_new, strict=True) if num}
+        if new_tokens:
+            self._begin_step(new_tokens)
+        self._rows = names
+        self._forward = _Forward(rows, has_tokens=bool(new_tokens))
+        changed = inputs | {"position_ids": rows.position_ids}
+        if not self.materialize:
+            # four dimensions: taken for a mask that is ready, so none is made
+            mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.kv_cache.device)
+            changed |= {CACHE_OPTION: self, "attention_mask": mask}
+        return changed
+
+    def _begin_step(self, new_tokens: dict[str, int]) -> None:
+        plan = self.kv_cache.reserve(new_tokens)
+        if plan is None:
+            raise self._full(new_tokens)
+        try:
+            self.kv_cache.begin_step(plan)
+        except BaseException:
+            self.kv_cache.abort_step()
+            for name in new_tokens:
+                self.kv_cache.cancel_reservation(name)
+                if not self._num_tokens(name):
+                    self.kv_cache.free(name)
+            raise
+
+    def end_forward(self, *, failed: bool) -> None:
+        """Close the step of a forward; what a failed one brought is forgotten.
+
+        Raises:
+            NonFiniteError: NaN or Inf in what was sealed; `reset()` before going on.
+            PoolError: the model passed some of its layers by.
+        """
+        forward = self._forward
+        if forward is None:
+            return
+        if failed or forward.num_layers != self.kv_cache.num_layers:
+            self._abandon()
+            if not failed:
+                raise PoolError(
+                    f"{forward.num_layers} of {self.kv_cache.num_layers} layers attended through "
+                    f"the cache: {type(self._decoder).__name__} does not hand its options to "
+                    "attention, or skips layers, and cannot use a SpectralPagedCache"
+                )
+            return
+        self._forward = None
+        self._num_columns += forward.rows.width
+        if forward.has_tokens:
+            report = self.kv_cache.end_step()
+            for error in report.failed.values():
+                raise error
+
+    def _abandon(self) -> None:
+        """Forget a forward that did not come to its end."""
+        self._forward = None
+        self.kv_cache.abort_step()
+        if not self._num_columns:
+            self.reset()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """K and V `[B, Hkv, T, D]` of one layer's new columns, after RoPE.
+
+        Returns:
+            The same, for `ATTENTION_NAME` stores them; with `materialize` all columns so far,
+            `[B, Hkv, columns, D]`.
+        """
+        if self._forward is None:
+            raise InvalidRequestError(
+                "update outside a forward of the model that this SpectralPagedCache was made for: "
+                "make one for this model, and pass past_key_values by keyword"
+            )
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise InvalidRequestError(
+                "a SpectralPagedCache keeps no gradients: run the model under torch.no_grad(), or "
+                "train with use_cache=False"
+            )
+        if not self.materialize:
+            return key_states, value_states
+        rows = self._forward.rows
+        self._forward.num_layers += 1
+        seen: list[tuple[Tensor, Tensor]] = []
+        if self._forward.has_tokens:
+            self.kv_cache.append(layer_idx, *map(rows.flatten, (key_states, value_states)))
+            seen = read_history(self.kv_cache, layer_idx)
+        computed = [row for row, num in enumerate(rows.num_new) if num]
+        keys, values = (
+            rows.columns(dict(zip(computed, side, strict=True)), key_states)
+            for side in (zip(*seen, strict=True) if seen else ((), ()))
+        )
+        return keys, values
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store and attend: q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]`; returns `[B, T, Hq, D]`."""
+        forward = self._forward
+        if forward is None:
+            raise PoolError("attend outside a forward")
+        forward.num_layers += 1
+        if not forward.has_tokens:
+            return torch.zeros_like(query).transpose(1, 2)
+        q, k, v = (forward.rows.flatten(x) for x in (query, key, value))
+        return forward.rows.unflatten(self.kv_cache.attend(layer, q, k, v))
+
+    # ---- rows ----------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all rows: the next forward begins a new batch."""
+        self._forward = None
+        self.kv_cache.abort_step()
+        for name in self._rows:
+            if name in self.kv_cache:
+                self.kv_cache.free(name)
+        self._rows = []
+        self._num_columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on as a copy of row `beam_idx[i]`; pages are shared."""
+        self._take(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of these numbers, in this order."""
+        self._take(torch.arange(len(self._rows))[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times; pages are shared."""
+        self._take([i for i in range(len(self._rows)) for _ in range(repeats)])
+
+    def _take(self, sources: list[int]) -> None:
+        """Rows become copies of rows `sources`: the first copy is the row itself, others fork."""
+        self._check_size(len(sources))
+        old, used = self._rows, set(sources)
+        for i, name in enumerate(old):
+            if i not in used and name in self.kv_cache:
+                self.kv_cache.free(name)
+        self._rows = [name for i, name in enumerate(old) if i in used]
+        rows: list[str] = []
+        for source in sources:
+            name = old[source]
+            if name in rows:
+                name = next(self._names)
+                if old[source] in self.kv_cache and not self.kv_cache.fork(old[source], name):
+                    rows_wanted = len(sources)
+                    self.reset()
+                    raise CapacityError(
+                        f"no room for the unshared tokens of {rows_wanted} rows; the cache was "
+                        f"reset: raise kv_cache_bytes ({self._num_bytes} now)"
+                    )
+                self._rows.append(name)
+            rows.append(name)
+        self._rows = rows
+
+    def _num_tokens(self, name: str) -> int:
+        return self.kv_cache.num_tokens(name) if name in self.kv_cache else 0
+
+    # ---- refusals ------------------------------------------------------------------------
+
+    def _check_attention(self) -> None:
+        attention = self._decoder.config._attn_implementation
+        if not self.materialize and attention != ATTENTION_NAME:
+            raise InvalidRequestError(
+                f"the model attends by {attention!r}, which cannot read pages: call "
+                f"model.set_attn_implementation({ATTENTION_NAME!r}), or pass materialize=True to "
+                "have K and V rebuilt for it (slow)"
+            )
+
+    def _check_batch(self, batch_size: int) -> None:
+        if self._rows and batch_size != len(self._rows):
+            raise InvalidRequestError(
+                f"the batch has {batch_size} rows, the cache holds {self._num_columns} columns of "
+                f"{len(self._rows)}: call reset() before another prompt"
+            )
+        self._check_size(batch_size)
+
+    def _check_size(self, batch_size: int) -> None:
+        if batch_size > self.kv_cache.max_num_seqs:
+            raise InvalidRequestError(
+                f"the batch has {batch_size} rows; this cache takes "
+                f"{self.kv_cache.max_num_seqs}: make it with max_num_seqs={batch_size}"
+            )
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(group.pool.arena.numel() for group in self.kv_cache.groups)
+
+    def _full(self, new_tokens: dict[str, int]) -> CapacityError:
+        held = sum(self._num_tokens(name) for name in self._rows)
+        return CapacityError(
+            f"{sum(new_tokens.values())} more tokens in {len(new_tokens)} rows do not fit beside "
+            f"{held} that are stored: raise kv_cache_bytes ({self._num_bytes} now), take a smaller "
+            "batch, or pass prefill_chunk_size to generate, which stores a prompt piece by piece "
+            "and seals it meanwhile"
+        )
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused: sealed tokens cannot be taken back."""
+        raise InvalidRequestError(
+            "a SpectralPagedCache cannot take tokens back, because what is sealed cannot be "
+            "unsealed: assisted decoding and prompt lookup need a DynamicCache"
+        )
+
+    def activate_past_recording(self) -> NoReturn:
+        """Refused: what assisted decoding asks for before it begins."""
+        self.crop(0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise InvalidRequestError(
+            "a SpectralPagedCache is not copied, for its arenas are allocated once: compute a "
+            "common beginning with one row and use batch_repeat_interleave, or make a second cache"
+        )
+
+    # ---- questions -----------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns stored, padding among them, as transformers counts."""
+        return self._num_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(columns with `query_length` new ones, 0)."""
+        return self._num_columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most tokens of a row."""
+        return self.kv_cache.max_model_len
+
+    get_max_cache_shape = get_max_length
+
+    def __len__(self) -> int:
+        return self.kv_cache.num_layers
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first forward."""
+        return len(self._rows) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def stats(self) -> dict[str, object]:
+        """`SpectralKVCache.stats` with `num_rows` and `num_columns`."""
+        rows = {"num_rows": len(self._rows), "num_columns": self._num_columns}
+        return self.kv_cache.stats() | rows
+
+    def __repr__(self) -> str:
+        return (
+            f"SpectralPagedCache({self.kv_cache.format.name!r}, {len(self._rows)} rows of "
+            f"{self._num_columns} columns, {self._num_bytes} bytes"
+            f"{', materialize=True' if self.materialize else ''})"
+        )
+
+
+def _tokenizer_of(model: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:
+        raise InvalidRequestError(
+            f"the format needs a calibration, and no tokenizer is found at {model.name_or_path!r} "
+            "to make it with: pass tokenizer=, a calibration=, or a kv_format that needs none "
+            "(spectral-page)"
+        ) from error
+
+
+def _watch(decoder: Any) -> None:
+    """Let forwards of `decoder` tell their `SpectralPagedCache` where they begin and end."""
+    if _before in decoder._forward_pre_hooks.values():
+        return
+    decoder.register_forward_pre_hook(_before, with_kwargs=True)
+    decoder.register_forward_hook(_after, with_kwargs=True, always_call=True)
+
+
+def _before(
+    decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache = inputs.get("past_key_values")
+    if not isinstance(cache, SpectralPagedCache):
+        return None
+    return args, cache.begin_forward(decoder, inputs)
+
+
+def _after(decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
+    cache = inputs.get("past_key_values")
+    if isinstance(cache, SpectralPagedCache):
+        cache.end_forward(failed=output is None)

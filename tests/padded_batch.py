@@ -1,0 +1,46 @@
+"""Left-padded batches for transformers' generate, and caches over spectral pages for them."""
+
+from __future__ import annotations
+
+import torch
+from tiny_model import random_prompts, tiny_model
+
+from spectral_paged.integrations.cached_attention import ATTENTION_NAME
+from spectral_paged.integrations.transformers_cache import SpectralPagedCache
+
+LENGTHS = (5, 700, 64, 1300)  # alone in their landmarks, one page, one exact page, two pages
+
+
+def padded(prompts):
+    """`generate` inputs of token lists, padded on the left with zeros."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def batch(lengths=LENGTHS, seed=0):
+    return padded(random_prompts(lengths, seed))
+
+
+def attending_model(**changes):
+    """The tiny llama, attending as a `SpectralPagedCache` wants it."""
+    model = tiny_model(**changes)
+    model.set_attn_implementation(ATTENTION_NAME)
+    return model
+
+
+def paged_cache(model, kv_format="exact", **options):
+    """16 MiB of cache, poisoned on free."""
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "poison": True}
+    return SpectralPagedCache(model, kv_format, **(defaults | options))
+
+
+def generated(model, inputs, cache=None, **options):
+    """Token ids that greedy (by default) `generate` adds, `[rows, new]`."""
+    defaults = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(**inputs, past_key_values=cache, **(defaults | options))
+    return out[:, inputs["input_ids"].shape[1] :]
