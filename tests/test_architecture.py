@@ -45,7 +45,7 @@ ALLOWED = {
     "calibration": CALIBRATION,
     "model_cache": MODEL_CACHE,
     "integrations": MODEL_CACHE | {"placement", "integrations"},
-    "benchmarks": LLM | {"benchmarks"},
+    "benchmarks": LLM | {"benchmarks", "integrations"},
     "small_llama": {"small_llama"},
     "adapter": CACHE,
     "conformance": LLM | {"conformance", "adapter", "small_llama"},

@@ -12,6 +12,7 @@ import unsloth_on_cpu  # before transformers
 from unsloth_on_cpu import VOCAB_SIZE, torch
 
 from spectral_paged import PageFormat
+from spectral_paged.benchmarks.unsloth import measure
 from spectral_paged.errors import (
     CapacityError,
     FormatError,
@@ -363,3 +364,15 @@ def test_training_and_adapters_are_left_alone(patched):
     patch.undo()
     again, same = step()
     assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
+
+
+def test_the_benchmark_times_patched_and_unpatched_alike():
+    model = model_of("mistral")
+    rows = [
+        measure(model, format, 2, 600, short=2, long=6, **options)
+        for format, options in (("unpatched", {}), ("exact", {"kv_cache_bytes": 16 << 20}))
+    ]
+    assert rows[0].first_tokens == rows[1].first_tokens
+    assert all(row.decode_tokens_per_second > 0 < row.prompt_seconds for row in rows)
+    assert rows[0].bytes_per_token is None and rows[1].bytes_per_token > 0
+    assert "forward" not in vars(model)

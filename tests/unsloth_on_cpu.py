@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 import tempfile
-import types
 
 os.environ |= {
     "UNSLOTH_ALLOW_CPU": "1",
@@ -23,10 +22,9 @@ os.environ |= {
 # isort: off
 from unsloth import FastLanguageModel  # noqa: E402  before transformers, as it asks for
 from unsloth.models import llama  # noqa: E402
-import peft.tuners.lora as peft_lora  # noqa: E402
 import torch  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from spectral_paged.benchmarks.unsloth_models import load_fast, save_checkpoint  # noqa: E402
 # isort: on
 
 VOCAB_SIZE = 199
@@ -93,7 +91,7 @@ gc.freeze()  # loading collects garbage several times over all that is imported 
 
 
 def checkpoint(folder, family, **changes):
-    """Save a tiny random model of `family`, and a tokenizer of words `w3` to `w198`, in `folder`.
+    """Save a tiny random model of `family` in `folder`.
 
     Weights are scaled up so that continuations vary and depend on far tokens.
     """
@@ -110,32 +108,13 @@ def checkpoint(folder, family, **changes):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5.0)
-    model.save_pretrained(folder)
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-    ).save_pretrained(folder)  # fmt: skip
+    save_checkpoint(model, folder)
     return folder
 
 
 def load(folder):
-    """The model that `FastLanguageModel.from_pretrained` makes of a checkpoint, fp32, no adapters.
-
-    It asks bitsandbytes and peft for a class of quantized layers; there are none here.
-    """
-    absent = types.ModuleType("bitsandbytes")
-    absent.nn = types.ModuleType("bitsandbytes.nn")
-    absent.nn.Linear4bit = peft_lora.Linear4bit = type("Linear4bit", (), {})
-    sys.modules |= {"bitsandbytes": absent, "bitsandbytes.nn": absent.nn}
-    try:
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=4096, dtype=torch.float32, load_in_4bit=False,
-            use_gradient_checkpointing=False, device_map={"": "cpu"},
-        )  # fmt: skip
-    finally:
-        del sys.modules["bitsandbytes"], sys.modules["bitsandbytes.nn"], peft_lora.Linear4bit
-    return FastLanguageModel.for_inference(model)
+    """The model that Unsloth makes of a checkpoint, fp32, without adapters."""
+    return load_fast(folder, dtype=torch.float32, max_seq_length=4096, device="cpu")
 
 
 def adapters(model):

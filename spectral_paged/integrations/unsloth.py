@@ -171,7 +171,7 @@ def patch_unsloth_attention(
         k_rank_values,
         prefill_segment=prefill_segment,
         hot_tokens=hot_buffer_size,
-        num_landmark_tokens=landmark_count,
+        landmarks=landmark_count,
     )
     _check_calibration(format, calibration, family)
     cache = model_cache(
@@ -244,18 +244,21 @@ def _format(
     v_rank: int | None,
     *,
     prefill_segment: int,
-    **changes: int | None,
+    hot_tokens: int,
+    landmarks: int | None,
 ) -> PageFormat:
     if kv_format is not None and (k_rank is not None or v_rank is not None):
         raise FormatError(
             "kv_format fixes the ranks: leave k_rank_keys and k_rank_values out, or kv_format"
         )
-    if isinstance(kv_format, PageFormat) and changes["num_landmark_tokens"] is not None:
-        raise FormatError(
-            "landmark_count: the PageFormat that is given has num_landmark_tokens of its own"
-        )
     format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
+        own = format.num_landmark_tokens, format.hot_tokens
+        if landmarks not in (None, own[0]) or hot_tokens not in (64, own[1]):
+            raise FormatError(
+                f"the PageFormat that is given has {own[0]} landmarks and {own[1]} hot tokens of "
+                "its own: leave landmark_count and hot_buffer_size out"
+            )
         return format
     if k_rank is not None or v_rank is not None:
         k_rank = format.k_rank if k_rank is None else k_rank
@@ -266,7 +269,11 @@ def _format(
             k_bands=((k_rank, 8),),
             v_bands=((v_rank, 8),),
         )
-    return dataclasses.replace(format, **{k: v for k, v in changes.items() if v is not None})
+    return dataclasses.replace(
+        format,
+        num_landmark_tokens=format.num_landmark_tokens if landmarks is None else landmarks,
+        hot_tokens=hot_tokens,
+    )
 
 
 def _check_calibration(

@@ -12,7 +12,7 @@ from typing import Any
 
 from spectral_paged.errors import UnsupportedModelError
 
-# Unsloth moves functions about between releases: first and last one whose code was read and run.
+# Unsloth moves functions about between releases: those whose code was read and run, first and last.
 OLDEST, NEWEST = "2026.10.9", "2026.10.9"
 # what prompts' attention calls with rotated q, k and v
 KERNELS = (
