@@ -33,6 +33,7 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
         "--format", action="append", default=[], metavar="NAME",
         help="a preset, exact, or unpatched; repeatable",
     )  # fmt: skip
+    unsloth.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     unsloth.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
@@ -174,7 +175,10 @@ def bench_unsloth(args: argparse.Namespace) -> int:
     from spectral_paged.benchmarks import unsloth
 
     return unsloth.run_apart(
-        model=args.model, formats=tuple(args.format), output_dir=args.output_dir
+        model=args.model,
+        formats=tuple(args.format),
+        enforce_eager=args.enforce_eager,
+        output_dir=args.output_dir,
     )
 
 

@@ -77,7 +77,7 @@ def _kernel_ms(model: Any, inputs: dict[str, Tensor]) -> float | None:
         return None
     ids, mask = inputs.values()
     positions = mask.cumsum(-1) - 1
-    call = {"use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    call: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, "return_dict": True}
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **call)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     total = 0.0
@@ -134,7 +134,7 @@ def measure(
     )
 
 
-def main(*, model: str, formats: Sequence[str], output_dir: Path) -> int:
+def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir: Path) -> int:
     """Measure on this machine's GPU, print a table and write `unsloth-<model>.json`."""
     device = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def main(*, model: str, formats: Sequence[str], output_dir: Path) -> int:
     rows = []
     for num_rows, length in CASES:
         for format in formats or FORMATS:
-            rows.append(measure(fast, format, num_rows, length))
+            rows.append(measure(fast, format, num_rows, length, enforce_eager=enforce_eager))
             torch.cuda.empty_cache()
             row = rows[-1]
             print(
@@ -165,6 +165,7 @@ def main(*, model: str, formats: Sequence[str], output_dir: Path) -> int:
     result = {
         "environment": environment() | versions | {"device": "cuda"},
         "model": f"{model} (random weights), bf16",
+        "enforce_eager": enforce_eager,
         "rows": [asdict(row) for row in rows],
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -172,12 +173,17 @@ def main(*, model: str, formats: Sequence[str], output_dir: Path) -> int:
     return 0
 
 
-def run_apart(*, model: str, formats: Sequence[str], output_dir: Path) -> int:
+def run_apart(
+    *, model: str, formats: Sequence[str], enforce_eager: bool, output_dir: Path
+) -> int:
     """`main` in a process of its own that imports Unsloth before all else, as Unsloth asks for."""
     code = (
         "import unsloth, sys; from pathlib import Path\n"
         "from spectral_paged.benchmarks.unsloth import main\n"
-        "sys.exit(main(model=sys.argv[1], output_dir=Path(sys.argv[2]), formats=sys.argv[3:]))"
+        "model, eager, folder, *formats = sys.argv[1:]\n"
+        "sys.exit(main(model=model, formats=formats, enforce_eager=eager == 'eager', "
+        "output_dir=Path(folder)))"
     )
-    command = [sys.executable, "-c", code, model, str(output_dir), *formats]
+    how = "eager" if enforce_eager else "graphs"
+    command = [sys.executable, "-c", code, model, how, str(output_dir), *formats]
     return subprocess.run(command, check=False).returncode

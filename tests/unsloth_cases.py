@@ -20,7 +20,7 @@ from spectral_paged.errors import (
     PatchError,
     UnsupportedModelError,
 )
-from spectral_paged.integrations import unsloth_families, unsloth_generation
+from spectral_paged.integrations import unsloth_families, unsloth_generation, unsloth_graphs
 from spectral_paged.integrations.unsloth import (
     patch_unsloth_attention,
     unpatch_unsloth_attention,
@@ -163,6 +163,35 @@ def test_how_prompts_are_cut_into_forwards_changes_nothing(family, patched, monk
     assert distance(prompt_logits(model, inputs), logits[0]) < 1e-4
     assert distance(decode_logits(model, inputs), logits[1]) < 1e-4
     assert patch.stats()["prompt_steps"] > 2 * few
+
+
+@pytest.mark.parametrize("family", unsloth_graphs.GRAPHED)
+def test_steps_that_graphs_capture_are_the_steps_of_unsloth(family, patched, monkeypatch):
+    """The captured function, run as it is; graphs themselves are tested on a GPU."""
+
+    class Eager:
+        num_graphs = 0
+
+        def __init__(self, cache, forward):
+            self.forward = forward
+            Eager.num_graphs += 1
+
+        def run(self, token_ids, positions, pending):
+            assert token_ids == [0] * len(positions) and len(pending.rows) == len(positions)
+            return self.forward(pending.ids, torch.tensor(positions)).float()
+
+    model, inputs = model_of(family), batch()
+    logits = decode_logits(model, inputs)
+    patch = patched(model, kv_format="exact")
+    monkeypatch.setattr(unsloth_graphs, "DecodeGraphs", Eager)
+    changes = iter([1, 1, 2])
+    monkeypatch.setattr(unsloth_graphs, "fingerprint", lambda *_: next(changes))
+    forward = vars(model)["forward"]
+    monkeypatch.setattr(forward, "graphs", unsloth_graphs.UnslothGraphs(model, patch.cache))
+    for made in (1, 1, 2):  # once, and anew after weights have changed
+        assert distance(decode_logits(model, inputs), logits) < 1e-4
+        assert Eager.num_graphs == made
+    assert patch.stats()["decode_steps"] == 15
 
 
 @pytest.mark.parametrize("family", ["qwen3", "granite"])

@@ -28,6 +28,7 @@ from spectral_paged.integrations.unsloth_families import (
     loaded_unsloth,
 )
 from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
+from spectral_paged.integrations.unsloth_graphs import GRAPHED, UnslothGraphs
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
@@ -70,6 +71,7 @@ class UnslothPatch:
         return self.cache.stats() | {
             "prompt_steps": self._forward.num_prompt_steps,
             "decode_steps": self._forward.num_decode_steps,
+            "num_graphs": 0 if self._forward.graphs is None else self._forward.graphs.num_graphs,
         }
 
     def undo(self) -> None:
@@ -115,6 +117,7 @@ def patch_unsloth_attention(
     prefill_segment: int = 2048,
     exempt_layers: Sequence[int] = (),
     calibration: SharedBasis | str | Path = "auto",
+    enforce_eager: bool = False,
     poison: bool = False,
 ) -> UnslothPatch:
     """Let a model that Unsloth loaded generate over a paged pool of spectral pages.
@@ -144,6 +147,7 @@ def patch_unsloth_attention(
         prefill_segment: prompt tokens whose queries see each other exactly.
         exempt_layers: layers that stay exact.
         calibration: for formats that need one, as in `LLM`.
+        enforce_eager: no CUDA graphs of one-token steps, which llama, mistral, qwen2 and qwen3 have.
         poison: fill freed slots with NaN bytes (tests).
 
     Raises:
@@ -189,10 +193,13 @@ def patch_unsloth_attention(
     )
     AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
     _functions.install()
+    graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
+    graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
     level = logging.INFO if debug_logging else logging.DEBUG
-    patch = UnslothPatch(
-        inner, PatchedForward(inner, cache, is_fast=family.is_fast, report_level=level)
+    forward = PatchedForward(
+        inner, cache, is_fast=family.is_fast, graphs=graphs, report_level=level
     )
+    patch = UnslothPatch(inner, forward)
     _patched.append(patch)
     if verbose:
         print(

@@ -165,18 +165,35 @@ def decode_attention(
         llama.fast_linear_forward(projection, hidden_states).view(rows, 1, -1, width)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    if hasattr(attention, "q_norm"):
-        q = llama.fast_rms_layernorm_inference(attention.q_norm, q)
-        k = llama.fast_rms_layernorm_inference(attention.k_norm, k)
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
     length = rotary_seq_len or int(position_ids.max()) + 1
     attention.rotary_emb.extend_rope_embedding(v, length + 1)
     cos, sin = attention.rotary_emb.get_cached(length, q.device.index)
-    if not llama.decode_rope_inplace(q, k, cos, sin, position_ids):
-        cos, sin = (x[position_ids].unsqueeze(1).to(q) for x in (cos, sin))
-        q, k = (_rotated(x, cos, sin) for x in (q, k))
+    q, k = _normed_and_turned(attention, q, k, cos, sin, position_ids)
     out = step.attend(attention.layer_idx, q.squeeze(2), k.squeeze(2), v.squeeze(1))
     return llama.fast_linear_forward(attention.o_proj, out.reshape(rows, 1, -1))
+
+
+def _normed_and_turned(
+    attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q `[B, 1, Hq, D]` and k as pages and kernels want them, `[B, H, 1, D]`; in one launch where
+    Unsloth has it for them."""
+    llama = unsloth_module("llama")
+    if hasattr(attention, "q_norm"):
+        norms = attention.q_norm, attention.k_norm
+        fused = unsloth_module("qwen3").decode_qk_norm_rope(*norms, q, k, cos, sin, position_ids)
+        if fused is not None:
+            q, k = fused
+            return q, k
+        q, k = (
+            llama.fast_rms_layernorm_inference(norm, x)
+            for norm, x in zip(norms, (q, k), strict=True)
+        )
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    if llama.decode_rope_inplace(q, k, cos, sin, position_ids):
+        return q, k
+    cos, sin = (x[position_ids].unsqueeze(1).to(q) for x in (cos, sin))
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from spectral_paged.integrations.unsloth_attention import (
     serving,
     without_autocast,
 )
+from spectral_paged.integrations.unsloth_graphs import UnslothGraphs
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.runner import ATTENTION_NAME
 from spectral_paged.transfers import upload
@@ -104,11 +105,18 @@ class PatchedForward:
     Args:
         model: the causal LM; its `forward` of now is what is called for the layers.
         is_fast: Unsloth has attention functions of its own for it.
+        graphs: replays its one-token steps; None: they run as Unsloth runs them.
         report_level: of the log lines about each forward.
     """
 
     def __init__(
-        self, model: Any, cache: SpectralKVCache, *, is_fast: bool, report_level: int
+        self,
+        model: Any,
+        cache: SpectralKVCache,
+        *,
+        is_fast: bool,
+        graphs: UnslothGraphs | None,
+        report_level: int,
     ) -> None:
         self.cache = cache
         self.released: list[str] = []
@@ -118,6 +126,7 @@ class PatchedForward:
         self._names = list(inspect.signature(self._forward).parameters)
         functools.update_wrapper(self, self._forward)  # its signature too: `generate` reads it
         self._is_fast = is_fast
+        self.graphs = graphs
         self._level = report_level
         self._attentions = [layer.self_attn for layer in model.model.layers]
 
@@ -223,6 +232,8 @@ class PatchedForward:
         logger.log(
             self._level, "prompt of %d rows, %d tokens", len(columns), sum(map(len, columns))
         )
+        if self.graphs is not None:
+            self.graphs.refresh()
         logits = self._prompt_steps(rows, input_ids, columns, positions, keep)
         ends = [self.cache.num_tokens(seq_id) for seq_id in rows.seq_ids]
         rows.positions = upload(ends, torch.long, self.cache.device).unsqueeze(1)
@@ -352,7 +363,9 @@ class PatchedForward:
         assert rows.positions is not None
         with self._step(dict.fromkeys(rows.seq_ids, 1), len(rows.seq_ids)):
             step = ServedStep(self.cache)
-            if self._is_fast:
+            if self.graphs is not None and self.graphs.is_ready:
+                logits = self.graphs.run(input_ids)
+            elif self._is_fast:
                 with serving(step):
                     output = self._forward(
                         input_ids=input_ids,
