@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,9 @@ def test_exact_generates_what_the_unpatched_model_does_and_unpatching_gives_it_b
     stats = patch.stats()
     assert stats["exact_pages_in_use"] == 0
     patch.cache.check_integrity()
+    cache = weakref.ref(patch.cache)
     unpatch_unsloth_attention(model)
+    assert cache() is None  # its memory is free
     assert functions_now() == before and vars(model).get("forward") is forward
     assert torch.equal(generate(model, inputs), tokens)
     assert torch.equal(prompt_logits(model, inputs), logits)

@@ -48,7 +48,7 @@ class UnslothPatch:
 
     Attributes:
         model: the causal LM whose `forward` is replaced.
-        cache: where its keys and values lie; arenas are freed with the patch.
+        cache: where its keys and values lie; gone, with its memory, once the patch is undone.
     """
 
     def __init__(self, model: Any, forward: PatchedForward) -> None:
@@ -66,7 +66,13 @@ class UnslothPatch:
             setattr(model, name, value)
 
     def stats(self) -> dict[str, object]:
-        """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards."""
+        """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards.
+
+        Raises:
+            PatchError: the patch is undone.
+        """
+        if self not in _patched:
+            raise PatchError("the patch is undone, and its cache is gone: ask for stats before")
         self._forward.collect()
         return self.cache.stats() | {
             "prompt_steps": self._forward.num_prompt_steps,
@@ -92,6 +98,8 @@ class UnslothPatch:
             else:
                 setattr(self.model, name, value)
         _patched.remove(self)
+        self._forward.close()
+        del self.cache
         if not _patched:
             _functions.remove()
 
@@ -147,7 +155,7 @@ def patch_unsloth_attention(
         prefill_segment: prompt tokens whose queries see each other exactly.
         exempt_layers: layers that stay exact.
         calibration: for formats that need one, as in `LLM`.
-        enforce_eager: no CUDA graphs of one-token steps, which llama, mistral, qwen2 and qwen3 have.
+        enforce_eager: no CUDA graphs of one-token steps (llama, mistral, qwen2, qwen3).
         poison: fill freed slots with NaN bytes (tests).
 
     Raises:

@@ -56,13 +56,14 @@ class SpectralPast(Sequence[Any]):
         self.rows = rows
         self.num_columns = rows.num_columns
         cache = owner.cache
+        self.num_layers = cache.num_layers
         format = cache.format
         shape = len(rows.seq_ids), format.num_kv_heads, self.num_columns, format.head_dim
         nothing = torch.empty((), dtype=cache.dtype, device=cache.device).expand(shape)
         self.pair = nothing, nothing
 
     def __len__(self) -> int:
-        return self.owner.cache.num_layers
+        return self.num_layers
 
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
@@ -162,6 +163,12 @@ class PatchedForward:
             seq_id = self.released.pop()
             if seq_id in self.cache:
                 self.cache.free(seq_id)
+
+    def close(self) -> None:
+        """Let go of the cache and of graphs over it; `past_key_values` that are still held are of
+        no use any more."""
+        self.graphs = None
+        del self.cache
 
     # ---- what is served ------------------------------------------------------------------
 
