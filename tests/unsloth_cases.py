@@ -21,7 +21,7 @@ from spectral_paged.errors import (
     PatchError,
     UnsupportedModelError,
 )
-from spectral_paged.integrations import unsloth_families, unsloth_generation, unsloth_graphs
+from spectral_paged.integrations import unsloth_families, unsloth_graphs, unsloth_prompt
 from spectral_paged.integrations.unsloth import (
     patch_unsloth_attention,
     unpatch_unsloth_attention,
@@ -162,7 +162,7 @@ def test_how_prompts_are_cut_into_forwards_changes_nothing(family, patched, monk
     patch = patched(model, **RANKS)
     logits = prompt_logits(model, inputs), decode_logits(model, inputs)
     few = patch.stats()["prompt_steps"]
-    monkeypatch.setattr(unsloth_generation, "MAX_STEP_TOKENS", 300)
+    monkeypatch.setattr(unsloth_prompt, "MAX_CHUNK_TOKENS", 300)
     assert distance(prompt_logits(model, inputs), logits[0]) < 1e-4
     assert distance(decode_logits(model, inputs), logits[1]) < 1e-4
     assert patch.stats()["prompt_steps"] > 2 * few
@@ -243,6 +243,56 @@ def test_a_conversation_goes_on_from_its_past(family, patched):
         generate(model, longer, past_key_values=first.past_key_values)
     del first, warm
     assert patch.stats()["exact_pages_in_use"] == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "cohere"])
+def test_a_forward_that_fails_stores_nothing(family, patched, monkeypatch):
+    model, inputs = model_of(family), batch([30, 1300])
+    patch = patched(model, **RANKS)
+    expected = generate(model, inputs)
+    last = model.model.layers[1].mlp
+    calls, run = [], last.forward
+
+    def fail_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # between two chunks of the prompt
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(last, "forward", fail_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, inputs)
+    assert torch.equal(generate(model, inputs), expected)
+    with torch.no_grad():
+        past = model(**batch([30, 700]), use_cache=True).past_key_values
+    calls[:] = []
+    more = torch.full((2, 700), 11)
+    longer = {"input_ids": more, "attention_mask": None, "past_key_values": past}
+    with torch.no_grad(), pytest.raises(InvalidRequestError, match="padding"):
+        model(**longer, use_cache=True)  # earlier columns were padded
+    longer["attention_mask"] = torch.cat([batch([30, 700])["attention_mask"], more > 0], dim=1)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        model(**longer, use_cache=True)
+    with torch.no_grad(), pytest.raises(InvalidRequestError, match="half way"):
+        model(**longer, use_cache=True)
+    del past, longer
+    assert patch.stats()["exact_pages_in_use"] == 0
+    patch.cache.check_integrity()
+
+
+def test_pages_are_computed_in_full_precision_under_autocast(patched):
+    """`generate` runs under autocast, and so do the cache's calls inside it."""
+    folder = model_of("llama").config._name_or_path
+    model = unsloth_on_cpu.load(folder, torch.bfloat16)
+    inputs, seen = batch([30, 1300]), []
+    logits = decode_logits(model, inputs).float()
+    patch = patched(model, **RANKS)
+    seal = patch.cache.sealer.seal
+    patch.cache.sealer.seal = lambda *args: (
+        seen.append(torch.is_autocast_enabled("cpu")), seal(*args),
+    )  # fmt: skip
+    assert distance(decode_logits(model, inputs).float(), logits) < 0.05
+    assert patch.stats()["pages_sealed"] == 4 and not any(seen) and len(seen) > 2
 
 
 def test_two_models_are_patched_side_by_side_any_number_of_times(patched):
@@ -368,6 +418,20 @@ def test_other_versions_families_and_models_are_refused_by_name(patched, monkeyp
     monkeypatch.setattr(attention, "_unsloth_fast_path", False)
     with pytest.raises(UnsupportedModelError, match="FastLanguageModel.from_pretrained"):
         patched(model)
+
+
+def test_adapters_may_come_after_the_patch(patched):
+    folder = model_of("llama").config._name_or_path
+    inputs, plain = batch([30, 700]), unsloth_on_cpu.load(folder)
+    before = generate(plain, inputs)
+    expected = generate(unsloth_on_cpu.adapters(unsloth_on_cpu.load(folder)), inputs)
+    assert not torch.equal(expected, before)
+    patch = patched(plain, kv_format="exact")
+    model = unsloth_on_cpu.adapters(plain)
+    assert torch.equal(generate(model, inputs), expected)
+    assert patch.stats()["decode_steps"] == 5
+    unpatch_unsloth_attention(model)
+    assert torch.equal(generate(model, inputs), expected)
 
 
 def test_training_and_adapters_are_left_alone(patched):

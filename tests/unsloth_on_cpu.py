@@ -112,9 +112,9 @@ def checkpoint(folder, family, **changes):
     return folder
 
 
-def load(folder):
-    """The model that Unsloth makes of a checkpoint, fp32, without adapters."""
-    return load_fast(folder, dtype=torch.float32, max_seq_length=4096, device="cpu")
+def load(folder, dtype=torch.float32):
+    """The model that Unsloth makes of a checkpoint, without adapters."""
+    return load_fast(folder, dtype=dtype, max_seq_length=4096, device="cpu")
 
 
 def adapters(model):

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import CapacityError, InvalidRequestError
+from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.integrations.unsloth_attention import (
     ServedStep,
     prompt_layers,
@@ -32,13 +33,13 @@ from spectral_paged.integrations.unsloth_attention import (
     without_autocast,
 )
 from spectral_paged.integrations.unsloth_graphs import UnslothGraphs
+from spectral_paged.integrations.unsloth_prompt import PromptChunk, PromptTokens
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.runner import ATTENTION_NAME
 from spectral_paged.transfers import upload
 
 logger = logging.getLogger(__name__)
 
-MAX_STEP_TOKENS = 8192  # prompt tokens of one forward: enough to keep a GPU busy
 _numbers = itertools.count()
 
 
@@ -95,6 +96,7 @@ class _Rows:
     def __init__(self, owner: Any, count: int) -> None:
         self.seq_ids = [f"unsloth-{next(_numbers)}" for _ in range(count)]
         self.num_columns = 0
+        self.is_whole = True  # False: a forward failed between two chunks of a prompt
         self.positions: Tensor | None = None  # int64 [B, 1], where the next token of each row is
         # collected at any moment, inside a step too: noted here, freed by the next call
         weakref.finalize(self, owner.released.extend, self.seq_ids)
@@ -167,6 +169,8 @@ class PatchedForward:
     def close(self) -> None:
         """Let go of the cache and of graphs over it; `past_key_values` that are still held are of
         no use any more."""
+        if self.graphs is not None:
+            self.graphs.drop()
         self.graphs = None
         del self.cache
 
@@ -206,6 +210,10 @@ class PatchedForward:
                     "past_key_values comes from another model, or from before this one was "
                     "patched anew: start without it"
                 )
+            if not past.rows.is_whole:
+                raise InvalidRequestError(
+                    "a forward over past_key_values failed half way: start without it"
+                )
             if past.num_columns != past.rows.num_columns:
                 raise InvalidRequestError(
                     f"past_key_values has {past.num_columns} columns, but its sequences have grown "
@@ -220,112 +228,58 @@ class PatchedForward:
     # ---- prompts -------------------------------------------------------------------------
 
     def _prompt(self, kwargs: dict[str, Any], past: SpectralPast | None) -> tuple[Tensor, _Rows]:
-        input_ids = kwargs["input_ids"]
-        columns = _real_columns(input_ids, kwargs.get("attention_mask"))
-        positions = kwargs.get("position_ids")
-        if positions is not None:
-            positions = positions.reshape(-1, positions.shape[-1])[:, -input_ids.shape[1] :]
-            positions = positions.expand_as(input_ids)
-        keep = max(_count(kwargs.get("logits_to_keep")), _count(kwargs.get("num_logits_to_keep")))
-        rows = past.rows if past is not None else _Rows(self, len(input_ids))
-        if past is None:
-            for seq_id, row in zip(rows.seq_ids, columns, strict=True):
-                if self.cache.add_sequence(seq_id, num_prompt_tokens=len(row)) is None:
-                    raise CapacityError(
-                        f"a batch of {len(columns)} rows does not fit: the cache holds "
-                        f"{self.cache.max_num_seqs} sequences at a time; patch with a larger "
-                        "max_num_seqs, drop past_key_values that are not needed, or split the batch"
-                    )
-        logger.log(
-            self._level, "prompt of %d rows, %d tokens", len(columns), sum(map(len, columns))
+        input_ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        batch_size, width = input_ids.shape
+        rows = past.rows if past is not None else _Rows(self, batch_size)
+        stored = [self.cache.num_tokens(seq_id) if past else 0 for seq_id in rows.seq_ids]
+        padded = PaddedRows.of(
+            batch_size,
+            width,
+            stored,
+            rows.num_columns,
+            attention_mask=kwargs.get("attention_mask"),
+            # in a conversation transformers passes those of earlier columns too
+            position_ids=None if positions is None else positions[..., -width:],
+            device=self.cache.device,
         )
+        keep = max(_count(kwargs.get("logits_to_keep")), _count(kwargs.get("num_logits_to_keep")))
+        tokens = PromptTokens(padded, keep)
+        if past is None:
+            self._add(rows, padded.num_new)
         if self.graphs is not None:
             self.graphs.refresh()
-        logits = self._prompt_steps(rows, input_ids, columns, positions, keep)
+        logger.log(self._level, "prompt of %d rows, %d tokens", batch_size, sum(padded.num_new))
+        rows.is_whole = False
+        while chunk := tokens.next_chunk(lambda row: self.cache.chunk_limit(rows.seq_ids[row])):
+            new_tokens = {rows.seq_ids[row]: count for row, count in chunk.lengths.items()}
+            with self._step(new_tokens, batch_size):
+                ids = input_ids.reshape(-1)[chunk.places]
+                where = padded.position_ids.reshape(-1)[chunk.places]
+                step = ServedStep(self.cache, order=chunk.order)
+                part = self._run_prompt(step, ids, where, chunk)
+            if chunk.num_wanted:
+                tokens.store(chunk, part)
+            self.num_prompt_steps += 1
+        rows.is_whole = True
         ends = [self.cache.num_tokens(seq_id) for seq_id in rows.seq_ids]
         rows.positions = upload(ends, torch.long, self.cache.device).unsqueeze(1)
-        return logits, rows
+        assert tokens.logits is not None  # the last column of every row is a token
+        return tokens.logits, rows
 
-    def _prompt_steps(
-        self,
-        rows: _Rows,
-        input_ids: Tensor,
-        columns: list[list[int]],
-        positions: Tensor | None,
-        keep: int,
-    ) -> Tensor:
-        """Logits `[B, keep or L, vocab]`; zeros at pads."""
-        width = input_ids.shape[1]
-        first_kept = width - keep if keep else 0
-        done = [0] * len(columns)
-        logits: Tensor | None = None
-        while take := self._next_chunk(rows, columns, done):
-            with self._step({rows.seq_ids[row]: n for row, n in take}, len(columns)) as starts:
-                places = [
-                    (row, column)
-                    for row, n in take
-                    for column in columns[row][done[row] : done[row] + n]
-                ]
-                where = [s + i for s, (_, n) in zip(starts, take, strict=True) for i in range(n)]
-                # wanted ones last, so that the model computes logits of these alone
-                order = sorted(range(len(places)), key=lambda i: places[i][1] >= first_kept)
-                wanted = sum(column >= first_kept for _, column in places)
-                flat, at, order_ = upload(
-                    [
-                        [places[i][0] * width + places[i][1] for i in order],
-                        [where[i] for i in order],
-                        order,
-                    ],
-                    torch.long,
-                    self.cache.device,
+    def _add(self, rows: _Rows, num_new: Sequence[int]) -> None:
+        for seq_id, count in zip(rows.seq_ids, num_new, strict=True):
+            if self.cache.add_sequence(seq_id, num_prompt_tokens=count) is None:
+                raise CapacityError(
+                    f"a batch of {len(num_new)} rows does not fit: the cache holds "
+                    f"{self.cache.max_num_seqs} sequences at a time; patch with a larger "
+                    "max_num_seqs, drop past_key_values that are not needed, or split the batch"
                 )
-                if positions is not None and not torch.equal(positions.reshape(-1)[flat], at):
-                    raise InvalidRequestError(
-                        "position_ids are not those of the rows' tokens without their pads: leave "
-                        "position_ids out, or count them from each row's first token"
-                    )
-                in_order = order == list(range(len(order)))
-                step = ServedStep(self.cache, order=None if in_order else order_)
-                part = self._run_prompt(
-                    step,
-                    input_ids.reshape(1, -1)[:, flat],
-                    at.unsqueeze(0),
-                    [n for _, n in take],
-                    max(wanted, 1),
-                )
-                if logits is None:
-                    shape = len(columns), keep or width, part.shape[-1]
-                    logits = part.new_zeros(shape)
-                if wanted:
-                    kept = [places[i] for i in order[-wanted:]]
-                    row_of, column_of = upload(
-                        [[row for row, _ in kept], [column - first_kept for _, column in kept]],
-                        torch.long,
-                        self.cache.device,
-                    )
-                    logits[row_of, column_of] = part[0]
-            self.num_prompt_steps += 1
-            for row, n in take:
-                done[row] += n
-        assert logits is not None  # every row has a token
-        return logits
-
-    def _next_chunk(
-        self, rows: _Rows, columns: list[list[int]], done: list[int]
-    ) -> list[tuple[int, int]]:
-        """`(row, tokens)` of the next forward; empty when all is computed."""
-        room, found = MAX_STEP_TOKENS, []
-        for row, seq_id in enumerate(rows.seq_ids):
-            left = min(len(columns[row]) - done[row], room)
-            if left:
-                n = min(left, self.cache.chunk_limit(seq_id))
-                found.append((row, n))
-                room -= n
-        return found
 
     def _run_prompt(
-        self, step: ServedStep, ids: Tensor, positions: Tensor, lengths: list[int], keep: int
+        self, step: ServedStep, ids: Tensor, positions: Tensor, chunk: PromptChunk
     ) -> Tensor:
+        """Logits `[num_wanted or 1, vocab]` of ids and positions `[T]`."""
+        keep = max(chunk.num_wanted, 1)
         if not self._is_fast:
             return self._run_interface(step, ids, positions, keep)
         nothing = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
@@ -335,32 +289,32 @@ class PatchedForward:
             # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
             # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
             output = self._forward(
-                input_ids=ids,
-                position_ids=positions,
+                input_ids=ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 causal_mask=False,
                 attention_mask=ids.new_ones((1, 1, 1, 1)) if gemma2 else None,
-                packed_seq_lengths=torch.tensor(lengths, dtype=torch.int32),
+                packed_seq_lengths=torch.tensor(list(chunk.lengths.values()), dtype=torch.int32),
                 use_cache=True,
                 logits_to_keep=keep,
                 return_dict=True,
             )
-        return output.logits
+        return output.logits[0]
 
     def _run_interface(
         self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int
     ) -> Tensor:
-        """Through transformers' attention interface: ids and positions `[1, T]`."""
+        """Through transformers' attention interface: ids and positions `[T]`."""
         with attending(self._model, ATTENTION_NAME):
             output = self._forward(
-                input_ids=ids,
-                position_ids=positions,
+                input_ids=ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=keep,
                 return_dict=True,
                 spectral_cache=step,
             )
-        return output.logits
+        return output.logits[0]
 
     # ---- one token a row -----------------------------------------------------------------
 
@@ -383,15 +337,15 @@ class PatchedForward:
                     )
                 logits = output.logits
             else:
-                flat = input_ids.reshape(1, -1), rows.positions.reshape(1, -1)
-                logits = self._run_interface(step, *flat, keep=0).transpose(0, 1)
+                flat = input_ids.reshape(-1), rows.positions.reshape(-1)
+                logits = self._run_interface(step, *flat, keep=0).unsqueeze(1)
         rows.positions = rows.positions + 1
         self.num_decode_steps += 1
         return logits
 
     @contextmanager
-    def _step(self, new_tokens: dict[str, int], num_rows: int) -> Iterator[list[int]]:
-        """A step of the cache; where each sequence's new tokens start."""
+    def _step(self, new_tokens: dict[str, int], num_rows: int) -> Iterator[None]:
+        """A step of the cache around a forward."""
         cache = self.cache
         plan = cache.reserve(new_tokens)
         if plan is None:
@@ -404,7 +358,7 @@ class PatchedForward:
         with without_autocast(cache.device):
             cache.begin_step(plan)
         try:
-            yield [entry.start for entry in plan.entries]
+            yield
         except BaseException:
             cache.abort_step()
             raise
@@ -412,29 +366,6 @@ class PatchedForward:
             failed = cache.end_step().failed
         for error in failed.values():
             raise error
-
-
-def _real_columns(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """Columns of each row that hold tokens and not pads.
-
-    Raises:
-        InvalidRequestError: the mask has another shape, or a row ends in a pad.
-    """
-    rows, width = input_ids.shape
-    if mask is None:
-        return [list(range(width))] * rows
-    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < width:
-        raise InvalidRequestError(
-            f"attention_mask has shape {list(mask.shape)}; a patched model takes the tokenizer's, "
-            f"[{rows}, {width}]"
-        )
-    kept = mask[:, -width:].bool().cpu()
-    if not bool(kept[:, -1].all()):
-        row = int(torch.nonzero(~kept[:, -1])[0])
-        raise InvalidRequestError(
-            f"row {row} ends in a pad: pad prompts on the left (tokenizer.padding_side = 'left')"
-        )
-    return [torch.nonzero(row).flatten().tolist() for row in kept]
 
 
 def _count(logits_to_keep: Any) -> int:

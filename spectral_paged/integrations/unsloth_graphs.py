@@ -60,10 +60,14 @@ class UnslothGraphs:
         change while a batch is generated."""
         found = fingerprint(self.model, self.cache.max_model_len)
         if found is None:
-            self._graphs = None
+            self.drop()
         elif self._graphs is None or found != self._fingerprint:
             self._graphs = DecodeGraphs(self.cache, self._logits)
         self._fingerprint = found
+
+    def drop(self) -> None:
+        """Forget all graphs, and with them the cache."""
+        self._graphs = None
 
     @property
     def is_ready(self) -> bool:
