@@ -228,8 +228,8 @@ class SpectralKVCache:
     # ---- one step ------------------------------------------------------------------------
 
     def chunk_limit(self, seq_id: str) -> int:
-        """Most tokens of a sequence that one step may compute: queries of a step share one view, and
-        windows slide between steps."""
+        """Most tokens of a sequence that one step may compute: queries of a step share one view,
+        and windows slide between steps."""
         state = self._sequences[seq_id]
         end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
         slides = any(layer.window is not None for layer in self.layers)

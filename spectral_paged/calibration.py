@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
+from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.rotary import rotate, stored_keys
 from spectral_paged.models.attention_choice import attending
-from spectral_paged.models.geometry import rotary_table
+from spectral_paged.models.geometry import layer_ropes
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.page_format import PageFormat
 from spectral_paged.rope import RotaryTable
@@ -55,7 +55,12 @@ def model_fingerprint(model: Any) -> str:
     )
     digest = hashlib.sha256(repr(shape).encode())
     for layer in model.model.layers:
-        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+        attention = layer.self_attn
+        if hasattr(attention, "qkv_proj"):  # one for all three (Phi 3)
+            projections = [attention.qkv_proj]
+        else:
+            projections = [attention.k_proj, attention.v_proj]
+        for projection in projections:
             sample = projection.weight.detach().flatten()[::SAMPLE_STRIDE].bfloat16()
             digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -101,36 +106,46 @@ def windows(
 class _Recorder:
     """The attention function of a calibration: attends, and adds what it saw.
 
+    ropes, windows, softcap: the model's, as `SpectralKVCache` takes them.
     moments: second moments of the queries before and after RoPE, fp64 `[2, layers, H, D, D]`.
     """
 
     accumulator: BasisAccumulator
-    rope: RotaryTable
+    ropes: Sequence[RotaryTable | None]
+    windows: Sequence[int | None]
+    softcap: float | None
     moments: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`."""
-        heads = k.shape[1]
+        rope, heads = self.ropes[layer], k.shape[1]
+        if rope is not None:
+            q, k = rope.halves(q), rope.halves(k)
         used = slice(SKIPPED_TOKENS, None)
         positions = torch.arange(k.shape[2], device=k.device)[used]
-        table = self.rope.cos[positions], self.rope.sin[positions]
-        plain = rotate(k[0, :, used], *table, inverse=True)
+        table = None if rope is None else (rope.cos[positions], rope.sin[positions])
         for start in range(0, len(positions), BLOCK_TOKENS):
             block = slice(start, start + BLOCK_TOKENS)
             keys = k[:, :, used][:, :, block]
+            turned = dict.fromkeys(("k_pre", "k_frame"), keys)
+            if table is not None:
+                rows = table[0][block], table[1][block]
+                turned = {name: stored_keys(keys, *rows, name[2:]) for name in turned}
             self.accumulator.add(
-                [layer],
-                k_pre=plain[None, :, block],
-                k_frame=stored_keys(keys, table[0][block], table[1][block], "frame"),
-                k_post=keys,
-                v=v[:, :, used][:, :, block],
+                [layer], **turned, k_post=keys, v=v[:, :, used][:, :, block]
             )
         seen = q[0, :, used]
-        for i, x in enumerate((rotate(seen, *table, inverse=True), seen)):
-            rows = x.double().unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G T, D]
-            self.moments[i, layer] += (rows.transpose(-1, -2) @ rows).cpu()
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+        plain = seen if table is None else rotate(seen, *table, inverse=True)
+        for i, x in enumerate((plain, seen)):
+            groups = x.double().unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G T, D]
+            self.moments[i, layer] += (groups.transpose(-1, -2) @ groups).cpu()
+        num_tokens = k.shape[2]
+        found = chunk_attention(
+            q[0].transpose(0, 1), k[0], v[0], scale=scale, softcap=self.softcap,
+            window=self.windows[layer],
+            spans=ChunkSpans.of([num_tokens], [num_tokens], q.device),
+        )  # fmt: skip
+        return found.to(q.dtype).unsqueeze(0)
 
 
 def _attention(
@@ -156,15 +171,17 @@ def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     return torch.stack(moments)
 
 
-def met_before_rope(moment: Tensor, rope: RotaryTable) -> Tensor:
+def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
     """The moment of queries as a key before RoPE meets them, averaged over distances.
 
     A query u (before RoPE), d tokens behind a key, scores R(d) u with it. Distances go in even
-    ratios from 1 to the end of `rope`.
+    ratios from 1 to the end of `rope`. Where nothing is turned (None) the moment stays as it is.
 
     Args:
         moment: second moment of u, fp64 `[..., D, D]`.
     """
+    if rope is None:
+        return moment
     distances = torch.logspace(0, math.log2(rope.max_positions - 1), NUM_DISTANCES, base=2.0)
     total = torch.zeros_like(moment)
     for distance in distances.round().long().tolist():
@@ -199,11 +216,13 @@ def calibrate(
     geometry, model = loaded.geometry, loaded.model
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
     accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    rope = rotary_table(model, min(MAX_DISTANCE, geometry.max_position_embeddings), model.device)
+    ropes = layer_ropes(model, min(MAX_DISTANCE, geometry.max_position_embeddings), model.device)
     moments = torch.zeros(
         2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
     )
-    recorder = _Recorder(accumulator, rope, moments.double())
+    recorder = _Recorder(
+        accumulator, ropes, geometry.windows, geometry.softcap, moments.double()
+    )
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     with attending(model, ATTENTION_NAME):
@@ -217,7 +236,7 @@ def calibrate(
                 spectral_recorder=recorder,
             )
     basis = accumulator.finish(
-        q_pre=met_before_rope(recorder.moments[0], rope),
+        q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
         o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
         model_fingerprint=model_fingerprint(model),

@@ -12,13 +12,11 @@ from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page_ops import check_layout
 from spectral_paged.layer_group import LayerGroup
-from spectral_paged.layer_spec import LayerSpec
+from spectral_paged.layer_spec import LayerSpec, seals_behind
 from spectral_paged.online_basis import CacheBasis
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
 from spectral_paged.pins import MAX_PINNED_BLOCKS
-
-EXACT_WINDOW = 1024  # tokens: a window up to here is a few pages, which sealing would not shrink
 
 
 def check_geometry(
@@ -113,14 +111,11 @@ def check_heads(
 def _kinds(
     format: PageFormat, specs: Sequence[LayerSpec], exempt: Sequence[int]
 ) -> dict[tuple[bool, LayerSpec], list[int]]:
-    """Layers of one kind, sealing ones first: the same window, and the same table where they seal.
-
-    Windows up to `EXACT_WINDOW` stay exact.
-    """
+    """Layers of one kind, sealing ones first: the same window, and the same table where they
+    seal."""
     kinds: dict[tuple[bool, LayerSpec], list[int]] = {}
     for layer, spec in enumerate(specs):
-        short = spec.window is not None and spec.window <= EXACT_WINDOW
-        seals = format.seals and layer not in exempt and not short
+        seals = layer not in exempt and seals_behind(format, spec.window)
         kind = seals, spec if seals else LayerSpec(None, spec.window)
         kinds.setdefault(kind, []).append(layer)
     return dict(sorted(kinds.items(), key=lambda item: not item[0][0]))

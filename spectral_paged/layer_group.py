@@ -268,8 +268,8 @@ class LayerGroup:
     def publish_exact(self, seq_id: str, chain: PrefixChain, num_tokens: int) -> None:
         """Let full exact pages be found by their prefix.
 
-        Those that a page replaced, or that left the window, are gone where token ids came late. A fork's may have been
-        published by another.
+        Those that a page replaced or that left the window are gone where token ids came late. A
+        fork's may have been published by another.
         """
         slots = self.sequences[seq_id]
         full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))

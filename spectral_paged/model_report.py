@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spectral_paged.capacity import Need
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.layer_spec import seals_behind
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
@@ -29,26 +33,31 @@ class FormatReport:
     num_pages: int
 
 
-def sequence_bytes(format: PageFormat, num_layers: int, num_tokens: int) -> int:
-    """Bytes that a generating sequence of `num_tokens` holds, 2 bytes an exact element."""
-    blocks = format.visible_blocks(num_tokens, 0)
-    exact = -(-(num_tokens - blocks * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
-    return num_layers * (
-        blocks * format.page_bytes + exact * format.exact_page_bytes(ITEMSIZE)
+def sequence_bytes(format: PageFormat, windows: Sequence[int | None], num_tokens: int) -> int:
+    """Bytes that a generating sequence of `num_tokens` holds, 2 bytes an exact element; `windows`
+    has an entry a layer."""
+    return sum(
+        count
+        * Need.while_generating(
+            format, num_tokens, seals=seals_behind(format, window), window=window
+        ).num_bytes(format, ITEMSIZE)
+        for window, count in Counter(windows).items()
     )
 
 
 def report_format(format: PageFormat, geometry: ModelGeometry, memory_bytes: int) -> FormatReport:
-    """Figures of one format; capacity is of sealed tokens (exact ones for `exact`)."""
-    layers = geometry.num_layers
-    plain = geometry.num_kv_heads * geometry.head_dim * 2 * ITEMSIZE * layers
+    """Figures of one format; capacity is of sealed tokens (exact ones for `exact`), in layers
+    without a window where there are any."""
+    layers = geometry.windows.count(None) or geometry.num_layers
+    plain = geometry.num_kv_heads * geometry.head_dim * 2 * ITEMSIZE
     if format.seals:
         slot_bytes, slot_tokens = format.page_bytes * layers, BLOCK_TOKENS
     else:
         slot_bytes = format.exact_page_bytes(ITEMSIZE) * layers
         slot_tokens = EXACT_PAGE_TOKENS
     lengths = [n for n in REPORTED_LENGTHS if n <= geometry.max_position_embeddings]
-    bytes_at = {n: sequence_bytes(format, layers, n) for n in lengths}
+    bytes_at = {n: sequence_bytes(format, geometry.windows, n) for n in lengths}
+    plain_at = {n: plain * sum(min(n, w or n) for w in geometry.windows) for n in lengths}
     num_slots = memory_bytes // slot_bytes
     return FormatReport(
         name=format.name,
@@ -56,7 +65,7 @@ def report_format(format: PageFormat, geometry: ModelGeometry, memory_bytes: int
         bytes_per_token=slot_bytes / slot_tokens,
         page_ratio=format.page_ratio,
         bytes_at=bytes_at,
-        ratio_at={n: plain * n / b for n, b in bytes_at.items()},
+        ratio_at={n: plain_at[n] / b for n, b in bytes_at.items()},
         capacity_tokens=num_slots * slot_tokens,
         num_pages=num_slots,
     )
@@ -101,4 +110,10 @@ def model_report(name: str, geometry: ModelGeometry, memory_bytes: int) -> str:
         "bytes an element; at nK: of a whole sequence with landmarks, tail, scales and padding.",
         "pages, tokens: what the memory holds (exact: pages of 64 tokens).",
     ]
+    windows = Counter(window for window in geometry.windows if window is not None)
+    for window, count in windows.items():
+        lines.append(
+            f"{count} of {geometry.num_layers} layers see {window} tokens: what they hold is only "
+            "in the columns at nK."
+        )
     return "\n".join(lines + notes)

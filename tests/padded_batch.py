@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import test_families
+import test_models
 import torch
 from tiny_model import random_prompts, tiny_model
 
@@ -9,6 +11,15 @@ from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.transformers_cache import SpectralPagedCache
 
 LENGTHS = (5, 700, 64, 1300)  # alone in their landmarks, one page, one exact page, two pages
+BUILDERS = {
+    **dict.fromkeys(test_models.VARIANTS, test_models.build),
+    **dict.fromkeys(test_families.FAMILIES, test_families.build),
+}  # a small random model of every family and kind of layer that is served
+
+
+def build(name):
+    """The model `name` of `BUILDERS`, with an attention of transformers'."""
+    return BUILDERS[name](name)
 
 
 def padded(prompts):

@@ -40,6 +40,14 @@ FORMATS = {
     ),
     "exact": PageFormat.preset("exact", num_kv_heads=H, head_dim=D),
 }
+FORMATS |= {f"{name}, layers differ": FORMATS[name] for name in ("pre-512", "exact")}
+PAIRS = RotaryTable.from_inv_freq(
+    torch.tensor([0.7, 0.2, 0.03]), max_positions=LONGEST, interleaved=True
+)
+ALIKE = [(ROPE, None)]
+DIFFERENT = [(ROPE, None), (PAIRS, 1100), (None, 130), (None, None)]  # rotary table, window
+UNTURNED = RotaryTable(torch.ones(LONGEST, 1), torch.zeros(LONGEST, 1))
+SOFTCAP = 4.0
 _g = torch.Generator().manual_seed(7)
 Q_TABLE = torch.randn(VOCAB, HQ, D, generator=_g)
 K_TABLE = torch.randn(VOCAB, H, D, generator=_g)
@@ -52,34 +60,43 @@ def wave(position: int, side: int) -> torch.Tensor:
     return torch.sin(torch.arange(D) * 0.7 + position * 0.013 + side)
 
 
-def content(token_ids, start, end, salt=""):
+def content(token_ids, start, end, salt="", rope=ROPE):
     """q [T, HQ, D], k after RoPE and v [T, H, D] of the tokens in `start..end`; salts stand for
     models that differ."""
     ids = torch.tensor(token_ids[start:end])
     span = torch.arange(start, end)
     sides = (2 * len(salt), 2 * len(salt) + 1)
     waves = [torch.stack([wave(t, s) for t in range(start, end)])[:, None] for s in sides]
-    k = ROPE.apply(K_TABLE[ids] + waves[0], span)
-    return Q_TABLE[ids], k, V_TABLE[ids] + waves[1]
+    k = K_TABLE[ids] + waves[0]
+    return Q_TABLE[ids], k if rope is None else rope.apply(k, span), V_TABLE[ids] + waves[1]
 
 
-def answer(format, token_ids, prompt, t, pins=(), salt=""):
+def answer(format, token_ids, prompt, t, pins=(), salt="", layer=ALIKE[0], softcap=None):
     """What the query at `t` must get, [HQ, D], by the rule of what a query sees."""
-    q, k, v = content(token_ids, 0, t + 1, salt)
+    rope, window = layer
+    q, k, v = content(token_ids, 0, t + 1, salt, rope)
     k, v = k.clone(), v.clone()
-    for b in range(format.visible_blocks(t, prompt)):
+    visible = format.visible_blocks(t, prompt)
+    for b in range(visible if window is None or window > 1024 else 0):
         first = format.num_landmark_tokens + 512 * b
         if any(start < first + 512 and end > first for start, end in pins):
             continue
         span = torch.arange(first, first + 512)
-        rows = [x.transpose(0, 1) for x in ROPE.rows(span)]
-        stored = stored_keys(k[span].transpose(0, 1), *rows, format.rope)
+        table = rope or UNTURNED
+        rows = [x.transpose(0, 1) for x in table.rows(span)]
+        halves = table.halves(k[span]).transpose(0, 1)
+        stored = stored_keys(halves, *rows, format.rope)
         page = encode_pages(stored[None], v[span].transpose(0, 1)[None], format)
         new_k, new_v = (x[0] for x in decode_pages(page, format))
-        k[span] = read_keys(new_k, *rows, format.rope).transpose(0, 1)
+        back = read_keys(new_k, *rows, format.rope).transpose(0, 1)
+        k[span] = back[..., table.halves(torch.arange(D)).argsort()]
         v[span] = new_v.transpose(0, 1)
     grouped = q[t].view(H, HQ // H, D)
     scores = torch.einsum("hgd,thd->hgt", grouped, k) * D**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if window is not None:
+        scores[..., : max(0, t + 1 - window)] = float("-inf")
     return torch.einsum("hgt,thd->hgd", torch.softmax(scores, -1), v).reshape(HQ, D)
 
 
@@ -93,14 +110,19 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, extra, seats):
         self.format = FORMATS[self.format_name]
         smallest = 400_000 if self.format.seals else 900_000
+        differ = "differ" in self.format_name
+        self.layers, self.softcap = (DIFFERENT, SOFTCAP) if differ else (ALIKE, None)
+        ropes, windows = zip(*self.layers)
         self.cache = SpectralKVCache(
-            num_layers=1,
+            num_layers=len(self.layers),
             num_q_heads=HQ,
             num_kv_heads=H,
             head_dim=D,
-            rope=ROPE,
+            rope=ropes,
+            sliding_windows=windows,
+            softcap=self.softcap,
             format=self.format,
-            kv_cache_bytes=smallest + 150_000 * extra,
+            kv_cache_bytes=(smallest + 150_000 * extra) * (3 if differ else 1),
             max_num_seqs=seats,
             max_model_len=LONGEST,
             poison=True,
@@ -197,21 +219,26 @@ class CacheMachine(RuleBasedStateMachine):
             assert after["pages_in_use"] == before["pages_in_use"]
             return False
         self.cache.begin_step(plan)
-        parts = [
-            content(self.tokens[e.seq_id], e.start, e.start + e.num_new, self.salt[e.seq_id])
-            for e in plan.entries
-        ]
-        out = self.cache.attend(0, *(torch.cat(x) for x in zip(*parts)))
+        outs = []
+        for layer, (rope, _) in enumerate(self.layers):
+            parts = [
+                content(
+                    self.tokens[e.seq_id], e.start, e.start + e.num_new, self.salt[e.seq_id], rope
+                )
+                for e in plan.entries
+            ]
+            outs.append(self.cache.attend(layer, *(torch.cat(x) for x in zip(*parts))))
         assert not self.cache.end_step().failed
         flat = 0
         for e in plan.entries:
             for t in {e.start, e.start + e.num_new - 1}:
                 name = e.seq_id
-                want = answer(
-                    self.format, self.tokens[name], self.prompt[name], t, self.pins[name],
-                    self.salt[name],
-                )  # fmt: skip
-                assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
+                for layer, out in zip(self.layers, outs):
+                    want = answer(
+                        self.format, self.tokens[name], self.prompt[name], t, self.pins[name],
+                        self.salt[name], layer, self.softcap,
+                    )  # fmt: skip
+                    assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
                 sealed = self.format.visible_blocks(t, self.prompt[name])
                 if "queries_past_pins" in self.seen and sealed and self.pins[name]:
                     self.seen["queries_past_pins"] += 1
@@ -270,7 +297,8 @@ class CacheMachine(RuleBasedStateMachine):
         if stored:
             self.cache.begin_step(plan)
             wrong = [torch.full((sum(new.values()), h, D), 7.0) for h in (HQ, H, H)]
-            self.cache.attend(0, *wrong)
+            for layer in range(len(self.layers)):
+                self.cache.attend(layer, *wrong)
             self.cache.abort_step()
         else:
             for name in new:
@@ -305,7 +333,7 @@ def test_any_order_of_operations_gives_the_written_answer(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=150,
+            max_examples=40 if "differ" in name else 150,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

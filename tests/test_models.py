@@ -223,26 +223,21 @@ def test_smollm2_exact_greedy_is_transformers_generate(real_case, budget):
 # ---- refusals ----------------------------------------------------------------------------
 
 REFUSED = {
-    "gemma2": (tf.Gemma2Config, {}, "'gemma2' .* take a model of"),
+    "gemma3 with images": (tf.Gemma3Config, {}, "'gemma3' .*text model, of type gemma3_text"),
+    "attention sinks": (tf.GptOssConfig, {}, "'gpt_oss' .*sinks.* take a model of"),
+    "gemma3 that looks ahead": (
+        tf.Gemma3TextConfig,
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention .*take a causal model",
+    ),
     "phi": (tf.PhiConfig, {}, "'phi' .* take a model of"),
     "gpt2": (tf.GPT2Config, {}, "'gpt2' .* take a model of"),
     "encoder-decoder": (tf.T5Config, {}, "'t5' .* take a model of"),
     "mixture of experts": (tf.MixtralConfig, {}, "'mixtral' .* take a model of"),
-    "mistral's window": (tf.MistralConfig, {"sliding_window": 4096}, "window 4096.*use a model"),
-    "qwen2's window": (
-        tf.Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1},
-        "window 512.*full attention",
-    ),
-    "qwen3's window": (
-        tf.Qwen3Config,
-        {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1},
-        "window 512.*full attention",
-    ),
     "soft cap": (
         tf.LlamaConfig,
         {"attn_logit_softcapping": 50.0},
-        "attn_logit_softcapping 50.0.*use a model without",
+        "attn_logit_softcapping 50.0.*remove it from the config",
     ),
     "dynamic rope": (
         tf.LlamaConfig,
@@ -262,6 +257,27 @@ REFUSED = {
             }
         },
         "'longrope'.*rope_parameters",
+    ),
+    "longrope in phi3": (
+        tf.Phi3Config,
+        {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4,
+                "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+            },
+        },
+        "'longrope'.*rope_parameters",
+    ),
+    "dynamic rope of one kind of layers": (
+        tf.Gemma3TextConfig,
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
+            }
+        },
+        "'dynamic'.*rope_parameters",
     ),
 }
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded_batch import attending_model, batch, generated, padded, paged_cache
-from test_models import VARIANTS, build
+from padded_batch import (
+    BUILDERS,
+    attending_model,
+    batch,
+    build,
+    generated,
+    padded,
+    paged_cache,
+)
 from tiny_model import raise_once, random_prompts
 from transformers import DynamicCache, TextStreamer
 
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
+from spectral_paged.models.geometry import FAMILIES
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_exact_generates_what_a_dynamic_cache_does(variant):
+@pytest.mark.parametrize("name", BUILDERS)
+def test_exact_generates_what_a_dynamic_cache_does(name):
     """Left-padded rows of 5 to 1,300 tokens, token for token."""
-    model, inputs = build(variant), batch()
+    model, inputs = build(name), batch()
     expected = generated(model, inputs)
     model.set_attn_implementation(ATTENTION_NAME)
     cache = paged_cache(model)
@@ -23,6 +31,10 @@ def test_exact_generates_what_a_dynamic_cache_does(variant):
     stored = [cache.kv_cache.num_tokens(row) for row in cache._rows]
     assert stored == [5 + 7, 700 + 7, 64 + 7, 1300 + 7]  # tokens, and no padding
     cache.kv_cache.check_integrity()
+
+
+def test_every_family_that_is_served_is_tested():
+    assert {build(name).config.model_type for name in BUILDERS} == set(FAMILIES)
 
 
 def test_sampling_draws_the_same_tokens():
@@ -100,9 +112,11 @@ def test_a_conversation_goes_on_with_the_same_cache(only_new):
     assert torch.equal(*found)
 
 
-def test_a_prompt_may_come_in_chunks():
-    model, inputs = attending_model(), batch((300, 5))
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral, a window"])
+def test_a_prompt_may_come_in_chunks(name):
+    model, inputs = build(name), batch((300, 5))
     whole = generated(model, inputs)
+    model.set_attn_implementation(ATTENTION_NAME)
     cut = generated(model, inputs, paged_cache(model), prefill_chunk_size=128)
     assert torch.equal(cut, whole)
 
@@ -122,6 +136,36 @@ def test_rows_are_repeated_and_selected():
     got = generated(model, new, cache)
     assert torch.equal(got, generated(model, asked))
     assert len({tuple(row) for row in got.tolist()}) == 3
+
+
+def test_prompts_may_be_embeddings():
+    model, inputs = attending_model(), batch((5, 70))
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    mask = {"attention_mask": inputs["attention_mask"]}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    got = model.generate(
+        inputs_embeds=embedded, **mask, **options, past_key_values=paged_cache(model)
+    )
+    assert torch.equal(got, model.generate(inputs_embeds=embedded, **mask, **options))
+
+
+def test_an_adapter_around_a_model_is_looked_through():
+    class Adapter(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def get_base_model(self):
+            return self.inner
+
+        def generate(self, **inputs):
+            return self.inner.generate(**inputs)
+
+    model, inputs = attending_model(), batch((5, 70))
+    adapted = Adapter(model)
+    assert torch.equal(
+        generated(adapted, inputs, paged_cache(adapted)), generated(model, inputs)
+    )
 
 
 def test_without_a_mask_every_column_is_a_token():
@@ -147,9 +191,10 @@ def test_a_plain_forward_counts_positions_from_the_first_token():
     assert torch.allclose(got[shown], expected[shown], atol=1e-4)
 
 
-def test_the_model_stays_what_it_was():
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_model_stays_what_it_was(name):
     """Stock generate, and training, under our attention and after a cache was used."""
-    model, inputs = build("llama"), batch((5, 90))
+    model, inputs = build(name), batch((5, 130))
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
 
     def trained():
@@ -159,9 +204,12 @@ def test_the_model_stays_what_it_was():
         return loss.item(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
     tokens, (loss, gradient) = generated(model, inputs), trained()
+    unpadded = batch((130,))
+    alone = generated(model, unpadded)
     model.set_attn_implementation(ATTENTION_NAME)
     generated(model, inputs, paged_cache(model))
     assert torch.equal(generated(model, inputs), tokens)
+    assert torch.equal(generated(model, unpadded), alone)
     again, same = trained()
     assert again == pytest.approx(loss, rel=1e-5) and gradient.abs().max() > 0
     assert torch.allclose(same, gradient, atol=1e-6)

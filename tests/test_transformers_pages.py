@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded_batch import LENGTHS, attending_model, batch, generated, padded, paged_cache
+from padded_batch import LENGTHS, attending_model, batch, build, generated, padded, paged_cache
 from real_text import smollm2, text
-from test_models import VARIANTS, build
 from tiny_model import random_prompts, tiny_format
+from transformers import DynamicCache
 
 from spectral_paged import PageFormat
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 
 NEW = 8
+# a model of each family, and how many of its two layers seal; short windows stay exact
+SEALING = {
+    "llama": 2, "mistral": 2, "qwen2, yarn, one kv head, window in no layer": 2, "qwen3": 2,
+    "granite": 2, "gemma": 2, "gemma2": 1, "gemma3": 1, "cohere": 2, "cohere2": 1, "phi3": 2,
+    "olmo2": 2, "smollm3": 2, "mistral, a window that is sealed": 2,
+    "gemma2, a window that is sealed": 2,
+}  # fmt: skip
+WINDOWED = (
+    "gemma3", "cohere", "cohere2", "mistral, a window that is sealed",
+    "gemma2, a window that is sealed",
+)  # fmt: skip
 PAGES = 1 + 2  # of rows with 700 and 1,300 tokens, in a layer
 
 
@@ -44,9 +55,9 @@ def kl(p, q):
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pages_are_sealed_attended_and_close(variant):
-    model, inputs = build(variant), batch()
+@pytest.mark.parametrize("name", SEALING)
+def test_pages_are_sealed_attended_and_close(name):
+    model, inputs = build(name), batch()
     tokens = torch.tensor(random_prompts([NEW] * len(LENGTHS), seed=3))
     model.set_attn_implementation(ATTENTION_NAME)
     exact = scores(model, inputs, paged_cache(model), tokens)
@@ -54,11 +65,11 @@ def test_pages_are_sealed_attended_and_close(variant):
     paged = scores(model, inputs, cache, tokens)
     stats = cache.stats()
     sealing = sum(len(group.layers) for group in cache.kv_cache.groups if group.seals)
-    assert sealing > 0
+    assert sealing == SEALING[name]
     assert stats["pages_sealed"] == PAGES * sealing
     assert stats["pages_attended"] == PAGES * sealing * NEW
-    assert torch.equal(paged[:, 0], exact[:, 0])  # a prompt sees itself exactly
-    assert torch.equal(paged[0], exact[0])  # and so does a row without pages
+    assert torch.allclose(paged[:, 0], exact[:, 0], atol=1e-4)  # a prompt sees itself exactly
+    assert torch.allclose(paged[0], exact[0], atol=1e-4)  # and so does a row without pages
     error = kl(exact[[1, 3], 1:], paged[[1, 3], 1:])
     assert 0 < error < 1e-3, error
     cache.kv_cache.check_integrity()
@@ -105,15 +116,56 @@ def test_a_prompt_in_chunks_attends_to_its_sealed_beginning():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("sealing", [False, True], ids=["exact", "sealed"])
 def test_materialized_keys_say_what_pages_say(attention, sealing):
-    model, inputs = attending_model(), batch()
-    kv_format = fine(model) if sealing else "exact"
+    materialized(attending_model(), attention, fine if sealing else None)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_materialized_windows_and_rotations_say_what_pages_say(name):
+    """What left a window is gone, and the rest stands in its columns; pairs as the model has them.
+    """
+    materialized(build(name), "eager", fine)
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere"])
+def test_what_is_materialized_stands_where_a_dynamic_cache_has_it(name, monkeypatch):
+    """Landmarks and tail are what the model gave; pages are close to it."""
+    model, inputs = build(name), batch((700,))
+    given, cache = DynamicCache(config=model.config), paged_cache(
+        model, fine(model), materialize=True
+    )
+    new = {
+        "input_ids": torch.tensor([[7]]),
+        "attention_mask": torch.ones(1, 701, dtype=torch.long),
+    }
+    with torch.no_grad():
+        for each in (given, cache):
+            model(**inputs, past_key_values=each)
+        model(**new, past_key_values=given)
+        returned, update = {}, cache.update
+        monkeypatch.setattr(
+            cache, "update", lambda k, v, layer: returned.setdefault(layer, update(k, v, layer))
+        )
+        model(**new, past_key_values=cache)
+    for side, expected in zip(returned[0], (given.layers[0].keys, given.layers[0].values)):
+        assert side.shape == expected.shape
+        kept = [*range(64), *range(576, 701)]
+        assert torch.equal(side[:, :, kept], expected[:, :, kept])
+        error = (side - expected)[:, :, 64:576].norm() / expected[:, :, 64:576].norm()
+        assert 0 < error < 0.02
+
+
+def materialized(model, attention, format_of):
+    kv_format, inputs = "exact" if format_of is None else format_of(model), batch()
     tokens = torch.tensor(random_prompts([NEW] * len(LENGTHS), seed=3))
-    expected = scores(model, inputs, paged_cache(model, kv_format), tokens)
+    model.set_attn_implementation(ATTENTION_NAME)
+    attending = paged_cache(model, kv_format)
+    expected = scores(model, inputs, attending, tokens)
     model.set_attn_implementation(attention)
     cache = paged_cache(model, kv_format, materialize=True)
     found = scores(model, inputs, cache, tokens)
-    assert torch.allclose(found, expected, atol=1e-3)
-    assert cache.stats()["pages_sealed"] == PAGES * 2 * sealing
+    assert torch.allclose(found, expected, atol=5e-3)
+    assert cache.stats()["pages_sealed"] == attending.stats()["pages_sealed"]
+    assert (cache.stats()["pages_sealed"] > 0) == (format_of is not None)
 
 
 def test_materialized_conversations_go_on():
@@ -132,25 +184,39 @@ def test_materialized_conversations_go_on():
     assert torch.equal(*found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu():
+    model, inputs = attending_model(), batch()
+    here = generated(model, inputs, paged_cache(model, tiny_format()))
+    model, inputs = model.cuda(), {name: x.cuda() for name, x in inputs.items()}
+    cache = paged_cache(model, tiny_format())
+    assert torch.equal(generated(model, inputs, cache).cpu(), here)
+    assert cache.stats()["pages_attended"] == PAGES * 2 * (NEW - 1)
+    cache.kv_cache.check_integrity()
+
+
 @pytest.mark.model
 def test_a_real_model_finds_what_lies_in_its_pages():
+    """The question comes in a second forward, to which the needle is in a page."""
     loaded = smollm2()
     model, tokenizer = loaded.model, loaded.tokenizer
     passage = text("alice")[:2800]
     middle = passage.index(" ", 1200)
-    needle = " The secret number of the white door is 7391."
+    passage = f"{passage[:middle]} The secret number of the white door is 7391.{passage[middle:]}"
     question = "\n\nQuestion: What is the secret number of the white door?\nAnswer: The secret "
-    question += "number"
-    prompt = passage[:middle] + needle + passage[middle:] + question
-    inputs = padded([tokenizer(prompt)["input_ids"]])
+    question += "number of the white door is"
+    seen, asked = (padded([tokenizer(text)["input_ids"]]) for text in (passage, question))
+    both = {name: torch.cat([seen[name], asked[name]], dim=1) for name in seen}
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     try:
-        cache = paged_cache(model, "auto", kv_cache_bytes=256 << 20, tokenizer=tokenizer)
-        tokens = generated(model, inputs, cache, max_new_tokens=8)
+        cache = paged_cache(model, "auto", kv_cache_bytes=64 << 20, tokenizer=tokenizer)
+        with torch.no_grad():
+            model(**seen, past_key_values=cache, logits_to_keep=1)
+        tokens = generated(model, both, cache, max_new_tokens=5)
     finally:
         model.set_attn_implementation(before)
-    answer = tokenizer.decode(tokens[0])
-    assert "7391" in answer, answer
-    assert cache.stats()["pages_attended"] > 0
+    assert "7391" in tokenizer.decode(tokens[0])
+    assert cache.stats()["pages_attended"] == 30 * 5
     assert cache.kv_cache.format.name == "spectral-quality"
