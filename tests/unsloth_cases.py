@@ -108,7 +108,10 @@ def test_exact_generates_what_the_unpatched_model_does_and_unpatching_gives_it_b
     tokens = generate(model, inputs)
     logits, steps = prompt_logits(model, inputs), decode_logits(model, inputs)
     before, forward = functions_now(), vars(model).get("forward")
+    held = [hasattr(layer.self_attn, "paged_attention") for layer in model.model.layers]
+    assert all(held) == FAMILIES[family].is_fast
     patch = patched(model, kv_format="exact")
+    assert not any(hasattr(layer.self_attn, "paged_attention") for layer in model.model.layers)
     assert torch.equal(generate(model, inputs), tokens)
     stats = patch.stats()
     assert (stats["prompt_steps"], stats["decode_steps"]) == (1, 5)

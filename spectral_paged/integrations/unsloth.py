@@ -26,6 +26,7 @@ from spectral_paged.integrations.unsloth_families import (
     causal_lm,
     family_of,
     loaded_unsloth,
+    unsloth_module,
 )
 from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
 from spectral_paged.integrations.unsloth_graphs import GRAPHED, UnslothGraphs
@@ -186,6 +187,8 @@ def patch_unsloth_attention(
         landmarks=landmark_count,
     )
     _check_calibration(format, calibration, family)
+    # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
+    unsloth_module("_decode_graphs").release_for_training(inner)
     cache = model_cache(
         LoadedModel("unsloth", inner, getattr(inner, "_saved_temp_tokenizer", None), geometry),
         format,
