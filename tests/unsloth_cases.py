@@ -229,6 +229,23 @@ def test_sampling_streaming_and_several_sequences_a_prompt_work_unchanged(family
     assert pieces[1:] == [[token] for token in tokens] + ["end"]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "cohere"])
+def test_beams_are_those_of_the_unpatched_model_and_share_pages(family, patched, monkeypatch):
+    model, inputs = model_of(family), batch([30, 700])
+    expected = generate(model, inputs, num_beams=3)
+    patch = patched(model, kv_format="exact")
+    forks, fork = [], patch.cache.fork
+    monkeypatch.setattr(patch.cache, "fork", lambda *ids: forks.append(ids) or fork(*ids))
+    assert torch.equal(generate(model, inputs, num_beams=3), expected)
+    assert forks and patch.stats()["exact_pages_in_use"] == 0
+    patch.undo()
+    patch = patched(model, kv_format="exact", kv_cache_bytes=1 << 20)
+    with pytest.raises(CapacityError):
+        generate(model, batch([700]), num_beams=3)
+    assert patch.stats()["exact_pages_in_use"] == 0
+    patch.cache.check_integrity()
+
+
 @pytest.mark.parametrize("family", ["llama", "granite"])
 def test_a_conversation_goes_on_from_its_past(family, patched):
     model, inputs = model_of(family), batch([30, 700])
@@ -337,12 +354,8 @@ def test_a_patched_model_refuses_a_second_patch_and_an_unpatched_one_to_be_unpat
 def test_what_cannot_be_served_is_refused_and_says_what_to_do(patched):
     model, inputs = model_of("llama"), batch([30, 200])
     patch = patched(model, kv_format="exact")
-    for options, match in (
-        ({"num_beams": 2}, "num_beams=1"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-    ):
-        with pytest.raises(InvalidRequestError, match=match):
-            generate(model, inputs, **options)
+    with pytest.raises(InvalidRequestError, match="output_hidden_states"):
+        generate(model, inputs, output_hidden_states=True, return_dict_in_generate=True)
     with pytest.raises(InvalidRequestError, match="without an assistant"):
         generate(model, batch([200]), prompt_lookup_num_tokens=3)
     right = {name: x.flip(1) for name, x in inputs.items()}

@@ -77,11 +77,14 @@ class SpectralPast(Sequence[Any]):
         """Columns of the padded batch, as transformers counts them."""
         return self.num_columns
 
-    def reorder_cache(self, *_: Any, **__: Any) -> None:
-        raise InvalidRequestError(
-            "beam search moves rows of the cache about, which paged sequences do not do: use "
-            "num_beams=1 (greedy or sampling)"
-        )
+    def reorder_cache(self, beam_idx: Tensor) -> SpectralPast:
+        """Row i goes on as a copy of row `beam_idx[i]`; full pages are shared.
+
+        Raises:
+            CapacityError: no room for what copies do not share.
+        """
+        self.rows.take(self.owner.cache, beam_idx.tolist())
+        return self
 
     def crop(self, *_: Any, **__: Any) -> None:
         raise InvalidRequestError(
@@ -96,10 +99,34 @@ class _Rows:
     def __init__(self, owner: Any, count: int) -> None:
         self.seq_ids = [f"unsloth-{next(_numbers)}" for _ in range(count)]
         self.num_columns = 0
-        self.is_whole = True  # False: a forward failed between two chunks of a prompt
+        self.is_whole = True  # False: something failed half way, so that rows differ
         self.positions: Tensor | None = None  # int64 [B, 1], where the next token of each row is
         # collected at any moment, inside a step too: noted here, freed by the next call
         weakref.finalize(self, owner.released.extend, self.seq_ids)
+
+    def take(self, cache: SpectralKVCache, sources: list[int]) -> None:
+        """Rows become copies of rows `sources`: the first copy is the row itself, others fork."""
+        old, used = list(self.seq_ids), set(sources)
+        for row, seq_id in enumerate(old):
+            if row not in used:
+                cache.free(seq_id)
+        self.seq_ids[:] = [seq_id for row, seq_id in enumerate(old) if row in used]
+        taken: list[str] = []
+        for source in sources:
+            seq_id = old[source]
+            if seq_id in taken:
+                seq_id = f"unsloth-{next(_numbers)}"
+                if not cache.fork(old[source], seq_id):
+                    self.is_whole = False
+                    raise CapacityError(
+                        f"no room for what {len(sources)} beams do not share: patch with a larger "
+                        "kv_cache_bytes or max_num_seqs, or take fewer beams"
+                    )
+                self.seq_ids.append(seq_id)
+            taken.append(seq_id)
+        self.seq_ids[:] = taken
+        if self.positions is not None:
+            self.positions = self.positions[sources]
 
 
 class PatchedForward:
