@@ -9,8 +9,18 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 import unsloth_on_cpu  # before transformers
-from unsloth_on_cpu import VOCAB_SIZE, torch
+from unsloth_checkpoints import (
+    GREEDY,
+    LENGTHS,
+    adapters,
+    batch,
+    checkpoint,
+    decode_logits,
+    distance,
+    generate,
+)
 
 from spectral_paged import PageFormat
 from spectral_paged.benchmarks.unsloth import measure
@@ -29,14 +39,13 @@ from spectral_paged.integrations.unsloth import (
 from spectral_paged.integrations.unsloth_families import FAMILIES, fast_functions, fast_modules
 
 SERVED = list(FAMILIES)
-LENGTHS = [40, 1300, 7, 750]
 RANKS = {"k_rank_keys": 16, "k_rank_values": 16, "prefill_segment": 512}
 
 
 @functools.cache
 def model_of(family, **changes):
     folder = Path(tempfile.mkdtemp(prefix=f"unsloth-{family}-"))
-    return unsloth_on_cpu.load(unsloth_on_cpu.checkpoint(folder, family, **changes))
+    return unsloth_on_cpu.load(checkpoint(folder, family, **changes))
 
 
 @pytest.fixture
@@ -52,37 +61,6 @@ def patched():
     yield patch
     for model in models:
         model.undo()
-
-
-def batch(lengths=LENGTHS, seed=0):
-    """Left-padded random prompts."""
-    generator, width = torch.Generator().manual_seed(seed), max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
-        mask[row, width - length :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def generate(model, inputs, max_new_tokens=6, **options):
-    """New tokens `[B, max_new_tokens]`, greedy unless said."""
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **(GREEDY | options))
-    return out[:, inputs["input_ids"].shape[1] :]
-
-
-def decode_logits(model, inputs):
-    """Logits of six steps, one after the other, `[6, B, vocab]`."""
-    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
-    return torch.stack(model.generate(**inputs, max_new_tokens=6, **options).logits)
-
-
-def distance(x, y):
-    """Relative error of `x`."""
-    return float((x - y).norm() / y.norm())
 
 
 @torch.no_grad()
@@ -440,10 +418,10 @@ def test_adapters_may_come_after_the_patch(patched):
     folder = model_of("llama").config._name_or_path
     inputs, plain = batch([30, 700]), unsloth_on_cpu.load(folder)
     before = generate(plain, inputs)
-    expected = generate(unsloth_on_cpu.adapters(unsloth_on_cpu.load(folder)), inputs)
+    expected = generate(adapters(unsloth_on_cpu.load(folder)), inputs)
     assert not torch.equal(expected, before)
     patch = patched(plain, kv_format="exact")
-    model = unsloth_on_cpu.adapters(plain)
+    model = adapters(plain)
     assert torch.equal(generate(model, inputs), expected)
     assert patch.stats()["decode_steps"] == 5
     unpatch_unsloth_attention(model)
@@ -452,7 +430,7 @@ def test_adapters_may_come_after_the_patch(patched):
 
 def test_training_and_adapters_are_left_alone(patched):
     folder = model_of("llama").config._name_or_path
-    model = unsloth_on_cpu.adapters(unsloth_on_cpu.load(folder))
+    model = adapters(unsloth_on_cpu.load(folder))
     inputs = batch([20, 24], seed=2)
 
     def step():

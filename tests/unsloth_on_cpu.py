@@ -1,5 +1,5 @@
-"""Unsloth's own model code on a CPU in fp32: what stands in for its GPU, and tiny models of every
-family that it loads. Import before anything of Unsloth; it stays in this process."""
+"""Unsloth's own model code on a CPU: what stands in for its GPU. Import before anything of Unsloth;
+it stays in this process."""
 
 from __future__ import annotations
 
@@ -20,19 +20,11 @@ os.environ |= {
 }
 
 # isort: off
-from unsloth import FastLanguageModel  # noqa: E402  before transformers, as it asks for
+import unsloth  # noqa: E402, F401  before transformers, as it asks for
 from unsloth.models import llama  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-from spectral_paged.benchmarks.unsloth_models import load_fast, save_checkpoint  # noqa: E402
+from spectral_paged.benchmarks.unsloth_models import load_fast  # noqa: E402
 # isort: on
-
-VOCAB_SIZE = 199
-FIELDS = {
-    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.7},
-    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 128, "attn_logit_softcapping": 3.0},
-}
-
 
 def everywhere(name, value):
     """Set a global of that name in each of Unsloth's modules that has one."""
@@ -90,42 +82,6 @@ everywhere("fast_rms_layernorm", norm)
 gc.freeze()  # loading collects garbage several times over all that is imported here
 
 
-def checkpoint(folder, family, **changes):
-    """Save a tiny random model of `family` in `folder`.
-
-    Weights are scaled up so that continuations vary and depend on far tokens.
-    """
-    fields = {
-        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 1,
-        "pad_token_id": 0, "dtype": "float32",
-    }  # fmt: skip
-    config = AutoConfig.for_model(family, **(fields | FIELDS.get(family, {}) | changes))
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5.0)
-    save_checkpoint(model, folder)
-    return folder
-
-
 def load(folder, dtype=torch.float32):
     """The model that Unsloth makes of a checkpoint, without adapters."""
     return load_fast(folder, dtype=dtype, max_seq_length=4096, device="cpu")
-
-
-def adapters(model):
-    """`model` with random adapters of rank 4 on every projection."""
-    model = FastLanguageModel.get_peft_model(
-        model, r=4, lora_alpha=8, lora_dropout=0.0, bias="none", use_gradient_checkpointing=False,
-        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
-    )  # fmt: skip
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return model
