@@ -4,6 +4,7 @@ of its own, because importing Unsloth changes transformers for good."""
 from __future__ import annotations
 
 import functools
+import gc
 import tempfile
 import weakref
 from pathlib import Path
@@ -39,12 +40,13 @@ from spectral_paged.integrations.unsloth import (
 from spectral_paged.integrations.unsloth_families import FAMILIES, fast_functions, fast_modules
 
 SERVED = list(FAMILIES)
+CHECKPOINTS = tempfile.TemporaryDirectory(prefix="unsloth-")
 RANKS = {"k_rank_keys": 16, "k_rank_values": 16, "prefill_segment": 512}
 
 
 @functools.cache
 def model_of(family, **changes):
-    folder = Path(tempfile.mkdtemp(prefix=f"unsloth-{family}-"))
+    folder = Path(CHECKPOINTS.name) / family
     return unsloth_on_cpu.load(checkpoint(folder, family, **changes))
 
 
@@ -318,6 +320,19 @@ def test_a_model_loaded_while_another_is_patched_is_not_patched(patched):
     assert torch.equal(generate(later, inputs), expected)
     patched(later, kv_format="exact")
     assert torch.equal(generate(later, inputs), expected)
+
+
+def test_a_patched_model_that_nobody_holds_is_freed():
+    model = unsloth_on_cpu.load(model_of("llama").config._name_or_path)
+    before = functions_now()
+    patch = patch_unsloth_attention(model, kv_cache_bytes=8 << 20, verbose=False)
+    assert functions_now() != before
+    generate(model, batch([30, 200]))
+    gone = weakref.ref(model), weakref.ref(patch.cache)
+    del model, patch
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+    assert functions_now() == before
 
 
 def test_a_patched_model_refuses_a_second_patch_and_an_unpatched_one_to_be_unpatched(patched):

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 
+COMPILED = tempfile.TemporaryDirectory(prefix="unsloth-compiled-")  # or files lie about here
 os.environ |= {
     "UNSLOTH_ALLOW_CPU": "1",
     "UNSLOTH_COMPILE_DISABLE": "1",
@@ -16,7 +17,7 @@ os.environ |= {
     "TORCHDYNAMO_DISABLE": "1",
     "TRITON_INTERPRET": "1",
     "HF_HUB_OFFLINE": "1",
-    "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-compiled-"),  # not the folder here
+    "UNSLOTH_COMPILE_LOCATION": COMPILED.name,
 }
 
 # isort: off
@@ -25,6 +26,7 @@ from unsloth.models import llama  # noqa: E402
 import torch  # noqa: E402
 from spectral_paged.benchmarks.unsloth_models import load_fast  # noqa: E402
 # isort: on
+
 
 def everywhere(name, value):
     """Set a global of that name in each of Unsloth's modules that has one."""

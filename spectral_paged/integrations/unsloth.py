@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ from spectral_paged.rope import RotaryTable
 from spectral_paged.shared_basis import SharedBasis
 
 _functions = FunctionPatches()
-_patched: list[UnslothPatch] = []
+# a model holds its patch, so that both go when nobody holds the model any more
+PATCH = "_spectral_paged_patch"
+_patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
 
 
 class UnslothPatch:
@@ -58,6 +61,7 @@ class UnslothPatch:
         self._forward = forward
         self._saved: dict[str, Any] = {}
         for name, value in {
+            PATCH: self,
             "forward": forward,
             # without this, generate brings a static cache for families that Unsloth compiles
             "_supports_static_cache": False,
@@ -65,6 +69,8 @@ class UnslothPatch:
         }.items():
             self._saved[name] = vars(model).get(name, self)  # self: there was none
             setattr(model, name, value)
+        _patched.add(self)
+        weakref.finalize(self, _remove_functions).atexit = False
 
     def stats(self) -> dict[str, object]:
         """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards.
@@ -98,11 +104,16 @@ class UnslothPatch:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, value)
-        _patched.remove(self)
+        _patched.discard(self)
         self._forward.close()
         del self.cache
-        if not _patched:
-            _functions.remove()
+        _remove_functions()
+
+
+def _remove_functions() -> None:
+    """Give Unsloth its functions back where no model is patched any more."""
+    if not list(_patched):
+        _functions.remove()
 
 
 def patch_unsloth_attention(
@@ -167,7 +178,7 @@ def patch_unsloth_attention(
     """
     version = loaded_unsloth().__version__
     inner = causal_lm(model)
-    if any(patch.model is inner for patch in _patched):
+    if PATCH in vars(inner):
         raise PatchError("this model is patched already: unpatch_unsloth_attention(model) first")
     family = family_of(inner)
     _check_options(
@@ -203,7 +214,6 @@ def patch_unsloth_attention(
         ropes=_ropes(inner, longest_sequence(geometry, max_model_len)),
     )
     AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
-    _functions.install()
     graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
     graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
     level = logging.INFO if debug_logging else logging.DEBUG
@@ -211,7 +221,11 @@ def patch_unsloth_attention(
         inner, cache, is_fast=family.is_fast, graphs=graphs, report_level=level
     )
     patch = UnslothPatch(inner, forward)
-    _patched.append(patch)
+    try:
+        _functions.install()
+    except BaseException:
+        patch.undo()
+        raise
     if verbose:
         print(
             f"spectral_paged: {type(inner).__name__} of unsloth {version} patched; format "
@@ -226,12 +240,10 @@ def unpatch_unsloth_attention(model: Any) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    inner = causal_lm(model)
-    for patch in _patched:
-        if patch.model is inner:
-            patch.undo()
-            return
-    raise PatchError("this model is not patched: there is nothing to undo")
+    patch = vars(causal_lm(model)).get(PATCH)
+    if patch is None:
+        raise PatchError("this model is not patched: there is nothing to undo")
+    patch.undo()
 
 
 def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool) -> None:
