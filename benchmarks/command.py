@@ -27,6 +27,14 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     room.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
     room.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
+    unsloth = benches.add_parser("unsloth", help="generate with and without it (needs a GPU)")
+    unsloth.add_argument("--model", default="random:mistral-7b", help="a random:<shape>")
+    unsloth.add_argument(
+        "--format", action="append", default=[], metavar="NAME",
+        help="a preset, exact, or unpatched; repeatable",
+    )  # fmt: skip
+    unsloth.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    unsloth.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
@@ -159,6 +167,21 @@ def bench_tune(args: argparse.Namespace) -> int:
     return tune.main(output=args.output)
 
 
+def bench_unsloth(args: argparse.Namespace) -> int:
+    """Generate with Unsloth, patched and not."""
+    from spectral_paged.placement import choose_device
+
+    choose_device("cuda")  # says what is missing
+    from spectral_paged.benchmarks import unsloth
+
+    return unsloth.run_apart(
+        model=args.model,
+        formats=tuple(args.format),
+        enforce_eager=args.enforce_eager,
+        output_dir=args.output_dir,
+    )
+
+
 def bench_capacity(args: argparse.Namespace) -> int:
     """Fill a memory with contexts."""
     from spectral_paged.benchmarks import capacity
@@ -222,6 +245,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_decode(args)
     if args.bench == "tune":
         return bench_tune(args)
+    if args.bench == "unsloth":
+        return bench_unsloth(args)
     if args.bench == "capacity":
         return bench_capacity(args)
     if args.bench == "throughput":

@@ -11,6 +11,7 @@ from spectral_paged.errors import FormatError, InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
+from spectral_paged.rope import RotaryTable
 from spectral_paged.shared_basis import SharedBasis
 
 
@@ -60,10 +61,13 @@ def model_cache(
     calibration: SharedBasis | str | Path = "auto",
     enable_prefix_caching: bool = True,
     poison: bool = False,
+    ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SpectralKVCache:
     """A `SpectralKVCache` on the model's device and in its dtype.
 
     Args:
+        ropes: each layer's rotary table, for a model that rotates by code of its own; default the
+            model's.
         calibration: as in `LLM`; found, or made by running the model, where `format` needs one.
         others: as in `SpectralKVCache`.
 
@@ -77,7 +81,7 @@ def model_cache(
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        rope=layer_ropes(model, max_model_len, model.device),
+        rope=layer_ropes(model, max_model_len, model.device) if ropes is None else ropes,
         format=format,
         device=model.device,
         dtype=model.dtype,

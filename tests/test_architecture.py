@@ -47,7 +47,7 @@ ALLOWED = {
     "model_cache": MODEL_CACHE,
     "integrations": MODEL_CACHE | {"placement", "integrations"},
     "integrations.ray": LLM | {"integrations"},  # it runs batch files, so it stands at the top
-    "benchmarks": LLM | {"benchmarks"},
+    "benchmarks": LLM | {"benchmarks", "integrations"},
     "small_llama": {"small_llama"},
     "adapter": CACHE,
     "conformance": LLM | {"conformance", "adapter", "small_llama"},

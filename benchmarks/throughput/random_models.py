@@ -6,7 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.initialization import no_init_weights
 
 from spectral_paged.benchmarks.blocks import toy_basis
@@ -29,6 +36,14 @@ SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+        },
+    ),
+    "mistral-7b": (
+        MistralConfig, MistralForCausalLM,
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_768,
+            "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": None,
         },
     ),
     "qwen2.5-7b": (
