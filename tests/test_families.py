@@ -14,7 +14,7 @@ from spectral_paged.models.loader import LoadedModel
 
 VOCAB = 199
 LONGEST = 4096
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 WINDOW = 96
 SLIDES_THEN_ALL = ["sliding_attention", "full_attention"]
 SMALL = {
@@ -183,14 +183,14 @@ def test_pages_are_read_as_what_was_sealed(name):
     got, llm = forced(model, tokens, num_prompt_tokens, kv_format="exact")
     assert float((got - want).abs().max()) < 1e-4 * float(want.std())
     error = {}
-    for rope in ("pre", "frame", "post"):
+    for rope in ("frame", "post"):
         got, llm = forced(model, tokens, num_prompt_tokens, kv_format=full_rank(rope))
         error[rope] = float((got - want).abs().max() / want.std())
         stats, sealing = llm.stats(), sum(len(g.layers) for g in llm.cache.groups if g.seals)
         assert stats["pages_sealed"] == 2 * sealing
         assert stats["pages_attended"] > 20 * sealing or not sealing
     assert max(error.values()) < 0.25, error
-    assert max(error.values()) <= 2.5 * error["post"], f"turning back is not exact: {error}"
+    assert error["frame"] <= 2.5 * error["post"], f"turning back is not exact: {error}"
     assert (max(error.values()) > 1e-4) == (sealing > 0), "pages were read"
 
 
