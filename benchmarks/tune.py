@@ -44,6 +44,7 @@ DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
     "project_registers": (None, 208, 168, 128),
     "apply_registers": (None, 128, 112, 96),
     "splits": (1, 2, 4, 6),
+    "project_programs": (264, 396, 792),
     "programs": (528, 792, 1056, 1584),
     "second_stream": (False, True),
 }
@@ -83,8 +84,9 @@ def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
         return math.exp(sum(map(math.log, times)) / len(times))
 
     candidates = dict(DECODE_CANDIDATES)
-    if format.layout.v.shared_basis:
-        candidates.pop("apply_registers", None)
+    unused = ("apply_registers", "splits") if format.basis == "shared" else ("project_programs",)
+    for name in unused:
+        del candidates[name]
     print(f"decode {shape} {preset}", flush=True)
     start = decode_config(format.layout, torch.device("cuda"))
     return case_of(format.layout), best(start, candidates, cost)
