@@ -84,6 +84,7 @@ def measure(
         num_kv_heads=heads,
         head_dim=dim,
         rope=RotaryTable.from_theta(5e5, dim, max_positions=context + 64, device=device),
+        sliding_windows=geometry.windows,
         format=format,
         device=device,
         dtype=DTYPE,

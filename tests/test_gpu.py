@@ -20,14 +20,17 @@ from kernel_cases import (
     page_error,
     rebuild_error,
 )
+from page_parts import toy_basis
 from small_cache import feed, small_cache
+from test_families import build
 from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
-from spectral_paged import LLM, PageFormat, SamplingParams
+from spectral_paged import LLM, PageFormat, SamplingParams, SpectralKVCache
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels import chunk_attention_gpu
 from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
+from spectral_paged.rope import RotaryTable
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
     from spectral_paged.kernels import seal_triton
@@ -171,6 +174,65 @@ def test_landmarks_pages_and_tail_are_one_softmax(name, group):
     assert attend_error(decode_attention, args, options) < 2e-3
     args = (*args[:4], None, args[5] * 0)
     assert attend_error(decode_attention, args, options | {"layout": None}) < 1e-4
+
+
+@pytest.mark.parametrize("format", ["exact", "spectral-int8"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma2, a window that is sealed", "cohere2"])
+def test_graphs_of_layers_that_differ_say_what_the_cpu_says(name, format):
+    prompts = random_prompts([1, 64, 97, 700, 1217, 1500])
+    options = {"kv_format": format, "kv_cache_bytes": 32 << 20, "prefill_segment": 512}
+    here = LLM.from_model(build(name), **options).generate(prompts, GREEDY, use_tqdm=False)
+    llm = LLM.from_model(build(name).cuda(), compile_layers=False, **options)
+    there = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
+    assert llm.stats()["graph_replays"] > 0
+    llm.cache.check_integrity()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", ["quality-128", "int8-post-64"])
+def test_a_window_over_all_tiers_hides_what_lies_before_it(name, softcap):
+    args, options = attend_case(
+        name, (1, 2, 1, 2, 2), (70, 70, 130, 64, 100), group=4, device="cuda"
+    )
+    args[4][4, 0] = -1
+    scores = {
+        "softcap": softcap,
+        "first_exact": torch.tensor([0, 64, 100, 60, 64], dtype=torch.int32, device="cuda"),
+        "first_visible": torch.tensor([0, 700, 2000, 5000, 600], dtype=torch.int32, device="cuda"),
+    }
+    assert attend_error(decode_attention, args, options | scores) < 2e-3
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_layers_that_differ_answer_as_on_the_cpu(name, softcap):
+    """Windows exact and sealed, a table with interleaved pairs, and no rotation at all."""
+    table = RotaryTable.from_theta(10000.0, 64, max_positions=3000)
+    pairs = RotaryTable(table.cos, table.sin, interleaved=True)
+    format = PageFormat("t", 1, 64, num_landmark_tokens=64, **PAGES[name][1])
+    outs = []
+    for device in ("cpu", "cuda"):
+        cache = SpectralKVCache(
+            num_layers=4, num_q_heads=2, num_kv_heads=1, head_dim=64, format=format,
+            rope=[table, pairs, None, table], sliding_windows=[None, 1100, None, 200],
+            softcap=softcap, kv_cache_bytes=16 << 20, max_num_seqs=4, device=device, poison=True,
+            calibration=toy_basis(4, 1, 64) if format.needs_calibration else None,
+        )  # fmt: skip
+        generator, found, at = torch.Generator().manual_seed(1), [], 0
+        cache.add_sequence("a", num_prompt_tokens=2000)
+        while at < 2040:
+            count = max(1, min(cache.chunk_limit("a"), 2000 - at))
+            cache.begin_step(cache.reserve({"a": count}))
+            for layer in range(4):
+                qkv = [torch.randn(count, h, 64, generator=generator) for h in (2, 1, 1)]
+                found.append(cache.attend(layer, *(x.to(device) for x in qkv)).cpu())
+            assert not cache.end_step().failed
+            at += count
+        assert not cache.settle().failed
+        cache.check_integrity()
+        outs.append(torch.cat(found))
+    assert float((outs[0] - outs[1]).norm() / outs[0].norm()) < 1e-2
 
 
 def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
@@ -343,6 +405,13 @@ def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim):
     want = chunk_attention(q, k, v, spans=spans, scale=0.1)
     got = chunk_attention_gpu.chunk_attention(q, k, v, spans=spans, scale=0.1, by=by)
     assert float((got.float() - want).norm() / want.norm()) < 5e-3
+    options = {"spans": spans, "scale": 0.1, "window": 50}
+    if by == "xformers" or chunk_attention_gpu.backend(q.dtype, dim, window=50) != "sdpa":
+        want = chunk_attention(q, k, v, **options)
+        got = chunk_attention_gpu.chunk_attention(q, k, v, by=by, **options)
+        assert float((got.float() - want).norm() / want.norm()) < 5e-3
+    with pytest.raises(ValueError, match="by='math'"):
+        chunk_attention_gpu.chunk_attention(q, k, v, by=by, softcap=3.0, **options)
 
 
 def test_nan_that_a_kernel_finds_is_reported_when_it_is_known():

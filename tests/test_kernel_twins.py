@@ -255,6 +255,21 @@ def test_a_chunk_is_causal_from_the_bottom_right(tokens, length, group):
     assert torch.allclose(got, plain(q, k, v, 0.3, causal=True)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("tokens, length, window", [(1, 9, 3), (300, 300, 1), (257, 600, 200)])
+def test_a_chunk_sees_its_window_and_capped_scores(tokens, length, window, softcap):
+    q, k, v = torch.randn(tokens, 6, D), *torch.randn(2, 2, length, D)
+    spans = ChunkSpans.of([tokens], [length], q.device)
+    got = chunk_attention(q, k, v, spans=spans, scale=0.3, softcap=softcap, window=window)
+    at = torch.arange(length - tokens, length)[:, None] - torch.arange(length)
+    scores = torch.einsum("tghd,gld->ghtl", q.unflatten(1, (2, 3)), k) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill((at < 0) | (at >= window), float("-inf")).softmax(-1)
+    want = torch.einsum("ghtl,gld->tghd", weights, v).flatten(1, 2)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_chunks_behind_each_other_see_their_own_keys_only():
     queries, keys = [1, 300, 37, 64], [1, 300, 600, 65]
     q, k = torch.randn(sum(queries), 6, D), torch.randn(2, sum(keys), D)

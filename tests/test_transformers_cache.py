@@ -238,6 +238,23 @@ def test_a_forward_that_fails_leaves_the_cache_where_it_was(monkeypatch):
     assert torch.equal(generated(model, rest, cache, max_new_tokens=3), expected[:, 5:])
 
 
+@pytest.mark.parametrize("call", [1, 4], ids=["first", "fourth"])
+def test_a_step_that_cannot_begin_holds_nothing(monkeypatch, call):
+    model, inputs = attending_model(), batch((5, 128))
+    cache = paged_cache(model)
+    with monkeypatch.context() as patch:
+        raise_once(patch, type(cache.kv_cache), "begin_step", MemoryError(), call=call)
+        with pytest.raises(MemoryError):
+            generated(model, inputs, cache)
+    stored = [cache.kv_cache.num_tokens(row) for row in cache._rows]
+    assert stored == ([] if call == 1 else [5 + 2, 128 + 2])
+    pages = sum(cache.kv_cache.groups[0].pool.blocks.num_in_use.values())
+    assert pages == (0 if call == 1 else 1 + 3)
+    cache.kv_cache.check_integrity()
+    cache.reset()
+    assert torch.equal(generated(model, inputs, cache), generated(model, inputs))
+
+
 def test_an_interrupt_inside_a_forward_is_forgotten(monkeypatch):
     model, inputs = attending_model(), batch((5, 130))
     cache = paged_cache(model)

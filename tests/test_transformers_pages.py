@@ -211,7 +211,7 @@ def test_a_real_model_finds_what_lies_in_its_pages():
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     try:
-        cache = paged_cache(model, "auto", kv_cache_bytes=64 << 20, tokenizer=tokenizer)
+        cache = paged_cache(model, "auto", kv_cache_bytes=64 << 20)
         with torch.no_grad():
             model(**seen, past_key_values=cache, logits_to_keep=1)
         tokens = generated(model, both, cache, max_new_tokens=5)

@@ -224,3 +224,24 @@ def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
     args, options = attend_case("quality-64", (1, 2), (65, 1), dtype=torch.float16)
     args = (args[0].half(), *args[1:])
     assert attend_error(decode_attention, args, options) < 1e-2
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_a_window_over_all_tiers_hides_what_lies_before_it(name, softcap):
+    """Of five sequences: all seen, a part of the pages, a part of the tail, all pages hidden, and
+    pages gone (holes)."""
+    args, options = attend_case(name, (1, 2, 1, 2, 2), (70, 70, 130, 64, 100))
+    args[4][4, 0] = -1
+    hidden = torch.tensor([0, 64, 100, 60, 64], dtype=torch.int32)
+    visible = torch.tensor([0, 700, 2000, 5000, 600], dtype=torch.int32)
+    scores = {"softcap": softcap, "first_exact": hidden, "first_visible": visible}
+    assert attend_error(decode_attention, args, options | scores) < 2e-3
+    seen = decode_attention(*args, **options, **scores)
+    assert not torch.allclose(seen[1:], decode_attention(*args, **options)[1:], atol=1e-2)
+
+
+def test_pages_of_layers_without_rotation_need_no_table():
+    args, options = attend_case("int8-post-64", (1, 2), (65, 1))
+    none = torch.zeros(0, 0)
+    assert attend_error(decode_attention, args, options | {"cos": none, "sin": none}) < 2e-3

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, Cache
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.history import read_history
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
+from spectral_paged.integrations.forward_hooks import watch
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
@@ -122,7 +123,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._rows: list[str] = []
         self._num_columns = 0
         self._forward: _Forward | None = None
-        _watch(self._decoder)
+        watch(self._decoder)
 
     # ---- a forward of the decoder --------------------------------------------------------
 
@@ -157,9 +158,12 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             device=self.kv_cache.device,
         )
         new_tokens = {name: num for name, num in zip(names, rows.num_new, strict=True) if num}
-        if new_tokens:
-            self._begin_step(new_tokens)
         self._rows = names
+        try:
+            self._begin_step(new_tokens)
+        except BaseException:
+            self._abandon()
+            raise
         self._forward = _Forward(rows, has_tokens=bool(new_tokens))
         changed = inputs | {"position_ids": rows.position_ids}
         if not self.materialize:
@@ -169,17 +173,16 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return changed
 
     def _begin_step(self, new_tokens: dict[str, int]) -> None:
+        if not new_tokens:
+            return
         plan = self.kv_cache.reserve(new_tokens)
         if plan is None:
             raise self._full(new_tokens)
         try:
             self.kv_cache.begin_step(plan)
         except BaseException:
-            self.kv_cache.abort_step()
             for name in new_tokens:
                 self.kv_cache.cancel_reservation(name)
-                if not self._num_tokens(name):
-                    self.kv_cache.free(name)
             raise
 
     def end_forward(self, *, failed: bool) -> None:
@@ -425,26 +428,3 @@ def _tokenizer_of(model: Any) -> Any:
             "to make it with: pass tokenizer=, a calibration=, or a kv_format that needs none "
             "(spectral-page)"
         ) from error
-
-
-def _watch(decoder: Any) -> None:
-    """Let forwards of `decoder` tell their `SpectralPagedCache` where they begin and end."""
-    if _before in decoder._forward_pre_hooks.values():
-        return
-    decoder.register_forward_pre_hook(_before, with_kwargs=True)
-    decoder.register_forward_hook(_after, with_kwargs=True, always_call=True)
-
-
-def _before(
-    decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    cache = inputs.get("past_key_values")
-    if not isinstance(cache, SpectralPagedCache):
-        return None
-    return args, cache.begin_forward(decoder, inputs)
-
-
-def _after(decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
-    cache = inputs.get("past_key_values")
-    if isinstance(cache, SpectralPagedCache):
-        cache.end_forward(failed=output is None)
