@@ -7,14 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = Path(__file__).with_name("unsloth_cases.py")
+FOLDER = Path(__file__).parent
+CASES = [str(FOLDER / name) for name in ("unsloth_cases.py", "unsloth_patch_cases.py")]
 
 
 def test_unsloth_models_generate_over_the_cache():
     """Importing Unsloth rewrites transformers and wants the Triton interpreter: not in here."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(CASES)],
-        cwd=CASES.parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *CASES],
+        cwd=FOLDER.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -11,6 +11,7 @@ FIELDS = {
     "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.7},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 128, "attn_logit_softcapping": 3.0},
 }
+RANKS = {"k_rank_keys": 16, "k_rank_values": 16, "prefill_segment": 512}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -55,6 +56,12 @@ def generate(model, inputs, max_new_tokens=6, **options):
     """New tokens `[B, max_new_tokens]`, greedy unless said."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **(GREEDY | options))
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def prompt_logits(model, inputs):
+    """Logits of all tokens that are no pads, fp32 `[T, vocab]`."""
+    return model(**inputs, use_cache=True).logits[inputs["attention_mask"].bool()]
 
 
 def decode_logits(model, inputs):

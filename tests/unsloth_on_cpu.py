@@ -1,13 +1,15 @@
-"""Unsloth's own model code on a CPU: what stands in for its GPU. Import before anything of Unsloth;
-it stays in this process."""
+"""Unsloth's own model code on a CPU: what stands in for its GPU, its models, and a fixture that
+patches them. Import before anything of Unsloth; it stays in this process."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 COMPILED = tempfile.TemporaryDirectory(prefix="unsloth-compiled-")  # or files lie about here
 os.environ |= {
@@ -24,8 +26,17 @@ os.environ |= {
 import unsloth  # noqa: E402, F401  before transformers, as it asks for
 from unsloth.models import llama  # noqa: E402
 import torch  # noqa: E402
+import pytest  # noqa: E402
+from unsloth_checkpoints import checkpoint  # noqa: E402
 from spectral_paged.benchmarks.unsloth_models import load_fast  # noqa: E402
+from spectral_paged.integrations.unsloth import patch_unsloth_attention  # noqa: E402
+from spectral_paged.integrations.unsloth_families import (  # noqa: E402
+    fast_functions,
+    fast_modules,
+)
 # isort: on
+
+CHECKPOINTS = tempfile.TemporaryDirectory(prefix="unsloth-")
 
 
 def everywhere(name, value):
@@ -87,3 +98,33 @@ gc.freeze()  # loading collects garbage several times over all that is imported 
 def load(folder, dtype=torch.float32):
     """The model that Unsloth makes of a checkpoint, without adapters."""
     return load_fast(folder, dtype=dtype, max_seq_length=4096, device="cpu")
+
+
+@functools.cache
+def model_of(family, **changes):
+    folder = Path(CHECKPOINTS.name) / family
+    return load(checkpoint(folder, family, **changes))
+
+
+@pytest.fixture
+def patched():
+    """Patch a model with a small poisoned pool; whatever a test leaves patched is undone."""
+    models = []
+
+    def patch(model, **options):
+        defaults = {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8, "verbose": False, "poison": True}
+        models.append(patch_unsloth_attention(model, **(defaults | options)))
+        return models[-1]
+
+    yield patch
+    for model in models:
+        model.undo()
+
+
+def functions_now():
+    """What every reference to a function that is replaced holds, by name."""
+    return {
+        f"{module.__name__}.{name}": vars(module).get(name)
+        for module in fast_modules()
+        for name in fast_functions()
+    }

@@ -1,0 +1,206 @@
+"""Patching and unpatching Unsloth's models: side by side, options, refusals, training;
+`test_unsloth.py` runs this as it runs `unsloth_cases.py`."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import unsloth_on_cpu
+from unsloth_checkpoints import RANKS, adapters, batch, generate
+from unsloth_on_cpu import functions_now, model_of
+
+from spectral_paged import PageFormat
+from spectral_paged.errors import (
+    CapacityError,
+    FormatError,
+    InvalidRequestError,
+    PatchError,
+    UnsupportedModelError,
+)
+from spectral_paged.integrations import unsloth_families
+from spectral_paged.integrations.unsloth import (
+    patch_unsloth_attention,
+    unpatch_unsloth_attention,
+)
+from spectral_paged.integrations.unsloth_families import FAMILIES
+
+pytest_plugins = ["unsloth_on_cpu"]
+
+
+def test_two_models_are_patched_side_by_side_any_number_of_times(patched):
+    one, two, inputs = model_of("llama"), model_of("qwen3"), batch([30, 700])
+    expected = generate(one, inputs), generate(two, inputs)
+    for _ in range(2):
+        first = patched(one, kv_format="exact")
+        assert torch.equal(generate(two, inputs), expected[1])  # not patched
+        second = patched(two, **RANKS)
+        assert torch.equal(generate(one, inputs), expected[0])
+        generate(two, inputs)
+        assert first.stats()["pages_attended"] == 0 < second.stats()["pages_attended"]
+        unpatch_unsloth_attention(one)
+        assert torch.equal(generate(one, inputs), expected[0])
+        generate(two, inputs)
+        unpatch_unsloth_attention(two)
+        assert torch.equal(generate(two, inputs), expected[1])
+
+
+def test_a_model_loaded_while_another_is_patched_is_not_patched(patched):
+    inputs = batch([30, 700])
+    expected = generate(model_of("llama"), inputs)
+    patched(model_of("qwen2"), kv_format="exact")
+    later = unsloth_on_cpu.load(model_of("llama").config._name_or_path)
+    assert torch.equal(generate(later, inputs), expected)
+    patched(later, kv_format="exact")
+    assert torch.equal(generate(later, inputs), expected)
+
+
+def test_a_patched_model_that_nobody_holds_is_freed():
+    model = unsloth_on_cpu.load(model_of("llama").config._name_or_path)
+    before = functions_now()
+    patch = patch_unsloth_attention(model, kv_cache_bytes=8 << 20, verbose=False)
+    assert functions_now() != before
+    generate(model, batch([30, 200]))
+    gone = weakref.ref(model), weakref.ref(patch.cache)
+    del model, patch
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+    assert functions_now() == before
+
+
+def test_a_patched_model_refuses_a_second_patch_and_an_unpatched_one_to_be_unpatched(patched):
+    model = model_of("llama")
+    with pytest.raises(PatchError, match="not patched"):
+        unpatch_unsloth_attention(model)
+    patched(model)
+    with pytest.raises(PatchError, match="patched already"):
+        patched(model)
+
+
+def test_what_cannot_be_served_is_refused_and_says_what_to_do(patched):
+    model, inputs = model_of("llama"), batch([30, 200])
+    patch = patched(model, kv_format="exact")
+    with pytest.raises(InvalidRequestError, match="output_hidden_states"):
+        generate(model, inputs, output_hidden_states=True, return_dict_in_generate=True)
+    with pytest.raises(InvalidRequestError, match="without an assistant"):
+        generate(model, batch([200]), prompt_lookup_num_tokens=3)
+    right = {name: x.flip(1) for name, x in inputs.items()}
+    with pytest.raises(InvalidRequestError, match="padding_side = 'left'"):
+        generate(model, right)
+    with pytest.raises(InvalidRequestError, match="no_grad"):
+        model(**inputs, use_cache=True)
+    with torch.no_grad(), pytest.raises(InvalidRequestError, match="position_ids"):
+        positions = torch.arange(200).expand(2, -1)
+        model(**inputs, position_ids=positions, use_cache=True)
+    with pytest.raises(CapacityError, match="max_num_seqs"):
+        generate(model, batch([10] * 9))
+    assert patch.stats()["exact_pages_in_use"] == 0
+
+
+def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
+    model = model_of("llama")
+    patch = patched(model, kv_format="exact", kv_cache_bytes=1 << 20)
+    with pytest.raises(CapacityError, match="kv_cache_bytes"):
+        generate(model, batch([1000, 1100]))
+    assert patch.stats()["exact_pages_in_use"] == 0
+    patch.cache.check_integrity()
+    expected = generate(model, batch([100, 300]))
+    unpatch_unsloth_attention(model)
+    assert torch.equal(generate(model, batch([100, 300])), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"block_size": 256}, "512"),
+        ({"use_spectral_attention": False}, "kv_format='exact'"),
+        ({"use_attention_weighted_svd": True}, "calibrated"),
+        ({"kv_format": "exact", "k_rank_keys": 16}, "leave k_rank_keys"),
+        ({"landmark_count": 100}, "128"),
+        ({"hot_buffer_size": 70}, "128"),
+        ({"k_rank_keys": 24}, "multiples of 16"),
+        ({"k_rank_keys": 32}, "head_dim is 16"),
+        ({"kv_format": "nonsense"}, "nonsense"),
+        ({"kv_format": "spectral-quality"}, "spectral-paged calibrate"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, match, patched):
+    with pytest.raises(FormatError, match=match):
+        patched(model_of("llama"), **options)
+
+
+def test_options_are_fields_of_the_format(patched):
+    patch = patched(
+        model_of("llama"), k_rank_keys=16, k_rank_values=16, landmark_count=128,
+        hot_buffer_size=192, prefill_segment=1024, exempt_layers=[0],
+    )  # fmt: skip
+    format = patch.cache.format
+    assert (format.k_bands, format.v_bands) == (((16, 8),), ((16, 8),))
+    assert (format.num_landmark_tokens, format.hot_tokens) == (128, 192)
+    assert format.prefill_segment == 1024
+    assert [group.seals for group in patch.cache.groups] == [True, False]
+    patch.undo()
+    own = PageFormat("own", 2, 16, ((16, 4),), ((16, 4),), rope="frame")
+    assert patched(model_of("llama"), kv_format=own).cache.format is own
+
+
+def test_other_versions_families_and_models_are_refused_by_name(patched, monkeypatch):
+    model = model_of("llama")
+    monkeypatch.setattr("unsloth.__version__", "2025.1.1")
+    with pytest.raises(UnsupportedModelError, match=f"2025.1.1.*{unsloth_families.NEWEST}"):
+        patched(model)
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        patched(model.model.layers[0])
+    monkeypatch.setattr(model.config, "model_type", "falcon")
+    with pytest.raises(UnsupportedModelError, match=f"falcon.*{', '.join(FAMILIES)}"):
+        patched(model)
+    monkeypatch.undo()
+    attention = model.model.layers[0].self_attn
+    monkeypatch.setattr(attention, "_unsloth_fast_path", False)
+    with pytest.raises(UnsupportedModelError, match="FastLanguageModel.from_pretrained"):
+        patched(model)
+
+
+def test_adapters_may_come_after_the_patch(patched):
+    folder = model_of("llama").config._name_or_path
+    inputs, plain = batch([30, 700]), unsloth_on_cpu.load(folder)
+    before = generate(plain, inputs)
+    expected = generate(adapters(unsloth_on_cpu.load(folder)), inputs)
+    assert not torch.equal(expected, before)
+    patch = patched(plain, kv_format="exact")
+    model = adapters(plain)
+    assert torch.equal(generate(model, inputs), expected)
+    assert patch.stats()["decode_steps"] == 5
+    unpatch_unsloth_attention(model)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+def test_training_and_adapters_are_left_alone(patched):
+    folder = model_of("llama").config._name_or_path
+    model = adapters(unsloth_on_cpu.load(folder))
+    inputs = batch([20, 24], seed=2)
+
+    def step():
+        model.for_training()
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.for_inference()
+        return float(loss.detach()), grads
+
+    loss, grads = step()
+    assert len(grads) == 2 * 7 * 2 and all(bool(grad.any()) for grad in grads.values())
+    tokens = generate(model, batch([30, 700]))
+    patch = patched(model, kv_format="exact")
+    again, same = step()
+    assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
+    assert patch.stats()["prompt_steps"] == 0
+    assert torch.equal(generate(model, batch([30, 700])), tokens)
+    assert patch.stats()["decode_steps"] == 5
+    patch.undo()
+    again, same = step()
+    assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
