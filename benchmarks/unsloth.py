@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from spectral_paged.benchmarks.environment import environment, file_stem
-from spectral_paged.benchmarks.throughput.random_models import load_random
+from spectral_paged.benchmarks.throughput.random_models import load_random, random_calibration
 from spectral_paged.benchmarks.unsloth_models import load_fast, save_checkpoint
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.page_format import PageFormat
 
 UNPATCHED = "unpatched"
 CASES = ((1, 2462), (16, 8192))  # rows, prompt tokens
-FORMATS = (UNPATCHED, "exact", "spectral-int8", "spectral-page")
+# those whose pages a kernel seals: others decompose every page
+FORMATS = (UNPATCHED, "exact", "spectral-quality")
 SHORT_CONTEXT = 64  # what a step costs without attention
 SHORT, LONG = 8, 136  # new tokens: their difference is timed
 PROFILED_STEPS = 8
@@ -138,9 +141,10 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
     """Measure on this machine's GPU, print a table and write `unsloth-<model>.json`."""
     device = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
-        random = load_random(model, device=device, dtype=torch.bfloat16).model
-        save_checkpoint(random, Path(folder))
-        del random
+        loaded = load_random(model, device=device, dtype=torch.bfloat16)
+        geometry = loaded.geometry
+        save_checkpoint(loaded.model, Path(folder))
+        del loaded
         torch.cuda.empty_cache()
         fast = load_fast(
             Path(folder), dtype=torch.bfloat16, max_seq_length=16384, device=str(device)
@@ -148,7 +152,15 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
     rows = []
     for num_rows, length in CASES:
         for format in formats or FORMATS:
-            rows.append(measure(fast, format, num_rows, length, enforce_eager=enforce_eager))
+            options: dict[str, Any] = {"enforce_eager": enforce_eager}
+            if format != UNPATCHED:
+                pages = PageFormat.preset(
+                    format, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+                )
+                options["calibration"] = random_calibration(
+                    pages, LoadedModel(model, fast, None, geometry)
+                )
+            rows.append(measure(fast, format, num_rows, length, **options))
             torch.cuda.empty_cache()
             row = rows[-1]
             print(
