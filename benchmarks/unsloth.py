@@ -7,6 +7,7 @@ the profiler: kernels of a one-token step after the prompt, less those after a p
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import subprocess
@@ -137,6 +138,23 @@ def measure(
     )
 
 
+def write(rows: Sequence[Row], model: str, *, enforce_eager: bool, output_dir: Path) -> Path:
+    """`unsloth-<model>.json` of the rows so far."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / f"unsloth-{file_stem(model)}.json"
+    versions = {
+        name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")
+    }
+    result = {
+        "environment": environment() | versions | {"device": "cuda"},
+        "model": f"{model} (random weights), bf16",
+        "enforce_eager": enforce_eager,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir: Path) -> int:
     """Measure on this machine's GPU, print a table and write `unsloth-<model>.json`."""
     device = torch.device("cuda")
@@ -161,6 +179,9 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
                     pages, LoadedModel(model, fast, None, geometry)
                 )
             rows.append(measure(fast, format, num_rows, length, **options))
+            # written row by row: what was measured survives an error
+            path = write(rows, model, enforce_eager=enforce_eager, output_dir=output_dir)
+            gc.collect()  # what the patch held goes in circles
             torch.cuda.empty_cache()
             row = rows[-1]
             print(
@@ -169,18 +190,6 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
                 f"ms a step, attention {row.attention_ms_per_step:7.3f} ms",
                 flush=True,
             )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"unsloth-{file_stem(model)}.json"
-    versions = {
-        name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")
-    }
-    result = {
-        "environment": environment() | versions | {"device": "cuda"},
-        "model": f"{model} (random weights), bf16",
-        "enforce_eager": enforce_eager,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"raw results: {path}")
     return 0
 
@@ -197,5 +206,5 @@ def run_apart(
         "output_dir=Path(folder)))"
     )
     how = "eager" if enforce_eager else "graphs"
-    command = [sys.executable, "-c", code, model, how, str(output_dir), *formats]
+    command = [sys.executable, "-P", "-c", code, model, how, str(output_dir), *formats]
     return subprocess.run(command, check=False).returncode

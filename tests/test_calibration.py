@@ -140,7 +140,8 @@ def test_a_models_fingerprint_knows_its_weights_and_not_their_dtype():
 # ---- refusals ----------------------------------------------------------------------------
 
 
-def test_a_model_without_a_tokenizer_is_refused():
+def test_a_model_without_a_tokenizer_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))  # nobody calibrated it before
     with pytest.raises(InvalidRequestError, match="no tokenizer.*SharedBasis.load"):
         calibrate(tiny(), ["text"])
     with pytest.raises(InvalidRequestError, match="no tokenizer"):

@@ -168,6 +168,7 @@ def test_a_stream_that_is_refused_is_refused_by_its_status(served, url):
 
 
 def test_a_refusal_queues_none_of_several_prompts(served):
+    served.settle()  # what tests before this one left may still be at work
     before = served.service.llm.stats()["generated_tokens"]
     status, *_ = post(served.url + "/v1/completions", {"prompt": ["a", "b", "a" * 2048]})
     assert status == 400
@@ -178,6 +179,7 @@ def test_a_refusal_queues_none_of_several_prompts(served):
 def test_a_long_body_is_refused_before_it_is_read_and_while(served):
     url = served.url + "/v1/completions"
     assert post(url, {"prompt": "a" * 40_000})[0] == 413
+    assert post(url, {"prompt": "a" * 75_000})[0] == 413  # more than one write takes
     request = urllib.request.Request(
         url, iter([b"a" * 30_000] * 4), {"Content-Type": "application/json"}
     )  # no length: it comes in chunks
