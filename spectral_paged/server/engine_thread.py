@@ -107,6 +107,8 @@ class EngineThread:
             except Exception as fault:
                 logger.exception("request %s could not be queued", request_id)
                 error = failed(fault)
+            if error is not None:
+                self._abort(ids)  # before a step: those of its prompts that were queued
             self._tell(lambda: answer(error))
 
         with self._lock:
