@@ -45,6 +45,7 @@ _functions = FunctionPatches()
 # a model holds its patch, so that both go when nobody holds the model any more
 PATCH = "_spectral_paged_patch"
 _patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
+_NOTHING = object()  # stands for an attribute that a model had not
 
 
 class UnslothPatch:
@@ -67,7 +68,7 @@ class UnslothPatch:
             "_supports_static_cache": False,
             "_reorder_cache": SpectralPast.reorder_cache,
         }.items():
-            self._saved[name] = vars(model).get(name, self)  # self: there was none
+            self._saved[name] = vars(model).get(name, _NOTHING)
             setattr(model, name, value)
         _patched.add(self)
         weakref.finalize(self, _remove_functions).atexit = False
@@ -91,16 +92,19 @@ class UnslothPatch:
         """What `unpatch_unsloth_attention` does; a second call does nothing.
 
         Raises:
-            PatchError: somebody replaced the model's forward since.
+            PatchError: somebody replaced the model's forward since, and nothing is changed; or one
+                of Unsloth's functions, and the model is itself again: call once more when the
+                later change is undone.
         """
         if self not in _patched:
+            _remove_functions()
             return
         if vars(self.model).get("forward") is not self._forward:
             raise PatchError(
                 "the model's forward was replaced since this patch: undo the later change first"
             )
         for name, value in self._saved.items():
-            if value is self:
+            if value is _NOTHING:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, value)
