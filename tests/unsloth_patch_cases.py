@@ -30,6 +30,7 @@ from spectral_paged.integrations.unsloth import (
 from spectral_paged.integrations.unsloth_families import FAMILIES, fast_modules
 
 pytest_plugins = ["unsloth_on_cpu"]
+OWN = PageFormat.preset("spectral-page", num_kv_heads=2, head_dim=16)
 
 
 def test_two_models_are_patched_side_by_side_any_number_of_times(patched):
@@ -125,6 +126,8 @@ def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
         ({"k_rank_keys": 24}, "multiples of 16"),
         ({"k_rank_keys": 32}, "head_dim is 16"),
         ({"kv_format": "nonsense"}, "nonsense"),
+        ({"prefill_segment": 0}, "prefill_segment=0.*multiple of 512"),
+        ({"kv_format": OWN, "prefill_segment": 1024}, "segments of 2048 of its own"),
         ({"kv_format": "spectral-quality"}, "spectral-paged calibrate"),
     ],
 )

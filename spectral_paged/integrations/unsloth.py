@@ -201,6 +201,11 @@ def patch_unsloth_attention(
         hot_tokens=hot_buffer_size,
         landmarks=landmark_count,
     )
+    if not format.prefill_segment:
+        raise FormatError(
+            f"format {format.name!r} has prefill_segment=0, so what a row's queries see would "
+            "depend on the rows beside it, with which prompts are cut: use a multiple of 512"
+        )
     _check_calibration(format, calibration, family)
     # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
     unsloth_module("_decode_graphs").release_for_training(inner)
@@ -287,11 +292,16 @@ def _format(
         )
     format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
-        own = format.num_landmark_tokens, format.hot_tokens
-        if landmarks not in (None, own[0]) or hot_tokens not in (64, own[1]):
+        own = format.num_landmark_tokens, format.hot_tokens, format.prefill_segment
+        if (
+            landmarks not in (None, own[0])
+            or hot_tokens not in (64, own[1])
+            or prefill_segment not in (2048, own[2])
+        ):
             raise FormatError(
-                f"the PageFormat that is given has {own[0]} landmarks and {own[1]} hot tokens of "
-                "its own: leave landmark_count and hot_buffer_size out"
+                f"the PageFormat that is given has {own[0]} landmarks, {own[1]} hot tokens and "
+                f"segments of {own[2]} of its own: leave landmark_count, hot_buffer_size and "
+                "prefill_segment out"
             )
         return format
     if k_rank is not None or v_rank is not None:
