@@ -3,6 +3,7 @@ that is full starts none."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from small_cache import feed, small_cache
 from tiny_model import random_prompts, tiny_format, tiny_model
 
 from spectral_paged import LLM, SamplingParams
+from spectral_paged.block_pool import Kind
 
 ON_GPU = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -59,6 +61,23 @@ def test_of_a_transformers_cache_that_was_generated_with():
         cache.reset()
         del cache
         assert all_gone(arenas)
+
+
+def test_of_a_copy_apart_from_its_original():
+    """A copied pool moves and poisons slots of its own."""
+    cache = small_cache()
+    cache.add_sequence("a", num_prompt_tokens=700)
+    cache.reserve({"a": 64})
+    copied = copy.deepcopy(cache)
+    group, other = copied.groups[0], cache.groups[0]
+    blocks = group.pool.blocks
+    slot = group.sequences["a"].exact[0]
+    target = blocks.allocate(Kind.EXACT)
+    blocks.on_move([(Kind.EXACT, slot, target)])
+    assert group.sequences["a"].exact == [target] and other.sequences["a"].exact == [slot]
+    group.pool.arena.zero_()
+    blocks.on_free(Kind.EXACT, target)
+    assert group.pool.arena.any()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
