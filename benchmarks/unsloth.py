@@ -7,7 +7,6 @@ the profiler: kernels of a one-token step after the prompt, less those after a p
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import subprocess
@@ -181,7 +180,6 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
             rows.append(measure(fast, format, num_rows, length, **options))
             # written row by row: what was measured survives an error
             path = write(rows, model, enforce_eager=enforce_eager, output_dir=output_dir)
-            gc.collect()  # what the patch held goes in circles
             torch.cuda.empty_cache()
             row = rows[-1]
             print(

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from spectral_paged.layer_spec import LayerSpec
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_pool import PagePool
 from spectral_paged.prefix import PrefixChain
+from spectral_paged.weak_method import WeakMethod
 
 HOLE = -1  # page table entry of a pinned block, or of one that has left the window
 
@@ -70,8 +70,7 @@ class LayerGroup:
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
         self.sequences: dict[str, GroupSlots] = {}
-        own = proxy(self)  # held by the pool, it would keep the pool's memory for itself
-        pool.blocks.on_move = lambda moves: own._follow_moves(moves)
+        pool.blocks.on_move = WeakMethod(self._follow_moves)
 
     def plane(self, layer: int) -> Tensor:
         """uint8 `[plane_bytes]` of model layer `layer`."""

@@ -19,6 +19,7 @@ from spectral_paged.block_pool import BlockPool, Kind
 from spectral_paged.errors import CapacityError
 from spectral_paged.kernels.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
 from spectral_paged.page_format import PageFormat
+from spectral_paged.weak_method import WeakMethod
 
 POISON = 0xFF  # NaN in every float field: fp16, bf16 and fp32
 MAX_SLOTS_PER_SLAB = 32
@@ -89,7 +90,8 @@ class PagePool:
         slots = {Kind.EXACT: self.slab_bytes // self.exact_bytes}
         if self.page_bytes:
             slots[Kind.PAGE] = self.slab_bytes // self.page_bytes
-        self.blocks = BlockPool(num_slabs, slots, on_free=self._poison if poison else None)
+        on_free = WeakMethod(self._poison) if poison else None
+        self.blocks = BlockPool(num_slabs, slots, on_free=on_free)
         self.trash_position = num_slabs * self.slab_bytes // UNIT_BYTES
         plane_bytes = num_slabs * self.slab_bytes + trash_bytes
         self.arena = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)

@@ -23,6 +23,7 @@ CACHE = {
     "attention", "sealer", "online_basis", "groups", "capacity", "cache_stats", "prefix_hit",
     "sequence_state", "sequence_table", "group_slots", "layer_spec", "pins", "cache", "kernels",
     "step_clock", "transfers", "seal_schedule", "history", "device_timer", "file_limits",
+    "weak_method",
 }  # fmt: skip
 ENGINE = CACHE | {
     "sampling", "sampler", "outputs", "output_text", "prompts", "request_group",

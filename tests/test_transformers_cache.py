@@ -181,6 +181,32 @@ def test_without_a_mask_every_column_is_a_token():
     assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
 
 
+def test_a_decoder_takes_its_inputs_by_place_too():
+    model = attending_model()
+    ids = batch((70,))["input_ids"]
+    cache = paged_cache(model)
+    with torch.no_grad():
+        by_name = model.model(input_ids=ids, past_key_values=paged_cache(model))[0]
+        assert torch.equal(model.model(ids, None, None, cache)[0], by_name)
+    assert cache.get_seq_length() == 70
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral, a window"])
+def test_windows_count_tokens_and_no_pads_between_turns(name):
+    """A row says what it says alone; a DynamicCache's windows count columns."""
+    model, inputs, turn = build(name), batch((130, 90)), batch((40, 10), seed=9)
+    pairs = zip(inputs.values(), turn.values())
+    ids, mask = (torch.cat(pair, dim=1) for pair in pairs)
+    with torch.no_grad():
+        alone = model(input_ids=ids[1:, mask[1].bool()], use_cache=False).logits[0, -10:]
+        model.set_attn_implementation(ATTENTION_NAME)
+        cache = paged_cache(model)
+        model(**inputs, past_key_values=cache)
+        new = {"input_ids": turn["input_ids"], "attention_mask": mask}
+        got = model(**new, past_key_values=cache).logits
+    assert torch.allclose(got[1, -10:], alone, atol=1e-4)
+
+
 def test_a_plain_forward_counts_positions_from_the_first_token():
     model, inputs = attending_model(), batch((5, 40))
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)

@@ -176,6 +176,21 @@ def test_masks_that_do_not_go_on(model, cache):
     assert still_serves(model, cache)
 
 
+def test_masks_that_are_ready_made(model, cache):
+    ids = batch((70,))["input_ids"]
+    for mask in ({"full_attention": None}, torch.zeros(1, 1, 70, 70)):
+        with torch.no_grad(), pytest.raises(InvalidRequestError, match=r"takes \[1, 70\]"):
+            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    assert still_serves(model, cache)
+
+
+def test_attention_weights(model, cache):
+    options = {"output_attentions": True, "return_dict_in_generate": True}
+    with pytest.raises(InvalidRequestError, match="output_attentions.*materialize=True"):
+        model.generate(**batch((70,)), **options, max_new_tokens=2, past_key_values=cache)
+    assert still_serves(model, cache)
+
+
 def test_positions_that_count_padding(model, cache):
     inputs = batch((70, 5))
     with torch.no_grad(), pytest.raises(InvalidRequestError, match="position_ids of row 1"):

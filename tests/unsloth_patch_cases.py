@@ -9,10 +9,12 @@ import weakref
 import pytest
 import torch
 import unsloth_on_cpu
-from unsloth_checkpoints import RANKS, adapters, batch, generate
+from tiny_model import raise_once
+from unsloth_checkpoints import GREEDY, RANKS, adapters, batch, generate
 from unsloth_on_cpu import functions_now, model_of
 
-from spectral_paged import PageFormat
+from spectral_paged import PageFormat, SpectralKVCache
+from spectral_paged.block_table import BlockTable
 from spectral_paged.errors import (
     CapacityError,
     FormatError,
@@ -25,9 +27,10 @@ from spectral_paged.integrations.unsloth import (
     patch_unsloth_attention,
     unpatch_unsloth_attention,
 )
-from spectral_paged.integrations.unsloth_families import FAMILIES
+from spectral_paged.integrations.unsloth_families import FAMILIES, fast_modules
 
 pytest_plugins = ["unsloth_on_cpu"]
+OWN = PageFormat.preset("spectral-page", num_kv_heads=2, head_dim=16)
 
 
 def test_two_models_are_patched_side_by_side_any_number_of_times(patched):
@@ -123,6 +126,8 @@ def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
         ({"k_rank_keys": 24}, "multiples of 16"),
         ({"k_rank_keys": 32}, "head_dim is 16"),
         ({"kv_format": "nonsense"}, "nonsense"),
+        ({"prefill_segment": 0}, "prefill_segment=0.*multiple of 512"),
+        ({"kv_format": OWN, "prefill_segment": 1024}, "segments of 2048 of its own"),
         ({"kv_format": "spectral-quality"}, "spectral-paged calibrate"),
     ],
 )
@@ -204,3 +209,97 @@ def test_training_and_adapters_are_left_alone(patched):
     patch.undo()
     again, same = step()
     assert again == loss and all(torch.equal(same[name], grads[name]) for name in grads)
+
+
+def test_a_patch_that_is_undone_frees_its_pool_at_once(patched):
+    """Without a run of the garbage collector, and although the batch's rows are still held."""
+    model = unsloth_on_cpu.load(model_of("llama").config._name_or_path)
+    gc.collect()
+    gc.disable()
+    try:
+        patch = patch_unsloth_attention(model, kv_cache_bytes=8 << 20, verbose=False)
+        out = generate_held(model, batch([30, 700]))
+        arenas = [weakref.ref(group.pool.arena) for group in patch.cache.groups]
+        assert out.past_key_values is not None and arenas[0]() is not None
+        patch.undo()
+        assert not any(arena() for arena in arenas)
+        undone = weakref.ref(patch)
+        del out, patch
+        assert undone() is None
+    finally:
+        gc.enable()
+
+
+def generate_held(model, inputs):
+    """What generate returns, rows of the cache with it."""
+    return model.generate(
+        **inputs, **GREEDY, max_new_tokens=3, return_dict_in_generate=True
+    )
+
+
+def test_a_step_that_cannot_begin_leaves_the_next_one_room(patched, monkeypatch):
+    model, inputs = model_of("llama"), batch([30, 700])
+    expected = generate(model, inputs)
+    patch = patched(model, kv_format="exact")
+    for call in (1, 4):  # of the prompt's step, and of one token's
+        with monkeypatch.context() as context:
+            raise_once(context, BlockTable, "commit", MemoryError(), call=call)
+            with pytest.raises(MemoryError):
+                generate(model, inputs)
+        gc.collect()  # the error holds its frames, and those of generate what may be gone on with
+        assert patch.stats()["exact_pages_in_use"] == 0
+        patch.cache.check_integrity()
+        assert torch.equal(generate(model, inputs), expected)
+
+
+@torch.no_grad()
+def test_rows_are_not_gone_on_with_after_a_step_that_did_not_end(patched, monkeypatch):
+    """Its tokens are stored, but the caller did not hear of it."""
+    model, inputs = model_of("llama"), batch([30, 700])
+    patched(model, kv_format="exact")
+    past = model(**inputs, use_cache=True).past_key_values
+    token = {"input_ids": inputs["input_ids"][:, :1], "use_cache": True}
+    with monkeypatch.context() as context:
+        raise_once(context, SpectralKVCache, "_seal_all", MemoryError(), call=1)
+        with pytest.raises(MemoryError):
+            model(**token, past_key_values=past)
+    with pytest.raises(InvalidRequestError, match="half way"):
+        model(**token, past_key_values=past)
+
+
+@pytest.mark.parametrize("name", ["reserve", "_seal_all"])
+@torch.no_grad()
+def test_a_prompt_that_fails_gives_its_pages_back_while_its_error_is_held(
+    name, patched, monkeypatch
+):
+    """As a notebook holds the last one: the next, smaller batch would not fit beside them."""
+    model, inputs = model_of("llama"), batch([30, 1300])
+    patch = patched(model, **RANKS)
+    with monkeypatch.context() as context:
+        raise_once(context, SpectralKVCache, name, MemoryError(), call=2)
+        with pytest.raises(MemoryError) as held:
+            model(**inputs, use_cache=True)
+    assert patch.stats()["num_sequences"] == 0
+    patch.cache.check_integrity()
+    past = model(**inputs, use_cache=True).past_key_values
+    with monkeypatch.context() as context:
+        raise_once(context, SpectralKVCache, name, MemoryError(), call=1)
+        with pytest.raises(MemoryError) as later:
+            both = {name: torch.cat([x, x.clone().fill_(1)], 1) for name, x in inputs.items()}
+            model(**both | {"input_ids": inputs["input_ids"]}, past_key_values=past)
+    assert patch.stats()["num_sequences"] == 0 and (held, later) and not past.rows.is_whole
+    patch.cache.check_integrity()
+
+
+def test_functions_that_somebody_replaced_since_are_given_back_later(patched):
+    model, before = model_of("llama"), functions_now()
+    patch = patched(model)
+    module = fast_modules()[0]
+    ours, module.run_attention = module.run_attention, print
+    with pytest.raises(PatchError, match="undo the later patch first"):
+        patch.undo()
+    module.run_attention = ours
+    patch.undo()
+    assert functions_now() == before
+    patched(model).undo()
+    assert functions_now() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -32,10 +33,13 @@ def watch(decoder: Any) -> None:
 def _before(
     decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if args:  # by their names, as causal LMs pass them
+        names = inspect.signature(decoder.forward).parameters
+        inputs = inputs | dict(zip(names, args, strict=False))
     cache = inputs.get("past_key_values")
     if not isinstance(cache, WatchingCache):
         return None
-    return args, cache.begin_forward(decoder, inputs)
+    return (), cache.begin_forward(decoder, inputs)
 
 
 def _after(decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:

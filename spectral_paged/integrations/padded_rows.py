@@ -62,9 +62,10 @@ class PaddedRows:
         shown = None
         if attention_mask is not None:
             expected = batch_size, num_columns + width
-            if attention_mask.dim() != 2 or tuple(attention_mask.shape) != expected:
+            shape = tuple(getattr(attention_mask, "shape", ()))  # a dict of ready masks has none
+            if shape != expected:
                 raise InvalidRequestError(
-                    f"attention_mask is {list(attention_mask.shape)}; the cache holds "
+                    f"attention_mask is {list(shape)}; the cache holds "
                     f"{num_columns} columns and {width} are new, so it takes {list(expected)}: "
                     "pass the mask of the whole conversation, or call reset() before another prompt"
                 )

@@ -131,8 +131,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         """Open a step for a forward of `decoder` over `inputs`; the inputs as it is to take them.
 
         Raises:
-            InvalidRequestError: another model or attention, or inputs that do not go on where the
-                cache stands.
+            InvalidRequestError: another model or attention, attention weights asked for, or inputs
+                that do not go on where the cache stands.
             CapacityError: more tokens than fit.
         """
         if decoder is not self._decoder:
@@ -140,6 +140,11 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 "this SpectralPagedCache was made for another model: make one for this model"
             )
         self._check_attention()
+        if inputs.get("output_attentions") and not self.materialize:
+            raise InvalidRequestError(
+                "output_attentions: attention over pages makes no weights to return; leave it out, "
+                "or pass materialize=True and take eager attention"
+            )
         self._abandon()  # a forward that was interrupted
         taken = inputs.get("input_ids")
         taken = inputs.get("inputs_embeds") if taken is None else taken

@@ -45,6 +45,7 @@ _functions = FunctionPatches()
 # a model holds its patch, so that both go when nobody holds the model any more
 PATCH = "_spectral_paged_patch"
 _patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
+_NOTHING = object()  # stands for an attribute that a model had not
 
 
 class UnslothPatch:
@@ -67,7 +68,7 @@ class UnslothPatch:
             "_supports_static_cache": False,
             "_reorder_cache": SpectralPast.reorder_cache,
         }.items():
-            self._saved[name] = vars(model).get(name, self)  # self: there was none
+            self._saved[name] = vars(model).get(name, _NOTHING)
             setattr(model, name, value)
         _patched.add(self)
         weakref.finalize(self, _remove_functions).atexit = False
@@ -91,16 +92,19 @@ class UnslothPatch:
         """What `unpatch_unsloth_attention` does; a second call does nothing.
 
         Raises:
-            PatchError: somebody replaced the model's forward since.
+            PatchError: somebody replaced the model's forward since, and nothing is changed; or one
+                of Unsloth's functions, and the model is itself again: call once more when the
+                later change is undone.
         """
         if self not in _patched:
+            _remove_functions()
             return
         if vars(self.model).get("forward") is not self._forward:
             raise PatchError(
                 "the model's forward was replaced since this patch: undo the later change first"
             )
         for name, value in self._saved.items():
-            if value is self:
+            if value is _NOTHING:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, value)
@@ -197,6 +201,11 @@ def patch_unsloth_attention(
         hot_tokens=hot_buffer_size,
         landmarks=landmark_count,
     )
+    if not format.prefill_segment:
+        raise FormatError(
+            f"format {format.name!r} has prefill_segment=0, so what a row's queries see would "
+            "depend on the rows beside it, with which prompts are cut: use a multiple of 512"
+        )
     _check_calibration(format, calibration, family)
     # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
     unsloth_module("_decode_graphs").release_for_training(inner)
@@ -283,11 +292,16 @@ def _format(
         )
     format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
-        own = format.num_landmark_tokens, format.hot_tokens
-        if landmarks not in (None, own[0]) or hot_tokens not in (64, own[1]):
+        own = format.num_landmark_tokens, format.hot_tokens, format.prefill_segment
+        if (
+            landmarks not in (None, own[0])
+            or hot_tokens not in (64, own[1])
+            or prefill_segment not in (2048, own[2])
+        ):
             raise FormatError(
-                f"the PageFormat that is given has {own[0]} landmarks and {own[1]} hot tokens of "
-                "its own: leave landmark_count and hot_buffer_size out"
+                f"the PageFormat that is given has {own[0]} landmarks, {own[1]} hot tokens and "
+                f"segments of {own[2]} of its own: leave landmark_count, hot_buffer_size and "
+                "prefill_segment out"
             )
         return format
     if k_rank is not None or v_rank is not None:

@@ -225,4 +225,5 @@ class FunctionPatches:
     def remove(self) -> None:
         """Put every original back."""
         while self._patches:
-            self._patches.pop().undo()
+            self._patches[-1].undo()  # one that raises is tried again by the next call
+            self._patches.pop()

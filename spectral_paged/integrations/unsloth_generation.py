@@ -104,6 +104,14 @@ class _Rows:
         # collected at any moment, inside a step too: noted here, freed by the next call
         weakref.finalize(self, owner.released.extend, self.seq_ids)
 
+    def give_up(self, cache: SpectralKVCache) -> None:
+        """Free rows that nobody can go on with, now: the error that says so may be held for long,
+        and with its frames this object."""
+        self.is_whole = False
+        for seq_id in self.seq_ids:
+            if seq_id in cache:
+                cache.free(seq_id)
+
     def take(self, cache: SpectralKVCache, sources: list[int]) -> None:
         """Rows become copies of rows `sources`: the first copy is the row itself, others fork."""
         old, used = list(self.seq_ids), set(sources)
@@ -117,7 +125,7 @@ class _Rows:
             if seq_id in taken:
                 seq_id = f"unsloth-{next(_numbers)}"
                 if not cache.fork(old[source], seq_id):
-                    self.is_whole = False
+                    self.give_up(cache)
                     raise CapacityError(
                         f"no room for what {len(sources)} beams do not share: patch with a larger "
                         "kv_cache_bytes or max_num_seqs, or take fewer beams"
@@ -271,15 +279,28 @@ class PatchedForward:
         )
         keep = max(_count(kwargs.get("logits_to_keep")), _count(kwargs.get("num_logits_to_keep")))
         tokens = PromptTokens(padded, keep)
-        if past is None:
-            self._add(rows, padded.num_new)
-        if self.graphs is not None:
-            self.graphs.refresh()
         logger.log(self._level, "prompt of %d rows, %d tokens", batch_size, sum(padded.num_new))
-        rows.is_whole = False
+        try:
+            if past is None:
+                self._add(rows, padded.num_new)
+            if self.graphs is not None:
+                self.graphs.refresh()
+            self._run_chunks(rows, padded, tokens, input_ids)
+        except BaseException:
+            rows.give_up(self.cache)
+            raise
+        ends = [self.cache.num_tokens(seq_id) for seq_id in rows.seq_ids]
+        rows.positions = upload(ends, torch.long, self.cache.device).unsqueeze(1)
+        assert tokens.logits is not None  # the last column of every row is a token
+        return tokens.logits, rows
+
+    def _run_chunks(
+        self, rows: _Rows, padded: PaddedRows, tokens: PromptTokens, input_ids: Tensor
+    ) -> None:
+        """Compute a prompt chunk by chunk; the logits that are wanted are stored in `tokens`."""
         while chunk := tokens.next_chunk(lambda row: self.cache.chunk_limit(rows.seq_ids[row])):
             new_tokens = {rows.seq_ids[row]: count for row, count in chunk.lengths.items()}
-            with self._step(new_tokens, batch_size):
+            with self._step(rows, new_tokens):
                 ids = input_ids.reshape(-1)[chunk.places]
                 where = padded.position_ids.reshape(-1)[chunk.places]
                 step = ServedStep(self.cache, order=chunk.order)
@@ -287,11 +308,6 @@ class PatchedForward:
             if chunk.num_wanted:
                 tokens.store(chunk, part)
             self.num_prompt_steps += 1
-        rows.is_whole = True
-        ends = [self.cache.num_tokens(seq_id) for seq_id in rows.seq_ids]
-        rows.positions = upload(ends, torch.long, self.cache.device).unsqueeze(1)
-        assert tokens.logits is not None  # the last column of every row is a token
-        return tokens.logits, rows
 
     def _add(self, rows: _Rows, num_new: Sequence[int]) -> None:
         for seq_id, count in zip(rows.seq_ids, num_new, strict=True):
@@ -349,7 +365,7 @@ class PatchedForward:
         """Logits `[B, 1, vocab]` of one more token of each row."""
         rows = past.rows
         assert rows.positions is not None
-        with self._step(dict.fromkeys(rows.seq_ids, 1), len(rows.seq_ids)):
+        with self._step(rows, dict.fromkeys(rows.seq_ids, 1)):
             step = ServedStep(self.cache)
             if self.graphs is not None and self.graphs.is_ready:
                 logits = self.graphs.run(input_ids)
@@ -371,28 +387,34 @@ class PatchedForward:
         return logits
 
     @contextmanager
-    def _step(self, new_tokens: dict[str, int], num_rows: int) -> Iterator[None]:
-        """A step of the cache around a forward."""
+    def _step(self, rows: _Rows, new_tokens: dict[str, int]) -> Iterator[None]:
+        """A step of the cache around a forward over some of `rows`."""
         cache = self.cache
         plan = cache.reserve(new_tokens)
         if plan is None:
             longest = max(cache.num_tokens(seq_id) for seq_id in new_tokens)
             raise CapacityError(
-                f"a batch of {num_rows} rows does not fit any more at {longest} tokens: the pool "
-                f"holds {cache.capacity_tokens} tokens in all; patch with a larger "
+                f"a batch of {len(rows.seq_ids)} rows does not fit any more at {longest} tokens: "
+                f"the pool holds {cache.capacity_tokens} tokens in all; patch with a larger "
                 "kv_cache_bytes, drop past_key_values that are not needed, or split the batch"
             )
-        with without_autocast(cache.device):
-            cache.begin_step(plan)
         try:
+            with without_autocast(cache.device):
+                cache.begin_step(plan)
             yield
         except BaseException:
             cache.abort_step()
+            for seq_id in new_tokens:  # where no step was open yet
+                cache.cancel_reservation(seq_id)
             raise
-        with without_autocast(cache.device):
-            failed = cache.end_step().failed
-        for error in failed.values():
-            raise error
+        try:
+            with without_autocast(cache.device):
+                failed = cache.end_step().failed
+            for error in failed.values():
+                raise error
+        except BaseException:  # its tokens count as stored, but the caller does not hear of it
+            rows.give_up(cache)
+            raise
 
 
 def _count(logits_to_keep: Any) -> int:

@@ -14,6 +14,7 @@ from spectral_paged.cache import SpectralKVCache
 from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens, rooms
 from spectral_paged.step import PendingTokens, StepPlan
 from spectral_paged.transfers import upload
+from spectral_paged.weak_method import WeakMethod
 
 ATTENTION_NAME = "spectral_paged"
 
@@ -102,7 +103,7 @@ class ModelRunner:
         self.cache = cache
         self.device = cache.device
         fast = self.device.type == "cuda" and not enforce_eager
-        self.graphs = DecodeGraphs(cache, self._decode_logits) if fast else None
+        self.graphs = DecodeGraphs(cache, WeakMethod(self._decode_logits)) if fast else None
         self.compiles = fast and compile_layers
         _Borrowed.take(model)
         self._give_back = finalize(self, _Borrowed.give_back, ref(model))
