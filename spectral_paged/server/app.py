@@ -72,7 +72,7 @@ class Service:
         )  # fmt: skip
         app.add_middleware(Traffic, registry=registry)
         keyed = [Depends(self._check_key)]
-        app.add_api_route("/health", self._health)
+        app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self._scrape)
         app.add_api_route("/v1/models", self._models, dependencies=keyed)
         app.add_api_route("/v1/models/{name:path}", self._model, dependencies=keyed)
@@ -196,7 +196,8 @@ class Service:
         if not body.stream:
             return JSONResponse(answer.whole(await generation.outputs()))
         chunks = answer.chunks(generation, include_usage=body.include_usage)
-        return EventStream(chunks, stack.pop_all().close)
+        seconds = self.settings.send_seconds
+        return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
     async def _prepare(self, raw: bytes, chat: bool) -> PreparedRequest:
         loop = asyncio.get_running_loop()
@@ -206,7 +207,7 @@ class Service:
             )
         except SpectralPagedError as error:
             self.engine.count_refusal(error)
-            raise
+            raise refused(error) from error
 
 
 # ---- errors ------------------------------------------------------------------------------
