@@ -273,7 +273,7 @@ class OutputFile:
 
     Raises:
         CorruptFileError: a line of the file is not a record of ours.
-        InvalidRequestError: another process writes to it.
+        InvalidRequestError: another run writes to it.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
@@ -294,7 +294,7 @@ class OutputFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the file is closed
         except BlockingIOError:
             raise InvalidRequestError(
-                f"another process writes to {self.path}: wait until it ends, or name another "
+                f"another run writes to {self.path}: wait until it ends, or name another "
                 "--output"
             ) from None
         except OSError as error:
