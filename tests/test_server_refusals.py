@@ -185,11 +185,9 @@ def test_a_refusal_queues_none_of_several_prompts(served):
 
 def test_a_prompt_that_is_too_long_never_reaches_the_engines_thread(served, monkeypatch):
     """Reading millions of token ids there would hold everybody's steps up."""
-    taken = []
-    monkeypatch.setattr(served.service.llm.engine, "add_request", lambda *a, **k: taken.append(a))
+    monkeypatch.setattr(served.service.llm.engine, "add_request", None)
     status, answer, _ = post(served.url + "/v1/completions", {"prompt": [[1], [1] * 2048]})
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
-    assert not taken
 
 
 def test_headers_have_a_limit(served):
