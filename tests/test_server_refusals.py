@@ -226,7 +226,8 @@ def test_routes_and_methods_that_do_not_exist(served):
     status, answer, _ = post(served.url + "/v1/embeddings", {})
     assert status == 404 and "/v1/embeddings" in answer["error"]["message"]
     status, answer, _ = post(served.url + "/v1/models", {})
-    assert status == 405 and answer["error"]["type"] == "invalid_request_error"
+    assert status == 405 and answer["error"]["code"] == "method_not_allowed"
+    assert answer["error"]["type"] == "invalid_request_error"
     probe = urllib.request.Request(served.url + "/health", method="HEAD")
     assert urllib.request.urlopen(probe).status == 200, "probes of balancers ask so"
 

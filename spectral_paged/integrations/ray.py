@@ -83,8 +83,8 @@ class LineWorker:
     ) -> None:
         if take(LOADING) > max_loads:
             raise ClusterError(
-                f"workers died while they loaded {model!r}, {max_loads} times: look for memory that "
-                "ran out (less --kv-cache-bytes, fewer --ray-workers)"
+                f"workers died while they loaded {model!r}, {max_loads} times: look for memory "
+                "that ran out (less --kv-cache-bytes, fewer --ray-workers)"
             )
         from spectral_paged.llm import LLM
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 from spectral_paged.errors import MissingPackageError, SpectralPagedError
@@ -227,8 +228,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path:.200}: {error.detail}"
+    code = HTTPStatus(error.status_code).name.lower()
     return await _error(
-        request, ApiError(error.status_code, message, code="not_found", headers=error.headers)
+        request, ApiError(error.status_code, message, code=code, headers=error.headers)
     )
 
 

@@ -67,7 +67,8 @@ class EventStream(Response):
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+    # ASCII: some clients take U+2028 and its like for line ends
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 async def _body(send: Send, body: bytes, *, more: bool) -> None:
