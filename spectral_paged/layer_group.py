@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ class LayerGroup:
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
         self.sequences: dict[str, GroupSlots] = {}
-        pool.blocks.on_move = self._follow_moves
+        own = proxy(self)  # held by the pool, it would keep the pool's memory for itself
+        pool.blocks.on_move = lambda moves: own._follow_moves(moves)
 
     def plane(self, layer: int) -> Tensor:
         """uint8 `[plane_bytes]` of model layer `layer`."""

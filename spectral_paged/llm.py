@@ -212,6 +212,25 @@ class LLM:
             min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
         )
 
+    def close(self) -> None:
+        """End what is running, give back the memory of pages and graphs, and let the model run as
+        it did before. Using it afterwards is refused; closing it again does nothing."""
+        if "engine" not in vars(self):
+            return
+        self._runner.close()
+        del self.engine, self.cache, self._runner
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("engine", "cache", "_runner"):
+            raise SpectralPagedError("this LLM was closed: make another")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # ---- generation ----------------------------------------------------------------------
 
     def generate(

@@ -333,7 +333,7 @@ def test_any_order_of_operations_gives_the_written_answer(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40 if "differ" in name else 150,
+            max_examples=40 if "differ" in name else 110,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

@@ -211,7 +211,7 @@ def real_case():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", (BUDGETS[0], BUDGETS[-1]))
 def test_smollm2_exact_greedy_is_transformers_generate(real_case, budget):
     loaded, prompts, want = real_case
     got, _ = greedy(loaded.model, prompts, 6, kv_format="exact", max_num_batched_tokens=budget)

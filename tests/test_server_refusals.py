@@ -180,7 +180,7 @@ def test_a_refusal_queues_none_of_several_prompts(served):
     status, *_ = post(served.url + "/v1/completions", {"prompt": ["a", "b", "a" * 2048]})
     assert status == 400
     served.settle()
-    assert served.service.llm.stats()["generated_tokens"] - before <= 2
+    assert served.service.llm.stats()["generated_tokens"] == before
 
 
 def test_a_prompt_that_is_too_long_never_reaches_the_engines_thread(served, monkeypatch):

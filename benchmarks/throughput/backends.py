@@ -19,7 +19,6 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.models.runner import uncompile
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.page_format import PageFormat
 from spectral_paged.sampling import SamplingParams
@@ -62,12 +61,10 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _forget(model: Any) -> None:
-    """Give back what an engine before held (graphs, arenas and models refer to each other), and
-    let the model's layers run as transformers has them."""
-    uncompile(model)
+def _forget(device: torch.device) -> None:
+    """Give back what a backend before held."""
     gc.collect()
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -143,7 +140,7 @@ def serve_with_pages(
         fit: only as many of the jobs as the cache holds at once.
     """
     device = loaded.model.device
-    _forget(loaded.model)
+    _forget(device)
     llm = engine_of(loaded, kv_format, options)
     if decode_only:
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
@@ -173,8 +170,10 @@ def serve_with_pages(
         raise ArithmeticError(f"{kv_format}: {missing} tokens are missing; not timed")
     stats = llm.stats() | {"most_running": most}
     seconds = dict(llm.cache.clock.seconds) if profile else {}
+    peak = _peak(device)
+    llm.close()  # whoever comes next has the model as transformers has it
     rate, first, gaps = times.decode_rate, list(times.first.values()), times.gaps
-    return Served(elapsed, jobs, first, gaps, seconds, stats, _peak(device), rate)
+    return Served(elapsed, jobs, first, gaps, seconds, stats, peak, rate)
 
 
 def _warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
@@ -197,7 +196,7 @@ def serve_with_generate(
     padded; a batch runs until its longest output is done, tokens past a request's own length do
     not count."""
     model, device = loaded.model, loaded.model.device
-    _forget(model)
+    _forget(model.device)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
     with attending(model, attention):
         _generate(model, order[:1], 2)
@@ -236,7 +235,7 @@ def serve_with_continuous_batching(
         ArithmeticError: a request came back with an error or with another number of tokens.
     """
     model, device = loaded.model, loaded.model.device
-    _forget(model)
+    _forget(model.device)
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
     num_blocks = None
     if kv_cache_bytes is not None:

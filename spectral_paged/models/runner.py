@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
@@ -47,6 +48,34 @@ def uncompile(model: Any) -> None:
         part._compiled_call_impl = None
 
 
+class _Borrowed:
+    """A model that runners attend for: how it attended before, and how many they are."""
+
+    models: WeakKeyDictionary[Any, _Borrowed] = WeakKeyDictionary()
+
+    def __init__(self, attention: str) -> None:
+        self.attention = attention
+        self.runners = 0
+
+    @classmethod
+    def take(cls, model: Any) -> None:
+        own = cls.models.setdefault(model, cls(model.config._attn_implementation))
+        own.runners += 1
+
+    @classmethod
+    def give_back(cls, reference: ref[Any]) -> None:
+        """One runner less; after the last the model runs as it did before."""
+        model = reference()
+        if model is None:
+            return
+        own = cls.models[model]
+        own.runners -= 1
+        if not own.runners:
+            del cls.models[model]
+            uncompile(model)
+            model.set_attn_implementation(own.attention)
+
+
 class ModelRunner:
     """A causal LM whose attention goes through a `SpectralKVCache`.
 
@@ -75,6 +104,9 @@ class ModelRunner:
         fast = self.device.type == "cuda" and not enforce_eager
         self.graphs = DecodeGraphs(cache, self._decode_logits) if fast else None
         self.compiles = fast and compile_layers
+        _Borrowed.take(model)
+        self._give_back = finalize(self, _Borrowed.give_back, ref(model))
+        self._give_back.atexit = False
         attention = spectral_attention
         if self.compiles:
             # a graph break: what attention does depends on the step, not on the layer's code
@@ -83,6 +115,11 @@ class ModelRunner:
                 part.compile(dynamic=True)
         AttentionInterface.register(ATTENTION_NAME, attention)
         model.set_attn_implementation(ATTENTION_NAME)
+
+    def close(self) -> None:
+        """Drop the graphs; without another runner the model attends as it did before."""
+        self.graphs = None
+        self._give_back()
 
     def stats(self) -> dict[str, object]:
         """How the model's step runs: `eager` or `compiled` layers, with or without graphs."""

@@ -108,6 +108,8 @@ class EngineThread:
                 logger.exception("request %s could not be queued", request_id)
                 error = failed(fault)
             self._tell(lambda: answer(error))
+            if error is not None:
+                self._abort(ids)  # before a step: those of its prompts that were queued
 
         with self._lock:
             if self._stopped:

@@ -11,7 +11,10 @@ import torch
 from tiny_model import VOCAB, tiny_format, tiny_model
 
 from spectral_paged import LLM, SamplingParams
+from spectral_paged.benchmarks.throughput.random_models import random_calibration
 from spectral_paged.errors import PoolError
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.loader import LoadedModel
 
 POOL_BYTES = {"exact": 2_600_000}  # small enough that requests are preempted
 LEAK_BYTES = {"cpu": 48 << 20, "cuda": 8 << 20}  # the RSS of a process is noisy
@@ -25,9 +28,11 @@ def soak_model(seconds, seed, device, format):
     the CPU it must be 0; a GPU's matrix products depend on the size of the batch.
     """
     rng, start = random.Random(seed), time.monotonic()
+    model, pages = tiny_model().to(device), tiny_format(format)
+    loaded = LoadedModel("tiny", model, None, ModelGeometry.from_config(model.config))
     llm = LLM.from_model(
-        tiny_model().to(device), kv_format=tiny_format(format), max_num_seqs=12,
-        kv_cache_bytes=POOL_BYTES.get(format, 1_000_000), max_num_batched_tokens=1024, poison=True,
+        model, kv_format=pages, max_num_seqs=12, kv_cache_bytes=POOL_BYTES.get(format, 1_000_000),
+        max_num_batched_tokens=1024, calibration=random_calibration(pages, loaded), poison=True,
     )  # fmt: skip
     llm.engine.async_scheduling = True  # on the CPU too
     llm.warm_up()
