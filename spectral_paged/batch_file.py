@@ -8,8 +8,10 @@ out   one record a line, as each finishes, with the input's line number and a ha
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -38,6 +40,8 @@ from spectral_paged.prompts import check_salt
 from spectral_paged.sampling import SamplingParams
 
 _RECORD_START = b'{"line": '
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,19 +268,39 @@ class OutputFile:
 
     Opening drops a torn last line (a kill in the middle of a write). A line whose hash differs
     from the input's means another input file. With `overwrite` the earlier content goes when the
-    first record comes, so a run that never starts costs nothing.
+    first record comes, so a run that never starts costs nothing. While it is open no other may be:
+    it would take a record that is being written for a torn one, and serve lines twice.
 
     Raises:
         CorruptFileError: a line of the file is not a record of ours.
+        InvalidRequestError: another run writes to it.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
         self.finished: dict[int, str] = {}
         self._stale = overwrite
-        if path.exists() and not overwrite:
-            self._recover()
         self._file: IO[bytes] = path.open("ab")
+        try:
+            self._lock()
+            if not overwrite:
+                self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the file is closed
+        except BlockingIOError:
+            raise InvalidRequestError(
+                f"another run writes to {self.path}: wait until it ends, or name another "
+                "--output"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): let one process alone write to it", self.path, error
+            )
 
     def _recover(self) -> None:
         end = 0

@@ -49,14 +49,15 @@ class OpenAIRequest:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The JSON value of `raw`; every string in it can be encoded.
+    """The JSON value of `raw`, UTF-8; every string in it can be encoded.
 
     Raises:
         InvalidRequestError: it is no JSON, or nested too deep, or has half a surrogate pair.
     """
     try:
-        value = json.loads(raw)
-        if b"\\u" in raw:  # an escaped lone surrogate is no text: nothing can encode it
+        text = raw.decode("utf-8-sig")  # json itself would take UTF-16, and surrogates in UTF-8
+        value = json.loads(text)
+        if "\\u" in text:  # an escaped lone surrogate is no text: nothing can encode it
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"a string is not valid Unicode: {error}") from None
@@ -79,7 +80,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     known = {*_SAME, *_MAX_TOKENS, *_DESCRIBING, "logprobs", "model", "stream", "stream_options"}
     known |= {"cache_salt"}  # as in vLLM
     known |= {"top_logprobs", "messages"} if chat else {"prompt", "echo"}
-    extra = sorted(k for k in body if k not in known and body[k] not in _NO_WISH)
+    extra = sorted(k for k in body if k not in known and _asks(body[k]))
     if extra:
         raise _refusal(f"body fields {extra} are not supported: leave them out", extra[0])
     model = body.get("model")
@@ -114,6 +115,11 @@ def _refusal(message: str, param: str) -> InvalidRequestError:
     error = InvalidRequestError(message)
     error.param = param
     return error
+
+
+def _asks(value: object) -> bool:
+    """Whether a value asks for something; 0 does, though it equals False."""
+    return not any(type(value) is type(none) and value == none for none in _NO_WISH)
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

@@ -214,6 +214,7 @@ def test_an_output_of_another_input_is_refused(tmp_path):
     again = OutputFile(out)
     with pytest.raises(InvalidRequestError, match="--overwrite"):
         again.has(next(read_lines(source, {})))
+    again.close()
     fresh = OutputFile(out, overwrite=True)
     assert not fresh.has(next(read_lines(source, {})))
 

@@ -12,6 +12,7 @@ import pytest
 from markdown_pages import PAGES, ROOT, read, rows
 
 from spectral_paged import LLM, PageFormat
+from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.presets import PRESETS
 from spectral_paged.readings import DURATIONS, FIGURES
 
@@ -88,6 +89,15 @@ def test_positions_from_which_pages_are_seen():
     text = BY_NAME["docs/concepts.md"].text
     assert f"first page from position {format.visible_from(0)} on" in text
     assert f"the second from {format.visible_from(1):,} on" in text
+
+
+def test_families_of_the_quickstart_are_those_that_are_served():
+    text = BY_NAME["docs/quickstart.md"].text.split("## Models")[1]
+    listed = text.split(", with\ntheir")[0].replace(" and ", ", ").split(", ")
+    served = {name.replace("_text", " (text)") for name in FAMILIES}
+    assert {name.strip() for name in listed} == served
+    table = BY_NAME["README.md"].text.split("| families |")[1].split("\n\n")[0]
+    assert all(re.search(rf"\b{re.escape(name)}", table) for name in served)
 
 
 def test_every_metric_is_explained():

@@ -21,6 +21,7 @@ from spectral_paged.calibration import model_fingerprint
 from spectral_paged.errors import (
     CorruptFileError,
     FormatError,
+    InvalidRequestError,
 )
 
 # ---- JSONL -------------------------------------------------------------------------------
@@ -78,6 +79,20 @@ def test_a_writer_killed_at_any_moment_leaves_whole_records(tmp_path):
         assert sorted(file.finished) == list(range(1, len(file.finished) + 1))
         assert len(file.finished) > finished
         finished = len(file.finished)
+
+
+def test_two_runs_never_write_to_one_output(tmp_path):
+    """The second would cut what the first is writing, and serve its lines again."""
+    out = tmp_path / "out.jsonl"
+    first = OutputFile(out)
+    first.write({"line": 1, "line_hash": "x"})
+    for overwrite in (False, True):
+        with pytest.raises(InvalidRequestError, match="writes to"):
+            OutputFile(out, overwrite=overwrite)
+    first.close()
+    again = OutputFile(out)
+    assert again.finished == {1: "x"}
+    again.close()
 
 
 # ---- files -------------------------------------------------------------------------------

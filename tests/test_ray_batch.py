@@ -123,6 +123,18 @@ def test_lines_that_kill_every_worker_end_the_run(monkeypatch):
         worker(batch)
 
 
+def test_workers_that_die_while_they_load_end_the_run(monkeypatch):
+    ray = ray_batches()
+    monkeypatch.setattr("spectral_paged.llm.LLM", lambda model, **options: served_llm())
+    take = ray.Attempts().take
+    for _ in range(2 * ray.MAX_ATTEMPTS):
+        worker = ray.LineWorker("tiny", {}, take, 2 * ray.MAX_ATTEMPTS)
+    with pytest.raises(ClusterError, match="while they loaded 'tiny', 8 times"):
+        ray.LineWorker("tiny", {}, take, 2 * ray.MAX_ATTEMPTS)
+    worker({"line": [pickle.dumps(BatchLine(7, "", prompt="ab", params=SamplingParams()))]})
+    ray.LineWorker("tiny", {}, take, 2 * ray.MAX_ATTEMPTS)  # somebody has loaded: all is well
+
+
 @pytest.fixture
 def no_cluster(monkeypatch):
     """The driver's part alone: blocks are tables, a test says what comes back."""

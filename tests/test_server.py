@@ -13,6 +13,7 @@ from served import LETTERS, served_llm, serving
 
 from spectral_paged import SamplingParams
 from spectral_paged.metrics import parse
+from spectral_paged.server.event_stream import _event
 
 LONG = "".join(LETTERS[(i * 37) % 90] for i in range(700))
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -217,6 +218,13 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 48
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     assert len({c.id for c in chunks}) == 1
+
+
+def test_an_event_is_one_line_however_its_reader_splits_lines():
+    """Clients that split text instead of bytes take more characters for a line end."""
+    event = _event({"text": "a\u2028b\u2029c\x85d\x0b\n"}).decode()
+    assert len(event.splitlines()) == 2 and event.endswith("\n\n")
+    assert json.loads(event.removeprefix("data: "))["text"] == "a\u2028b\u2029c\x85d\x0b\n"
 
 
 def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(client):

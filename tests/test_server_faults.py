@@ -4,6 +4,7 @@ and the pool is whole afterwards."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -223,6 +224,37 @@ def test_where_the_engines_thread_ends_everybody_hears_of_it(monkeypatch):
         wait_until(lambda: served.server.should_exit)
 
 
+def test_an_engine_that_cannot_even_abort_leaves_nobody_waiting(monkeypatch):
+    llm = served_llm()
+    engine, stepping, go_on = EngineThread(llm), threading.Event(), threading.Event()
+
+    def broken_step():
+        stepping.set()
+        assert go_on.wait(30)
+        raise RuntimeError("an illegal memory access")
+
+    def broken_abort(request_id):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(llm.engine, "step", broken_step)
+    monkeypatch.setattr(llm.engine, "abort", broken_abort)
+
+    async def run():
+        engine.start()
+        first = await engine.submit("a", [[4, 5]], SamplingParams())
+        await asyncio.to_thread(stepping.wait, 30)
+        late = asyncio.ensure_future(engine.submit("b", [[4, 5]], SamplingParams()))
+        go_on.set()
+        with pytest.raises(ApiError, match="illegal memory access"):
+            await asyncio.wait_for(first.outputs(), 30)
+        with contextlib.suppress(ApiError):  # queued before the end, or told of it
+            await asyncio.wait_for((await late).outputs(), 30)
+        await engine.stop()
+
+    asyncio.run(run())
+    assert engine.died
+
+
 def raising_pool_error():
     raise PoolError("a slot was lost")
 
@@ -297,6 +329,32 @@ def test_an_end_lets_requests_finish_while_there_is_grace(grace, finishes):
             assert got["whole"].status_code == 503
     assert not llm.engine.has_unfinished() and not served.service.engine._thread.is_alive()
     llm.cache.check_integrity()
+
+
+def test_who_takes_nothing_of_a_stream_gives_its_seats_back():
+    """Its connection is open, and the engine has long made all that it asked for."""
+    body = json.dumps(
+        {"prompt": "ab", "stream": True, "max_tokens": 150, "n": 4, "logprobs": 20}
+    ).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    llm = served_llm()
+    with serving(llm, max_num_requests=4, send_seconds=0.5) as served, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+        wait_until(lambda: served.server.server_state.connections)
+        for connection in list(served.server.server_state.connections):
+            sending = connection.transport.get_extra_info("socket")
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        raw.sendall(head + body)
+        wait_until(lambda: served.service.seats.taken == 4)
+        wait_until(lambda: served.service.seats.taken == 0)
+        assert llm.stats()["generated_tokens"] > 0
+        with served.client() as client:
+            assert client.completions.create(prompt="ab", max_tokens=1, **VALUES).choices
+        served.settle()
 
 
 def test_a_forgotten_body_is_given_up():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -74,10 +76,12 @@ TEXT = {
     "a stream option": ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
                         "stream_options", "not supported"),
     "cache_salt": ({"cache_salt": 4}, "cache_salt", "must be a string"),
+    "a long cache_salt": ({"cache_salt": "a" * 257}, "cache_salt", "256 characters"),
     "best_of": ({"best_of": 3}, "best_of", "not supported"),
     "suffix": ({"suffix": "end"}, "suffix", "not supported"),
     "logit_bias": ({"logit_bias": {"4": 1}}, "logit_bias", "not supported"),
     "a typo": ({"temprature": 1}, "temprature", "not supported"),
+    "a typo of zero": ({"temprature": 0}, "temprature", "not supported"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs"),
 }  # fmt: skip
 CHAT = {
@@ -149,9 +153,12 @@ def test_fields_are_let_pass(served, fields):
         (b"[" * 30_000, "not JSON"),
         (b'["x"]', "must be an object"),
         (b'{"prompt": "a\\ud800"}', "not valid Unicode"),
+        (b'{"prompt": "x", "\xed\xa0\x80": 1}', "not JSON"),
+        ('{"prompt": "x", "\\ud800": 1}'.encode("utf-16"), "not JSON"),
     ],
-    ids=["nothing", "torn", "bytes", "deep", "a list", "half a surrogate pair"],
-)
+    ids=["nothing", "torn", "bytes", "deep", "a list", "half a surrogate pair",
+         "that half as bytes", "another encoding"],
+)  # fmt: skip
 def test_a_body_that_is_no_object_is_refused(served, raw, message):
     status, answer, _ = post(served.url + "/v1/completions", raw)
     assert status == 400 and message in answer["error"]["message"]
@@ -176,6 +183,27 @@ def test_a_refusal_queues_none_of_several_prompts(served):
     assert served.service.llm.stats()["generated_tokens"] == before
 
 
+def test_a_prompt_that_is_too_long_never_reaches_the_engines_thread(served, monkeypatch):
+    """Reading millions of token ids there would hold everybody's steps up."""
+    monkeypatch.setattr(served.service.llm.engine, "add_request", None)
+    status, answer, _ = post(served.url + "/v1/completions", {"prompt": [[1], [1] * 2048]})
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+
+
+def test_headers_have_a_limit(served):
+    """Whatever parser of HTTP is installed beside ours."""
+    port = int(served.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+            for number in range(40):
+                raw.sendall(b"X-%d: " % number + b"a" * 8000 + b"\r\n")
+            raw.sendall(b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert raw.recv(100)[:12] in (b"", b"HTTP/1.1 400")
+
+
 def test_a_long_body_is_refused_before_it_is_read_and_while(served):
     url = served.url + "/v1/completions"
     assert post(url, {"prompt": "a" * 40_000})[0] == 413
@@ -198,7 +226,10 @@ def test_routes_and_methods_that_do_not_exist(served):
     status, answer, _ = post(served.url + "/v1/embeddings", {})
     assert status == 404 and "/v1/embeddings" in answer["error"]["message"]
     status, answer, _ = post(served.url + "/v1/models", {})
-    assert status == 405 and answer["error"]["type"] == "invalid_request_error"
+    assert status == 405 and answer["error"]["code"] == "method_not_allowed"
+    assert answer["error"]["type"] == "invalid_request_error"
+    probe = urllib.request.Request(served.url + "/health", method="HEAD")
+    assert urllib.request.urlopen(probe).status == 200, "probes of balancers ask so"
 
 
 def test_more_than_fits_at_once_may_try_again(served):
@@ -252,6 +283,7 @@ def test_each_of_the_keys_opens(locked):
         (["--api-key", ""], "an API key is empty"),
         (["--api-key", "schlüssel"], "not ASCII"),
         (["--grace-seconds", "-1"], "must be >= 0"),
+        (["--grace-seconds", "inf"], "and finite"),
         (["--host", "no.such.host.invalid"], "name another --port or --host"),
     ],
 )

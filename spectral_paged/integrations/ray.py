@@ -42,6 +42,7 @@ except ImportError as error:
 
 MAX_ATTEMPTS = 4  # at one block of lines: one that kills whoever takes it ends the run
 TASKS_PER_WORKER = 8  # at least, where there are lines enough: so that all end at about one time
+LOADING = 0  # stands for a line's number while a worker loads its model; lines count from 1
 SEATS_PER_TASK = 4  # lines of a block at most, in `max_num_seqs`: few steps run half empty
 
 
@@ -52,7 +53,10 @@ class Attempts:
         self._counts: Counter[int] = Counter()
 
     def take(self, number: int) -> int:
-        """Count one more try at the block that begins with line `number`."""
+        """Count one more try at the block that begins with line `number`, or at `LOADING`; a block
+        that is taken forgets the latter, for somebody has loaded the model."""
+        if number != LOADING:
+            self._counts[LOADING] = 0
         self._counts[number] += 1
         return self._counts[number]
 
@@ -63,12 +67,25 @@ class LineWorker:
     Args:
         model: alias, hub id, or a path that every node has.
         options: keyword arguments of `LLM`.
-        take: counts tries at the block that begins with a line number.
+        take: counts tries at the block that begins with a line number, and at `LOADING`.
+        max_loads: tries at loading a model, of all workers, while none takes a block.
+
+    Raises:
+        ClusterError: workers die while they load the model; Ray would start them for ever.
     """
 
     def __init__(
-        self, model: str, options: Mapping[str, Any], take: Callable[[int], int]
+        self,
+        model: str,
+        options: Mapping[str, Any],
+        take: Callable[[int], int],
+        max_loads: int = MAX_ATTEMPTS,
     ) -> None:
+        if take(LOADING) > max_loads:
+            raise ClusterError(
+                f"workers died while they loaded {model!r}, {max_loads} times: look for memory "
+                "that ran out (less --kv-cache-bytes, fewer --ray-workers)"
+            )
         from spectral_paged.llm import LLM
 
         self._llm = LLM(model, **options)
@@ -266,7 +283,8 @@ def _results(
     answers = ray.data.from_arrow_refs(blocks).map_batches(
         LineWorker,
         fn_constructor_args=(
-            model, dict(options), lambda number: ray.get(attempts.take.remote(number))
+            model, dict(options), lambda number: ray.get(attempts.take.remote(number)),
+            MAX_ATTEMPTS * num_workers,
         ),
         batch_size=per_task,
         compute=ray.data.ActorPoolStrategy(size=num_workers),

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 from spectral_paged.errors import MissingPackageError, SpectralPagedError
@@ -72,7 +73,7 @@ class Service:
         )  # fmt: skip
         app.add_middleware(Traffic, registry=registry)
         keyed = [Depends(self._check_key)]
-        app.add_api_route("/health", self._health)
+        app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self._scrape)
         app.add_api_route("/v1/models", self._models, dependencies=keyed)
         app.add_api_route("/v1/models/{name:path}", self._model, dependencies=keyed)
@@ -196,7 +197,8 @@ class Service:
         if not body.stream:
             return JSONResponse(answer.whole(await generation.outputs()))
         chunks = answer.chunks(generation, include_usage=body.include_usage)
-        return EventStream(chunks, stack.pop_all().close)
+        seconds = self.settings.send_seconds
+        return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
     async def _prepare(self, raw: bytes, chat: bool) -> PreparedRequest:
         loop = asyncio.get_running_loop()
@@ -206,7 +208,7 @@ class Service:
             )
         except SpectralPagedError as error:
             self.engine.count_refusal(error)
-            raise
+            raise refused(error) from error
 
 
 # ---- errors ------------------------------------------------------------------------------
@@ -226,8 +228,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path:.200}: {error.detail}"
+    code = HTTPStatus(error.status_code).name.lower()
     return await _error(
-        request, ApiError(error.status_code, message, code="not_found", headers=error.headers)
+        request, ApiError(error.status_code, message, code=code, headers=error.headers)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -69,8 +70,10 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         raise InvalidRequestError(
             "an API key is empty, begins or ends with a space, or is not ASCII: give another"
         )
-    if not args.grace_seconds >= 0:
-        raise InvalidRequestError(f"--grace-seconds is {args.grace_seconds}; it must be >= 0")
+    if not (args.grace_seconds >= 0 and math.isfinite(args.grace_seconds)):
+        raise InvalidRequestError(
+            f"--grace-seconds is {args.grace_seconds}; it must be >= 0 and finite"
+        )
     return ServerSettings(
         model_names=tuple(args.served_model_name or (args.model,)),
         api_keys=keys,

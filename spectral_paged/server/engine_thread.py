@@ -107,9 +107,9 @@ class EngineThread:
             except Exception as fault:
                 logger.exception("request %s could not be queued", request_id)
                 error = failed(fault)
+            self._tell(lambda: answer(error))
             if error is not None:
                 self._abort(ids)  # before a step: those of its prompts that were queued
-            self._tell(lambda: answer(error))
 
         with self._lock:
             if self._stopped:
@@ -145,7 +145,11 @@ class EngineThread:
             reason = partial(failed, error)
         with self._lock:
             self._stopped = True
-        self._end_all(reason)
+        try:
+            self._end_all(reason)
+        except Exception:
+            logger.exception("what was in work could not be aborted")
+        self._generations.clear()
         self._take_calls(wait=False)  # those who wait for their admission get an answer too
 
     def _take_calls(self, *, wait: bool) -> None:
@@ -176,8 +180,8 @@ class EngineThread:
 
     def _end_all(self, reason: Callable[[], ApiError]) -> None:
         waiting = set(self._generations.values())
+        self._tell(lambda: _fail(waiting, reason))  # first: a broken engine may not even abort
         self._abort(list(self._generations))
-        self._tell(lambda: _fail(waiting, reason))
 
     def _step(self) -> None:
         try:

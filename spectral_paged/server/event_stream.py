@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.body import while_connected
@@ -21,25 +22,37 @@ class EventStream(Response):
     Args:
         chunks: its error becomes the last event, for the status has been sent.
         on_end: called once, however it ends.
+        seconds: a client that takes nothing for so long, with all buffers full, counts as gone.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[list[dict[str, Any]]], on_end: Callable[[], None]
+        self,
+        chunks: AsyncIterator[list[dict[str, Any]]],
+        on_end: Callable[[], None],
+        *,
+        seconds: float,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._chunks, self._on_end = chunks, on_end
+        self._chunks, self._on_end, self._seconds = chunks, on_end, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send(send))
-        except ApiError:
+            await while_connected(receive, self._send(self._in_time(send)))
+        except (ApiError, TimeoutError):
             pass  # the client has gone; `on_end` aborts what it asked for
         finally:
             self._on_end()
+
+    def _in_time(self, send: Send) -> Send:
+        async def bounded(message: Message) -> None:
+            async with asyncio.timeout(self._seconds):
+                await send(message)
+
+        return bounded
 
     async def _send(self, send: Send) -> None:
         await send(
@@ -54,7 +67,8 @@ class EventStream(Response):
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+    # ASCII: some clients take U+2028 and its like for line ends
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 async def _body(send: Send, body: bytes, *, more: bool) -> None:

@@ -40,6 +40,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 service.app,
+                http="h11",  # httptools, where it is installed, reads headers of any length
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from spectral_paged.admission import check_request
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.openai_request import OpenAIRequest, parse_body, parse_json
@@ -65,7 +66,10 @@ def prepare(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> Pr
         if tokenizer is None and not all(isinstance(p, str) for p in body.prompts):
             raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
         echoes = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompts]
-    return PreparedRequest(body, prompts, _with_room(llm, settings, body, prompts), echoes)
+    params = _with_room(llm, settings, body, prompts)
+    for prompt in prompts:  # here already: the engine's thread would read every token of a long one
+        check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
+    return PreparedRequest(body, prompts, params, echoes)
 
 
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:
@@ -101,6 +105,13 @@ def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
             f"a stop string may have {settings.max_stop_chars} characters",
             param="stop",
             code="stop_too_long",
+        )
+    if len(body.cache_salt) > settings.max_salt_chars:
+        raise ApiError(
+            400,
+            f"a cache_salt may have {settings.max_salt_chars} characters",
+            param="cache_salt",
+            code="cache_salt_too_long",
         )
 
 

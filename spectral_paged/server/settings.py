@@ -19,7 +19,9 @@ class ServerSettings:
         max_stops: most stop strings, and stop token ids, of a request; each is looked for after
             every token.
         max_stop_chars: longest stop string.
+        max_salt_chars: longest cache salt; every completion holds and hashes it.
         body_seconds: how long a body may take to arrive.
+        send_seconds: how long a client may take nothing of its stream before it counts as gone.
         grace_seconds: how long requests may go on after the server was told to stop.
         retry_seconds: what `Retry-After` says where there is no room.
     """
@@ -31,6 +33,8 @@ class ServerSettings:
     max_tokens: int | None = None
     max_stops: int = 16
     max_stop_chars: int = 256
+    max_salt_chars: int = 256
     body_seconds: float = 60.0
+    send_seconds: float = 60.0
     grace_seconds: float = 30.0
     retry_seconds: int = 1
