@@ -9,8 +9,12 @@ import pytest
 import torch
 from tiny_model import VOCAB, tiny_model
 
-from spectral_paged.benchmarks.throughput import run, suites
-from spectral_paged.benchmarks.throughput.backends import serve_with_generate, serve_with_pages
+from spectral_paged.benchmarks.throughput import backends, run, suites
+from spectral_paged.benchmarks.throughput.backends import (
+    engine_of,
+    serve_with_generate,
+    serve_with_pages,
+)
 from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.errors import InvalidRequestError
@@ -216,9 +220,21 @@ def test_the_suite_refuses_what_it_does_not_have(tmp_path):
             suites.main(name, only=only, output_dir=tmp_path)
 
 
-def test_baselines_run_the_model_as_it_came():
-    """A model that an engine compiled before is not what transformers' own loops are timed on."""
+def test_baselines_run_the_model_as_it_came(monkeypatch):
+    """A model that an engine served, and compiled, is not what transformers' own loops are timed
+    on."""
     tiny = loaded()
-    tiny.model.model.norm._compiled_call_impl = lambda *_: pytest.fail("still compiled")
-    served = serve_with_generate(tiny, [Job([1, 2, 3], 4)], batch_size=1)
-    assert served.elapsed > 0
+    attention, norm = tiny.model.config._attn_implementation, tiny.model.model.norm
+
+    def compiling(*args):
+        llm = engine_of(*args)
+        norm._compiled_call_impl = norm._call_impl  # as `compile` does on a GPU
+        assert tiny.model.config._attn_implementation != attention
+        return llm
+
+    monkeypatch.setattr(backends, "engine_of", compiling)
+    options = {"kv_cache_bytes": 16 << 20}
+    serve_with_pages(tiny, [Job([1, 2, 3], 4)], kv_format="exact", options=options)
+    assert tiny.model.config._attn_implementation == attention
+    assert norm._compiled_call_impl is None
+    assert serve_with_generate(tiny, [Job([1, 2, 3], 4)], batch_size=1).elapsed > 0
