@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,3 +160,15 @@ def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:
             "kv_format='exact'"
         )
     return group, max(4, 1 << (group - 1).bit_length())
+
+
+def projection_constants(q: Tensor, layout: PageLayout) -> dict[str, Any]:
+    """What every kernel that projects queries is compiled for; places are those of K."""
+    group, width = group_sizes(q, layout)
+    side = layout.k
+    return {
+        "HEADS": layout.num_kv_heads, "GROUP": group, "P": width, "DIM": layout.head_dim,
+        "TURN": layout.rope == "frame", "RANK": side.rank, "HEAD_BYTES": layout.head_bytes,
+        "SCALE_AT": side.scale_offset, "MEAN_AT": side.mean_offset, "SLOT_AT": side.slot_offset,
+        "INDEX_AT": layout.index_offset, "SLOTS": layout.num_slots,
+    }  # fmt: skip

@@ -30,7 +30,8 @@ class DecodePlan:
         item_start, item_end: int32 `[num_items]`, its table entries.
         first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
         first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
-        entry_seq: int32 `[max_entries]`, the sequence of each of these; N past the last.
+        entry_seq: int32 `[max_entries]`, the sequence of each of these, N past the last; None where
+            nobody goes by entries.
         max_entries: most entries that all sequences may have together.
     """
 
@@ -39,7 +40,7 @@ class DecodePlan:
     item_end: Tensor
     first_item: Tensor
     first_entry: Tensor
-    entry_seq: Tensor
+    entry_seq: Tensor | None
     max_entries: int
 
     @property
@@ -48,13 +49,15 @@ class DecodePlan:
 
     @classmethod
     def of(
-        cls, num_entries: Tensor, *, max_entries: int, target_items: int, grain: int = 1
-    ) -> DecodePlan:
+        cls, num_entries: Tensor, *, max_entries: int, target_items: int, grain: int = 1,
+        by_entry: bool = False,
+    ) -> DecodePlan:  # fmt: skip
         """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
 
         Args:
             max_entries: a bound on their sum, known on the host.
             grain: items have as many entries, if half of `target_items` of them are left then.
+            by_entry: say whose each entry is, too.
         """
         counts = num_entries.to(torch.int32)
         num_seqs = counts.shape[0]
@@ -74,17 +77,20 @@ class DecodePlan:
         seq = torch.searchsorted(first_item[1:], slot, right=True, out_int32=True)
         # the k-th of n items of a sequence takes entries [k count / n, (k + 1) count / n)
         own = torch.cat((items, zero + 1))[seq].clamp_min(1)
-        every = torch.arange(max(max_entries, 1), dtype=torch.int32, device=counts.device)
         count, place = torch.cat((counts, zero))[seq], slot - first_item[seq]
         start, end = (
             (k * count).div(own, rounding_mode="floor").to(torch.int32) for k in (place, place + 1)
         )
+        entry_seq = None
+        if by_entry:
+            every = torch.arange(max(max_entries, 1), dtype=torch.int32, device=counts.device)
+            entry_seq = torch.searchsorted(first_entry[1:], every, right=True, out_int32=True)
         return cls(
             item_seq=seq,
             item_start=start,
             item_end=end,
             first_item=first_item,
             first_entry=first_entry,
-            entry_seq=torch.searchsorted(first_entry[1:], every, right=True, out_int32=True),
+            entry_seq=entry_seq,
             max_entries=max(max_entries, 1),
         )

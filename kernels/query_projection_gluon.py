@@ -14,7 +14,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import (
+    LOG2_E,
+    Projected,
+    group_sizes,
+    projection_constants,
+)
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import (
     after_previous,
@@ -202,8 +207,7 @@ def project_queries(
     config: DecodeConfig,
 ) -> Projected:
     """`query_projection_triton.project_queries` for layouts that `supports` names."""
-    heads, side = layout.num_kv_heads, layout.k
-    group, width = group_sizes(q, layout)
+    heads, width = layout.num_kv_heads, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     splits = config.splits
     _project_kernel[(plan.num_items, heads, splits * (width // 4))](
@@ -211,10 +215,7 @@ def project_queries(
         plane.view(torch.int16), table, plan.item_seq, plan.item_start, plan.first_entry,
         plan.item_end, cos, sin, out.digits, out.affine, out.slots, q.shape[0], table.stride(0),
         first_position, scale * LOG2_E,
-        HEADS=heads, GROUP=group, P=width, DIM=layout.head_dim, TURN=layout.rope == "frame",
-        RANK=side.rank, BASIS_AT=side.bands[0].basis_offset, HEAD_BYTES=layout.head_bytes,
-        SCALE_AT=side.scale_offset, MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset,
-        INDEX_AT=layout.index_offset, SLOTS=layout.num_slots, STEP=splits, num_warps=1,
-        maxnreg=config.project_registers, **dependent_launch(q.device),
+        **projection_constants(q, layout), BASIS_AT=layout.k.bands[0].basis_offset, STEP=splits,
+        num_warps=1, maxnreg=config.project_registers, **dependent_launch(q.device),
     )  # fmt: skip
     return out

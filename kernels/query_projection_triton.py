@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode_parts import LOG2_E, TILES, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import (
+    LOG2_E,
+    TILES,
+    Projected,
+    group_sizes,
+    projection_constants,
+)
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.launch_configs import DecodeConfig
 from spectral_paged.kernels.layout import PageLayout
@@ -156,19 +162,15 @@ def project_queries(
     config: DecodeConfig,
 ) -> Projected:
     """Queries in the rank space of every page and frame; see `Projected`."""
-    heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.k
-    group, width = group_sizes(q, layout)
+    side, width = layout.k, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
-    _project_kernel[(plan.num_items, heads)](
+    _project_kernel[(plan.num_items, layout.num_kv_heads)](
         q.contiguous(), plane, table, plan.item_seq, plan.item_start, plan.first_entry,
         plan.item_end, cos, sin, q if basis is None else basis, level_table("gaussian", q.device),
         out.digits, out.affine, out.slots,
         q.shape[0], table.stride(0), first_position, scale * LOG2_E,
-        HEADS=heads, GROUP=group, P=width, DIM=dim, HALF=cos.shape[-1],
-        TURN=layout.rope == "frame", SHARED=side.shared_basis, RANK=side.rank,
-        BANDS=band_tuples(side), HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,
-        MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
-        SLOTS=layout.num_slots, HALF_PAD=padded(dim // 2), RANK_PAD=padded(side.rank),
+        **projection_constants(q, layout), HALF=cos.shape[-1], SHARED=side.shared_basis,
+        BANDS=band_tuples(side), HALF_PAD=padded(layout.head_dim // 2), RANK_PAD=padded(side.rank),
         PAGES=max(1, 32 // (TILES * width)) if side.shared_basis else 1,
         EXTRA=padded(layout.num_slots + 1), num_warps=4, num_stages=1,
     )  # fmt: skip

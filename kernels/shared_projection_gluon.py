@@ -16,7 +16,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from spectral_paged.kernels.decode_parts import LOG2_E, Projected, group_sizes
+from spectral_paged.kernels.decode_parts import (
+    LOG2_E,
+    Projected,
+    group_sizes,
+    projection_constants,
+)
 from spectral_paged.kernels.decode_plan import DecodePlan
 from spectral_paged.kernels.gluon_operands import after_previous, index_of
 from spectral_paged.kernels.launch_configs import DecodeConfig, dependent_launch
@@ -311,8 +316,7 @@ def project_queries(
     config: DecodeConfig,
 ) -> Projected:
     """`query_projection_triton.project_queries` for layouts that `supports` names."""
-    heads, side = layout.num_kv_heads, layout.k
-    group, width = group_sizes(q, layout)
+    heads, width = layout.num_kv_heads, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     parts = width // 4  # programs that share a page's frames
     programs = min(triton.cdiv(plan.max_entries, 4), max(1, config.project_programs // heads))
@@ -321,10 +325,7 @@ def project_queries(
         plane.view(torch.int16), table, plan.entry_seq, plan.first_entry, cos, sin, basis,
         out.digits, out.affine, out.slots, q.shape[0], table.stride(0), first_position,
         scale * LOG2_E,
-        HEADS=heads, GROUP=group, P=width, DIM=layout.head_dim, TURN=layout.rope == "frame",
-        RANK=side.rank, HEAD_BYTES=layout.head_bytes, SCALE_AT=side.scale_offset,
-        MEAN_AT=side.mean_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
-        SLOTS=layout.num_slots, num_warps=4, maxnreg=config.project_registers,
+        **projection_constants(q, layout), num_warps=4, maxnreg=config.project_registers,
         **dependent_launch(q.device),
     )  # fmt: skip
     return out

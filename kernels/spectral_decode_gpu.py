@@ -51,7 +51,9 @@ def plan_pages(
     if config is None:
         config = decode_config(layout, num_pages.device)
     target = max(1, config.programs // layout.num_kv_heads)
-    return DecodePlan.of(num_pages, max_entries=max_entries, target_items=target)
+    return DecodePlan.of(
+        num_pages, max_entries=max_entries, target_items=target, by_entry=layout.k.shared_basis
+    )
 
 
 def has_tensor_cores(device: torch.device) -> bool:

@@ -232,7 +232,7 @@ class SpectralKVCache:
         and windows slide between steps."""
         state = self._sequences[seq_id]
         end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
-        slides = any(layer.window is not None for layer in self.layers)
+        slides = any(group.window is not None for group in self.groups)
         segment = self.format.prefill_segment if slides else 0  # 0: none, the step is one
         return min(end - state.num_tokens, segment or end)
 

@@ -82,6 +82,7 @@ class Compiled:
 
     def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, launch_pdl=False, **constants):
         names = self.kernel.arg_names
+        assert constants.keys() == set(names[len(args) :]), "as a launch demands"
         signature, aligned, fixed = {}, {}, {}
         for i, name in enumerate(names):
             if i >= len(args):

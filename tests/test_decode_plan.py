@@ -24,6 +24,7 @@ def test_items_cover_every_entry_once_and_are_of_like_size(
         max_entries=sum(counts) + slack,
         target_items=target,
         grain=grain,
+        by_entry=True,
     )
     limit = max(1, -(-sum(counts) // target))
     limit = max(limit, min(grain, -(-sum(counts) // max(1, target // 2))))
