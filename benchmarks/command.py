@@ -27,14 +27,10 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     room.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
     room.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
-    unsloth = benches.add_parser("unsloth", help="generate with and without it (needs a GPU)")
-    unsloth.add_argument("--model", default="random:mistral-7b", help="a random:<shape>")
-    unsloth.add_argument(
-        "--format", action="append", default=[], metavar="NAME",
-        help="a preset, exact, or unpatched; repeatable",
-    )  # fmt: skip
-    unsloth.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    unsloth.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
+    _add_unsloth(
+        benches.add_parser("unsloth", help="generate with and without it (needs a GPU), or needles")
+    )
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
@@ -47,6 +43,48 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
         "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
     )
     decode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+
+
+def _add_unsloth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help="a random:<shape>; default random:mistral-7b, with --needles smollm2-135m"
+    )
+    parser.add_argument(
+        "--format", action="append", default=[], metavar="NAME",
+        help="a preset, exact, or unpatched; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--needles", type=positive, metavar="COUNT",
+        help="ask a model with real weights for so many needles, times are not taken",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", type=positive, action="append", default=[],
+        help="context tokens of --needles; repeatable; default 2048",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="of --needles")
+    parser.add_argument("--dtype", default="auto", help="of --needles")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="random:llama-3-8b")
+    parser.add_argument(
+        "--format", action="append", default=[], metavar="NAME",
+        help="a preset, or exact; repeatable; default exact and spectral-quality",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", action="append", default=[], metavar="HOW",
+        help="between the products: compiled, eager or liger, each in graphs; repeatable; "
+        "default compiled",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=positive, action="append", default=[], help="repeatable")
+    parser.add_argument(
+        "--context", type=positive, action="append", default=[], help="tokens; repeatable"
+    )
+    parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
+    parser.add_argument("--name", default="", help="of the result's file; default the model's")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -168,17 +206,49 @@ def bench_tune(args: argparse.Namespace) -> int:
 
 
 def bench_unsloth(args: argparse.Namespace) -> int:
-    """Generate with Unsloth, patched and not."""
+    """Generate with Unsloth, patched and not; or ask it for needles."""
+    from spectral_paged.benchmarks import unsloth
+
+    package = "spectral_paged.benchmarks"
+    if args.needles:
+        arguments = {
+            "model": "smollm2-135m" if args.model is None else args.model,
+            "formats": args.format or ["exact", "spectral-quality"],
+            "count": args.needles,
+            "lengths": args.length or [2048],
+            "device": args.device,
+            "dtype": args.dtype,
+            "output_dir": args.output_dir,
+        }
+        return unsloth.run_apart(f"{package}.unsloth_needles", arguments)
     from spectral_paged.placement import choose_device
 
     choose_device("cuda")  # says what is missing
-    from spectral_paged.benchmarks import unsloth
+    arguments = {
+        "model": "random:mistral-7b" if args.model is None else args.model,
+        "formats": args.format,
+        "enforce_eager": args.enforce_eager,
+        "output_dir": args.output_dir,
+    }
+    return unsloth.run_apart(f"{package}.unsloth", arguments)
 
-    return unsloth.run_apart(
+
+def bench_steps(args: argparse.Namespace) -> int:
+    """Time decode steps, and say where their time goes."""
+    from spectral_paged.placement import choose_device
+
+    choose_device("cuda")  # says what is missing
+    from spectral_paged.benchmarks import steps
+
+    return steps.main(
         model=args.model,
-        formats=tuple(args.format),
-        enforce_eager=args.enforce_eager,
+        formats=args.format or steps.FORMATS,
+        layers=args.layers or steps.LAYERS[:1],
+        batches=args.batch or (1, 128),
+        contexts=args.context or (128,),
+        name=args.name,
         output_dir=args.output_dir,
+        kv_cache_bytes=args.kv_cache_memory,
     )
 
 
@@ -238,15 +308,15 @@ def bench(args: argparse.Namespace) -> int:
     from spectral_paged.benchmarks.quality import run
 
     if args.bench == "seal":
-        return seal.main(
-            device=args.device, output_dir=args.output_dir, formats=tuple(args.format)
-        )
+        return seal.main(device=args.device, output_dir=args.output_dir, formats=tuple(args.format))
     if args.bench == "decode":
         return bench_decode(args)
     if args.bench == "tune":
         return bench_tune(args)
     if args.bench == "unsloth":
         return bench_unsloth(args)
+    if args.bench == "steps":
+        return bench_steps(args)
     if args.bench == "capacity":
         return bench_capacity(args)
     if args.bench == "throughput":

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from spectral_paged.benchmarks.environment import environment, file_stem
 from spectral_paged.benchmarks.throughput.random_models import load_random, random_calibration
-from spectral_paged.benchmarks.unsloth_models import load_fast, save_checkpoint
+from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast, save_checkpoint
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 
-UNPATCHED = "unpatched"
 CASES = ((1, 2462), (16, 8192))  # rows, prompt tokens
 # those whose pages a kernel seals: others decompose every page
 FORMATS = (UNPATCHED, "exact", "spectral-quality")
@@ -141,9 +140,7 @@ def write(rows: Sequence[Row], model: str, *, enforce_eager: bool, output_dir: P
     """`unsloth-<model>.json` of the rows so far."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / f"unsloth-{file_stem(model)}.json"
-    versions = {
-        name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")
-    }
+    versions = {name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")}
     result = {
         "environment": environment() | versions | {"device": "cuda"},
         "model": f"{model} (random weights), bf16",
@@ -192,17 +189,14 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
     return 0
 
 
-def run_apart(
-    *, model: str, formats: Sequence[str], enforce_eager: bool, output_dir: Path
-) -> int:
-    """`main` in a process of its own that imports Unsloth before all else, as Unsloth asks for."""
+def run_apart(module: str, arguments: dict[str, Any]) -> int:
+    """`main(**arguments)` of a module of this package, in a process of its own that imports Unsloth
+    before all else, as Unsloth asks for; `output_dir` becomes a path again."""
     code = (
-        "import unsloth, sys; from pathlib import Path\n"
-        "from spectral_paged.benchmarks.unsloth import main\n"
-        "model, eager, folder, *formats = sys.argv[1:]\n"
-        "sys.exit(main(model=model, formats=formats, enforce_eager=eager == 'eager', "
-        "output_dir=Path(folder)))"
+        "import unsloth, sys, json; from importlib import import_module; from pathlib import Path\n"
+        "arguments = json.loads(sys.argv[2])\n"
+        "arguments['output_dir'] = Path(arguments['output_dir'])\n"
+        "sys.exit(import_module(sys.argv[1]).main(**arguments))"
     )
-    how = "eager" if enforce_eager else "graphs"
-    command = [sys.executable, "-P", "-c", code, model, how, str(output_dir), *formats]
+    command = [sys.executable, "-P", "-c", code, module, json.dumps(arguments, default=str)]
     return subprocess.run(command, check=False).returncode

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+UNPATCHED = "unpatched"  # a model as Unsloth runs it, beside names of formats
+
 
 def save_checkpoint(model: Any, folder: Path) -> None:
     """Save `model` beside a tokenizer of made-up words, one an id."""
@@ -47,9 +49,7 @@ def _without_bitsandbytes() -> Iterator[None]:
         del sys.modules["bitsandbytes"], sys.modules["bitsandbytes.nn"], vars(lora)["Linear4bit"]
 
 
-def load_fast(
-    folder: Path, *, dtype: torch.dtype, max_seq_length: int, device: str
-) -> Any:
+def load_fast(folder: Path, *, dtype: torch.dtype, max_seq_length: int, device: str) -> Any:
     """What `FastLanguageModel.from_pretrained` makes of a checkpoint, ready to generate; unsloth
     is to be imported before transformers."""
     from unsloth import FastLanguageModel

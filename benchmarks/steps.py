@@ -1,0 +1,280 @@
+"""What a decode step is made of: `spectral-paged bench steps`.
+
+A step of so many sequences, each with one new token, in its steady state: contexts are made up (see
+`throughput.filling`), and few are long enough to be sealed while steps are counted. The floor of a
+step is what reading every weight once takes at the bandwidth of a device copy. What kernels do
+comes from the profiler, in steps that are counted apart from those that are timed:
+
+    step  [ copy of inputs | graph: products, attention, the rest | sampling ] wait [ ...
+
+The layers between the products run compiled, as they are written in transformers, or with
+liger-kernel's norms, rotary embedding and activation (Hsu et al., arXiv:2410.10989); each inside
+CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_paged.benchmarks.decode import copy_bandwidth
+from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.throughput.backends import engine_of
+from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
+from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.llm import LLM
+from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.placement import choose_dtype
+from spectral_paged.sampling import SamplingParams
+
+LAYERS = ("compiled", "eager", "liger")  # what runs between the products
+FORMATS = ("exact", "spectral-quality")
+WARM, TIMED, TRACED = 6, 32, 10  # steps
+ROOM = 96  # tokens a sequence grows by at most: steps, and while others are filled
+GRAPH_GAP_US = 5.0  # kernels of a graph follow each other faster than the host can launch
+MAX_ERROR = 0.05  # of logits, relative: two bf16 orders of the same sums
+KINDS = (  # the first that a kernel's name matches
+    ("attention", r"^_(append|exact|project|attend|reduce|apply|merge)_kernel"),
+    ("seal", r"^_(quantize|rebuild)_kernel"),
+    ("products", r"gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
+    ("copies", r"^Mem(cpy|set)"),
+    ("rest", r""),
+)
+
+Span = tuple[float, float]  # microseconds from, to
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A step; milliseconds, and shares of the traced time.
+
+    idle: nothing runs, in all and in gaps longer than those between kernels of a graph.
+    pages_sealed: in the steps that are timed.
+    kinds: milliseconds of kernels by kind; those that overlap count each.
+    """
+
+    format: str
+    layers: str
+    batch: int
+    context: int
+    step_ms: float
+    floor_ms: float
+    over_floor: float
+    tokens_per_second: float
+    idle_share: float
+    idle_between_steps_share: float
+    kernels_per_step: float
+    kinds: dict[str, float]
+    pages_sealed: int
+    stats: dict[str, object]
+
+
+def kind_of(kernel: str) -> str:
+    """Which of `KINDS` a kernel belongs to."""
+    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel))
+
+
+def gaps(spans: Sequence[Span]) -> list[float]:
+    """Microseconds between spans in which none of them runs, each gap once."""
+    found, until = [], None
+    for begin, end in sorted(spans):
+        if until is not None and begin > until:
+            found.append(begin - until)
+        until = end if until is None else max(until, end)
+    return found
+
+
+def weight_bytes(model: Any) -> int:
+    """Of all weights that a step reads whole; rows of a table of embeddings are looked up."""
+    looked_up = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is looked_up
+    return sum(p.nbytes for p in model.parameters() if tied or p is not looked_up)
+
+
+@torch.inference_mode()
+def with_liger(model: Any) -> None:
+    """Replace norms, rotary embedding and activations of a model by liger-kernel's.
+
+    Raises:
+        InvalidRequestError: liger-kernel has no such family, or is not installed.
+        ArithmeticError: the model says something else than before.
+    """
+    family = model.config.model_type
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise InvalidRequestError(f"--layers liger: {error}; pip install liger-kernel") from error
+    apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
+    if apply is None:
+        raise InvalidRequestError(f"--layers liger: liger-kernel has no {family}")
+    ids = torch.arange(3, 67, device=model.device)[None]
+    with attending(model, "sdpa"):
+        before = model(input_ids=ids, use_cache=False).logits.float()
+        apply(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+        after = model(input_ids=ids, use_cache=False).logits.float()
+    error = float((after - before).norm() / before.norm())
+    if not error < MAX_ERROR:
+        raise ArithmeticError(f"liger-kernel changes logits by {error:.3g}; not timed")
+
+
+def _decoding(llm: LLM, batch: int, context: int) -> None:
+    """Bring `batch` sequences of `context` tokens to where all of them decode."""
+    params = SamplingParams(temperature=0.0, max_tokens=ROOM, ignore_eos=True)
+    for i in range(batch):
+        prompt = [3 + (i + j) % 97 for j in range(context)]
+        llm.engine.add_request(f"{context}/{i}", prompt, params)
+    started: set[str] = set()
+    while len(started) < batch:
+        for output in llm.engine.step():
+            if output.error is not None:
+                raise output.error
+            if output.outputs[0].token_ids:
+                started.add(output.request_id)
+
+
+def _counts(llm: LLM) -> tuple[int, int]:
+    """Tokens made and pages sealed so far."""
+    stats: dict[str, Any] = llm.stats()
+    return stats["generated_tokens"], stats["pages_sealed"]
+
+
+def _steps(llm: LLM, count: int) -> None:
+    for _ in range(count):
+        llm.engine.step()
+
+
+def _seconds(llm: LLM, count: int) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    _steps(llm, count)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _trace(llm: LLM, count: int) -> list[tuple[str, Span]]:
+    """Kernels and copies of `count` steps: name, and when."""
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _steps(llm, count)
+        torch.cuda.synchronize()
+    return [
+        (event.name, (event.time_range.start, event.time_range.end))
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+
+
+def measure(
+    loaded: LoadedModel, format: str, layers: str, batch: int, context: int, bandwidth: float,
+    **options: Any,
+) -> Row:  # fmt: skip
+    """Time and trace steps of one engine.
+
+    Args:
+        bandwidth: of a device copy, bytes a second.
+        options: of `LLM`.
+
+    Raises:
+        ArithmeticError: not all of the sequences decoded in every step.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    options = {
+        "max_num_seqs": batch,
+        "max_model_len": context + ROOM + 1,
+        "enable_prefix_caching": False,
+        "compile_layers": layers == "compiled",
+    } | options
+    with engine_of(loaded, format, options) as llm:
+        fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
+        _decoding(llm, batch, context)
+        _steps(llm, WARM)
+        before = _counts(llm)
+        seconds = _seconds(llm, TIMED)
+        made, sealed = (now - then for now, then in zip(_counts(llm), before, strict=True))
+        if made != TIMED * batch:
+            raise ArithmeticError(f"{format}: {made} tokens of {TIMED * batch}; not timed")
+        events = _trace(llm, TRACED)
+        stats = llm.stats()
+    spans = [span for _, span in events]
+    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    idle = gaps(spans)
+    kinds = dict.fromkeys((kind for kind, _ in KINDS), 0.0)
+    for name, (begin, end) in events:
+        kinds[kind_of(name)] += (end - begin) / 1e3 / TRACED
+    step, floor = seconds / TIMED, weight_bytes(loaded.model) / bandwidth
+    return Row(
+        format,
+        layers,
+        batch,
+        context,
+        step_ms=1e3 * step,
+        floor_ms=1e3 * floor,
+        over_floor=step / floor,
+        tokens_per_second=batch / step,
+        idle_share=sum(idle) / whole,
+        idle_between_steps_share=sum(gap for gap in idle if gap > GRAPH_GAP_US) / whole,
+        kernels_per_step=len(events) / TRACED,
+        kinds=kinds,
+        pages_sealed=sealed,
+        stats={key: stats[key] for key in ("backend", "model_step", "pages_attended")},
+    )
+
+
+def line(row: Row) -> str:
+    """A row as the terminal shows it."""
+    kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.kinds.items() if ms)
+    return (
+        f"{row.format:18} {row.layers:8} {row.batch:3} x {row.context:6}: {row.step_ms:7.2f} ms "
+        f"({row.over_floor:.2f} of {row.floor_ms:.2f}), idle {100 * row.idle_share:.1f} % "
+        f"({100 * row.idle_between_steps_share:.1f} % between steps); {kinds}"
+    )
+
+
+def main(
+    *, model: str, formats: Sequence[str], layers: Sequence[str], batches: Sequence[int],
+    contexts: Sequence[int], name: str, output_dir: Path, **options: Any,
+) -> int:  # fmt: skip
+    """Measure on this machine's GPU; print a line each and write `steps-<model>.json`.
+
+    Raises:
+        InvalidRequestError: of `with_liger`, or an unknown value of `layers`.
+    """
+    if unknown := [one for one in layers if one not in LAYERS]:
+        raise InvalidRequestError(f"--layers {', '.join(unknown)}: use {', '.join(LAYERS)}")
+    device = torch.device("cuda")
+    load = load_random if is_random(model) else load_model
+    loaded = load(model, device=device, dtype=choose_dtype("auto", device))
+    bandwidth = copy_bandwidth()
+    rows: list[Row] = []
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / f"steps-{name or file_stem(model)}.json"
+    result = {
+        "environment": environment() | {"device": "cuda", "dtype": str(loaded.model.dtype)},
+        "model": model,
+        "copy_bytes_per_second": bandwidth,
+        "weight_bytes": weight_bytes(loaded.model),
+    }
+    # liger-kernel's come last: a model does not get its own back
+    for how in sorted(set(layers), key=LAYERS.index):
+        if how == "liger":
+            with_liger(loaded.model)
+        for format, context, batch in product(formats, contexts, batches):
+            rows.append(measure(loaded, format, how, batch, context, bandwidth, **options))
+            print(line(rows[-1]), flush=True)
+            text = json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+    print(f"raw results: {path}")
+    return 0

@@ -1,0 +1,193 @@
+"""Needles asked of an Unsloth model: `spectral-paged bench unsloth --needles`.
+
+Real weights and real text; what is hidden and how it is asked is that of `bench quality`. Prompts
+of a context are one left-padded batch of `generate`. Prompts are computed by segments of 512
+tokens, so that a question reads pages of everything before its own segment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.quality.judge import is_answer
+from spectral_paged.benchmarks.quality.tasks import Haystack, Probe, needle_probes
+from spectral_paged.benchmarks.quality.texts import judged_texts
+from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast
+from spectral_paged.calibration import builtin_calibration
+from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.models.loader import load_model
+from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import choose_device, choose_dtype
+
+ANSWER_TOKENS = 12
+MAX_ROUNDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Needles by one format.
+
+    known, recalled_of_known: those that the unpatched model recalls, and which of them this does.
+    same_tokens: answers that are token for token what the unpatched model said.
+    """
+
+    format: str
+    asked: int
+    recalled: int
+    known: int
+    recalled_of_known: int
+    same_tokens: int
+    pages_attended: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to a question, and whether that was right."""
+
+    token_ids: list[int]
+    right: bool
+
+
+@torch.inference_mode()
+def answers(model: Any, tokenizer: Any, probe: Probe) -> list[Answer]:
+    """What the model says to every question of a probe."""
+    rows = [[*probe.context, *question.prompt] for question in probe.questions]
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    out = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+        max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    said = out[:, longest:].tolist()
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [
+        Answer(tokens, is_answer(text, question.answer))
+        for tokens, text, question in zip(said, texts, probe.questions, strict=True)
+    ]
+
+
+def ask(
+    model: Any, tokenizer: Any, probes: Sequence[Probe], format: str, **options: Any
+) -> tuple[list[Answer], int]:
+    """Answers to all questions, patched with `format` or as Unsloth runs; and pages read.
+
+    Args:
+        options: of `patch_unsloth_attention`.
+
+    Raises:
+        ArithmeticError: a format of pages was asked, and no page was read.
+    """
+    from spectral_paged.integrations.unsloth import patch_unsloth_attention
+
+    patch, attended = None, 0
+    if format != UNPATCHED:
+        patch = patch_unsloth_attention(
+            model, kv_format=format, max_num_seqs=max(len(p.questions) for p in probes),
+            prefill_segment=BLOCK_TOKENS, verbose=False, **options,
+        )  # fmt: skip
+    try:
+        found = [answer for probe in probes for answer in answers(model, tokenizer, probe)]
+        if patch is not None:
+            attended = int(patch.stats()["pages_attended"])
+    finally:
+        if patch is not None:
+            patch.undo()
+    if format not in (UNPATCHED, "exact") and not attended:
+        raise ArithmeticError(f"{format}: no page was read")
+    return found, attended
+
+
+def recall(format: str, found: Sequence[Answer], own: Sequence[Answer], attended: int) -> Recall:
+    """Answers of a format beside the unpatched model's `own`."""
+    pairs = list(zip(found, own, strict=True))
+    return Recall(
+        format,
+        asked=len(found),
+        recalled=sum(a.right for a in found),
+        known=sum(b.right for b in own),
+        recalled_of_known=sum(a.right and b.right for a, b in pairs),
+        same_tokens=sum(a.token_ids == b.token_ids for a, b in pairs),
+        pages_attended=attended,
+    )
+
+
+def probes_of(hay: Haystack, lengths: Sequence[int], count: int) -> list[Probe]:
+    """Rounds of `needle_probes` until `count` needles are asked, or there are no more."""
+    probes: list[Probe] = []
+    for round in range(MAX_ROUNDS):
+        probes += needle_probes(hay, lengths, round)
+        if sum(len(probe.questions) for probe in probes) >= count:
+            break
+    return probes
+
+
+def main(
+    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], device: str,
+    dtype: str, output_dir: Path, **options: Any,
+) -> int:  # fmt: skip
+    """Ask `count` needles or a few more of the unpatched model and of every format; print a line
+    each and write `unsloth-needles-<model>.json`.
+
+    Args:
+        model: alias, folder or GGUF file.
+        lengths: tokens of a context.
+        options: of `patch_unsloth_attention`.
+    """
+    where = choose_device(device)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
+        tokenizer, geometry = loaded.tokenizer, loaded.geometry
+        wanted = [
+            PageFormat.preset(
+                name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+            ).needs_calibration
+            for name in formats
+        ]
+        calibration = builtin_calibration(loaded) if any(wanted) else None
+        loaded.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        limit = geometry.max_position_embeddings
+        del loaded
+        fast = load_fast(
+            Path(folder), dtype=choose_dtype(dtype, where),
+            max_seq_length=max(lengths) + BLOCK_TOKENS, device=str(where),
+        )  # fmt: skip
+    probes = probes_of(Haystack(judged_texts(), tokenizer, limit), lengths, count)
+    own, _ = ask(fast, tokenizer, probes, UNPATCHED)
+    rows = [recall(UNPATCHED, own, own, 0)]
+    for format, calibrated in zip(formats, wanted, strict=True):
+        given = {"calibration": calibration} if calibrated else {}
+        found, attended = ask(fast, tokenizer, probes, format, **given, **options)
+        rows.append(recall(format, found, own, attended))
+    for row in rows:
+        print(
+            f"{row.format:18} {row.recalled} of {row.asked} needles, {row.recalled_of_known} of "
+            f"the {row.known} that {UNPATCHED} recalls, {row.same_tokens} answers token for token, "
+            f"{row.pages_attended} pages read",
+        )
+    result = {
+        "environment": environment() | {"device": where.type, "dtype": str(fast.dtype)},
+        "unsloth": importlib.import_module("unsloth").__version__,
+        "model": Path(model).name,
+        "lengths": list(lengths),
+        "prefill_segment": BLOCK_TOKENS,
+        "rows": [asdict(row) for row in rows],
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / f"unsloth-needles-{file_stem(model)}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"raw results: {path}")
+    return 0
