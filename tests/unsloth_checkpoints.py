@@ -64,10 +64,20 @@ def prompt_logits(model, inputs):
     return model(**inputs, use_cache=True).logits[inputs["attention_mask"].bool()]
 
 
-def decode_logits(model, inputs):
-    """Logits of six steps, one after the other, `[6, B, vocab]`."""
+def decode_logits(model, inputs, tokens=None):
+    """Logits of six steps, one after the other, `[6, B, vocab]`; with `tokens` `[B, n]` of n steps
+    that are fed those, for models whose own choice turns on the rounding."""
     options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
-    return torch.stack(model.generate(**inputs, max_new_tokens=6, **options).logits)
+    count, given = 6, inputs["input_ids"].shape[1]
+    if tokens is not None:
+        count = tokens.shape[1]
+
+        def forced(ids, scores):
+            chosen = tokens[:, ids.shape[1] - given, None].to(ids.device)
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+        options |= {"logits_processor": [forced]}
+    return torch.stack(model.generate(**inputs, max_new_tokens=count, **options).logits)
 
 
 def distance(x, y):

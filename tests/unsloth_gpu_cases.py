@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import unsloth  # noqa: F401  before transformers
-from unsloth_checkpoints import adapters, batch, checkpoint, decode_logits, distance, generate
+from unsloth_checkpoints import adapters, batch, checkpoint, decode_logits, distance
 
 # isort: split
 import torch
@@ -35,39 +35,50 @@ def patched(model, **options):
     return patch_unsloth_attention(model, **(defaults | options))
 
 
+def feed(model, inputs, steps=6):
+    """Tokens for `decode_logits`: in bf16 a random model's own choice turns on the rounding."""
+    generator = torch.Generator().manual_seed(1)
+    size = len(inputs["input_ids"]), steps
+    return torch.randint(3, model.config.vocab_size, size, generator=generator).cuda()
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_graphs_and_eager_steps_say_what_the_unpatched_model_does(family):
     model, inputs = fast_model(family), on_gpu([40, 1300, 7, 750])
-    logits = decode_logits(model, inputs).float()
+    tokens = feed(model, inputs)
+    logits = decode_logits(model, inputs, tokens).float()
     for options in ({"enforce_eager": True}, {}):
         patch = patched(model, kv_format="exact", **options)
-        assert distance(decode_logits(model, inputs).float(), logits) < 0.05
+        assert distance(decode_logits(model, inputs, tokens).float(), logits) < 0.05
         assert (patch.stats()["num_graphs"] > 0) == (family in GRAPHED and not options)
         patch.undo()
     patch = patched(model, kv_format="spectral-page", prefill_segment=512)
-    assert distance(decode_logits(model, inputs).float(), logits) < 0.3
+    assert distance(decode_logits(model, inputs, tokens).float(), logits) < 0.3
     assert patch.stats()["pages_attended"] > 0
     patch.undo()
 
 
 def test_adapters_that_change_are_captured_anew():
     model, inputs = adapters(fast_model("llama")), on_gpu([40, 700])
+    tokens = feed(model, inputs)
     patch = patched(model, kv_format="exact")
-    before = decode_logits(model, inputs).float()
+    before = decode_logits(model, inputs, tokens).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(-1.0)
-    after = decode_logits(model, inputs).float()
+    after = decode_logits(model, inputs, tokens).float()
     patch.undo()
-    assert distance(after, before) > 0.01
-    assert distance(decode_logits(model, inputs).float(), after) < 0.05
+    assert distance(after, before) > 0.1
+    assert distance(decode_logits(model, inputs, tokens).float(), after) < 0.05
 
 
 def test_replays_go_on_over_many_pages():
     model, inputs = fast_model("mistral"), on_gpu([700, 1200])
-    expected = generate(model, inputs, 700)
+    tokens = feed(model, inputs, 700)
+    logits = decode_logits(model, inputs, tokens).float()
     patch = patched(model, kv_format="exact")
-    agreed = (generate(model, inputs, 700) == expected).float().mean()
-    assert agreed > 0.5  # bf16: a tie that falls otherwise ends a row's agreement
+    found = decode_logits(model, inputs, tokens).float()
+    errors = (found - logits).norm(dim=-1) / logits.norm(dim=-1)
+    assert errors.median() < 0.05 and errors[-50:].median() < 0.05
     patch.undo()
