@@ -52,8 +52,9 @@ def test_graphs_and_eager_steps_say_what_the_unpatched_model_does(family):
         assert distance(decode_logits(model, inputs, tokens).float(), logits) < 0.05
         assert (patch.stats()["num_graphs"] > 0) == (family in GRAPHED and not options)
         patch.undo()
-    patch = patched(model, kv_format="spectral-page", prefill_segment=512)
-    assert distance(decode_logits(model, inputs, tokens).float(), logits) < 0.3
+    # every component in INT8: what is left out of random K and V would say nothing
+    patch = patched(model, k_rank_keys=64, k_rank_values=64, prefill_segment=512)
+    assert distance(decode_logits(model, inputs, tokens).float(), logits) < 0.1
     assert patch.stats()["pages_attended"] > 0
     patch.undo()
 
