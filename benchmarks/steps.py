@@ -43,7 +43,7 @@ FORMATS = ("exact", "spectral-quality")
 WARM, TIMED, TRACED = 6, 32, 10  # steps
 ROOM = 96  # tokens a sequence grows by at most: steps, and while others are filled
 GRAPH_GAP_US = 5.0  # kernels of a graph follow each other faster than the host can launch
-MAX_ERROR = 0.05  # of logits, relative: two bf16 orders of the same sums
+MAX_ERROR = 0.1  # of logits, relative: bf16 in another order is 0.06 off after 32 random layers
 KINDS = (  # the first that a kernel's name matches
     ("attention", r"^_(append|exact|project|attend|reduce|apply|merge)_kernel"),
     ("seal", r"^_(quantize|rebuild)_kernel"),
