@@ -215,6 +215,23 @@ def test_health_comes_back_without_a_request_once_steps_go_again(monkeypatch):
         assert client.completions.create(prompt="ab", max_tokens=9, **VALUES).choices
 
 
+def test_a_step_that_was_only_queued_is_no_sign_of_health(monkeypatch):
+    """Where steps are queued ahead, as on a GPU, what a step raises may come with the next call."""
+    llm = served_llm()
+    engine = EngineThread(llm)
+    flaky(llm, monkeypatch, [RuntimeError("broken")])
+    llm.engine.add_request("a", [4, 5], SamplingParams(max_tokens=1))
+    engine._step()
+    assert "broken" in engine.problem
+    step = llm.engine.step
+    monkeypatch.setattr(llm.engine, "step", list)
+    engine._step()
+    assert "broken" in engine.problem
+    monkeypatch.setattr(llm.engine, "step", step)
+    engine._step()
+    assert engine.problem is None and not llm.engine.has_unfinished()
+
+
 def health(served):
     try:
         return urllib.request.urlopen(f"{served.url}/health").status
