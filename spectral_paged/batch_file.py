@@ -252,7 +252,7 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
     assert line.params is not None, "a line without an error has them"
     choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
     body = {
-        "id": f"cmpl-{line.number}",
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{line.number}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": model,

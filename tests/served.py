@@ -62,7 +62,7 @@ class Served:
             assert time.monotonic() < deadline, "requests are left behind"
             time.sleep(0.01)
         stats = self.service.llm.stats()
-        assert not self.service.engine._generations
+        assert not self.service.engine._generations and not self.service.bodies.taken
         self.service.llm.cache.check_integrity()
         assert stats["running"] == stats["waiting"] == stats["num_sequences"] == 0
 

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from served import served_llm
 from tiny_model import tiny_model
 
 import spectral_paged.llm
 from spectral_paged.batch_file import OutputFile, read_lines
+from spectral_paged.batch_run import serve_lines
 from spectral_paged.calibration import model_fingerprint
 from spectral_paged.cli import main, parse_bytes
 from spectral_paged.errors import CorruptFileError, InvalidRequestError
@@ -144,6 +146,19 @@ def test_good_lines_are_answered_and_bad_ones_get_records_with_their_number(
     )  # fmt: skip
     assert got[12]["custom_id"] == "plain", "a refused line keeps its id"
     assert got[5]["outputs"][0]["token_ids"]
+
+
+def test_ids_of_a_batchs_answers_tell_chat_and_text_apart(tmp_path):
+    """As OpenAI's, and as those of the server."""
+    source = tmp_path / "in.jsonl"
+    text = {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "x"}}
+    chat = {"custom_id": "chat", "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "x"}]}}  # fmt: skip
+    source.write_text("".join(json.dumps(line) + "\n" for line in (text, chat)))
+    with served_llm() as llm:
+        results = list(serve_lines(llm, read_lines(source, {"max_tokens": 2})))
+    ids = {r.record["custom_id"]: r.record["response"]["body"]["id"] for r in results}
+    assert ids == {"text": "cmpl-1", "chat": "chatcmpl-2"}
 
 
 @pytest.mark.model

@@ -11,17 +11,21 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from served import letter_tokenizer, served_llm
 from tiny_model import tiny_model
 
 from spectral_paged import SamplingParams
 from spectral_paged.batch_file import BatchLine, OutputFile
 from spectral_paged.batch_run import LineResult
+from spectral_paged.calibration import builtin_text, calibrate
 from spectral_paged.cli import main
 from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
+from spectral_paged.models.loader import load_model
 
 LINES = [{"prompt": f"Number {i} {'abc' * (i % 7)}", "id": f"id-{i}"} for i in range(60)]
 LINES[5] = {"prompt": "", "id": "an empty one"}
@@ -104,6 +108,64 @@ def test_a_worker_that_is_killed_loses_and_doubles_no_line(folder, source, tmp_p
     assert content(output) == content(alone)
     assert sorted(content(output)) == list(range(1, len(LINES) + 1))
     assert not workers(), "the cluster is gone"
+
+
+def test_relative_paths_begin_where_the_driver_runs(folder, tmp_path, monkeypatch):
+    """Workers begin where the cluster was started, which is elsewhere; the records are the same."""
+    ray = pytest.importorskip("ray")
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place.mkdir(), elsewhere.mkdir()
+    (place / "tiny").symlink_to(folder)
+    loaded = load_model(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    calibrate(loaded, [builtin_text()], max_windows=1).save(place / "basis.safetensors")
+    lines = [LINES[0], LINES[17]]
+    (place / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shared = ["--kv-format", "spectral-quality", "--calibration", "basis.safetensors"]
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        monkeypatch.chdir(place)
+        assert run("tiny", "in.jsonl", "alone.jsonl", *shared) == 0
+        assert run("tiny", "in.jsonl", "out.jsonl", *shared, "--ray", "--ray-workers", "1") == 0
+    finally:
+        ray.shutdown()
+    assert content(place / "out.jsonl") == content(place / "alone.jsonl")
+    assert content(place / "out.jsonl")[2]["response"]["body"]["model"] == "tiny"
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("tiny", "{here}/tiny"),
+        ("./tiny", "{here}/tiny"),
+        ("none.gguf", "{here}/none.gguf"),
+        ("../none", "{here}/../none"),
+        ("~/none", "{home}/none"),
+        ("/models/on/nodes", "/models/on/nodes"),
+        ("org/name", "org/name"),
+        ("smollm2-135m", "smollm2-135m"),
+    ],
+)
+def test_workers_are_told_paths_that_mean_the_same_everywhere(tmp_path, monkeypatch, given, told):
+    ray = ray_batches()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/driver")
+    for name in ("tiny", "smollm2-135m"):  # an alias means the model, whatever lies there
+        (tmp_path / name).mkdir()
+    assert ray.absolute_model(given) == told.format(here=tmp_path, home="/home/driver")
+
+
+def test_a_calibration_is_told_by_its_whole_path(tmp_path, monkeypatch):
+    ray = ray_batches()
+    monkeypatch.chdir(tmp_path)
+    for given in ("basis", Path("basis")):
+        options = {"seed": 1, "calibration": given}
+        want = {"seed": 1, "calibration": str(tmp_path / "basis")}
+        assert ray.absolute_options(options) == want
+    for options in ({}, {"calibration": "auto"}, {"calibration": "online"}):
+        assert ray.absolute_options(options) == options
 
 
 def ray_batches():

@@ -284,6 +284,7 @@ def test_each_of_the_keys_opens(locked):
         (["--api-key", "schlüssel"], "not ASCII"),
         (["--grace-seconds", "-1"], "must be >= 0"),
         (["--grace-seconds", "inf"], "and finite"),
+        (["--max-body-bytes", "512MiB"], "the longest body would never fit"),
         (["--host", "no.such.host.invalid"], "name another --port or --host"),
     ],
 )

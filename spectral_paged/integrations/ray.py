@@ -29,6 +29,7 @@ from tqdm import tqdm
 from spectral_paged.batch_file import BatchLine, OutputFile, count_lines, error_record
 from spectral_paged.batch_run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
+from spectral_paged.models.loader import EMBEDDED
 
 try:
     import pyarrow as pa
@@ -65,10 +66,12 @@ class LineWorker:
     """What an actor runs: an LLM, and lines in, records out.
 
     Args:
-        model: alias, hub id, or a path that every node has.
-        options: keyword arguments of `LLM`.
+        model: alias, hub id, or a path that every node has; absolute, for a worker's working
+            directory is not the driver's.
+        options: keyword arguments of `LLM`; paths as above.
         take: counts tries at the block that begins with a line number, and at `LOADING`.
         max_loads: tries at loading a model, of all workers, while none takes a block.
+        name: what records call the model; default `model`.
 
     Raises:
         ClusterError: workers die while they load the model; Ray would start them for ever.
@@ -80,6 +83,7 @@ class LineWorker:
         options: Mapping[str, Any],
         take: Callable[[int], int],
         max_loads: int = MAX_ATTEMPTS,
+        name: str | None = None,
     ) -> None:
         if take(LOADING) > max_loads:
             raise ClusterError(
@@ -89,6 +93,7 @@ class LineWorker:
         from spectral_paged.llm import LLM
 
         self._llm = LLM(model, **options)
+        self._llm.model_name = name or self._llm.model_name
         self._take = take
 
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
@@ -129,8 +134,10 @@ def run_batch(
     this machine, and left again at the end.
 
     Args:
+        model: alias, hub id, or a path that every node has; a relative one begins where the driver
+            runs.
         defaults: sampling values for lines that name none.
-        options: keyword arguments of `LLM`, plain values.
+        options: keyword arguments of `LLM`, plain values; a calibration file as `model`.
         num_workers: actors; default one for each GPU of the cluster. They take a GPU each, or,
             where `options["device"]` is `cpu` or the cluster has no GPU, a CPU each.
         address: of the cluster; default that of `RAY_ADDRESS`, else this machine alone.
@@ -233,6 +240,22 @@ def _run(
     return summary
 
 
+def absolute_model(model: str) -> str:
+    """What to tell workers of a model: of a path, the absolute one, for they have a working
+    directory and a home of their own. An alias comes first, as in `resolve`; a hub id stays."""
+    path = Path(model).expanduser()
+    is_path = path.exists() or model.endswith(".gguf") or model.startswith((".", "~"))
+    return str(path.absolute()) if is_path and model not in EMBEDDED else model
+
+
+def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the calibration file, where there is one, as an absolute path."""
+    given = options.get("calibration")
+    if not isinstance(given, str | Path) or given in ("auto", "online"):
+        return dict(options)
+    return dict(options) | {"calibration": str(Path(given).absolute())}
+
+
 def _cause(error: ray.exceptions.RayError) -> str:
     """What a worker raised: the last such line among its tracebacks and what Ray says of them."""
     raised = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception): .+$", str(error), re.MULTILINE)
@@ -283,8 +306,8 @@ def _results(
     answers = ray.data.from_arrow_refs(blocks).map_batches(
         LineWorker,
         fn_constructor_args=(
-            model, dict(options), lambda number: ray.get(attempts.take.remote(number)),
-            MAX_ATTEMPTS * num_workers,
+            absolute_model(model), absolute_options(options),
+            lambda number: ray.get(attempts.take.remote(number)), MAX_ATTEMPTS * num_workers, model,
         ),
         batch_size=per_task,
         compute=ray.data.ActorPoolStrategy(size=num_workers),

@@ -33,7 +33,7 @@ except ImportError as error:
 
 from spectral_paged.server.answer import Answer
 from spectral_paged.server.api_error import SERVER, ApiError, refused, stopping
-from spectral_paged.server.body import read_body, while_connected
+from spectral_paged.server.body import Body, BodyRoom, read_body, while_connected
 from spectral_paged.server.engine_thread import EngineThread
 from spectral_paged.server.prepared import PreparedRequest, prepare, unknown_model
 from spectral_paged.server.seats import Seat, Seats
@@ -50,6 +50,9 @@ class Service:
         self.llm, self.settings = llm, settings
         self.engine = EngineThread(llm)
         self.seats = Seats(settings.max_num_requests, settings.retry_seconds)
+        self.bodies = BodyRoom(
+            settings.max_body_bytes, settings.max_total_body_bytes, settings.retry_seconds
+        )
         self.stopping = self._ended = False
         self._created = int(time.time())
         if llm.get_tokenizer() is not None:  # a first call sets it up, which threads must not share
@@ -156,13 +159,11 @@ class Service:
             raise stopping()
         with ExitStack() as stack:
             seat = stack.enter_context(self.seats.take())
-            raw = await read_body(
-                request.receive,
-                request.headers,
-                limit=self.settings.max_body_bytes,
-                seconds=self.settings.body_seconds,
-            )
-            work = self._begin(request, raw, seat, stack, chat=chat)
+            body = Body(self.bodies)
+            stack.callback(body.drop)
+            seconds = self.settings.body_seconds
+            await read_body(request.receive, request.headers, body, seconds=seconds)
+            work = self._begin(request, body, seat, stack, chat=chat)
             try:
                 return await while_connected(request.receive, work)
             except ApiError as error:
@@ -171,17 +172,17 @@ class Service:
                 raise
 
     async def _begin(
-        self, request: Request, raw: bytes, seat: Seat, stack: ExitStack, *, chat: bool
+        self, request: Request, body: Body, seat: Seat, stack: ExitStack, *, chat: bool
     ) -> Response:
         """Queue the request and wait for its outputs; a stream takes over what `stack` holds."""
-        prepared = await self._prepare(raw, chat)
+        prepared = await self._prepare(body, chat)
         if self._ended:
             raise stopping()
         seat.grow(prepared.num_completions)
-        body, request_id = prepared.body, request.state.request_id
+        asked, request_id = prepared.body, request.state.request_id
         answer = Answer(
             request_id,
-            body.model or self.settings.model_names[0],
+            asked.model or self.settings.model_names[0],
             chat=chat,
             params=prepared.params,
             echoes=prepared.echoes,
@@ -190,25 +191,32 @@ class Service:
             request_id,
             prepared.prompts,
             prepared.params,
-            cache_salt=body.cache_salt,
-            streams=body.stream,
+            cache_salt=asked.cache_salt,
+            streams=asked.stream,
         )
         stack.callback(generation.close)
-        if not body.stream:
+        if not asked.stream:
             return JSONResponse(answer.whole(await generation.outputs()))
-        chunks = answer.chunks(generation, include_usage=body.include_usage)
+        chunks = answer.chunks(generation, include_usage=asked.include_usage)
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
-    async def _prepare(self, raw: bytes, chat: bool) -> PreparedRequest:
+    async def _prepare(self, body: Body, chat: bool) -> PreparedRequest:
+        """Parse the body, and drop it: tokens are what a request goes on with."""
         loop = asyncio.get_running_loop()
+
+        def parse() -> PreparedRequest:
+            # the bytes are looked up here, so a call that waits for its turn does not keep those of
+            # a client that has gone
+            return prepare(self.llm, self.settings, bytes(body.data), chat=chat)
+
         try:
-            return await loop.run_in_executor(
-                self._parser, lambda: prepare(self.llm, self.settings, raw, chat=chat)
-            )
+            return await loop.run_in_executor(self._parser, parse)
         except SpectralPagedError as error:
             self.engine.count_refusal(error)
             raise refused(error) from error
+        finally:
+            body.drop()
 
 
 # ---- errors ------------------------------------------------------------------------------

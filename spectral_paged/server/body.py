@@ -14,18 +14,65 @@ DISCARD_SECONDS = 1.0
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
-async def read_body(
-    receive: Receive, headers: Any, *, limit: int, seconds: float
-) -> bytes:
-    """The bytes of a JSON body.
+class BodyRoom:
+    """Counts the bytes of all bodies that arrive or wait for the parser; of one event loop, so it
+    needs no lock.
+
+    Args:
+        limit: most bytes of one body.
+        total: most bytes of all of them.
+    """
+
+    def __init__(self, limit: int, total: int, retry_seconds: int) -> None:
+        self.limit, self.total, self.retry_seconds = limit, total, retry_seconds
+        self.taken = 0
+
+
+class Body:
+    """One body. What has come takes room, not what is announced: else a few clients that send
+    nothing would hold all of it."""
+
+    def __init__(self, room: BodyRoom) -> None:
+        self.room = room
+        self.data = bytearray()
+
+    def add(self, part: bytes) -> None:
+        """One more part.
+
+        Raises:
+            ApiError: 413, the body is too long; 429, there is no room now.
+        """
+        room = self.room
+        if len(self.data) + len(part) > room.limit:
+            raise _too_long(room.limit)
+        if len(part) > room.total - room.taken:
+            raise ApiError(
+                429,
+                f"bodies that arrive have {room.taken} of at most {room.total} bytes: try again",
+                type="rate_limit_error",
+                code="too_many_body_bytes",
+                headers={"Retry-After": str(room.retry_seconds), "Connection": "close"},
+            )
+        room.taken += len(part)
+        self.data += part
+
+    def drop(self) -> None:
+        """Give the bytes and their room back; may be called more than once."""
+        self.room.taken -= len(self.data)
+        self.data = bytearray()  # a new one: the parser's thread may be reading the old
+
+
+async def read_body(receive: Receive, headers: Any, body: Body, *, seconds: float) -> None:
+    """Read a JSON body.
 
     Args:
         headers: of the request, lower-case names.
-        limit: bytes.
+        seconds: for all of it: a client that sends a byte now and then has no more.
 
     Raises:
-        ApiError: 413, 415, or 408.
+        ApiError: 413, 415, 429, or 408.
     """
+    limit = body.room.limit
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # a page of another site cannot send this unasked
         raise ApiError(415, f"content-type is {kind!r:.80}; use application/json")
@@ -34,20 +81,22 @@ async def read_body(
         if "expect" not in headers:  # else nothing comes before it is asked for
             await _discard(receive, limit)
         raise _too_long(limit)
-    parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise disconnected()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limit:
-                    await _discard(receive, limit)
-                    raise _too_long(limit)
-                if not message.get("more_body"):
-                    return b"".join(parts)
+                more = message.get("more_body", False)
+                try:
+                    body.add(message.get("body", b""))
+                except ApiError:
+                    body.drop()  # now: others need the room
+                    if more:
+                        await _discard(receive, limit)
+                    raise
+                if not more:
+                    return
     except TimeoutError:
         raise ApiError(
             408, f"the body did not arrive in {seconds:g} seconds", headers={"Connection": "close"}

@@ -48,6 +48,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 8MiB"
     )
     limits.add_argument(
+        "--max-total-body-bytes", type=parse_bytes, default=standard.max_total_body_bytes,
+        help="of all bodies that arrive or wait to be parsed; more are answered 429; default "
+        "256MiB",
+    )  # fmt: skip
+    limits.add_argument(
         "--max-tokens-limit", type=positive, help="most tokens that a completion may ask for"
     )
     limits.add_argument(
@@ -61,7 +66,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The settings of a command line and its environment.
 
     Raises:
-        InvalidRequestError: an empty key or a negative time.
+        InvalidRequestError: an empty key, a negative time, or limits that exclude one another.
     """
     keys = tuple(args.api_key or ())
     if not keys and os.environ.get(API_KEY_VARIABLE):
@@ -79,6 +84,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         api_keys=keys,
         max_num_requests=args.max_num_requests,
         max_body_bytes=args.max_body_bytes,
+        max_total_body_bytes=args.max_total_body_bytes,
         max_tokens=args.max_tokens_limit,
         grace_seconds=args.grace_seconds,
     )

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -22,6 +23,8 @@ from spectral_paged.text_deltas import TextDeltas
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; a step that raised can be taken again
+PROBE_SECONDS = 5.0  # between a step that raised and a try, where nobody asks for anything
+PROBE_ID = "probe"  # the ids of requests are longer
 
 
 class EngineThread:
@@ -44,6 +47,7 @@ class EngineThread:
         self.died = False
         self._failed_steps = 0
         self._failure: BaseException | None = None
+        self._probe_time = 0.0  # monotonic; only where there is a failure
 
     # ---- the event loop ------------------------------------------------------------------
 
@@ -62,7 +66,10 @@ class EngineThread:
 
     @property
     def problem(self) -> str | None:
-        """Why requests are not answered; None while all is well."""
+        """Why requests are not answered; None while all is well.
+
+        Steps that raise are a problem until one brings an output: a client's, or a probe's.
+        """
         if self._failure is not None:
             return f"engine steps raise: {self._failure!r}"
         if self._loop is not None and not self._thread.is_alive():
@@ -137,8 +144,12 @@ class EngineThread:
         try:
             while not self._stopped:
                 self._take_calls(wait=not self.llm.engine.has_unfinished())
-                if self.llm.engine.has_unfinished() and not self._stopped:
+                if self._stopped:
+                    break
+                if self.llm.engine.has_unfinished():
                     self._step()
+                elif self._failure is not None and time.monotonic() >= self._probe_time:
+                    self._probe()
         except BaseException as error:
             logger.exception("the engine's thread ends")
             self._failure, self.died = error, True
@@ -155,7 +166,8 @@ class EngineThread:
     def _take_calls(self, *, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):
             if wait:
-                self._calls.get()()
+                # after steps that raised a probe is due, whether or not anybody calls
+                self._calls.get(timeout=None if self._failure is None else PROBE_SECONDS)()
             while True:
                 self._calls.get_nowait()()
 
@@ -183,17 +195,25 @@ class EngineThread:
         self._tell(lambda: _fail(waiting, reason))  # first: a broken engine may not even abort
         self._abort(list(self._generations))
 
+    def _probe(self) -> None:
+        """A request of one token, whose answer nobody reads. A balancer that `/health` has told of
+        steps that raise sends no requests, so none of them would show that steps go again."""
+        generation = Generation([PROBE_ID], None, lambda: None)
+        self._add(generation, [PROBE_ID], [[0]], SamplingParams(max_tokens=1), "")
+
     def _step(self) -> None:
         try:
             outputs = self.llm.engine.step()
         except Exception as error:
             self._failed_steps += 1
-            self._failure = error
+            self._failure, self._probe_time = error, time.monotonic() + PROBE_SECONDS
             logger.exception("engine step failed, %d in a row", self._failed_steps)
             if self._failed_steps % MAX_FAILED_STEPS == 0:
                 self._end_all(partial(failed, error))
             return
-        self._failed_steps, self._failure = 0, None
+        self._failed_steps = 0
+        if outputs:  # a step that was only queued may yet raise
+            self._failure = None
         self._send(outputs)
 
     def _send(self, outputs: Sequence[RequestOutput]) -> None:
