@@ -17,9 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AttentionInterface
-
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth_attention import FunctionPatches
 from spectral_paged.integrations.unsloth_families import (
@@ -35,7 +32,6 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.models.runner import ATTENTION_NAME, spectral_attention
 from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import choose_cache_bytes
 from spectral_paged.rope import RotaryTable
@@ -222,7 +218,6 @@ def patch_unsloth_attention(
         poison=poison,
         ropes=_ropes(inner, longest_sequence(geometry, max_model_len)),
     )
-    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
     graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
     graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
     level = logging.INFO if debug_logging else logging.DEBUG
