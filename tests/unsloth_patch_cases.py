@@ -22,8 +22,10 @@ from spectral_paged.errors import (
     PatchError,
     UnsupportedModelError,
 )
-from spectral_paged.integrations import unsloth_families
+from spectral_paged.integrations import unsloth_attention, unsloth_families
+from spectral_paged.integrations.patching import Patch
 from spectral_paged.integrations.unsloth import (
+    PATCH,
     patch_unsloth_attention,
     unpatch_unsloth_attention,
 )
@@ -303,3 +305,37 @@ def test_functions_that_somebody_replaced_since_are_given_back_later(patched):
     assert functions_now() == before
     patched(model).undo()
     assert functions_now() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(unsloth_attention, "replace_everywhere"), (Patch, "undo")]
+)
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_patch_that_fails_half_way_leaves_other_models_served(
+    owner, name, call, patched, monkeypatch
+):
+    one, two, inputs = model_of("llama"), model_of("qwen3"), batch([30, 700])
+    plain, untouched = generate(two, inputs), functions_now()
+    first = patched(one, **RANKS)
+    expected, before = generate(one, inputs), functions_now()
+    with monkeypatch.context() as context:
+        raise_once(context, owner, name, MemoryError(), call=call)
+        with pytest.raises(MemoryError):
+            patched(two)
+    assert functions_now() == before and PATCH not in vars(two)
+    assert torch.equal(generate(two, inputs), plain)
+    steps = first.stats()["decode_steps"]
+    assert torch.equal(generate(one, inputs), expected)
+    assert first.stats()["decode_steps"] == steps + 5
+    patched(two, **RANKS)
+    unpatch_unsloth_attention(one)
+    unpatch_unsloth_attention(two)
+    assert functions_now() == untouched
+
+
+def test_a_first_patch_that_fails_half_way_leaves_nothing_patched(patched, monkeypatch):
+    model, before = model_of("llama"), functions_now()
+    raise_once(monkeypatch, unsloth_attention, "replace_everywhere", MemoryError(), call=2)
+    with pytest.raises(MemoryError):
+        patched(model)
+    assert functions_now() == before and PATCH not in vars(model)
