@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.calibration import find_calibration
@@ -48,6 +51,22 @@ def longest_sequence(geometry: ModelGeometry, max_model_len: int | None) -> int:
             f"{geometry.max_position_embeddings}"
         )
     return longest
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies beside a model's checkpoint, to calibrate with.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:
+        raise InvalidRequestError(
+            f"the format needs a calibration, and no tokenizer is found at {model.name_or_path!r} "
+            "to make it with: pass tokenizer=, a calibration=, or a kv_format that needs none "
+            "(spectral-page)"
+        ) from error
 
 
 def model_cache(

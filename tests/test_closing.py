@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_model import random_prompts, tiny_format, tiny_model
 
-from spectral_paged import LLM, SamplingParams
+from spectral_paged import LLM, SamplingParams, SpectralKVCache
 from spectral_paged.errors import SpectralPagedError
+from spectral_paged.models.runner import compiled_parts
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4)
 IDS = torch.arange(5, 45)[None]
@@ -63,6 +64,23 @@ def test_the_last_of_two_llms_gives_the_model_back():
     assert got == want
     second.close()
     assert model.config._attn_implementation == attention
+
+
+def test_an_eager_llm_beside_a_compiled_one_leaves_it_its_graph_break(monkeypatch):
+    """Both look attention up by one name; traced, it would be compiled anew for every step."""
+    traced, attend = [], SpectralKVCache.attend
+
+    def watched(*args):
+        traced.append(torch.compiler.is_compiling())
+        return attend(*args)
+
+    monkeypatch.setattr(SpectralKVCache, "attend", watched)
+    model = tiny_model()
+    with borrow(model) as llm, borrow(tiny_model()):
+        for part in compiled_parts(model):  # as on a GPU
+            part.compile(dynamic=True, backend="eager")
+        llm.generate(random_prompts([20]), PARAMS, use_tqdm=False)
+    assert traced and not any(traced)
 
 
 def test_an_llm_that_nobody_holds_gives_the_model_back():

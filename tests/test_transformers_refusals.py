@@ -22,6 +22,7 @@ from spectral_paged.errors import (
 )
 from spectral_paged.history import read_history
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
+from spectral_paged.sealer import SealCheck
 
 
 @pytest.fixture
@@ -221,6 +222,42 @@ def test_nan_fails_the_forward_that_seals_it(model):
         projection.copy_(kept)
     cache.reset()
     assert generated(model, batch((700, 5)), cache).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["settle", "stats", "reset"])
+def test_nan_in_the_last_block_that_is_sealed_is_told_when_it_is_asked_for(
+    name, model, monkeypatch
+):
+    """As on CUDA, where a forward's checks are known later: `generate` ends before."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    cache = paged_cache(model, tiny_format())
+    projection = model.model.layers[1].self_attn.v_proj.weight
+    kept = projection.detach().clone()
+    with torch.no_grad():
+        projection[0, 0] = float("nan")
+    generated(model, batch((700, 5)), cache, max_new_tokens=1)
+    with torch.no_grad():
+        projection.copy_(kept)
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        getattr(cache, name)()
+    getattr(cache, name)()  # it is told once
+    cache.reset()
+    assert cache.stats()["num_sequences"] == 0
+    assert generated(model, batch((700, 5)), cache).shape == (2, 8)
+
+
+def test_nan_of_a_batch_that_failed_is_not_told_again(model, monkeypatch):
+    """Row 1 has it in a block that is sealed by the very forward which tells of row 0's."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    cache = paged_cache(model, tiny_format())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("inf")
+    inputs = batch((1300, 1300))
+    inputs["input_ids"].clamp_(min=1)
+    inputs["input_ids"][[0, 1], [100, 800]] = 0
+    with pytest.raises(NonFiniteError, match="block 0"):
+        generated(model, inputs, cache, prefill_chunk_size=700)
+    cache.reset()
 
 
 def test_layers_that_pass_the_cache_by(model, cache):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,15 +20,19 @@ from spectral_paged.errors import (
     CapacityError,
     FormatError,
     InvalidRequestError,
+    NonFiniteError,
     PatchError,
     UnsupportedModelError,
 )
-from spectral_paged.integrations import unsloth_families
+from spectral_paged.integrations import unsloth_attention, unsloth_families
+from spectral_paged.integrations.patching import Patch
 from spectral_paged.integrations.unsloth import (
+    PATCH,
     patch_unsloth_attention,
     unpatch_unsloth_attention,
 )
 from spectral_paged.integrations.unsloth_families import FAMILIES, fast_modules
+from spectral_paged.sealer import SealCheck
 
 pytest_plugins = ["unsloth_on_cpu"]
 OWN = PageFormat.preset("spectral-page", num_kv_heads=2, head_dim=16)
@@ -303,3 +308,86 @@ def test_functions_that_somebody_replaced_since_are_given_back_later(patched):
     assert functions_now() == before
     patched(model).undo()
     assert functions_now() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(unsloth_attention, "replace_everywhere"), (Patch, "undo")]
+)
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_patch_that_fails_half_way_leaves_other_models_served(
+    owner, name, call, patched, monkeypatch
+):
+    one, two, inputs = model_of("llama"), model_of("qwen3"), batch([30, 700])
+    plain, untouched = generate(two, inputs), functions_now()
+    first = patched(one, **RANKS)
+    expected, before = generate(one, inputs), functions_now()
+    with monkeypatch.context() as context:
+        raise_once(context, owner, name, MemoryError(), call=call)
+        with pytest.raises(MemoryError):
+            patched(two)
+    assert functions_now() == before and PATCH not in vars(two)
+    assert torch.equal(generate(two, inputs), plain)
+    steps = first.stats()["decode_steps"]
+    assert torch.equal(generate(one, inputs), expected)
+    assert first.stats()["decode_steps"] == steps + 5
+    patched(two, **RANKS)
+    unpatch_unsloth_attention(one)
+    unpatch_unsloth_attention(two)
+    assert functions_now() == untouched
+
+
+def test_a_first_patch_that_fails_half_way_leaves_nothing_patched(patched, monkeypatch):
+    model, before = model_of("llama"), functions_now()
+    raise_once(monkeypatch, unsloth_attention, "replace_everywhere", MemoryError(), call=2)
+    with pytest.raises(MemoryError):
+        patched(model)
+    assert functions_now() == before and PATCH not in vars(model)
+
+
+@contextmanager
+def spoiled(model):
+    """NaN in what the last layer stores."""
+    weight = model.model.layers[-1].self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+        yield
+        weight.copy_(kept)
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+@pytest.mark.parametrize("name", ["settle", "stats", "undo"])
+@torch.no_grad()
+def test_nan_in_the_last_block_that_is_sealed_is_told_when_it_is_asked_for(
+    name, is_held, patched, monkeypatch
+):
+    """As on CUDA, where a step's checks are known later."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    model, before = model_of("llama"), functions_now()
+    patch = patched(model, **RANKS)
+    with spoiled(model):
+        out = model(**batch([700]), use_cache=True)  # its last step seals
+    if not is_held:
+        del out
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        getattr(patch, name)()
+    getattr(patch, "settle" if name == "undo" else name)()  # it is told once
+    patch.undo()
+    assert functions_now() == before and PATCH not in vars(model)
+
+
+@torch.no_grad()
+def test_nan_that_is_found_late_fails_no_other_batch(patched, monkeypatch):
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    model, inputs = model_of("llama"), batch([30, 700])
+    patch = patched(model, **RANKS)
+    expected = generate(model, inputs)
+    with spoiled(model):
+        past = model(**batch([700]), use_cache=True).past_key_values
+    assert torch.equal(generate(model, inputs), expected)
+    token = {"input_ids": inputs["input_ids"][:1, -1:], "past_key_values": past}
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        model(**token, use_cache=True)
+    with pytest.raises(InvalidRequestError, match="half way"):
+        model(**token, use_cache=True)
+    assert patch.stats()["num_sequences"] == 0

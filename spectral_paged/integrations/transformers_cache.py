@@ -22,14 +22,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Cache
+from transformers import Cache
 
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.history import read_history
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.forward_hooks import watch
 from spectral_paged.integrations.padded_rows import PaddedRows
-from spectral_paged.model_cache import longest_sequence, model_cache, model_format
+from spectral_paged.model_cache import longest_sequence, model_cache, model_format, tokenizer_of
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
@@ -105,7 +105,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         longest = longest_sequence(geometry, max_model_len)
         format = dataclasses.replace(model_format(kv_format, geometry), prefill_segment=0)
         if format.needs_calibration and tokenizer is None and calibration == "auto":
-            tokenizer = _tokenizer_of(model)
+            tokenizer = tokenizer_of(model)
         self.kv_cache = model_cache(
             LoadedModel(type(model).__name__, model, tokenizer, geometry),
             format,
@@ -194,7 +194,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         """Close the step of a forward; what a failed one brought is forgotten.
 
         Raises:
-            NonFiniteError: NaN or Inf in what was sealed; `reset()` before going on.
+            NonFiniteError: NaN or Inf in what was sealed, on CUDA by an earlier forward (`settle`
+                tells of the last one's); `reset()` before going on.
             PoolError: the model passed some of its layers by.
         """
         forward = self._forward
@@ -214,14 +215,25 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         if forward.has_tokens:
             report = self.kv_cache.end_step()
             for error in report.failed.values():
+                self.kv_cache.settle()  # the batch's rest: `reset` is not to raise for it again
                 raise error
+
+    def settle(self) -> None:
+        """Wait, between forwards, for the checks of all that was sealed. On CUDA those of a forward
+        are known after it, and looked at by the next one; after the last one nobody would.
+
+        Raises:
+            NonFiniteError: NaN or Inf in what was sealed, told once; `reset()` before going on.
+        """
+        for error in self.kv_cache.settle().failed.values():
+            raise error
 
     def _abandon(self) -> None:
         """Forget a forward that did not come to its end."""
         self._forward = None
         self.kv_cache.abort_step()
         if not self._num_columns:
-            self.reset()
+            self._forget()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -271,7 +283,17 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     # ---- rows ----------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget all rows: the next forward begins a new batch."""
+        """Forget all rows: the next forward begins a new batch.
+
+        Raises:
+            NonFiniteError: as `settle`; the rows are forgotten all the same.
+        """
+        try:
+            self.settle()
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
         self._forward = None
         self.kv_cache.abort_step()
         for name in self._rows:
@@ -307,7 +329,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 name = next(self._names)
                 if old[source] in self.kv_cache and not self.kv_cache.fork(old[source], name):
                     rows_wanted = len(sources)
-                    self.reset()
+                    self._forget()
                     raise CapacityError(
                         f"no room for the unshared tokens of {rows_wanted} rows; the cache was "
                         f"reset: raise kv_cache_bytes ({self._num_bytes} now)"
@@ -412,7 +434,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return False
 
     def stats(self) -> dict[str, object]:
-        """`SpectralKVCache.stats` with `num_rows` and `num_columns`."""
+        """`SpectralKVCache.stats` with `num_rows` and `num_columns`; raises what `settle` does."""
+        self.settle()
         rows = {"num_rows": len(self._rows), "num_columns": self._num_columns}
         return self.kv_cache.stats() | rows
 
@@ -422,14 +445,3 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             f"{self._num_columns} columns, {self._num_bytes} bytes"
             f"{', materialize=True' if self.materialize else ''})"
         )
-
-
-def _tokenizer_of(model: Any) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
-    except Exception as error:
-        raise InvalidRequestError(
-            f"the format needs a calibration, and no tokenizer is found at {model.name_or_path!r} "
-            "to make it with: pass tokenizer=, a calibration=, or a kv_format that needs none "
-            "(spectral-page)"
-        ) from error

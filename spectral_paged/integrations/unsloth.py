@@ -17,9 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AttentionInterface
-
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth_attention import FunctionPatches
 from spectral_paged.integrations.unsloth_families import (
@@ -35,7 +32,6 @@ from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.models.runner import ATTENTION_NAME, spectral_attention
 from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import choose_cache_bytes
 from spectral_paged.rope import RotaryTable
@@ -73,15 +69,26 @@ class UnslothPatch:
         _patched.add(self)
         weakref.finalize(self, _remove_functions).atexit = False
 
+    def settle(self) -> None:
+        """Wait for the checks of all that was sealed: on CUDA a step's are looked at by the next
+        one, so after the last of a batch nothing else tells. An undone patch has settled.
+
+        Raises:
+            NonFiniteError: NaN or Inf that no forward has told of; told once.
+        """
+        if self in _patched:
+            self._forward.settle()
+
     def stats(self) -> dict[str, object]:
         """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards.
 
         Raises:
             PatchError: the patch is undone.
+            NonFiniteError: as `settle`.
         """
         if self not in _patched:
             raise PatchError("the patch is undone, and its cache is gone: ask for stats before")
-        self._forward.collect()
+        self._forward.settle()
         return self.cache.stats() | {
             "prompt_steps": self._forward.num_prompt_steps,
             "decode_steps": self._forward.num_decode_steps,
@@ -95,6 +102,7 @@ class UnslothPatch:
             PatchError: somebody replaced the model's forward since, and nothing is changed; or one
                 of Unsloth's functions, and the model is itself again: call once more when the
                 later change is undone.
+            NonFiniteError: as `settle`; the patch is undone all the same.
         """
         if self not in _patched:
             _remove_functions()
@@ -103,6 +111,12 @@ class UnslothPatch:
             raise PatchError(
                 "the model's forward was replaced since this patch: undo the later change first"
             )
+        try:
+            self.settle()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
         for name, value in self._saved.items():
             if value is _NOTHING:
                 delattr(self.model, name)
@@ -222,7 +236,6 @@ def patch_unsloth_attention(
         poison=poison,
         ropes=_ropes(inner, longest_sequence(geometry, max_model_len)),
     )
-    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
     graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
     graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
     level = logging.INFO if debug_logging else logging.DEBUG
@@ -247,7 +260,8 @@ def unpatch_unsloth_attention(model: Any) -> None:
     """Give the model, and with the last model Unsloth's functions, their own attention back.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or as `UnslothPatch.undo`.
+        NonFiniteError: as `UnslothPatch.settle`; the model is unpatched all the same.
     """
     patch = vars(causal_lm(model)).get(PATCH)
     if patch is None:

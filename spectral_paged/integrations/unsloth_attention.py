@@ -210,8 +210,19 @@ class FunctionPatches:
         self._patches: list[Patch] = []
 
     def install(self) -> None:
-        """Replace every reference there is now; references that an earlier call replaced too."""
-        self.remove()
+        """Replace every reference there is now; references that an earlier call replaced too.
+
+        Where that fails they are as they were before: other models may be served by them.
+        """
+        before = list(self._patches)
+        try:
+            self.remove()
+            self._replace()
+        except BaseException:
+            self._go_back(before)
+            raise
+
+    def _replace(self) -> None:
         for name, original in fast_functions().items():
             # one replacement for ever: a class that was set up while it was in force keeps it
             if name not in self._replacements:
@@ -221,6 +232,13 @@ class FunctionPatches:
                 self._replacements[name] = original, make(original)
             old, new = self._replacements[name]
             self._patches.append(replace_everywhere(old, new, modules=fast_modules()))
+
+    def _go_back(self, before: list[Patch]) -> None:
+        """Undo what is not of `before`; of that, make again what was undone, in its order."""
+        for patch in reversed(self._patches):
+            if patch not in before:
+                patch.undo()
+        self._patches = [p if p in self._patches else Patch(p.old, p.places) for p in before]
 
     def remove(self) -> None:
         """Put every original back."""

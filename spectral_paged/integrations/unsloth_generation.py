@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from spectral_paged.cache import SpectralKVCache
-from spectral_paged.errors import CapacityError, InvalidRequestError
+from spectral_paged.errors import CapacityError, InvalidRequestError, NonFiniteError
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.integrations.unsloth_attention import (
     ServedStep,
@@ -158,6 +158,7 @@ class PatchedForward:
     ) -> None:
         self.cache = cache
         self.released: list[str] = []
+        self._failed: dict[str, NonFiniteError] = {}  # sequences whose callers have not heard of it
         self.num_prompt_steps = self.num_decode_steps = 0
         self._model = model
         self._forward: Callable[..., Any] = model.forward
@@ -195,11 +196,27 @@ class PatchedForward:
         return CausalLMOutputWithPast(logits=logits, past_key_values=now)
 
     def collect(self) -> None:
-        """Free the sequences of batches that nobody holds any more."""
+        """Free the sequences of batches that nobody holds any more; what is found of them only now
+        is no error of the batch that comes next, and kept for `settle`."""
+        if self.released:
+            self._failed |= self.cache.settle().failed
         while self.released:
             seq_id = self.released.pop()
             if seq_id in self.cache:
                 self.cache.free(seq_id)
+
+    def settle(self) -> None:
+        """Wait for the checks of all that was sealed. On CUDA those of a step are known after it,
+        and looked at by the next one; after the last one nobody would.
+
+        Raises:
+            NonFiniteError: NaN or Inf that no forward has told of; told once.
+        """
+        self.collect()
+        found = self._failed | self.cache.settle().failed
+        self._failed = {}
+        for error in found.values():
+            raise error
 
     def close(self) -> None:
         """Let go of the cache and of graphs over it; `past_key_values` that are still held are of
@@ -390,6 +407,7 @@ class PatchedForward:
     def _step(self, rows: _Rows, new_tokens: dict[str, int]) -> Iterator[None]:
         """A step of the cache around a forward over some of `rows`."""
         cache = self.cache
+        self._raise_failed(rows)
         plan = cache.reserve(new_tokens)
         if plan is None:
             longest = max(cache.num_tokens(seq_id) for seq_id in new_tokens)
@@ -409,12 +427,18 @@ class PatchedForward:
             raise
         try:
             with without_autocast(cache.device):
-                failed = cache.end_step().failed
-            for error in failed.values():
-                raise error
+                self._failed |= cache.end_step().failed
+            self._raise_failed(rows)
         except BaseException:  # its tokens count as stored, but the caller does not hear of it
             rows.give_up(cache)
             raise
+
+    def _raise_failed(self, rows: _Rows) -> None:
+        """Give up `rows` with NaN or Inf; those of other batches are for their own next step."""
+        found = [self._failed.pop(s) for s in rows.seq_ids if s in self._failed]
+        if found:
+            rows.give_up(self.cache)
+            raise found[0]
 
 
 def _count(logits_to_keep: Any) -> int:

@@ -38,6 +38,11 @@ def spectral_attention(
     return spectral_cache.attend(module.layer_idx, q, k, v).unsqueeze(0), None
 
 
+# Once, and for compiled models and others alike: all of a process look it up by this name. Compiled
+# layers need a graph break, for what attention does depends on the step, not on the layer's code.
+AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
+
+
 def compiled_parts(model: Any) -> list[Any]:
     """The modules that `torch.compile` is for, one by one: all layers share their code."""
     return [*model.model.layers, model.model.norm]
@@ -108,13 +113,9 @@ class ModelRunner:
         _Borrowed.take(model)
         self._give_back = finalize(self, _Borrowed.give_back, ref(model))
         self._give_back.atexit = False
-        attention = spectral_attention
         if self.compiles:
-            # a graph break: what attention does depends on the step, not on the layer's code
-            attention = torch.compiler.disable(spectral_attention)
             for part in compiled_parts(model):
                 part.compile(dynamic=True)
-        AttentionInterface.register(ATTENTION_NAME, attention)
         model.set_attn_implementation(ATTENTION_NAME)
 
     def close(self) -> None:
