@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.eigenvectors import eigenvectors
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
@@ -27,8 +28,13 @@ def gram_basis(x: Tensor, rank: int) -> Tensor:
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors of symmetric `gram` `[..., D, D]` as rows, strongest first: `[..., rank, D]`."""
-    _, vectors = torch.linalg.eigh(gram)  # ascending
-    return vectors[..., -rank:].flip(-1).transpose(-1, -2).contiguous()
+    solve = eigenvectors
+    if gram.is_cuda:
+        from spectral_paged.kernels import eigenvectors_triton
+
+        solve = eigenvectors_triton.eigenvectors
+    vectors = solve(gram.reshape(-1, *gram.shape[-2:]))
+    return vectors.reshape(gram.shape)[..., :rank, :].contiguous()
 
 
 def randomized_basis(x: Tensor, rank: int, *, seed: int) -> Tensor:

@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from spectral_paged.kernels import (
     decode_attention_gpu,
     decode_finish_triton,
+    eigenvectors_triton,
     exact_append_triton,
     exact_decode_triton,
     launch_configs,
@@ -43,9 +44,9 @@ from spectral_paged.page_format import PageFormat
 from spectral_paged.presets import PRESETS
 
 PORTABLE = (
-    decode_finish_triton, exact_append_triton, exact_decode_triton, merge_triton,
-    page_basis_triton, query_projection_triton, seal_triton, spectral_decode_triton,
-    spectral_rebuild_triton,
+    decode_finish_triton, eigenvectors_triton, exact_append_triton, exact_decode_triton,
+    merge_triton, page_basis_triton, query_projection_triton, seal_triton,
+    spectral_decode_triton, spectral_rebuild_triton,
 )  # fmt: skip
 EXPLICIT = (
     page_basis_gluon, query_projection_gluon, shared_projection_gluon, spectral_decode_gluon,
@@ -166,6 +167,9 @@ def main():
     for name, dim in (("quality-64", 64), ("quality-128", 128), ("wide-256", 256)):
         Compiled.label = f"sealing, width {dim}"
         SealCase(name, heads=1, blocks=1, dtype=torch.bfloat16).seal(seal_triton.seal)
+    for dim in (64, 96, 128, 256):
+        Compiled.label = f"eigenvectors, width {dim}"
+        eigenvectors_triton.eigenvectors(torch.eye(dim)[None])
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
         Compiled.label = f"exact, width {dim}, {dtype}"
         args, options = exact_case([65], dim=dim, dtype=dtype)

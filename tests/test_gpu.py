@@ -28,12 +28,12 @@ from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 from spectral_paged import LLM, PageFormat, SamplingParams, SpectralKVCache
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels import chunk_attention_gpu
+from spectral_paged.kernels import chunk_attention_gpu, eigenvectors
 from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.rope import RotaryTable
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
-    from spectral_paged.kernels import seal_triton, spectral_rebuild_triton
+    from spectral_paged.kernels import eigenvectors_triton, seal_triton, spectral_rebuild_triton
     from spectral_paged.kernels.decode_attention_gpu import decode_attention
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
@@ -74,6 +74,23 @@ def test_a_page_encoded_on_the_gpu_is_as_good_as_one_of_the_cpu():
 # ---- kernels -----------------------------------------------------------------------------
 
 RAGGED = (0, 3, 1, 5)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 256])
+def test_leading_eigenvectors_span_what_the_twins_do(dim):
+    generator = torch.Generator().manual_seed(dim)
+    spread = torch.exp(-torch.arange(dim) / 10)
+    mixed = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    x = (torch.randn(40, 512, dim, generator=generator) * spread @ mixed).cuda()
+    x[7], x[9, 3:] = 0, 0  # no energy, and three tokens of it
+    gram = x.transpose(-1, -2) @ x
+    found, want = eigenvectors_triton.eigenvectors(gram), eigenvectors.eigenvectors(gram)
+    eye = torch.eye(dim, device="cuda")
+    assert (found @ found.transpose(-1, -2) - eye).abs().max() < 1e-3
+    kept = dim // 4
+    energies = [(x @ v[:, :kept].transpose(-1, -2)).square().sum((-1, -2)) for v in (found, want)]
+    torch.testing.assert_close(*energies, rtol=1e-5, atol=1e-6)
+    assert torch.equal(eigenvectors_triton.eigenvectors(gram[11:13]), found[11:13])
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
