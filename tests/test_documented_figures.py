@@ -115,10 +115,19 @@ def test_defaults_in_the_table_of_memory_are_those_of_the_llm():
     assert len(said) >= 4 and said == {name: takes[name].default for name in said}
 
 
+def stored(name):
+    """A stored result by the name of its file."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def by_backend(name):
+    return {row["backend"]: row for row in stored(name)["rows"]}
+
+
 def gains(workload, figure):
     """How often more `spectral-quality` has of a figure than `exact` in a stored result."""
-    path = ROOT / "benchmarks" / "results" / f"throughput-8b-{workload}.json"
-    rows_of = {r["backend"]: r for r in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    rows_of = by_backend(f"throughput-8b-{workload}")
     return rows_of["spectral-quality"][figure] / rows_of["exact"][figure]
 
 
@@ -155,3 +164,215 @@ def test_what_vllms_blocks_would_cost_follows_from_the_format():
     for number in (*sizes, format.page_bytes):
         assert f"{number:,}" in page.text
     assert f"[blocks, 8, 1, {format.layout.head_bytes}]" in page.text
+
+
+def table(page, header):
+    """Rows below the header of a page's table."""
+    parts = [replace(BY_NAME[page], text=part) for part in BY_NAME[page].text.split("\n\n")]
+    [found] = [rows(part) for part in parts if rows(part)[:1] == [header]]
+    return found[2:]
+
+
+OUTPUT, DECODE = "output_tokens_per_second", "decode_tokens_per_second"
+PRESETS_OF_PAGES = "exact", "spectral-quality", "spectral-int8-post"
+
+
+def figures(found, key, backends):
+    """Cells of a row: the first backend's figure, others with how often more they are."""
+    first, *others = (found[backend][key] for backend in backends)
+    return [f"{first:,.0f}", *(f"{other:,.0f} ({other / first:.2f}x)" for other in others)]
+
+
+@pytest.mark.parametrize("page", ["docs/speed.md", "docs/unsloth.md"])
+def test_a_result_is_named_with_its_commit(page):
+    """In the paragraph that names it, or in one before it under the same heading."""
+    named = []
+    for section in re.split(r"^#+ ", BY_NAME[page].prose, flags=re.M):
+        for name in re.findall(
+            r"`benchmarks/results/((?:throughput|steps|unsloth)-[\w.-]+)\.json`", section
+        ):
+            commit = stored(name)["environment"]["commit"]
+            assert commit in section, f"{name}: {commit}"
+            named.append(name)
+    assert len(named) >= 3
+
+
+def test_the_mixed_workload_is_as_stored():
+    found = by_backend("throughput-8b-h100-mixed")
+    lines = rows(BY_NAME["docs/speed.md"])
+    [first] = [i for i, row in enumerate(lines) if row[0].startswith("mixed: ")]
+    said = lines[first : first + 2]
+    two = PRESETS_OF_PAGES[:2]
+    assert said[0][2:4] == figures(found, OUTPUT, two)
+    gaps = [found[backend]["itl_ms"] for backend in two]
+    assert said[1][2:4] == [f"{gap['p99']:.1f} / {gap['max']:.0f} ms" for gap in gaps]
+    for backend in two:
+        assert f"{found[backend][DECODE]:,.0f}" in BY_NAME["docs/speed.md"].text
+    assert f"is {gaps[1]['max']:.0f} ms at a429369" in BY_NAME["docs/decisions.md"].text
+
+
+def test_a_7b_shape_is_as_stored():
+    found = by_backend("throughput-7b-h100-32k-full")
+    header = ["32K contexts, memory full, decode alone", "`exact` (bf16)"]
+    said = table("docs/speed.md", [*header, *(f"`{b}`" for b in PRESETS_OF_PAGES[1:])])
+    stats = {backend: row["stats"] for backend, row in found.items()}
+    assert [row[1:] for row in said] == [
+        figures(stats, "most_running", PRESETS_OF_PAGES),
+        figures(found, DECODE, PRESETS_OF_PAGES),
+        figures(found, OUTPUT, PRESETS_OF_PAGES),
+        [str(stats[backend]["preemptions"]) for backend in PRESETS_OF_PAGES],
+    ]
+
+
+def test_transformers_beside_the_engine_is_as_stored():
+    found = by_backend("throughput-8b-h100-small")
+    header = ["", "output tokens/s", "over `generate`", "over continuous batching"]
+    said = table("docs/speed.md", header)
+    rates = [row[OUTPUT] for row in found.values()]
+    generate, continuous = (found[f"transformers{kind}"][OUTPUT] for kind in ("", "-continuous"))
+    assert [row[1:] for row in said] == [
+        [f"{rate:,.0f}", f"{rate / generate:.2f}x", f"{rate / continuous:.2f}x"] for rate in rates
+    ]
+    for rate in rates:
+        assert f" {rate:,.0f}" in BY_NAME["README.md"].text
+
+
+def test_a_small_model_is_as_stored():
+    long, short = (by_backend(f"throughput-smollm2-135m-h100{size}") for size in ("", "-small"))
+    three = "exact", "spectral-quality", "spectral-compact"
+    said = table(
+        "docs/speed.md", ["workload", "", "`exact` (bf16)", *(f"`{b}`" for b in three[1:])]
+    )
+    assert [row[2:] for row in said[:2]] == [figures(long, key, three) for key in (OUTPUT, DECODE)]
+    assert [row[2:4] for row in said[3:5]] == [
+        figures(short, key, three[:2]) for key in (OUTPUT, DECODE)
+    ]
+    first, *others = (long[backend]["stats"]["bytes_per_token"] for backend in three)
+    assert said[2][2:] == [
+        f"{first:,.0f}", *(f"{other:,.0f} ({first / other:.1f}x less)" for other in others)
+    ]  # fmt: skip
+    held = [short[backend]["stats"]["bytes_per_token"] for backend in three[:2]]
+    assert said[5][2:4] == [f"{one:,.0f}" for one in held]
+    generate = short["transformers"][OUTPUT]
+    exact, pages = (short[backend][OUTPUT] for backend in three[:2])
+    text = " ".join(BY_NAME["docs/speed.md"].text.split())
+    assert f"made {generate:.0f} output tokens/s of the second workload" in text
+    assert f"`exact` {exact / generate:.1f} times as many" in text
+    assert f"`spectral-quality` {pages / generate:.1f} times" in text
+    medians = [short[backend]["itl_ms"]["p50"] for backend in three[:2]]
+    assert "{1:.1f} ms instead of {0:.1f}".format(*medians) in text
+    whole = long["spectral-quality"][OUTPUT] / long["exact"][OUTPUT]
+    for page in ("README.md", "docs/formats.md"):
+        assert (
+            f"{whole:.2f}x" in BY_NAME[page].text and f"{pages / exact:.2f}x" in BY_NAME[page].text
+        )
+    decode = [long[b][DECODE] / long["exact"][DECODE] for b in three[1:]]
+    decode.append(short["spectral-quality"][DECODE] / short["exact"][DECODE])
+    assert f"({min(decode):.2f}x to {max(decode):.2f}x the" in BY_NAME["docs/tuning.md"].text
+
+
+def steps_of(name, layers="compiled"):
+    return [row for row in stored(name)["rows"] if row["layers"] == layers]
+
+
+def test_what_a_step_is_made_of_is_as_stored():
+    header = ["sequences x tokens", "", "step", "over the floor", "attention", "products", "seal"]
+    said = table("docs/speed.md", [*header, "rest", "idle, of it between steps"])
+    found = [*steps_of("steps-8b-short"), *steps_of("steps-8b-8k")]
+    order = sorted(found, key=lambda row: (row["context"], row["batch"], row["format"]))
+    assert [row[1:] for row in said] == [
+        [
+            f"`{row['format']}`", f"{row['step_ms']:.2f}", f"{row['over_floor']:.2f}x",
+            *(f"{row['kinds'][kind]:.2f}" for kind in ("attention", "products", "seal", "rest")),
+            f"{row['idle_share']:.1%}, {row['idle_between_steps_share']:.1%}".replace("%", " %"),
+        ]
+        for row in order
+    ]  # fmt: skip
+    sizes = list(dict.fromkeys(f"{row['batch']} x {row['context']}" for row in order))
+    assert [row[0] for row in said[:6:2]] == sizes
+    assert all(f"{row['kinds']['copies']:.2f}" == "0.01" for row in found)
+    whole = stored("steps-8b-short")
+    text = BY_NAME["docs/speed.md"].text
+    assert f"({whole['weight_bytes'] / 1e9:.1f} GB)" in text
+    assert (
+        f"({whole['copy_bytes_per_second'] / 1e12:.2f} TB/s): {found[0]['floor_ms']:.2f} ms" in text
+    )
+
+
+def test_layers_of_a_step_are_as_stored():
+    header = ["layers", "1 sequence", "128 sequences", "kernels a step, 1 / 128"]
+    said = table("docs/speed.md", header)
+    own = steps_of("steps-8b-layers")
+    text = " ".join(BY_NAME["docs/decisions.md"].text.split())
+    for row, layers in zip(said, ("compiled", "liger", "eager"), strict=True):
+        found = steps_of("steps-8b-layers", layers)
+        ratios = [one["step_ms"] / base["step_ms"] for one, base in zip(found, own, strict=True)]
+        times = [f"{one['step_ms']:.2f}" for one in found]
+        cells = [f"{ms} ms" for ms in times]
+        if layers != "compiled":
+            cells = [f"{c} ({ratio:.2f}x)" for c, ratio in zip(cells, ratios, strict=True)]
+        kernels = " / ".join(f"{one['kernels_per_step']:,.0f}" for one in found)
+        assert row[0].startswith(layers) and row[1:] == [*cells, kernels]
+        assert all(re.search(rf"\b{ms}\b", text) for ms in times)
+        assert layers != "liger" or [f"{ratio - 1:.0%}" for ratio in ratios] == ["1%", "2%"]
+
+
+def test_the_profile_is_as_stored():
+    found = by_backend("throughput-8b-h100-profile")
+    sections = [*found["exact"]["breakdown_seconds"], "in all"]
+    said = table("docs/speed.md", ["", *sections])
+    assert said == [
+        [
+            f"`{backend}`",
+            *(f"{s:.2f}" for s in [*row["breakdown_seconds"].values(), row["elapsed_time"]]),
+        ]
+        for backend, row in found.items()
+    ]
+
+
+def test_times_of_unsloth_are_as_stored():
+    header = ["rows x tokens", "", "tokens/s", "GPU, ms a step", "attention, ms a step"]
+    said, found = table("docs/unsloth.md", header), stored("unsloth-random-mistral-7b")["rows"]
+    for row, real in zip(said, found, strict=True):
+        if real["format"] == "unpatched":
+            base = real
+            assert row[0] == f"{real['num_rows']} x {real['prompt_tokens']:,}"
+        rate, *spent = (
+            real[key] for key in (DECODE, "kernel_ms_per_step", "attention_ms_per_step")
+        )
+        cells = [f"{rate:,.1f}", *(f"{ms:.2f}" for ms in spent)]
+        if real is not base:
+            better = [
+                rate / base[DECODE],
+                base["kernel_ms_per_step"] / spent[0],
+                base["attention_ms_per_step"] / spent[1],
+            ]
+            cells = [f"{cell} ({ratio:.2f}x)" for cell, ratio in zip(cells, better, strict=True)]
+        assert row[1].strip("`") == real["format"] and row[2:] == cells
+    prompts = [f"{row['prompt_seconds']:.2f}" for row in found]
+    text = " ".join(BY_NAME["docs/unsloth.md"].text.split())
+    assert "takes {} s unpatched, {} in `exact` and {} in pages".format(*prompts[:3]) in text
+    assert "and {}, {} and {} s at 16 x 8,192".format(*prompts[3:]) in text
+    held = [f"{row['bytes_per_token']:,.0f}" for row in found[:-3:-1]]
+    assert "{} bytes in pages and {} in `exact`".format(*held) in text
+    rates = [row[DECODE] for row in found]
+    said = [f"{rate:.1f}" for rate in rates[:3]], [f"{rate:,.0f}" for rate in rates[3:]]
+    for one in said:
+        assert ", ".join(one) in BY_NAME["README.md"].text
+
+
+def test_needles_of_unsloth_are_as_stored():
+    names = ("unsloth-needles-smollm2-135m", "unsloth-needles-smollm2-135m-fp32")
+    found = [row for name in names for row in stored(name)["rows"]]
+    header = ["", "", "recalled", "of those that unpatched recalls"]
+    said = table("docs/unsloth.md", [*header, "answers that are unpatched's, token for token"])
+    real = []
+    for row in found:
+        cells = [f"{row['recalled']} of {row['asked']}", "", ""]
+        if row["format"] != "unpatched":
+            cells[1:] = [
+                f"{row['recalled_of_known']} of {row['known']}",
+                f"{row['same_tokens']} of {row['asked']}",
+            ]
+        real.append([row["format"], *cells])
+    assert [[row[1].strip("`"), *row[2:]] for row in said] == real
