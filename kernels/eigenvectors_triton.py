@@ -13,7 +13,7 @@ turn 0   0 1 2 3     turn 1   0 2 3 4     place 0 stays, the others move on by o
 
 Rows stay in memory (a matrix of 128 takes 64 KiB, which L1 keeps) and change places by address.
 Small rows become as orthogonal as large ones: a rotation rounds relative to the row that it makes.
-Libraries take 1.5 ms a matrix, one after the other.
+torch's `eigh` takes 1.3 ms for each, one after the other; 512 at once take 8 ms here (an H100).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAST = 1e-4
 # Of the trace, added to each eigenvalue: it changes no eigenvector, and a matrix that is
 # semidefinite but for its rounding has a factor with rows of some length.
 RIDGE = 1e-5
-PAIRS = 64  # of a turn, held in registers at a time
+PAIRS = 32  # of a turn, held in registers at a time
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def eigenvectors(matrices: Tensor) -> Tensor:
     scaled = torch.where(trace > 0, matrices / trace, 0.0)
     scaled.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
     rows = torch.linalg.cholesky_ex(scaled, upper=True).L.contiguous()
-    pairs = min(PAIRS, padded(dim // 2, 1), 8192 // padded(dim, 1))
+    pairs = min(PAIRS, padded(dim // 2, 1))
     _jacobi_kernel[(len(rows),)](
         rows, SWEEPS, LAST, SMALL, DIM=dim, DIM_PAD=padded(dim, 1), PAIRS=pairs, num_warps=8
     )

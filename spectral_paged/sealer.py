@@ -83,9 +83,16 @@ class Sealer:
         return self.basis.format
 
     def warm_up(self, group: LayerGroup) -> None:
-        """Compile the seal kernel, which takes seconds that a first seal would cost; nothing is
+        """Compile what seals, which takes seconds that a first seal would cost; nothing is
         written. An online calibration has yet to say what it is to do."""
-        if self.basis.is_waiting or group.layout is None or not self.ops.seals(group.layout):
+        if self.basis.is_waiting or group.layout is None or not self.ops.on_gpu:
+            return
+        if not self.ops.seals(group.layout):
+            heads, dim = self.format.num_kv_heads, self.format.head_dim
+            block = torch.zeros(1, heads, BLOCK_TOKENS, dim, device=group.pool.arena.device)
+            encode_pages(
+                block, block, self.format, basis=self.basis.bound, layers=group.layers[:1]
+            )
             return
         exact, pages, first = (
             torch.zeros(shape, dtype=torch.int32, device=group.pool.arena.device)
