@@ -356,10 +356,10 @@ def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
 
 
 def test_after_a_warm_up_nothing_that_decomposes_compiles():
-    format = PageFormat.preset("spectral-int8", num_kv_heads=2, head_dim=80)  # of no other test
+    format = PageFormat.preset("spectral-int8", num_kv_heads=2, head_dim=48)  # of no other test
     cache = SpectralKVCache(
-        num_layers=2, num_q_heads=2, num_kv_heads=2, head_dim=80, format=format, device="cuda",
-        rope=RotaryTable.from_theta(10000.0, 80, max_positions=2048), kv_cache_bytes=4 << 20,
+        num_layers=2, num_q_heads=2, num_kv_heads=2, head_dim=48, format=format, device="cuda",
+        rope=RotaryTable.from_theta(10000.0, 48, max_positions=2048), kv_cache_bytes=4 << 20,
         max_num_seqs=4,
     )  # fmt: skip
 
@@ -369,7 +369,7 @@ def test_after_a_warm_up_nothing_that_decomposes_compiles():
     before = compiled()
     cache.sealer.warm_up(cache.groups[0])
     assert compiled() == before + 1
-    k, v = torch.randn(2, 3, 2, 512, 80, device="cuda")
+    k, v = torch.randn(2, 3, 2, 512, 48, device="cuda")
     encode_pages(k, v, format)
     assert compiled() == before + 1
 
