@@ -80,7 +80,8 @@ def eigenvectors(matrices: Tensor) -> Tensor:
     """`kernels.eigenvectors.eigenvectors` in Triton: the same arguments and results, as far as
     fp32 tells eigenvalues apart.
 
-    What is found for a matrix does not depend on those beside it.
+    What is found for a matrix does not depend on those beside it, if there are as many: torch
+    chooses its Cholesky factorization by the number of matrices.
     """
     dim = matrices.shape[-1]
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
