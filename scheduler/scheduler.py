@@ -154,11 +154,12 @@ class Scheduler:
 
     def _schedule_running(self, output: SchedulerOutput, budget: _Budget) -> None:
         # requests with one token to go come first: a long prompt never makes them wait
-        order = sorted(self.running, key=lambda r: self._remaining(r) > 1)
-        for request in order:
+        order = [(self._remaining(request), request) for request in self.running]
+        order.sort(key=lambda pair: pair[0] > 1)
+        for remaining, request in order:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted by an earlier one of this loop
-            num_new = self._chunk(request, budget)
+            num_new, seals = self._chunk(request, remaining, budget)
             if num_new == 0:
                 continue
             while not self.cache.try_reserve(request.request_id, num_new):
@@ -167,7 +168,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
+                budget.take(num_new, seals)
                 output.new_tokens[request.request_id] = num_new
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
@@ -187,7 +188,7 @@ class Scheduler:
                 return
             reserved = False
             try:
-                num_new = self._chunk(request, budget)
+                num_new, seals = self._chunk(request, self._remaining(request), budget)
                 reserved = num_new > 0 and self.cache.try_reserve(request.request_id, num_new)
             finally:
                 if not reserved:  # not now, or something raised: it waits on
@@ -203,19 +204,19 @@ class Scheduler:
             request.num_recomputed_tokens += lost
             self.num_recomputed_tokens += lost
             self.running.append(request)
-            budget.take(num_new, self.cache.seals_due(request.request_id, num_new))
+            budget.take(num_new, seals)
             output.new_tokens[request.request_id] = num_new
 
     def _remaining(self, request: Request) -> int:
         return max(0, request.num_to_compute - self.cache.num_tokens(request.request_id))
 
-    def _chunk(self, request: Request, budget: _Budget) -> int:
-        """Tokens of a request that this step may compute; 0: not in this step."""
+    def _chunk(self, request: Request, remaining: int, budget: _Budget) -> tuple[int, int]:
+        """Tokens of a request, of `remaining`, that this step may compute, and the seals that they
+        make due; no tokens: not in this step."""
         seq_id = request.request_id
-        num_new = min(self._remaining(request), self.cache.chunk_limit(seq_id), budget.tokens)
-        if num_new and not budget.allows_seals(self.cache.seals_due(seq_id, num_new)):
-            return 0
-        return num_new
+        num_new = min(remaining, self.cache.chunk_limit(seq_id), budget.tokens)
+        seals = self.cache.seals_due(seq_id, num_new) if num_new else 0
+        return (num_new, seals) if budget.allows_seals(seals) else (0, 0)
 
     def _preempt(
         self,

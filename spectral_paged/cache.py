@@ -126,6 +126,7 @@ class SpectralKVCache:
             self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
         )
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group.layers}
+        self._slides = any(group.window is not None for group in self.groups)
         self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
@@ -232,8 +233,7 @@ class SpectralKVCache:
         and windows slide between steps."""
         state = self._sequences[seq_id]
         end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
-        slides = any(group.window is not None for group in self.groups)
-        segment = self.format.prefill_segment if slides else 0  # 0: none, the step is one
+        segment = self.format.prefill_segment if self._slides else 0  # 0: none, the step is one
         return min(end - state.num_tokens, segment or end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
@@ -258,7 +258,7 @@ class SpectralKVCache:
             raise CapacityError(
                 f"{seq_id!r} would hold {total} tokens; max_model_len is {self.max_model_len}"
             )
-        if num_new > self.chunk_limit(seq_id):
+        if num_new > 1 and num_new > self.chunk_limit(seq_id):  # a single one crosses nothing
             raise ValueError(
                 f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
                 f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"

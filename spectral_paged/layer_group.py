@@ -319,8 +319,10 @@ class LayerGroup:
 
     def due(self, seq_id: str, visible_blocks: int) -> list[int]:
         """Blocks that must be sealed now."""
-        slots = self.sequences[seq_id]
-        return self._unpinned(slots, range(slots.num_written, self.blocks_sealed(visible_blocks)))
+        slots, until = self.sequences[seq_id], self.blocks_sealed(visible_blocks)
+        if until <= slots.num_sealed:  # as in nearly every step
+            return []
+        return self._unpinned(slots, range(slots.num_written, until))
 
     def complete(self, seq_id: str, num_tokens: int) -> int | None:
         """The next block to seal, if all of its tokens are among the first `num_tokens`."""
