@@ -351,14 +351,64 @@ def test_times_of_unsloth_are_as_stored():
         assert row[1].strip("`") == real["format"] and row[2:] == cells
     prompts = [f"{row['prompt_seconds']:.2f}" for row in found]
     text = " ".join(BY_NAME["docs/unsloth.md"].text.split())
-    assert "takes {} s unpatched, {} in `exact` and {} in pages".format(*prompts[:3]) in text
-    assert "and {}, {} and {} s at 16 x 8,192".format(*prompts[3:]) in text
-    held = [f"{row['bytes_per_token']:,.0f}" for row in found[:-3:-1]]
-    assert "{} bytes in pages and {} in `exact`".format(*held) in text
+    short = "takes {} s unpatched, {} in `exact`, {} in `spectral-int8` and {} in"
+    assert short.format(*prompts[:4]) in text
+    assert "and {}, {}, {} and {} s at 16 x 8,192".format(*prompts[4:]) in text
+    held = [f"{row['bytes_per_token']:,.0f}" for row in found[:-4:-1]]
+    assert "{} bytes in `spectral-quality`, {} in `spectral-int8` and {} in `exact`".format(
+        *held
+    ) in text  # fmt: skip
     rates = [row[DECODE] for row in found]
-    said = [f"{rate:.1f}" for rate in rates[:3]], [f"{rate:,.0f}" for rate in rates[3:]]
+    said = [f"{rate:.1f}" for rate in rates[:4]], [f"{rate:,.0f}" for rate in rates[4:]]
     for one in said:
         assert ", ".join(one) in BY_NAME["README.md"].text
+
+
+def test_attention_at_width_64_is_as_stored():
+    found = stored("decode-64")["rows"]
+    header = ["heads", "sequences x tokens", "bf16", "FlashInfer bf16, fp8"]
+    presets = "spectral-quality", "spectral-compact", "spectral-int8"
+    said = table("docs/speed.md", [*header, *(f"`{name}`" for name in presets)])
+    shapes = [shape for shape in ("smollm2-135m", "mha-64") for _ in range(4)]
+    for (_, work, *cells), shape in zip(said, shapes, strict=True):
+        own = [row for row in found if (row["shape"], row["work"]) == (shape, work)]
+        best = min(row["ms"] for row in own if "bf16" in row["what"])
+
+        def gains_of(name, part, own=own, best=best):
+            [row] = [r for r in own if r["what"].startswith(name) and r["part"] == part]
+            return f"{best / row['ms']:.2f}x"
+
+        flash = [gains_of(f"flashinfer {kind}", "pages") for kind in ("bf16", "fp8")]
+        assert cells == [
+            f"{best:.3f} ms",
+            ", ".join(flash),
+            *(" / ".join(gains_of(f"{n} ", p) for p in ("pages", "attend")) for n in presets),
+        ]
+
+
+def test_prompts_of_8k_by_format_are_as_stored():
+    found = by_backend("throughput-8b-h100-8k-formats")
+    rates = [found[backend][OUTPUT] for backend in PRESETS_OF_PAGES]
+    text = " ".join(BY_NAME["docs/speed.md"].text.split())
+    assert f"make {rates[0]:,.0f} output tokens/s in `exact`" in text
+    for backend, rate in zip(PRESETS_OF_PAGES[1:], rates[1:], strict=True):
+        assert f"{rate:,.0f} ({rate / rates[0]:.2f}x) in `{backend}`" in text
+    last = [found[backend]["ttft_ms"]["max"] / 1e3 for backend in PRESETS_OF_PAGES[1:]]
+    assert "after {1:.1f} s where that of `spectral-quality` takes {0:.1f}".format(*last) in text
+
+
+def test_costs_of_sealing_are_as_stored():
+    result = stored("seal-cuda-h100")
+    ms = {row["format"]: row["ms_per_block"] for row in result["rows"] if row["blocks"] == 1
+          and row["format"] not in ("spectral-quality", "spectral-compact")}  # fmt: skip
+    text = " ".join(BY_NAME["docs/quality.md"].text.split())
+    said = [f"`{name}` to {time:.1f}" for name, time in ms.items()]
+    assert all(one in text for one in said)
+    assert f"where the prefill takes {result['prefill_ms']:.1f}" in text
+    shares = [f"{100 * time / result['prefill_ms']:.0f}" for time in ms.values()]
+    assert "{}, {} and {} % of a prefill".format(*shares) in text
+    assert f"kernel: {ms['spectral-int8']:.0f} ms a block" in BY_NAME["docs/formats.md"].text
+    assert f"the same: {ms['spectral-page']:.0f} ms" in BY_NAME["docs/formats.md"].text
 
 
 def test_needles_of_unsloth_are_as_stored():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from spectral_paged.errors import (
     PatchError,
     UnsupportedModelError,
 )
-from spectral_paged.integrations import unsloth_attention, unsloth_families
+from spectral_paged.integrations import unsloth, unsloth_attention, unsloth_families
 from spectral_paged.integrations.patching import Patch
 from spectral_paged.integrations.unsloth import (
     PATCH,
@@ -139,6 +140,15 @@ def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
 def test_options_that_make_no_sense_are_refused(options, match, patched):
     with pytest.raises(FormatError, match=match):
         patched(model_of("llama"), **options)
+
+
+@pytest.mark.parametrize("dim, name", [(64, "spectral-page"), (128, "spectral-int8")])
+def test_the_default_loses_no_needle_that_was_asked_at_a_width(dim, name):
+    geometry = SimpleNamespace(num_kv_heads=2, head_dim=dim)
+    options = {"prefill_segment": 2048, "hot_tokens": 64, "landmarks": None}
+    assert unsloth._format(geometry, None, None, None, **options).name == name
+    ranks = unsloth._format(geometry, None, 16, None, **options)
+    assert ranks.k_bands == ((16, 8),) and ranks.name.startswith("spectral-int8-16-")
 
 
 def test_options_are_fields_of_the_format(patched):

@@ -40,6 +40,7 @@ from spectral_paged.shared_basis import SharedBasis
 _functions = FunctionPatches()
 # a model holds its patch, so that both go when nobody holds the model any more
 PATCH = "_spectral_paged_patch"
+INT8_WIDTH = 128  # of heads whose INT8 ranks were measured to lose no needle
 _patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
 _NOTHING = object()  # stands for an attribute that a model had not
 
@@ -166,15 +167,17 @@ def patch_unsloth_attention(
     Args:
         model: what `FastLanguageModel.from_pretrained` or `get_peft_model` returned.
         block_size: tokens of a page: 512.
-        k_rank_keys, k_rank_values: INT8 components a head of K and of V, multiples of 16; default
-            those of `spectral-int8` for the head's width.
+        k_rank_keys, k_rank_values: INT8 components a head of K and of V, multiples of 16. With one
+            of them the other is that of `spectral-int8` for the head's width.
         hot_buffer_size: newest tokens that are never sealed; a multiple of 64.
         use_spectral_attention: False is refused: there is no other attention over pages.
         use_triton_kernel: False is refused on CUDA, where there is no other kernel.
         use_attention_weighted_svd: True is refused: it was measured to gain nothing.
         landmark_count: first tokens that stay exact for ever; a multiple of 64, default the
             format's own (64).
-        kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`.
+        kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`;
+            without either `spectral-int8` for heads of width 128, and `spectral-page` for others:
+            INT8 ranks lose needles at width 64.
         debug_logging: log a line about each prompt at level INFO.
         verbose: print what was patched, in a line.
         kv_cache_bytes: bytes of the pool; default what `gpu_memory_utilization` leaves, or 1 GiB
@@ -304,7 +307,10 @@ def _format(
         raise FormatError(
             "kv_format fixes the ranks: leave k_rank_keys and k_rank_values out, or kv_format"
         )
-    format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
+    if kv_format is None:
+        ranks = k_rank is not None or v_rank is not None
+        kv_format = "spectral-int8" if ranks or geometry.head_dim == INT8_WIDTH else "spectral-page"
+    format = model_format(kv_format, geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
         own = format.num_landmark_tokens, format.hot_tokens, format.prefill_segment
         if (
