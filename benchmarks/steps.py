@@ -113,8 +113,8 @@ def with_liger(model: Any) -> None:
     family = model.config.model_type
     try:
         from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise InvalidRequestError(f"--layers liger: {error}; pip install liger-kernel") from error
+    except ImportError as cause:
+        raise InvalidRequestError(f"--layers liger: {cause}; pip install liger-kernel") from cause
     apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
     if apply is None:
         raise InvalidRequestError(f"--layers liger: liger-kernel has no {family}")
@@ -164,15 +164,13 @@ def _seconds(llm: LLM, count: int) -> float:
 
 def _trace(llm: LLM, count: int) -> list[tuple[str, Span]]:
     """Kernels and copies of `count` steps: name, and when."""
-    from torch.autograd import DeviceType
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         _steps(llm, count)
         torch.cuda.synchronize()
     return [
         (event.name, (event.time_range.start, event.time_range.end))
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     ]
 
 

@@ -28,7 +28,6 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 
 CASES = ((1, 2462), (16, 8192))  # rows, prompt tokens
-# the default of ranks among them
 FORMATS = (UNPATCHED, "exact", "spectral-int8", "spectral-quality")
 SHORT_CONTEXT = 64  # what a step costs without attention
 SHORT, LONG = 8, 136  # new tokens: their difference is timed

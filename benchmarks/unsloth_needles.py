@@ -22,10 +22,8 @@ from spectral_paged.benchmarks.quality.judge import is_answer
 from spectral_paged.benchmarks.quality.tasks import Haystack, Probe, needle_probes
 from spectral_paged.benchmarks.quality.texts import judged_texts
 from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast
-from spectral_paged.calibration import builtin_calibration
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.models.loader import load_model
-from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import choose_device, choose_dtype
 
 ANSWER_TOKENS = 12
@@ -101,7 +99,8 @@ def ask(
     try:
         found = [answer for probe in probes for answer in answers(model, tokenizer, probe)]
         if patch is not None:
-            attended = int(patch.stats()["pages_attended"])
+            figures: dict[str, Any] = patch.stats()
+            attended = figures["pages_attended"]
     finally:
         if patch is not None:
             patch.undo()
@@ -149,17 +148,9 @@ def main(
     where = choose_device(device)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
-        tokenizer, geometry = loaded.tokenizer, loaded.geometry
-        wanted = [
-            PageFormat.preset(
-                name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
-            ).needs_calibration
-            for name in formats
-        ]
-        calibration = builtin_calibration(loaded) if any(wanted) else None
+        tokenizer, limit = loaded.tokenizer, loaded.geometry.max_position_embeddings
         loaded.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        limit = geometry.max_position_embeddings
         del loaded
         fast = load_fast(
             Path(folder), dtype=choose_dtype(dtype, where),
@@ -168,9 +159,8 @@ def main(
     probes = probes_of(Haystack(judged_texts(), tokenizer, limit), lengths, count)
     own, _ = ask(fast, tokenizer, probes, UNPATCHED)
     rows = [recall(UNPATCHED, own, own, 0)]
-    for format, calibrated in zip(formats, wanted, strict=True):
-        given = {"calibration": calibration} if calibrated else {}
-        found, attended = ask(fast, tokenizer, probes, format, **given, **options)
+    for format in formats:
+        found, attended = ask(fast, tokenizer, probes, format, **options)
         rows.append(recall(format, found, own, attended))
     for row in rows:
         print(

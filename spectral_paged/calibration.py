@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.kernels.rotary import rotate, stored_keys
 from spectral_paged.models.attention_choice import attending
-from spectral_paged.models.geometry import layer_ropes
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.page_format import PageFormat
 from spectral_paged.rope import RotaryTable
@@ -103,7 +103,7 @@ def windows(
 
 
 @dataclass(slots=True)
-class _Recorder:
+class Recorder:
     """The attention function of a calibration: attends, and adds what it saw.
 
     ropes, windows, softcap: the model's, as `SpectralKVCache` takes them.
@@ -151,7 +151,7 @@ class _Recorder:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    recorder: _Recorder = options["spectral_recorder"]
+    recorder: Recorder = options["spectral_recorder"]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     return recorder.attend(module.layer_idx, query, key, value, scale), None
 
@@ -161,11 +161,39 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
+# Runs a model over token ids `[1, T]`; each layer's attention is the recorder's `attend`.
+Forward = Callable[[Tensor, Recorder], None]
+
+
+def by_interface(model: Any) -> Forward:
+    """Through the attention interface of transformers."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+    def forward(ids: Tensor, recorder: Recorder) -> None:
+        with attending(model, ATTENTION_NAME):
+            model.model(
+                input_ids=ids, use_cache=False, attention_mask=None, spectral_recorder=recorder
+            )
+
+    return forward
+
+
 def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up."""
+    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up.
+
+    Raises:
+        InvalidRequestError: the weights are quantized.
+    """
     moments = []
     for layer in model.model.layers:
-        weight = layer.self_attn.o_proj.weight.detach().double().cpu()
+        weight = layer.self_attn.o_proj.weight.detach()
+        if not weight.is_floating_point():
+            raise InvalidRequestError(
+                f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
+                "take a kv_format that needs no calibration (spectral-int8, spectral-page)"
+            )
+        weight = weight.double().cpu()
         rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
     return torch.stack(moments)
@@ -191,6 +219,11 @@ def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
     return total / NUM_DISTANCES
 
 
+def calibrated_positions(geometry: ModelGeometry) -> int:
+    """Positions of the rotary tables of a calibration."""
+    return min(MAX_DISTANCE, geometry.max_position_embeddings)
+
+
 @torch.inference_mode()
 def calibrate(
     loaded: LoadedModel,
@@ -198,15 +231,20 @@ def calibrate(
     *,
     max_windows: int | None = None,
     progress: bool = False,
+    forward: Forward | None = None,
+    ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SharedBasis:
     """Statistics of a model over `texts`, in windows of two blocks behind 64 skipped tokens.
 
     Args:
         max_windows: stop after so many windows, spread over the texts; None takes all.
         progress: show a bar where stderr is a terminal.
+        forward: runs a model that attends by code of its own; default `by_interface`.
+        ropes: each layer's rotary table, of `calibrated_positions`, for a model that rotates by
+            code of its own; default the model's.
 
     Raises:
-        InvalidRequestError: too little text, or a model without a tokenizer.
+        InvalidRequestError: too little text, a model without a tokenizer, or quantized weights.
     """
     if loaded.tokenizer is None:
         raise InvalidRequestError(
@@ -214,31 +252,26 @@ def calibrate(
             "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
         )
     geometry, model = loaded.geometry, loaded.model
+    o = output_moment(model, geometry.num_kv_heads, geometry.head_dim)
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
     accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    ropes = layer_ropes(model, min(MAX_DISTANCE, geometry.max_position_embeddings), model.device)
+    if ropes is None:
+        ropes = layer_ropes(model, calibrated_positions(geometry), model.device)
     moments = torch.zeros(
         2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
     )
-    recorder = _Recorder(
+    recorder = Recorder(
         accumulator, ropes, geometry.windows, geometry.softcap, moments.double()
     )
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-    with attending(model, ATTENTION_NAME):
-        chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
-        bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
-        for window in bar:
-            model.model(
-                input_ids=torch.tensor([window], device=model.device),
-                use_cache=False,
-                attention_mask=None,
-                spectral_recorder=recorder,
-            )
+    run = by_interface(model) if forward is None else forward
+    chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
+    bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
+    for window in bar:
+        run(torch.tensor([window], device=model.device), recorder)
     basis = accumulator.finish(
         q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
-        o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
+        o=o,
         model_fingerprint=model_fingerprint(model),
     )
     done = {
@@ -252,10 +285,13 @@ def calibrate(
     return basis
 
 
-def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
+def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
     """The model's calibration on the package's own text, made once and kept in the cache folder.
 
     Where the folder cannot be written the calibration is used all the same, and made again.
+
+    Args:
+        how: `forward` and `ropes` of `calibrate`.
 
     Raises:
         InvalidRequestError: the model has no tokenizer.
@@ -271,7 +307,7 @@ def builtin_calibration(loaded: LoadedModel) -> SharedBasis:
             logger.warning("making a damaged calibration again: %s", error)
     start = {"event": "calibration", "model": loaded.name, "reason": "no kept calibration"}
     logger.info("calibrating %s on the built-in text (once)", loaded.name, extra=start)
-    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True)
+    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True, **how)
     _keep(basis, path)
     return basis
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-CASES = [str(FOLDER / name) for name in ("unsloth_cases.py", "unsloth_patch_cases.py")]
+NAMES = "unsloth_cases.py", "unsloth_patch_cases.py", "unsloth_calibration_cases.py"
+CASES = [str(FOLDER / name) for name in NAMES]
 
 
 def test_unsloth_models_generate_over_the_cache():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from spectral_paged.integrations.unsloth import (
     unpatch_unsloth_attention,
 )
 from spectral_paged.integrations.unsloth_families import FAMILIES, fast_modules
+from spectral_paged.models.loader import LoadedModel
 from spectral_paged.sealer import SealCheck
 
 pytest_plugins = ["unsloth_on_cpu"]
@@ -134,7 +136,6 @@ def test_a_batch_that_outgrows_the_pool_says_so_and_leaves_it_whole(patched):
         ({"kv_format": "nonsense"}, "nonsense"),
         ({"prefill_segment": 0}, "prefill_segment=0.*multiple of 512"),
         ({"kv_format": OWN, "prefill_segment": 1024}, "segments of 2048 of its own"),
-        ({"kv_format": "spectral-quality"}, "spectral-paged calibrate"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, match, patched):
@@ -143,12 +144,18 @@ def test_options_that_make_no_sense_are_refused(options, match, patched):
 
 
 @pytest.mark.parametrize("dim, name", [(64, "spectral-page"), (128, "spectral-int8")])
-def test_the_default_loses_no_needle_that_was_asked_at_a_width(dim, name):
+def test_the_default_is_calibrated_where_it_can_be(dim, name):
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    attention = SimpleNamespace(o_proj=SimpleNamespace(weight=weight))
+    model = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(self_attn=attention)]))
     geometry = SimpleNamespace(num_kv_heads=2, head_dim=dim)
+    loaded = LoadedModel("unsloth", model, object(), geometry)
+    assert unsloth._default_format(loaded) == "spectral-quality"
+    assert unsloth._default_format(replace(loaded, tokenizer=None)) == name
+    attention.o_proj.weight = torch.zeros(8, 1, dtype=torch.uint8)  # as 4-bit layers hold it
+    assert unsloth._default_format(loaded) == name
     options = {"prefill_segment": 2048, "hot_tokens": 64, "landmarks": None}
-    assert unsloth._format(geometry, None, None, None, **options).name == name
-    ranks = unsloth._format(geometry, None, 16, None, **options)
-    assert ranks.k_bands == ((16, 8),) and ranks.name.startswith("spectral-int8-16-")
+    assert unsloth._format(geometry, None, None, 16, **options).v_bands == ((16, 8),)
 
 
 def test_options_are_fields_of_the_format(patched):

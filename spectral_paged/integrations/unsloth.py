@@ -2,7 +2,7 @@
 
 ```python
 model, tokenizer = FastLanguageModel.from_pretrained(...)
-patch_unsloth_attention(model, k_rank_keys=32, k_rank_values=64)
+patch_unsloth_attention(model)
 model.generate(**tokenizer(prompts, padding=True, return_tensors="pt").to("cuda"))
 unpatch_unsloth_attention(model)
 ```
@@ -19,8 +19,8 @@ from typing import Any
 
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth_attention import FunctionPatches
+from spectral_paged.integrations.unsloth_calibration import unsloth_calibration
 from spectral_paged.integrations.unsloth_families import (
-    Family,
     causal_lm,
     family_of,
     loaded_unsloth,
@@ -28,13 +28,14 @@ from spectral_paged.integrations.unsloth_families import (
 )
 from spectral_paged.integrations.unsloth_generation import PatchedForward, SpectralPast
 from spectral_paged.integrations.unsloth_graphs import GRAPHED, UnslothGraphs
+from spectral_paged.integrations.unsloth_rotary import rotary_tables
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.model_cache import longest_sequence, model_cache, model_format
-from spectral_paged.models.geometry import ModelGeometry, layer_ropes
+from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 from spectral_paged.placement import choose_cache_bytes
-from spectral_paged.rope import RotaryTable
+from spectral_paged.presets import AUTO
 from spectral_paged.shared_basis import SharedBasis
 
 _functions = FunctionPatches()
@@ -176,8 +177,9 @@ def patch_unsloth_attention(
         landmark_count: first tokens that stay exact for ever; a multiple of 64, default the
             format's own (64).
         kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`;
-            without either `spectral-int8` for heads of width 128, and `spectral-page` for others:
-            INT8 ranks lose needles at width 64.
+            without either `spectral-quality`, and of a model that cannot be calibrated (quantized
+            weights, no tokenizer) `spectral-int8` for heads of width 128, `spectral-page` for
+            others: INT8 ranks lose needles at width 64.
         debug_logging: log a line about each prompt at level INFO.
         verbose: print what was patched, in a line.
         kv_cache_bytes: bytes of the pool; default what `gpu_memory_utilization` leaves, or 1 GiB
@@ -209,6 +211,10 @@ def patch_unsloth_attention(
         use_attention_weighted_svd,
     )
     geometry = ModelGeometry.from_config(inner.config)
+    tokenizer = getattr(inner, "_saved_temp_tokenizer", None)
+    loaded = LoadedModel("unsloth", inner, tokenizer, geometry)
+    if kv_format is None and k_rank_keys is None and k_rank_values is None:
+        kv_format = _default_format(loaded)
     format = _format(
         geometry,
         kv_format,
@@ -223,11 +229,12 @@ def patch_unsloth_attention(
             f"format {format.name!r} has prefill_segment=0, so what a row's queries see would "
             "depend on the rows beside it, with which prompts are cut: use a multiple of 512"
         )
-    _check_calibration(format, calibration, family)
     # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
     unsloth_module("_decode_graphs").release_for_training(inner)
+    if format.needs_calibration and calibration == "auto" and family.is_fast:
+        calibration = _calibration(model, loaded)
     cache = model_cache(
-        LoadedModel("unsloth", inner, getattr(inner, "_saved_temp_tokenizer", None), geometry),
+        loaded,
         format,
         kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, inner.device),
         max_num_seqs=max_num_seqs,
@@ -237,7 +244,7 @@ def patch_unsloth_attention(
         # adapters may change between two calls, and with them what a prefix means
         enable_prefix_caching=False,
         poison=poison,
-        ropes=_ropes(inner, longest_sequence(geometry, max_model_len)),
+        ropes=rotary_tables(inner, longest_sequence(geometry, max_model_len)),
     )
     graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
     graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
@@ -293,6 +300,23 @@ def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool
         )
 
 
+def _default_format(loaded: LoadedModel) -> str:
+    """The project's own default; where it cannot be calibrated, one that needs no calibration."""
+    weight = loaded.model.model.layers[0].self_attn.o_proj.weight
+    if loaded.tokenizer is not None and weight.is_floating_point():
+        return AUTO
+    return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"
+
+
+def _calibration(model: Any, loaded: LoadedModel) -> SharedBasis:
+    """Made with Unsloth's functions replaced, as they are while a model is patched."""
+    try:
+        _functions.install()
+        return unsloth_calibration(model, loaded)
+    finally:
+        _remove_functions()
+
+
 def _format(
     geometry: ModelGeometry,
     kv_format: str | PageFormat | None,
@@ -307,10 +331,7 @@ def _format(
         raise FormatError(
             "kv_format fixes the ranks: leave k_rank_keys and k_rank_values out, or kv_format"
         )
-    if kv_format is None:
-        ranks = k_rank is not None or v_rank is not None
-        kv_format = "spectral-int8" if ranks or geometry.head_dim == INT8_WIDTH else "spectral-page"
-    format = model_format(kv_format, geometry, prefill_segment=prefill_segment)
+    format = model_format(kv_format or "spectral-int8", geometry, prefill_segment=prefill_segment)
     if isinstance(kv_format, PageFormat):
         own = format.num_landmark_tokens, format.hot_tokens, format.prefill_segment
         if (
@@ -338,26 +359,3 @@ def _format(
         num_landmark_tokens=format.num_landmark_tokens if landmarks is None else landmarks,
         hot_tokens=hot_tokens,
     )
-
-
-def _check_calibration(
-    format: PageFormat, calibration: SharedBasis | str | Path, family: Family
-) -> None:
-    if format.needs_calibration and calibration == "auto" and family.is_fast:
-        raise FormatError(
-            f"format {format.name!r} needs a calibration, which Unsloth's attention cannot be run "
-            "for: make one with `spectral-paged calibrate` on the model's checkpoint and pass its "
-            "file as calibration, or take kv_format='spectral-page'"
-        )
-
-
-def _ropes(model: Any, length: int) -> list[RotaryTable | None]:
-    """Each layer's table, of the module by which Unsloth turns its queries and keys."""
-    rotary = model.model.rotary_emb
-    if hasattr(rotary, "inv_freq"):
-        return layer_ropes(model, length, model.device)
-    # gemma and gemma2: a class that keeps only what its frequencies are made of
-    table = RotaryTable.from_theta(
-        rotary.base, rotary.dim, max_positions=length, device=model.device
-    )
-    return [table] * len(model.model.layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -29,24 +30,34 @@ from spectral_paged.integrations.unsloth_families import (
 Function = Callable[..., Any]
 
 
-class ServedStep:
+class PromptStep(ABC):
+    """What attends in the layers of a prompt.
+
+    Attributes:
+        past: what attention returns in place of K and V.
+        layer: whose attention runs now.
+    """
+
+    past: Any = None
+    layer = -1
+
+    @abstractmethod
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The kernels' shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; out `[1, T, Hq, D]`."""
+
+
+class ServedStep(PromptStep):
     """The cache's open step as attention sees it.
 
     Attributes:
         order: int64 `[T]`, place in the cache's plan of each token of the model's batch; None
             where they are the same.
-        past: what attention returns in place of K and V.
-        layer: whose prompt attention runs now.
     """
 
-    def __init__(
-        self, cache: SpectralKVCache, *, order: Tensor | None = None, past: Any = None
-    ) -> None:
+    def __init__(self, cache: SpectralKVCache, *, order: Tensor | None = None) -> None:
         self.cache = cache
         self.order = order
-        self.past = past
         self.places = None if order is None else torch.argsort(order)
-        self.layer = -1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE, in the model's order; so the result."""
@@ -57,21 +68,20 @@ class ServedStep:
         return out if self.order is None else out.index_select(0, self.order)
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The kernels' shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; out `[1, T, Hq, D]`."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return self.attend(self.layer, q, k, v).unsqueeze(0)
 
 
 class _Serving(threading.local):
-    step: ServedStep | None = None
+    step: PromptStep | None = None
 
 
 _serving = _Serving()
 
 
 @contextmanager
-def serving(step: ServedStep) -> Iterator[None]:
-    """Attention of the models called inside goes into `step`'s cache, on this thread."""
+def serving(step: PromptStep) -> Iterator[None]:
+    """Attention of the models called inside is `step`'s, on this thread."""
     _serving.step, before = step, _serving.step
     try:
         yield
@@ -79,7 +89,7 @@ def serving(step: ServedStep) -> Iterator[None]:
         _serving.step = before
 
 
-def served_step() -> ServedStep | None:
+def served_step() -> PromptStep | None:
     """The step that this thread serves; compiled (training) code never serves one."""
     return None if torch.compiler.is_compiling() else _serving.step
 
@@ -92,7 +102,7 @@ def without_autocast(device: torch.device) -> Any:
 
 
 @contextmanager
-def prompt_layers(attentions: list[Any], step: ServedStep) -> Iterator[None]:
+def prompt_layers(attentions: list[Any], step: PromptStep) -> Iterator[None]:
     """Tell `step` which layer's attention runs, and let none of them keep its K and V."""
 
     def enter(module: Any, _: Any) -> None:
@@ -108,6 +118,43 @@ def prompt_layers(attentions: list[Any], step: ServedStep) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_prompt(
+    model: Any,
+    forward: Function,
+    step: PromptStep,
+    ids: Tensor,
+    positions: Tensor,
+    *,
+    lengths: list[int],
+    keep: int,
+) -> Tensor:
+    """Logits `[keep, vocab]` of a family that Unsloth attends for, whose attention is `step`'s.
+
+    Args:
+        forward: the causal LM's own.
+        ids, positions: int64 `[T]`, rows end to end.
+        lengths: tokens of each row.
+    """
+    nothing = torch.empty((), dtype=model.dtype, device=ids.device)
+    step.past = (nothing, nothing)
+    gemma2 = model.config.model_type == "gemma2"
+    with serving(step), prompt_layers([layer.self_attn for layer in model.model.layers], step):
+        # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
+        # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
+        output = forward(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            causal_mask=False,
+            attention_mask=ids.new_ones((1, 1, 1, 1)) if gemma2 else None,
+            packed_seq_lengths=torch.tensor(lengths, dtype=torch.int32),
+            use_cache=True,
+            logits_to_keep=keep,
+            return_dict=True,
+        )
+    logits: Tensor = output.logits[0]
+    return logits
 
 
 # ---- replacements ----------------------------------------------------------------------------
@@ -139,7 +186,7 @@ def _one_token(original: Function) -> Function:
     @functools.wraps(original)
     def attention(self: Any, hidden_states: Tensor, past_key_value: Any, *rest: Any, **named: Any):  # type: ignore[no-untyped-def]
         step = served_step()
-        if step is None:
+        if not isinstance(step, ServedStep):
             return original(self, hidden_states, past_key_value, *rest, **named)
         return decode_attention(step, self, hidden_states, *rest, **named), past_key_value
 

@@ -28,7 +28,7 @@ from spectral_paged.errors import CapacityError, InvalidRequestError, NonFiniteE
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.integrations.unsloth_attention import (
     ServedStep,
-    prompt_layers,
+    run_prompt,
     serving,
     without_autocast,
 )
@@ -167,7 +167,6 @@ class PatchedForward:
         self._is_fast = is_fast
         self.graphs = graphs
         self._level = report_level
-        self._attentions = [layer.self_attn for layer in model.model.layers]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments as the model's own `forward`. Served are calls of a model in eval mode with
@@ -342,23 +341,10 @@ class PatchedForward:
         keep = max(chunk.num_wanted, 1)
         if not self._is_fast:
             return self._run_interface(step, ids, positions, keep)
-        nothing = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
-        step.past = (nothing, nothing)
-        gemma2 = self._model.config.model_type == "gemma2"
-        with serving(step), prompt_layers(self._attentions, step):
-            # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
-            # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
-            output = self._forward(
-                input_ids=ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                causal_mask=False,
-                attention_mask=ids.new_ones((1, 1, 1, 1)) if gemma2 else None,
-                packed_seq_lengths=torch.tensor(list(chunk.lengths.values()), dtype=torch.int32),
-                use_cache=True,
-                logits_to_keep=keep,
-                return_dict=True,
-            )
-        return output.logits[0]
+        return run_prompt(
+            self._model, self._forward, step, ids, positions, keep=keep,
+            lengths=list(chunk.lengths.values()),
+        )  # fmt: skip
 
     def _run_interface(
         self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int

@@ -110,5 +110,5 @@ class UnslothGraphs:
 def _attention(attention: Any, *, past_key_value: Any, **arguments: Any) -> tuple[Tensor, Any]:
     """Unsloth's call of a layer's attention, of a step that is always served."""
     step = served_step()
-    assert step is not None
+    assert isinstance(step, ServedStep)
     return decode_attention(step, attention, **arguments), past_key_value
