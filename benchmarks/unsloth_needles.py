@@ -2,7 +2,8 @@
 
 Real weights and real text; what is hidden and how it is asked is that of `bench quality`. Prompts
 of a context are one left-padded batch of `generate`. Prompts are computed by segments of 512
-tokens, so that a question reads pages of everything before its own segment.
+tokens, so that a question reads pages of all blocks but the last, which its answer reads a page of
+from its second token on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spectral_paged.calibration import builtin_calibration
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.models.loader import load_model
 from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import choose_device, choose_dtype
+from spectral_paged.placement import choose_dtype
 
 ANSWER_TOKENS = 12
 MAX_ROUNDS = 16
@@ -135,18 +136,24 @@ def probes_of(hay: Haystack, lengths: Sequence[int], count: int) -> list[Probe]:
 
 
 def main(
-    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], device: str,
-    dtype: str, output_dir: Path, **options: Any,
+    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], dtype: str,
+    output_dir: Path, **options: Any,
 ) -> int:  # fmt: skip
-    """Ask `count` needles or a few more of the unpatched model and of every format; print a line
-    each and write `unsloth-needles-<model>.json`.
+    """Ask `count` needles or a few more of the unpatched model and of every format, on this
+    machine's GPU; print a line each and write `unsloth-needles-<model>.json`.
 
     Args:
         model: alias, folder or GGUF file.
+        formats: presets; `unpatched` may be among them, and is asked once.
         lengths: tokens of a context.
         options: of `patch_unsloth_attention`.
+
+    Raises:
+        FormatError: an unknown preset.
+        InvalidRequestError: a length that the model does not take.
     """
-    where = choose_device(device)
+    formats = [name for name in formats if name != UNPATCHED]
+    where = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
         tokenizer, geometry = loaded.tokenizer, loaded.geometry
