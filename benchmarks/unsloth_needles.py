@@ -102,7 +102,8 @@ def ask(
     try:
         found = [answer for probe in probes for answer in answers(model, tokenizer, probe)]
         if patch is not None:
-            attended = int(patch.stats()["pages_attended"])
+            stats: dict[str, Any] = patch.stats()
+            attended = stats["pages_attended"]
     finally:
         if patch is not None:
             patch.undo()
