@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from spectral_paged.arguments import parse_bytes, positive
+from spectral_paged.errors import InvalidRequestError
 
 
 def add_benches(bench: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
     _add_unsloth(
-        benches.add_parser("unsloth", help="generate with and without it (needs a GPU), or needles")
+        benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
     )
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
@@ -62,7 +63,6 @@ def _add_unsloth(parser: argparse.ArgumentParser) -> None:
         "--length", type=positive, action="append", default=[],
         help="context tokens of --needles; repeatable; default 2048",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="of --needles")
     parser.add_argument("--dtype", default="auto", help="of --needles")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
 
@@ -206,29 +206,31 @@ def bench_tune(args: argparse.Namespace) -> int:
 
 
 def bench_unsloth(args: argparse.Namespace) -> int:
-    """Generate with Unsloth, patched and not; or ask it for needles."""
-    from spectral_paged.benchmarks import unsloth
+    """Generate with Unsloth, patched and not; or ask it for needles.
 
+    Raises:
+        InvalidRequestError: an option of `--needles` without it.
+    """
+    from spectral_paged.benchmarks import unsloth
+    from spectral_paged.placement import choose_device
+
+    choose_device("cuda")  # says what is missing
+    arguments = {"enforce_eager": args.enforce_eager, "output_dir": args.output_dir}
     package = "spectral_paged.benchmarks"
     if args.needles:
-        arguments = {
+        arguments |= {
             "model": "smollm2-135m" if args.model is None else args.model,
             "formats": args.format or ["exact", "spectral-quality"],
             "count": args.needles,
             "lengths": args.length or [2048],
-            "device": args.device,
             "dtype": args.dtype,
-            "output_dir": args.output_dir,
         }
         return unsloth.run_apart(f"{package}.unsloth_needles", arguments)
-    from spectral_paged.placement import choose_device
-
-    choose_device("cuda")  # says what is missing
-    arguments = {
+    if args.length or args.dtype != "auto":
+        raise InvalidRequestError("--length and --dtype are of --needles: give it too")
+    arguments |= {
         "model": "random:mistral-7b" if args.model is None else args.model,
         "formats": args.format,
-        "enforce_eager": args.enforce_eager,
-        "output_dir": args.output_dir,
     }
     return unsloth.run_apart(f"{package}.unsloth", arguments)
 

@@ -31,11 +31,12 @@ from spectral_paged.benchmarks.environment import environment, file_stem
 from spectral_paged.benchmarks.throughput.backends import engine_of
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.placement import choose_dtype
+from spectral_paged.presets import PRESETS
 from spectral_paged.sampling import SamplingParams
 
 LAYERS = ("compiled", "eager", "liger")  # what runs between the products
@@ -61,6 +62,7 @@ class Row:
 
     idle: nothing runs, in all and in gaps longer than those between kernels of a graph.
     pages_sealed: in the steps that are timed.
+    kernels_per_step: copies and fills among them.
     kinds: milliseconds of kernels by kind; those that overlap count each.
     """
 
@@ -123,9 +125,9 @@ def with_liger(model: Any) -> None:
         before = model(input_ids=ids, use_cache=False).logits.float()
         apply(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
         after = model(input_ids=ids, use_cache=False).logits.float()
-    error = float((after - before).norm() / before.norm())
-    if not error < MAX_ERROR:
-        raise ArithmeticError(f"liger-kernel changes logits by {error:.3g}; not timed")
+    change = float((after - before).norm() / before.norm())
+    if not change < MAX_ERROR:
+        raise ArithmeticError(f"liger-kernel changes logits by {change:.3g}; not timed")
 
 
 def _decoding(llm: LLM, batch: int, context: int) -> None:
@@ -185,7 +187,7 @@ def measure(
         options: of `LLM`.
 
     Raises:
-        ArithmeticError: not all of the sequences decoded in every step.
+        CapacityError: not all of the sequences decoded in every step, timed or traced.
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -199,12 +201,16 @@ def measure(
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
         _decoding(llm, batch, context)
         _steps(llm, WARM)
-        before = _counts(llm)
+        made, sealed = _counts(llm)
         seconds = _seconds(llm, TIMED)
-        made, sealed = (now - then for now, then in zip(_counts(llm), before, strict=True))
-        if made != TIMED * batch:
-            raise ArithmeticError(f"{format}: {made} tokens of {TIMED * batch}; not timed")
+        sealed = _counts(llm)[1] - sealed
         events = _trace(llm, TRACED)
+        made = _counts(llm)[0] - made
+        if made != (TIMED + TRACED) * batch:
+            raise CapacityError(
+                f"{format}: {batch} x {context} tokens did not all decode in every step ({made} of "
+                f"{(TIMED + TRACED) * batch} tokens): take fewer or shorter ones, or a larger cache"
+            )
         stats = llm.stats()
     spans = [span for _, span in events]
     whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
@@ -248,10 +254,14 @@ def main(
     """Measure on this machine's GPU; print a line each and write `steps-<model>.json`.
 
     Raises:
-        InvalidRequestError: of `with_liger`, or an unknown value of `layers`.
+        InvalidRequestError: of `with_liger`, or an unknown value of `layers` or `formats`.
+        CapacityError: of `measure`.
     """
-    if unknown := [one for one in layers if one not in LAYERS]:
-        raise InvalidRequestError(f"--layers {', '.join(unknown)}: use {', '.join(LAYERS)}")
+    for option, given, known in (
+        ("layers", layers, LAYERS), ("format", formats, ("auto", *PRESETS)),
+    ):  # fmt: skip
+        if unknown := [one for one in given if one not in known]:
+            raise InvalidRequestError(f"--{option} {', '.join(unknown)}: use {', '.join(known)}")
     device = torch.device("cuda")
     load = load_random if is_random(model) else load_model
     loaded = load(model, device=device, dtype=choose_dtype("auto", device))

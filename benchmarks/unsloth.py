@@ -7,7 +7,7 @@ the profiler: kernels of a one-token step after the prompt, less those after a p
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from torch import Tensor
 from spectral_paged.benchmarks.environment import environment, file_stem
 from spectral_paged.benchmarks.throughput.random_models import load_random, random_calibration
 from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast, save_checkpoint
+from spectral_paged.errors import MissingPackageError
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.page_format import PageFormat
 
@@ -190,12 +191,26 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
 
 def run_apart(module: str, arguments: dict[str, Any]) -> int:
     """`main(**arguments)` of a module of this package, in a process of its own that imports Unsloth
-    before all else, as Unsloth asks for; `output_dir` becomes a path again."""
+    before all else, as Unsloth asks for; `output_dir` becomes a path again. The exit code is that
+    of the command line: 2 for a typed error, which is told in a line.
+
+    Raises:
+        MissingPackageError: unsloth is not installed.
+    """
+    if importlib.util.find_spec("unsloth") is None:
+        raise MissingPackageError(
+            "bench unsloth needs the package unsloth: pip install 'spectral-paged[unsloth]'"
+        )
     code = (
         "import unsloth, sys, json; from importlib import import_module; from pathlib import Path\n"
+        "from spectral_paged.errors import SpectralPagedError\n"
         "arguments = json.loads(sys.argv[2])\n"
         "arguments['output_dir'] = Path(arguments['output_dir'])\n"
-        "sys.exit(import_module(sys.argv[1]).main(**arguments))"
+        "try:\n"
+        "    sys.exit(import_module(sys.argv[1]).main(**arguments))\n"
+        "except (SpectralPagedError, OSError) as error:\n"
+        "    print(f'spectral-paged: {error}', file=sys.stderr)\n"
+        "    sys.exit(2)"
     )
     command = [sys.executable, "-P", "-c", code, module, json.dumps(arguments, default=str)]
     return subprocess.run(command, check=False).returncode

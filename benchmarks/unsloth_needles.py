@@ -2,7 +2,8 @@
 
 Real weights and real text; what is hidden and how it is asked is that of `bench quality`. Prompts
 of a context are one left-padded batch of `generate`. Prompts are computed by segments of 512
-tokens, so that a question reads pages of everything before its own segment.
+tokens, so that a question reads pages of all blocks but the last, which its answer reads a page of
+from its second token on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from spectral_paged.benchmarks.quality.texts import judged_texts
 from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.models.loader import load_model
-from spectral_paged.placement import choose_device, choose_dtype
+from spectral_paged.page_format import PageFormat
+from spectral_paged.placement import choose_dtype
 
 ANSWER_TOKENS = 12
 MAX_ROUNDS = 16
@@ -99,8 +101,8 @@ def ask(
     try:
         found = [answer for probe in probes for answer in answers(model, tokenizer, probe)]
         if patch is not None:
-            figures: dict[str, Any] = patch.stats()
-            attended = figures["pages_attended"]
+            stats: dict[str, Any] = patch.stats()
+            attended = stats["pages_attended"]
     finally:
         if patch is not None:
             patch.undo()
@@ -134,21 +136,31 @@ def probes_of(hay: Haystack, lengths: Sequence[int], count: int) -> list[Probe]:
 
 
 def main(
-    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], device: str,
-    dtype: str, output_dir: Path, **options: Any,
+    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], dtype: str,
+    output_dir: Path, **options: Any,
 ) -> int:  # fmt: skip
-    """Ask `count` needles or a few more of the unpatched model and of every format; print a line
-    each and write `unsloth-needles-<model>.json`.
+    """Ask `count` needles or a few more of the unpatched model and of every format, on this
+    machine's GPU; print a line each and write `unsloth-needles-<model>.json`.
 
     Args:
         model: alias, folder or GGUF file.
+        formats: presets; `unpatched` may be among them, and is asked once.
         lengths: tokens of a context.
         options: of `patch_unsloth_attention`.
+
+    Raises:
+        FormatError: an unknown preset.
+        InvalidRequestError: a length that the model does not take.
     """
-    where = choose_device(device)
+    formats = [name for name in formats if name != UNPATCHED]
+    where = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
-        tokenizer, limit = loaded.tokenizer, loaded.geometry.max_position_embeddings
+        tokenizer, geometry = loaded.tokenizer, loaded.geometry
+        for name in formats:  # an unknown one is refused before anything is asked
+            PageFormat.preset(
+                name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+            )
         loaded.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del loaded
@@ -156,7 +168,8 @@ def main(
             Path(folder), dtype=choose_dtype(dtype, where),
             max_seq_length=max(lengths) + BLOCK_TOKENS, device=str(where),
         )  # fmt: skip
-    probes = probes_of(Haystack(judged_texts(), tokenizer, limit), lengths, count)
+    hay = Haystack(judged_texts(), tokenizer, geometry.max_position_embeddings)
+    probes = probes_of(hay, lengths, count)
     own, _ = ask(fast, tokenizer, probes, UNPATCHED)
     rows = [recall(UNPATCHED, own, own, 0)]
     for format in formats:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of positive semidefinite matrices fp32 `[N, D, D]` as rows,
-    strongest first: `[N, D, D]`. Signs are free."""
+    """Orthonormal eigenvectors of positive semidefinite matrices `[N, D, D]`, fp32 or fp64, as
+    rows, strongest first: `[N, D, D]`. Signs are free."""
     _, columns = torch.linalg.eigh(matrices)  # ascending
     return columns.flip(-1).transpose(-1, -2).contiguous()

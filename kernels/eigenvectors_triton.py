@@ -78,7 +78,7 @@ def _jacobi_kernel(
 
 def eigenvectors(matrices: Tensor) -> Tensor:
     """`kernels.eigenvectors.eigenvectors` in Triton: the same arguments and results, as far as
-    fp32 tells eigenvalues apart.
+    fp32 tells eigenvalues apart. fp32, finite and of even D: nothing looks whether they are.
 
     What is found for a matrix does not depend on those beside it, if there are as many: torch
     chooses its Cholesky factorization by the number of matrices.

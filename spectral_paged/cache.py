@@ -205,7 +205,9 @@ class SpectralKVCache:
         done = self._sequences.fork(
             self.format, parent_id, child_id, token_ids=token_ids, cache_salt=cache_salt
         )
-        self._overdue |= {child_id} if done and parent_id in self._overdue else set()
+        if done:
+            self.sealer.forked(parent_id, child_id)
+            self._overdue |= {child_id} if parent_id in self._overdue else set()
         return done
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
@@ -438,9 +440,7 @@ class SpectralKVCache:
             ),  # fmt: skip
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
-            **cache_stats.cost_figures(
-                self.format, self.groups, self._sequences, self.counters
-            ),
+            **cache_stats.cost_figures(self.format, self.groups, self._sequences, self.counters),
             "seal_seconds": self.sealer.timer.seconds,
         }
 

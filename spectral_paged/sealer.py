@@ -37,7 +37,7 @@ class SealCheck:
         layers: Sequence[int] = (),
     ) -> None:
         self._failed = failed
-        self._blocks = list(blocks)
+        self._blocks = [([seq_id], block) for seq_id, block in blocks]  # who holds it, which
         self._flags = None if flags is None else Download(flags)
         self._layers = layers
         self.seq_ids = {seq_id for seq_id, _ in blocks} | set(failed)
@@ -53,10 +53,19 @@ class SealCheck:
             return self._failed
         found = dict(self._failed)
         for index, layer, head, side in self._flags.get()[0].nonzero().tolist():
-            seq_id, block = self._blocks[index]
-            if seq_id not in found:
-                found[seq_id] = _non_finite("KV"[side], seq_id, self._layers[layer], head, block)
+            holders, block = self._blocks[index]
+            for seq_id in holders:
+                if seq_id not in found:
+                    where = self._layers[layer], head, block
+                    found[seq_id] = _non_finite("KV"[side], seq_id, *where)
         return found
+
+    def forked(self, parent_id: str, child_id: str) -> None:
+        """`child_id` holds what `parent_id` does: it is told too, whoever is freed meanwhile."""
+        for holders, _ in self._blocks:
+            if parent_id in holders:
+                holders.append(child_id)
+                self.seq_ids.add(child_id)
 
 
 class Sealer:
@@ -85,26 +94,32 @@ class Sealer:
     def warm_up(self, group: LayerGroup) -> None:
         """Compile what seals, which takes seconds that a first seal would cost; nothing is
         written. An online calibration has yet to say what it is to do."""
-        if self.basis.is_waiting or group.layout is None or not self.ops.on_gpu:
+        if self.basis.is_waiting or group.layout is None:
             return
-        if not self.ops.seals(group.layout):
+        device = group.pool.arena.device
+        if self.ops.seals(group.layout):
+            exact, pages, first = (
+                torch.zeros(shape, dtype=torch.int32, device=device)
+                for shape in ((1, BLOCK_TOKENS // EXACT_PAGE_TOKENS), (1,), (1,))
+            )
+            self._by_kernel(group, exact, pages, first, compile_only=True)
+        elif self.ops.on_gpu:
             heads, dim = self.format.num_kv_heads, self.format.head_dim
-            block = torch.zeros(1, heads, BLOCK_TOKENS, dim, device=group.pool.arena.device)
+            block = torch.zeros(1, heads, BLOCK_TOKENS, dim, device=device)
             encode_pages(
                 block, block, self.format, basis=self.basis.bound, layers=group.layers[:1]
             )
-            return
-        exact, pages, first = (
-            torch.zeros(shape, dtype=torch.int32, device=group.pool.arena.device)
-            for shape in ((1, BLOCK_TOKENS // EXACT_PAGE_TOKENS), (1,), (1,))
-        )
-        self._by_kernel(group, exact, pages, first, compile_only=True)
 
     def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
         """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
         if due:
             with self.timer:
                 self._checks.append(self._encode(group, due))
+
+    def forked(self, parent_id: str, child_id: str) -> None:
+        """What is found in blocks of `parent_id` later is a failure of its copy too."""
+        for check in self._checks:
+            check.forked(parent_id, child_id)
 
     def failures(self, wait_for: Callable[[SealCheck], bool]) -> dict[str, NonFiniteError]:
         """Sequences found with NaN or Inf since the last call; checks that are not known yet are

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from served import served_llm
 from tiny_model import tiny_model
 
@@ -20,7 +21,7 @@ from spectral_paged.batch_file import OutputFile, read_lines
 from spectral_paged.batch_run import serve_lines
 from spectral_paged.calibration import model_fingerprint
 from spectral_paged.cli import main, parse_bytes
-from spectral_paged.errors import CorruptFileError, InvalidRequestError
+from spectral_paged.errors import CorruptFileError, InvalidRequestError, MissingPackageError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, embedded_gguf, load_config, resolve
@@ -439,3 +440,53 @@ def test_bench_quality_hands_its_options_over(monkeypatch):
     assert asked[1].model == "smollm2-135m" and not asked[1].quick
     assert main(["bench", "quality", "--plot", "a.json", "b.json", "--output-dir", "out"]) == 0
     assert asked[2] == ([Path("a.json"), Path("b.json")], Path("out"))
+
+
+def unsloth_bench(monkeypatch, line):
+    """Exit code of `bench unsloth`, and what would run apart."""
+    from spectral_paged.benchmarks import unsloth
+
+    asked = []
+    monkeypatch.setattr("spectral_paged.placement.choose_device", torch.device)
+    monkeypatch.setattr(unsloth, "run_apart", lambda *args: asked.append(args) or 0)
+    return main(["bench", "unsloth", *line.split()]), asked
+
+
+def test_bench_unsloth_hands_its_options_over(monkeypatch):
+    line = "--needles 9 --length 4096 --dtype float32 --format exact --enforce-eager"
+    code, ((module, arguments),) = unsloth_bench(monkeypatch, line)
+    assert code == 0 and module == "spectral_paged.benchmarks.unsloth_needles"
+    assert arguments == {
+        "model": "smollm2-135m", "formats": ["exact"], "count": 9, "lengths": [4096],
+        "dtype": "float32", "enforce_eager": True, "output_dir": Path("benchmarks/results"),
+    }  # fmt: skip
+    code, ((module, arguments),) = unsloth_bench(monkeypatch, "--output-dir out")
+    assert code == 0 and module == "spectral_paged.benchmarks.unsloth"
+    assert arguments == {
+        "model": "random:mistral-7b", "formats": [], "enforce_eager": False,
+        "output_dir": Path("out"),
+    }  # fmt: skip
+
+
+def test_options_of_needles_are_refused_without_needles(monkeypatch, capsys):
+    for line in ("--length 512", "--dtype float32"):
+        assert unsloth_bench(monkeypatch, line) == (2, [])
+        assert "are of --needles" in capsys.readouterr().err
+
+
+def test_what_unsloth_s_process_refuses_is_told_in_a_line(monkeypatch, tmp_path, capfd):
+    from spectral_paged.benchmarks import unsloth
+
+    arguments = {
+        "model": "none.gguf", "formats": ["exact"], "count": 1, "lengths": [512], "dtype": "auto",
+        "output_dir": tmp_path,
+    }  # fmt: skip
+    module = "spectral_paged.benchmarks.unsloth_needles"
+    (tmp_path / "unsloth.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert unsloth.run_apart(module, arguments) == 2
+    assert capfd.readouterr().err == "spectral-paged: there is no file 'none.gguf'\n"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install"):
+        unsloth.run_apart(module, arguments)

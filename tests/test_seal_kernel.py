@@ -11,6 +11,7 @@ from spectral_paged import PageFormat
 from spectral_paged.codec import decode_pages
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.seal_triton import seal, supports
+from spectral_paged.sealer import SealCheck
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"
@@ -138,6 +139,26 @@ def test_a_sequence_with_nan_fails_at_its_seal_and_the_others_go_on(monkeypatch)
         messages.append(str(failed["b"]))
         cache.check_integrity()
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("is_freed", [False, True])
+def test_a_fork_made_before_its_parents_nan_is_known_is_told_of_it(monkeypatch, is_freed):
+    """As on CUDA, where a check is known later; it has the page, whether or not its parent goes."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    cache = small_cache(monkeypatch, seal)
+    cache.add_sequence("a", num_prompt_tokens=700)
+    feed(cache, "a", 700, spoiled="a")
+    assert cache.fork("a", "b") and cache.fork("b", "c")
+    if is_freed:
+        cache.free("a")
+        cache.free("b")
+    failed = cache.settle().failed
+    assert failed.keys() == ({"c"} if is_freed else {"a", "b", "c"})
+    assert str(failed["c"]).startswith("K of sequence 'c' has NaN or Inf in layer 0")
+    assert not cache.settle().failed
+    for s in failed:
+        cache.free(s)
+    cache.check_integrity()
 
 
 def test_a_warm_up_compiles_what_a_seal_will_launch_and_writes_nothing(monkeypatch):

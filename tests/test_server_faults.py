@@ -19,6 +19,7 @@ import urllib.request
 
 import openai
 import pytest
+import torch
 from served import served_llm, serving
 
 from spectral_paged import SamplingParams
@@ -230,6 +231,32 @@ def test_a_step_that_was_only_queued_is_no_sign_of_health(monkeypatch):
     monkeypatch.setattr(llm.engine, "step", step)
     engine._step()
     assert engine.problem is None and not llm.engine.has_unfinished()
+
+
+def test_a_probe_that_ends_in_an_error_is_no_sign_of_health(monkeypatch):
+    """Steps raise no more, but every request fails: who is sent here again gets nothing but 500."""
+    monkeypatch.setattr("spectral_paged.server.engine_thread.PROBE_SECONDS", 0.2)
+    llm = served_llm()
+    forward, errors = llm.engine.runner.forward, [RuntimeError("broken")] * MAX_FAILED_STEPS
+    spoils = True
+
+    def spoiled(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        logits = forward(*args, **kwargs)
+        return torch.full_like(logits, float("nan")) if spoils else logits
+
+    monkeypatch.setattr(llm.engine.runner, "forward", spoiled)
+    with serving(llm) as served, served.client() as client:
+        with pytest.raises(openai.InternalServerError, match="broken"):
+            client.completions.create(prompt="ab", max_tokens=9, **VALUES)
+        begin = time.monotonic()
+        wait_until(lambda: llm.stats()["finished"]["error"] >= 2)
+        assert time.monotonic() - begin > 0.2, "probes are not made one after the other"
+        assert health(served) == 503
+        spoils = False
+        wait_until(lambda: health(served) == 200)
+        served.settle()
 
 
 def health(served):

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_model import tiny_model
 
 from spectral_paged.benchmarks import steps
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.benchmarks.throughput.random_models import load_random
+from spectral_paged.errors import CapacityError, InvalidRequestError
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -52,6 +54,42 @@ def test_weights_of_a_step_leave_out_rows_that_are_looked_up_unless_the_head_is_
     assert steps.weight_bytes(model) == whole - table.nbytes
     model.get_output_embeddings().weight = table
     assert steps.weight_bytes(model) == whole - table.nbytes
+
+
+def measured(monkeypatch, batch=2, context=20):
+    """A row of a tiny model on the CPU, where the trace is made up: a kernel of 2 us in 3 us."""
+
+    def trace(llm, count):
+        steps._steps(llm, count)
+        return [("_attend_kernel", (3.0 * i, 3.0 * i + 2)) for i in range(count)]
+
+    monkeypatch.setattr(steps, "_trace", trace)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    loaded = load_random("random:tiny", device=torch.device("cpu"), dtype=torch.float32)
+    options = {"kv_cache_bytes": 16 << 20, "device": "cpu"}
+    return steps.measure(loaded, "exact", "eager", batch, context, 1e9, **options)
+
+
+def test_a_row_has_the_times_of_steps_in_which_every_sequence_decodes(monkeypatch):
+    row = measured(monkeypatch)
+    assert row.tokens_per_second == pytest.approx(2e3 / row.step_ms)
+    assert row.kinds["attention"] == pytest.approx(2e-3) and row.kernels_per_step == 1
+    assert row.idle_share == pytest.approx(9 / 29) and row.idle_between_steps_share == 0
+
+
+@pytest.mark.parametrize("missing", [1, steps.TRACED + 1], ids=["traced", "timed"])
+def test_steps_in_which_a_sequence_ends_make_no_row(monkeypatch, missing):
+    monkeypatch.setattr(steps, "ROOM", 1 + steps.WARM + steps.TIMED + steps.TRACED - missing)
+    with pytest.raises(CapacityError, match="2 x 20 tokens did not all decode in every step"):
+        measured(monkeypatch)
+
+
+def test_an_unknown_format_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(InvalidRequestError, match="--format int3: use auto, .*spectral-quality"):
+        steps.main(
+            model="random:none", formats=("exact", "int3"), layers=("eager",), batches=(1,),
+            contexts=(8,), name="", output_dir=tmp_path,
+        )  # fmt: skip
 
 
 def test_unknown_layers_and_a_missing_liger_kernel_are_refused_by_name(monkeypatch, tmp_path):

@@ -68,10 +68,12 @@ class EngineThread:
     def problem(self) -> str | None:
         """Why requests are not answered; None while all is well.
 
-        Steps that raise are a problem until one brings an output: a client's, or a probe's.
+        Steps that raise are a problem until one brings an output that is no error: a client's, or
+        a probe's.
         """
-        if self._failure is not None:
-            return f"engine steps raise: {self._failure!r}"
+        failure = self._failure  # once: its thread may forget it meanwhile
+        if failure is not None:
+            return f"engine steps raise: {failure!r}"
         if self._loop is not None and not self._thread.is_alive():
             return "the engine's thread has ended"
         return None
@@ -198,6 +200,7 @@ class EngineThread:
     def _probe(self) -> None:
         """A request of one token, whose answer nobody reads. A balancer that `/health` has told of
         steps that raise sends no requests, so none of them would show that steps go again."""
+        self._probe_time = time.monotonic() + PROBE_SECONDS  # one that ends in an error comes again
         generation = Generation([PROBE_ID], None, lambda: None)
         self._add(generation, [PROBE_ID], [[0]], SamplingParams(max_tokens=1), "")
 
@@ -212,7 +215,8 @@ class EngineThread:
                 self._end_all(partial(failed, error))
             return
         self._failed_steps = 0
-        if outputs:  # a step that was only queued may yet raise
+        # a step that was only queued may yet raise, and one whose requests fail shows nothing
+        if any(output.error is None for output in outputs):
             self._failure = None
         self._send(outputs)
 
