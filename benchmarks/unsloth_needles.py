@@ -1,9 +1,9 @@
 """Needles asked of an Unsloth model: `spectral-paged bench unsloth --needles`.
 
-Real weights and real text; what is hidden and how it is asked is that of `bench quality`. Prompts
-of a context are one left-padded batch of `generate`. Prompts are computed by segments of 512
-tokens, so that a question reads pages of all blocks but the last, which its answer reads a page of
-from its second token on.
+Real weights and real text; what is hidden and how it is asked is that of `bench quality`. The
+unpatched model gets the questions of a context as one left-padded batch. A patched one gets context
+and question in two turns, a question at a time: a context's length is such that all of its blocks
+are pages when its turn ends, so nothing that hides a fact is exact when the question is read.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ class Answer:
     right: bool
 
 
-@torch.inference_mode()
-def answers(model: Any, tokenizer: Any, probe: Probe) -> list[Answer]:
-    """What the model says to every question of a probe."""
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": ANSWER_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def _said_at_once(model: Any, probe: Probe) -> list[list[int]]:
+    """Tokens said to each question, all of them in one left-padded batch."""
     rows = [[*probe.context, *question.prompt] for question in probe.questions]
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -68,10 +72,34 @@ def answers(model: Any, tokenizer: Any, probe: Probe) -> list[Answer]:
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
     out = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-        max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    said = out[:, longest:].tolist()
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **GREEDY
+    )
+    said: list[list[int]] = out[:, longest:].tolist()
+    return said
+
+
+def _said_in_turns(model: Any, probe: Probe) -> list[list[int]]:
+    """Tokens said to each question, which comes when its context is stored and sealed."""
+    context = torch.tensor([probe.context], device=model.device)
+    said = []
+    for question in probe.questions:
+        past = model(
+            input_ids=context, attention_mask=torch.ones_like(context), use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values  # fmt: skip
+        prompt = torch.tensor([question.prompt], device=model.device)
+        ids = torch.cat((context, prompt), dim=1)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=past, **GREEDY
+        )
+        said.append(out[0, ids.shape[1] :].tolist())
+    return said
+
+
+@torch.inference_mode()
+def answers(model: Any, tokenizer: Any, probe: Probe, *, in_turns: bool) -> list[Answer]:
+    """What the model says to every question of a probe."""
+    said = (_said_in_turns if in_turns else _said_at_once)(model, probe)
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     return [
         Answer(tokens, is_answer(text, question.answer))
@@ -95,11 +123,14 @@ def ask(
     patch, attended = None, 0
     if format != UNPATCHED:
         patch = patch_unsloth_attention(
-            model, kv_format=format, max_num_seqs=max(len(p.questions) for p in probes),
-            prefill_segment=BLOCK_TOKENS, verbose=False, **options,
-        )  # fmt: skip
+            model, kv_format=format, max_num_seqs=2, verbose=False, **options
+        )
     try:
-        found = [answer for probe in probes for answer in answers(model, tokenizer, probe)]
+        found = [
+            answer
+            for probe in probes
+            for answer in answers(model, tokenizer, probe, in_turns=patch is not None)
+        ]
         if patch is not None:
             stats: dict[str, Any] = patch.stats()
             attended = stats["pages_attended"]
@@ -186,7 +217,6 @@ def main(
         "unsloth": importlib.import_module("unsloth").__version__,
         "model": Path(model).name,
         "lengths": list(lengths),
-        "prefill_segment": BLOCK_TOKENS,
         "rows": [asdict(row) for row in rows],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
