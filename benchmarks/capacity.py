@@ -15,7 +15,7 @@ import torch
 
 from spectral_paged import capacity
 from spectral_paged.benchmarks.blocks import MadeUpTokens, toy_basis
-from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.environment import environment, file_stem, model_label
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import InvalidRequestError
@@ -158,7 +158,7 @@ def main(
     path = output_dir / f"capacity-{file_stem(model)}.json"
     result = {
         "environment": environment() | {"device": where.type},
-        "model": model,
+        "model": model_label(model),
         "context": context,
         "kv_cache_bytes": memory,
         "max_num_seqs": max_num_seqs,

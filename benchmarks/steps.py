@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from spectral_paged.benchmarks.decode import copy_bandwidth
-from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.environment import environment, file_stem, model_label
 from spectral_paged.benchmarks.throughput.backends import engine_of
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
@@ -271,7 +271,7 @@ def main(
     path = output_dir / f"steps-{name or file_stem(model)}.json"
     result = {
         "environment": environment() | {"device": "cuda", "dtype": str(loaded.model.dtype)},
-        "model": model,
+        "model": model_label(model),
         "copy_bytes_per_second": bandwidth,
         "weight_bytes": weight_bytes(loaded.model),
     }

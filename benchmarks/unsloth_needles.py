@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.environment import environment, file_stem, model_label
 from spectral_paged.benchmarks.quality.judge import is_answer
 from spectral_paged.benchmarks.quality.tasks import Haystack, Probe, needle_probes
 from spectral_paged.benchmarks.quality.texts import judged_texts
@@ -215,7 +215,7 @@ def main(
     result = {
         "environment": environment() | {"device": where.type, "dtype": str(fast.dtype)},
         "unsloth": importlib.import_module("unsloth").__version__,
-        "model": Path(model).name,
+        "model": model_label(model),
         "lengths": list(lengths),
         "rows": [asdict(row) for row in rows],
     }

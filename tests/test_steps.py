@@ -11,6 +11,7 @@ import torch
 from tiny_model import tiny_model
 
 from spectral_paged.benchmarks import steps
+from spectral_paged.benchmarks.environment import model_label
 from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.errors import CapacityError, InvalidRequestError
 
@@ -39,6 +40,13 @@ def test_every_kernel_of_ours_is_attention_or_sealing():
 )
 def test_kernels_of_others_are_told_by_their_names(name, kind):
     assert steps.kind_of(name) == kind
+
+
+def test_results_name_a_local_model_without_the_path_to_it(tmp_path):
+    file = tmp_path / "small.gguf"
+    file.write_bytes(b"")
+    assert model_label(str(file)) == "small.gguf"
+    assert [model_label(m) for m in ("random:tiny", "org/name")] == ["random:tiny", "org/name"]
 
 
 def test_gaps_are_where_nothing_runs_however_spans_overlap():

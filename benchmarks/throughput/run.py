@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.environment import environment, file_stem, model_label
 from spectral_paged.benchmarks.quality.summary import mean, percentile
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
@@ -180,7 +180,7 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     rows: list[dict[str, Any]] = []
     result = {
         "environment": environment() | {"device": device.type, "dtype": str(loaded.model.dtype)},
-        "model": options.model,
+        "model": model_label(options.model),
         "workload": workload,
         "profiled": options.profile,
         "decode_only": options.decode_only,
