@@ -426,3 +426,15 @@ def test_needles_of_unsloth_are_as_stored():
             ]
         real.append([row["format"], *cells])
     assert [[row[1].strip("`"), *row[2:]] for row in said] == real
+
+
+def test_steps_of_a_small_model_are_as_stored():
+    pages, exact = steps_of("steps-smollm2-135m")
+    assert (pages["format"], exact["format"]) == ("spectral-quality", "exact")
+    busy = {f"{sum(row['kinds'].values()):.2f}" for row in (pages, exact)}
+    text = " ".join(BY_NAME["docs/speed.md"].text.split())
+    assert len(busy) == 1 and f"the same {busy.pop()} ms of kernels a step" in text
+    said = "steps of {:.2f} ms in `exact` and {:.2f} in `spectral-quality`"
+    assert said.format(exact["step_ms"], pages["step_ms"]) in text
+    waits = [f"{100 * row['idle_between_steps_share']:.0f} %" for row in (exact, pages)]
+    assert "for {} and {} of the time the GPU waits".format(*waits) in text
