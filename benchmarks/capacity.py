@@ -6,7 +6,6 @@ more does not fit, and by what the allocator says was taken. Speed and quality a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 
 from spectral_paged import capacity
 from spectral_paged.benchmarks.blocks import MadeUpTokens, toy_basis
-from spectral_paged.benchmarks.environment import environment, file_stem, model_label
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import InvalidRequestError
@@ -154,8 +154,6 @@ def main(
             f"{row.allocated_bytes / 1e9:.2f} GB allocated",
             flush=True,
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"capacity-{file_stem(model)}.json"
     result = {
         "environment": environment() | {"device": where.type},
         "model": model_label(model),
@@ -164,6 +162,6 @@ def main(
         "max_num_seqs": max_num_seqs,
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = write_result(output_dir, f"capacity-{file_stem(model)}", result)
     print(f"raw results: {path}")
     return 0

@@ -9,14 +9,22 @@ from spectral_paged.arguments import parse_bytes, positive
 from spectral_paged.errors import InvalidRequestError
 
 
+def _add_output_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+
+
+def _add_formats(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--format", action="append", default=[], metavar="NAME", help=help)
+
+
 def add_benches(bench: argparse.ArgumentParser) -> None:
     """One subcommand a benchmark."""
     benches = bench.add_subparsers(dest="bench", required=True)
     _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
     seal = benches.add_parser("seal", help="what sealing a block costs beside its prefill")
     seal.add_argument("--device", default="auto")
-    seal.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
-    seal.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_formats(seal, "repeatable")
+    _add_output_dir(seal)
     tune = benches.add_parser("tune", help="the kernels' launch table for this GPU")
     tune.add_argument("--output", type=Path, help="default the table that the package reads")
     room = benches.add_parser("capacity", help="how much context a memory holds, by format")
@@ -25,8 +33,8 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     room.add_argument("--context", type=positive, default=8192, help="tokens of a sequence")
     room.add_argument("--kv-cache-memory", type=parse_bytes, default=1 << 30, metavar="BYTES")
     room.add_argument("--max-num-seqs", type=positive, default=256)
-    room.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
-    room.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_formats(room, "repeatable")
+    _add_output_dir(room)
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
     _add_unsloth(
@@ -34,7 +42,7 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     )
     decode = benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
-    decode.add_argument("--format", action="append", default=[], metavar="NAME", help="repeatable")
+    _add_formats(decode, "repeatable")
     decode.add_argument(
         "--results", type=Path, default=Path("benchmarks/results"),
         help="where `bench quality` wrote: a format that was not judged has no row",
@@ -43,17 +51,14 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
     )
-    decode.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_output_dir(decode)
 
 
 def _add_unsloth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="a random:<shape>; default random:mistral-7b, with --needles smollm2-135m"
     )
-    parser.add_argument(
-        "--format", action="append", default=[], metavar="NAME",
-        help="a preset, exact, or unpatched; repeatable",
-    )  # fmt: skip
+    _add_formats(parser, "a preset, exact, or unpatched; repeatable")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument(
         "--needles", type=positive, metavar="COUNT",
@@ -64,15 +69,12 @@ def _add_unsloth(parser: argparse.ArgumentParser) -> None:
         help="context tokens of --needles; repeatable; default 2048",
     )  # fmt: skip
     parser.add_argument("--dtype", default="auto", help="of --needles")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_output_dir(parser)
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="random:llama-3-8b")
-    parser.add_argument(
-        "--format", action="append", default=[], metavar="NAME",
-        help="a preset, or exact; repeatable; default exact and spectral-quality",
-    )  # fmt: skip
+    _add_formats(parser, "a preset, or exact; repeatable; default exact and spectral-quality")
     parser.add_argument(
         "--layers", action="append", default=[], metavar="HOW",
         help="between the products: compiled, eager or liger, each in graphs; repeatable; "
@@ -84,7 +86,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
     parser.add_argument("--name", default="", help="of the result's file; default the model's")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_output_dir(parser)
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -138,17 +140,14 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", default="", help="of the result's files; default the model's")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_output_dir(parser)
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument(
-        "--format", action="append", default=[], metavar="NAME",
-        help="a preset, or exact; repeatable; default all presets",
-    )  # fmt: skip
+    _add_formats(parser, "a preset, or exact; repeatable; default all presets")
     parser.add_argument("--no-peers", action="store_true", help="our formats alone")
     parser.add_argument(
         "--sections", default="", metavar="NAME,...", help="default all, or those of --quick"
@@ -166,7 +165,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--journal", type=Path, help="finished work; default build/quality/<model>.jsonl"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    _add_output_dir(parser)
     parser.add_argument("--time-limit", type=positive, metavar="SECONDS")
     parser.add_argument(
         "--report-only", action="store_true", help="judge nothing: report what the journal holds"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spectral_paged.benchmarks.result_file import write_result
 from spectral_paged.errors import CorruptFileError
 
 HEAD = (
@@ -109,10 +110,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_rows(result: dict[str, Any], folder: Path) -> Path:
     """`decode.json` alone; written workload by workload, so a time limit loses nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "decode.json"
-    raw.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return raw
+    return write_result(folder, "decode", result)
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:

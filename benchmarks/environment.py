@@ -12,18 +12,6 @@ import torch
 import transformers
 
 
-def file_stem(model: str) -> str:
-    """A model's name as part of a result file's."""
-    return Path(model.replace(":", "-")).stem
-
-
-def model_label(model: str) -> str:
-    """A model's name in a result; of a local one the end of its path, which says all that others
-    can use."""
-    path = Path(model).expanduser()
-    return path.name if path.exists() else model
-
-
 def environment() -> dict[str, object]:
     """Machine, commit and versions, for the head of a result file."""
     commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history

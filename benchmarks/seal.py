@@ -6,7 +6,6 @@ it says nothing about quality.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
 from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.result_file import write_result
 from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.kernels.launch_configs import SealConfig
 from spectral_paged.kernels.layout import (
@@ -263,8 +263,6 @@ def main(*, device: str, output_dir: Path, formats: tuple[str, ...] = (), repeat
         "prefill_tflop": prefill_operations() / 1e12,
         "rows": found,
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"seal-{where.type}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = write_result(output_dir, f"seal-{where.type}", result)
     print(f"raw results: {path}")
     return 0

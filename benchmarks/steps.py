@@ -14,8 +14,6 @@ CUDA graphs.
 
 from __future__ import annotations
 
-import gc
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -27,14 +25,15 @@ from typing import Any
 import torch
 
 from spectral_paged.benchmarks.decode import copy_bandwidth
-from spectral_paged.benchmarks.environment import environment, file_stem, model_label
-from spectral_paged.benchmarks.throughput.backends import engine_of
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.throughput.backends import engine_of, forget
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
-from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
+from spectral_paged.benchmarks.throughput.random_models import load_either
 from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
-from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.models.loader import LoadedModel
 from spectral_paged.placement import choose_dtype
 from spectral_paged.presets import PRESETS
 from spectral_paged.sampling import SamplingParams
@@ -189,8 +188,7 @@ def measure(
     Raises:
         CapacityError: not all of the sequences decoded in every step, timed or traced.
     """
-    gc.collect()
-    torch.cuda.empty_cache()
+    forget(loaded.model.device)
     options = {
         "max_num_seqs": batch,
         "max_model_len": context + ROOM + 1,
@@ -263,12 +261,10 @@ def main(
         if unknown := [one for one in given if one not in known]:
             raise InvalidRequestError(f"--{option} {', '.join(unknown)}: use {', '.join(known)}")
     device = torch.device("cuda")
-    load = load_random if is_random(model) else load_model
-    loaded = load(model, device=device, dtype=choose_dtype("auto", device))
+    loaded = load_either(model, device=device, dtype=choose_dtype("auto", device))
     bandwidth = copy_bandwidth()
     rows: list[Row] = []
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"steps-{name or file_stem(model)}.json"
+    output_dir.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so now
     result = {
         "environment": environment() | {"device": "cuda", "dtype": str(loaded.model.dtype)},
         "model": model_label(model),
@@ -282,7 +278,7 @@ def main(
         for format, context, batch in product(formats, contexts, batches):
             rows.append(measure(loaded, format, how, batch, context, bandwidth, **options))
             print(line(rows[-1]), flush=True)
-            text = json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            found = result | {"rows": [asdict(row) for row in rows]}
+            path = write_result(output_dir, f"steps-{name or file_stem(model)}", found)
     print(f"raw results: {path}")
     return 0

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.benchmarks.environment import environment, file_stem
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.result_file import file_stem, write_result
 from spectral_paged.benchmarks.throughput.random_models import load_random, random_calibration
 from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast, save_checkpoint
 from spectral_paged.errors import MissingPackageError
@@ -138,8 +139,6 @@ def measure(
 
 def write(rows: Sequence[Row], model: str, *, enforce_eager: bool, output_dir: Path) -> Path:
     """`unsloth-<model>.json` of the rows so far."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"unsloth-{file_stem(model)}.json"
     versions = {name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")}
     result = {
         "environment": environment() | versions | {"device": "cuda"},
@@ -147,8 +146,7 @@ def write(rows: Sequence[Row], model: str, *, enforce_eager: bool, output_dir: P
         "enforce_eager": enforce_eager,
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_result(output_dir, f"unsloth-{file_stem(model)}", result)
 
 
 def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir: Path) -> int:

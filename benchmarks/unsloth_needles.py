@@ -9,7 +9,6 @@ are pages when its turn ends, so nothing that hides a fact is exact when the que
 from __future__ import annotations
 
 import importlib
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +17,12 @@ from typing import Any
 
 import torch
 
-from spectral_paged.benchmarks.environment import environment, file_stem, model_label
+from spectral_paged.benchmarks.environment import environment
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.benchmarks.quality.judge import is_answer
 from spectral_paged.benchmarks.quality.tasks import Haystack, Probe, needle_probes
 from spectral_paged.benchmarks.quality.texts import judged_texts
+from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.unsloth_models import UNPATCHED, load_fast
 from spectral_paged.kernels.layout import BLOCK_TOKENS
 from spectral_paged.models.loader import load_model
@@ -65,16 +66,9 @@ GREEDY: dict[str, Any] = {
 def _said_at_once(model: Any, probe: Probe) -> list[list[int]]:
     """Tokens said to each question, all of them in one left-padded batch."""
     rows = [[*probe.context, *question.prompt] for question in probe.questions]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
-    out = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **GREEDY
-    )
-    said: list[list[int]] = out[:, longest:].tolist()
+    inputs = left_padded(rows, model.device)
+    out = model.generate(**inputs, **GREEDY)
+    said: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
     return said
 
 
@@ -189,9 +183,7 @@ def main(
         loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
         tokenizer, geometry = loaded.tokenizer, loaded.geometry
         for name in formats:  # an unknown one is refused before anything is asked
-            PageFormat.preset(
-                name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
-            )
+            PageFormat.preset(name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim)
         loaded.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del loaded
@@ -219,8 +211,6 @@ def main(
         "lengths": list(lengths),
         "rows": [asdict(row) for row in rows],
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"unsloth-needles-{file_stem(model)}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = write_result(output_dir, f"unsloth-needles-{file_stem(model)}", result)
     print(f"raw results: {path}")
     return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import test_families
 import test_models
-import torch
 from tiny_model import random_prompts, tiny_model
 
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.transformers_cache import SpectralPagedCache
 
@@ -22,19 +22,8 @@ def build(name):
     return BUILDERS[name](name)
 
 
-def padded(prompts):
-    """`generate` inputs of token lists, padded on the left with zeros."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def batch(lengths=LENGTHS, seed=0):
-    return padded(random_prompts(lengths, seed))
+    return left_padded(random_prompts(lengths, seed))
 
 
 def attending_model(**changes):

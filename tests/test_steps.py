@@ -11,7 +11,7 @@ import torch
 from tiny_model import tiny_model
 
 from spectral_paged.benchmarks import steps
-from spectral_paged.benchmarks.environment import model_label
+from spectral_paged.benchmarks.result_file import model_label
 from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.errors import CapacityError, InvalidRequestError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import VOCAB, tiny_model
 
-from spectral_paged.benchmarks.throughput import backends, run, suites
+from spectral_paged.benchmarks.throughput import backends, random_models, run, suites
 from spectral_paged.benchmarks.throughput.backends import (
     engine_of,
     serve_with_generate,
@@ -100,7 +100,7 @@ def test_workloads_that_cannot_run_are_refused_with_what_to_do(tmp_path, options
 
 
 def test_a_run_writes_the_keys_of_vllm_and_counts_every_token(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_model", lambda *args, **options: loaded())
+    monkeypatch.setattr(random_models, "load_model", lambda *args, **options: loaded())
     options = run.Options(
         model="tiny", workload=WorkloadOptions(num_prompts=5, input_len=60, output_len=7,
                                                range_ratio=0.3),

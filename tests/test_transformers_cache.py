@@ -10,12 +10,12 @@ from padded_batch import (
     batch,
     build,
     generated,
-    padded,
     paged_cache,
 )
 from tiny_model import raise_once, random_prompts
 from transformers import DynamicCache, TextStreamer
 
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.models.geometry import FAMILIES
 
@@ -125,13 +125,13 @@ def test_rows_are_repeated_and_selected():
     model, prompts = attending_model(), random_prompts((70, 200))
     cache = paged_cache(model)
     with torch.no_grad():
-        model(**padded(prompts), past_key_values=cache)
+        model(**left_padded(prompts), past_key_values=cache)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0, 3]))
     cache.kv_cache.check_integrity()
     turns = random_prompts((9, 9, 9), seed=4)
     rows = [prompts[1], prompts[0], prompts[1]]
-    asked = padded([row + turn for row, turn in zip(rows, turns)])
+    asked = left_padded([row + turn for row, turn in zip(rows, turns)])
     new = {"input_ids": torch.tensor(turns), "attention_mask": asked["attention_mask"]}
     got = generated(model, new, cache)
     assert torch.equal(got, generated(model, asked))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded_batch import LENGTHS, attending_model, batch, build, generated, padded, paged_cache
+from padded_batch import LENGTHS, attending_model, batch, build, generated, paged_cache
 from real_text import smollm2, text
 from tiny_model import random_prompts, tiny_format
 from transformers import DynamicCache
 
 from spectral_paged import PageFormat
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 
 NEW = 8
@@ -78,11 +79,11 @@ def test_pages_are_sealed_attended_and_close(name):
 def test_a_row_says_the_same_alone_and_in_a_batch():
     model, prompts = attending_model(), random_prompts(LENGTHS)
     cache = paged_cache(model, tiny_format())
-    together = generated(model, padded(prompts), cache, max_new_tokens=40)
+    together = generated(model, left_padded(prompts), cache, max_new_tokens=40)
     assert cache.stats()["pages_attended"] == 2 * PAGES * 39
     for row, prompt in enumerate(prompts):
         cache.reset()
-        alone = generated(model, padded([prompt]), cache, max_new_tokens=40)
+        alone = generated(model, left_padded([prompt]), cache, max_new_tokens=40)
         assert torch.equal(alone[0], together[row]), row
 
 
@@ -206,7 +207,7 @@ def test_a_real_model_finds_what_lies_in_its_pages():
     passage = f"{passage[:middle]} The secret number of the white door is 7391.{passage[middle:]}"
     question = "\n\nQuestion: What is the secret number of the white door?\nAnswer: The secret "
     question += "number of the white door is"
-    seen, asked = (padded([tokenizer(text)["input_ids"]]) for text in (passage, question))
+    seen, asked = (left_padded([tokenizer(text)["input_ids"]]) for text in (passage, question))
     both = {name: torch.cat([seen[name], asked[name]], dim=1) for name in seen}
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)

@@ -7,11 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from padded_batch import attending_model, batch, generated, padded, paged_cache
+from padded_batch import attending_model, batch, generated, paged_cache
 from tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectral_paged import SpectralKVCache
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.errors import (
     CapacityError,
     FormatError,
@@ -285,7 +286,7 @@ def test_segments_of_a_step_elsewhere():
 
 def test_representation_says_what_is_held(model, cache):
     assert repr(cache).startswith("SpectralPagedCache('exact', 0 rows of 0 columns")
-    generated(model, padded(random_prompts((9, 5))), cache)
+    generated(model, left_padded(random_prompts((9, 5))), cache)
     assert "2 rows of 16 columns" in repr(cache)
     assert cache.stats()["num_rows"] == 2 and cache.stats()["num_columns"] == 16
     assert len(cache) == 2 and not cache.is_compileable and cache.is_initialized

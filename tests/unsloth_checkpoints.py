@@ -43,13 +43,12 @@ def checkpoint(folder, family, **changes):
 
 def batch(lengths=LENGTHS, seed=0):
     """Left-padded random prompts."""
-    generator, width = torch.Generator().manual_seed(seed), max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
-        mask[row, width - length :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    from spectral_paged.benchmarks.padding import left_padded
+
+    generator = torch.Generator().manual_seed(seed)
+    return left_padded(
+        [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+    )
 
 
 def generate(model, inputs, max_new_tokens=6, **options):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_calibration
 from spectral_paged.benchmarks.throughput.workload import Job
@@ -61,7 +62,7 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
     """Give back what a backend before held."""
     gc.collect()
     if device.type == "cuda":
@@ -140,7 +141,7 @@ def serve_with_pages(
         fit: only as many of the jobs as the cache holds at once.
     """
     device = loaded.model.device
-    _forget(device)
+    forget(device)
     llm = engine_of(loaded, kv_format, options)
     if decode_only:
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
@@ -196,7 +197,7 @@ def serve_with_generate(
     padded; a batch runs until its longest output is done, tokens past a request's own length do
     not count."""
     model, device = loaded.model, loaded.model.device
-    _forget(model.device)
+    forget(model.device)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
     with attending(model, attention):
         _generate(model, order[:1], 2)
@@ -235,7 +236,7 @@ def serve_with_continuous_batching(
         ArithmeticError: a request came back with an error or with another number of tokens.
     """
     model, device = loaded.model, loaded.model.device
-    _forget(model.device)
+    forget(model.device)
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
     num_blocks = None
     if kv_cache_bytes is not None:
@@ -291,15 +292,10 @@ def _collect(manager: Any, wanted: set[str]) -> dict[str, Any]:
 
 
 def _generate(model: Any, batch: Sequence[Job], num_tokens: int) -> None:
-    longest = max(len(job.prompt_token_ids) for job in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, job in enumerate(batch):
-        ids[row, longest - len(job.prompt_token_ids) :] = torch.tensor(job.prompt_token_ids)
-        mask[row, longest - len(job.prompt_token_ids) :] = 1
+    inputs = left_padded([job.prompt_token_ids for job in batch], model.device)
     found = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+        **inputs, do_sample=False,
         min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
     )  # fmt: skip
-    if found.shape != (len(batch), longest + num_tokens):
+    if found.shape != (len(batch), inputs["input_ids"].shape[1] + num_tokens):
         raise ArithmeticError(f"generate gave {list(found.shape)} tokens; not timed")

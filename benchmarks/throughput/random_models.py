@@ -20,7 +20,7 @@ from spectral_paged.benchmarks.blocks import toy_basis
 from spectral_paged.calibration import model_fingerprint
 from spectral_paged.errors import UnknownModelError
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.page_format import PageFormat
 from spectral_paged.shared_basis import SharedBasis
 
@@ -99,6 +99,12 @@ def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> Loade
             else:
                 parameter.fill_(1.0)
     return LoadedModel(name, model, None, ModelGeometry.from_config(config))
+
+
+def load_either(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """`random:<shape>`, or a model with weights; errors as `load_random` or `load_model`."""
+    load = load_random if is_random(name) else load_model
+    return load(name, device=device, dtype=dtype)
 
 
 def random_calibration(format: PageFormat, loaded: LoadedModel) -> SharedBasis | str:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.environment import environment, file_stem, model_label
+from spectral_paged.benchmarks.environment import environment
 from spectral_paged.benchmarks.quality.summary import mean, percentile
+from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
     serve_with_continuous_batching,
     serve_with_generate,
     serve_with_pages,
 )
-from spectral_paged.benchmarks.throughput.random_models import is_random, load_random
+from spectral_paged.benchmarks.throughput.random_models import load_either
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.models.loader import LoadedModel
 from spectral_paged.placement import choose_device, choose_dtype
 
 GENERATE = "transformers"
@@ -150,8 +150,7 @@ def line(row: dict[str, Any]) -> str:
 def load(options: Options) -> LoadedModel:
     """The model of a run."""
     device = choose_device(options.device)
-    loader = load_random if is_random(options.model) else load_model
-    return loader(options.model, device=device, dtype=choose_dtype(options.dtype, device))
+    return load_either(options.model, device=device, dtype=choose_dtype(options.dtype, device))
 
 
 def main(options: Options, loaded: LoadedModel | None = None) -> int:
@@ -187,9 +186,8 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "rows": rows,
     }
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so now
     stem = f"throughput-{options.name or file_stem(options.model)}"
-    path = options.output_dir / f"{stem}.json"
     for backend in options.backends:
         for length, batch in product(lengths, options.max_num_seqs):
             some = jobs[length]
@@ -197,7 +195,7 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
             served = serve(loaded, backend, some, batch, options)
             rows.append(row_of(backend, batch, served) | {"input_len": length})
             print(f"{length} tokens in, {line(rows[-1])}", flush=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            path = write_result(options.output_dir, stem, result)
     print(f"raw results: {path}")
     for key, values in (("max_num_seqs", options.max_num_seqs), ("input_len", lengths)):
         if len(values) > 1:
