@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.triton_page import padded
 
-SWEEPS = 16  # at most: 6 to 9 are enough
+SWEEPS = 16  # at most: 9 to 12 are enough
 SMALL = 2e-6  # cosine of two rows that are left as they are
 # The last sweep meets cosines of at most this and leaves smaller ones: as a rule their squares.
 LAST = 1e-4

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_paged.kernels import (
     chunk_attention,
     decode_attention,
+    eigenvectors,
     exact_pages,
     spectral_rebuild,
 )
@@ -24,13 +25,14 @@ class PageOps:
     """Ops with one signature; see the twins.
 
     `seal` encodes blocks where they lie (`seal_triton.seal`); None where that is left to
-    `codec.encode_pages`, its twin.
+    `codec.encode_pages`, its twin, which takes `eigenvectors` for pages with a basis of their own.
     """
 
     exact_append: Callable[..., None]
     decode_attention: Callable[..., Tensor]
     spectral_rebuild: Callable[..., tuple[Tensor, Tensor]]
     chunk_attention: Callable[..., Tensor]
+    eigenvectors: Callable[[Tensor], Tensor]
     seal: Callable[..., Tensor] | None = None
     on_gpu: bool = False
 
@@ -91,6 +93,7 @@ TORCH_OPS = PageOps(
     decode_attention.decode_attention,
     spectral_rebuild.spectral_rebuild,
     chunk_attention.chunk_attention,
+    eigenvectors.eigenvectors,
 )
 
 
@@ -101,6 +104,7 @@ def page_ops(device: torch.device) -> PageOps:
     from spectral_paged.kernels import (
         chunk_attention_gpu,
         decode_attention_gpu,
+        eigenvectors_triton,
         exact_append_triton,
         seal_triton,
         spectral_rebuild_triton,
@@ -111,6 +115,7 @@ def page_ops(device: torch.device) -> PageOps:
         decode_attention_gpu.decode_attention,
         spectral_rebuild_triton.spectral_rebuild,
         chunk_attention_gpu.chunk_attention,
+        eigenvectors_triton.eigenvectors,
         seal=seal_triton.seal,
         on_gpu=True,
     )

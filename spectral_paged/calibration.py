@@ -180,20 +180,10 @@ def by_interface(model: Any) -> Forward:
 
 
 def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up.
-
-    Raises:
-        InvalidRequestError: the weights are quantized.
-    """
+    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up."""
     moments = []
     for layer in model.model.layers:
-        weight = layer.self_attn.o_proj.weight.detach()
-        if not weight.is_floating_point():
-            raise InvalidRequestError(
-                f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
-                "take a kv_format that needs no calibration (spectral-int8, spectral-page)"
-            )
-        weight = weight.double().cpu()
+        weight = layer.self_attn.o_proj.weight.detach().double().cpu()
         rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
     return torch.stack(moments)
@@ -217,6 +207,23 @@ def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
         half = rotate(moment, cos, sin).double()  # rows turned: M R^T
         total += rotate(half.transpose(-1, -2), cos, sin).double()
     return total / NUM_DISTANCES
+
+
+def obstacle(loaded: LoadedModel) -> str | None:
+    """Why a model cannot be calibrated, and what to do; None where it can be."""
+    if loaded.tokenizer is None:
+        return (
+            f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
+            "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
+        )
+    for layer in loaded.model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        if not weight.is_floating_point():
+            return (
+                f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
+                "take a kv_format that needs no calibration (spectral-int8, spectral-page)"
+            )
+    return None
 
 
 def calibrated_positions(geometry: ModelGeometry) -> int:
@@ -246,13 +253,9 @@ def calibrate(
     Raises:
         InvalidRequestError: too little text, a model without a tokenizer, or quantized weights.
     """
-    if loaded.tokenizer is None:
-        raise InvalidRequestError(
-            f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
-            "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
-        )
+    if (reason := obstacle(loaded)) is not None:
+        raise InvalidRequestError(reason)
     geometry, model = loaded.geometry, loaded.model
-    o = output_moment(model, geometry.num_kv_heads, geometry.head_dim)
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
     accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     if ropes is None:
@@ -271,7 +274,7 @@ def calibrate(
     basis = accumulator.finish(
         q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
-        o=o,
+        o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
         model_fingerprint=model_fingerprint(model),
     )
     done = {

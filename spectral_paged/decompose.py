@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.eigenvectors import eigenvectors
 from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.page_ops import page_ops
 from spectral_paged.page_format import PageFormat
 from spectral_paged.page_layout import Bands
 
@@ -28,12 +28,7 @@ def gram_basis(x: Tensor, rank: int) -> Tensor:
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors of symmetric `gram` `[..., D, D]` as rows, strongest first: `[..., rank, D]`."""
-    solve = eigenvectors
-    if gram.is_cuda:
-        from spectral_paged.kernels import eigenvectors_triton
-
-        solve = eigenvectors_triton.eigenvectors
-    vectors = solve(gram.reshape(-1, *gram.shape[-2:]))
+    vectors = page_ops(gram.device).eigenvectors(gram.reshape(-1, *gram.shape[-2:]))
     return vectors.reshape(gram.shape)[..., :rank, :].contiguous()
 
 

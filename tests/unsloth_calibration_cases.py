@@ -14,10 +14,8 @@ from unsloth_on_cpu import functions_now, load
 
 from spectral_paged import calibration
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.integrations import unsloth
+from spectral_paged.integrations.unsloth import patch_unsloth_attention
 from spectral_paged.integrations.unsloth_families import FAMILIES
-from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.loader import LoadedModel
 from spectral_paged.shared_basis import COVARIANCES, METRICS, SharedBasis
 
 pytest_plugins = ["unsloth_on_cpu"]
@@ -73,10 +71,12 @@ def served(folder):
     return model
 
 
-def basis_of(model, inner=None):
-    inner = model if inner is None else inner
-    geometry = ModelGeometry.from_config(inner.config)
-    return unsloth._calibration(model, LoadedModel("t", inner, Letters(), geometry))
+def basis_of(model):
+    """What a patch of `model` keeps in the cache folder."""
+    options = {"kv_format": "spectral-quality", "kv_cache_bytes": 16 << 20, "max_num_seqs": 2}
+    patch_unsloth_attention(model, verbose=False, **options).undo()
+    [kept] = (calibration.cache_folder() / "calibrations").iterdir()
+    return SharedBasis.load(kept)
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -100,7 +100,7 @@ def test_a_calibration_is_of_the_weights_below_adapters(folders):
     changed = model(input_ids=torch.arange(3, 50)[None], use_cache=False).logits
     assert distance(changed, plain) > 0.01
     (calibration.cache_folder() / "calibrations").rename(calibration.cache_folder() / "kept")
-    found = basis_of(model, model.get_base_model())
+    found = basis_of(model)
     assert model.get_base_model().model.layers is layers
     for name in COVARIANCES:
         assert distance(getattr(found, name), getattr(want, name)) < 1e-5, name

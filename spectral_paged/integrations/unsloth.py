@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spectral_paged.calibration import obstacle
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth_attention import FunctionPatches
 from spectral_paged.integrations.unsloth_calibration import unsloth_calibration
@@ -231,32 +232,34 @@ def patch_unsloth_attention(
         )
     # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
     unsloth_module("_decode_graphs").release_for_training(inner)
-    if format.needs_calibration and calibration == "auto" and family.is_fast:
-        calibration = _calibration(model, loaded)
-    cache = model_cache(
-        loaded,
-        format,
-        kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, inner.device),
-        max_num_seqs=max_num_seqs,
-        max_model_len=longest_sequence(geometry, max_model_len),
-        exempt_layers=exempt_layers,
-        calibration=calibration,
-        # adapters may change between two calls, and with them what a prefix means
-        enable_prefix_caching=False,
-        poison=poison,
-        ropes=rotary_tables(inner, longest_sequence(geometry, max_model_len)),
-    )
-    graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
-    graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
-    level = logging.INFO if debug_logging else logging.DEBUG
-    forward = PatchedForward(
-        inner, cache, is_fast=family.is_fast, graphs=graphs, report_level=level
-    )
-    patch = UnslothPatch(inner, forward)
+    _functions.install()
     try:
-        _functions.install()
+        if format.needs_calibration and calibration == "auto" and family.is_fast:
+            calibration = unsloth_calibration(model, loaded)
+        cache = model_cache(
+            loaded,
+            format,
+            kv_cache_bytes=choose_cache_bytes(
+                kv_cache_bytes, gpu_memory_utilization, inner.device
+            ),
+            max_num_seqs=max_num_seqs,
+            max_model_len=longest_sequence(geometry, max_model_len),
+            exempt_layers=exempt_layers,
+            calibration=calibration,
+            # adapters may change between two calls, and with them what a prefix means
+            enable_prefix_caching=False,
+            poison=poison,
+            ropes=rotary_tables(inner, longest_sequence(geometry, max_model_len)),
+        )
+        graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
+        graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
+        level = logging.INFO if debug_logging else logging.DEBUG
+        forward = PatchedForward(
+            inner, cache, is_fast=family.is_fast, graphs=graphs, report_level=level
+        )
+        patch = UnslothPatch(inner, forward)
     except BaseException:
-        patch.undo()
+        _remove_functions()
         raise
     if verbose:
         print(
@@ -302,19 +305,9 @@ def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool
 
 def _default_format(loaded: LoadedModel) -> str:
     """The project's own default; where it cannot be calibrated, one that needs no calibration."""
-    weight = loaded.model.model.layers[0].self_attn.o_proj.weight
-    if loaded.tokenizer is not None and weight.is_floating_point():
+    if obstacle(loaded) is None:
         return AUTO
     return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"
-
-
-def _calibration(model: Any, loaded: LoadedModel) -> SharedBasis:
-    """Made with Unsloth's functions replaced, as they are while a model is patched."""
-    try:
-        _functions.install()
-        return unsloth_calibration(model, loaded)
-    finally:
-        _remove_functions()
 
 
 def _format(
