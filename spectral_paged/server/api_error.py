@@ -65,6 +65,12 @@ def failed(error: BaseException) -> ApiError:
     return ApiError(500, str(error) or repr(error), type=SERVER, code="generation_failed")
 
 
+def no_room(message: str, *, code: str, retry_seconds: int, **headers: str) -> ApiError:
+    """A request for which there is no room now."""
+    headers = {"Retry-After": str(retry_seconds)} | headers
+    return ApiError(429, message, type="rate_limit_error", code=code, headers=headers)
+
+
 def stopping() -> ApiError:
     """What comes, or is not done yet, when the server stops."""
     return ApiError(

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
-from spectral_paged.server.api_error import ApiError, disconnected
+from spectral_paged.server.api_error import ApiError, disconnected, no_room
 
 T = TypeVar("T")
 DISCARD_SECONDS = 1.0
@@ -46,12 +46,11 @@ class Body:
         if len(self.data) + len(part) > room.limit:
             raise _too_long(room.limit)
         if len(part) > room.total - room.taken:
-            raise ApiError(
-                429,
+            raise no_room(
                 f"bodies that arrive have {room.taken} of at most {room.total} bytes: try again",
-                type="rate_limit_error",
                 code="too_many_body_bytes",
-                headers={"Retry-After": str(room.retry_seconds), "Connection": "close"},
+                retry_seconds=room.retry_seconds,
+                Connection="close",
             )
         room.taken += len(part)
         self.data += part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from spectral_paged.server.api_error import ApiError
+from spectral_paged.server.api_error import ApiError, no_room
 
 
 class Seats:
@@ -27,13 +27,11 @@ class Seats:
 
     def move(self, count: int) -> None:
         if count > self.total - self.taken:
-            raise ApiError(
-                429,
+            raise no_room(
                 f"the server has {self.taken} of at most {self.total} completions in work: try "
                 "again",
-                type="rate_limit_error",
                 code="too_many_requests",
-                headers={"Retry-After": str(self._retry_seconds)},
+                retry_seconds=self._retry_seconds,
             )
         self.taken += count
 
