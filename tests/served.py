@@ -20,6 +20,8 @@ from spectral_paged.server.http_server import HttpServer
 from spectral_paged.server.settings import ServerSettings
 
 LETTERS = [chr(c) for c in (*range(32, 127), *range(0xC0, 0x17F))][:VOCAB]
+VALUES = {"model": "tiny", "temperature": 0}  # of a request
+LONG = "".join(chr(33 + i * 7 % 90) for i in range(720))  # a prompt with a page
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
     "{{ raise_exception('a conversation begins with the user') }}{% endif %}"
@@ -80,3 +82,23 @@ def serving(llm, **settings):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def wait_until(true, seconds=30):
+    """Until `true()`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def flaky(llm, monkeypatch, errors):
+    """Let the first forwards raise."""
+    forward = llm.engine.runner.forward
+
+    def raising(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llm.engine.runner, "forward", raising)

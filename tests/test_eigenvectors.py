@@ -1,12 +1,17 @@
-"""Eigenvectors of many small matrices: the Triton kernel, in the interpreter, and its twin."""
+"""Eigenvectors of many small matrices: the Triton kernel, in the interpreter and on a GPU, and its
+twin."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from spectral_paged import PageFormat, SpectralKVCache
+from spectral_paged.codec import encode_pages
 from spectral_paged.kernels import eigenvectors as torch_twin
+from spectral_paged.kernels import eigenvectors_triton
 from spectral_paged.kernels.eigenvectors_triton import eigenvectors
+from spectral_paged.rope import RotaryTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -79,3 +84,45 @@ def test_most_energy_of_a_block_is_in_the_leading_rows_as_with_torch():
         for solve in (eigenvectors, torch_twin.eigenvectors)
     ]
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 256])
+def test_leading_eigenvectors_keep_as_much_energy_as_any_can(dim):
+    generator = torch.Generator().manual_seed(dim)
+    spread = torch.exp(-torch.arange(dim) / 10)
+    mixed = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    x = (torch.randn(40, 512, dim, generator=generator) * spread @ mixed).cuda()
+    x[7], x[9, 3:] = 0, 0  # no energy, and three tokens of it
+    gram = x.transpose(-1, -2) @ x
+    found = eigenvectors(gram)
+    eye = torch.eye(dim, device="cuda")
+    assert (found @ found.transpose(-1, -2) - eye).abs().max() < 1e-4
+    kept = dim // 4  # of which no basis keeps more energy than the strongest eigenvalues
+    energy = (x.double() @ found[:, :kept].double().transpose(-1, -2)).square().sum((-1, -2))
+    most = torch.linalg.eigvalsh(gram.double())[:, -kept:].sum(-1)
+    torch.testing.assert_close(energy, most, rtol=1e-5, atol=1e-6)
+    others = torch.cat((gram[20:], gram[:20]))  # as many: the Cholesky factor is the library's
+    assert torch.equal(eigenvectors(others)[:20], found[20:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_after_a_warm_up_nothing_that_decomposes_compiles():
+    format = PageFormat.preset("spectral-int8", num_kv_heads=2, head_dim=48)  # of no other test
+    cache = SpectralKVCache(
+        num_layers=2, num_q_heads=2, num_kv_heads=2, head_dim=48, format=format, device="cuda",
+        rope=RotaryTable.from_theta(10000.0, 48, max_positions=2048), kv_cache_bytes=4 << 20,
+        max_num_seqs=4,
+    )  # fmt: skip
+
+    def compiled():
+        return sum(len(c[0]) for c in eigenvectors_triton._jacobi_kernel.device_caches.values())
+
+    before = compiled()
+    cache.sealer.warm_up(cache.groups[0])
+    assert compiled() == before + 1
+    k, v = torch.randn(2, 3, 2, 512, 48, device="cuda")
+    encode_pages(k, v, format)
+    assert compiled() == before + 1

@@ -33,7 +33,7 @@ from spectral_paged.kernels.chunk_attention import ChunkSpans, chunk_attention
 from spectral_paged.rope import RotaryTable
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
-    from spectral_paged.kernels import eigenvectors_triton, seal_triton, spectral_rebuild_triton
+    from spectral_paged.kernels import seal_triton, spectral_rebuild_triton
     from spectral_paged.kernels.decode_attention_gpu import decode_attention
     from spectral_paged.kernels.exact_append_triton import exact_append
     from spectral_paged.kernels.exact_decode_triton import exact_decode
@@ -74,25 +74,6 @@ def test_a_page_encoded_on_the_gpu_is_as_good_as_one_of_the_cpu():
 # ---- kernels -----------------------------------------------------------------------------
 
 RAGGED = (0, 3, 1, 5)
-
-
-@pytest.mark.parametrize("dim", [16, 64, 96, 128, 256])
-def test_leading_eigenvectors_keep_as_much_energy_as_any_can(dim):
-    generator = torch.Generator().manual_seed(dim)
-    spread = torch.exp(-torch.arange(dim) / 10)
-    mixed = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
-    x = (torch.randn(40, 512, dim, generator=generator) * spread @ mixed).cuda()
-    x[7], x[9, 3:] = 0, 0  # no energy, and three tokens of it
-    gram = x.transpose(-1, -2) @ x
-    found = eigenvectors_triton.eigenvectors(gram)
-    eye = torch.eye(dim, device="cuda")
-    assert (found @ found.transpose(-1, -2) - eye).abs().max() < 1e-4
-    kept = dim // 4  # of which no basis keeps more energy than the strongest eigenvalues
-    energy = (x.double() @ found[:, :kept].double().transpose(-1, -2)).square().sum((-1, -2))
-    most = torch.linalg.eigvalsh(gram.double())[:, -kept:].sum(-1)
-    torch.testing.assert_close(energy, most, rtol=1e-5, atol=1e-6)
-    others = torch.cat((gram[20:], gram[:20]))  # as many: the Cholesky factor is the library's
-    assert torch.equal(eigenvectors_triton.eigenvectors(others)[:20], found[20:])
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
@@ -354,25 +335,6 @@ def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
     cache.add_sequence("a", num_prompt_tokens=1200)
     feed(cache, "a", 1300)
     assert cache.stats()["pages_sealed"] > 0 and compiled() == before
-
-
-def test_after_a_warm_up_nothing_that_decomposes_compiles():
-    format = PageFormat.preset("spectral-int8", num_kv_heads=2, head_dim=48)  # of no other test
-    cache = SpectralKVCache(
-        num_layers=2, num_q_heads=2, num_kv_heads=2, head_dim=48, format=format, device="cuda",
-        rope=RotaryTable.from_theta(10000.0, 48, max_positions=2048), kv_cache_bytes=4 << 20,
-        max_num_seqs=4,
-    )  # fmt: skip
-
-    def compiled():
-        return sum(len(c[0]) for c in eigenvectors_triton._jacobi_kernel.device_caches.values())
-
-    before = compiled()
-    cache.sealer.warm_up(cache.groups[0])
-    assert compiled() == before + 1
-    k, v = torch.randn(2, 3, 2, 512, 48, device="cuda")
-    encode_pages(k, v, format)
-    assert compiled() == before + 1
 
 
 def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():

@@ -13,30 +13,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 
 import openai
 import pytest
-import torch
-from served import served_llm, serving
+from served import LONG, VALUES, flaky, served_llm, serving, wait_until
 
 from spectral_paged import SamplingParams
 from spectral_paged.errors import PoolError
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.engine_thread import MAX_FAILED_STEPS, EngineThread
-from spectral_paged.server.prepared import prepare
-
-VALUES = {"model": "tiny", "temperature": 0}
-LONG = "".join(chr(33 + i * 7 % 90) for i in range(720))
-
-
-def wait_until(true, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_random_aborts_under_load_leave_the_pool_whole():
@@ -168,18 +155,6 @@ def test_a_step_that_raises_once_is_taken_again(monkeypatch):
         served.settle()
 
 
-def flaky(llm, monkeypatch, errors):
-    """Let the first forwards raise."""
-    forward = llm.engine.runner.forward
-
-    def raising(*args, **kwargs):
-        if errors:
-            raise errors.pop()
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(llm.engine.runner, "forward", raising)
-
-
 def test_steps_that_keep_raising_answer_500_and_the_server_goes_on(monkeypatch):
     llm = served_llm()
     with serving(llm) as served, served.client() as client:
@@ -192,78 +167,6 @@ def test_steps_that_keep_raising_answer_500_and_the_server_goes_on(monkeypatch):
         assert client.completions.create(prompt="ab", max_tokens=9, **VALUES).choices
         assert urllib.request.urlopen(f"{served.url}/health").status == 200
         served.settle()
-
-
-def test_health_comes_back_without_a_request_once_steps_go_again(monkeypatch):
-    """A balancer sends none to a server that /health calls ill: one that waited for a client's step
-    to succeed would stay out for ever."""
-    monkeypatch.setattr("spectral_paged.server.engine_thread.PROBE_SECONDS", 0.2)
-    llm = served_llm()
-    with serving(llm) as served, served.client() as client:
-        errors = [RuntimeError("broken") for _ in range(2 * MAX_FAILED_STEPS)]
-        flaky(llm, monkeypatch, errors)
-        with pytest.raises(openai.InternalServerError, match="broken"):
-            client.completions.create(prompt="ab", max_tokens=9, **VALUES)
-        assert health(served) == 503
-        wait_until(lambda: len(errors) < MAX_FAILED_STEPS)
-        assert health(served) == 503 or not errors, "a probe that fails is no sign of health"
-        wait_until(lambda: health(served) == 200)
-        assert not errors
-        served.settle()
-        steps = llm.stats()["steps"]
-        time.sleep(0.5)
-        assert llm.stats()["steps"] == steps, "who is well is not probed"
-        assert client.completions.create(prompt="ab", max_tokens=9, **VALUES).choices
-
-
-def test_a_step_that_was_only_queued_is_no_sign_of_health(monkeypatch):
-    """Where steps are queued ahead, as on a GPU, what a step raises may come with the next call."""
-    llm = served_llm()
-    engine = EngineThread(llm)
-    flaky(llm, monkeypatch, [RuntimeError("broken")])
-    llm.engine.add_request("a", [4, 5], SamplingParams(max_tokens=1))
-    engine._step()
-    assert "broken" in engine.problem
-    step = llm.engine.step
-    monkeypatch.setattr(llm.engine, "step", list)
-    engine._step()
-    assert "broken" in engine.problem
-    monkeypatch.setattr(llm.engine, "step", step)
-    engine._step()
-    assert engine.problem is None and not llm.engine.has_unfinished()
-
-
-def test_a_probe_that_ends_in_an_error_is_no_sign_of_health(monkeypatch):
-    """Steps raise no more, but every request fails: who is sent here again gets nothing but 500."""
-    monkeypatch.setattr("spectral_paged.server.engine_thread.PROBE_SECONDS", 0.2)
-    llm = served_llm()
-    forward, errors = llm.engine.runner.forward, [RuntimeError("broken")] * MAX_FAILED_STEPS
-    spoils = True
-
-    def spoiled(*args, **kwargs):
-        if errors:
-            raise errors.pop()
-        logits = forward(*args, **kwargs)
-        return torch.full_like(logits, float("nan")) if spoils else logits
-
-    monkeypatch.setattr(llm.engine.runner, "forward", spoiled)
-    with serving(llm) as served, served.client() as client:
-        with pytest.raises(openai.InternalServerError, match="broken"):
-            client.completions.create(prompt="ab", max_tokens=9, **VALUES)
-        begin = time.monotonic()
-        wait_until(lambda: llm.stats()["finished"]["error"] >= 2)
-        assert time.monotonic() - begin > 0.2, "probes are not made one after the other"
-        assert health(served) == 503
-        spoils = False
-        wait_until(lambda: health(served) == 200)
-        served.settle()
-
-
-def health(served):
-    try:
-        return urllib.request.urlopen(f"{served.url}/health").status
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 def test_a_bug_is_answered_500_and_told_to_the_log_alone(monkeypatch, caplog):
@@ -429,110 +332,6 @@ def test_who_takes_nothing_of_a_stream_gives_its_seats_back():
         with served.client() as client:
             assert client.completions.create(prompt="ab", max_tokens=1, **VALUES).choices
         served.settle()
-
-
-def test_a_forgotten_body_is_given_up():
-    with serving(served_llm(), body_seconds=0.3) as served:
-        port = int(served.url.rsplit(":", 1)[1])
-        with socket.create_connection(("127.0.0.1", port)) as raw:
-            raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\n\r\n{"
-            )
-            assert raw.recv(100).startswith(b"HTTP/1.1 408")
-        served.settle()
-
-
-def test_a_body_that_comes_a_byte_at_a_time_has_no_more_time_than_others():
-    with serving(served_llm(), body_seconds=0.5) as served, upload(served, 100) as raw:
-        begin = time.monotonic()
-        raw.settimeout(0.05)
-        got = b""
-        while not got and time.monotonic() < begin + 10:
-            raw.sendall(b" ")
-            with contextlib.suppress(TimeoutError):
-                got = raw.recv(1000)
-        assert got.startswith(b"HTTP/1.1 408")
-        assert time.monotonic() < begin + 5
-        served.settle()
-
-
-def upload(served, length):
-    """A connection whose request has a body of `length`, none of which has been sent."""
-    raw = socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])), timeout=30)
-    raw.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % length
-    )
-    return raw
-
-
-def whole_answer(raw):
-    """Headers and body of an answer after which the server closes."""
-    parts = []
-    while part := raw.recv(65536):
-        parts.append(part)
-    head, _, body = b"".join(parts).partition(b"\r\n\r\n")
-    return head.decode().lower(), json.loads(body)
-
-
-def test_bodies_on_their_way_share_a_bound_and_give_it_back():
-    limits = {"max_body_bytes": 100_000, "max_total_body_bytes": 150_000}
-    with serving(served_llm(), **limits) as served, served.client() as client:
-        room = served.service.bodies
-        with upload(served, 100_000) as first, upload(served, 100_000) as second:
-            wait_until(lambda: served.service.seats.taken == 2)
-            assert room.taken == 0, "what is only announced takes no room"
-            first.sendall(b" " * 90_000)
-            wait_until(lambda: room.taken == 90_000)
-            second.sendall(b" " * 90_000)
-            head, answer = whole_answer(second)
-            assert head.startswith("http/1.1 429") and "retry-after: 1\r\n" in head
-            assert answer["error"]["type"] == "rate_limit_error"
-            assert answer["error"]["code"] == "too_many_body_bytes"
-            assert room.taken == 90_000, "the one that was refused gave its bytes back"
-            assert client.completions.create(prompt="ab", max_tokens=1, **VALUES).choices
-            end = json.dumps({"prompt": "ab", "max_tokens": 1}).encode()
-            first.sendall(end.rjust(10_000))
-            assert first.recv(100).startswith(b"HTTP/1.1 200"), "the first goes on"
-        served.settle()
-        with upload(served, 100_000) as gone:
-            gone.sendall(b" " * 50_000)
-            wait_until(lambda: room.taken == 50_000)
-        served.settle()
-
-
-def test_a_body_takes_no_room_while_its_completion_runs():
-    with serving(served_llm()) as served, served.client() as client:
-        stream = client.completions.create(prompt=LONG, max_tokens=400, stream=True, **VALUES)
-        next(stream)
-        assert served.service.seats.taken == 1 and served.service.bodies.taken == 0
-        stream.close()
-        served.settle()
-
-
-def test_a_client_that_goes_while_its_body_waits_for_the_parser_leaves_none_of_it(monkeypatch):
-    parsing, go_on, sizes = threading.Event(), threading.Event(), []
-
-    def slow(llm, settings, raw, *, chat):
-        sizes.append(len(raw))
-        parsing.set()
-        assert go_on.wait(30)
-        return prepare(llm, settings, raw, chat=chat)
-
-    monkeypatch.setattr("spectral_paged.server.app.prepare", slow)
-    with serving(served_llm()) as served, upload(served, 1000) as first:
-        room = served.service.bodies
-        first.sendall(b" " * 1000)
-        assert parsing.wait(30)
-        with upload(served, 3000) as second:
-            second.sendall(b" " * 3000)
-            wait_until(lambda: room.taken == 4000)
-        wait_until(lambda: room.taken == 1000)
-        go_on.set()
-        assert first.recv(100).startswith(b"HTTP/1.1 400")
-        served.settle()
-    assert sizes == [1000], "what nobody waits for is not parsed"
 
 
 @pytest.mark.model
