@@ -31,7 +31,7 @@ docs: $(STAMP)
 vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
-	PYTHONPATH=build/vllm $(BIN)/python tests/vllm_blocks.py
+	PYTHONPATH=build/vllm $(BIN)/python tests/integrations/vllm_blocks.py
 
 # Lines and branches of the package and its scheduler; kernels have tests of their own on a GPU.
 coverage: $(STAMP)

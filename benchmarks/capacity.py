@@ -12,17 +12,16 @@ from pathlib import Path
 
 import torch
 
-from spectral_paged import capacity
-from spectral_paged.benchmarks.blocks import MadeUpTokens, toy_basis
-from spectral_paged.benchmarks.environment import environment
-from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.results_io.environment import environment
+from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import SpectralKVCache, concurrency
+from spectral_paged.conformance.inputs import MadeUpTokens, toy_basis
+from spectral_paged.device import choose_device
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import load_config
-from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import choose_device
+from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
 FORMATS = (
@@ -109,7 +108,7 @@ def measure(
         cache.format.fingerprint,
         bytes_per_token,
         cache.capacity_tokens,
-        min(capacity.concurrency(cache.format, cache.groups, context), max_num_seqs),
+        min(concurrency(cache.format, cache.groups, context), max_num_seqs),
         stored,
         allocated or sum(group.pool.num_bytes for group in cache.groups),
         torch.cuda.max_memory_allocated(device) - before if cuda else None,

@@ -178,11 +178,11 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 def bench_decode(args: argparse.Namespace) -> int:
     """Run the decode benchmark; Triton is imported for it alone."""
-    from spectral_paged.placement import choose_device
+    from spectral_paged.device import choose_device
 
     if not args.report_only:
         choose_device("cuda")  # says what is missing
-    from spectral_paged.benchmarks import decode
+    from spectral_paged.benchmarks.decode import run as decode
 
     return decode.main(
         output_dir=args.output_dir,
@@ -196,10 +196,10 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 def bench_tune(args: argparse.Namespace) -> int:
     """Time launches of kernels on this machine's GPU."""
-    from spectral_paged.placement import choose_device
+    from spectral_paged.device import choose_device
 
     choose_device("cuda")  # says what is missing
-    from spectral_paged.benchmarks import tune
+    from spectral_paged.benchmarks.decode import tune
 
     return tune.main(output=args.output)
 
@@ -210,8 +210,8 @@ def bench_unsloth(args: argparse.Namespace) -> int:
     Raises:
         InvalidRequestError: an option of `--needles` without it.
     """
-    from spectral_paged.benchmarks import unsloth
-    from spectral_paged.placement import choose_device
+    from spectral_paged.benchmarks.unsloth import run as unsloth
+    from spectral_paged.device import choose_device
 
     choose_device("cuda")  # says what is missing
     arguments = {"enforce_eager": args.enforce_eager, "output_dir": args.output_dir}
@@ -224,19 +224,19 @@ def bench_unsloth(args: argparse.Namespace) -> int:
             "lengths": args.length or [2048],
             "dtype": args.dtype,
         }
-        return unsloth.run_apart(f"{package}.unsloth_needles", arguments)
+        return unsloth.run_apart(f"{package}.unsloth.needles", arguments)
     if args.length or args.dtype != "auto":
         raise InvalidRequestError("--length and --dtype are of --needles: give it too")
     arguments |= {
         "model": "random:mistral-7b" if args.model is None else args.model,
         "formats": args.format,
     }
-    return unsloth.run_apart(f"{package}.unsloth", arguments)
+    return unsloth.run_apart(f"{package}.unsloth.run", arguments)
 
 
 def bench_steps(args: argparse.Namespace) -> int:
     """Time decode steps, and say where their time goes."""
-    from spectral_paged.placement import choose_device
+    from spectral_paged.device import choose_device
 
     choose_device("cuda")  # says what is missing
     from spectral_paged.benchmarks import steps

@@ -15,24 +15,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectral_paged.benchmarks.blocks import structured_blocks, toy_calibration
-from spectral_paged.benchmarks.environment import environment
-from spectral_paged.benchmarks.result_file import write_result
-from spectral_paged.codec import decode_pages, encode_pages
-from spectral_paged.kernels.launch_configs import SealConfig
-from spectral_paged.kernels.layout import (
+from spectral_paged.benchmarks.results_io.environment import environment
+from spectral_paged.benchmarks.results_io.result_file import write_result
+from spectral_paged.conformance.inputs import structured_blocks, toy_calibration
+from spectral_paged.device import choose_device
+from spectral_paged.kernels.launch.configs import SealConfig
+from spectral_paged.kernels.math.rotary import stored_keys
+from spectral_paged.kernels.ops import PageOps, page_ops
+from spectral_paged.kernels.page.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
     UNIT_BYTES,
     exact_page_bytes,
 )
-from spectral_paged.kernels.page_ops import PageOps, page_ops
-from spectral_paged.kernels.rotary import stored_keys
-from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import choose_device
-from spectral_paged.presets import PRESETS
+from spectral_paged.pages import PRESETS, BoundBasis, PageFormat, decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
-from spectral_paged.shared_basis import BoundBasis
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 SHAPE_8B = {

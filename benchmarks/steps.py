@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 
-from spectral_paged.benchmarks.decode import copy_bandwidth
-from spectral_paged.benchmarks.environment import environment
-from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.decode.run import copy_bandwidth
+from spectral_paged.benchmarks.results_io.environment import environment
+from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import engine_of, forget
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import load_either
+from spectral_paged.device import choose_dtype
 from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.placement import choose_dtype
-from spectral_paged.presets import PRESETS
+from spectral_paged.pages import PRESETS
 from spectral_paged.sampling import SamplingParams
 
 LAYERS = ("compiled", "eager", "liger")  # what runs between the products
@@ -45,7 +45,7 @@ ROOM = 96  # tokens a sequence grows by at most: steps, and while others are fil
 GRAPH_GAP_US = 5.0  # kernels of a graph follow each other faster than the host can launch
 MAX_ERROR = 0.1  # of logits, relative: bf16 in another order is 0.06 off after 32 random layers
 KINDS = (  # the first that a kernel's name matches
-    ("attention", r"^_(append|exact|project|attend|reduce|apply|merge)_kernel"),
+    ("attention", r"^_(append|exact|project|attend|reduce|apply)_kernel"),
     ("seal", r"^_(quantize|rebuild|jacobi)_kernel"),
     ("products", r"gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
     ("copies", r"^Mem(cpy|set)"),

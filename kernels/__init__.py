@@ -1,4 +1,16 @@
-"""Attention ops over pages. A leaf package: it knows tensors and integers and nothing else.
+"""Attention ops over pages, with their fp32 twins. A leaf: tensors and integers, nothing else.
 
-Each op lives in one file beside its fp32 torch twin, both with the same signature.
+Each op has a folder: `reference` is the twin, `triton` and `gluon` what a GPU runs.
 """
+
+__all__ = [
+    "chunk",
+    "decode",
+    "exact",
+    "launch",
+    "math",
+    "ops",
+    "page",
+    "rebuild",
+    "seal",
+]

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine import Engine
-from spectral_paged.page_format import PageFormat
+from spectral_paged.pages import PageFormat, SharedBasis
 from spectral_paged.sampling import SamplingParams
-from spectral_paged.shared_basis import SharedBasis
 
 if TYPE_CHECKING:
     from spectral_paged.llm import LLM

@@ -11,27 +11,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spectral_paged.engine import Engine
+from spectral_paged.device import choose_cache_bytes, choose_device, choose_dtype
+from spectral_paged.engine import (
+    Engine,
+    Prompt,
+    TextDeltas,
+    params_list,
+    parts_of,
+    prompt_list,
+    refusing,
+)
 from spectral_paged.errors import (
     FormatError,
     InvalidRequestError,
     SpectralPagedError,
     keep_outputs,
 )
-from spectral_paged.model_cache import longest_sequence, model_cache, model_format
 from spectral_paged.models.activation_memory import activation_bytes
+from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
-from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import choose_cache_bytes, choose_device, choose_dtype
-from spectral_paged.prompts import Prompt, params_list, parts_of, prompt_list
-from spectral_paged.request_events import refusing
+from spectral_paged.pages import PageFormat, SharedBasis
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
-from spectral_paged.shared_basis import SharedBasis
-from spectral_paged.text_deltas import TextDeltas
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import UnsupportedModelError
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
 
 
 @dataclass(frozen=True, eq=False)  # layers of one table are known by its identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import runpy
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import Phase, settings
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 
-sys.path.append(str(pathlib.Path(__file__).parent))  # shared builders: reference, tiny_model
+runpy.run_path(f"{pathlib.Path(__file__).parent}/support/__init__.py")["make_importable"]()
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported

@@ -13,7 +13,7 @@ from spectral_paged.benchmarks.quality.methods import HOT, LANDMARKS, Method
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.summary import REFITTED
 from spectral_paged.benchmarks.quality.tasks import Haystack, Window
-from spectral_paged.page_format import PageFormat
+from spectral_paged.pages import PageFormat
 
 NOTHING: dict[str, Any] = {  # a page of codes and basis alone, sealed from the first token on
     "mean": False,

@@ -12,12 +12,10 @@ from spectral_paged.benchmarks.quality.page_methods import (
     SpectralMethod,
     WeightedMethod,
 )
-from spectral_paged.calibration import find_calibration
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.page_format import PageFormat
-from spectral_paged.presets import PRESETS
-from spectral_paged.shared_basis import SharedBasis
+from spectral_paged.pages import PRESETS, PageFormat, SharedBasis
 
 BASE = "spectral-quality"  # what experiments change one thing of, where the preset exists
 REFERENCE = "spectral-int8"

@@ -31,7 +31,7 @@ from spectral_paged.benchmarks.quality.tasks import (
     needle_probes,
     task_probes,
 )
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 Progress = Callable[[str], None]
 

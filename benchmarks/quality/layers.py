@@ -15,8 +15,8 @@ from spectral_paged.benchmarks.quality.methods import LANDMARKS, Method
 from spectral_paged.benchmarks.quality.replay import Context, Replay
 from spectral_paged.benchmarks.quality.summary import sensitivity_table
 from spectral_paged.benchmarks.quality.tasks import Window
-from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 LANDMARKS = 64
 HOT = 64

@@ -15,8 +15,8 @@ from spectral_paged.benchmarks.quality.methods import NUM_QUERIES, Method
 from spectral_paged.benchmarks.quality.replay import Blocks, Replay
 from spectral_paged.benchmarks.quality.summary import mean
 from spectral_paged.benchmarks.quality.tasks import Haystack, needle_probes
-from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 NUM_NEEDLES = 8
 BACKGROUND_DECAY = 0.85  # of a singular value to the next one

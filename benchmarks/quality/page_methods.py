@@ -11,12 +11,16 @@ from torch import Tensor
 
 from spectral_paged.benchmarks.quality.methods import NUM_QUERIES
 from spectral_paged.benchmarks.quality.sources import codec_digest
-from spectral_paged.codec import decode_pages, encode_pages
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import read_keys, rotate, stored_keys
-from spectral_paged.page_format import PageFormat
-from spectral_paged.shared_basis import BasisAccumulator, BoundBasis
+from spectral_paged.kernels.math.rotary import read_keys, rotate, stored_keys
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.pages import (
+    BasisAccumulator,
+    BoundBasis,
+    PageFormat,
+    decode_pages,
+    encode_pages,
+)
 
 
 def through_pages(

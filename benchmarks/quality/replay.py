@@ -22,8 +22,8 @@ from spectral_paged.benchmarks.quality.methods import (
 )
 from spectral_paged.benchmarks.quality.shared_attention import Pass, take_over
 from spectral_paged.errors import InvalidRequestError, PromptTooLongError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.geometry import rotary_table
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.rope import RotaryTable

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.environment import environment
 from spectral_paged.benchmarks.quality import texts as text_sources
 from spectral_paged.benchmarks.quality.experiments import (
     EXPERIMENTS,
@@ -40,10 +39,11 @@ from spectral_paged.benchmarks.quality.tasks import (
     continuation_windows,
     generation_prompts,
 )
-from spectral_paged.calibration import model_fingerprint
+from spectral_paged.benchmarks.results_io.environment import environment
+from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.calibration import model_fingerprint
 from spectral_paged.models.loader import LoadedModel, load_model
-from spectral_paged.placement import choose_device, choose_dtype
 
 QUICK_SECTIONS = ("continuation", "needles", "reconstruction")
 QUICK_LENGTHS, FULL_LENGTHS = (1024, 2048), (2048, 4096, 8192)

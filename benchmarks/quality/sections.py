@@ -28,7 +28,7 @@ from spectral_paged.benchmarks.quality.tables import (
     share,
     times,
 )
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 STORAGE_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 

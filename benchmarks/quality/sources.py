@@ -15,12 +15,12 @@ from pathlib import Path
 BENCH = "spectral_paged.benchmarks.quality"
 HARNESS = (  # what every number depends on
     *(f"{BENCH}.{name}" for name in ("divergence", "methods", "replay", "shared_attention")),
-    "spectral_paged.kernels.rotary",
+    "spectral_paged.kernels.math.rotary",
 )
 CODEC = (  # what the numbers of our formats depend on as well
-    *(f"spectral_paged.{name}" for name in ("codec", "decompose", "page_layout", "quantize")),
-    *("spectral_paged.shared_basis", f"{BENCH}.page_methods"),
-    *(f"spectral_paged.kernels.{name}" for name in ("bit_packing", "layout", "page_view")),
+    *(f"spectral_paged.pages.{name}" for name in ("codec", "decompose", "sections", "quantize")),
+    *("spectral_paged.pages.shared_basis", f"{BENCH}.page_methods"),
+    *(f"spectral_paged.kernels.page.{name}" for name in ("bit_packing", "layout", "view")),
 )
 
 

@@ -12,7 +12,7 @@ from spectral_paged.benchmarks.quality.judge import Progress
 from spectral_paged.benchmarks.quality.layers import whole_blocks
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.tasks import Window
-from spectral_paged.kernels.rotary import rotate
+from spectral_paged.kernels.math.rotary import rotate
 
 RANKS = (4, 8, 16, 32, 64)
 SIDES = ("k_pre", "k_post", "v")

@@ -28,7 +28,7 @@ from spectral_paged.benchmarks.quality.words import (
     WORDS,
 )
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 WINDOW_SLACK = 128  # tokens before the first window of a genre, for methods that keep more exact
 QUESTION_ROOM = 96  # tokens of a question and its answer, kept free below the model's limit

@@ -1,1 +1,7 @@
-"""`spectral-paged bench throughput`: offline batch generation, timed end to end."""
+"""Whole workloads through the engine and what users would run instead."""
+
+__all__ = [
+    "run",
+    "suites",
+    "workload",
+]

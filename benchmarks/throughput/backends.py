@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from spectral_paged.benchmarks.padding import left_padded
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
-from spectral_paged.benchmarks.throughput.random_models import is_random, random_calibration
+from spectral_paged.benchmarks.throughput.random_models import is_random
 from spectral_paged.benchmarks.throughput.workload import Job
-from spectral_paged.capacity import concurrency
-from spectral_paged.kernels.layout import BLOCK_TOKENS
+from spectral_paged.cache import concurrency
+from spectral_paged.conformance.inputs import random_calibration
+from spectral_paged.device import StepClock
+from spectral_paged.integrations.padded_rows import left_padded
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.outputs import RequestOutput
-from spectral_paged.page_format import PageFormat
+from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
-from spectral_paged.step_clock import StepClock
 
 FITTING = 0.97  # of the sequences that fit when all prompts are done
 CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching, its default

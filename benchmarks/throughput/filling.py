@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.benchmarks.blocks import MadeUpTokens, structured_blocks
-from spectral_paged.cache import SpectralKVCache
-from spectral_paged.codec import encode_pages
+from spectral_paged.cache import LayerGroup, PendingTokens, Sealer, SpectralKVCache, StepPlan
+from spectral_paged.conformance.inputs import MadeUpTokens, structured_blocks
 from spectral_paged.engine import Engine, Runner
-from spectral_paged.layer_group import LayerGroup
-from spectral_paged.sealer import Sealer
-from spectral_paged.step import PendingTokens, StepPlan
+from spectral_paged.pages import encode_pages
 
 FILL_TOKENS = 65_536  # of a step that only stores
 

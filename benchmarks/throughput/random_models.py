@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +15,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from spectral_paged.benchmarks.blocks import toy_basis
-from spectral_paged.calibration import model_fingerprint
 from spectral_paged.errors import UnknownModelError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, load_model
-from spectral_paged.page_format import PageFormat
-from spectral_paged.shared_basis import SharedBasis
 
 PREFIX = "random:"
 COMMON: dict[str, Any] = {
@@ -105,11 +100,3 @@ def load_either(name: str, *, device: torch.device, dtype: torch.dtype) -> Loade
     """`random:<shape>`, or a model with weights; errors as `load_random` or `load_model`."""
     load = load_random if is_random(name) else load_model
     return load(name, device=device, dtype=dtype)
-
-
-def random_calibration(format: PageFormat, loaded: LoadedModel) -> SharedBasis | str:
-    """A basis of made-up K and V for formats that need one."""
-    if not format.needs_calibration:
-        return "auto"
-    basis = toy_basis(format, num_layers=loaded.geometry.num_layers)
-    return replace(basis, model_fingerprint=model_fingerprint(loaded.model))

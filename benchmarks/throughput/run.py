@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.environment import environment
 from spectral_paged.benchmarks.quality.summary import mean, percentile
-from spectral_paged.benchmarks.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.results_io.environment import environment
+from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
     serve_with_continuous_batching,
@@ -19,9 +19,9 @@ from spectral_paged.benchmarks.throughput.backends import (
 )
 from spectral_paged.benchmarks.throughput.random_models import load_either
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
+from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.placement import choose_device, choose_dtype
 
 GENERATE = "transformers"
 CONTINUOUS = "transformers-continuous"

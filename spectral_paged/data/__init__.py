@@ -1,1 +1,4 @@
-"""Data files of the package."""
+"""Text that calibrations read."""
+
+__all__ = [
+]

@@ -7,6 +7,7 @@ and positions count from the first one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,3 +125,16 @@ class PaddedRows:
                 places = self.shown[row].nonzero().squeeze(1)
                 found[row, :, places[len(places) - x.shape[1] :]] = x
         return found
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, int64 `[prompts, longest]`; pads are zeros, on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

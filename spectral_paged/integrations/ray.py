@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from spectral_paged.batch_file import BatchLine, OutputFile, count_lines, error_record
-from spectral_paged.batch_run import BatchSummary, LineResult, serve_lines, unfinished_lines
+from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_record
+from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
 from spectral_paged.models.loader import EMBEDDED
 

@@ -24,17 +24,16 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from spectral_paged.cache import read_history
+from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
-from spectral_paged.history import read_history
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.forward_hooks import watch
 from spectral_paged.integrations.padded_rows import PaddedRows
-from spectral_paged.model_cache import longest_sequence, model_cache, model_format, tokenizer_of
+from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.loader import LoadedModel
-from spectral_paged.page_format import PageFormat
-from spectral_paged.placement import choose_cache_bytes
-from spectral_paged.shared_basis import SharedBasis
+from spectral_paged.models.loader import LoadedModel, tokenizer_of
+from spectral_paged.pages import PageFormat, SharedBasis
 
 
 @dataclass(slots=True)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from spectral_paged.cache import HISTORY_TOKENS
 from spectral_paged.models.attention_choice import attending
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.sampler import Drawn, SampleRow
-from spectral_paged.sampling import SamplingParams
-from spectral_paged.step import HISTORY_TOKENS
+from spectral_paged.sampling import Drawn, SampleRow, SamplingParams
 
 PASSING = "spectral_paged_profile"
 GRAPH_BYTES = 512 << 20  # what graphs and kernels' modules were seen to take, at most

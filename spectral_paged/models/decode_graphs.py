@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import SpectralKVCache
-from spectral_paged.step import DecodeBatch, GroupIndex, GroupStep, PendingTokens
+from spectral_paged.cache import DecodeBatch, GroupIndex, GroupStep, PendingTokens, SpectralKVCache
 
 IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
 APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS, HIDDEN, VISIBLE = range(7)  # of each group

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spectral_paged.errors import (
     CorruptFileError,
+    InvalidRequestError,
     UnknownModelError,
     UnsupportedModelError,
 )
@@ -232,3 +233,19 @@ def load_model(
             "files, or load the model yourself and give it to LLM.from_model with token ids"
         ) from error
     return LoadedModel(name, model.to(device).eval(), tokenizer, geometry)
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies beside a model's checkpoint, to calibrate with.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:
+        raise InvalidRequestError(
+            f"the format needs a calibration, and no tokenizer is found at {model.name_or_path!r} "
+            "to make it with: pass tokenizer=, a calibration=, or a kv_format that needs none "
+            "(spectral-page)"
+        ) from error

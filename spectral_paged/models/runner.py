@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import PendingTokens, SpectralKVCache, StepPlan
+from spectral_paged.device import upload
 from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens, rooms
-from spectral_paged.step import PendingTokens, StepPlan
-from spectral_paged.transfers import upload
-from spectral_paged.weak_method import WeakMethod
+from spectral_paged.pool.weak_method import WeakMethod
 
 ATTENTION_NAME = "spectral_paged"
 

@@ -1,1 +1,11 @@
-"""An OpenAI-compatible HTTP server over an LLM: `pip install 'spectral-paged[server]'`."""
+"""An HTTP server that speaks OpenAI's API.
+
+It knows the LLM, OpenAI's forms and the metrics; fastapi and uvicorn are imported when it starts.
+"""
+
+__all__ = [
+    "app",
+    "command",
+    "http_server",
+    "settings",
+]

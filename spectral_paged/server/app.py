@@ -13,7 +13,7 @@ from typing import Any
 
 from spectral_paged.errors import MissingPackageError, SpectralPagedError
 from spectral_paged.llm import LLM
-from spectral_paged.openai_request import CHAT_URL, COMPLETIONS_URL
+from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
 
 try:
     from fastapi import Depends, FastAPI, Request
@@ -23,20 +23,20 @@ try:
     from starlette.exceptions import HTTPException
 
     from spectral_paged.metrics import MetricsCollector
+    from spectral_paged.server.access_log import Traffic
     from spectral_paged.server.event_stream import EventStream
-    from spectral_paged.server.traffic import Traffic
 except ImportError as error:
     raise MissingPackageError(
         "the server needs the packages fastapi and prometheus-client: pip install "
         "'spectral-paged[server]'"
     ) from error
 
-from spectral_paged.server.answer import Answer
 from spectral_paged.server.api_error import SERVER, ApiError, refused, stopping
-from spectral_paged.server.body import Body, BodyRoom, read_body, while_connected
+from spectral_paged.server.concurrency import Seat, Seats
 from spectral_paged.server.engine_thread import EngineThread
-from spectral_paged.server.prepared import PreparedRequest, prepare, unknown_model
-from spectral_paged.server.seats import Seat, Seats
+from spectral_paged.server.parsing import PreparedRequest, prepare, unknown_model
+from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
+from spectral_paged.server.response import Answer
 from spectral_paged.server.settings import ServerSettings
 
 

@@ -11,8 +11,13 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from spectral_paged.arguments import parse_bytes, port_number, positive
-from spectral_paged.engine_options import add_engine_options, engine_options
+from spectral_paged.arguments import (
+    add_engine_options,
+    engine_options,
+    parse_bytes,
+    port_number,
+    positive,
+)
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.server.settings import ServerSettings
 

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from spectral_paged.engine import TextDeltas
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.api_error import ApiError, failed, refused, stopping
-from spectral_paged.server.generation import Generation, News
-from spectral_paged.text_deltas import TextDeltas
+from spectral_paged.server.pending import Generation, News
 
 logger = logging.getLogger(__name__)
 

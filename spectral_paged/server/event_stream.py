@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from spectral_paged.server.api_error import ApiError
-from spectral_paged.server.body import while_connected
+from spectral_paged.server.request_body import while_connected
 
 DONE = b"data: [DONE]\n\n"
 

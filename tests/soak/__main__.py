@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared builders, as in conftest
+SUPPORT = Path(__file__).resolve().parents[1] / "support" / "__init__.py"
+runpy.run_path(str(SUPPORT))["make_importable"]()
 
 # A row of the table: figures, and those of them that must be 0.
 Row = dict[str, int | float | str]

@@ -7,8 +7,8 @@ import random
 import time
 from collections import Counter
 
-from checked_engine import CheckedEngine
-from digit_model import VOCAB, formats
+from support.checked_engine import CheckedEngine
+from support.digit_model import VOCAB, formats
 
 from spectral_paged import SamplingParams
 

@@ -8,10 +8,10 @@ import time
 
 import psutil
 import torch
-from tiny_model import VOCAB, tiny_format, tiny_model
+from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 from spectral_paged import LLM, SamplingParams
-from spectral_paged.benchmarks.throughput.random_models import random_calibration
+from spectral_paged.conformance.inputs import random_calibration
 from spectral_paged.errors import PoolError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel

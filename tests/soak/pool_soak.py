@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import time
 
-from checked_pool import CheckedPool
+from support.checked_pool import CheckedPool
 
-from spectral_paged.block_pool import Kind
 from spectral_paged.errors import PoolError
+from spectral_paged.pool.slot_pool import Kind
 
 PER_POOL = 20_000  # operations before a pool of another shape takes over
 

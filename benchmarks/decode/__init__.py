@@ -1,0 +1,9 @@
+"""Decode attention alone, against bf16 kernels, and the tuning of its launches."""
+
+__all__ = [
+    "flashinfer",
+    "inputs",
+    "report",
+    "run",
+    "tune",
+]

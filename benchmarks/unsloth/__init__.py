@@ -1,0 +1,7 @@
+"""Unsloth's models with and without the patch."""
+
+__all__ = [
+    "models",
+    "needles",
+    "run",
+]

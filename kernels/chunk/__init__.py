@@ -1,0 +1,6 @@
+"""Attention of prompt chunks over variable lengths."""
+
+__all__ = [
+    "gpu",
+    "reference",
+]

@@ -1,0 +1,127 @@
+"""Attention of prompt chunks over their history and themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_paged.kernels.math.scores import capped
+
+QUERY_TILE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpans:
+    """Where each chunk's queries and keys lie in a flattened batch.
+
+    ```
+    queries   |  chunk 0  |chunk 1|      q_ends (0, 12, 20)
+    keys      |  history 0 . chunk 0  |  chunk 1  |     k_ends (0, 24, 32)
+    ```
+
+    q_ends, k_ends: running sums of lengths, from 0; `cu_q` and `cu_k` are the same, int32 on the
+    device.
+    """
+
+    q_ends: tuple[int, ...]
+    k_ends: tuple[int, ...]
+    cu_q: Tensor
+    cu_k: Tensor
+
+    @classmethod
+    def of(
+        cls, queries: Sequence[int], keys: Sequence[int], device: torch.device
+    ) -> ChunkSpans:
+        """Of lengths, chunk by chunk.
+
+        Raises:
+            ValueError: a chunk with more queries than keys.
+        """
+        if any(q > k for q, k in zip(queries, keys, strict=True)):
+            raise ValueError(f"chunks of {list(queries)} queries have {list(keys)} keys")
+        ends = [tuple(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
+        both = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+        cu = both.to(device, non_blocking=True)
+        return cls(ends[0], ends[1], cu[0], cu[1])
+
+    @property
+    def q_lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.q_ends)]
+
+    @property
+    def k_lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.k_ends)]
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """The queries and the keys of each chunk."""
+        for q, k in zip(pairwise(self.q_ends), pairwise(self.k_ends), strict=True):
+            yield slice(*q), slice(*k)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    spans: ChunkSpans,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each chunk, aligned at the bottom right: its last query sees every key.
+
+    Args:
+        q: `[T, Hq, D]` after RoPE, chunks behind each other.
+        k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other; the last of a
+            chunk's keys are its own tokens.
+        softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
+        window: tokens that a query sees, its own among them; keys are then of positions behind each
+            other. None sees all before it.
+
+    Returns:
+        `[T, Hq, D]`, fp32.
+    """
+    out = q.new_empty(q.shape, dtype=torch.float32)
+    for queries, keys in spans:
+        _attend(q[queries], k[:, keys], v[:, keys], scale, softcap, window, out[queries])
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """One chunk. Grouped-query heads ride as extra query rows, so K and V are never expanded;
+    queries go in tiles, so the mask stays small."""
+    num_tokens, num_q_heads, dim = q.shape
+    num_kv_heads, length, _ = k.shape
+    group = num_q_heads // num_kv_heads
+    keys, values = k.float().unsqueeze(0), v.float().unsqueeze(0)
+    for start in range(0, num_tokens, QUERY_TILE):
+        end = min(start + QUERY_TILE, num_tokens)
+        seen = length - num_tokens + end
+        tile = q[start:end].float().view(end - start, num_kv_heads, group, dim)
+        rows = tile.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * (end - start), dim)
+        own = seen - (end - start)  # the key of the tile's first query
+        first = 0 if window is None else max(0, own - window + 1)
+        columns = torch.arange(first, seen, device=q.device)
+        limit = torch.arange(own, seen, device=q.device).unsqueeze(-1)
+        mask = columns <= limit
+        if window is not None:
+            mask &= columns > limit - window
+        mask = mask.repeat(group, 1)
+        k_tile, v_tile = keys[:, :, first:seen], values[:, :, first:seen]
+        if softcap is None:
+            result = F.scaled_dot_product_attention(
+                rows, k_tile, v_tile, attn_mask=mask, scale=scale
+            )
+        else:  # SDPA has no cap
+            scores = capped(rows @ k_tile.transpose(-1, -2) * scale, softcap)
+            result = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_tile
+        result = result.view(num_kv_heads, group, end - start, dim)
+        out[start:end] = result.permute(2, 0, 1, 3).reshape(end - start, num_q_heads, dim)

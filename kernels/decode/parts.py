@@ -1,0 +1,174 @@
+"""What the steps of decode from pages hand to each other; the same for every implementation.
+
+```
+project   per page: q turned back with every frame, times B and the scales -> two INT8 digits
+attend    per item: digits x codes -> scores -> weights x codes, in rank space
+finish    items of a sequence merged, those over its exact pages among them, times V's basis; where
+          a page has its own, the other way round
+```
+
+Scores and weights never leave the chip; K and V are never rebuilt. The query is an integer of two
+digits of base 128 and the codes are integers, so products are exact, whatever unit makes them. V's
+basis is applied once a sequence where it is shared, once a page where the page has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.math.scores import check_softcap
+from spectral_paged.kernels.page.layout import PageLayout
+
+LOG2_E = math.log2(math.e)
+TILES = 4
+MAX_GROUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Queries as pages meet them; S table entries, padded group P (a power of two, at least 4).
+
+    digits: int8 `[S, H, 4 tiles, 2 P, rank]`, rows 2g and 2g + 1 the high and the low digit of
+        query g.
+    affine: fp32 `[S, H, 4 tiles, 2, P]`, what a unit of the product is worth, and what the page's
+        mean adds; both for scores in bits (base 2).
+    slots: fp32 `[S, H, num_slots, P]`, the scores of the outlier tokens in bits.
+    """
+
+    digits: Tensor
+    affine: Tensor
+    slots: Tensor
+
+    @classmethod
+    def empty(cls, entries: int, layout: PageLayout, width: int, device: torch.device) -> Projected:
+        """For `entries` table entries and `width` padded queries a head."""
+
+        def part(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(entries, layout.num_kv_heads, *shape, dtype=dtype, device=device)
+
+        return cls(
+            part(TILES, 2 * width, layout.k.rank, dtype=torch.int8),
+            part(TILES, 2, width),
+            part(max(layout.num_slots, 1), width),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """What parts of a sequence gave: weighted codes (not yet times V's basis) and sums.
+
+    A part is an item where the basis is shared, a table entry where pages have their own. With
+    page bases and no outlier slots, V's means are left to whoever applies the basis.
+
+    vectors: fp32 `[parts, H, P, rank + D]`: in rank space, then what means and outlier tokens add;
+        `[parts, H, P, rank]` where that is left out.
+    sums: fp32 `[parts, H, 2, P]`, the largest score in bits and the sum of weights.
+    """
+
+    vectors: Tensor
+    sums: Tensor
+
+    @classmethod
+    def empty(
+        cls, plan: DecodePlan, layout: PageLayout, width: int, device: torch.device
+    ) -> Partials:
+        """Of attention, for `width` padded queries a head."""
+        shared = layout.v.shared_basis
+        parts = plan.num_items if shared else plan.max_entries
+        size = layout.v.rank + (layout.head_dim if adds_values(layout) else 0)
+        return cls.sized(parts, layout, width, size, device)
+
+    @classmethod
+    def sized(
+        cls, parts: int, layout: PageLayout, width: int, size: int, device: torch.device
+    ) -> Partials:
+        """`parts` of vectors of `size`, for `width` padded queries a head."""
+        return cls(
+            *(
+                torch.empty(parts, layout.num_kv_heads, *shape, dtype=torch.float32, device=device)
+                for shape in ((width, size), (2, width))
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Items over exact pages of the same sequences, to be merged with those over pages.
+
+    partials: vectors `[items, H, P, D]`, P not padded to 4.
+    first_item: int32 `[N + 1]` of their plan.
+    """
+
+    partials: Partials
+    first_item: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What happens to scores before their softmax; see the twin.
+
+    Raises:
+        ValueError: a softcap that is not positive.
+    """
+
+    first_position: int
+    softcap: float | None = None
+    first_visible: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_softcap(self.softcap)
+
+    @property
+    def capped(self) -> bool:
+        return self.softcap is not None
+
+    @property
+    def window(self) -> bool:
+        return self.first_visible is not None
+
+    @property
+    def cap(self) -> float:
+        """In bits; any number where scores are not capped."""
+        return (self.softcap or 1.0) * LOG2_E
+
+    def visible(self, other: Tensor) -> Tensor:
+        """`first_visible`, or `other` to stand in for a pointer that nothing reads."""
+        return other if self.first_visible is None else self.first_visible
+
+
+def adds_values(layout: PageLayout) -> bool:
+    """Whether partial vectors have room for what means and outlier tokens add."""
+    return layout.v.shared_basis or layout.num_slots > 0
+
+
+def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:
+    """Query heads of a KV head, and what they are padded to: a power of two, at least 4.
+
+    Raises:
+        ValueError: more than `MAX_GROUP`.
+    """
+    group = q.shape[1] // layout.num_kv_heads
+    if group > MAX_GROUP:
+        raise ValueError(
+            f"{group} query heads share a KV head; GPU kernels take up to {MAX_GROUP}: use "
+            "kv_format='exact'"
+        )
+    return group, max(4, 1 << (group - 1).bit_length())
+
+
+def projection_constants(q: Tensor, layout: PageLayout) -> dict[str, Any]:
+    """What every kernel that projects queries is compiled for; places are those of K."""
+    group, width = group_sizes(q, layout)
+    side = layout.k
+    return {
+        "HEADS": layout.num_kv_heads, "GROUP": group, "P": width, "DIM": layout.head_dim,
+        "TURN": layout.rope == "frame", "RANK": side.rank, "HEAD_BYTES": layout.head_bytes,
+        "SCALE_AT": side.scale_offset, "MEAN_AT": side.mean_offset, "SLOT_AT": side.slot_offset,
+        "INDEX_AT": layout.index_offset, "SLOTS": layout.num_slots,
+    }  # fmt: skip

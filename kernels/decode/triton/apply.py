@@ -1,0 +1,99 @@
+"""Parts of decode from pages times the basis of V that each page has, in portable Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_paged.kernels.decode.parts import Partials, adds_values, group_sizes
+from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.launch.configs import DecodeConfig
+from spectral_paged.kernels.page.layout import PageLayout
+from spectral_paged.kernels.page.triton import (
+    band_tuples,
+    level_table,
+    load_rows,
+    padded,
+    times_rows,
+)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _apply_kernel(
+    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
+    vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,
+    HEADS: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
+    BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr, MEAN_AT: tl.constexpr, VALUES: tl.constexpr,
+    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The pages of one item: vectors in rank space times each page's basis, merged."""
+    item, head = tl.program_id(0), tl.program_id(1)
+    seq = tl.load(item_seq_ptr + item)
+    if seq < num_seqs:
+        first_entry = tl.load(first_entry_ptr + seq)
+        SIZE: tl.constexpr = RANK + DIM if VALUES else RANK
+        group = tl.arange(0, ROWS)
+        real = group < P
+        dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        for entry in range(tl.load(item_start_ptr + item), tl.load(item_end_ptr + item)):
+            position = tl.load(table_ptr + seq * table_width + entry)
+            if position >= 0:
+                record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
+                slot = (first_entry + entry).to(tl.int64) * HEADS + head
+                sums = sums_ptr + slot * 2 * P + group
+                peak = tl.load(sums, mask=real, other=float("-inf"))
+                new_top = tl.maximum(top, peak)
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                shrink, weight = tl.exp2(top - safe), tl.exp2(peak - safe)
+                own = tl.load(sums + P, mask=real, other=0.0) * weight
+                top = new_top
+                total = total * shrink + own
+                vector = vectors_ptr + (slot * P + group)[:, None] * SIZE
+                ok = real[:, None] & (comp < RANK)[None, :]
+                part = tl.load(vector + comp[None, :], mask=ok, other=0.0)
+                rows = load_rows(record, levels_ptr, comp[:, None], dim[None, :], BANDS, RANK, DIM)
+                found = times_rows(part, rows.to(tl.float16))
+                acc = acc * shrink[:, None] + found * weight[:, None]
+                if VALUES:
+                    ok = real[:, None] & (dim < DIM)[None, :]
+                    value = tl.load(vector + RANK + dim[None, :], mask=ok, other=0.0)
+                    acc += value * weight[:, None]
+                elif MEAN_AT >= 0:
+                    mean = (record + MEAN_AT).to(tl.pointer_type(tl.float16)) + dim
+                    mean = tl.load(mean, mask=dim < DIM, other=0.0).to(tl.float32)
+                    acc += mean[None, :] * own[:, None]
+        out = item.to(tl.int64) * HEADS + head
+        to = out_ptr + (out * P + group)[:, None] * DIM + dim[None, :]
+        tl.store(to, acc, mask=real[:, None] & (dim < DIM)[None, :])
+        tl.store(out_sums_ptr + out * 2 * P + group, top, mask=real)
+        tl.store(out_sums_ptr + (out * 2 + 1) * P + group, total, mask=real)
+
+
+def apply_bases(
+    q: Tensor,
+    plane: Tensor,
+    table: Tensor,
+    partials: Partials,
+    *,
+    layout: PageLayout,
+    plan: DecodePlan,
+    config: DecodeConfig,
+) -> Partials:
+    """Partials by page, in rank space -> by item: vectors fp32 `[items, H, P, D]` and sums."""
+    heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
+    width = group_sizes(q, layout)[1]
+    out = Partials.sized(plan.num_items, layout, width, dim, q.device)
+    _apply_kernel[(plan.num_items, heads)](
+        plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
+        level_table("gaussian", q.device), partials.vectors, partials.sums, out.vectors, out.sums,
+        q.shape[0], table.stride(0),
+        HEADS=heads, P=width, DIM=dim, RANK=side.rank, BANDS=band_tuples(side),
+        HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
+        DIM_PAD=padded(dim), RANK_PAD=padded(side.rank), ROWS=padded(width), num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,6 @@
+"""Exact pages: appending to them and reading them."""
+
+__all__ = [
+    "reference",
+    "triton",
+]

@@ -1,0 +1,51 @@
+"""Write new keys and values into exact pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS, UNIT_BYTES, exact_page_bytes
+from spectral_paged.kernels.page.view import gather_units
+
+
+def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
+    """Store `k`, `v` `[T, H, D]` (model dtype, keys after RoPE) in exact pages of one layer.
+
+    Args:
+        plane: uint8, one layer's plane.
+        positions: int `[T]`, the page of each token in 128-byte units; negative ones are places
+            of a padded batch without a token, and nothing is stored.
+        offsets: int `[T]`, the token's place in its page, 0 to 63.
+    """
+    num_heads, dim = k.shape[1:]
+    real = positions >= 0
+    if not bool(real.all()):
+        k, v, positions, offsets = k[real], v[real], positions[real], offsets[real]
+    values = plane.view(k.dtype)
+    base = positions.long() * (UNIT_BYTES // k.element_size()) + offsets.long() * dim
+    heads = torch.arange(num_heads, device=k.device) * (2 * EXACT_PAGE_TOKENS * dim)
+    start = base[:, None, None] + heads[:, None]  # [T, H, 1]
+    index = start + torch.arange(dim, device=k.device)
+    values[index] = k
+    values[index + EXACT_PAGE_TOKENS * dim] = v
+
+
+def exact_gather(
+    plane: Tensor,
+    positions: Tensor,
+    num_tokens: int,
+    num_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Copy the first `num_tokens` tokens of a list of exact pages: k, v `[H, num_tokens, D]`, into
+    `out` where it is given."""
+    num_pages = -(-num_tokens // EXACT_PAGE_TOKENS)
+    page_bytes = exact_page_bytes(num_heads, dim, dtype.itemsize)
+    raw = gather_units(plane, positions[:num_pages], page_bytes).view(dtype)
+    pages = raw.view(num_pages, num_heads, 2, EXACT_PAGE_TOKENS, dim)
+    kv = pages.permute(2, 1, 0, 3, 4).reshape(2, num_heads, num_pages * EXACT_PAGE_TOKENS, dim)
+    found = kv[0, :, :num_tokens], kv[1, :, :num_tokens]
+    return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))

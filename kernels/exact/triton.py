@@ -1,0 +1,42 @@
+"""Write new keys and values into exact pages, in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_paged.kernels.launch.configs import dependent_launch
+from spectral_paged.kernels.page.layout import UNIT_BYTES
+from spectral_paged.kernels.page.triton import after_previous, padded
+
+
+@triton.jit
+def _append_kernel(
+    k_ptr, v_ptr, plane_ptr, positions_ptr, offsets_ptr, k_stride, v_stride,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    after_previous(PDL)
+    token, head = tl.program_id(0), tl.program_id(1)
+    dim = tl.arange(0, DIM_PAD)
+    ok = dim < DIM
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    if position >= 0:
+        page = position * UNIT + head * (128 * DIM)
+        to = plane_ptr + page + tl.load(offsets_ptr + token) * DIM + dim
+        k = tl.load(k_ptr + token * k_stride + head * DIM + dim, mask=ok)
+        v = tl.load(v_ptr + token * v_stride + head * DIM + dim, mask=ok)
+        tl.store(to, k, mask=ok)
+        tl.store(to + 64 * DIM, v, mask=ok)
+
+
+def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
+    """`kernels.exact_pages.exact_append` in Triton: the same arguments; `k` and `v` may be rows of
+    a wider tensor (a fused projection), heads behind each other."""
+    num_tokens, num_heads, dim = k.shape
+    k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (k, v))
+    _append_kernel[(num_tokens, num_heads)](
+        k, v, plane.view(k.dtype), positions, offsets, k.stride(0), v.stride(0),
+        DIM=dim, DIM_PAD=padded(dim), UNIT=UNIT_BYTES // k.element_size(), num_warps=1,
+        **dependent_launch(k.device),
+    )  # fmt: skip

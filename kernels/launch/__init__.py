@@ -1,0 +1,5 @@
+"""Launch parameters of kernels by GPU; nothing is tuned while serving."""
+
+__all__ = [
+    "configs",
+]

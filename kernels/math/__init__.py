@@ -1,0 +1,7 @@
+"""Arithmetic that several ops share: rotary embedding, scores, merging of partial results."""
+
+__all__ = [
+    "merge",
+    "rotary",
+    "scores",
+]

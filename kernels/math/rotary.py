@@ -1,0 +1,69 @@
+"""Rotary position embedding in the half-split convention (pairs i and i + rotary_dim / 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS, TILE_TOKENS
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """Rotate the first `2 * cos.shape[-1]` dimensions of `x` `[..., D]`, in fp32.
+
+    `cos` and `sin` are `[..., rotary_dim / 2]` and broadcast against `x`. Where the model scales
+    both by s (YaRN, longrope), the inverse divides by s^2 = cos^2 + sin^2, so that
+    `rotate(rotate(x), inverse=True)` is x. Su et al. 2021, RoFormer.
+    """
+    x = x.float()
+    half = cos.shape[-1]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if inverse:
+        squared = cos * cos + sin * sin
+        cos, sin = cos / squared, -sin / squared
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+
+def turned_with(first: Tensor, rope: str) -> Tensor:
+    """Positions that a block's stored keys are turned back by: int64 `[..., 512]`.
+
+    Args:
+        first: int `[...]`, position of each block's first token.
+        rope: `pre`: every key by its own position. `frame`: by the middle of its frame of 128
+            tokens, so that inside a frame keys are turned only relative to each other: a query is
+            turned back once a frame, and no key ever.
+    """
+    place = torch.arange(BLOCK_TOKENS, device=first.device)
+    if rope == "frame":
+        place = place // TILE_TOKENS * TILE_TOKENS + TILE_TOKENS // 2
+    return first.long().unsqueeze(-1) + place
+
+
+def stored_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    """Keys of whole blocks after RoPE as pages store them, fp32.
+
+    Args:
+        k: `[..., 512, D]`, after RoPE.
+        cos, sin: the model's table at the blocks' own positions, `[..., 512, rotary_dim / 2]`.
+    """
+    return _turned(k, cos, sin, rope, inverse=True)
+
+
+def read_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    """Keys after RoPE of what `stored_keys` stored; arguments as there."""
+    return _turned(k, cos, sin, rope, inverse=False)
+
+
+def _turned(k: Tensor, cos: Tensor, sin: Tensor, rope: str, *, inverse: bool) -> Tensor:
+    if rope == "post":
+        return k.float()
+    rows = turned_with(torch.zeros((), dtype=torch.long, device=k.device), rope)
+    return rotate(k, cos[..., rows, :], sin[..., rows, :], inverse=inverse)
+
+
+def block_rows(
+    cos: Tensor, sin: Tensor, blocks: Tensor, first_position: int, rope: str
+) -> tuple[Tensor, Tensor]:
+    """Rows of the rotary table that turn the keys of `blocks` `[P]`: two `[P, 1, 512, half]`."""
+    rows = turned_with(first_position + blocks * BLOCK_TOKENS, rope)
+    return cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)

@@ -1,0 +1,163 @@
+"""Rebuild history K and V from pages in Triton, for chunked prefill."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_paged.kernels.launch.configs import launcher
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS, TILE_TOKENS, PageLayout
+from spectral_paged.kernels.page.triton import (
+    band_tuples,
+    check_scales,
+    halves,
+    level_table,
+    load_rows,
+    load_values,
+    padded,
+)
+
+
+@triton.jit
+def _half_rows(
+    record, basis_ptr, levels_ptr, head, comp, dims, ok, scale,
+    SHARED: tl.constexpr, BANDS: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Basis rows at some dimensions, times the page's scales, as two fp16 that add up to fp32."""
+    if SHARED:
+        at = basis_ptr + (head * RANK + comp)[:, None] * DIM + dims[None, :]
+        rows = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    else:
+        rows = load_rows(record, levels_ptr, comp[:, None], dims[None, :], BANDS, RANK, DIM)
+        rows = tl.where(ok, rows, 0.0)
+    return halves(rows * scale[:, None])
+
+
+# a sequence's row of the table begins anywhere: one build is to serve them all
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+def _rebuild_kernel(
+    plane_ptr, positions_ptr, place_ptr, cos_ptr, sin_ptr, basis_ptr, levels_ptr, row_levels_ptr,
+    out_ptr, head_stride, first_position,
+    TURN: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SHARED: tl.constexpr,
+    RANK: tl.constexpr, BANDS: tl.constexpr, BY_COMPONENT: tl.constexpr, HEAD_BYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr, GAIN_AT: tl.constexpr, MEAN_AT: tl.constexpr, SLOT_AT: tl.constexpr,
+    INDEX_AT: tl.constexpr, SLOTS: tl.constexpr, HALF_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
+):  # fmt: skip
+    """One tile of 128 tokens of one side. `TURN`: 0 not at all, 1 with the frame, 2 each token."""
+    entry, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions_ptr + entry)
+    if position >= 0:
+        record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
+        token, comp = tl.arange(0, 128), tl.arange(0, RANK_PAD)
+        place = tl.arange(0, HALF_PAD)
+        low_dim = tl.where(place < HALF, place, place + HALF)
+        high_dim = tl.where(place < HALF, place + HALF, place + DIM // 2)
+        there = place < DIM // 2
+        ok = (comp < RANK)[:, None] & there[None, :]
+        scale = tl.load(
+            (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16)) + comp, mask=comp < RANK, other=0.0
+        ).to(tl.float32)
+        codes = load_values(
+            record, levels_ptr, tile,
+            token[None, :] if BY_COMPONENT else token[:, None],
+            comp[:, None] if BY_COMPONENT else comp[None, :],
+            BANDS, BY_COMPONENT, RANK,
+        ).to(tl.float16)  # fmt: skip
+        if BY_COMPONENT:
+            codes = tl.trans(codes)
+        first, rest = _half_rows(
+            record, basis_ptr, row_levels_ptr, head, comp, low_dim, ok, scale,
+            SHARED, BANDS, RANK, DIM,
+        )  # fmt: skip
+        low = tl.dot(codes, rest, tl.dot(codes, first))
+        first, rest = _half_rows(
+            record, basis_ptr, row_levels_ptr, head, comp, high_dim, ok, scale,
+            SHARED, BANDS, RANK, DIM,
+        )  # fmt: skip
+        high = tl.dot(codes, rest, tl.dot(codes, first))
+        if GAIN_AT >= 0:
+            gain = tl.load(record + GAIN_AT + tile * 128 + token).to(tl.float32)
+            gain = tl.exp2((gain - 128.0) * 0.0625)
+            low, high = low * gain[:, None], high * gain[:, None]
+        if MEAN_AT >= 0:
+            mean = (record + MEAN_AT).to(tl.pointer_type(tl.float16))
+            low += tl.load(mean + low_dim, mask=there, other=0.0).to(tl.float32)[None, :]
+            high += tl.load(mean + high_dim, mask=there, other=0.0).to(tl.float32)[None, :]
+        for j in tl.static_range(SLOTS):
+            slot = tl.load((record + INDEX_AT).to(tl.pointer_type(tl.int16)) + j)
+            hit = (token == slot - tile * 128)[:, None]
+            exact = (record + SLOT_AT).to(tl.pointer_type(tl.float16)) + j * DIM
+            own = tl.load(exact + low_dim, mask=there, other=0.0).to(tl.float32)
+            low = tl.where(hit, own[None, :], low)
+            own = tl.load(exact + high_dim, mask=there, other=0.0).to(tl.float32)
+            high = tl.where(hit, own[None, :], high)
+        if TURN > 0:
+            at = first_position + entry * 512 + tile * 128
+            at = at + token if TURN == 2 else at + 64 + token * 0
+            angle = at[:, None] * HALF + place[None, :]
+            use = (place < HALF)[None, :] & (token >= 0)[:, None]
+            cos = tl.load(cos_ptr + angle, mask=use, other=1.0)
+            sin = tl.load(sin_ptr + angle, mask=use, other=0.0)
+            turned = low * cos - high * sin
+            high = high * cos + low * sin
+            low = turned
+        row = tl.load(place_ptr + entry) * 512 + tile * 128 + token
+        to = out_ptr + head.to(tl.int64) * head_stride + row[:, None] * DIM
+        both = (token >= 0)[:, None] & there[None, :]
+        tl.store(to + low_dim[None, :], low, mask=both)
+        tl.store(to + high_dim[None, :], high, mask=both)
+
+
+def spectral_rebuild(
+    plane: Tensor,
+    positions: Tensor,
+    *,
+    layout: PageLayout,
+    first_position: int,
+    cos: Tensor,
+    sin: Tensor,
+    dtype: torch.dtype,
+    k_basis: Tensor | None = None,
+    v_basis: Tensor | None = None,
+    num_pages: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    compile_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.spectral_rebuild.spectral_rebuild` in Triton: the same arguments and results.
+
+    Args:
+        compile_only: compile the kernel for these arguments; nothing is read or written.
+
+    Raises:
+        ValueError: more than one scale a component.
+    """
+    check_scales(layout)
+    present = positions >= 0
+    count = int(present.sum()) if num_pages is None else num_pages
+    place = present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1
+    heads, dim = layout.num_kv_heads, layout.head_dim
+    if out is None:
+        shape = heads, count * BLOCK_TOKENS, dim
+        out = (
+            torch.empty(shape, dtype=dtype, device=plane.device),
+            torch.empty(shape, dtype=dtype, device=plane.device),
+        )
+    if not count:
+        return out
+    turn = {"post": 0, "frame": 1, "pre": 2}[layout.rope]
+    sides = ((layout.k, k_basis, turn, out[0]), (layout.v, v_basis, 0, out[1]))
+    for side, basis, turned, to in sides:
+        grid = len(positions), heads, BLOCK_TOKENS // TILE_TOKENS
+        launcher(_rebuild_kernel, grid, compile_only=compile_only)(
+            plane, positions, place, cos, sin, plane if basis is None else basis,
+            level_table(layout.levels, plane.device), level_table("gaussian", plane.device), to,
+            to.stride(0), first_position,
+            TURN=turned, DIM=dim, HALF=cos.shape[-1], SHARED=side.shared_basis, RANK=side.rank,
+            BANDS=band_tuples(side), BY_COMPONENT=side.by_component, HEAD_BYTES=layout.head_bytes,
+            SCALE_AT=side.scale_offset, GAIN_AT=side.gain_offset, MEAN_AT=side.mean_offset,
+            SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
+            HALF_PAD=padded(dim // 2), RANK_PAD=padded(side.rank), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,8 @@
+"""The seal op in Triton: fits, codes and eigenvectors."""
+
+__all__ = [
+    "codes",
+    "eigenvectors",
+    "fit",
+    "seal",
+]

@@ -1,0 +1,373 @@
+"""JSONL batches: lines in, requests out, records back; what is finished survives a kill.
+
+```
+in    {"prompt": "..."} | "..." | {"messages": [...]} | an OpenAI batch line (custom_id, url, body)
+out   one record a line, as each finishes, with the input's line number and a hash of its bytes
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from spectral_paged.engine import check_salt
+from spectral_paged.errors import CorruptFileError, InvalidRequestError, SpectralPagedError
+from spectral_paged.file_limits import (
+    MAX_LINE_BYTES,
+    MAX_RECORD_BYTES,
+    amount,
+    bounded_lines,
+    is_cut,
+)
+from spectral_paged.openai import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    SAMPLING_FIELDS,
+    chat_choice,
+    parse_body,
+    parse_json,
+    text_choice,
+    token_counts,
+    usage,
+)
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import SamplingParams
+
+_RECORD_START = b'{"line": '
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """One line of input. `messages` or `prompt` is set, or `error` says why neither is."""
+
+    number: int
+    digest: str
+    custom_id: str | None = None
+    prompt: str | list[int] | None = None
+    messages: list[Mapping[str, str]] | None = None
+    params: SamplingParams | None = None
+    url: str | None = None
+    cache_salt: str = ""
+    error: SpectralPagedError | None = None
+
+
+def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
+    """Lines of a JSONL file, blank ones skipped; a bad line carries its error.
+
+    Args:
+        defaults: sampling values for lines that name none.
+    """
+    seen: dict[str, int] = {}
+    for number, raw in _raw_lines(path):
+        line = _read_line(number, raw, defaults)
+        if line.custom_id is not None:
+            first = seen.setdefault(line.custom_id, number)
+            if first != number and line.error is None:
+                error = InvalidRequestError(
+                    f"id {line.custom_id!r} is taken by line {first}: ids must differ"
+                )
+                line = replace(line, error=error)
+        yield line
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, raw in bounded_lines(file, MAX_LINE_BYTES):
+            if raw.strip():
+                yield number, raw if is_cut(raw, MAX_LINE_BYTES) else raw.strip()
+
+
+def count_lines(path: Path) -> int:
+    """Lines that are not blank."""
+    return sum(1 for _ in _raw_lines(path))
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLine:
+    """A bad line keeps its id and url, so that its error record can be told to whom it belongs."""
+    digest, value = _digest(raw), None
+    try:
+        value = _json_object(raw)
+        return _parse(number, digest, value, defaults)
+    except SpectralPagedError as error:
+        custom_id = _custom_id(value) if value is not None else None
+        url = value.get("url") if value is not None else None
+        if url not in (CHAT_URL, COMPLETIONS_URL):
+            url = None
+        return BatchLine(number, digest, custom_id=custom_id, url=url, error=error)
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    if is_cut(raw, MAX_LINE_BYTES):
+        raise InvalidRequestError(
+            f"the line has more than {amount(MAX_LINE_BYTES)}: is the file JSONL, with line ends?"
+        )
+    value = parse_json(raw)
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise InvalidRequestError(
+            f"a line is an object or a string, this one is a {type(value).__name__}"
+        )
+    return value
+
+
+def _custom_id(value: Mapping[str, Any]) -> str | None:
+    custom_id = value.get("custom_id", value.get("id"))
+    return None if custom_id is None else str(custom_id)
+
+
+def _parse(
+    number: int, digest: str, value: dict[str, Any], defaults: Mapping[str, Any]
+) -> BatchLine:
+    if "body" in value:
+        return _parse_openai(number, digest, value, defaults)
+    given = value.get("sampling_params") or {}
+    if not isinstance(given, dict):
+        raise InvalidRequestError(f"sampling_params is {given!r:.80}; it must be an object")
+    given = given | {k: v for k, v in value.items() if k in SAMPLING_FIELDS}
+    given = {k: v for k, v in given.items() if v is not None}
+    ours = {"prompt", "messages", "custom_id", "id", "sampling_params", "cache_salt"}
+    extra = set(value) - set(SAMPLING_FIELDS) - ours
+    if extra:
+        raise InvalidRequestError(f"unknown fields {sorted(extra)}")
+    return BatchLine(
+        number,
+        digest,
+        custom_id=_custom_id(value),
+        prompt=value.get("prompt"),
+        messages=_messages(value),
+        params=_params(dict(defaults) | given),
+        cache_salt=_cache_salt(value),
+    )
+
+
+def _parse_openai(
+    number: int, digest: str, value: dict[str, Any], defaults: Mapping[str, Any]
+) -> BatchLine:
+    url = value.get("url")
+    if url not in (CHAT_URL, COMPLETIONS_URL):
+        raise InvalidRequestError(f"url is {url!r}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
+    if value.get("method", "POST") != "POST":
+        raise InvalidRequestError(f"method is {value['method']!r}; use 'POST'")
+    if not isinstance(value.get("custom_id"), str):
+        raise InvalidRequestError("a batch line needs a custom_id string")
+    request = parse_body(value["body"], chat=url == CHAT_URL, defaults=defaults)
+    for name in ("stream", "echo"):
+        if getattr(request, name):
+            raise InvalidRequestError(f"body field {name!r} is not supported in a batch line")
+    if len(request.prompts) > 1:
+        raise InvalidRequestError(
+            f"prompt has {len(request.prompts)} prompts; a batch line takes one"
+        )
+    return BatchLine(
+        number,
+        digest,
+        custom_id=value["custom_id"],
+        prompt=request.prompts[0] if request.prompts else None,
+        messages=request.messages,
+        params=request.params,
+        url=url,
+        cache_salt=request.cache_salt,
+    )
+
+
+def _cache_salt(value: Mapping[str, Any]) -> str:
+    salt = value.get("cache_salt")
+    return "" if salt is None else check_salt(salt)
+
+
+def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
+    messages = value.get("messages")
+    if (messages is None) == (value.get("prompt") is None):
+        raise InvalidRequestError("a line needs either 'prompt' or 'messages'")
+    if messages is None:
+        prompt = value["prompt"]
+        if not isinstance(prompt, str | list):
+            raise InvalidRequestError("prompt must be a string or a list of token ids")
+        return None
+    ok = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not ok or not messages:
+        raise InvalidRequestError("messages must be a list of {'role': str, 'content': str}")
+    return list(messages)
+
+
+def _params(values: Mapping[str, Any]) -> SamplingParams:
+    unknown = set(values) - set(SAMPLING_FIELDS)
+    if unknown:
+        raise InvalidRequestError(f"unknown sampling fields {sorted(unknown)}")
+    return SamplingParams(**values)
+
+
+# ---- records -----------------------------------------------------------------------------
+
+
+def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
+    """The record of a line that could not be served."""
+    detail = {"type": type(error).__name__, "message": str(error), "line": line.number}
+    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
+    if line.custom_id is not None:
+        record["custom_id"] = line.custom_id
+    if line.url is not None:
+        record |= {"id": f"batch_req_{line.number}", "response": None}
+        detail["code"] = detail["type"]  # where OpenAI's clients look
+    return record | {"error": detail}
+
+
+def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
+    """The record of a finished line: OpenAI's shape for a batch line, ours for a plain one."""
+    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
+    if line.custom_id is not None:
+        record["custom_id"] = line.custom_id
+    if line.url is None:
+        outputs = [
+            {"index": c.index, "text": c.text, "token_ids": c.token_ids,
+             "finish_reason": c.finish_reason}
+            for c in output.outputs
+        ]  # fmt: skip
+        metrics = {
+            "cached_tokens": output.metrics.num_cached_tokens,
+            "pages_sealed": output.metrics.num_pages_sealed,
+            "compression_ratio": round(output.metrics.compression_ratio, 4),
+            "preemptions": output.metrics.num_preemptions,
+            "recomputed_tokens": output.metrics.num_recomputed_tokens,
+        }
+        counts = token_counts([output])
+        return record | {"outputs": outputs, "usage": counts, "metrics": metrics, "error": None}
+    chat = line.url == CHAT_URL
+    assert line.params is not None, "a line without an error has them"
+    choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{line.number}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": usage([output]),
+    }
+    response = {"status_code": 200, "request_id": output.request_id, "body": body}
+    return record | {"id": f"batch_req_{line.number}", "response": response, "error": None}
+
+
+class OutputFile:
+    """Appends records and knows which lines an earlier run finished.
+
+    Opening drops a torn last line (a kill in the middle of a write). A line whose hash differs
+    from the input's means another input file. With `overwrite` the earlier content goes when the
+    first record comes, so a run that never starts costs nothing. While it is open no other may be:
+    it would take a record that is being written for a torn one, and serve lines twice.
+
+    Raises:
+        CorruptFileError: a line of the file is not a record of ours.
+        InvalidRequestError: another run writes to it.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path = path
+        self.finished: dict[int, str] = {}
+        self._stale = overwrite
+        self._file: IO[bytes] = path.open("ab")
+        try:
+            self._lock()
+            if not overwrite:
+                self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the file is closed
+        except BlockingIOError:
+            raise InvalidRequestError(
+                f"another run writes to {self.path}: wait until it ends, or name another "
+                "--output"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): let one process alone write to it", self.path, error
+            )
+
+    def _recover(self) -> None:
+        end = 0
+        with self.path.open("rb") as file:
+            for number, raw in bounded_lines(file, MAX_RECORD_BYTES):
+                if is_cut(raw, MAX_RECORD_BYTES):  # no torn end: what follows must not be dropped
+                    raise CorruptFileError(
+                        f"{self.path}, line {number}: more than {amount(MAX_RECORD_BYTES)}, so no "
+                        "record of this program; name another --output"
+                    )
+                is_record = raw.startswith(_RECORD_START) or _RECORD_START.startswith(raw)
+                if is_record and not raw.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(raw)
+                    self.finished[int(record["line"])] = str(record["line_hash"])
+                except (ValueError, KeyError, TypeError):
+                    raise CorruptFileError(
+                        f"{self.path}, line {number}: not a record of this program; name another "
+                        "--output, or start again with --overwrite"
+                    ) from None
+                end += len(raw)
+        os.truncate(self.path, end)
+
+    def check(self, source: Path) -> None:
+        """Refuse, before anything is served or written, an output that answers another input.
+
+        Raises:
+            InvalidRequestError: a record's line is not in `source`, or has other content there.
+        """
+        left = dict(self.finished)
+        for number, raw in _raw_lines(source) if left else ():
+            if left.get(number) == _digest(raw):
+                del left[number]
+        if left:
+            raise self._foreign(min(left))
+
+    def _foreign(self, number: int) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{self.path} holds the answer to another line {number}: it belongs to another "
+            "input; name another --output, or start again with --overwrite"
+        )
+
+    def has(self, line: BatchLine) -> bool:
+        """True if the line is done.
+
+        Raises:
+            InvalidRequestError: the file holds that line's number for other content.
+        """
+        digest = self.finished.get(line.number)
+        if digest is not None and digest != line.digest:
+            raise self._foreign(line.number)
+        return digest is not None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; after this returns a kill of the process does not lose it."""
+        if self._stale:
+            self._file.truncate(0)
+            self._stale = False
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.finished[int(record["line"])] = str(record["line_hash"])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()

@@ -1,0 +1,62 @@
+"""Sequences over the pool: `SpectralKVCache` and the plan and report of a step.
+
+It knows pools, pages, devices and kernels; it knows no model, no sampler and no scheduler.
+"""
+
+from __future__ import annotations
+
+from spectral_paged.cache.cache import (
+    SpectralKVCache,
+)
+from spectral_paged.cache.capacity import (
+    Need,
+    concurrency,
+)
+from spectral_paged.cache.history import (
+    read_history,
+)
+from spectral_paged.cache.layer_group import (
+    LayerGroup,
+)
+from spectral_paged.cache.layer_spec import (
+    seals_behind,
+)
+from spectral_paged.cache.pins import (
+    Spans,
+    pinned_blocks,
+    spans_of,
+)
+from spectral_paged.cache.sealer import (
+    Sealer,
+)
+from spectral_paged.cache.step import (
+    HISTORY_TOKENS,
+    DecodeBatch,
+    GroupIndex,
+    GroupStep,
+    PendingTokens,
+    PlanEntry,
+    StepPlan,
+    StepReport,
+)
+
+__all__ = [
+    "DecodeBatch",
+    "GroupIndex",
+    "GroupStep",
+    "HISTORY_TOKENS",
+    "LayerGroup",
+    "Need",
+    "PendingTokens",
+    "PlanEntry",
+    "Sealer",
+    "Spans",
+    "SpectralKVCache",
+    "StepPlan",
+    "StepReport",
+    "concurrency",
+    "pinned_blocks",
+    "read_history",
+    "seals_behind",
+    "spans_of",
+]

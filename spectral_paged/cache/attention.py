@@ -1,0 +1,156 @@
+"""Append and attend for one layer of a step: which op reads which tier, and how they merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.step import ChunkBatch, DecodeBatch, GroupStep
+from spectral_paged.kernels.exact.reference import exact_gather
+from spectral_paged.kernels.math.scores import check_softcap
+from spectral_paged.kernels.ops import PageOps
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.pages import PageFormat
+
+
+class PagedAttention:
+    """Attention over landmarks, pages and tail of a batch of sequences.
+
+    ```
+    one new token   decode_attention (landmarks, tail and pages, merged)
+    several         spectral_rebuild (pages), exact_gather (landmarks, tail)  ->  chunk_attention
+    ```
+
+    Args:
+        basis: the cache's calibration and format.
+        ops: what runs on the cache's device.
+        scale: softmax scale.
+        softcap: scores s become softcap tanh(s / softcap); None caps none.
+        dtype: element type of exact pages.
+    """
+
+    def __init__(
+        self,
+        basis: CacheBasis,
+        ops: PageOps,
+        *,
+        scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        check_softcap(softcap)
+        self.basis = basis
+        self.ops = ops
+        self.scale = scale
+        self.softcap = softcap
+        self.dtype = dtype
+
+    @property
+    def format(self) -> PageFormat:
+        """The page format; an online calibration changes its fingerprint."""
+        return self.basis.format
+
+    def warm_up(self, group: LayerGroup) -> None:
+        """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
+        nothing is written. An online calibration has yet to say what it is to do."""
+        if self.ops.on_gpu and group.seals and not self.basis.is_waiting:
+            layer = group.layers[0]
+            self.ops.spectral_rebuild(
+                group.plane(layer), group.page_table.device[0, :1], layout=group.layout,
+                first_position=self.format.num_landmark_tokens, cos=group.cos, sin=group.sin,
+                dtype=self.dtype, num_pages=1, compile_only=True, **self.basis.rows(layer),
+            )  # fmt: skip
+
+    def append(
+        self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
+        k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
+        self.ops.exact_append(
+            k, v, group.plane(layer), step.append_positions, step.append_offsets
+        )
+        return k, v
+
+    def run(
+        self, group: LayerGroup, step: GroupStep, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; q `[T, Hq, D]` attends.
+
+        Returns `[T, Hq, D]` in q's dtype.
+        """
+        plane = group.plane(layer)
+        shared = self.basis.rows(layer)
+        k, v = self.append(group, step, layer, k, v)
+        q = group.in_halves(q)
+        if step.decode is not None and step.decode_tokens is None:
+            return self._decode(group, step.decode, plane, q, shared)
+        out = torch.empty_like(q)
+        if step.decode is not None:
+            places = step.decode_tokens
+            out[places] = self._decode(group, step.decode, plane, q[places], shared)
+        for batch in step.chunks:
+            tokens = slice(None) if batch.tokens is None else batch.tokens
+            if batch.is_fresh:
+                keys, values = (x[tokens].transpose(0, 1) for x in (k, v))
+            else:
+                keys, values = self.history(group, batch, plane, shared)
+            found = self.ops.chunk_attention(
+                q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale,
+                softcap=self.softcap, window=group.window,
+            )  # fmt: skip
+            out[tokens] = found.to(q.dtype)
+        return out
+
+    def _decode(
+        self, group: LayerGroup, batch: DecodeBatch, plane: Tensor, q: Tensor,
+        shared: dict[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        return self.ops.decode_attention(
+            q,
+            plane,
+            batch.exact_table,
+            batch.exact,
+            batch.page_table if batch.has_pages else None,
+            batch.blocks,
+            num_kv_heads=self.format.num_kv_heads,
+            scale=self.scale,
+            dtype=self.dtype,
+            layout=group.layout if batch.has_pages else None,
+            first_position=self.format.num_landmark_tokens,
+            cos=group.cos,
+            sin=group.sin,
+            softcap=self.softcap,
+            first_exact=batch.first_exact,
+            first_visible=batch.first_visible,
+            **shared,
+            **batch.plans,
+        )
+
+    def history(
+        self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""
+        heads, dim = self.format.num_kv_heads, self.format.head_dim
+        keys, values = (
+            plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)
+            for _ in range(2)
+        )
+        for chunk, (_, span) in zip(batch.chunks, batch.spans, strict=True):
+            at = span.start
+            for run in chunk.runs:
+                out = keys[:, at : at + run.num_tokens], values[:, at : at + run.num_tokens]
+                at += run.num_tokens
+                table = group.page_table if run.sealed else group.exact_table
+                entries = table.device[chunk.row, run.start : run.stop]
+                if not run.sealed:
+                    exact_gather(plane, entries, run.num_tokens, heads, dim, self.dtype, out=out)
+                    continue
+                first = self.format.num_landmark_tokens + run.start * BLOCK_TOKENS
+                self.ops.spectral_rebuild(
+                    plane, entries, layout=group.layout, first_position=first, cos=group.cos,
+                    sin=group.sin, dtype=self.dtype, num_pages=run.num_tokens // BLOCK_TOKENS,
+                    out=out, **shared,
+                )  # fmt: skip
+        return keys, values

@@ -1,0 +1,182 @@
+"""A cache's layer groups: which layers share a table, and how the arenas' bytes are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.capacity import Need, Share, divide, peak_exact_tokens
+from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.layer_spec import LayerSpec, seals_behind
+from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
+from spectral_paged.errors import FormatError
+from spectral_paged.kernels.ops import check_layout
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.pages import PageFormat
+from spectral_paged.pool.arena import PagePool
+
+
+def check_geometry(
+    format: PageFormat,
+    num_layers: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    exempt_layers: Sequence[int],
+) -> None:
+    """Refuse a format that does not fit the model, or that this cache cannot feed.
+
+    Raises:
+        FormatError: names the value, the limit and the remedy.
+    """
+    if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
+        raise FormatError(
+            f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
+            f"{format.head_dim}; the model has {num_kv_heads} of {head_dim}"
+        )
+    if num_q_heads % num_kv_heads:
+        raise FormatError(f"{num_q_heads} query heads do not divide over {num_kv_heads} KV heads")
+    if format.needs_queries:
+        raise FormatError(
+            f"format {format.name!r} weighs tokens by queries, which the cache does not keep: it "
+            "costs memory and was measured to gain nothing; use token_weighting='none'"
+        )
+    bad = [i for i in exempt_layers if not 0 <= i < num_layers]
+    if bad:
+        raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
+
+
+def check_prefixes(format: PageFormat, prefix_caching: bool) -> None:
+    """Refuse prefix caching where what a query sees depends on how its prompt was cut.
+
+    Raises:
+        FormatError: says what to pass.
+    """
+    if prefix_caching and not format.prefill_segment:
+        raise FormatError(
+            f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
+            "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
+        )
+
+
+def check_kernels(format: PageFormat, device: torch.device) -> None:
+    """Refuse a format whose pages no kernel on `device` reads.
+
+    Raises:
+        FormatError: names the limit and what to use instead.
+    """
+    try:
+        if format.seals:
+            check_layout(format.layout, device)
+    except ValueError as error:
+        raise FormatError(f"format {format.name!r}: {error}") from error
+
+
+def check_online(basis: CacheBasis, groups: Sequence[LayerGroup]) -> None:
+    """Refuse an online calibration where one seal does not show what all layers hold.
+
+    Raises:
+        FormatError: says what to use instead.
+    """
+    sealing = sum(group.seals for group in groups)
+    if basis.is_waiting and sealing > 1:
+        raise FormatError(
+            f"calibration='online' takes the basis from the first blocks sealed, and {sealing} "
+            "groups of this model's layers seal blocks of their own: calibrate the model, or use a "
+            "format whose pages have their own basis (spectral-page)"
+        )
+
+
+def check_heads(
+    q: Tensor | None, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
+) -> None:
+    """Refuse what `attend` (and without q `append`) cannot take.
+
+    Raises:
+        FormatError: names the shapes that were expected and those that came.
+    """
+    expected = (num_tokens, format.num_kv_heads, format.head_dim)
+    queries = (num_tokens, num_q_heads, format.head_dim)
+    if k.shape != expected or v.shape != expected or (q is not None and q.shape != queries):
+        raise FormatError(
+            f"a step of {num_tokens} tokens takes q {list(queries)}, k and v {list(expected)}; got "
+            f"q {None if q is None else list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV "
+            "heads unexpanded)"
+        )
+
+
+def _kinds(
+    format: PageFormat, specs: Sequence[LayerSpec], exempt: Sequence[int]
+) -> dict[tuple[bool, LayerSpec], list[int]]:
+    """Layers of one kind, sealing ones first: the same window, and the same table where they
+    seal."""
+    kinds: dict[tuple[bool, LayerSpec], list[int]] = {}
+    for layer, spec in enumerate(specs):
+        seals = layer not in exempt and seals_behind(format, spec.window)
+        kind = seals, spec if seals else LayerSpec(None, spec.window)
+        kinds.setdefault(kind, []).append(layer)
+    return dict(sorted(kinds.items(), key=lambda item: not item[0][0]))
+
+
+def build_groups(
+    format: PageFormat,
+    specs: Sequence[LayerSpec],
+    *,
+    exempt_layers: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_cache_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    poison: bool,
+) -> list[LayerGroup]:
+    """Allocate every arena: layers that seal and layers that do not, by window and rotary table.
+
+    `capacity.divide` says who gets how much of the memory.
+
+    Raises:
+        CapacityError: a group's share is too small for two slabs.
+    """
+    kinds = _kinds(format, specs, exempt_layers)
+    shares = divide(
+        format,
+        [Share(len(layers), seals, spec.window) for (seals, spec), layers in kinds.items()],
+        kv_cache_bytes,
+        itemsize=dtype.itemsize,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    groups = []
+    for ((seals, spec), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
+        pool = PagePool(
+            format,
+            num_layers=len(layers),
+            dtype=dtype,
+            device=device,
+            budget_bytes=budget_bytes,
+            exact_only=not seals,
+            poison=poison,
+        )
+        longest = max_model_len
+        if seals:
+            pinned = MAX_PINNED_BLOCKS * BLOCK_TOKENS
+            longest = min(longest, peak_exact_tokens(format, max_model_len) + pinned)
+            max_exact_pages = -(-longest // EXACT_PAGE_TOKENS)
+        else:
+            need = Need.at_peak(format, longest, seals=False, window=spec.window)
+            max_exact_pages = need.num_exact
+        groups.append(
+            LayerGroup(
+                layers,
+                pool,
+                spec,
+                seals=seals,
+                max_rows=max_num_seqs,
+                max_exact_pages=max_exact_pages + 1,
+                max_pages=-(-max_model_len // BLOCK_TOKENS) if seals else 0,
+            )
+        )
+    return groups

@@ -1,0 +1,450 @@
+"""SpectralKVCache: the façade. Reserve, append and attend, seal, free; usable without an engine.
+
+One step of a caller's loop:
+
+```
+plan = cache.reserve({seq_id: new_tokens, ...})     None: not now (nothing is held)
+cache.begin_step(plan)
+for each layer: out = cache.attend(layer, q, k, v)  flattened [tokens, heads, D], plan order
+report = cache.end_step()                           publishes, seals what is due
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectral_paged.cache import build as groups
+from spectral_paged.cache import capacity
+from spectral_paged.cache import stats as cache_stats
+from spectral_paged.cache.attention import PagedAttention
+from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
+from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
+from spectral_paged.cache.pins import Spans, pinned_blocks
+from spectral_paged.cache.seal_schedule import blocks_to_seal
+from spectral_paged.cache.sealer import Sealer
+from spectral_paged.cache.sequences import SequenceTable
+from spectral_paged.cache.step import GroupStep, OpenStep, PlanEntry, StepPlan, StepReport
+from spectral_paged.device import StepClock
+from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
+from spectral_paged.kernels.ops import page_ops
+from spectral_paged.pages import PageFormat, SharedBasis
+
+
+class SpectralKVCache:
+    """Paged KV cache of one model.
+
+    Args:
+        num_layers, num_q_heads, num_kv_heads, head_dim: the model's geometry.
+        rope: the model's rotary table, or one for each layer (None: it rotates nothing; the same
+            object where it is the same table); needed unless the format has `rope="post"`.
+        format: a `PageFormat` or a preset name.
+        device, dtype: where the arenas live, and the element type of exact pages.
+        kv_cache_bytes: bytes of all arenas together, allocated here and once.
+        max_num_seqs: sequences held at a time.
+        max_model_len: longest sequence, tokens; default the rotary table's length.
+        sliding_windows: tokens that a query sees, its own among them: of all layers, or of each
+            (None: all before it). Windows up to 1,024 stay exact, longer ones are sealed.
+        exempt_layers: layers that stay exact.
+        calibration: what formats with a shared basis or calibrated weights need: a `SharedBasis`,
+            or `"online"` to take the basis from the first blocks that are sealed here.
+        softmax_scale: default `head_dim ** -0.5`.
+        softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
+        enable_prefix_caching: reuse slots of sequences added with `token_ids`; not where
+            `prefill_segment` is 0.
+        poison: fill freed slots with NaN bytes (tests).
+
+    Raises:
+        FormatError: unknown preset, a format that does not fit the geometry, or one that needs a
+            calibration without it.
+        CapacityError: `kv_cache_bytes` is too small for two slabs.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: Ropes,
+        format: PageFormat | str = "auto",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        kv_cache_bytes: int,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        sliding_windows: Windows = None,
+        exempt_layers: Sequence[int] = (),
+        calibration: SharedBasis | Literal["online"] | None = None,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        enable_prefix_caching: bool = True,
+        poison: bool = False,
+    ) -> None:
+        if isinstance(format, str):
+            format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        heads = num_q_heads, num_kv_heads, head_dim
+        groups.check_geometry(format, num_layers, *heads, exempt_layers)
+        groups.check_prefixes(format, enable_prefix_caching)
+        groups.check_kernels(format, torch.device(device))
+        self.device, self.dtype = torch.device(device), dtype
+        self.layers, max_model_len = layer_specs(
+            format, num_layers, rope, sliding_windows, max_model_len=max_model_len,
+            device=self.device,
+        )  # fmt: skip
+        self._basis = CacheBasis(calibration, format, num_layers, self.device)
+        format = self.format
+        self.num_layers, self.num_q_heads = num_layers, num_q_heads
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.prefix_caching = enable_prefix_caching
+        self.counters = cache_stats.CacheCounters()
+        self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
+        self.softcap = softcap
+        self.ops = page_ops(self.device)
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.attention = PagedAttention(
+            self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
+        )
+        self.sealer = Sealer(self._basis, self.ops, dtype=dtype, device=self.device)
+        self.open_step: OpenStep | None = None
+        self._replayed: Sequence[GroupStep] | None = None
+        self._late = StepReport()  # what no `end_step` has reported yet
+        self._overdue: set[str] = set()  # sequences of a step whose sealing raised
+        self.groups = groups.build_groups(
+            format, self.layers, exempt_layers=exempt_layers, dtype=dtype, device=self.device,
+            kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            poison=poison,
+        )  # fmt: skip
+        groups.check_online(self._basis, self.groups)
+        self._sequences = SequenceTable(
+            self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
+        )
+        self._group_of = {n: i for i, group in enumerate(self.groups) for n in group.layers}
+        self._slides = any(group.window is not None for group in self.groups)
+        self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
+        self.capacity_tokens = capacity.capacity_tokens(self.groups)
+
+    @property
+    def format(self) -> PageFormat:
+        """The page format; an online calibration changes its fingerprint at the first seal."""
+        return self._basis.format
+
+    def fits_alone(
+        self, num_tokens: int, *, num_prompt_tokens: int = 0, pinned_spans: Spans = ()
+    ) -> bool:
+        """True if a sequence of `num_tokens` fits when it has the pool to itself.
+
+        Raises:
+            InvalidRequestError: a pinned span outside the prompt, or too many blocks pinned.
+        """
+        pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
+        return capacity.fits_alone(self.format, self.groups, num_tokens, pinned)
+
+    # ---- sequences -----------------------------------------------------------------------
+
+    def add_sequence(
+        self,
+        seq_id: str,
+        *,
+        num_prompt_tokens: int,
+        token_ids: Sequence[int] | None = None,
+        cache_salt: str = "",
+        pinned_spans: Spans = (),
+        resumed: bool = False,
+    ) -> int | None:
+        """Register a sequence and take what the prefix cache has of it.
+
+        Args:
+            num_prompt_tokens: where generated tokens begin; stays the same after a resume.
+            token_ids: prompt and (after a resume) generated tokens; the caller may append to it
+                later. Needed for prefix caching.
+            cache_salt: sequences with different salts never share slots.
+            pinned_spans: `(start, end)` positions of the prompt that stay exact for ever, by whole
+                blocks.
+            resumed: its prompt was computed before; its hits are counted apart.
+
+        Returns:
+            Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.
+        """
+        state = self._sequences.add(
+            self.format,
+            seq_id,
+            num_prompt_tokens=num_prompt_tokens,
+            token_ids=token_ids,
+            cache_salt=cache_salt,
+            pinned=pinned_blocks(self.format, pinned_spans, num_prompt_tokens),
+            resumed=resumed,
+        )
+        return None if state is None else state.num_tokens
+
+    def num_tokens(self, seq_id: str) -> int:
+        """Tokens stored of a sequence."""
+        return self._sequences[seq_id].num_tokens
+
+    def __contains__(self, seq_id: str) -> bool:
+        return seq_id in self._sequences
+
+    def fork(
+        self,
+        parent_id: str,
+        child_id: str,
+        *,
+        token_ids: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> bool:
+        """Make `child_id` a copy of `parent_id`; full slots are shared. False: not now.
+
+        With the child's own `token_ids`, its later spans can be found as prefixes.
+        """
+        done = self._sequences.fork(
+            self.format, parent_id, child_id, token_ids=token_ids, cache_salt=cache_salt
+        )
+        if done:
+            self.sealer.forked(parent_id, child_id)
+            self._overdue |= {child_id} if parent_id in self._overdue else set()
+        return done
+
+    def free(self, seq_id: str, *, forget: bool = False) -> None:
+        """Release a sequence. Published slots stay findable until they are evicted.
+
+        `forget=True` lets no later sequence find them: their content is not to be trusted.
+        """
+        state = self._sequences.held(seq_id, ": double free")
+        # what is not to be trusted must not be found by others
+        self._note(self.sealer.failures(lambda check: seq_id in check.seq_ids))
+        if state.ran:
+            self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
+        self._sequences.remove(seq_id, forget=forget or state.error is not None)
+        self._late.failed.pop(seq_id, None)  # another may take its name
+        self._overdue.discard(seq_id)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget every cached slot that nobody uses; returns how many."""
+        return sum(group.pool.blocks.drop_cached() for group in self.groups)
+
+    # ---- one step ------------------------------------------------------------------------
+
+    def chunk_limit(self, seq_id: str) -> int:
+        """Most tokens of a sequence that one step may compute: queries of a step share one view,
+        and windows slide between steps."""
+        state = self._sequences[seq_id]
+        end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
+        segment = self.format.prefill_segment if self._slides else 0  # 0: none, the step is one
+        return min(end - state.num_tokens, segment or end)
+
+    def seals_due(self, seq_id: str, num_new: int) -> int:
+        """Blocks that become due for sealing when `num_new` more tokens are stored."""
+        visible = self._visible_next(seq_id, num_new)
+        return max(len(group.due(seq_id, visible)) for group in self.groups)
+
+    def try_reserve(self, seq_id: str, num_new: int) -> bool:
+        """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
+
+        Raises:
+            PoolError: unknown sequence, or one that failed.
+            ValueError: no tokens, past `max_model_len`, or across a change of view.
+        """
+        state = self._sequences.held(seq_id, "")
+        if state.error is not None:
+            raise PoolError(f"sequence {seq_id!r} failed: {state.error}") from state.error
+        if num_new < 1:
+            raise ValueError(f"{num_new} new tokens for {seq_id!r}: at least 1")
+        total = state.num_tokens + num_new
+        if total > self.max_model_len:
+            raise CapacityError(
+                f"{seq_id!r} would hold {total} tokens; max_model_len is {self.max_model_len}"
+            )
+        if num_new > 1 and num_new > self.chunk_limit(seq_id):  # a single one crosses nothing
+            raise ValueError(
+                f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
+                f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
+            )
+        return reserve_slots(self.groups, seq_id, total, self._visible_next(seq_id, num_new))
+
+    def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
+        """Reserve a whole step; None (and nothing held) when it does not fit now.
+
+        An unknown sequence is added, its first tokens taken for its whole prompt; call
+        `add_sequence` first where that is not so. What `try_reserve` raises holds nothing either.
+        """
+        with ExitStack() as undo:
+            for seq_id, num_new in new_tokens.items():
+                if seq_id not in self:
+                    if self.add_sequence(seq_id, num_prompt_tokens=num_new) is None:
+                        return None
+                    undo.callback(self.free, seq_id)
+                if not self.try_reserve(seq_id, num_new):
+                    return None
+                undo.callback(self.cancel_reservation, seq_id)
+            undo.pop_all()  # neither None nor an error: what is held stays
+        return self.plan(new_tokens)
+
+    def cancel_reservation(self, seq_id: str) -> None:
+        """Give back slots reserved for tokens that no step stored."""
+        state = self._sequences[seq_id]
+        for group in self.groups:
+            group.cancel(seq_id, state.num_tokens)
+
+    def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
+        """The step over sequences whose tokens are reserved already."""
+        return StepPlan(
+            tuple(PlanEntry(s, self._sequences[s].num_tokens, n) for s, n in new_tokens.items())
+        )
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Look up where the step's tokens go and commit the tables."""
+        if self.open_step is not None:
+            raise PoolError("begin_step before end_step of the step before")
+        overdue = tuple(e for e in plan.entries if e.seq_id in self._overdue)
+        if overdue:  # its queries are to see pages
+            self._seal_all(StepPlan(overdue))
+        self.open_step = OpenStep(plan, self.groups, self.format, self.ops)
+        for group, index in zip(self.groups, self.open_step.index, strict=True):
+            group.exact_table.commit()
+            group.page_table.commit()
+            self.counters.pages_attended += index.pages_attended * len(group.layers)
+
+    @contextmanager
+    def attending_by(self, steps: Sequence[GroupStep]) -> Iterator[None]:
+        """Let `attend` inside take its index tensors from `steps`, a group each, instead of the
+        step's own: what a CUDA graph captures and replays."""
+        self._replayed = steps
+        try:
+            yield
+        finally:
+            self._replayed = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v of the step's tokens, then attend.
+
+        Args:
+            q: `[T, Hq, D]`; k, v: `[T, Hkv, D]`; after RoPE, flattened in plan order.
+
+        Returns:
+            `[T, Hq, D]` in q's dtype.
+        """
+        group, step = self._of_layer(layer, q, k, v)
+        with self.clock.section("attention"):
+            return self.attention.run(group, step, layer, q, k, v)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
+        self.attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
+
+    def _of_layer(
+        self, layer: int, q: Tensor | None, k: Tensor, v: Tensor
+    ) -> tuple[LayerGroup, GroupStep]:
+        index = self._group_of[layer]
+        step = (self._replayed or self._step_for("attend").steps)[index]
+        groups.check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        return self.groups[index], step
+
+    def abort_step(self) -> None:
+        """Forget a step that failed before `end_step`; its tokens were never stored."""
+        step, self.open_step = self.open_step, None
+        for entry in step.plan.entries if step is not None else ():
+            if entry.seq_id in self._sequences:
+                self.cancel_reservation(entry.seq_id)
+
+    def _step_for(self, what: str) -> OpenStep:
+        if self.open_step is None:
+            raise PoolError(f"{what} outside begin_step / end_step")
+        return self.open_step
+
+    def end_step(self) -> StepReport:
+        """Count the step's tokens as stored, publish full pages, seal what is due.
+
+        Sequences of the plan may have been freed since `begin_step`. Where a kernel seals, NaN and
+        Inf are found while it runs, and reported by a later `end_step` (or by `settle`).
+        """
+        entries = self._step_for("end_step").plan.entries
+        self.open_step = None
+        plan = StepPlan(tuple(e for e in entries if e.seq_id in self._sequences))
+        self._note(self.sealer.failures(lambda check: True))
+        for entry in plan.entries:
+            self.counters.count_prefix(self._sequences[entry.seq_id])
+            self._sequences.store(entry.seq_id, entry.num_new)
+        self._seal_all(plan)
+        return self._take_report()
+
+    def _seal_all(self, plan: StepPlan) -> None:
+        seq_ids = {e.seq_id for e in plan.entries}
+        self._overdue |= seq_ids
+        with self.clock.section("seal"):
+            for group in self.groups:
+                self._seal(group, plan)
+        self._overdue -= seq_ids
+
+    def settle(self) -> StepReport:
+        """Wait for the checks of all that was sealed so far; what was not reported yet."""
+        self._note(self.sealer.failures(lambda check: True))
+        return self._take_report()
+
+    @property
+    def has_late_failures(self) -> bool:
+        """Whether failures were found that no step has reported: `settle` tells them."""
+        return bool(self._late.failed)
+
+    def _take_report(self) -> StepReport:
+        report, self._late = self._late, StepReport()
+        return report
+
+    def _note(self, failed: dict[str, NonFiniteError]) -> None:
+        for seq_id, error in failed.items():
+            if seq_id in self._sequences:
+                self._sequences[seq_id].error = self._late.failed[seq_id] = error
+
+    def _seal(self, group: LayerGroup, plan: StepPlan) -> None:
+        states = {e.seq_id: self._sequences[e.seq_id] for e in plan.entries}
+        blocks = blocks_to_seal(group, self.format, states)
+        self.sealer.seal(group, blocks)
+        self._note(self.sealer.failures(lambda check: False))
+        for seq_id, block in blocks:
+            if states[seq_id].error is None and group.note_encoded(seq_id, block):
+                states[seq_id].num_pages_sealed += len(group.layers)
+                self.counters.pages_sealed += len(group.layers)
+                self._late.blocks_sealed += 1
+        for seq_id, state in states.items():
+            if state.error is None:
+                visible = group.blocks_sealed(self._visible_next(seq_id))
+                group.publish_sealed(seq_id, state.chain, visible)
+
+    def _visible_next(self, seq_id: str, num_new: int = 0) -> int:
+        """Blocks that the query after `num_new` more tokens sees as pages."""
+        state = self._sequences[seq_id]
+        return self.format.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
+
+    # ---- figures -------------------------------------------------------------------------
+
+    def sequence_stats(self, seq_id: str) -> dict[str, float]:
+        """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
+        return cache_stats.sequence_figures(
+            self.format, self.groups, seq_id, self._sequences[seq_id]
+        )
+
+    def stats(self) -> dict[str, object]:
+        """Plain figures; `compression_ratio` is against 2 bytes an element, all bytes counted.
+
+        Ratio and bytes per token are taken over sequences freed so far and those held now.
+        """
+        return {
+            **cache_stats.backends(
+                self.ops, self.format, self.groups, num_q_heads=self.num_q_heads,
+                softcap=self.softcap, device=self.device, dtype=self.dtype,
+            ),  # fmt: skip
+            "capacity_tokens": self.capacity_tokens,
+            "max_sequence_tokens": self.max_sequence_tokens,
+            **cache_stats.cost_figures(self.format, self.groups, self._sequences, self.counters),
+            "seal_seconds": self.sealer.timer.seconds,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise PoolError unless pools, tables and sequences agree."""
+        self._sequences.check_integrity()

@@ -1,0 +1,112 @@
+"""Where a cache's calibration comes from: given, or taken from the first blocks it seals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectral_paged.errors import FormatError
+from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, SharedBasis
+
+
+def bind(
+    calibration: SharedBasis | Literal["online"] | None,
+    format: PageFormat,
+    num_layers: int,
+    device: torch.device,
+) -> BoundBasis | None:
+    """The calibration as `format` uses it; None where it needs none, or takes it online.
+
+    Raises:
+        FormatError: it is needed and missing, is for other heads or layers, or cannot be taken
+            online.
+    """
+    if not format.needs_calibration:
+        return None
+    if calibration == "online":
+        if format.dim_weighting != "none" or format.basis_id:
+            raise FormatError(
+                f"format {format.name!r} needs the weights of a real calibration; online there is "
+                "only a basis: use dim_weighting='none' and no basis_id, or calibrate"
+            )
+        return None
+    if not isinstance(calibration, SharedBasis):
+        raise FormatError(
+            f"format {format.name!r} needs a calibration: make one with `spectral-paged calibrate "
+            "MODEL` and pass calibration=SharedBasis.load(path), or use calibration='online'"
+        )
+    if len(calibration.v) != num_layers:
+        raise FormatError(
+            f"the calibration is of {len(calibration.v)} layers; the model has {num_layers}: "
+            "calibrate the model that runs"
+        )
+    return calibration.bind(format, device)
+
+
+class CacheBasis:
+    """The calibration of one cache: given at once, or taken online.
+
+    Online, the blocks due at the first seal decide the basis. Pages then depend on what the cache
+    saw first. Its id enters the fingerprint, so no page is ever read with another basis; two caches
+    need not agree.
+
+    Attributes:
+        format: the page format; it carries the id of the basis once there is one.
+        bound: the rows that pages share; None without, and online before the first seal.
+    """
+
+    def __init__(
+        self,
+        calibration: SharedBasis | Literal["online"] | None,
+        format: PageFormat,
+        num_layers: int,
+        device: torch.device,
+    ) -> None:
+        self._shape = (num_layers, format.num_kv_heads, format.head_dim)
+        self._device = device
+        self.format = format
+        self.bound: BoundBasis | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._projections: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        bound = bind(calibration, format, num_layers, device)
+        if bound is not None:
+            self._use(bound)
+
+    def _use(self, bound: BoundBasis) -> None:
+        self.bound, self.format = bound, bound.format
+        if self.format.basis == "shared":
+            # kernels read fp16, which is what rows are rounded to
+            dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+            self._rows = {
+                "k_basis": bound.k.rows.to(dtype),
+                "v_basis": bound.v.rows.to(dtype),
+            }
+
+    @property
+    def is_waiting(self) -> bool:
+        """True before the first seal of an online calibration."""
+        return self.format.needs_calibration and self.bound is None
+
+    def accumulator(self) -> BasisAccumulator:
+        return BasisAccumulator(*self._shape)
+
+    def freeze(self, accumulator: BasisAccumulator) -> None:
+        """Use what was accumulated from now on."""
+        plain = torch.eye(self._shape[-1]).expand(*self._shape, -1)
+        basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
+        self._use(basis.bind(self.format, self._device))
+
+    def rows(self, layer: int) -> dict[str, Tensor]:
+        """The layer's rows `[H, rank, D]` as arguments of page ops; none where pages have them."""
+        return {name: rows[layer] for name, rows in self._rows.items()}
+
+    def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:
+        """`BoundBasis.projections`, made once for a group of layers."""
+        key = tuple(layers)
+        if key not in self._projections:
+            assert self.bound is not None, "there is a basis before anything is sealed"
+            self._projections[key] = self.bound.projections(key)
+        return self._projections[key]

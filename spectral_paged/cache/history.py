@@ -1,0 +1,37 @@
+"""What the queries of an open step see, as K and V: for attention that is not ours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spectral_paged.cache.cache import SpectralKVCache
+from spectral_paged.cache.step import Chunk, chunk_batches
+from spectral_paged.errors import PoolError
+
+
+def read_history(cache: SpectralKVCache, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """K and V of one layer of each sequence of the open step, pages rebuilt.
+
+    Both are `[Hkv, tokens, D]` in the cache's dtype, the step's own tokens (appended already) at
+    the end; with a window what left it is missing at the start. Keys are after RoPE.
+
+    Raises:
+        PoolError: no step is open.
+    """
+    if cache.open_step is None:
+        raise PoolError("read_history outside begin_step / end_step")
+    group = next(group for group in cache.groups if layer in group.layers)
+    chunks, flat = [], 0
+    for entry in cache.open_step.plan.entries:
+        slots = group.sequences[entry.seq_id]
+        runs = slots.runs(entry.start + entry.num_new)  # by position, unlike those of attention
+        chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
+        flat += entry.num_new
+    found = []
+    shared = cache.attention.basis.rows(layer)
+    for batch in chunk_batches(chunks, flat, cache.device):
+        keys, values = cache.attention.history(group, batch, group.plane(layer), shared)
+        if group.rope is not None:
+            keys = group.rope.pairs(keys)
+        found += [(keys[:, span], values[:, span]) for _, span in batch.spans]
+    return found

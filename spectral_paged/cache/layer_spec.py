@@ -1,0 +1,73 @@
+"""How layers of one model may differ to the cache: their rotation, and how far back they see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spectral_paged.errors import FormatError
+from spectral_paged.pages import PageFormat
+from spectral_paged.rope import RotaryTable
+
+EXACT_WINDOW = 1024  # tokens: a window up to here is a few pages, which sealing would not shrink
+Ropes = RotaryTable | Sequence[RotaryTable | None] | None
+Windows = int | Sequence[int | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer. `rope` turns its queries and keys, None none; `window` is how many tokens a query
+    sees, its own among them (None: all before it)."""
+
+    rope: RotaryTable | None
+    window: int | None = None
+
+
+def seals_behind(format: PageFormat, window: int | None) -> bool:
+    """Whether layers with `window` have their blocks sealed: those up to `EXACT_WINDOW` stay
+    exact pages."""
+    return format.seals and (window is None or window > EXACT_WINDOW)
+
+
+def layer_specs(
+    format: PageFormat, num_layers: int, rope: Ropes, windows: Windows, *,
+    max_model_len: int | None, device: torch.device,
+) -> tuple[list[LayerSpec], int]:
+    """Every layer's spec, with tables on `device`, and the longest sequence: by default the
+    shortest table's length.
+
+    Raises:
+        FormatError: no table where keys are to be turned back, a table that is too short, a list
+            that has not one entry a layer, or a window without tokens.
+    """
+    if rope is None and format.seals and format.rope != "post":
+        raise FormatError(
+            f"rope={format.rope!r} formats turn keys back: pass the model's RotaryTable, or a list "
+            "with one for each layer (None for a layer that rotates nothing)"
+        )
+    ropes = [rope] * num_layers if rope is None or isinstance(rope, RotaryTable) else list(rope)
+    spans = [windows] * num_layers if windows is None or isinstance(windows, int) else [*windows]
+    for name, given in (("rope", ropes), ("sliding_windows", spans)):
+        if len(given) != num_layers:
+            raise FormatError(
+                f"{name} has {len(given)} entries; the model has {num_layers} layers: give one for "
+                "all, or one each"
+            )
+    bad = [window for window in spans if window is not None and window < 1]
+    if bad:
+        raise FormatError(f"a sliding window of {bad[0]} tokens: give 1 or more, or None for all")
+    tables = {table: table.to(device) for table in ropes if table is not None}
+    shortest = min((table.max_positions for table in tables), default=None)
+    longest = shortest if max_model_len is None else max_model_len
+    if longest is None:
+        raise FormatError("max_model_len must be given where there is no rotary table")
+    if shortest is not None and shortest < longest:
+        raise FormatError(
+            f"a rotary table has {shortest} positions, max_model_len is {longest}: build the table "
+            "longer or lower max_model_len"
+        )
+    spans = [window if window is not None and window < longest else None for window in spans]
+    placed = [None if table is None else tables[table] for table in ropes]
+    return [LayerSpec(r, w) for r, w in zip(placed, spans, strict=True)], longest

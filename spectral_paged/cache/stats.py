@@ -1,0 +1,187 @@
+"""Figures of a cache: what was sealed, attended and hit, and what a token costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.sequence_state import SequenceState
+from spectral_paged.cache.sequences import SequenceTable
+from spectral_paged.kernels.ops import PageOps
+from spectral_paged.pages import PageFormat
+from spectral_paged.pool.slot_pool import Kind
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Totals since construction."""
+
+    pages_sealed: int = 0
+    pages_attended: int = 0  # page reads, layer by layer
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    resumed_query_tokens: int = 0
+    resumed_hit_tokens: int = 0
+    freed_tokens: int = 0  # of sequences freed so far
+    freed_token_bytes: int = 0  # theirs at 2 bytes an element
+    freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
+
+    def count_prefix(self, state: SequenceState) -> None:
+        """Tokens of a sequence that runs for the first time, and those found cached.
+
+        As vLLM does, preempted sequences that go on are counted apart: they find themselves. So do
+        siblings that could not be forked: their prompt was asked for by the first of them.
+        """
+        if state.ran or state.chain is None or state.token_ids is None:
+            return
+        asked, found = len(state.token_ids), state.num_cached_tokens
+        if state.resumed:
+            self.resumed_query_tokens += asked
+            self.resumed_hit_tokens += found
+        else:
+            self.prefix_query_tokens += min(asked, state.num_prompt_tokens)
+            self.prefix_hit_tokens += min(found, state.num_prompt_tokens)
+
+    def count_freed(
+        self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int
+    ) -> None:
+        """What a sequence of `num_tokens` held when it was freed."""
+        self.freed_tokens += num_tokens
+        self.freed_token_bytes += token_bytes(format, groups, num_tokens)
+        self.freed_held_bytes += held_bytes(groups, seq_id)
+
+
+def token_bytes(format: PageFormat, groups: list[LayerGroup], num_tokens: int) -> int:
+    """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has; of layers
+    with a window, of what it shows alone."""
+    tokens = sum(len(g.layers) * min(num_tokens, g.window or num_tokens) for g in groups)
+    return tokens * format.num_kv_heads * format.head_dim * 2 * 2
+
+
+def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
+    """Bytes a sequence holds (shared slots counted whole), exact ones at 2 an element."""
+    return sum(
+        len(g.layers)
+        * (
+            len(g.sequences[seq_id].exact) * g.pool.format.exact_page_bytes(2)
+            + len(g.sequences[seq_id].pages) * g.pool.page_bytes
+        )
+        for g in groups
+    )
+
+
+def sequence_figures(
+    format: PageFormat,
+    groups: list[LayerGroup],
+    seq_id: str,
+    state: SequenceState,
+) -> dict[str, float]:
+    """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of a sequence."""
+    held = held_bytes(groups, seq_id)
+    plain = token_bytes(format, groups, state.num_tokens)
+    return {
+        "tokens": state.num_tokens,
+        "cached_tokens": state.num_cached_tokens,
+        "pages_sealed": state.num_pages_sealed,
+        "bytes_per_token": held / max(state.num_tokens, 1),
+        "compression_ratio": plain / held if held else 1.0,
+    }
+
+
+def cost_figures(
+    format: PageFormat,
+    groups: list[LayerGroup],
+    sequences: SequenceTable,
+    counters: CacheCounters,
+) -> dict[str, object]:
+    """What a token costs, over sequences freed so far and those held now, what was sealed, and
+    what the pools hold."""
+    plain, held = counters.freed_token_bytes, counters.freed_held_bytes
+    num_tokens = counters.freed_tokens
+    for seq_id, state in sequences.items():
+        try:
+            held += held_bytes(groups, seq_id)
+        except KeyError:  # freed by the engine's thread while another one asks
+            continue
+        plain += token_bytes(format, groups, state.num_tokens)
+        num_tokens += state.num_tokens
+    return pool_stats(groups) | {
+        "num_sequences": len(sequences),
+        "bytes_per_token": held / num_tokens if num_tokens else 0.0,
+        "compression_ratio": plain / held if held else 1.0,
+        "sealed_ratio": format.page_ratio,
+        "pages_sealed": counters.pages_sealed,
+        "pages_attended": counters.pages_attended,
+        "prefix_query_tokens": counters.prefix_query_tokens,
+        "prefix_hit_tokens": counters.prefix_hit_tokens,
+        "resumed_query_tokens": counters.resumed_query_tokens,
+        "resumed_hit_tokens": counters.resumed_hit_tokens,
+    }
+
+
+def backends(
+    ops: PageOps,
+    format: PageFormat,
+    groups: list[LayerGroup],
+    *,
+    num_q_heads: int,
+    softcap: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, object]:
+    """What runs: the format, and decode attention, attention of prompt chunks, sealing; all that do
+    where groups differ."""
+    num_queries = num_q_heads // format.num_kv_heads
+
+    def named(names: list[str]) -> str:
+        return " and ".join(sorted({part for name in names for part in name.split(" and ")}))
+
+    # an exact group reads pages of one kind alone, whatever else runs
+    sealing = [g for g in groups if g.seals] or groups[:1]
+    return {
+        "format": format.name,
+        "fingerprint": format.fingerprint,
+        "backend": named(
+            [
+                ops.backend(g.layout, num_queries, device, 2 * g.cos.shape[-1] or format.head_dim)
+                for g in sealing
+            ]
+        ),
+        "prefill_backend": named(
+            [
+                ops.prefill_backend(dtype, format.head_dim, softcap=softcap, window=g.window)
+                for g in groups
+            ]
+        ),
+        "seal_backend": named([ops.seal_backend(g.layout) for g in sealing]),
+    }
+
+
+def pool_stats(groups: list[LayerGroup]) -> dict[str, object]:
+    """Slots of all groups, counted as pages of one layer each, and the share of bytes in use."""
+    pools = [g.pool for g in groups]
+
+    def in_use(kind: Kind) -> int:
+        return sum(p.blocks.num_in_use[kind] * p.num_layers for p in pools)
+
+    def cached(kind: Kind) -> int:
+        return sum(p.blocks.num_cached(kind) * p.num_layers for p in pools)
+
+    used = sum(
+        p.num_layers * p.blocks.num_in_use[kind] * p.slot_bytes(kind)
+        for p in pools
+        for kind in Kind
+    )
+    total = sum(p.num_bytes for p in pools)
+    return {
+        "kv_cache_bytes": total,
+        "kv_cache_usage": used / total,
+        "pages_in_use": in_use(Kind.PAGE),
+        "pages_cached": cached(Kind.PAGE),
+        "exact_pages_in_use": in_use(Kind.EXACT),
+        "exact_pages_cached": cached(Kind.EXACT),
+        "slots_evicted": sum(p.blocks.num_evicted for p in pools),
+        "slots_moved": sum(p.blocks.num_moved for p in pools),
+    }

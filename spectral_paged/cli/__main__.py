@@ -1,0 +1,5 @@
+"""`python -m spectral_paged.cli`."""
+
+from spectral_paged.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,269 @@
+"""Somebody else's loop around the cache, as the conformance kit drives and watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.errors import ConformanceError
+from spectral_paged.pages import PageFormat
+
+Result = Sequence[int] | Exception
+STALLED_STEPS = 1000  # without a token for anybody
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What a check wants served.
+
+    Attributes:
+        model: a transformers causal LM in fp32, not to be changed.
+        format: the cache's page format; it needs no calibration.
+        kv_cache_bytes, max_num_seqs, max_model_len, enable_prefix_caching, poison: arguments of
+            `SpectralKVCache`.
+        max_step_tokens: most tokens that a step computes; prompts are cut to it.
+    """
+
+    model: Any
+    format: PageFormat
+    kv_cache_bytes: int
+    max_num_seqs: int = 16
+    max_model_len: int = 2048
+    max_step_tokens: int = 512
+    enable_prefix_caching: bool = True
+    poison: bool = True
+
+
+class Adapter(Protocol):
+    """A loop as the kit drives it. Decoding is greedy and knows no end of sequence: a request runs
+    until the kit releases it."""
+
+    @property
+    def cache(self) -> SpectralKVCache:
+        """The one cache that the loop uses."""
+
+    def start(self, prompt: Sequence[int], /) -> str:
+        """Queue token ids; the id that the cache knows, or will know, the sequence by."""
+
+    def step(self) -> Mapping[str, Result]:
+        """Run one step; each sequence's new token ids, or the error of one that has failed. What
+        has failed is freed and heard of no more."""
+
+    def release(self, handle: str, /) -> None:
+        """End a request in whatever state it is, and free what it holds."""
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What happened while a check ran: a check in which nothing did proves little."""
+
+    steps: int = 0
+    preemptions: int = 0
+    pages_attended: int = 0
+    prefix_hit_tokens: int = 0
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass
+class Traffic:
+    """Requests on their way through an adapter.
+
+    Args:
+        num_tokens: that each of them generates before it is released.
+    """
+
+    adapter: Adapter
+    num_tokens: int
+    handles: list[str] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
+    _made: dict[str, list[int]] = field(default_factory=dict)
+    _prompts: dict[str, int] = field(default_factory=dict)  # their lengths
+
+    def start(self, prompt: Sequence[int]) -> str:
+        """Queue a prompt.
+
+        Raises:
+            ConformanceError: the adapter gave a handle twice.
+        """
+        handle = self.adapter.start(prompt)
+        if handle in self.handles:
+            raise ConformanceError(f"start returned {handle!r} twice: a new sequence, a new id")
+        self.handles.append(handle)
+        self._made[handle] = []
+        self._prompts[handle] = len(prompt)
+        return handle
+
+    def release(self, handle: str) -> None:
+        """End a request before it has what it wants."""
+        self._made.pop(handle, None)
+        self.adapter.release(handle)
+
+    def finish(self) -> list[Result]:
+        """Steps until every request has ended; their tokens or errors in order of arrival.
+
+        Raises:
+            ConformanceError: nobody gets a token any more, or somebody unknown does.
+        """
+        idle = 0
+        while self._made:
+            idle = 0 if self.step() else idle + 1
+            if idle > STALLED_STEPS:
+                raise ConformanceError(
+                    f"{sorted(self._made)} got no token in {STALLED_STEPS} steps: where reserve "
+                    "gives None preempt the newest, and the oldest alone always fits"
+                )
+        return [self.results[handle] for handle in self.handles]
+
+    def num_made(self, handle: str) -> int:
+        """Tokens of a request so far.
+
+        Raises:
+            ConformanceError: it got none in so many steps, or failed.
+        """
+        if self.evidence.steps > STALLED_STEPS or isinstance(self.results.get(handle), Exception):
+            raise ConformanceError(f"{handle!r} got no further: {self.results.get(handle)!r}")
+        return len(self._made.get(handle, self.results.get(handle, ())))  # type: ignore[arg-type]
+
+    def step(self) -> bool:
+        """One step; True where somebody got a token or failed."""
+        self.evidence.steps += 1
+        with Calls(self.adapter.cache) as calls:
+            found = self.adapter.step()
+        ended = {h for h, got in found.items() if isinstance(got, Exception)}
+        self.evidence.preemptions += sum(h in self._made and h not in ended for h in calls.freed)
+        for handle, num_tokens in calls.prompts.items():
+            if num_tokens != self._prompts.get(handle, num_tokens):
+                raise ConformanceError(
+                    f"{handle!r} was added with num_prompt_tokens={num_tokens}, its prompt has "
+                    f"{self._prompts[handle]}: it stays the same when a sequence is resumed, and "
+                    "reserve takes the first tokens of a sequence nobody added for the prompt"
+                )
+        for handle, got in found.items():
+            if handle not in self._made:
+                raise ConformanceError(
+                    f"step returned {handle!r}, which was never started or has ended already"
+                )
+            if isinstance(got, Exception):
+                self.results[handle] = got
+                del self._made[handle]
+                continue
+            self._made[handle].extend(got)
+            if len(self._made[handle]) >= self.num_tokens:
+                self.results[handle] = self._made[handle][: self.num_tokens]
+                self.release(handle)
+        return bool(found)
+
+    def check_empty(self) -> None:
+        """Note the cache's figures.
+
+        Raises:
+            PoolError: its books do not agree.
+            ConformanceError: something in it is still in use.
+        """
+        self.adapter.cache.check_integrity()
+        stats: dict[str, Any] = self.adapter.cache.stats()
+        held = {
+            what: stats[what]
+            for what in ("num_sequences", "pages_in_use", "exact_pages_in_use")
+            if stats[what]
+        }
+        if held:
+            raise ConformanceError(
+                f"every request has ended and the cache still holds {held}: free each sequence "
+                "once, whether it was released, failed or was preempted"
+            )
+        self.evidence.pages_attended = stats["pages_attended"]
+        self.evidence.prefix_hit_tokens = stats["prefix_hit_tokens"] + stats["resumed_hit_tokens"]
+
+
+class Calls:
+    """What a loop adds to the cache and frees inside.
+
+    Attributes:
+        prompts: `num_prompt_tokens` of each sequence that was added.
+        freed: the sequences that were freed, in order.
+    """
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self._cache = cache
+        self.prompts: dict[str, int] = {}
+        self.freed: list[str] = []
+
+    def __enter__(self) -> Calls:
+        add, free = self._cache.add_sequence, self._cache.free
+
+        def noted_add(seq_id: str, *, num_prompt_tokens: int, **options: Any) -> int | None:
+            self.prompts[seq_id] = num_prompt_tokens
+            return add(seq_id, num_prompt_tokens=num_prompt_tokens, **options)
+
+        def noted_free(seq_id: str, *, forget: bool = False) -> None:
+            free(seq_id, forget=forget)
+            self.freed.append(seq_id)
+
+        self._cache.add_sequence = noted_add  # type: ignore[method-assign]
+        self._cache.free = noted_free  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._cache.add_sequence, self._cache.free  # the class's own again
+
+
+class Squatters:
+    """Sequences that hold all that is free of a cache while the inside runs."""
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self._cache = cache
+        self._held: list[str] = []
+
+    def __enter__(self) -> Squatters:
+        return self
+
+    def take(self) -> None:
+        """Hold what is free now, and what is cached."""
+        num_tokens = 512
+        while num_tokens >= 64:
+            name = f"squatter-{len(self._held)}"
+            if self._cache.reserve({name: num_tokens}) is None:
+                num_tokens //= 2
+            else:
+                self._held.append(name)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._held:
+            self._cache.free(name)
+
+
+class Spoiled:
+    """Lets `attend` store NaN in one key of the sequence `victim`."""
+
+    def __init__(self, cache: SpectralKVCache, *, position: int) -> None:
+        self._cache, self._position = cache, position
+        self.victim = ""
+        self.done = False
+
+    def __enter__(self) -> Spoiled:
+        attend = self._cache.attend
+
+        def spoiled(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            step, flat = self._cache.open_step, 0
+            for entry in step.plan.entries if step is not None else ():
+                place = self._position - entry.start
+                if entry.seq_id == self.victim and 0 <= place < entry.num_new:
+                    k = k.clone()
+                    k[flat + place] = float("nan")
+                    self.done = True
+                flat += entry.num_new
+            return attend(layer, q, k, v)
+
+        self._cache.attend = spoiled  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._cache.attend

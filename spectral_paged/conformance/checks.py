@@ -1,0 +1,294 @@
+"""Whether somebody else's loop around `SpectralKVCache` does what the cache is made for.
+
+An embedder writes an adapter of four methods around the own loop and runs, say under pytest:
+
+```python
+kit = Conformance(make_adapter)          # make_adapter(AdapterConfig) -> Adapter
+
+@pytest.mark.parametrize("check", Conformance.CHECKS)
+def test_my_loop(check):
+    getattr(kit, check)()                # raises ConformanceError, or returns Evidence
+```
+
+Every check serves greedy requests over one small random model and compares tokens: with those of
+transformers, of this package's own engine, or of the same loop under other circumstances.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from spectral_paged.conformance.adapter import (
+    Adapter,
+    AdapterConfig,
+    Evidence,
+    Result,
+    Spoiled,
+    Squatters,
+    Traffic,
+)
+from spectral_paged.conformance.small_llama import random_prompts, small_llama
+from spectral_paged.errors import ConformanceError
+from spectral_paged.llm import LLM
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.pages import PageFormat
+from spectral_paged.sampling import SamplingParams
+
+NUM_TOKENS = 8  # that a request generates
+GROWN_TOKENS = 80  # and where it is to outgrow a pool
+AROUND_PAGES = (1, 2, 63, 64, 65, 127, 128, 129)
+AROUND_BLOCKS = (511, 512, 513, 575, 576, 577, 632, 639, 640, 641)  # 640: the first page is seen
+SEALED = (700, 1087, 1088, 1147, 1152, 1153, 1217)  # from 1152 on there are two
+
+
+@dataclass
+class Conformance:
+    """The checks. Each raises `ConformanceError`, saying what differs and where to look.
+
+    Args:
+        make: builds an adapter; asked for a fresh one many times.
+        model: a transformers causal LM in fp32 without an end of sequence; `small_llama()`.
+    """
+
+    make: Callable[[AdapterConfig], Adapter]
+    model: Any = field(default_factory=small_llama)
+
+    CHECKS: ClassVar[tuple[str, ...]] = (
+        "exact_tokens_are_those_of_transformers",
+        "sealed_tokens_are_those_of_the_engine",
+        "batch_mates_change_nothing",
+        "chunk_sizes_change_nothing",
+        "preemption_changes_nothing",
+        "prefix_hits_change_nothing",
+        "released_sequences_leave_nothing",
+        "nan_fails_its_own_sequence",
+    )
+
+    def __post_init__(self) -> None:
+        self._geometry = ModelGeometry.from_config(self.model.config)
+        heads = self._geometry.num_kv_heads, self._geometry.head_dim
+        self.exact = PageFormat("exact", *heads, prefill_segment=512)
+        # pages far from exact: who sees a page where it should not, or the reverse, is found out
+        bands = ((16, 2),)
+        self.coarse = PageFormat("coarse", *heads, bands, bands, rope="frame", prefill_segment=512)
+        self._alone: dict[tuple[int, ...], list[int]] = {}
+
+    def run(self) -> dict[str, Evidence]:
+        """Every check in turn; what happened in each."""
+        return {check: getattr(self, check)() for check in self.CHECKS}
+
+    # ---- the checks ------------------------------------------------------------------------
+
+    def exact_tokens_are_those_of_transformers(self) -> Evidence:
+        """The `exact` format gives the model's own greedy tokens, around pages and blocks."""
+        prompts = self._prompts(AROUND_PAGES + AROUND_BLOCKS)
+        found, evidence = self._serve(self._config(self.exact), prompts)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            ids = torch.tensor([prompt], device=self.model.device)
+            want = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS,
+            )  # fmt: skip
+            self._compare(
+                prompt, tokens, want[0, len(prompt) :].tolist(), "transformers' own generate gives",
+                "positions (PlanEntry.start and on), RoPE before attend, the row of the logits",
+            )
+        return evidence
+
+    def sealed_tokens_are_those_of_the_engine(self) -> Evidence:
+        """With pages, around every length at which a query begins to see one."""
+        prompts = self._prompts(AROUND_BLOCKS + SEALED)
+        llm = LLM.from_model(
+            copy.deepcopy(self.model),  # its attention is replaced
+            kv_format=self.coarse,
+            kv_cache_bytes=self._config().kv_cache_bytes,
+        )
+        params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        found, evidence = self._serve(self._config(), prompts)
+        for prompt, tokens, output in zip(prompts, found, outputs, strict=True):
+            self._compare(
+                prompt, tokens, output.outputs[0].token_ids, "this package's engine gives",
+                "num_prompt_tokens (the prompt's, also after a resume), positions, end_step",
+            )
+        if not evidence.pages_attended:
+            raise ConformanceError("no page was attended: does every step go through this cache?")
+        return evidence
+
+    def batch_mates_change_nothing(self) -> Evidence:
+        """All at once, arriving one a step, against each alone."""
+        prompts = self._prompts((64, 513, 640, 700, 1152, 3))
+        found, evidence = self._serve(self._config(), prompts, stagger=True)
+        self._compare_alone(prompts, found, "the order of q, k and v: that of plan.entries")
+        return evidence
+
+    def chunk_sizes_change_nothing(self) -> Evidence:
+        """Steps of 48 tokens and of 1,000."""
+        prompts, evidence = self._prompts((65, 577, 700, 1153)), Evidence()
+        for budget in (48, 1000):
+            found, seen = self._serve(self._config(max_step_tokens=budget), prompts)
+            self._compare_alone(prompts, found, f"chunks (max_step_tokens {budget}), chunk_limit")
+            evidence += seen
+        return evidence
+
+    def preemption_changes_nothing(self) -> Evidence:
+        """While all generate, somebody else takes what is free of the pool."""
+        prompts, evidence = self._prompts((600, 577, 63, 590, 620, 640)), Evidence()
+        for format in (self.coarse, self.exact):
+            for caching in (False, True):
+                config = self._config(
+                    format,
+                    kv_cache_bytes=self._bytes(5000),
+                    max_num_seqs=64,
+                    enable_prefix_caching=caching,
+                )
+                traffic = Traffic(self.make(config), GROWN_TOKENS)
+                handles = [traffic.start(prompt) for prompt in prompts]
+                while traffic.num_made(handles[-1]) < GROWN_TOKENS // 2:
+                    traffic.step()
+                with Squatters(traffic.adapter.cache) as squatters:
+                    while traffic.evidence.preemptions == 0:
+                        squatters.take()  # again: a seal gives back more than it takes
+                        if not traffic.step():
+                            break
+                    found = traffic.finish()
+                traffic.check_empty()
+                self._compare_alone(
+                    prompts, found, "that a resumed sequence has all its tokens and still the "
+                    "num_prompt_tokens that it began with", format=format, num_tokens=GROWN_TOKENS,
+                )  # fmt: skip
+                evidence += traffic.evidence
+        return evidence
+
+    def prefix_hits_change_nothing(self) -> Evidence:
+        """A second wave whose prompts begin as those of the first."""
+        first = self._prompts((1200, 700))
+        again = [p[:n] + p[:9] for p in first for n in (640, 576, len(p) - 1)] + first
+        traffic = Traffic(self.make(self._config()), NUM_TOKENS)
+        for wave in (first, again):
+            for prompt in wave:
+                traffic.start(prompt)
+            found = traffic.finish()
+        traffic.check_empty()
+        self._compare_alone(
+            first + again, found, "token_ids given to add_sequence, and where num_tokens goes on"
+        )
+        return traffic.evidence
+
+    def released_sequences_leave_nothing(self) -> Evidence:
+        """Ended while they wait, in the middle of a prompt, and while they decode."""
+        adapter = self.make(self._config(max_num_seqs=3, max_step_tokens=64))
+        traffic = Traffic(adapter, NUM_TOKENS)
+        handles = [traffic.start(p) for p in self._prompts((700, 30, 90, 65))]
+        traffic.step()
+        traffic.release(handles[3])
+        for _ in range(4):
+            traffic.step()
+        for handle in handles[:3]:
+            traffic.release(handle)
+        for _ in range(4):  # nothing of them comes back
+            traffic.step()
+        traffic.check_empty()
+        return traffic.evidence
+
+    def nan_fails_its_own_sequence(self) -> Evidence:
+        """NaN in a key of one prompt fails that one by name; nobody finds what it stored."""
+        prompts = self._prompts((700, 640, 90))
+        traffic = Traffic(self.make(self._config()), NUM_TOKENS)
+        with Spoiled(traffic.adapter.cache, position=100) as spoiled:
+            spoiled.victim = traffic.start(prompts[0])
+            for prompt in prompts[1:]:
+                traffic.start(prompt)
+            found = traffic.finish()
+        if not spoiled.done:
+            raise ConformanceError(
+                "no NaN could be placed: the loop does not call adapter.cache.attend"
+            )
+        if not isinstance(found[0], Exception):
+            raise ConformanceError(
+                f"a sequence with NaN in a key gave tokens {list(found[0])}: hand on what "
+                "end_step().failed and settle().failed name, and check logits with isfinite"
+            )
+        self._compare_alone(prompts[1:], found[1:], "what a failing sequence takes with it")
+        traffic.start(prompts[0])
+        again = traffic.finish()[-1:]
+        self._compare_alone(prompts[:1], again, "free(seq_id, forget=True) of what has failed")
+        traffic.check_empty()
+        return traffic.evidence
+
+    # ---- how they run ----------------------------------------------------------------------
+
+    def _prompts(self, lengths: Sequence[int]) -> list[list[int]]:
+        return random_prompts(lengths, vocab_size=self._geometry.vocab_size)
+
+    def _bytes(self, num_tokens: int) -> int:
+        """What so many tokens take when all are exact."""
+        g = self._geometry
+        return num_tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * 4
+
+    def _config(self, format: PageFormat | None = None, **changes: Any) -> AdapterConfig:
+        size = self._bytes(20_000)
+        return AdapterConfig(
+            self.model, format or self.coarse, **({"kv_cache_bytes": size} | changes)
+        )
+
+    def _serve(
+        self,
+        config: AdapterConfig,
+        prompts: list[list[int]],
+        *,
+        stagger: bool = False,
+        num_tokens: int = NUM_TOKENS,
+    ) -> tuple[list[Result], Evidence]:
+        """Results of the prompts through an adapter of their own, which must end empty; with
+        `stagger` one arrives a step."""
+        traffic = Traffic(self.make(config), num_tokens)
+        for prompt in prompts:
+            traffic.start(prompt)
+            if stagger:
+                traffic.step()
+        found = traffic.finish()
+        traffic.check_empty()
+        return found, traffic.evidence
+
+    def _compare_alone(
+        self,
+        prompts: list[list[int]],
+        found: Sequence[Result],
+        where: str,
+        *,
+        format: PageFormat | None = None,
+        num_tokens: int = NUM_TOKENS,
+    ) -> None:
+        """Against each prompt served with nobody else, in large steps and with no cached prefix."""
+        format = format or self.coarse
+        config = self._config(format, max_step_tokens=512, enable_prefix_caching=False)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            key = (int(format.seals), num_tokens, *prompt)
+            if key not in self._alone:
+                (alone,), _ = self._serve(config, [prompt], num_tokens=num_tokens)
+                if isinstance(alone, Exception):
+                    raise ConformanceError(f"a prompt of {len(prompt)} tokens fails: {alone!r}")
+                self._alone[key] = list(alone)
+            self._compare(prompt, tokens, self._alone[key], "served alone it gives", where)
+
+    @staticmethod
+    def _compare(
+        prompt: list[int], found: Result, want: Sequence[int], who: str, where: str
+    ) -> None:
+        if isinstance(found, Exception):
+            raise ConformanceError(
+                f"a prompt of {len(prompt)} tokens failed: {found!r}"
+            ) from found
+        if list(found) != list(want):
+            pairs = enumerate(zip(found, want, strict=True))
+            first = next(i for i, (a, b) in pairs if a != b)
+            raise ConformanceError(
+                f"a prompt of {len(prompt)} tokens: token {first} of its output is "
+                f"{found[first]}, {who} {want[first]}; check {where}"
+            )

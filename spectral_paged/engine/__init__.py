@@ -1,0 +1,46 @@
+"""Continuous batching: requests, steps and outputs over a cache and a scheduler.
+
+It knows the cache, the sampler and the scheduler; a model is handed to it as a runner.
+"""
+
+from __future__ import annotations
+
+from spectral_paged.engine.admission import (
+    check_request,
+)
+from spectral_paged.engine.counters import (
+    Distribution,
+)
+from spectral_paged.engine.deltas import (
+    TextDeltas,
+)
+from spectral_paged.engine.engine import (
+    Engine,
+    Runner,
+)
+from spectral_paged.engine.events import (
+    refusing,
+)
+from spectral_paged.engine.prompts import (
+    Prompt,
+    check_salt,
+    params_list,
+    parts_of,
+    prompt_list,
+    token_ids_of,
+)
+
+__all__ = [
+    "Distribution",
+    "Engine",
+    "Prompt",
+    "Runner",
+    "TextDeltas",
+    "check_request",
+    "check_salt",
+    "params_list",
+    "parts_of",
+    "prompt_list",
+    "refusing",
+    "token_ids_of",
+]

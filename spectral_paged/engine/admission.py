@@ -1,0 +1,66 @@
+"""Which requests can be served at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectral_paged.cache import Spans, SpectralKVCache, pinned_blocks
+from spectral_paged.errors import (
+    CapacityError,
+    EmptyPromptError,
+    InvalidRequestError,
+    PoolError,
+    PromptTooLongError,
+)
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.scheduler import Scheduler
+
+
+def check_request(
+    cache: SpectralKVCache,
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    pinned: Spans,
+    vocab_size: int | None,
+) -> None:
+    """Refuse a request that could never be served.
+
+    Raises:
+        EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the message says
+            what the limit is and how to get below it.
+    """
+    if not token_ids:
+        raise EmptyPromptError("the prompt is empty: give at least one token")
+    if len(token_ids) >= cache.max_model_len:
+        raise PromptTooLongError(
+            f"the prompt has {len(token_ids)} tokens; with one to generate, max_model_len "
+            f"{cache.max_model_len} allows {cache.max_model_len - 1}: shorten it or raise "
+            "max_model_len"
+        )
+    longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
+    if not cache.fits_alone(
+        longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
+    ):
+        blocks = pinned_blocks(cache.format, pinned, len(token_ids))
+        spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
+        raise CapacityError(
+            f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
+            f"ones{spans} never fit: the pool holds a sequence of at most "
+            f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
+            f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
+        )
+    if vocab_size is not None:
+        bad = [t for t in params.stop_token_ids if not 0 <= t < vocab_size]
+        if bad:
+            raise InvalidRequestError(
+                f"stop_token_ids {bad} are outside the vocabulary of {vocab_size}"
+            )
+
+
+def stalled(scheduler: Scheduler) -> PoolError:
+    """The error of a scheduler that has requests and can run none of them."""
+    return PoolError(
+        f"no request can run: {len(scheduler.running)} running, {len(scheduler.waiting)} waiting; "
+        "every sequence may hold slots that another caller of the same cache took"
+    )

@@ -1,0 +1,151 @@
+"""What an engine counts: tokens, requests by how they ended, and how long they took."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spectral_paged.engine.requests import Completion
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+# seconds; vLLM's bounds, so that one dashboard reads both
+FIRST_TOKEN_BOUNDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+INTER_TOKEN_BOUNDS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)  # fmt: skip
+REQUEST_BOUNDS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Durations by bucket: `counts[i]` of at most `bounds[i]` seconds (and above the bound
+    before), one more count for those above every bound; `total` seconds of all."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float | None:
+        """Seconds that `share` of the durations stay below, interpolated in a bucket; None where
+        there are none, infinity above the last bound."""
+        below = np.cumsum(self.counts)
+        if not below[-1]:
+            return None
+        wanted = share * below[-1]
+        place = bisect_left(below.tolist(), wanted)
+        if place == len(self.bounds):
+            return float("inf")
+        start = self.bounds[place - 1] if place else 0.0
+        before = int(below[place]) - self.counts[place]
+        part = (wanted - before) / max(self.counts[place], 1)
+        return start + part * (self.bounds[place] - start)
+
+
+class Durations:
+    """Seconds, appended to a list and sorted into buckets only now and then.
+
+    `append` is the list's own, all that a token pays; `fold` sorts in. A reader may be another
+    thread.
+    """
+
+    FOLD_AT = 4096
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = np.zeros(len(self._bounds) + 1, dtype=np.int64)
+        self._total = 0.0
+        self._fresh: list[float] = []
+        self._lock = threading.Lock()
+        self.append = self._fresh.append
+
+    def fold_if_long(self) -> None:
+        """Keep the list short; called once a step."""
+        if len(self._fresh) >= self.FOLD_AT:
+            self._fold()
+
+    def _fold(self) -> None:
+        with self._lock:
+            count = len(self._fresh)  # whatever is appended from here on stays for the next time
+            taken = np.array(self._fresh[:count])
+            del self._fresh[:count]
+            places = np.searchsorted(self._bounds, taken)
+            self._counts += np.bincount(places, minlength=len(self._counts))
+            self._total += float(taken.sum())
+
+    def distribution(self) -> Distribution:
+        self._fold()
+        with self._lock:
+            return Distribution(self._bounds, tuple(self._counts.tolist()), self._total)
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since construction.
+
+    A request's prompt counts once, whatever `n`, when its first token is there: what a preempted
+    request computes or finds cached a second time is no prompt of anybody.
+    """
+
+    steps: int = 0
+    lockstep_steps: int = 0  # whose tokens had to be fetched before the next was queued
+    steps_out_of_memory: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(  # completions by finish reason
+        default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0)
+    )
+    refused: dict[str, int] = field(default_factory=dict)  # requests by the error's name
+    time_to_first_token: Durations = field(default_factory=lambda: Durations(FIRST_TOKEN_BOUNDS))
+    inter_token_latency: Durations = field(default_factory=lambda: Durations(INTER_TOKEN_BOUNDS))
+    request_latency: Durations = field(default_factory=lambda: Durations(REQUEST_BOUNDS))
+
+    def count_token(self, completion: Completion, now: float) -> None:
+        """A completion gets a token at `now`, seconds of the metrics' clock."""
+        self.generated_tokens += 1
+        if completion.token_time is not None:
+            self.inter_token_latency.append(now - completion.token_time)
+        completion.token_time = now
+        group, metrics = completion.owner, completion.owner.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            metrics.num_cached_tokens = completion.request.num_cached_tokens
+            self.time_to_first_token.append(now - metrics.arrival_time)
+            self.time_to_first_token.fold_if_long()
+            self.prompt_tokens += len(group.prompt_token_ids)
+
+    def count_finished(self, seconds: float) -> None:
+        """A request ended by itself `seconds` after it came."""
+        self.request_latency.append(seconds)
+        self.request_latency.fold_if_long()
+
+    def count_refusal(self, error: Exception) -> None:
+        """A request that can never be served."""
+        name = type(error).__name__
+        self.refused[name] = self.refused.get(name, 0) + 1
+
+    def stats(self) -> dict[str, object]:
+        """The counts; durations are read by themselves."""
+        return {
+            "steps": self.steps,
+            "lockstep_steps": self.lockstep_steps,
+            "steps_out_of_memory": self.steps_out_of_memory,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "finished": dict(self.finished),
+            "refused": dict(self.refused),
+        }

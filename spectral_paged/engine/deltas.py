@@ -1,0 +1,51 @@
+"""What a running request has to show since it was last looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spectral_paged.engine.engine import Engine
+from spectral_paged.outputs import RequestOutput, TextDelta
+
+
+class TextDeltas:
+    """Cuts the growing outputs of an engine's requests into pieces; text that a stop string could
+    still take back waits."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # characters and tokens shown, by request and completion; -1 characters: it has ended
+        self._shown: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def of(self, output: RequestOutput, place: int) -> Iterator[TextDelta]:
+        """Pieces of the completions that have news.
+
+        Args:
+            place: the prompt's place among its caller's, for `prompt_index`.
+        """
+        for completion in output.outputs:
+            key = (output.request_id, completion.index)
+            num_chars, num_tokens = self._shown.get(key, (0, 0))
+            if num_chars < 0:
+                continue
+            ended = completion.finish_reason is not None
+            text = (
+                completion.text
+                if ended
+                else self._engine.settled_text(output.request_id, completion.index)
+            )
+            tokens = completion.token_ids[num_tokens:]
+            if not ended and not tokens and len(text) <= num_chars:
+                continue
+            self._shown[key] = (-1, 0) if ended else (len(text), len(completion.token_ids))
+            tables = completion.logprobs
+            yield TextDelta(
+                output.request_id,
+                place,
+                completion.index,
+                text[num_chars:],
+                list(tokens),
+                completion.finish_reason,
+                output.error,
+                None if tables is None else tables[num_tokens:],
+            )

@@ -1,0 +1,442 @@
+"""The engine: requests in, one step at a time, tokens and text out.
+
+```
+schedule -> begin_step -> forward (append, attend) -> draw -> end_step (publish, seal) -> collect
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spectral_paged.cache import PendingTokens, Spans, SpectralKVCache, StepPlan, spans_of
+from spectral_paged.engine.admission import check_request, stalled
+from spectral_paged.engine.counters import EngineCounters
+from spectral_paged.engine.events import log_failure, refusing
+from spectral_paged.engine.prompts import check_salt, token_ids_of
+from spectral_paged.engine.requests import Completion, RequestGroup, failure, seed_of
+from spectral_paged.engine.sampled_step import SampledStep, unsampled
+from spectral_paged.errors import (
+    InvalidRequestError,
+    NonFiniteError,
+    SpectralPagedError,
+)
+from spectral_paged.outputs import RequestMetrics, RequestOutput
+from spectral_paged.sampling import Sampled, SamplingParams
+from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+class Runner(Protocol):
+    """What runs the model; see `models.runner.ModelRunner`."""
+
+    def forward(
+        self,
+        plan: StepPlan,
+        token_ids: Sequence[int],
+        logit_rows: Sequence[int],
+        pending: PendingTokens | None = None,
+    ) -> Tensor: ...
+    def stats(self) -> dict[str, object]: ...
+
+
+class Engine:
+    """Continuous batching over a `SpectralKVCache`.
+
+    Args:
+        runner: runs the model over a planned step.
+        cache: holds K and V.
+        tokenizer: for string prompts and text; None serves token ids only.
+        eos_token_ids: ids that end a completion unless `ignore_eos`.
+        seed: base of the seeds of requests that name none.
+        async_scheduling: queue a step before the tokens of the one before are fetched. Penalties
+            need those tokens, so while a request has any, steps go in lockstep.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: SpectralKVCache,
+        *,
+        tokenizer: Any = None,
+        scheduler_config: SchedulerConfig | None = None,
+        eos_token_ids: Sequence[int] = (),
+        vocab_size: int | None = None,
+        seed: int = 0,
+        async_scheduling: bool = False,
+    ) -> None:
+        self.runner = runner
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.vocab_size, self.seed = vocab_size, seed
+        self.async_scheduling = async_scheduling
+        self.counters = EngineCounters()
+        self._scheduled = SchedulerOutput()
+        self._in_flight: SampledStep | None = None
+        self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be given out
+        self._siblings: deque[Completion] = deque()  # to be forked from their first
+        self._touched: dict[str, RequestGroup] = {}  # with news that no step has returned
+        self._groups: dict[str, RequestGroup] = {}
+        self._by_sequence: dict[str, Completion] = {}
+
+    # ---- requests ------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+        pinned_spans: Spans = (),
+    ) -> None:
+        """Queue a prompt (text or token ids).
+
+        Args:
+            cache_salt: requests with different salts never share cached tokens.
+            pinned_spans: `(start, end)` token positions of the prompt that are never sealed.
+
+        Raises:
+            EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
+                can never be served; nothing is queued.
+        """
+        params = params or SamplingParams()
+        with refusing(self.counters, request_id):
+            if request_id in self._groups:
+                raise InvalidRequestError(f"request id {request_id!r} is running already")
+            check_salt(cache_salt)
+            token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
+            spans = spans_of(pinned_spans)
+            check_request(self.cache, token_ids, params, spans, self.vocab_size)
+        group = RequestGroup(
+            request_id,
+            prompt if isinstance(prompt, str) else None,
+            token_ids,
+            params,
+            RequestMetrics(arrival_time=time.monotonic()),
+        )
+        for index in range(params.n):
+            completion = group.add_completion(
+                index,
+                self.tokenizer,
+                max_model_len=self.cache.max_model_len,
+                seed=seed_of(params, f"{self.seed}/{request_id}", index),
+                cache_salt=cache_salt,
+                pinned_spans=spans,
+            )
+            self._by_sequence[completion.request.request_id] = completion
+        self._groups[request_id] = group
+        # the others fork from the first when its prompt is computed
+        self.scheduler.add(group.completions[0].request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; what it produced so far stays in its output. Unknown ids are ignored."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        for completion in group.completions:
+            if completion.output.finish_reason is None:
+                self._finish(completion, "abort")
+        self._touched.pop(request_id, None)
+        self._forget(group)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._groups)
+
+    # ---- one step ------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; outputs of the requests that got a token or ended.
+
+        With `async_scheduling` a step is queued before the tokens of the one before are fetched,
+        so the device never waits for the host; a step's outputs then come with the next call.
+
+        A step that runs out of memory is dropped, and later ones get half its tokens; a request
+        that runs out of it with a single token fails. Steps that raise can be taken again.
+
+        Raises:
+            PoolError: nothing can run and nothing was preempted: the pool is held from outside.
+        """
+        try:
+            self._step()
+        except OUT_OF_MEMORY as error:
+            self._give_way(error)
+        return self._outputs()
+
+    def _step(self) -> None:
+        clock = self.cache.clock
+        self._scheduled = SchedulerOutput()
+        if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
+            self._collect()
+        if self.cache.has_late_failures:  # they are not to be scheduled
+            self._fail_sequences(self.cache.settle().failed)
+        with clock.section("schedule"):
+            scheduled = self._scheduled = self.scheduler.schedule()
+        if not scheduled.new_tokens:
+            idle = self._in_flight is None and not self._touched and not scheduled.preempted
+            if idle and self.scheduler.has_unfinished:
+                raise stalled(self.scheduler)
+            self._collect()
+            return
+        launched = self._launch(scheduled.new_tokens)
+        try:
+            self._collect()
+        except BaseException:  # an interrupt comes where the host waits: in there
+            self.cache.abort_step()
+            if launched is not None:
+                launched.withdraw()
+            raise
+        self._in_flight = launched
+        try:
+            with clock.section("commit"):
+                report = self.cache.end_step()
+        except BaseException:  # what was not counted as stored is computed again
+            self.cache.abort_step()
+            raise
+        self._fail_sequences(report.failed)
+        if not self.async_scheduling:
+            self._collect()
+
+    def _fail_sequences(self, failed: Mapping[str, SpectralPagedError]) -> None:
+        for seq_id, error in failed.items():
+            if seq_id in self._by_sequence:
+                self._fail(self._by_sequence[seq_id], error)
+
+    def _give_way(self, error: BaseException) -> None:
+        """After a step that ran out of memory: fewer tokens a step, or one request less."""
+        self.counters.steps_out_of_memory += 1
+        scheduled = self._scheduled.new_tokens
+        num_tokens = self._scheduled.num_tokens or self.scheduler.token_budget
+        if num_tokens > 1:
+            self.scheduler.lower_budget(num_tokens // 2)
+            logger.warning(
+                "a step of %d tokens of %s ran out of memory (%s): it is taken again with at most "
+                "%d tokens. A smaller max_num_batched_tokens, max_num_seqs or cache avoids this",
+                num_tokens,
+                ", ".join(scheduled) or "requests not chosen yet",
+                error,
+                self.scheduler.token_budget,
+            )
+            return
+        known = [r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)]
+        for seq_id in list(scheduled) or known[:1]:
+            completion = self._by_sequence[seq_id]
+            self._fail(completion, failure(completion, "a step of one token was run", error))
+
+    def _outputs(self) -> list[RequestOutput]:
+        """Of every request that got a token or ended since the last call that returned."""
+        touched, self._touched = self._touched, {}
+        return [self._output(group) for group in touched.values()]
+
+    def _must_wait(self) -> bool:
+        """Whether what is to be queued depends on tokens that are not on the host yet."""
+        assert self._in_flight is not None
+        wait = self._in_flight.needs_results or any(
+            group.params.has_penalties for group in self._groups.values()
+        )
+        self.counters.lockstep_steps += wait
+        return wait
+
+    def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
+        """Queue a step and the sampling of its tokens; None where it samples none."""
+        clock = self.cache.clock
+        self.counters.steps += 1
+        plan = self.cache.plan(new_tokens)
+        before = self._in_flight
+        places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
+        flat: list[int] = []
+        rows: list[int] = []
+        ready: list[Completion] = []
+        unknown: dict[int, int] = {}
+        for entry in plan.entries:
+            completion = self._by_sequence[entry.seq_id]
+            request = completion.request
+            end = entry.start + entry.num_new
+            flat.extend(request.token_ids[entry.start : end])
+            if end > len(request.token_ids):
+                unknown[len(flat)] = places[completion]
+                flat.append(0)
+            if end == request.num_tokens:
+                rows.append(len(flat) - 1)
+                ready.append(completion)
+        pending = None
+        if before is not None and unknown:
+            pending = PendingTokens(before.drawn.ids, unknown)
+        try:
+            with clock.section("commit"):
+                self.cache.begin_step(plan)
+            with clock.section("model"):
+                logits = self.runner.forward(plan, flat, rows or [len(flat) - 1], pending)
+            with clock.section("sample"):
+                return self._draw(ready, logits) if rows else None
+        except BaseException:
+            self.cache.abort_step()
+            raise
+
+    def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
+        """Sample for `ready`, a row of `logits` each; those whose row alone cannot be sampled
+        fail. None where that leaves nobody.
+
+        Raises:
+            Exception: what sampling raised, where no row or every one of several is to blame.
+        """
+        try:
+            return SampledStep.draw(ready, logits, self.eos_token_ids)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            errors = unsampled(ready, logits, self.eos_token_ids)
+            several = len({c.owner.request_id for c in ready}) > 1
+            if not errors or (len(errors) == len(ready) and several):
+                raise
+            for row, cause in errors.items():
+                self._fail(ready[row], failure(ready[row], "its token was sampled", cause))
+        rows = [row for row in range(len(ready)) if row not in errors]
+        if not rows:
+            return None
+        return SampledStep.draw([ready[r] for r in rows], logits[rows], self.eos_token_ids)
+
+    def _collect(self) -> None:
+        """Fetch the tokens of the step in flight and give them to their requests.
+
+        Whatever interrupts this, the next call goes on from there.
+        """
+        step = self._in_flight
+        if step is not None:
+            with self.cache.clock.section("sample"):
+                results = step.drawn.get()
+            self._arrived.extend(zip(step.completions, results, strict=True))
+            self._in_flight = None  # not before: a wait that was interrupted can be taken up again
+        now = time.monotonic()
+        while self._arrived:
+            self._deliver(*self._arrived.popleft(), now)
+        while self._siblings:
+            self._start_sibling(self._siblings.popleft())
+        self.counters.inter_token_latency.fold_if_long()
+
+    def _deliver(self, completion: Completion, result: Sampled | None, now: float) -> None:
+        """Give a completion its token; a request whose output cannot be processed fails alone."""
+        group = completion.owner
+        completion.request.num_pending -= 1
+        if group.starting_siblings and completion is not group.completions[0]:
+            self._siblings.append(completion)
+            group.starting_siblings = completion is not group.completions[-1]
+        if completion.output.finish_reason is not None:
+            return  # ended while the step ran
+        self._touched[group.request_id] = group
+        ending = None
+        try:
+            if result is None:
+                raise NonFiniteError(
+                    f"the logits of request {group.request_id!r} have NaN or Inf after "
+                    f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
+                )
+            self.counters.count_token(completion, now)
+            ending = completion.take(
+                result, self.eos_token_ids, self.cache.max_model_len, self.tokenizer
+            )
+        except SpectralPagedError as error:
+            self._fail(completion, error)
+        except BaseException as error:
+            self._fail(completion, failure(completion, "its output was processed", error))
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+        if ending is not None:
+            self._finish(completion, *ending)
+
+    def _start_sibling(self, completion: Completion) -> None:
+        """Fork a sampled sibling from the first completion, or let it wait and recompute."""
+        if completion.output.finish_reason is not None:
+            return
+        request = completion.request
+        parent_id = completion.owner.completions[0].request.request_id
+        forked = False
+        try:
+            forked = (
+                parent_id in self.cache
+                and len(self.scheduler.running) < self.scheduler.config.max_num_seqs
+                and self.cache.fork(
+                    parent_id,
+                    request.request_id,
+                    token_ids=request.token_ids,
+                    cache_salt=request.cache_salt,
+                )
+            )
+        except OUT_OF_MEMORY as error:
+            logger.warning("%s is recomputed: its fork failed: %s", request.request_id, error)
+        finally:
+            if forked:
+                self.scheduler.adopt(request)
+            else:
+                self.scheduler.requeue(request)
+
+    # ---- endings -------------------------------------------------------------------------
+
+    def _finish(
+        self, completion: Completion, reason: str, stop_reason: str | int | None = None
+    ) -> None:
+        completion.output.finish_reason = reason
+        completion.output.stop_reason = stop_reason
+        self.counters.finished[reason] += 1
+        request, metrics = completion.request, completion.owner.metrics
+        metrics.num_preemptions += request.num_preemptions
+        metrics.preemption_reasons += [reason.value for reason in request.preemptions]
+        metrics.num_recomputed_tokens += request.num_recomputed_tokens
+        metrics.num_pages_sealed += request.num_pages_sealed
+        if request.request_id in self.cache:
+            held = self.cache.sequence_stats(request.request_id)
+            metrics.num_pages_sealed += int(held["pages_sealed"])
+            metrics.bytes_per_token = held["bytes_per_token"]
+            metrics.compression_ratio = held["compression_ratio"]
+        self.scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
+
+    def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
+        if completion.output.finish_reason is not None:
+            return  # it has all that it asked for, or another of its request failed before
+        error.request_id = completion.owner.request_id
+        completion.owner.error = error
+        self._touched[completion.owner.request_id] = completion.owner
+        for other in completion.owner.completions:
+            if other.output.finish_reason is None:
+                self._finish(other, "error")
+        log_failure(completion.owner, error)
+
+    def _forget(self, group: RequestGroup) -> None:
+        group.metrics.finished_time = time.monotonic()
+        for completion in group.completions:
+            self._by_sequence.pop(completion.request.request_id, None)
+        self._groups.pop(group.request_id, None)
+
+    def _output(self, group: RequestGroup) -> RequestOutput:
+        if group.finished:
+            self._forget(group)
+            if group.error is None:
+                self.counters.count_finished(time.monotonic() - group.metrics.arrival_time)
+        return group.result()
+
+    def settled_text(self, request_id: str, index: int) -> str:
+        """Text of a running completion that no later stop string can take back."""
+        return self._groups[request_id].completions[index].text.settled()
+
+    def stats(self) -> dict[str, object]:
+        """The cache's figures, the runner's, the scheduler's and the requests'.
+
+        Another thread may ask while steps run.
+        """
+        parts = (self.cache, self.runner, self.scheduler, self.counters)
+        found: dict[str, object] = {"async_scheduling": self.async_scheduling}
+        for part in parts:
+            found |= part.stats()
+        return found

@@ -1,0 +1,38 @@
+"""What a log says of single requests; the figures are fields of the record, by `extra`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spectral_paged.engine.counters import EngineCounters
+from spectral_paged.engine.requests import RequestGroup
+from spectral_paged.errors import SpectralPagedError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def refusing(counters: EngineCounters, request_id: str) -> Iterator[None]:
+    """An error in here means that the request is never queued: it is counted, logged, and raised
+    on to the caller. Not to be nested, or a refusal counts twice."""
+    try:
+        yield
+    except SpectralPagedError as error:
+        counters.count_refusal(error)
+        fields = {"event": "refusal", "request_id": request_id, "reason": type(error).__name__}
+        logger.info("refused request %s: %s", request_id, error, extra=fields)
+        raise
+
+
+def log_failure(group: RequestGroup, error: SpectralPagedError) -> None:
+    """A request that failed while it ran."""
+    fields = {
+        "event": "failure",
+        "request_id": group.request_id,
+        "reason": type(error).__name__,
+        "num_prompt_tokens": len(group.prompt_token_ids),
+        "num_generated_tokens": sum(len(c.generated) for c in group.completions),
+    }
+    logger.warning("request %s failed: %s", group.request_id, error, extra=fields)

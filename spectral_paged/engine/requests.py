@@ -1,0 +1,152 @@
+"""A user's request while it runs: its completions, and what they have so far."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectral_paged.engine.text import OutputText
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from spectral_paged.sampling import Sampled, SamplingParams
+from spectral_paged.scheduler import Request
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """One of a request's `n` sequences. `token_time`: when its newest token came."""
+
+    request: Request
+    owner: RequestGroup
+    output: CompletionOutput
+    text: OutputText
+    seed: int
+    token_time: float | None = None
+
+    @property
+    def generated(self) -> list[int]:
+        return self.output.token_ids
+
+    def take(
+        self,
+        result: Sampled,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        tokenizer: Any,
+    ) -> tuple[str, str | int | None] | None:
+        """Add a sampled token; how the completion ends with it (finish and stop reason), or None.
+
+        Args:
+            tokenizer: decodes tokens of the log-probabilities; None: no text.
+        """
+        output, params = self.output, self.owner.params
+        token = result.token_id
+        self.request.token_ids.append(token)
+        output.token_ids.append(token)
+        output.cumulative_logprob += result.logprob
+        if output.logprobs is not None and result.logprobs is not None:
+            output.logprobs.append(
+                {
+                    t: Logprob(p, r, "" if tokenizer is None else tokenizer.decode([t]))
+                    for t, (p, r) in result.logprobs.items()
+                }
+            )
+        may_stop = len(output.token_ids) >= params.min_tokens
+        is_eos = may_stop and token in eos_token_ids and not params.ignore_eos
+        stop = None if is_eos else self.text.append(token, may_stop=may_stop)
+        output.text = self.text.text
+        if is_eos:
+            return "stop", None
+        if may_stop and token in params.stop_token_ids:
+            return "stop", token
+        if stop is not None:
+            return "stop", stop
+        if (
+            len(output.token_ids) >= params.max_tokens
+            or len(self.request.token_ids) >= max_model_len
+        ):
+            return "length", None
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class RequestGroup:
+    """A user's request: `n` completions of one prompt.
+
+    forked: the first completion's prompt is computed, and all have sampled from it.
+    starting_siblings: the others have no sequence of their own yet.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    completions: list[Completion] = field(default_factory=list)
+    forked: bool = False
+    starting_siblings: bool = False
+    error: SpectralPagedError | None = None
+
+    def add_completion(
+        self,
+        index: int,
+        tokenizer: Any,
+        *,
+        max_model_len: int,
+        seed: int,
+        cache_salt: str,
+        pinned_spans: tuple[tuple[int, int], ...],
+    ) -> Completion:
+        """The completion `index`, with nothing generated yet."""
+        params, prompt = self.params, self.prompt_token_ids
+        request = Request(
+            f"{self.request_id}#{index}",
+            list(prompt),
+            len(prompt),
+            min(len(prompt) + params.max_tokens, max_model_len),
+            cache_salt=cache_salt,
+            pinned_spans=pinned_spans,
+        )
+        text = OutputText(
+            tokenizer,
+            stop=params.stop_strings,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
+        self.completions.append(Completion(request, self, output, text, seed))
+        return self.completions[-1]
+
+    @property
+    def finished(self) -> bool:
+        return all(c.output.finish_reason is not None for c in self.completions)
+
+    def result(self) -> RequestOutput:
+        """What the request has so far."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[c.output for c in self.completions],
+            finished=self.finished,
+            metrics=self.metrics,
+            error=self.error,
+        )
+
+
+def failure(completion: Completion, what: str, cause: BaseException) -> InvalidRequestError:
+    """The error of a request that failed while `what` happened."""
+    error = InvalidRequestError(
+        f"request {completion.owner.request_id!r} failed while {what}, after "
+        f"{len(completion.request.token_ids)} tokens: {cause!r}"
+    )
+    error.__cause__ = cause
+    return error
+
+
+def seed_of(params: SamplingParams, otherwise: str, index: int) -> int:
+    """The seed of completion `index`: from the request's own, or from the string `otherwise`."""
+    base = params.seed if params.seed is not None else otherwise
+    digest = hashlib.sha256(f"{base}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

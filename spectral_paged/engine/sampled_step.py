@@ -1,0 +1,88 @@
+"""A step whose tokens are sampled on the device and not fetched yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_paged.device import upload
+from spectral_paged.engine.requests import Completion, RequestGroup
+from spectral_paged.sampling import Drawn, SampleRow
+
+
+@dataclass(frozen=True, slots=True)
+class SampledStep:
+    """Tokens on their way: a completion a row of `drawn`.
+
+    starting: groups that sampled for the first time; their siblings are among the completions.
+    """
+
+    drawn: Drawn
+    completions: list[Completion]
+    starting: list[RequestGroup]
+
+    @classmethod
+    def draw(
+        cls, ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
+    ) -> SampledStep:
+        """Sample for completions, a row of `logits` each, and for siblings that start from the
+        same logits. Nothing has changed where this raises."""
+        picked = list(enumerate(ready))
+        starting = [completion.owner for completion in ready if not completion.owner.forked]
+        for row, completion in enumerate(ready):
+            if not completion.owner.forked:
+                picked.extend((row, sibling) for sibling in completion.owner.completions[1:])
+        if len(picked) > len(ready):
+            logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
+        completions = [completion for _, completion in picked]
+        drawn = Drawn(logits, [sample_row(c, eos_token_ids) for c in completions])
+        for group in starting:
+            group.forked, group.starting_siblings = True, len(group.completions) > 1
+        for completion in completions:
+            completion.request.num_pending += 1
+        return cls(drawn, completions, starting)
+
+    @property
+    def needs_results(self) -> bool:
+        """Whether the next step cannot be queued before these tokens are known."""
+        return any(c.owner.starting_siblings for c in self.completions)
+
+    def withdraw(self) -> None:
+        """Take back what `draw` noted: the step is dropped and will be taken again."""
+        for completion in self.completions:
+            completion.request.num_pending -= 1
+        for group in self.starting:
+            group.forked = group.starting_siblings = False
+
+
+def unsampled(
+    ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
+) -> dict[int, Exception]:
+    """Which of `ready` cannot be sampled even alone, and why: errors by row of `logits`."""
+    errors: dict[int, Exception] = {}
+    for row, completion in enumerate(ready):
+        try:
+            Drawn(logits[row : row + 1], [sample_row(completion, eos_token_ids)])
+        except Exception as error:
+            errors[row] = error
+    return errors
+
+
+def sample_row(completion: Completion, eos_token_ids: Sequence[int]) -> SampleRow:
+    """How the next token of a completion is sampled."""
+    params, pending = completion.owner.params, completion.request.num_pending
+    blocked: tuple[int, ...] = ()
+    if len(completion.generated) + pending < params.min_tokens:
+        eos = () if params.ignore_eos else tuple(eos_token_ids)
+        blocked = (*eos, *params.stop_token_ids)
+    return SampleRow(
+        params,
+        completion.seed,
+        completion.owner.prompt_token_ids,
+        completion.generated,
+        blocked,
+        pending,
+    )

@@ -1,0 +1,294 @@
+"""Attention of Unsloth's forward passes, led into a paged cache while one is served.
+
+Unsloth attends in two ways. Prompts pass `XAttention.forward`, which projects, rotates and calls
+one of a few kernels by their module-global names; one-token steps pass a function of their own that
+does all of it. The kernels and those functions are replaced by ones that ask first whether a step
+is being served on this thread, and call the original where none is.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.integrations.patching import Patch, replace_everywhere
+from spectral_paged.integrations.unsloth.families import (
+    KERNELS,
+    fast_functions,
+    fast_modules,
+    unsloth_module,
+)
+
+Function = Callable[..., Any]
+
+
+class PromptStep(ABC):
+    """What attends in the layers of a prompt.
+
+    Attributes:
+        past: what attention returns in place of K and V.
+        layer: whose attention runs now.
+    """
+
+    past: Any = None
+    layer = -1
+
+    @abstractmethod
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The kernels' shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; out `[1, T, Hq, D]`."""
+
+
+class ServedStep(PromptStep):
+    """The cache's open step as attention sees it.
+
+    Attributes:
+        order: int64 `[T]`, place in the cache's plan of each token of the model's batch; None
+            where they are the same.
+    """
+
+    def __init__(self, cache: SpectralKVCache, *, order: Tensor | None = None) -> None:
+        self.cache = cache
+        self.order = order
+        self.places = None if order is None else torch.argsort(order)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE, in the model's order; so the result."""
+        if self.places is not None:
+            q, k, v = (x.index_select(0, self.places) for x in (q, k, v))
+        with without_autocast(self.cache.device):
+            out = self.cache.attend(layer, q, k, v)
+        return out if self.order is None else out.index_select(0, self.order)
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return self.attend(self.layer, q, k, v).unsqueeze(0)
+
+
+class _Serving(threading.local):
+    step: PromptStep | None = None
+
+
+_serving = _Serving()
+
+
+@contextmanager
+def serving(step: PromptStep) -> Iterator[None]:
+    """Attention of the models called inside is `step`'s, on this thread."""
+    _serving.step, before = step, _serving.step
+    try:
+        yield
+    finally:
+        _serving.step = before
+
+
+def served_step() -> PromptStep | None:
+    """The step that this thread serves; compiled (training) code never serves one."""
+    return None if torch.compiler.is_compiling() else _serving.step
+
+
+def without_autocast(device: torch.device) -> Any:
+    """Pages are computed in fp32: `generate` runs under autocast, which would round inside."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def prompt_layers(attentions: list[Any], step: PromptStep) -> Iterator[None]:
+    """Tell `step` which layer's attention runs, and let none of them keep its K and V."""
+
+    def enter(module: Any, _: Any) -> None:
+        step.layer = module.layer_idx
+
+    def leave(module: Any, _: Any, output: Any) -> Any:
+        return (*output[:2], step.past)
+
+    handles = [a.register_forward_pre_hook(enter) for a in attentions]
+    handles += [a.register_forward_hook(leave) for a in attentions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_prompt(
+    model: Any,
+    forward: Function,
+    step: PromptStep,
+    ids: Tensor,
+    positions: Tensor,
+    *,
+    lengths: list[int],
+    keep: int,
+) -> Tensor:
+    """Logits `[keep, vocab]` of a family that Unsloth attends for, whose attention is `step`'s.
+
+    Args:
+        forward: the causal LM's own.
+        ids, positions: int64 `[T]`, rows end to end.
+        lengths: tokens of each row.
+    """
+    nothing = torch.empty((), dtype=model.dtype, device=ids.device)
+    step.past = (nothing, nothing)
+    gemma2 = model.config.model_type == "gemma2"
+    with serving(step), prompt_layers([layer.self_attn for layer in model.model.layers], step):
+        # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
+        # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
+        output = forward(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            causal_mask=False,
+            attention_mask=ids.new_ones((1, 1, 1, 1)) if gemma2 else None,
+            packed_seq_lengths=torch.tensor(lengths, dtype=torch.int32),
+            use_cache=True,
+            logits_to_keep=keep,
+            return_dict=True,
+        )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+# ---- replacements ----------------------------------------------------------------------------
+
+
+def _run_attention(original: Function) -> Function:
+    @functools.wraps(original)
+    def run_attention(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        step = served_step()
+        if step is None:
+            return original(config=config, context=context, Q=Q, K=K, V=V)
+        return step.attend_heads(Q, K, V)
+
+    return run_attention
+
+
+def _softcapped(original: Function) -> Function:
+    @functools.wraps(original)
+    def slow_attention(Q: Tensor, K: Tensor, V: Tensor, *rest: Any, **named: Any) -> Tensor:
+        step = served_step()
+        if step is None:
+            return original(Q, K, V, *rest, **named)
+        return step.attend_heads(Q, K, V).flatten(2)
+
+    return slow_attention
+
+
+def _one_token(original: Function) -> Function:
+    @functools.wraps(original)
+    def attention(self: Any, hidden_states: Tensor, past_key_value: Any, *rest: Any, **named: Any):  # type: ignore[no-untyped-def]
+        step = served_step()
+        if not isinstance(step, ServedStep):
+            return original(self, hidden_states, past_key_value, *rest, **named)
+        return decode_attention(step, self, hidden_states, *rest, **named), past_key_value
+
+    return attention
+
+
+def decode_attention(
+    step: ServedStep,
+    attention: Any,
+    hidden_states: Tensor,
+    position_ids: Tensor,
+    *,
+    rotary_seq_len: int | None = None,
+    **_: Any,
+) -> Tensor:
+    """One layer of a one-token step: project, norm, rotate, attend, project; `[B, 1, hidden]`.
+
+    Arguments as Unsloth's functions take them; masks say nothing that the cache does not know.
+    """
+    llama = unsloth_module("llama")
+    rows, width = hidden_states.shape[0], attention.head_dim
+    q, k, v = (
+        llama.fast_linear_forward(projection, hidden_states).view(rows, 1, -1, width)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    length = rotary_seq_len or int(position_ids.max()) + 1
+    attention.rotary_emb.extend_rope_embedding(v, length + 1)
+    cos, sin = attention.rotary_emb.get_cached(length, q.device.index)
+    q, k = _normed_and_turned(attention, q, k, cos, sin, position_ids)
+    out = step.attend(attention.layer_idx, q.squeeze(2), k.squeeze(2), v.squeeze(1))
+    return llama.fast_linear_forward(attention.o_proj, out.reshape(rows, 1, -1))
+
+
+def _normed_and_turned(
+    attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q `[B, 1, Hq, D]` and k as pages and kernels want them, `[B, H, 1, D]`; in one launch where
+    Unsloth has it for them."""
+    llama = unsloth_module("llama")
+    if hasattr(attention, "q_norm"):
+        norms = attention.q_norm, attention.k_norm
+        fused = unsloth_module("qwen3").decode_qk_norm_rope(*norms, q, k, cos, sin, position_ids)
+        if fused is not None:
+            q, k = fused
+            return q, k
+        q, k = (
+            llama.fast_rms_layernorm_inference(norm, x)
+            for norm, x in zip(norms, (q, k), strict=True)
+        )
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    if llama.decode_rope_inplace(q, k, cos, sin, position_ids):
+        return q, k
+    cos, sin = (x[position_ids].unsqueeze(1).to(q) for x in (cos, sin))
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` `[B, H, 1, D]` turned in half-split pairs; cos and sin `[B, 1, 1, D]`."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class FunctionPatches:
+    """Replaces Unsloth's functions while at least one model is patched."""
+
+    def __init__(self) -> None:
+        self._replacements: dict[str, tuple[Function, Function]] = {}
+        self._patches: list[Patch] = []
+
+    def install(self) -> None:
+        """Replace every reference there is now; references that an earlier call replaced too.
+
+        Where that fails they are as they were before: other models may be served by them.
+        """
+        before = list(self._patches)
+        try:
+            self.remove()
+            self._replace()
+        except BaseException:
+            self._go_back(before)
+            raise
+
+    def _replace(self) -> None:
+        for name, original in fast_functions().items():
+            # one replacement for ever: a class that was set up while it was in force keeps it
+            if name not in self._replacements:
+                make = {"run_attention": _run_attention}.get(
+                    name, _softcapped if name in KERNELS else _one_token
+                )
+                self._replacements[name] = original, make(original)
+            old, new = self._replacements[name]
+            self._patches.append(replace_everywhere(old, new, modules=fast_modules()))
+
+    def _go_back(self, before: list[Patch]) -> None:
+        """Undo what is not of `before`; of that, make again what was undone, in its order."""
+        for patch in reversed(self._patches):
+            if patch not in before:
+                patch.undo()
+        self._patches = [p if p in self._patches else Patch(p.old, p.places) for p in before]
+
+    def remove(self) -> None:
+        """Put every original back."""
+        while self._patches:
+            self._patches[-1].undo()  # one that raises is tried again by the next call
+            self._patches.pop()

@@ -1,0 +1,64 @@
+"""Calibrate a model as Unsloth runs it, for pages with a shared basis."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_paged.integrations.unsloth.attention import PromptStep, run_prompt, without_autocast
+from spectral_paged.integrations.unsloth.rotary import rotary_tables
+from spectral_paged.models.calibration import Recorder, builtin_calibration, calibrated_positions
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.pages import SharedBasis
+
+
+class _RecordedStep(PromptStep):
+    """Attention that is exact, and tells a recorder what it saw."""
+
+    def __init__(self, recorder: Recorder, scale: float) -> None:
+        self.recorder = recorder
+        self.scale = scale
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with without_autocast(q.device):
+            return self.recorder.attend(self.layer, q, k, v, self.scale)
+
+
+def unsloth_calibration(model: Any, loaded: LoadedModel) -> SharedBasis:
+    """What `LLM` calibrates by itself: on the package's own text, once, kept in the cache folder.
+
+    Unsloth's functions are replaced already. Adapters are left out: a calibration is kept for the
+    weights below them.
+
+    Args:
+        model: what Unsloth returned, with adapters.
+        loaded: the causal LM inside.
+
+    Raises:
+        InvalidRequestError: no tokenizer, or quantized weights.
+    """
+    inner = loaded.model
+    scale = float(inner.model.layers[0].self_attn.scaling)
+
+    def forward(ids: Tensor, recorder: Recorder) -> None:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        step = _RecordedStep(recorder, scale)
+        run_prompt(
+            inner, inner.forward, step, ids[0], positions, lengths=[len(positions)], keep=1
+        )
+
+    plain = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    training = inner.training
+    inner.eval()
+    try:
+        with plain:
+            return builtin_calibration(
+                loaded,
+                forward=forward,
+                ropes=rotary_tables(inner, calibrated_positions(loaded.geometry)),
+            )
+    finally:
+        inner.train(training)

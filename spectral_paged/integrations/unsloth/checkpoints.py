@@ -1,0 +1,64 @@
+"""Models that Unsloth loads without a hub, a tokenizer of their own or bitsandbytes."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+
+def save_checkpoint(model: Any, folder: Path) -> None:
+    """Save `model` beside a tokenizer of made-up words, one an id."""
+    model.save_pretrained(folder)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    words |= {f"w{i}": i for i in range(3, model.config.vocab_size)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Loading asks bitsandbytes and peft for the class of 4-bit layers, also where there are none;
+    inside, both have an empty one."""
+    import peft.tuners.lora as lora
+
+    if "bitsandbytes" in sys.modules or hasattr(lora, "Linear4bit"):
+        yield
+        return
+    nothing, layers = types.ModuleType("bitsandbytes"), types.ModuleType("bitsandbytes.nn")
+    linear = type("Linear4bit", (), {})
+    vars(nothing)["nn"], vars(layers)["Linear4bit"] = layers, linear
+    vars(lora)["Linear4bit"] = linear
+    sys.modules |= {"bitsandbytes": nothing, "bitsandbytes.nn": layers}
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"], sys.modules["bitsandbytes.nn"], vars(lora)["Linear4bit"]
+
+
+def load_fast(folder: Path, *, dtype: torch.dtype, max_seq_length: int, device: str) -> Any:
+    """What `FastLanguageModel.from_pretrained` makes of a checkpoint, ready to generate; unsloth
+    is to be imported before transformers."""
+    from unsloth import FastLanguageModel
+
+    with _without_bitsandbytes():
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder),
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            load_in_4bit=False,
+            use_gradient_checkpointing=False,
+            device_map={"": device},
+        )
+    return FastLanguageModel.for_inference(model)

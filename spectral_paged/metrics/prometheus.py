@@ -1,0 +1,179 @@
+"""Prometheus export of an LLM's figures: `pip install 'spectral-paged[metrics]'`.
+
+```python
+from prometheus_client import CollectorRegistry, start_http_server
+from spectral_paged.metrics import MetricsCollector
+
+registry = CollectorRegistry()
+MetricsCollector(llm, registry=registry)       # or several: MetricsCollector(a, b, ...)
+start_http_server(9100, addr="127.0.0.1", registry=registry)
+```
+
+Nothing is pushed: figures are read when somebody scrapes, so a step pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from spectral_paged.engine import Distribution
+from spectral_paged.errors import CorruptFileError, MissingPackageError
+from spectral_paged.llm import LLM
+from spectral_paged.metrics.readings import DURATIONS, FIGURES, PREFIX, Reading, read
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
+    from prometheus_client.parser import text_string_to_metric_families
+    from prometheus_client.registry import Collector
+    from prometheus_client.utils import floatToGoString
+except ImportError as error:
+    raise MissingPackageError(
+        "metrics need the package prometheus-client: pip install 'spectral-paged[metrics]'"
+    ) from error
+
+LABELS = ("model_name", "engine")
+
+
+class MetricsCollector(Collector):
+    """Metrics of one LLM or several, told apart by the labels `model_name` and `engine`.
+
+    An LLM is not kept alive: one that nobody holds any more is exported no more.
+
+    Args:
+        llms: `engine` is their place: 0, 1, ...
+        registry: where the collector registers itself; prometheus-client's own by default. A
+            registry takes one collector: `add` further LLMs to it.
+    """
+
+    def __init__(self, *llms: LLM, registry: CollectorRegistry = REGISTRY) -> None:
+        self._llms: dict[str, weakref.ref[LLM]] = {}
+        self._numbers = itertools.count()
+        for llm in llms:
+            self.add(llm)
+        registry.register(self)
+
+    def add(self, llm: LLM) -> str:
+        """Export another LLM; its `engine` label."""
+        engine = str(next(self._numbers))
+        self._llms[engine] = weakref.ref(llm)
+        return engine
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples: a registry asks when the collector registers."""
+        return _families([])
+
+    def collect(self) -> Iterable[Metric]:
+        held = [(engine, ref()) for engine, ref in list(self._llms.items())]
+        return _families([read(llm, engine) for engine, llm in held if llm is not None])
+
+
+def _families(readings: list[Reading]) -> Iterator[Metric]:
+    for figure in FIGURES:
+        family = GaugeMetricFamily if figure.kind == "gauge" else CounterMetricFamily
+        names = (*LABELS, *([figure.label] if figure.label else []))
+        metric = family(PREFIX + figure.name, figure.help, labels=names)
+        for reading in readings:
+            where = [reading.model_name, reading.engine]
+            if figure.label is None:
+                metric.add_metric(where, reading.value(figure.name))
+                continue
+            for label, value in reading.labels(figure.name).items():
+                metric.add_metric([*where, label], value)
+        yield metric
+    for name, text in DURATIONS.items():
+        histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
+        for reading in readings:
+            found = reading.durations[name]
+            bounds = [floatToGoString(b) for b in (*found.bounds, float("inf"))]
+            below = list(itertools.accumulate(map(float, found.counts)))
+            histogram.add_metric(
+                [reading.model_name, reading.engine],
+                list(zip(bounds, below, strict=True)),
+                found.total,
+            )
+        yield histogram
+
+
+@contextmanager
+def serving(port: int, host: str = "127.0.0.1") -> Iterator[tuple[MetricsCollector, int]]:
+    """Answer scrapes at `http://host:port/metrics` inside; yields the collector, to add LLMs to,
+    and the port (0 asks for any).
+
+    Raises:
+        OSError: the port is taken or may not be used.
+    """
+    registry = CollectorRegistry()
+    collector = MetricsCollector(registry=registry)
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise OSError(
+            f"metrics cannot be served at {host}:{port} ({error}): name another --metrics-port"
+        ) from error
+    try:
+        yield collector, server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def parse(text: str) -> list[Reading]:
+    """The readings of an exposition, one an LLM, in order of their `engine` labels.
+
+    Raises:
+        CorruptFileError: it is no exposition, or not one of ours.
+    """
+    values: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
+    buckets: dict[tuple[str, str], dict[str, dict[float, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    totals: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    label_of = {figure.name: figure.label for figure in FIGURES}
+    try:
+        for family in text_string_to_metric_families(text):
+            name = family.name.removeprefix(PREFIX)
+            for sample in family.samples if family.name.startswith(PREFIX) else ():
+                where = sample.labels["model_name"], sample.labels["engine"]
+                if name in label_of:
+                    label = sample.labels.get(label_of[name] or "", "")
+                    values[where][name, label] = sample.value
+                elif name in DURATIONS and sample.name.endswith("_bucket"):
+                    buckets[where][name][float(sample.labels["le"])] = sample.value
+                elif name in DURATIONS and sample.name.endswith("_sum"):
+                    totals[where][name] = sample.value
+    except (ValueError, KeyError, IndexError) as error:
+        raise CorruptFileError(f"this is no metrics text: {error!r}") from error
+    if not values:
+        raise CorruptFileError(f"there is no metric named {PREFIX}...: is it another program's?")
+    now = time.monotonic()
+    return [
+        Reading(
+            *where,
+            now,
+            values[where],
+            {name: _distribution(buckets[where][name], totals[where].get(name, 0.0))
+             for name in DURATIONS},
+        )
+        for where in sorted(values, key=lambda where: (len(where[1]), where))
+    ]  # fmt: skip
+
+
+def _distribution(below: dict[float, float], total: float) -> Distribution:
+    """From an exposition's buckets, each of which counts those below it too."""
+    bounds = sorted(below)
+    counts = np.diff([below[b] for b in bounds], prepend=0.0) if bounds else [0]
+    return Distribution(tuple(bounds[:-1]), tuple(int(count) for count in counts), total)

@@ -1,0 +1,199 @@
+"""A live view of a running batch in the terminal: `pip install 'spectral-paged[top]'`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
+from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
+from spectral_paged.llm import LLM
+from spectral_paged.metrics.readings import Reading, read
+
+try:
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise MissingPackageError(
+        "the live view needs the package rich: pip install 'spectral-paged[top]'"
+    ) from error
+
+RATE_SECONDS = 5.0
+REFRESHES_PER_SECOND = 4
+
+
+class View:
+    """Draws readings; token rates are of the last five seconds."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[Reading]] = {}
+
+    def _rate(self, name: str, reading: Reading) -> str:
+        first = self._seen[reading.engine][0]
+        seconds = reading.time - first.time
+        if seconds <= 0:
+            return "-"  # the first reading
+        return f"{(reading.value(name) - first.value(name)) / seconds:,.1f}"
+
+    def _note(self, reading: Reading) -> None:
+        seen = self._seen.setdefault(reading.engine, deque())
+        seen.append(reading)
+        while len(seen) > 2 and reading.time - seen[0].time > RATE_SECONDS:
+            seen.popleft()
+
+    def draw(
+        self, readings: list[Reading], progress: tuple[int, int] | None = None
+    ) -> RenderableType:
+        """A panel for each reading, and a bar where `progress` is (lines done, lines in all)."""
+        parts: list[RenderableType] = []
+        for reading in readings:
+            self._note(reading)
+            parts.append(
+                Panel(
+                    self._table(reading),
+                    title=f"{reading.model_name} [{reading.engine}]",
+                    title_align="left",
+                )
+            )
+        if progress is not None:
+            done, total = progress
+            row = Table.grid(padding=(0, 1), expand=True)
+            row.add_column(ratio=1)
+            row.add_column(justify="right")
+            row.add_row(
+                ProgressBar(total=max(total, 1), completed=done), Text(f"{done}/{total} lines")
+            )
+            parts.append(row)
+        return Group(*parts)
+
+    def _table(self, reading: Reading) -> Table:
+        table = Table.grid(padding=(0, 2))
+        value = reading.value
+        asked, hits = value("prefix_cache_queries"), value("prefix_cache_hits")
+        prompt, generated = value("prompt_tokens"), value("generation_tokens")
+        rows = {
+            "requests": [
+                f"{value('num_requests_running'):.0f} running",
+                f"{value('num_requests_waiting'):.0f} waiting",
+                *(f"{n:.0f} {how}" for how, n in reading.labels("request_success").items() if n),
+                f"{sum(reading.labels('request_refused').values()):.0f} refused",
+            ],
+            "tokens": [
+                f"{self._rate('generation_tokens', reading)}/s generated",
+                f"{self._rate('prompt_tokens', reading)}/s prompt",
+                f"{generated:,.0f} and {prompt:,.0f} in all",
+            ],
+            "cache": [
+                f"{value('kv_cache_usage_perc'):.1%} in use",
+                f"{value('compression_ratio'):.2f}x compression",
+                f"{hits / asked if asked else 0.0:.1%} of prompt tokens found",
+            ],
+            "pages": [
+                f"{value('pages_sealed'):,.0f} sealed in {value('seal_time_seconds'):.1f} s",
+                f"{value('pages_attended'):,.0f} attended",
+            ],
+            "pressure": [
+                f"{value('num_preemptions'):.0f} preemptions",
+                f"{value('recomputed_tokens'):,.0f} tokens recomputed",
+            ],
+            "first token": _percentiles(reading, "time_to_first_token_seconds"),
+            "between tokens": _percentiles(reading, "inter_token_latency_seconds"),
+        }
+        for name, words in rows.items():
+            table.add_row(Text(name, style="bold"), Text(", ".join(words)))
+        return table
+
+
+def _percentiles(reading: Reading, name: str) -> list[str]:
+    held = reading.durations[name]
+    words = []
+    for share in (0.5, 0.9, 0.99):
+        seconds = held.quantile(share)
+        if seconds is None:
+            return ["none yet"]
+        text = f"{seconds * 1000:,.0f} ms" if seconds < 10 else f"{seconds:,.0f} s"
+        if seconds == float("inf"):
+            text = f"over {held.bounds[-1]:,.0f} s"
+        words.append(f"p{share * 100:.0f} {text}")
+    return words
+
+
+def can_show() -> bool:
+    """Whether stdout is a terminal that a view can be kept up to date on."""
+    return Console().is_terminal and not Console().is_dumb_terminal
+
+
+@contextmanager
+def showing(llm: LLM, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    """Keep the figures of `llm` on stdout while the inside runs; a thread redraws them.
+
+    Args:
+        progress: lines done, and lines in all.
+    """
+    view = View()
+    with Live(
+        get_renderable=lambda: view.draw([read(llm)], progress()),
+        refresh_per_second=REFRESHES_PER_SECOND,
+        console=Console(),
+    ):
+        yield
+
+
+def fetch(url: str) -> str:
+    """The text of a metrics endpoint; `/metrics` where the URL names no path.
+
+    Raises:
+        InvalidRequestError: no http(s) URL, no answer, or one of more than 16 MiB.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InvalidRequestError(f"{url!r} is no URL such as http://localhost:9100")
+    if parts.path in ("", "/"):
+        url = parts._replace(path="/metrics").geturl()
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            found: bytes = answer.read(MAX_METRICS_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(
+            f"{url} gives no metrics ({error}): does `generate --metrics-port` run "
+            "there?"
+        ) from error
+    if len(found) > MAX_METRICS_BYTES:
+        raise InvalidRequestError(f"{url} answers with more than {amount(MAX_METRICS_BYTES)}")
+    return found.decode("utf-8", errors="replace")
+
+
+def watch(url: str, interval: float) -> int:
+    """Show the endpoint's figures until it is gone or Ctrl-C; once where stdout is no terminal.
+
+    Raises:
+        InvalidRequestError, CorruptFileError: the first answer is none, or none of ours.
+    """
+    from spectral_paged.metrics.prometheus import parse
+
+    console, view = Console(), View()
+    readings = parse(fetch(url))
+    if not can_show():
+        print("stdout is no terminal: one reading, and no updates", file=sys.stderr)
+        console.print(view.draw(readings))
+        return 0
+    try:
+        with Live(view.draw(readings), console=console, auto_refresh=False) as screen:
+            while True:
+                time.sleep(interval)
+                screen.update(view.draw(parse(fetch(url))), refresh=True)
+    except KeyboardInterrupt:
+        return 0
+    except SpectralPagedError as error:
+        print(f"no reading any more, so the run has ended: {error}", file=sys.stderr)
+        return 0

@@ -1,0 +1,359 @@
+"""Calibrate a model: run it over text and keep the statistics that its pages can share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
+from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
+from spectral_paged.kernels.math.rotary import rotate, stored_keys
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
+from spectral_paged.models.loader import LoadedModel, cache_folder
+from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
+from spectral_paged.rope import RotaryTable
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "spectral_paged_calibration"
+SKIPPED_TOKENS = 64  # the first tokens of a window are attention sinks: pages never hold them
+WINDOW_BLOCKS = 2
+WINDOW_TOKENS = SKIPPED_TOKENS + WINDOW_BLOCKS * BLOCK_TOKENS
+DEFAULT_WINDOWS = 8
+SAMPLE_STRIDE = 97
+NUM_DISTANCES = 64
+MAX_DISTANCE = 16384
+
+
+def model_fingerprint(model: Any) -> str:
+    """16 hex digits that tell models apart: shapes, RoPE and a sample of the K and V projections.
+
+    Weights are read in bf16, so the same checkpoint has one fingerprint in every dtype.
+    """
+    config = model.config
+    shape = (
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        sorted((getattr(config, "rope_parameters", None) or {}).items()),
+    )
+    digest = hashlib.sha256(repr(shape).encode())
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if hasattr(attention, "qkv_proj"):  # one for all three (Phi 3)
+            projections = [attention.qkv_proj]
+        else:
+            projections = [attention.k_proj, attention.v_proj]
+        for projection in projections:
+            sample = projection.weight.detach().flatten()[::SAMPLE_STRIDE].bfloat16()
+            digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def builtin_text() -> str:
+    """The calibration text that the package carries: prose, code, tables, notes and dialogue."""
+    return resources.files("spectral_paged.data").joinpath("calibration.txt").read_text("utf-8")
+
+
+def windows(
+    token_ids: Sequence[int], max_windows: int | None, *, max_length: int = WINDOW_TOKENS
+) -> Iterator[list[int]]:
+    """Spread-out spans of 64 + 1,024 tokens, or of as many whole blocks as there are.
+
+    Args:
+        max_length: positions that the model has.
+
+    Raises:
+        InvalidRequestError: text or model have not one block past the first 64 tokens.
+    """
+    length = WINDOW_TOKENS
+    if min(len(token_ids), max_length) < length:
+        length = SKIPPED_TOKENS + BLOCK_TOKENS
+    if max_length < length:
+        raise InvalidRequestError(
+            f"the model has {max_length} positions; a calibration needs {length}: use "
+            "kv_format='exact'"
+        )
+    count = len(token_ids) // length
+    if not count:
+        raise InvalidRequestError(
+            f"the calibration text has {len(token_ids)} tokens; at least {length} are needed: "
+            "name more files with --data"
+        )
+    taken = count if max_windows is None else min(count, max_windows)
+    for i in range(taken):
+        start = i * count // taken * length
+        yield list(token_ids[start : start + length])
+
+
+@dataclass(slots=True)
+class Recorder:
+    """The attention function of a calibration: attends, and adds what it saw.
+
+    ropes, windows, softcap: the model's, as `SpectralKVCache` takes them.
+    moments: second moments of the queries before and after RoPE, fp64 `[2, layers, H, D, D]`.
+    """
+
+    accumulator: BasisAccumulator
+    ropes: Sequence[RotaryTable | None]
+    windows: Sequence[int | None]
+    softcap: float | None
+    moments: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`."""
+        rope, heads = self.ropes[layer], k.shape[1]
+        if rope is not None:
+            q, k = rope.halves(q), rope.halves(k)
+        used = slice(SKIPPED_TOKENS, None)
+        positions = torch.arange(k.shape[2], device=k.device)[used]
+        table = None if rope is None else (rope.cos[positions], rope.sin[positions])
+        for start in range(0, len(positions), BLOCK_TOKENS):
+            block = slice(start, start + BLOCK_TOKENS)
+            keys = k[:, :, used][:, :, block]
+            turned = dict.fromkeys(("k_pre", "k_frame"), keys)
+            if table is not None:
+                rows = table[0][block], table[1][block]
+                turned = {name: stored_keys(keys, *rows, name[2:]) for name in turned}
+            self.accumulator.add(
+                [layer], **turned, k_post=keys, v=v[:, :, used][:, :, block]
+            )
+        seen = q[0, :, used]
+        plain = seen if table is None else rotate(seen, *table, inverse=True)
+        for i, x in enumerate((plain, seen)):
+            groups = x.double().unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G T, D]
+            self.moments[i, layer] += (groups.transpose(-1, -2) @ groups).cpu()
+        num_tokens = k.shape[2]
+        found = chunk_attention(
+            q[0].transpose(0, 1), k[0], v[0], scale=scale, softcap=self.softcap,
+            window=self.windows[layer],
+            spans=ChunkSpans.of([num_tokens], [num_tokens], q.device),
+        )  # fmt: skip
+        return found.to(q.dtype).unsqueeze(0)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    recorder: Recorder = options["spectral_recorder"]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return recorder.attend(module.layer_idx, query, key, value, scale), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causal by itself."""
+    return None
+
+
+# Runs a model over token ids `[1, T]`; each layer's attention is the recorder's `attend`.
+Forward = Callable[[Tensor, Recorder], None]
+
+
+def by_interface(model: Any) -> Forward:
+    """Through the attention interface of transformers."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+    def forward(ids: Tensor, recorder: Recorder) -> None:
+        with attending(model, ATTENTION_NAME):
+            model.model(
+                input_ids=ids, use_cache=False, attention_mask=None, spectral_recorder=recorder
+            )
+
+    return forward
+
+
+def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up."""
+    moments = []
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight.detach().double().cpu()
+        rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
+    return torch.stack(moments)
+
+
+def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
+    """The moment of queries as a key before RoPE meets them, averaged over distances.
+
+    A query u (before RoPE), d tokens behind a key, scores R(d) u with it. Distances go in even
+    ratios from 1 to the end of `rope`. Where nothing is turned (None) the moment stays as it is.
+
+    Args:
+        moment: second moment of u, fp64 `[..., D, D]`.
+    """
+    if rope is None:
+        return moment
+    distances = torch.logspace(0, math.log2(rope.max_positions - 1), NUM_DISTANCES, base=2.0)
+    total = torch.zeros_like(moment)
+    for distance in distances.round().long().tolist():
+        cos, sin = rope.cos[distance].cpu(), rope.sin[distance].cpu()
+        half = rotate(moment, cos, sin).double()  # rows turned: M R^T
+        total += rotate(half.transpose(-1, -2), cos, sin).double()
+    return total / NUM_DISTANCES
+
+
+def obstacle(loaded: LoadedModel) -> str | None:
+    """Why a model cannot be calibrated, and what to do; None where it can be."""
+    if loaded.tokenizer is None:
+        return (
+            f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
+            "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
+        )
+    for layer in loaded.model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        if not weight.is_floating_point():
+            return (
+                f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
+                "take a kv_format that needs no calibration (spectral-int8, spectral-page)"
+            )
+    return None
+
+
+def calibrated_positions(geometry: ModelGeometry) -> int:
+    """Positions of the rotary tables of a calibration."""
+    return min(MAX_DISTANCE, geometry.max_position_embeddings)
+
+
+@torch.inference_mode()
+def calibrate(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    max_windows: int | None = None,
+    progress: bool = False,
+    forward: Forward | None = None,
+    ropes: Sequence[RotaryTable | None] | None = None,
+) -> SharedBasis:
+    """Statistics of a model over `texts`, in windows of two blocks behind 64 skipped tokens.
+
+    Args:
+        max_windows: stop after so many windows, spread over the texts; None takes all.
+        progress: show a bar where stderr is a terminal.
+        forward: runs a model that attends by code of its own; default `by_interface`.
+        ropes: each layer's rotary table, of `calibrated_positions`, for a model that rotates by
+            code of its own; default the model's.
+
+    Raises:
+        InvalidRequestError: too little text, a model without a tokenizer, or quantized weights.
+    """
+    if (reason := obstacle(loaded)) is not None:
+        raise InvalidRequestError(reason)
+    geometry, model = loaded.geometry, loaded.model
+    ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
+    accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+    if ropes is None:
+        ropes = layer_ropes(model, calibrated_positions(geometry), model.device)
+    moments = torch.zeros(
+        2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
+    )
+    recorder = Recorder(
+        accumulator, ropes, geometry.windows, geometry.softcap, moments.double()
+    )
+    run = by_interface(model) if forward is None else forward
+    chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
+    bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
+    for window in bar:
+        run(torch.tensor([window], device=model.device), recorder)
+    basis = accumulator.finish(
+        q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
+        q_post=recorder.moments[1],
+        o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
+        model_fingerprint=model_fingerprint(model),
+    )
+    done = {
+        "event": "calibrated",
+        "model": loaded.name,
+        "model_fingerprint": basis.model_fingerprint,
+        "num_tokens": basis.num_tokens,
+        "num_windows": len(chosen),
+    }
+    logger.info("calibrated %s on %d tokens", loaded.name, basis.num_tokens, extra=done)
+    return basis
+
+
+def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
+    """The model's calibration on the package's own text, made once and kept in the cache folder.
+
+    Where the folder cannot be written the calibration is used all the same, and made again.
+
+    Args:
+        how: `forward` and `ropes` of `calibrate`.
+
+    Raises:
+        InvalidRequestError: the model has no tokenizer.
+    """
+    text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
+    content = f"{BASIS_VERSION}/{fingerprint}/{loaded.model.dtype}/{text}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    if os.path.isfile(path):  # False as well where the folder cannot be read
+        try:
+            return SharedBasis.load(path, model_fingerprint=fingerprint)
+        except (CorruptFileError, FormatError) as error:
+            logger.warning("making a damaged calibration again: %s", error)
+    start = {"event": "calibration", "model": loaded.name, "reason": "no kept calibration"}
+    logger.info("calibrating %s on the built-in text (once)", loaded.name, extra=start)
+    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True, **how)
+    _keep(basis, path)
+    return basis
+
+
+def _keep(basis: SharedBasis, path: Path) -> None:
+    try:
+        basis.save(path)
+    except OSError as error:
+        logger.warning(
+            "the calibration cannot be kept, so the next start makes it again: %s. "
+            "SPECTRAL_PAGED_CACHE names a folder that can be written",
+            error,
+        )
+
+
+def find_calibration(
+    given: SharedBasis | str | Path, format: PageFormat, loaded: LoadedModel
+) -> SharedBasis | Literal["online"] | None:
+    """The calibration that `LLM(calibration=given)` means; None where `format` needs none.
+
+    Raises:
+        FormatError: it was made from another model.
+        CorruptFileError: the file is damaged.
+        InvalidRequestError: there is no such file; or `auto` and a model without a tokenizer.
+    """
+    if not format.needs_calibration:
+        return None
+    if isinstance(given, SharedBasis):
+        fingerprint = model_fingerprint(loaded.model)
+        if given.model_fingerprint != fingerprint:
+            raise FormatError(
+                f"the calibration was made on a model with fingerprint {given.model_fingerprint}; "
+                f"this one has {fingerprint}: run `spectral-paged calibrate` on the model that "
+                "will use it"
+            )
+        return given
+    if given == "auto":
+        return builtin_calibration(loaded)
+    if given == "online":
+        return "online"
+    path = Path(given)
+    if not path.is_file():
+        raise InvalidRequestError(
+            f"there is no calibration file {str(path)!r}: make it with `spectral-paged calibrate`, "
+            "or use calibration='auto'"
+        )
+    return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))

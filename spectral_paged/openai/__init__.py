@@ -1,0 +1,38 @@
+"""OpenAI's forms: bodies read into requests, outputs written as choices.
+
+It knows sampling parameters, prompts and outputs; it serves nothing.
+"""
+
+from __future__ import annotations
+
+from spectral_paged.openai.answer import (
+    chat_choice,
+    chat_logprobs,
+    text_choice,
+    text_logprobs,
+    token_counts,
+    usage,
+)
+from spectral_paged.openai.request import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    SAMPLING_FIELDS,
+    OpenAIRequest,
+    parse_body,
+    parse_json,
+)
+
+__all__ = [
+    "CHAT_URL",
+    "COMPLETIONS_URL",
+    "OpenAIRequest",
+    "SAMPLING_FIELDS",
+    "chat_choice",
+    "chat_logprobs",
+    "parse_body",
+    "parse_json",
+    "text_choice",
+    "text_logprobs",
+    "token_counts",
+    "usage",
+]

@@ -1,0 +1,232 @@
+"""The bodies of OpenAI's completions and chat completions, as a batch line or a server gets them.
+
+Fields and meaning are those of the API reference, vLLM's extra sampling fields included. What
+would change an answer and is not supported is refused; fields that only describe are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from spectral_paged.engine import check_salt
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+from spectral_paged.sampling import SamplingParams
+
+CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+# those that mean the same in a body as in `SamplingParams`
+_SAME = tuple(name for name in SAMPLING_FIELDS if name not in ("max_tokens", "logprobs"))
+_MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the later one holds where both are given
+_DESCRIBING = (
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+# values that ask for nothing, whatever the field
+_NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"}, ["text"], "none")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIRequest:
+    """A body that was read: `messages` (chat) or `prompts` (completions) is set.
+
+    names_max_tokens: the body says how many tokens at most; else `params` has the default.
+    """
+
+    params: SamplingParams
+    prompts: list[Prompt]
+    messages: list[Mapping[str, str]] | None = None
+    model: str | None = None
+    cache_salt: str = ""
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    names_max_tokens: bool = False
+
+
+def parse_json(raw: bytes) -> Any:
+    """The JSON value of `raw`, UTF-8; every string in it can be encoded.
+
+    Raises:
+        InvalidRequestError: it is no JSON, or nested too deep, or has half a surrogate pair.
+    """
+    try:
+        text = raw.decode("utf-8-sig")  # json itself would take UTF-16, and surrogates in UTF-8
+        value = json.loads(text)
+        if "\\u" in text:  # an escaped lone surrogate is no text: nothing can encode it
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"a string is not valid Unicode: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"not JSON: {error}") from None
+    return value
+
+
+def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> OpenAIRequest:
+    """Read a body of `/v1/chat/completions` (`chat`) or `/v1/completions`.
+
+    Args:
+        defaults: sampling values where the body names none.
+
+    Raises:
+        InvalidRequestError, SamplingParamsError: `error.param` names the field at fault.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequestError("body must be an object")
+    known = {*_SAME, *_MAX_TOKENS, *_DESCRIBING, "logprobs", "model", "stream", "stream_options"}
+    known |= {"cache_salt"}  # as in vLLM
+    known |= {"top_logprobs", "messages"} if chat else {"prompt", "echo"}
+    extra = sorted(k for k in body if k not in known and _asks(body[k]))
+    if extra:
+        raise _refusal(f"body fields {extra} are not supported: leave them out", extra[0])
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _refusal("model must be a string", "model")
+    stream = _flag(body, "stream")
+    echo = _flag(body, "echo")
+    given = _sampling(body, chat)
+    if echo and given.get("logprobs") is not None:
+        raise _refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
+    try:
+        params = SamplingParams(**dict(defaults) | given)
+        salt = body.get("cache_salt")
+        salt = "" if salt is None else check_salt(salt)
+    except SpectralPagedError as error:
+        error.param = error.param or "cache_salt"
+        raise
+    return OpenAIRequest(
+        params,
+        prompts=[] if chat else _prompts(body.get("prompt")),
+        messages=_messages(body.get("messages")) if chat else None,
+        model=model,
+        cache_salt=salt,
+        stream=stream,
+        include_usage=_include_usage(body.get("stream_options"), stream),
+        echo=echo,
+        names_max_tokens="max_tokens" in given,
+    )
+
+
+def _refusal(message: str, param: str) -> InvalidRequestError:
+    error = InvalidRequestError(message)
+    error.param = param
+    return error
+
+
+def _asks(value: object) -> bool:
+    """Whether a value asks for something; 0 does, though it equals False."""
+    return not any(type(value) is type(none) and value == none for none in _NO_WISH)
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _refusal(f"{name} must be true or false", name)
+    return bool(value)
+
+
+def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    given = {name: body[name] for name in _SAME if body.get(name) is not None}
+    for name in _MAX_TOKENS:
+        if body.get(name) is not None:
+            given["max_tokens"] = body[name]
+    logprobs = body.get("logprobs")
+    if not chat:
+        if logprobs is not None:
+            given["logprobs"] = logprobs
+        return given
+    wanted = _flag(body, "logprobs")
+    if body.get("top_logprobs") is not None:
+        if not wanted and body["top_logprobs"] != 0:
+            raise _refusal("top_logprobs needs logprobs to be true", "top_logprobs")
+        if wanted:
+            given["logprobs"] = body["top_logprobs"]
+    elif wanted:
+        given["logprobs"] = 0
+    return given
+
+
+def _include_usage(options: object, stream: bool) -> bool:
+    """Whether a stream ends with its usage; options without a stream are OpenAI's error too."""
+    if options in (None, {}):
+        return False
+    if not isinstance(options, dict):
+        raise _refusal("stream_options must be an object", "stream_options")
+    extra = sorted(k for k, v in options.items() if k != "include_usage" and v)
+    if extra:
+        raise _refusal(f"stream_options {extra} are not supported", "stream_options")
+    if not stream:
+        raise _refusal("stream_options needs stream to be true", "stream_options")
+    return _flag(options, "include_usage")
+
+
+def _prompts(prompt: object) -> list[Prompt]:
+    """A string, token ids, or a list of either, as a list."""
+    prompts: Any = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
+    if prompts and all(isinstance(p, str) or _is_ids(p) for p in prompts):
+        return list(prompts)
+    if prompt is None:
+        raise _refusal("a body needs a 'prompt'", "prompt")
+    if prompt == []:
+        raise _refusal("the prompt is empty: give at least one token", "prompt")
+    raise _refusal("prompt must be a string, a list of token ids, or a list of those", "prompt")
+
+
+def _is_ids(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    )
+
+
+# ---- messages ----------------------------------------------------------------------------
+
+
+def _messages(messages: object) -> list[Mapping[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise _refusal("messages must be a list of {'role': ..., 'content': ...}", "messages")
+    return [_message(message, f"messages.{i}") for i, message in enumerate(messages)]
+
+
+def _message(message: object, where: str) -> Mapping[str, str]:
+    if not isinstance(message, dict):
+        raise _refusal(f"{where} must be an object", where)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _refusal(f"{where}.role must be one of {sorted(_ROLES)}", f"{where}.role")
+    extra = sorted(k for k, v in message.items() if k not in ("role", "content", "name") and v)
+    if extra:
+        raise _refusal(f"{where} has {extra}, which are not supported", f"{where}.{extra[0]}")
+    found = {"role": _ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
+    name = message.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise _refusal(f"{where}.name must be a string", f"{where}.name")
+        found["name"] = name
+    return found
+
+
+def _content(content: object, where: str) -> str:
+    """Text, or text parts joined by line ends, as vLLM does for templates that take strings."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise _refusal(f"{where} must be a string or a list of text parts", where)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise _refusal(f"{where}.{i} must be an object with a type", f"{where}.{i}")
+        if part["type"] != "text":
+            raise _refusal(
+                f"{where}.{i} is of type {part['type']!r:.40}; models here read text only",
+                f"{where}.{i}.type",
+            )
+        if not isinstance(part.get("text"), str):
+            raise _refusal(f"{where}.{i}.text must be a string", f"{where}.{i}.text")
+        texts.append(part["text"])
+    return "\n".join(texts)

@@ -1,0 +1,123 @@
+"""Bases and weights: what a block's tokens are projected on, and what counts as error."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.ops import page_ops
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.pages.format import PageFormat
+from spectral_paged.pages.sections import Bands
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 3
+
+
+def gram_basis(x: Tensor, rank: int) -> Tensor:
+    """Leading right singular vectors of `x` `[N, T, D]` from its Gram matrix: `[N, rank, D]`.
+
+    The eigenvectors of X^T X are X's right singular vectors. Squaring costs precision only in
+    components far below the ones kept. Any float dtype in, fp32 inside and out.
+    """
+    x = x.float()
+    return leading_eigenvectors(x.transpose(-1, -2) @ x, rank)
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of symmetric `gram` `[..., D, D]` as rows, strongest first: `[..., rank, D]`."""
+    vectors = page_ops(gram.device).eigenvectors(gram.reshape(-1, *gram.shape[-2:]))
+    return vectors.reshape(gram.shape)[..., :rank, :].contiguous()
+
+
+def randomized_basis(x: Tensor, rank: int, *, seed: int) -> Tensor:
+    """Leading right singular vectors by randomized SVD: `[N, rank, D]`, fp32.
+
+    Halko, Martinsson, Tropp 2011, algorithm 4.4: Gaussian sketch with oversampling and power
+    iterations, re-orthogonalised each time. The sketch comes from `seed` alone.
+    """
+    x = x.float()
+    dim = x.shape[-1]
+    width = min(rank + OVERSAMPLING, dim)
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(dim, width, generator=generator).to(x.device)
+    q = torch.linalg.qr(x @ sketch).Q
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(x.transpose(-1, -2) @ q).Q
+        q = torch.linalg.qr(x @ q).Q
+    _, _, basis = torch.linalg.svd(q.transpose(-1, -2) @ x, full_matrices=False)
+    return basis[..., :rank, :].contiguous()
+
+
+def fix_signs(basis: Tensor) -> Tensor:
+    """A vector's sign is free; fix it so that equal inputs give equal bytes on every solver."""
+    peak = basis.gather(-1, basis.abs().argmax(dim=-1, keepdim=True))
+    return basis * torch.where(peak < 0, -1.0, 1.0)
+
+
+def decompose(x: Tensor, rank: int, format: PageFormat) -> Tensor:
+    """Orthonormal basis `[N, rank, D]` of `x` `[N, T, D]` by the format's decomposition."""
+    if format.decomposition == "gram":
+        return fix_signs(gram_basis(x, rank))
+    return fix_signs(randomized_basis(x, rank, seed=int(format.fingerprint[:8], 16)))
+
+
+def orthogonal_mixer(size: int) -> Tensor:
+    """An orthogonal matrix with entries of like size, fp32 `[size, size]`.
+
+    Hadamard by Sylvester's construction where `size` is a power of two, else the cosine transform
+    DCT-II. Every output mixes every input, so variances even out and tails become Gaussian.
+    """
+    if size & (size - 1) == 0:
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat(
+                (torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0
+            )
+        return matrix / math.sqrt(size)
+    k = torch.arange(size, dtype=torch.float64).unsqueeze(-1)
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (n + 0.5) * k / size) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+def rotate_bands(vectors: Tensor, bands: Bands) -> Tensor:
+    """Mix the rows `[..., rank, D]` of each band below 8 bits among themselves."""
+    parts, first = [], 0
+    for count, bits in bands:
+        part = vectors[..., first : first + count, :]
+        parts.append(part if bits == 8 else orthogonal_mixer(count).to(part) @ part)
+        first += count
+    return torch.cat(parts, dim=-2)
+
+
+def band_vectors(vectors: Tensor, bands: Bands, format: PageFormat) -> Tensor:
+    """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
+    return rotate_bands(vectors, bands) if format.band_rotation else vectors
+
+
+# ---- weights -----------------------------------------------------------------------------
+
+
+def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
+    """Token weights: the mass each token gets from the block's own last queries.
+
+    Args:
+        queries: `[N, G, Q, D]`, post-RoPE queries of the block's last Q tokens.
+        keys: `[N, 512, D]`, post-RoPE.
+
+    Returns:
+        fp32 `[N, 512]`, mean 1, never below a tenth: a token that those queries ignore still
+        matters to later ones.
+    """
+    scores = queries.float() @ keys.float().unsqueeze(1).transpose(-1, -2) * scale
+    num_queries = queries.shape[-2]
+    column = torch.arange(BLOCK_TOKENS, device=keys.device)
+    row = torch.arange(BLOCK_TOKENS - num_queries, BLOCK_TOKENS, device=keys.device)
+    scores = scores.masked_fill(column > row.unsqueeze(-1), float("-inf"))
+    mass = torch.softmax(scores, dim=-1).mean(dim=(1, 2))
+    mass = mass / mass.mean(dim=-1, keepdim=True)
+    return 0.1 + 0.9 * mass

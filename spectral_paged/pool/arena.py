@@ -1,0 +1,140 @@
+"""The arena of a layer group: one allocation, cut into slabs, with typed access to its slots.
+
+```
+arena  uint8 [num_layers, plane_bytes]
+plane  | slab 0 | slab 1 | ... | slab n-1 | trash |
+slab   | page | page | ... | waste |   or   | exact | exact | exact | ... | waste |
+```
+
+A slot lies at the same position of every layer's plane. Positions count 128-byte units; the trash
+slot takes padded reads and writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_paged.errors import CapacityError
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
+from spectral_paged.pages import PageFormat
+from spectral_paged.pool.slot_pool import BlockPool, Kind
+from spectral_paged.pool.weak_method import WeakMethod
+
+POISON = 0xFF  # NaN in every float field: fp16, bf16 and fp32
+MAX_SLOTS_PER_SLAB = 32
+
+
+def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
+    """Slab size that wastes least in either kind, with a small price on large slabs.
+
+    `page_bytes` 0 means a pool of exact pages only: a slab is then a single page.
+    """
+    if not page_bytes:
+        return exact_bytes
+    largest = max(exact_bytes, page_bytes)
+    best, best_cost = largest, float("inf")
+    for unit in (exact_bytes, page_bytes):
+        for count in range(1, MAX_SLOTS_PER_SLAB + 1):
+            size = unit * count
+            if size < largest:
+                continue
+            waste = max(size % exact_bytes, size % page_bytes) / size
+            cost = waste + 0.015 * size / largest
+            if cost < best_cost:
+                best, best_cost = size, cost
+    return best
+
+
+class PagePool:
+    """Memory and ownership of one layer group.
+
+    Args:
+        format: the page format; `exact_only` pools ignore its pages.
+        num_layers: layers that share this pool's tables.
+        dtype: element type of exact pages.
+        budget_bytes: bytes the arena may take, all layers counted.
+        exact_only: True for exempt layers and for the `exact` format.
+        poison: fill slots with 0xFF when they become free (tests).
+
+    Raises:
+        CapacityError: the budget holds less than two slabs.
+    """
+
+    def __init__(
+        self,
+        format: PageFormat,
+        *,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int,
+        exact_only: bool,
+        poison: bool = False,
+    ) -> None:
+        self.format = format
+        self.num_layers = num_layers
+        self.dtype = dtype
+        self.exact_bytes = format.exact_page_bytes(dtype.itemsize)
+        self.page_bytes = 0 if exact_only else format.page_bytes
+        self.slab_bytes = choose_slab_bytes(self.exact_bytes, self.page_bytes)
+        trash_bytes = max(self.exact_bytes, self.page_bytes)
+        num_slabs = (budget_bytes // num_layers - trash_bytes) // self.slab_bytes
+        if num_slabs < 2:
+            need = num_layers * (2 * self.slab_bytes + trash_bytes)
+            raise CapacityError(
+                f"{budget_bytes} bytes for {num_layers} layers hold {max(num_slabs, 0)} slabs of "
+                f"{self.slab_bytes} bytes a layer; at least 2 are needed: give kv_cache_bytes "
+                f">= {need}"
+            )
+        slots = {Kind.EXACT: self.slab_bytes // self.exact_bytes}
+        if self.page_bytes:
+            slots[Kind.PAGE] = self.slab_bytes // self.page_bytes
+        on_free = WeakMethod(self._poison) if poison else None
+        self.blocks = BlockPool(num_slabs, slots, on_free=on_free)
+        self.trash_position = num_slabs * self.slab_bytes // UNIT_BYTES
+        plane_bytes = num_slabs * self.slab_bytes + trash_bytes
+        self.arena = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)
+        if poison:
+            self.arena[:, : num_slabs * self.slab_bytes] = POISON
+
+    @property
+    def num_bytes(self) -> int:
+        return self.arena.numel()
+
+    def plane(self, layer_index: int) -> Tensor:
+        """uint8 `[plane_bytes]` of one layer of the group."""
+        return self.arena[layer_index]
+
+    def slot_bytes(self, kind: Kind) -> int:
+        return self.exact_bytes if kind == Kind.EXACT else self.page_bytes
+
+    def position(self, slot: int, kind: Kind) -> int:
+        """Where a slot starts in every plane, in 128-byte units."""
+        slab, index = self.blocks.slab_and_index(slot)
+        return (slab * self.slab_bytes + index * self.slot_bytes(kind)) // UNIT_BYTES
+
+    def _span(self, slot: int, kind: Kind) -> Tensor:
+        start = self.position(slot, kind) * UNIT_BYTES
+        return self.arena[:, start : start + self.slot_bytes(kind)]
+
+    def _poison(self, kind: Kind, slot: int) -> None:
+        self._span(slot, kind).fill_(POISON)
+
+    def copy(self, kind: Kind, source: int, target: int) -> None:
+        """Copy a slot's bytes in every layer."""
+        self._span(target, kind).copy_(self._span(source, kind))
+
+    def read_block(self, slots: list[int]) -> tuple[Tensor, Tensor]:
+        """K and V `[num_layers, H, 512, D]` of the eight exact pages of a block."""
+        raw = torch.stack([self._span(s, Kind.EXACT) for s in slots], dim=1).view(self.dtype)
+        num_heads, dim = self.format.num_kv_heads, self.format.head_dim
+        pages = raw.view(self.num_layers, len(slots), num_heads, 2, EXACT_PAGE_TOKENS, dim)
+        kv = pages.permute(3, 0, 2, 1, 4, 5).reshape(
+            2, self.num_layers, num_heads, BLOCK_TOKENS, dim
+        )
+        return kv[0], kv[1]
+
+    def write_page(self, slot: int, pages: Tensor) -> None:
+        """Store uint8 `[num_layers, page_bytes]` in a page slot."""
+        self._span(slot, Kind.PAGE).copy_(pages)

@@ -1,0 +1,188 @@
+"""The vectorised sampler: everything runs where the logits are, and results are fetched once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_paged.device import Download, upload
+from spectral_paged.sampling.params import GREEDY_BELOW, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One row of a batch of logits: how to sample it and what came before.
+
+    `num_pending`: output tokens that are sampled but not known on the host yet.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    blocked_token_ids: Sequence[int] = ()  # not before min_tokens
+    num_pending: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids) + self.num_pending
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's result. `logprobs` maps token id to (log-probability, rank)."""
+
+    token_id: int
+    logprob: float
+    logprobs: dict[int, tuple[float, int]] | None
+
+
+def uniform_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
+    """Counter-based noise in (0, 1), fp32 `[N, vocab_size]`: a function of seed, step and token.
+
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter; no state, so a row's noise
+    depends on nothing else in the batch and survives a preemption.
+    """
+    x = seeds.unsqueeze(-1) * -7046029254386353131 + steps.unsqueeze(-1) * -4658895280553007687
+    x = x + torch.arange(vocab_size, device=seeds.device) * -7723592293110705685
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    x = x ^ _shift(x, 31)
+    return (_shift(x, 41).float() + 0.5) / float(1 << 23)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Drawn:
+    """Tokens of a batch, sampled on the device from logits `[N, vocab]`; `get` brings them to the
+    host.
+
+    Order as in vLLM: log-probabilities of the raw logits, then penalties, then temperature, then
+    min-p, top-k and top-p, then a draw by the Gumbel maximum.
+
+    Attributes:
+        ids: int64 `[N]`, on the device, where the next step can take them from.
+    """
+
+    def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+        logits = logits.float()
+        self.rows = list(rows)
+        self.ids = _choose(logits, rows)
+        picked = logits.gather(-1, self.ids.unsqueeze(-1))
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        finite = torch.isfinite(logits).all(dim=-1, keepdim=True)
+        whole, real = [self.ids.unsqueeze(-1), finite.long()], [picked - total]
+        counts = [r.params.logprobs for r in rows if r.params.logprobs is not None]
+        self._num_top = max(counts, default=0)
+        if counts:
+            whole.append((logits > picked).sum(dim=-1, keepdim=True) + 1)
+        if self._num_top:
+            top = logits.topk(self._num_top, dim=-1)
+            whole.append(top.indices)
+            real.append(top.values - total)
+        self._download = Download(torch.cat(whole, dim=-1), torch.cat(real, dim=-1))
+
+    def get(self) -> list[Sampled | None]:
+        """A result for each row; None where its logits have NaN or Inf."""
+        whole, real = (x.tolist() for x in self._download.get())
+        return [
+            self._result(row.params, ints, reals) if ints[1] else None
+            for row, ints, reals in zip(self.rows, whole, real, strict=True)
+        ]
+
+    @staticmethod
+    def _result(params: SamplingParams, ints: list[int], reals: list[float]) -> Sampled:
+        if params.logprobs is None:
+            return Sampled(ints[0], reals[0], None)
+        table = {ints[0]: (reals[0], ints[2])}
+        best = zip(ints[3:], reals[1:], strict=True)
+        for rank, (token, value) in enumerate(best, start=1):
+            if rank <= params.logprobs:
+                table.setdefault(token, (value, rank))
+        return Sampled(ints[0], reals[0], table)
+
+
+def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    device = logits.device
+    if any(row.params.has_penalties or row.blocked_token_ids for row in rows):
+        logits = _block(_penalise(logits, rows), rows)
+    greedy = logits.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+    if not drawn:
+        return greedy
+    params = [rows[i].params for i in drawn]
+    places = upload(drawn, torch.long, device)
+    heat = upload([p.temperature for p in params], torch.float32, device)
+    hot = _filter(logits[places] / heat.unsqueeze(-1), params)
+    seeds = upload([rows[i].seed for i in drawn], torch.int64, device)
+    steps = upload([rows[i].num_output_tokens for i in drawn], torch.int64, device)
+    gumbel = -torch.log(-torch.log(uniform_noise(seeds, steps, hot.shape[-1])))
+    return greedy.index_copy(0, places, (hot + gumbel).argmax(dim=-1))
+
+
+def _block(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Tokens that may not come yet."""
+    at = [(i, token) for i, row in enumerate(rows) for token in row.blocked_token_ids]
+    if at:
+        row, token = upload(at, torch.long, logits.device).T
+        logits[row, token] = float("-inf")
+    return logits
+
+
+def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Repetition, presence and frequency penalties for the rows that ask for them; a copy."""
+    picked = [i for i, row in enumerate(rows) if row.params.has_penalties]
+    logits = logits.clone()
+    if not picked:
+        return logits
+    device, vocab = logits.device, logits.shape[-1]
+    counts = torch.zeros(len(picked), vocab, device=device)
+    seen = torch.zeros(len(picked), vocab, dtype=torch.bool, device=device)
+    for j, i in enumerate(picked):
+        output = upload(list(rows[i].output_token_ids), torch.long, device)
+        counts[j].scatter_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+        seen[j, upload(list(rows[i].prompt_token_ids), torch.long, device)] = True
+    seen |= counts > 0
+
+    def column(name: str) -> Tensor:
+        values = [float(getattr(rows[i].params, name)) for i in picked]
+        return upload(values, torch.float32, device).unsqueeze(-1)
+
+    places = upload(picked, torch.long, device)
+    part = logits[places]
+    factor = column("repetition_penalty")
+    part = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
+    part = part - column("presence_penalty") * (counts > 0) - column("frequency_penalty") * counts
+    logits[places] = part
+    return logits
+
+
+def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Mask what min-p, top-k and top-p leave out."""
+    device, vocab = logits.device, logits.shape[-1]
+    if any(p.min_p > 0 for p in params):
+        min_p = upload([p.min_p for p in params], torch.float32, device).unsqueeze(-1)
+        probs = torch.softmax(logits, dim=-1)
+        low = probs < min_p * probs.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(low, float("-inf"))
+    top_k = [p.top_k if p.top_k > 0 else vocab for p in params]
+    top_p = [p.top_p for p in params]
+    if min(top_k) >= vocab and min(top_p) >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=device)
+    drop = rank >= upload(top_k, torch.int64, device).unsqueeze(-1)
+    kept = ordered.masked_fill(drop, float("-inf"))
+    probs = torch.softmax(kept, dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    drop = drop | (before >= upload(top_p, torch.float32, device).unsqueeze(-1))
+    drop[:, 0] = False
+    return logits.masked_fill(
+        torch.zeros_like(drop).scatter(-1, order, drop), float("-inf")
+    )

@@ -1,0 +1,127 @@
+"""A body as the engine takes it: token ids and sampling values within the server's limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from spectral_paged.engine import check_request, token_ids_of
+from spectral_paged.errors import EmptyPromptError, InvalidRequestError
+from spectral_paged.llm import LLM
+from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.server.api_error import ApiError
+from spectral_paged.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """`prompts`: token ids of each. `echoes`: the text of each, where the answer repeats it."""
+
+    body: OpenAIRequest
+    prompts: list[list[int]]
+    params: SamplingParams
+    echoes: list[str] | None = None
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.prompts) * self.params.n
+
+
+def prepare(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> PreparedRequest:
+    """Parse and tokenize a body.
+
+    Raises:
+        SpectralPagedError: it can never be served.
+        ApiError: 404, another model's; 400, over a limit of the server.
+    """
+    # without a wish, a conversation goes on as long as there is room, as OpenAI's does
+    defaults = {"max_tokens": llm.cache.max_model_len} if chat else {}
+    body = parse_body(parse_json(raw), chat=chat, defaults=defaults)
+    if body.model is not None and body.model not in settings.model_names:
+        raise unknown_model(body.model, settings)
+    _check_limits(body, settings)
+    if len(body.prompts) * body.params.n > settings.max_num_requests:
+        raise ApiError(
+            400,
+            f"{len(body.prompts)} prompts with n {body.params.n} are more than the server's "
+            f"{settings.max_num_requests} completions at once: send fewer at once",
+            param="prompt",
+            code="too_many_completions",
+        )
+    tokenizer = llm.get_tokenizer()
+    try:
+        prompts = (
+            [llm.chat_tokens(body.messages)]
+            if body.messages is not None
+            else [token_ids_of(prompt, tokenizer, llm.engine.vocab_size) for prompt in body.prompts]
+        )
+        if not all(prompts):
+            raise EmptyPromptError("the prompt is empty: give at least one token")
+    except InvalidRequestError as error:
+        error.param = "messages" if chat else "prompt"
+        raise
+    echoes = None
+    if body.echo:
+        if tokenizer is None and not all(isinstance(p, str) for p in body.prompts):
+            raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
+        echoes = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompts]
+    params = _with_room(llm, settings, body, prompts)
+    for prompt in prompts:  # here already: the engine's thread would read every token of a long one
+        check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
+    return PreparedRequest(body, prompts, params, echoes)
+
+
+def unknown_model(name: str, settings: ServerSettings) -> ApiError:
+    return ApiError(
+        404,
+        f"model {name!r:.200} is not served here: this server has "
+        f"{', '.join(map(repr, settings.model_names))}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
+    params, most = body.params, settings.max_tokens
+    if most is not None and body.names_max_tokens and params.max_tokens > most:
+        raise ApiError(
+            400,
+            f"max_tokens is {params.max_tokens}; this server allows {most}",
+            param="max_tokens",
+            code="max_tokens_too_large",
+        )
+    for name, values in (("stop", params.stop_strings), ("stop_token_ids", params.stop_token_ids)):
+        if len(values) > settings.max_stops:
+            raise ApiError(
+                400,
+                f"{name} has {len(values)} entries; this server allows {settings.max_stops}",
+                param=name,
+                code="too_many_stops",
+            )
+    if any(len(stop) > settings.max_stop_chars for stop in params.stop_strings):
+        raise ApiError(
+            400,
+            f"a stop string may have {settings.max_stop_chars} characters",
+            param="stop",
+            code="stop_too_long",
+        )
+    if len(body.cache_salt) > settings.max_salt_chars:
+        raise ApiError(
+            400,
+            f"a cache_salt may have {settings.max_salt_chars} characters",
+            param="cache_salt",
+            code="cache_salt_too_long",
+        )
+
+
+def _with_room(
+    llm: LLM, settings: ServerSettings, body: OpenAIRequest, prompts: list[list[int]]
+) -> SamplingParams:
+    """The parameters, with as many tokens as there is room for where the body names no number."""
+    if body.names_max_tokens:
+        return body.params
+    most = body.params.max_tokens if settings.max_tokens is None else settings.max_tokens
+    if body.messages is not None:
+        most = min(most, llm.cache.max_sequence_tokens - len(prompts[0]))
+    # without any room the engine says so
+    return replace(body.params, max_tokens=max(1, min(body.params.max_tokens, most)))

@@ -1,0 +1,114 @@
+"""OpenAI's objects for one HTTP request: the whole answer, or the chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from spectral_paged.openai import chat_choice, chat_logprobs, text_choice, text_logprobs, usage
+from spectral_paged.outputs import RequestOutput, TextDelta
+from spectral_paged.sampling import SamplingParams
+from spectral_paged.server.pending import Generation
+
+
+class Answer:
+    """Builds what one request is answered with.
+
+    Args:
+        request_id: without the prefix that tells chat and text apart.
+        model: the name to answer with.
+        echoes: the text of each prompt, to stand before its completions; None: not asked for.
+        params: how the request samples.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        *,
+        chat: bool,
+        params: SamplingParams,
+        echoes: Sequence[str] | None = None,
+    ) -> None:
+        self._chat, self._params, self._echoes = chat, params, echoes
+        self._num_choices = params.n
+        self._head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._offsets: dict[int, int] = {}  # characters of tokens told, by choice
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The answer without a stream; choices are numbered through all prompts."""
+        choices = []
+        for place, output in enumerate(outputs):
+            for completion in output.outputs:
+                choice = (
+                    chat_choice(completion, self._params) if self._chat else text_choice(completion)
+                )
+                choice["index"] += place * self._num_choices
+                choice.setdefault("logprobs", None)
+                if self._echoes is not None:
+                    choice["text"] = self._echoes[place] + choice["text"]
+                choices.append(choice)
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._head | {"object": kind, "choices": choices, "usage": usage(outputs)}
+
+    async def chunks(
+        self, generation: Generation, *, include_usage: bool
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """The chunks of a stream, by what came together."""
+        outputs = []
+        yield [self._chunk(c, include_usage) for c in self._beginnings(len(generation.places))]
+        async for news in generation:
+            found = []
+            for item in news:
+                if isinstance(item, RequestOutput):
+                    outputs.append(item)
+                else:
+                    found += [self._chunk(c, include_usage) for c in self._pieces(item)]
+            yield found
+        if include_usage:
+            yield [self._chunk(None, False) | {"usage": usage(outputs)}]
+
+    def _chunk(self, choice: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        chunk = self._head | {"object": kind, "choices": [] if choice is None else [choice]}
+        return chunk | {"usage": None} if with_usage else chunk
+
+    def _beginnings(self, num_prompts: int) -> list[dict[str, Any]]:
+        """What stands before the first token: the role, or the echo."""
+        choices = range(num_prompts * self._num_choices)
+        if self._chat:
+            return [self._delta(i, {"role": "assistant", "content": ""}) for i in choices]
+        if self._echoes is None:
+            return []
+        return [self._text(i, self._echoes[i // self._num_choices]) for i in choices]
+
+    def _pieces(self, item: TextDelta) -> list[dict[str, Any]]:
+        index = item.prompt_index * self._num_choices + item.index
+        if not self._chat:
+            piece = self._text(index, item.text, item.finish_reason)
+            if item.logprobs is not None:
+                offset = self._offsets.get(index, 0)
+                columns = text_logprobs(item.token_ids, item.logprobs, offset=offset)
+                self._offsets[index] = offset + sum(map(len, columns["tokens"]))
+                piece["logprobs"] = columns
+            return [piece]
+        piece = self._delta(index, {"content": item.text})
+        if item.logprobs is not None:
+            piece["logprobs"] = chat_logprobs(item.token_ids, item.logprobs, self._params)
+        found = [piece] if item.text or item.logprobs else []
+        if item.finish_reason is not None:
+            found.append(self._delta(index, {}, item.finish_reason))
+        return found
+
+    def _delta(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    def _text(self, index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}

@@ -1,0 +1,114 @@
+"""What a CUDA graph of a decode step is given; the graphs themselves run in test_gpu.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
+
+from spectral_paged import SamplingParams
+from spectral_paged.cache import PendingTokens
+from spectral_paged.kernels.exact.reference import exact_append
+from spectral_paged.models.decode_graphs import (
+    APPEND_POSITION,
+    GROUP_ROWS,
+    NOWHERE,
+    SOURCES,
+    batch_sizes,
+    entries_for,
+    fill_inputs,
+    known_tokens,
+    rooms,
+    static_steps,
+)
+
+
+@given(st.integers(1, 1024), st.data())
+def test_every_batch_has_a_size_that_wastes_little(max_num_seqs, data):
+    count = data.draw(st.integers(1, max_num_seqs))
+    sizes = batch_sizes(max_num_seqs)
+    size = next(s for s in sizes if s >= count)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
+    assert size - count <= max(7, count // 4)
+
+
+@given(st.integers(0, 1 << 20))
+def test_a_graph_has_room_for_the_pages_of_its_step(count):
+    assert entries_for(count) >= count and (entries_for(count) == 0) == (count == 0)
+
+
+@given(st.integers(0, 1 << 20), st.data())
+def test_a_warm_up_knows_every_room_that_a_step_may_need(most, data):
+    count = data.draw(st.integers(0, most))
+    assert entries_for(count) in rooms(most) and rooms(most)[-1] == entries_for(most)
+
+
+def test_tokens_that_only_the_device_knows_are_taken_from_it():
+    ids, sources = torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([-1, 1, 0])
+    assert known_tokens(ids, sources, torch.tensor([50, 60])).tolist() == [5, 60, 50]
+
+
+def test_a_place_without_a_token_is_stored_nowhere():
+    plane = torch.full((4096,), 7, dtype=torch.uint8)
+    k, v = torch.ones(2, 3, 1, 2)
+    positions = torch.tensor([-1, 8, -1], dtype=torch.int32)
+    exact_append(k, v, plane, positions, torch.tensor([0, 3, 0], dtype=torch.int32))
+    changed = (plane != 7).nonzero().squeeze(-1)
+    assert changed.min() >= 8 * 128 and len(changed) <= 2 * 2 * 4
+
+
+@pytest.mark.parametrize("exempt", [(), (1,)])
+def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
+    """The step that a graph captures, run eagerly through the same static inputs."""
+    prompts = random_prompts([1, 64, 700, 1300], seed=3)
+    params = SamplingParams(temperature=0.0, max_tokens=70)
+    want = tiny_llm(tiny_format(), exempt_layers=exempt).generate(prompts, params, use_tqdm=False)
+    llm = tiny_llm(tiny_format(), exempt_layers=exempt)
+    cache, runner = llm.cache, llm.engine.runner
+    eager, replayed = runner.forward, []
+
+    def by_static_inputs(plan, token_ids, logit_rows, pending=None):
+        if not plan.is_decode or len(logit_rows) < len(token_ids):
+            return eager(plan, token_ids, logit_rows, pending)
+        shape = 3 + GROUP_ROWS * len(cache.groups), 8
+        staging = torch.full(shape, 99, dtype=torch.int32)
+        positions = [e.start for e in plan.entries]
+        fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
+        steps = static_steps(cache, staging, 64)
+        sampled = torch.zeros(8, dtype=torch.int64)
+        if pending is not None:
+            sampled[: len(pending.ids)] = pending.ids
+        ids = known_tokens(staging[0], staging[SOURCES], sampled)
+        with cache.attending_by(steps), torch.inference_mode():
+            replayed.append(len(token_ids))
+            return runner._logits(ids, staging[2].long(), None).float()[: len(token_ids)]
+
+    runner.forward = by_static_inputs
+    for ahead in (False, True):
+        llm.engine.async_scheduling = ahead
+        got = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+        cache.check_integrity()
+        cache.reset_prefix_cache()
+    assert len(replayed) > 100 and max(replayed) == 4
+
+
+def test_inputs_past_the_step_are_nowhere():
+    staging = np.full((3 + GROUP_ROWS, 6), 77, dtype=np.int32)
+    pending = PendingTokens(torch.tensor([9]), {1: 0})
+
+    class Index:
+        append_positions, append_offsets = np.array([4, 8]), np.array([1, 2])
+        rows, exact, blocks = [3, 5], [10, 20], [0, 1]
+        hidden, visible = [6, 0], [70, 0]
+
+    fill_inputs(staging, [11, 0], [7, 8], pending, [Index])
+    assert staging[:3].tolist() == [[11, 0] + [0] * 4, [-1, 0] + [-1] * 4, [7, 8] + [0] * 4]
+    assert staging[3 + APPEND_POSITION].tolist() == [4, 8] + [NOWHERE] * 4
+    assert staging[4:].tolist() == [
+        [1, 2] + [0] * 4, [3, 5] + [0] * 4, [10, 20] + [0] * 4, [0, 1] + [0] * 4,
+        [6, 0] + [0] * 4, [70, 0] + [0] * 4,
+    ]  # fmt: skip

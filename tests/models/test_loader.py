@@ -1,0 +1,157 @@
+"""From a name to a model: GGUF files, folders, names; each refusal says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+from support.tiny_model import tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from spectral_paged import LLM, SamplingParams
+from spectral_paged.errors import CorruptFileError, UnknownModelError, UnsupportedModelError
+from spectral_paged.models import loader
+
+
+def write_gguf(path, arch="llama"):
+    """A complete little GGUF file: two layers, a byte-level tokenizer."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    tokens = [*bytes_to_unicode().values(), "he", "ll", "<end>"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 258 + [3])
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(258)
+    shapes = {"token_embd": (259, 64), "output_norm": (64,), "output": (259, 64)}
+    for layer in range(2):
+        for name, shape in {
+            "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64),
+            "ffn_gate": (48, 64), "ffn_up": (48, 64), "ffn_down": (64, 48),
+            "attn_norm": (64,), "ffn_norm": (64,),
+        }.items():  # fmt: skip
+            shapes[f"blk.{layer}.{name}"] = shape
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A conversion folder of this test's own, and no network."""
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_a_gguf_file_generates_and_its_conversion_is_made_once(tmp_path, own_cache, monkeypatch):
+    path = str(write_gguf(tmp_path / "small.gguf"))
+    params = SamplingParams(temperature=0.0, max_tokens=5)
+    on_cpu = {"kv_format": "exact", "device": "cpu"}
+    first = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
+    assert first[0].prompt_token_ids[:2] == [256, 257]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf")
+    ids = torch.tensor([first[0].prompt_token_ids])
+    want = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
+    assert first[0].outputs[0].token_ids == want[0, ids.shape[1] :].tolist()
+    (folder,) = own_cache.iterdir()
+    written = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    monkeypatch.setattr(loader, "check_gguf", lambda path: pytest.fail("read a second time"))
+    again = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
+    assert again[0].outputs[0].text == first[0].outputs[0].text
+    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == written
+    assert list(own_cache.iterdir()) == [folder], "no scratch folder is left"
+
+
+def test_a_damaged_conversion_is_refused_with_its_folder(tmp_path, own_cache):
+    path = str(write_gguf(tmp_path / "small.gguf"))
+    folder = Path(loader.resolve(path))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptFileError, match=f"delete {folder}, and they are made again"):
+        LLM(path, device="cpu")
+    shutil.rmtree(folder)
+    LLM(path, device="cpu", kv_format="exact")
+
+
+def test_a_gguf_file_that_changed_is_converted_again(tmp_path, own_cache):
+    path = write_gguf(tmp_path / "small.gguf")
+    before = loader.resolve(str(path))
+    torch.manual_seed(1)
+    write_gguf(path)
+    os.utime(path, ns=(1, 1))
+    assert loader.resolve(str(path)) != before
+
+
+@pytest.mark.parametrize("keep", [0, 3, 23, 24, 100, 2000, 0.5, 0.99, -1])
+def test_a_truncated_gguf_is_refused_and_leaves_nothing(tmp_path, own_cache, keep):
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    size = int(len(whole) * keep) if isinstance(keep, float) else keep
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[:size])
+    with pytest.raises(CorruptFileError, match=r"cut\.gguf.*fetch it again"):
+        LLM(str(cut))
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+def test_what_is_no_gguf_or_another_version_is_refused_with_a_remedy(tmp_path, own_cache):
+    path = tmp_path / "model.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CorruptFileError, match="not a GGUF file.*fetch it again"):
+        LLM(str(path))
+    path.write_bytes(b"GGUF" + (9).to_bytes(4, "little") + bytes(40))
+    with pytest.raises(CorruptFileError, match="version 9; versions 2 and 3 are read: convert"):
+        LLM(str(path))
+    with pytest.raises(UnsupportedModelError, match="take a GGUF file of a family"):
+        LLM(str(write_gguf(path, arch="rwkv6")))
+
+
+FOLDERS = {
+    "no config": (None, UnknownModelError, "no config.json"),
+    "half a config": ('{"model_type": "llama"', CorruptFileError, "fetch it again"),
+    "a config of a wrong type": ('{"model_type": "llama", "hidden_size": "x"}', CorruptFileError,
+                                 "hidden_size.*fetch it again"),
+    "an unknown family": ('{"model_type": "nobody"}', UnsupportedModelError, "nobody.*take a"),
+    "no weights": ('{"model_type": "llama", "num_hidden_layers": 1}', CorruptFileError,
+                   "safetensors.*fetch them again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_holds_no_model_is_refused_with_a_remedy(tmp_path, own_cache, case):
+    config, error, message = FOLDERS[case]
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(error, match=message):
+        LLM(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_a_remedy(tmp_path, own_cache):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(CorruptFileError, match="has no tokenizer that can be loaded.*from_model"):
+        LLM(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["smollm3-135m", "nobody/such-model", "gone/model.gguf"])
+def test_an_unknown_name_is_refused_by_name(own_cache, name):
+    with pytest.raises(UnknownModelError, match=name):
+        LLM(name)

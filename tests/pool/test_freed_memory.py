@@ -1,0 +1,93 @@
+"""Memory is free as soon as nobody holds a cache, without a run of the garbage collector: a GPU
+that is full starts none."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.padded_batch import attending_model, batch, generated, paged_cache
+from support.small_cache import feed, small_cache
+from support.tiny_model import random_prompts, tiny_format, tiny_model
+
+from spectral_paged import LLM, SamplingParams
+from spectral_paged.pool.slot_pool import Kind
+
+ON_GPU = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]  # fmt: skip
+
+
+@contextmanager
+def without_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def arenas_of(cache):
+    return [weakref.ref(group.pool.arena) for group in cache.groups]
+
+
+def all_gone(arenas):
+    return all(arena() is None for arena in arenas)
+
+
+def test_of_a_cache_that_has_sealed():
+    with without_garbage_collection():
+        cache = small_cache()
+        cache.add_sequence("a", num_prompt_tokens=1200)
+        feed(cache, ["a"], 1300)
+        assert cache.stats()["pages_in_use"]
+        arenas = arenas_of(cache)
+        assert not all_gone(arenas)
+        del cache
+        assert all_gone(arenas)
+
+
+def test_of_a_transformers_cache_that_was_generated_with():
+    model = attending_model()
+    with without_garbage_collection():
+        cache = paged_cache(model)
+        generated(model, batch((5, 700)), cache)
+        arenas = arenas_of(cache.kv_cache)
+        cache.reset()
+        del cache
+        assert all_gone(arenas)
+
+
+def test_of_a_copy_apart_from_its_original():
+    """A copied pool moves and poisons slots of its own."""
+    cache = small_cache()
+    cache.add_sequence("a", num_prompt_tokens=700)
+    cache.reserve({"a": 64})
+    copied = copy.deepcopy(cache)
+    group, other = copied.groups[0], cache.groups[0]
+    blocks = group.pool.blocks
+    slot = group.sequences["a"].exact[0]
+    target = blocks.allocate(Kind.EXACT)
+    blocks.on_move([(Kind.EXACT, slot, target)])
+    assert group.sequences["a"].exact == [target] and other.sequences["a"].exact == [slot]
+    group.pool.arena.zero_()
+    blocks.on_free(Kind.EXACT, target)
+    assert group.pool.arena.any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_of_an_llm_that_has_served(device):
+    """On CUDA its graphs hold their runner's forward."""
+    options = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 4, "compile_layers": False}
+    with without_garbage_collection():
+        llm = LLM.from_model(tiny_model().to(device), kv_format=tiny_format(), **options)
+        greedy = SamplingParams(temperature=0.0, max_tokens=4)
+        llm.generate(random_prompts([700, 5], 1), greedy, use_tqdm=False)
+        arenas = arenas_of(llm.cache)
+        del llm
+        assert all_gone(arenas)

@@ -1,0 +1,10 @@
+"""Where tests find the repository's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+DATA = TESTS / "data"
+TEXTS = ROOT / "examples" / "texts"
