@@ -55,6 +55,7 @@ soak: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # Types are checked on an installed wheel: the editable install maps folders in a way mypy cannot follow.
 types: $(STAMP)

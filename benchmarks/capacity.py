@@ -25,9 +25,13 @@ from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
 FORMATS = (
-    "exact", "spectral-quality", "spectral-compact", "spectral-page", "spectral-int8",
+    "exact",
+    "spectral-quality",
+    "spectral-compact",
+    "spectral-page",
+    "spectral-int8",
     "spectral-int8-post",
-)  # fmt: skip
+)
 DTYPE = torch.bfloat16
 STEP_TOKENS = 1024
 
@@ -66,9 +70,13 @@ def store(tokens: MadeUpTokens, name: str, num_tokens: int) -> bool:
 
 
 def measure(
-    name: str, geometry: ModelGeometry, context: int, memory: int, max_num_seqs: int,
+    name: str,
+    geometry: ModelGeometry,
+    context: int,
+    memory: int,
+    max_num_seqs: int,
     device: torch.device,
-) -> Row:  # fmt: skip
+) -> Row:
     """Fill a cache of `memory` bytes with contexts until no more fits."""
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     format = PageFormat.preset(name, num_kv_heads=heads, head_dim=dim)

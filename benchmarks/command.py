@@ -44,9 +44,11 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     decode.add_argument("--shape", action="append", default=[], help="repeatable; default all")
     _add_formats(decode, "repeatable")
     decode.add_argument(
-        "--results", type=Path, default=Path("benchmarks/results"),
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
         help="where `bench quality` wrote: a format that was not judged has no row",
-    )  # fmt: skip
+    )
     decode.add_argument("--unjudged", action="store_true", help="measure such formats all the same")
     decode.add_argument(
         "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
@@ -61,13 +63,18 @@ def _add_unsloth(parser: argparse.ArgumentParser) -> None:
     _add_formats(parser, "a preset, exact, or unpatched; repeatable")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument(
-        "--needles", type=positive, metavar="COUNT",
+        "--needles",
+        type=positive,
+        metavar="COUNT",
         help="ask a model with real weights for so many needles, times are not taken",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--length", type=positive, action="append", default=[],
+        "--length",
+        type=positive,
+        action="append",
+        default=[],
         help="context tokens of --needles; repeatable; default 2048",
-    )  # fmt: skip
+    )
     parser.add_argument("--dtype", default="auto", help="of --needles")
     _add_output_dir(parser)
 
@@ -76,10 +83,13 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="random:llama-3-8b")
     _add_formats(parser, "a preset, or exact; repeatable; default exact and spectral-quality")
     parser.add_argument(
-        "--layers", action="append", default=[], metavar="HOW",
+        "--layers",
+        action="append",
+        default=[],
+        metavar="HOW",
         help="between the products: compiled, eager or liger, each in graphs; repeatable; "
         "default compiled",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch", type=positive, action="append", default=[], help="repeatable")
     parser.add_argument(
         "--context", type=positive, action="append", default=[], help="tokens; repeatable"
@@ -92,17 +102,23 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
-        "--backend", action="append", default=[], metavar="NAME",
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME",
         help="a preset, exact, transformers, transformers-continuous; repeatable; default exact, "
         "auto and both of transformers",
-    )  # fmt: skip
+    )
     parser.add_argument("--dataset", default="random", help="random, sharegpt, prefix_repetition")
     parser.add_argument("--dataset-path", type=Path, help="JSONL of sharegpt")
     parser.add_argument("--num-prompts", type=positive, default=64)
     parser.add_argument(
-        "--input-len", type=positive, action="append", default=[],
+        "--input-len",
+        type=positive,
+        action="append",
+        default=[],
         help="repeatable, a plot is drawn over them; default 1024",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--output-len", type=positive, help="default 128; of sharegpt, as long as the answer was"
     )
@@ -115,9 +131,12 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
-        "--max-num-seqs", type=positive, action="append", default=[],
+        "--max-num-seqs",
+        type=positive,
+        action="append",
+        default=[],
         help="requests at once; repeatable, a plot is drawn over them; default 256",
-    )  # fmt: skip
+    )
     parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
     parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
@@ -125,16 +144,18 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=positive)
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no torch.compile")
     parser.add_argument(
-        "--decode-only", action="store_true",
+        "--decode-only",
+        action="store_true",
         help="fill contexts with made-up K and V: times the decode phase alone",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--fit", action="store_true", help="of the prompts only as many as the cache holds at once"
     )
     parser.add_argument(
-        "--suite", default="",
+        "--suite",
+        default="",
         help="a list of workloads with the model loaded once: 8b (random weights, one H200)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="of the suite; repeatable"
     )
@@ -171,9 +192,12 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         "--report-only", action="store_true", help="judge nothing: report what the journal holds"
     )
     parser.add_argument(
-        "--plot", type=Path, nargs="+", metavar="JSON",
+        "--plot",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
         help="measure nothing: draw quality-pareto.png from results of several models",
-    )  # fmt: skip
+    )
 
 
 def bench_decode(args: argparse.Namespace) -> int:
@@ -258,9 +282,14 @@ def bench_capacity(args: argparse.Namespace) -> int:
     from spectral_paged.benchmarks import capacity
 
     return capacity.main(
-        model=args.model, device=args.device, context=args.context, memory=args.kv_cache_memory,
-        max_num_seqs=args.max_num_seqs, formats=tuple(args.format), output_dir=args.output_dir,
-    )  # fmt: skip
+        model=args.model,
+        device=args.device,
+        context=args.context,
+        memory=args.kv_cache_memory,
+        max_num_seqs=args.max_num_seqs,
+        formats=tuple(args.format),
+        output_dir=args.output_dir,
+    )
 
 
 def bench_throughput(args: argparse.Namespace) -> int:

@@ -143,16 +143,24 @@ class Blocks:
         projections = self.bound.projections(range(NUM_LAYERS))
         op = ops.seal
         return lambda: op(
-            self.arena, self.exact, self.pages, self.first, layout=self.format.layout,
-            dtype=torch.bfloat16, cos=self.rope.cos, sin=self.rope.sin, config=config,
+            self.arena,
+            self.exact,
+            self.pages,
+            self.first,
+            layout=self.format.layout,
+            dtype=torch.bfloat16,
+            cos=self.rope.cos,
+            sin=self.rope.sin,
+            config=config,
             **projections,
-        )  # fmt: skip
+        )
 
     def twin(self) -> Callable[[], Tensor]:
         """Encodes all blocks with torch; reading, turning and writing them is not counted."""
         layers = list(range(NUM_LAYERS)) * self.count
-        sides = [self.stored(layer, block) for block in range(self.count) for layer in
-                 range(NUM_LAYERS)]  # fmt: skip
+        sides = [
+            self.stored(layer, block) for block in range(self.count) for layer in range(NUM_LAYERS)
+        ]
         k, v = (torch.cat([pair[side] for pair in sides]) for side in range(2))
         return lambda: encode_pages(k, v, self.format, basis=self.bound, layers=layers)
 
@@ -184,10 +192,15 @@ class Blocks:
             )
         size = BLOCK_TOKENS * NUM_KV_HEADS * HEAD_DIM * 4 + self.format.page_bytes
         return Row(
-            self.format.name, self.format.fingerprint, encoder, self.count,
-            took * 1e3 / self.count, product_operations(self.format) / 1e9,
-            size * NUM_LAYERS * self.count / took / 1e9, ratio,
-        )  # fmt: skip
+            self.format.name,
+            self.format.fingerprint,
+            encoder,
+            self.count,
+            took * 1e3 / self.count,
+            product_operations(self.format) / 1e9,
+            size * NUM_LAYERS * self.count / took / 1e9,
+            ratio,
+        )
 
 
 def measure(name: str, count: int, device: torch.device, repeats: int) -> list[Row]:

@@ -176,9 +176,14 @@ def _trace(llm: LLM, count: int) -> list[tuple[str, Span]]:
 
 
 def measure(
-    loaded: LoadedModel, format: str, layers: str, batch: int, context: int, bandwidth: float,
+    loaded: LoadedModel,
+    format: str,
+    layers: str,
+    batch: int,
+    context: int,
+    bandwidth: float,
     **options: Any,
-) -> Row:  # fmt: skip
+) -> Row:
     """Time and trace steps of one engine.
 
     Args:
@@ -246,9 +251,16 @@ def line(row: Row) -> str:
 
 
 def main(
-    *, model: str, formats: Sequence[str], layers: Sequence[str], batches: Sequence[int],
-    contexts: Sequence[int], name: str, output_dir: Path, **options: Any,
-) -> int:  # fmt: skip
+    *,
+    model: str,
+    formats: Sequence[str],
+    layers: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    name: str,
+    output_dir: Path,
+    **options: Any,
+) -> int:
     """Measure on this machine's GPU; print a line each and write `steps-<model>.json`.
 
     Raises:
@@ -256,8 +268,9 @@ def main(
         CapacityError: of `measure`.
     """
     for option, given, known in (
-        ("layers", layers, LAYERS), ("format", formats, ("auto", *PRESETS)),
-    ):  # fmt: skip
+        ("layers", layers, LAYERS),
+        ("format", formats, ("auto", *PRESETS)),
+    ):
         if unknown := [one for one in given if one not in known]:
             raise InvalidRequestError(f"--{option} {', '.join(unknown)}: use {', '.join(known)}")
     device = torch.device("cuda")

@@ -61,9 +61,9 @@ def conversations() -> list[tuple[str, str]]:
     return mixed
 
 
-def run(llm: LLM, prompts: list[tuple[str, str]], max_tokens: int) -> tuple[
-    list[RequestOutput], list[dict[str, object]]
-]:
+def run(
+    llm: LLM, prompts: list[tuple[str, str]], max_tokens: int
+) -> tuple[list[RequestOutput], list[dict[str, object]]]:
     """Drive the engine to the end; outputs in prompt order and the cache's figures per step."""
     engine = llm.engine
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -99,9 +99,7 @@ def print_table(prompts: list[tuple[str, str]], outputs: list[RequestOutput]) ->
         )
 
 
-def print_summary(
-    outputs: list[RequestOutput], stats: dict[str, object], seconds: float
-) -> None:
+def print_summary(outputs: list[RequestOutput], stats: dict[str, object], seconds: float) -> None:
     """Totals of the run; both ratios are against 2 bytes an element."""
     read = sum(len(o.prompt_token_ids) for o in outputs)
     written = sum(len(o.outputs[0].token_ids) for o in outputs)

@@ -51,14 +51,21 @@ class ServingLoop:
         config, rotary = model.config, model.model.rotary_emb
         self.model, self.max_step_tokens, self.eos = model, max_step_tokens, config.eos_token_id
         self.table = RotaryTable.from_inv_freq(
-            rotary.inv_freq, max_positions=max_model_len, device=model.device,
+            rotary.inv_freq,
+            max_positions=max_model_len,
+            device=model.device,
             attention_scaling=rotary.attention_scaling,
-        )  # fmt: skip
+        )
         self.cache = SpectralKVCache(
-            num_layers=config.num_hidden_layers, num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads, head_dim=2 * len(rotary.inv_freq),
-            rope=self.table, device=model.device, dtype=model.dtype, **cache_options,
-        )  # fmt: skip
+            num_layers=config.num_hidden_layers,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=2 * len(rotary.inv_freq),
+            rope=self.table,
+            device=model.device,
+            dtype=model.dtype,
+            **cache_options,
+        )
         self.waiting, self.running = {}, {}  # Request by name, in order of arrival
         self.num_started, self.num_preempted, self.crowded = 0, 0, False
 
@@ -134,10 +141,12 @@ class ServingLoop:
     def _admit(self, name):
         new = self.waiting[name]
         if (self.crowded and self.running) or self.cache.add_sequence(
-            name, num_prompt_tokens=new.num_prompt_tokens, token_ids=new.token_ids,
+            name,
+            num_prompt_tokens=new.num_prompt_tokens,
+            token_ids=new.token_ids,
             resumed=new.preempted,
         ) is None:  # until one ends it would be preempted at once; or max_num_seqs are held
-            return False  # fmt: skip
+            return False
         self.running[name] = self.waiting.pop(name)
         return True
 

@@ -105,8 +105,6 @@ def page_ops(device: torch.device) -> PageOps:
     from spectral_paged.kernels.rebuild import triton as spectral_rebuild_triton
     from spectral_paged.kernels.seal.triton import (
         eigenvectors as eigenvectors_triton,
-    )
-    from spectral_paged.kernels.seal.triton import (
         seal as seal_triton,
     )
 

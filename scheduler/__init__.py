@@ -4,6 +4,10 @@ from spectral_paged.scheduler.request import PreemptionReason, Request, RequestS
 from spectral_paged.scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 __all__ = [
-    "PreemptionReason", "Request", "RequestStatus", "Scheduler", "SchedulerConfig",
+    "PreemptionReason",
+    "Request",
+    "RequestStatus",
+    "Scheduler",
+    "SchedulerConfig",
     "SchedulerOutput",
-]  # fmt: skip
+]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from support.paths import ROOT, TESTS
 
 # The folders that are installed as subpackages, and the package itself.

@@ -32,9 +32,14 @@ class PagedBatch:
     """
 
     def __init__(
-        self, lengths: Sequence[int], heads: int, dim: int, page: int, dtype: torch.dtype,
+        self,
+        lengths: Sequence[int],
+        heads: int,
+        dim: int,
+        page: int,
+        dtype: torch.dtype,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         counts = [-(-n // page) for n in lengths]
         total = sum(counts)
         self.lengths, self.page = lengths, page
@@ -66,9 +71,16 @@ def planned(q: Tensor, batch: PagedBatch, tensor_cores: bool) -> Callable[[], Te
         workspace, kv_layout="NHD", use_tensor_cores=tensor_cores
     )
     wrapper.plan(
-        batch.indptr, batch.indices, batch.last, q.shape[1], batch.kv.shape[3], q.shape[2],
-        batch.page, q_data_type=q.dtype, kv_data_type=batch.kv.dtype,
-    )  # fmt: skip
+        batch.indptr,
+        batch.indices,
+        batch.last,
+        q.shape[1],
+        batch.kv.shape[3],
+        q.shape[2],
+        batch.page,
+        q_data_type=q.dtype,
+        kv_data_type=batch.kv.dtype,
+    )
 
     def work() -> Tensor:
         found: Tensor = wrapper.run(q, batch.kv)

@@ -118,9 +118,12 @@ class Pages:
     def options(self) -> dict[str, Any]:
         """What every op over pages takes."""
         return {
-            "layout": self.format.layout, "first_position": LANDMARKS, "cos": self.rope.cos,
-            "sin": self.rope.sin, **self.rows,
-        }  # fmt: skip
+            "layout": self.format.layout,
+            "first_position": LANDMARKS,
+            "cos": self.rope.cos,
+            "sin": self.rope.sin,
+            **self.rows,
+        }
 
     def plan(self, config: DecodeConfig | None = None) -> DecodePlan:
         """The items of a step, as kernels launched by `config` take them."""

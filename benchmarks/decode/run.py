@@ -151,12 +151,14 @@ def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> floa
     counts = torch.tensor([0, 4, 1, 3], device="cuda")
     q = 2 * torch.randn(4, num_q_heads, format.head_dim, device="cuda")
     common: dict[str, Any] = {
-        "layout": format.layout, "first_position": 64, "cos": rope.cos, "sin": rope.sin,
-        "scale": format.head_dim**-0.5, **rows,
-    }  # fmt: skip
-    want = twin(
-        q, plane, tables, counts, **common | {name: x.float() for name, x in rows.items()}
-    )
+        "layout": format.layout,
+        "first_position": 64,
+        "cos": rope.cos,
+        "sin": rope.sin,
+        "scale": format.head_dim**-0.5,
+        **rows,
+    }
+    want = twin(q, plane, tables, counts, **common | {name: x.float() for name, x in rows.items()})
     got = pages_op.spectral_decode(q, plane, tables, counts, **common)
     if bool(got[0][0].any()) or not bool(torch.isneginf(got[1][0]).all()):
         return math.inf
@@ -182,9 +184,16 @@ class Workload:
     def _row(self, what: str, part: str, ms: float, num_bytes: float, **rest: Any) -> Row:
         rate = num_bytes / (ms * 1e-3)
         return Row(
-            self.shape, self.name, what, part, ms, rate / 1e9, rate / self.bandwidth,
-            self.best_bf16 / ms, **rest,
-        )  # fmt: skip
+            self.shape,
+            self.name,
+            what,
+            part,
+            ms,
+            rate / 1e9,
+            rate / self.bandwidth,
+            self.best_bf16 / ms,
+            **rest,
+        )
 
     def baselines(self) -> list[Row]:
         """bf16 kernels; the fastest is what speedups are against."""
@@ -193,9 +202,15 @@ class Workload:
 
         def work() -> tuple[Tensor, Tensor]:
             return exact_op.exact_decode(
-                self.q, exact.plane, exact.table, exact.tokens, num_kv_heads=self.heads,
-                scale=self.scale, dtype=torch.bfloat16, plan=exact.plan,
-            )  # fmt: skip
+                self.q,
+                exact.plane,
+                exact.table,
+                exact.tokens,
+                num_kv_heads=self.heads,
+                scale=self.scale,
+                dtype=torch.bfloat16,
+                plan=exact.plan,
+            )
 
         found.append(("exact_decode bf16", graph_ms(work), exact.num_bytes))
         found += [(name, ms, exact.num_bytes) for name, ms in self._library_kernels()]
@@ -222,9 +237,14 @@ class Workload:
 
         def work() -> tuple[Tensor, Tensor]:
             return pages_op.spectral_decode(
-                self.q, pages.plane, pages.table, pages.counts, scale=self.scale, plan=plan,
+                self.q,
+                pages.plane,
+                pages.table,
+                pages.counts,
+                scale=self.scale,
+                plan=plan,
                 **pages.options,
-            )  # fmt: skip
+            )
 
         return work, pages.num_bytes
 
@@ -234,9 +254,7 @@ class Workload:
         """`decode_attention` over pages, landmarks and a tail as a function of how kernels are
         launched, and the bytes of all."""
         pages = Pages.random(format, self.lengths, rope)
-        exact = ExactPages.random(
-            [LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim
-        )
+        exact = ExactPages.random([LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim)
         plane = torch.cat((pages.plane, exact.plane))
         exact_table = exact.table + len(pages.plane) // UNIT_BYTES
         plans: dict[DecodeConfig | None, DecodePlan] = {}
@@ -245,10 +263,20 @@ class Workload:
             if config not in plans:
                 plans[config] = pages.plan(config)
             return decode_attention(
-                self.q, plane, exact_table, exact.tokens, pages.table, pages.counts,
-                num_kv_heads=self.heads, scale=self.scale, dtype=torch.bfloat16,
-                exact_plan=exact.plan, page_plan=plans[config], config=config, **pages.options,
-            )  # fmt: skip
+                self.q,
+                plane,
+                exact_table,
+                exact.tokens,
+                pages.table,
+                pages.counts,
+                num_kv_heads=self.heads,
+                scale=self.scale,
+                dtype=torch.bfloat16,
+                exact_plan=exact.plan,
+                page_plan=plans[config],
+                config=config,
+                **pages.options,
+            )
 
         return work, pages.num_bytes + exact.num_bytes
 

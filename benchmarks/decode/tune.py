@@ -55,9 +55,7 @@ NOISE = 0.99  # a candidate must be this much faster to replace the default
 C = TypeVar("C", DecodeConfig, SealConfig)
 
 
-def best(
-    config: C, candidates: dict[str, Sequence[int | None]], cost: Callable[[C], float]
-) -> C:
+def best(config: C, candidates: dict[str, Sequence[int | None]], cost: Callable[[C], float]) -> C:
     """The fastest of what one changed field after the other gives."""
     least = cost(config)
     for name, values in candidates.items():
@@ -76,8 +74,10 @@ def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
     """The case and the fastest launch of `decode_attention` for it."""
     format = formats_of(shape, [preset])[0]
     rope = RotaryTable.from_theta(ROPE_THETA, format.head_dim, max_positions=40_000, device="cuda")
-    ops = [Workload(shape, [length] * batch, "", 1.0).attend_op(format, rope)[0]
-           for batch, length in WORK]  # fmt: skip
+    ops = [
+        Workload(shape, [length] * batch, "", 1.0).attend_op(format, rope)[0]
+        for batch, length in WORK
+    ]
 
     def cost(config: DecodeConfig) -> float:
         times = [graph_ms(lambda op=op: op(config)) for op in ops]  # type: ignore[misc]

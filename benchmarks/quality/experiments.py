@@ -50,9 +50,13 @@ def ranks(methods: MethodSet) -> Experiment:
     rows: list[Method | None] = []
     for k_rank, v_rank in rank_grid(reference.head_dim):
         format = replace(
-            reference, name=f"int8 {k_rank}/{v_rank}", k_bands=((k_rank, 8),),
-            v_bands=((v_rank, 8),), basis="page", dim_weighting="none",
-        )  # fmt: skip
+            reference,
+            name=f"int8 {k_rank}/{v_rank}",
+            k_bands=((k_rank, 8),),
+            v_bands=((v_rank, 8),),
+            basis="page",
+            dim_weighting="none",
+        )
         rows.append(methods.method(format))
         rows.append(methods.variant(format, f"{format.name}, nothing else", **NOTHING))
     return Experiment(
@@ -142,7 +146,7 @@ def basis(methods: MethodSet) -> Experiment:
             methods.variant(base, f"{name}, shared, unweighted", **{**shared, **plain}),
             methods.online(base, f"{name}, online"),
         ),
-    )  # fmt: skip
+    )
 
 
 def weighting_pair(methods: MethodSet) -> tuple[Method, ...]:

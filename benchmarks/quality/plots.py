@@ -58,13 +58,22 @@ def pareto_panel(ax: Any, methods: Mapping[str, Any]) -> None:
         seen.add(family)
         ours = family == "spectral"
         ax.scatter(
-            ratio, kl, color=COLOURS.get(family, "gray"), label=label, zorder=3,
-            marker="*" if ours else "o", s=150 if ours else 25,
-        )  # fmt: skip
+            ratio,
+            kl,
+            color=COLOURS.get(family, "gray"),
+            label=label,
+            zorder=3,
+            marker="*" if ours else "o",
+            s=150 if ours else 25,
+        )
         ax.annotate(
-            name, (ratio, kl), xytext=(5, 5), textcoords="offset points",
-            fontsize=9 if ours else 7, fontweight="bold" if ours else "normal",
-        )  # fmt: skip
+            name,
+            (ratio, kl),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=9 if ours else 7,
+            fontweight="bold" if ours else "normal",
+        )
     front = [p for p in points if not any(beats(q, p) for q in points)]
     if front:
         ax.plot(*zip(*[(r, kl) for r, kl, *_ in sorted(front)], strict=True), color="lightgray")

@@ -16,13 +16,16 @@ def environment() -> dict[str, object]:
     """Machine, commit and versions, for the head of a result file."""
     commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history
     try:
-        commit = commit or subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).resolve().parent,  # of this code, wherever it is called from
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        commit = (
+            commit
+            or subprocess.run(
+                ["git", "describe", "--always", "--dirty"],
+                cwd=Path(__file__).resolve().parent,  # of this code, wherever it is called from
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     cuda = torch.cuda.is_available()

@@ -259,9 +259,11 @@ def serve_with_continuous_batching(
         begin = time.perf_counter()
         for i, job in enumerate(jobs):
             manager.add_request(
-                job.prompt_token_ids, request_id=str(i), max_new_tokens=job.output_len,
+                job.prompt_token_ids,
+                request_id=str(i),
+                max_new_tokens=job.output_len,
                 eos_token_id=-1,
-            )  # fmt: skip
+            )
         done = _collect(manager, {str(i) for i in range(len(jobs))})
         elapsed = time.perf_counter() - begin
     for i, job in enumerate(jobs):
@@ -295,8 +297,11 @@ def _collect(manager: Any, wanted: set[str]) -> dict[str, Any]:
 def _generate(model: Any, batch: Sequence[Job], num_tokens: int) -> None:
     inputs = left_padded([job.prompt_token_ids for job in batch], model.device)
     found = model.generate(
-        **inputs, do_sample=False,
-        min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
-    )  # fmt: skip
+        **inputs,
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
     if found.shape != (len(batch), inputs["input_ids"].shape[1] + num_tokens):
         raise ArithmeticError(f"generate gave {list(found.shape)} tokens; not timed")

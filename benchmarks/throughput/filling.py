@@ -31,9 +31,9 @@ class CopyingSealer(Sealer):
         super().__init__(before.basis, before.ops, dtype=before.dtype, device=cache.device)
         k, v = structured_blocks(1, cache.format, cache.device)
         layers = cache.num_layers
-        self._page = encode_pages(
-            k, v, cache.format, basis=self.basis.bound, layers=[0]
-        ).expand(layers, -1)
+        self._page = encode_pages(k, v, cache.format, basis=self.basis.bound, layers=[0]).expand(
+            layers, -1
+        )
 
     def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
         for seq_id, block in due:

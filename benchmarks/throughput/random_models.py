@@ -27,35 +27,58 @@ COMMON: dict[str, Any] = {
 }
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama-3-8b": (
-        LlamaConfig, LlamaForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
         {
-            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128_256,
         },
     ),
     "mistral-7b": (
-        MistralConfig, MistralForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         {
-            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_768,
-            "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": None,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32_768,
+            "head_dim": 128,
+            "max_position_embeddings": 32_768,
+            "sliding_window": None,
         },
     ),
     "qwen2.5-7b": (
-        Qwen2Config, Qwen2ForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
         {
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152_064,
         },
     ),
     "tiny": (
-        LlamaConfig, LlamaForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
         {
-            "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 512,
         },
     ),
-}  # fmt: skip
+}
 
 
 def is_random(name: str) -> bool:

@@ -121,9 +121,14 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
         "enforce_eager": o.enforce_eager,
     }
     return serve_with_pages(
-        loaded, jobs, kv_format=backend, options=engine, profile=o.profile,
-        decode_only=o.decode_only, fit=o.fit,
-    )  # fmt: skip
+        loaded,
+        jobs,
+        kv_format=backend,
+        options=engine,
+        profile=o.profile,
+        decode_only=o.decode_only,
+        fit=o.fit,
+    )
 
 
 def line(row: dict[str, Any]) -> str:
@@ -169,11 +174,13 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     lengths = options.input_lens or (options.workload.input_len,)
     jobs = {
         length: jobs_of(
-            replace(options.workload, input_len=length), geometry.vocab_size,
-            geometry.max_position_embeddings, loaded.tokenizer,
+            replace(options.workload, input_len=length),
+            geometry.vocab_size,
+            geometry.max_position_embeddings,
+            loaded.tokenizer,
         )
         for length in lengths
-    }  # fmt: skip
+    }
     workload = asdict(options.workload)
     workload["dataset_path"] = str(options.workload.dataset_path or "")
     rows: list[dict[str, Any]] = []

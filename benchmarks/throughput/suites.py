@@ -66,7 +66,7 @@ SUITES: dict[str, dict[str, Options]] = {
             MIXED, backends=(CONTINUOUS,), kv_cache_bytes=32 << 30, max_num_seqs=(64,)
         ),
     },
-}  # fmt: skip
+}
 
 
 def main(name: str, *, only: Sequence[str], output_dir: Path) -> int:

@@ -85,9 +85,7 @@ def _synthetic(options: WorkloadOptions, rng: random.Random, vocab_size: int) ->
         yield Job(prefix + tokens(about(options.input_len)), about(output_len))
 
 
-def _conversations(
-    options: WorkloadOptions, tokenizer: Any, max_model_len: int
-) -> Iterator[Job]:
+def _conversations(options: WorkloadOptions, tokenizer: Any, max_model_len: int) -> Iterator[Job]:
     """Lines `{"conversations": [{"value": ..}, {"value": ..}]}` or `{"prompt": .., "answer": ..}`;
     too short and too long ones are passed over, as vLLM does."""
     path = options.dataset_path

@@ -60,8 +60,11 @@ class Answer:
 
 
 GREEDY: dict[str, Any] = {
-    "max_new_tokens": ANSWER_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "max_new_tokens": ANSWER_TOKENS,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 def _said_at_once(model: Any, probe: Probe) -> list[list[int]]:
@@ -79,9 +82,11 @@ def _said_in_turns(model: Any, probe: Probe) -> list[list[int]]:
     said = []
     for question in probe.questions:
         past = model(
-            input_ids=context, attention_mask=torch.ones_like(context), use_cache=True,
+            input_ids=context,
+            attention_mask=torch.ones_like(context),
+            use_cache=True,
             logits_to_keep=1,
-        ).past_key_values  # fmt: skip
+        ).past_key_values
         prompt = torch.tensor([question.prompt], device=model.device)
         ids = torch.cat((context, prompt), dim=1)
         out = model.generate(
@@ -162,9 +167,15 @@ def probes_of(hay: Haystack, lengths: Sequence[int], count: int) -> list[Probe]:
 
 
 def main(
-    *, model: str, formats: Sequence[str], count: int, lengths: Sequence[int], dtype: str,
-    output_dir: Path, **options: Any,
-) -> int:  # fmt: skip
+    *,
+    model: str,
+    formats: Sequence[str],
+    count: int,
+    lengths: Sequence[int],
+    dtype: str,
+    output_dir: Path,
+    **options: Any,
+) -> int:
     """Ask `count` needles or a few more of the unpatched model and of every format, on this
     machine's GPU; print a line each and write `unsloth-needles-<model>.json`.
 
@@ -189,9 +200,11 @@ def main(
         tokenizer.save_pretrained(folder)
         del loaded
         fast = load_fast(
-            Path(folder), dtype=choose_dtype(dtype, where),
-            max_seq_length=max(lengths) + BLOCK_TOKENS, device=str(where),
-        )  # fmt: skip
+            Path(folder),
+            dtype=choose_dtype(dtype, where),
+            max_seq_length=max(lengths) + BLOCK_TOKENS,
+            device=str(where),
+        )
     hay = Haystack(judged_texts(), tokenizer, geometry.max_position_embeddings)
     probes = probes_of(hay, lengths, count)
     own, _ = ask(fast, tokenizer, probes, UNPATCHED)

@@ -102,9 +102,15 @@ def _kernel_ms(model: Any, inputs: dict[str, Tensor]) -> float | None:
 
 
 def measure(
-    model: Any, format: str, num_rows: int, length: int, *, short: int = SHORT, long: int = LONG,
+    model: Any,
+    format: str,
+    num_rows: int,
+    length: int,
+    *,
+    short: int = SHORT,
+    long: int = LONG,
     **options: Any,
-) -> Row:  # fmt: skip
+) -> Row:
     """Time `model` as Unsloth runs it, or patched with `format`."""
     from spectral_paged.integrations.unsloth import patch_unsloth_attention
 
@@ -112,9 +118,13 @@ def measure(
     patch = None
     if format != UNPATCHED:
         patch = patch_unsloth_attention(
-            model, kv_format=format, max_num_seqs=num_rows, max_model_len=length + long + 1,
-            verbose=False, **options,
-        )  # fmt: skip
+            model,
+            kv_format=format,
+            max_num_seqs=num_rows,
+            max_model_len=length + long + 1,
+            verbose=False,
+            **options,
+        )
     try:
         _generate(model, inputs, short)  # kernels are compiled and loaded
         first, _ = _generate(model, inputs, 1)

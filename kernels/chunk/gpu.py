@@ -101,9 +101,7 @@ def _varlen_causal(window: int | None) -> dict[str, Any]:
 
     names = inspect.signature(varlen_attn).parameters
     left = -1 if window is None else window - 1
-    causal: dict[str, Any] = (
-        {"window_size": (left, 0)} if _varlen_slides() else {"is_causal": True}
-    )
+    causal: dict[str, Any] = {"window_size": (left, 0)} if _varlen_slides() else {"is_causal": True}
     return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
 
 
@@ -113,9 +111,16 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     found = varlen_attn(
-        q, k, v, spans.cu_q, spans.cu_k, max(spans.q_lengths), max(spans.k_lengths),
-        scale=scale, **_varlen_causal(window),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        spans.cu_q,
+        spans.cu_k,
+        max(spans.q_lengths),
+        max(spans.k_lengths),
+        scale=scale,
+        **_varlen_causal(window),
+    )
     return found if isinstance(found, Tensor) else found[0]
 
 

@@ -34,9 +34,7 @@ class ChunkSpans:
     cu_k: Tensor
 
     @classmethod
-    def of(
-        cls, queries: Sequence[int], keys: Sequence[int], device: torch.device
-    ) -> ChunkSpans:
+    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> ChunkSpans:
         """Of lengths, chunk by chunk.
 
         Raises:
@@ -93,9 +91,14 @@ def chunk_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
     out: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """One chunk. Grouped-query heads ride as extra query rows, so K and V are never expanded;
     queries go in tiles, so the mask stays small."""
     num_tokens, num_q_heads, dim = q.shape

@@ -87,9 +87,16 @@ def decode_attention(
 
     def attend() -> Partials:
         return attend_exact(
-            q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale,
-            dtype=dtype, plan=exact_plan, options=ScoreOptions(0, softcap, first_exact),
-        )  # fmt: skip
+            q,
+            plane,
+            exact_table,
+            num_tokens,
+            num_kv_heads=num_kv_heads,
+            scale=scale,
+            dtype=dtype,
+            plan=exact_plan,
+            options=ScoreOptions(0, softcap, first_exact),
+        )
 
     if page_table is None or layout is None:
         return merge_items(q, attend(), exact_plan.first_item, dtype=q.dtype)[0]
@@ -97,15 +104,21 @@ def decode_attention(
     if config is None:
         config = decode_config(layout, q.device)
     if page_plan is None:
-        page_plan = plan_pages(
-            layout, num_pages, page_table.shape[0] * page_table.shape[1], config
-        )
+        page_plan = plan_pages(layout, num_pages, page_table.shape[0] * page_table.shape[1], config)
     join = _begin(attend, q.device, config.second_stream)
     pages = attend_pages(
-        q, plane, page_table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis,
-        plan=page_plan, config=config,
+        q,
+        plane,
+        page_table,
+        layout=layout,
+        cos=cos,
+        sin=sin,
+        scale=scale,
+        k_basis=k_basis,
+        plan=page_plan,
+        config=config,
         options=ScoreOptions(first_position, softcap, first_visible),
-    )  # fmt: skip
+    )
     beside = Beside(join(), exact_plan.first_item)
     out, _ = finish(
         q, pages, layout=layout, basis=v_basis, plan=page_plan, beside=beside, dtype=q.dtype

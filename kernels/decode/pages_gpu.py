@@ -15,25 +15,15 @@ from torch import Tensor
 
 from spectral_paged.kernels.decode.gluon import (
     apply as page_basis_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     attend as spectral_decode_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     project as query_projection_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     project_shared as shared_projection_gluon,
 )
 from spectral_paged.kernels.decode.parts import Partials, ScoreOptions
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.triton import (
     apply as page_basis_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     attend as spectral_decode_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     project as query_projection_triton,
 )
 from spectral_paged.kernels.decode.triton.finish import finish
@@ -43,8 +33,10 @@ from spectral_paged.kernels.page.triton import check_layout
 
 # projection, attention, application of page bases
 PORTABLE: tuple[ModuleType, ...] = (
-    query_projection_triton, spectral_decode_triton, page_basis_triton,
-)  # fmt: skip
+    query_projection_triton,
+    spectral_decode_triton,
+    page_basis_triton,
+)
 
 
 def plan_pages(
@@ -124,9 +116,18 @@ def attend_pages(
         for (explicit_kernel, fits), portable in zip(parts, PORTABLE, strict=True)
     )
     projected = projection.project_queries(
-        q, plane, table, layout=layout, first_position=options.first_position, cos=cos, sin=sin,
-        scale=scale, basis=k_basis, plan=plan, config=config,
-    )  # fmt: skip
+        q,
+        plane,
+        table,
+        layout=layout,
+        first_position=options.first_position,
+        cos=cos,
+        sin=sin,
+        scale=scale,
+        basis=k_basis,
+        plan=plan,
+        config=config,
+    )
     partials: Partials = attention.attend_pages(
         q, plane, table, projected, layout=layout, plan=plan, options=options, config=config
     )
@@ -172,8 +173,17 @@ def spectral_decode(
     if plan is None:
         plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1], config)
     partials = attend_pages(
-        q, plane, table, layout=layout, cos=cos, sin=sin, scale=scale, k_basis=k_basis, plan=plan,
-        config=config, options=ScoreOptions(first_position, softcap, first_visible),
+        q,
+        plane,
+        table,
+        layout=layout,
+        cos=cos,
+        sin=sin,
+        scale=scale,
+        k_basis=k_basis,
+        plan=plan,
+        config=config,
+        options=ScoreOptions(first_position, softcap, first_visible),
         explicit=explicit,
-    )  # fmt: skip
+    )
     return finish(q, partials, layout=layout, basis=v_basis, plan=plan)

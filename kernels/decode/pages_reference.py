@@ -84,7 +84,6 @@ def spectral_decode(
     return out, lse
 
 
-
 def _scores_in_rank_space(
     query: Tensor, pages: Tensor, layout: PageLayout, shared: Tensor | None
 ) -> Tensor:

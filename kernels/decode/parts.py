@@ -167,8 +167,16 @@ def projection_constants(q: Tensor, layout: PageLayout) -> dict[str, Any]:
     group, width = group_sizes(q, layout)
     side = layout.k
     return {
-        "HEADS": layout.num_kv_heads, "GROUP": group, "P": width, "DIM": layout.head_dim,
-        "TURN": layout.rope == "frame", "RANK": side.rank, "HEAD_BYTES": layout.head_bytes,
-        "SCALE_AT": side.scale_offset, "MEAN_AT": side.mean_offset, "SLOT_AT": side.slot_offset,
-        "INDEX_AT": layout.index_offset, "SLOTS": layout.num_slots,
-    }  # fmt: skip
+        "HEADS": layout.num_kv_heads,
+        "GROUP": group,
+        "P": width,
+        "DIM": layout.head_dim,
+        "TURN": layout.rope == "frame",
+        "RANK": side.rank,
+        "HEAD_BYTES": layout.head_bytes,
+        "SCALE_AT": side.scale_offset,
+        "MEAN_AT": side.mean_offset,
+        "SLOT_AT": side.slot_offset,
+        "INDEX_AT": layout.index_offset,
+        "SLOTS": layout.num_slots,
+    }

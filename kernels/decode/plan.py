@@ -49,9 +49,14 @@ class DecodePlan:
 
     @classmethod
     def of(
-        cls, num_entries: Tensor, *, max_entries: int, target_items: int, grain: int = 1,
+        cls,
+        num_entries: Tensor,
+        *,
+        max_entries: int,
+        target_items: int,
+        grain: int = 1,
         by_entry: bool = False,
-    ) -> DecodePlan:  # fmt: skip
+    ) -> DecodePlan:
         """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
 
         Args:

@@ -50,14 +50,31 @@ def decode_attention(
         `[N, Hq, D]` in q's dtype; zeros for a sequence without tokens.
     """
     out, lse = exact_decode(
-        q, plane, exact_table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
-        softcap=softcap, first_visible=first_exact,
-    )  # fmt: skip
+        q,
+        plane,
+        exact_table,
+        num_tokens,
+        num_kv_heads=num_kv_heads,
+        scale=scale,
+        dtype=dtype,
+        softcap=softcap,
+        first_visible=first_exact,
+    )
     if page_table is not None and layout is not None:
         rows: dict[str, Any] = {"k_basis": k_basis, "v_basis": v_basis}
         other, other_lse = spectral_decode(
-            q, plane, page_table, num_pages, layout=layout, first_position=first_position,
-            cos=cos, sin=sin, scale=scale, softcap=softcap, first_visible=first_visible, **rows,
-        )  # fmt: skip
+            q,
+            plane,
+            page_table,
+            num_pages,
+            layout=layout,
+            first_position=first_position,
+            cos=cos,
+            sin=sin,
+            scale=scale,
+            softcap=softcap,
+            first_visible=first_visible,
+            **rows,
+        )
         out = merge([out, other], [lse, other_lse])[0]
     return out.to(q.dtype)

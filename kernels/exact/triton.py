@@ -13,9 +13,18 @@ from spectral_paged.kernels.page.triton import after_previous, padded
 
 @triton.jit
 def _append_kernel(
-    k_ptr, v_ptr, plane_ptr, positions_ptr, offsets_ptr, k_stride, v_stride,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    k_ptr,
+    v_ptr,
+    plane_ptr,
+    positions_ptr,
+    offsets_ptr,
+    k_stride,
+    v_stride,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
     after_previous(PDL)
     token, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, DIM_PAD)
@@ -36,7 +45,16 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets
     num_tokens, num_heads, dim = k.shape
     k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (k, v))
     _append_kernel[(num_tokens, num_heads)](
-        k, v, plane.view(k.dtype), positions, offsets, k.stride(0), v.stride(0),
-        DIM=dim, DIM_PAD=padded(dim), UNIT=UNIT_BYTES // k.element_size(), num_warps=1,
+        k,
+        v,
+        plane.view(k.dtype),
+        positions,
+        offsets,
+        k.stride(0),
+        v.stride(0),
+        DIM=dim,
+        DIM_PAD=padded(dim),
+        UNIT=UNIT_BYTES // k.element_size(),
+        num_warps=1,
         **dependent_launch(k.device),
-    )  # fmt: skip
+    )

@@ -20,9 +20,7 @@ def pack(codes: Tensor, bits: int, *, by_component: bool = False) -> tuple[Tenso
     return _pack(codes, bits), None
 
 
-def unpack(
-    plane: Tensor, high: Tensor | None, bits: int, *, by_component: bool = False
-) -> Tensor:
+def unpack(plane: Tensor, high: Tensor | None, bits: int, *, by_component: bool = False) -> Tensor:
     """The codes that `pack` packed, uint8 `[..., count]`."""
     if bits == 8:
         return plane

@@ -22,9 +22,19 @@ from spectral_paged.kernels.page.triton import (
 
 @triton.jit
 def _half_rows(
-    record, basis_ptr, levels_ptr, head, comp, dims, ok, scale,
-    SHARED: tl.constexpr, BANDS: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
+    record,
+    basis_ptr,
+    levels_ptr,
+    head,
+    comp,
+    dims,
+    ok,
+    scale,
+    SHARED: tl.constexpr,
+    BANDS: tl.constexpr,
+    RANK: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """Basis rows at some dimensions, times the page's scales, as two fp16 that add up to fp32."""
     if SHARED:
         at = basis_ptr + (head * RANK + comp)[:, None] * DIM + dims[None, :]
@@ -38,13 +48,34 @@ def _half_rows(
 # a sequence's row of the table begins anywhere: one build is to serve them all
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rebuild_kernel(
-    plane_ptr, positions_ptr, place_ptr, cos_ptr, sin_ptr, basis_ptr, levels_ptr, row_levels_ptr,
-    out_ptr, head_stride, first_position,
-    TURN: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SHARED: tl.constexpr,
-    RANK: tl.constexpr, BANDS: tl.constexpr, BY_COMPONENT: tl.constexpr, HEAD_BYTES: tl.constexpr,
-    SCALE_AT: tl.constexpr, GAIN_AT: tl.constexpr, MEAN_AT: tl.constexpr, SLOT_AT: tl.constexpr,
-    INDEX_AT: tl.constexpr, SLOTS: tl.constexpr, HALF_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
-):  # fmt: skip
+    plane_ptr,
+    positions_ptr,
+    place_ptr,
+    cos_ptr,
+    sin_ptr,
+    basis_ptr,
+    levels_ptr,
+    row_levels_ptr,
+    out_ptr,
+    head_stride,
+    first_position,
+    TURN: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    SHARED: tl.constexpr,
+    RANK: tl.constexpr,
+    BANDS: tl.constexpr,
+    BY_COMPONENT: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr,
+    GAIN_AT: tl.constexpr,
+    MEAN_AT: tl.constexpr,
+    SLOT_AT: tl.constexpr,
+    INDEX_AT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+):
     """One tile of 128 tokens of one side. `TURN`: 0 not at all, 1 with the frame, 2 each token."""
     entry, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions_ptr + entry)
@@ -60,22 +91,46 @@ def _rebuild_kernel(
             (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16)) + comp, mask=comp < RANK, other=0.0
         ).to(tl.float32)
         codes = load_values(
-            record, levels_ptr, tile,
+            record,
+            levels_ptr,
+            tile,
             token[None, :] if BY_COMPONENT else token[:, None],
             comp[:, None] if BY_COMPONENT else comp[None, :],
-            BANDS, BY_COMPONENT, RANK,
-        ).to(tl.float16)  # fmt: skip
+            BANDS,
+            BY_COMPONENT,
+            RANK,
+        ).to(tl.float16)
         if BY_COMPONENT:
             codes = tl.trans(codes)
         first, rest = _half_rows(
-            record, basis_ptr, row_levels_ptr, head, comp, low_dim, ok, scale,
-            SHARED, BANDS, RANK, DIM,
-        )  # fmt: skip
+            record,
+            basis_ptr,
+            row_levels_ptr,
+            head,
+            comp,
+            low_dim,
+            ok,
+            scale,
+            SHARED,
+            BANDS,
+            RANK,
+            DIM,
+        )
         low = tl.dot(codes, rest, tl.dot(codes, first))
         first, rest = _half_rows(
-            record, basis_ptr, row_levels_ptr, head, comp, high_dim, ok, scale,
-            SHARED, BANDS, RANK, DIM,
-        )  # fmt: skip
+            record,
+            basis_ptr,
+            row_levels_ptr,
+            head,
+            comp,
+            high_dim,
+            ok,
+            scale,
+            SHARED,
+            BANDS,
+            RANK,
+            DIM,
+        )
         high = tl.dot(codes, rest, tl.dot(codes, first))
         if GAIN_AT >= 0:
             gain = tl.load(record + GAIN_AT + tile * 128 + token).to(tl.float32)
@@ -151,13 +206,34 @@ def spectral_rebuild(
     for side, basis, turned, to in sides:
         grid = len(positions), heads, BLOCK_TOKENS // TILE_TOKENS
         launcher(_rebuild_kernel, grid, compile_only=compile_only)(
-            plane, positions, place, cos, sin, plane if basis is None else basis,
-            level_table(layout.levels, plane.device), level_table("gaussian", plane.device), to,
-            to.stride(0), first_position,
-            TURN=turned, DIM=dim, HALF=cos.shape[-1], SHARED=side.shared_basis, RANK=side.rank,
-            BANDS=band_tuples(side), BY_COMPONENT=side.by_component, HEAD_BYTES=layout.head_bytes,
-            SCALE_AT=side.scale_offset, GAIN_AT=side.gain_offset, MEAN_AT=side.mean_offset,
-            SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
-            HALF_PAD=padded(dim // 2), RANK_PAD=padded(side.rank), num_warps=4, num_stages=1,
-        )  # fmt: skip
+            plane,
+            positions,
+            place,
+            cos,
+            sin,
+            plane if basis is None else basis,
+            level_table(layout.levels, plane.device),
+            level_table("gaussian", plane.device),
+            to,
+            to.stride(0),
+            first_position,
+            TURN=turned,
+            DIM=dim,
+            HALF=cos.shape[-1],
+            SHARED=side.shared_basis,
+            RANK=side.rank,
+            BANDS=band_tuples(side),
+            BY_COMPONENT=side.by_component,
+            HEAD_BYTES=layout.head_bytes,
+            SCALE_AT=side.scale_offset,
+            GAIN_AT=side.gain_offset,
+            MEAN_AT=side.mean_offset,
+            SLOT_AT=side.slot_offset,
+            INDEX_AT=layout.index_offset,
+            SLOTS=layout.num_slots,
+            HALF_PAD=padded(dim // 2),
+            RANK_PAD=padded(side.rank),
+            num_warps=4,
+            num_stages=1,
+        )
     return out

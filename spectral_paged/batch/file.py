@@ -238,10 +238,14 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
         record["custom_id"] = line.custom_id
     if line.url is None:
         outputs = [
-            {"index": c.index, "text": c.text, "token_ids": c.token_ids,
-             "finish_reason": c.finish_reason}
+            {
+                "index": c.index,
+                "text": c.text,
+                "token_ids": c.token_ids,
+                "finish_reason": c.finish_reason,
+            }
             for c in output.outputs
-        ]  # fmt: skip
+        ]
         metrics = {
             "cached_tokens": output.metrics.num_cached_tokens,
             "pages_sealed": output.metrics.num_pages_sealed,
@@ -297,8 +301,7 @@ class OutputFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the file is closed
         except BlockingIOError:
             raise InvalidRequestError(
-                f"another run writes to {self.path}: wait until it ends, or name another "
-                "--output"
+                f"another run writes to {self.path}: wait until it ends, or name another --output"
             ) from None
         except OSError as error:
             logger.warning(

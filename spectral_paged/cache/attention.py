@@ -58,19 +58,24 @@ class PagedAttention:
         if self.ops.on_gpu and group.seals and not self.basis.is_waiting:
             layer = group.layers[0]
             self.ops.spectral_rebuild(
-                group.plane(layer), group.page_table.device[0, :1], layout=group.layout,
-                first_position=self.format.num_landmark_tokens, cos=group.cos, sin=group.sin,
-                dtype=self.dtype, num_pages=1, compile_only=True, **self.basis.rows(layer),
-            )  # fmt: skip
+                group.plane(layer),
+                group.page_table.device[0, :1],
+                layout=group.layout,
+                first_position=self.format.num_landmark_tokens,
+                cos=group.cos,
+                sin=group.sin,
+                dtype=self.dtype,
+                num_pages=1,
+                compile_only=True,
+                **self.basis.rows(layer),
+            )
 
     def append(
         self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
         k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
-        self.ops.exact_append(
-            k, v, group.plane(layer), step.append_positions, step.append_offsets
-        )
+        self.ops.exact_append(k, v, group.plane(layer), step.append_positions, step.append_offsets)
         return k, v
 
     def run(
@@ -97,16 +102,25 @@ class PagedAttention:
             else:
                 keys, values = self.history(group, batch, plane, shared)
             found = self.ops.chunk_attention(
-                q[tokens].to(self.dtype), keys, values, spans=batch.spans, scale=self.scale,
-                softcap=self.softcap, window=group.window,
-            )  # fmt: skip
+                q[tokens].to(self.dtype),
+                keys,
+                values,
+                spans=batch.spans,
+                scale=self.scale,
+                softcap=self.softcap,
+                window=group.window,
+            )
             out[tokens] = found.to(q.dtype)
         return out
 
     def _decode(
-        self, group: LayerGroup, batch: DecodeBatch, plane: Tensor, q: Tensor,
+        self,
+        group: LayerGroup,
+        batch: DecodeBatch,
+        plane: Tensor,
+        q: Tensor,
         shared: dict[str, Tensor],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return self.ops.decode_attention(
             q,
             plane,
@@ -149,8 +163,15 @@ class PagedAttention:
                     continue
                 first = self.format.num_landmark_tokens + run.start * BLOCK_TOKENS
                 self.ops.spectral_rebuild(
-                    plane, entries, layout=group.layout, first_position=first, cos=group.cos,
-                    sin=group.sin, dtype=self.dtype, num_pages=run.num_tokens // BLOCK_TOKENS,
-                    out=out, **shared,
-                )  # fmt: skip
+                    plane,
+                    entries,
+                    layout=group.layout,
+                    first_position=first,
+                    cos=group.cos,
+                    sin=group.sin,
+                    dtype=self.dtype,
+                    num_pages=run.num_tokens // BLOCK_TOKENS,
+                    out=out,
+                    **shared,
+                )
         return keys, values

@@ -19,9 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import build as groups
-from spectral_paged.cache import capacity
-from spectral_paged.cache import stats as cache_stats
+from spectral_paged.cache import build as groups, capacity, stats as cache_stats
 from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
@@ -434,11 +432,12 @@ class SpectralKVCache:
 
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
+        run = cache_stats.backends(
+            self.ops, self.format, self.groups, num_q_heads=self.num_q_heads, softcap=self.softcap,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
         return {
-            **cache_stats.backends(
-                self.ops, self.format, self.groups, num_q_heads=self.num_q_heads,
-                softcap=self.softcap, device=self.device, dtype=self.dtype,
-            ),  # fmt: skip
+            **run,
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(self.format, self.groups, self._sequences, self.counters),

@@ -94,9 +94,14 @@ class Share:
 
 
 def divide(
-    format: PageFormat, shares: Sequence[Share], num_bytes: int, *, itemsize: int,
-    max_num_seqs: int, max_model_len: int,
-) -> list[int]:  # fmt: skip
+    format: PageFormat,
+    shares: Sequence[Share],
+    num_bytes: int,
+    *,
+    itemsize: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> list[int]:
     """Bytes of each group.
 
     Without windows by what a token costs, so that all groups run full at the same length. What a
@@ -106,9 +111,7 @@ def divide(
     """
 
     def cost(share: Share, num_tokens: int) -> int:
-        need = Need.while_generating(
-            format, num_tokens, seals=share.seals, window=share.window
-        )
+        need = Need.while_generating(format, num_tokens, seals=share.seals, window=share.window)
         return share.num_layers * need.num_bytes(format, itemsize)
 
     if all(share.window is None for share in shares):
@@ -151,9 +154,7 @@ def slabs_for(
     format: PageFormat, group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()
 ) -> int:
     """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
-    need = Need.at_peak(
-        format, num_tokens, seals=group.seals, window=group.window, pinned=pinned
-    )
+    need = Need.at_peak(format, num_tokens, seals=group.seals, window=group.window, pinned=pinned)
     return group.pool.blocks.slabs_needed(need.num_exact, need.num_pages)
 
 
@@ -161,9 +162,7 @@ def fits_alone(
     format: PageFormat, groups: list[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()
 ) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
-    return all(
-        slabs_for(format, g, num_tokens, pinned) <= g.pool.blocks.num_slabs for g in groups
-    )
+    return all(slabs_for(format, g, num_tokens, pinned) <= g.pool.blocks.num_slabs for g in groups)
 
 
 def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:
@@ -182,9 +181,7 @@ def capacity_tokens(groups: list[LayerGroup]) -> int:
     per_group = []
     for group in [g for g in groups if g.window is None] or groups:
         blocks = group.pool.blocks
-        kind, tokens = (
-            (Kind.PAGE, BLOCK_TOKENS) if group.seals else (Kind.EXACT, EXACT_PAGE_TOKENS)
-        )
+        kind, tokens = (Kind.PAGE, BLOCK_TOKENS) if group.seals else (Kind.EXACT, EXACT_PAGE_TOKENS)
         per_group.append(blocks.num_slabs * blocks.slots_per_slab[kind] * tokens)
     return min(per_group)
 
@@ -200,9 +197,12 @@ def concurrency(
     def of(group: LayerGroup) -> int:
         blocks = group.pool.blocks
         need = Need.while_generating(
-            format, num_tokens, seals=group.seals, window=group.window,
+            format,
+            num_tokens,
+            seals=group.seals,
+            window=group.window,
             num_prompt_tokens=num_prompt_tokens,
-        )  # fmt: skip
+        )
         return _largest(
             blocks.num_slabs * max(blocks.slots_per_slab.values()),
             lambda count: (

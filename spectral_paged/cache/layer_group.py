@@ -94,9 +94,11 @@ class LayerGroup:
     def first_page(self, num_tokens: int) -> int:
         """Spans of 64 tokens, or blocks of them, that no query from `num_tokens` on sees."""
         return first_seen_page(
-            num_tokens, window=self.window, num_landmark_pages=self.num_landmark_pages,
+            num_tokens,
+            window=self.window,
+            num_landmark_pages=self.num_landmark_pages,
             seals=self.seals,
-        )  # fmt: skip
+        )
 
     def slide(self, seq_id: str, num_tokens: int) -> None:
         """Give back what no query from position `num_tokens` on sees."""
@@ -217,9 +219,7 @@ class LayerGroup:
         """Positions of the sealed blocks, oldest first; a hole for a pinned one."""
         pages, pinned, first = iter(slots.pages), set(slots.pinned), slots.first_block
         return [
-            HOLE
-            if block < first or block in pinned
-            else self.pool.position(next(pages), Kind.PAGE)
+            HOLE if block < first or block in pinned else self.pool.position(next(pages), Kind.PAGE)
             for block in range(slots.num_sealed)
         ]
 

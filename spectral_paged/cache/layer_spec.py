@@ -32,8 +32,13 @@ def seals_behind(format: PageFormat, window: int | None) -> bool:
 
 
 def layer_specs(
-    format: PageFormat, num_layers: int, rope: Ropes, windows: Windows, *,
-    max_model_len: int | None, device: torch.device,
+    format: PageFormat,
+    num_layers: int,
+    rope: Ropes,
+    windows: Windows,
+    *,
+    max_model_len: int | None,
+    device: torch.device,
 ) -> tuple[list[LayerSpec], int]:
     """Every layer's spec, with tables on `device`, and the longest sequence: by default the
     shortest table's length.

@@ -104,9 +104,7 @@ class Sealer:
         elif self.ops.on_gpu:
             heads, dim = self.format.num_kv_heads, self.format.head_dim
             block = torch.zeros(1, heads, BLOCK_TOKENS, dim, device=device)
-            encode_pages(
-                block, block, self.format, basis=self.basis.bound, layers=group.layers[:1]
-            )
+            encode_pages(block, block, self.format, basis=self.basis.bound, layers=group.layers[:1])
 
     def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
         """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
@@ -165,9 +163,17 @@ class Sealer:
     ) -> Tensor:
         assert self.ops.seal is not None
         return self.ops.seal(
-            group.pool.arena, exact, pages, first, layout=group.layout, dtype=self.dtype,
-            cos=group.cos, sin=group.sin, **self.basis.projections(group.layers), **options,
-        )  # fmt: skip
+            group.pool.arena,
+            exact,
+            pages,
+            first,
+            layout=group.layout,
+            dtype=self.dtype,
+            cos=group.cos,
+            sin=group.sin,
+            **self.basis.projections(group.layers),
+            **options,
+        )
 
     def _encode_batch(
         self, group: LayerGroup, batch: list[tuple[str, int]], failed: dict[str, NonFiniteError]

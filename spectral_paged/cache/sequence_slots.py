@@ -105,8 +105,10 @@ class GroupSlots:
         block = self.block_of(index)
         if self.is_sealed(index):
             index = self.first_index(block)
-        return index - self.first_page - self.num_pages(min(block, self.num_sealed)) * (
-            PAGES_PER_BLOCK
+        return (
+            index
+            - self.first_page
+            - self.num_pages(min(block, self.num_sealed)) * (PAGES_PER_BLOCK)
         )
 
     def num_exact(self, num_tokens: int) -> int:

@@ -85,9 +85,7 @@ class SequenceTable:
         row = self._row(seq_id)
         if row is None:
             return None
-        state = SequenceState(
-            num_prompt_tokens, row, token_ids, pinned=pinned, resumed=resumed
-        )
+        state = SequenceState(num_prompt_tokens, row, token_ids, pinned=pinned, resumed=resumed)
         try:
             state.chain = self._chain(format, state, cache_salt)
             for group in self._groups:

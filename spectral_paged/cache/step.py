@@ -283,9 +283,7 @@ class GroupStep:
         )
 
 
-def chunk_batches(
-    chunks: list[Chunk], num_tokens: int, device: torch.device
-) -> list[ChunkBatch]:
+def chunk_batches(chunks: list[Chunk], num_tokens: int, device: torch.device) -> list[ChunkBatch]:
     """Cut chunks so that each batch's history fits the transient buffer of `HISTORY_TOKENS`."""
     batches: list[list[Chunk]] = []
     held = 0

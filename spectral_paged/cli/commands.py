@@ -179,12 +179,13 @@ def _generate_here(
             summary = run.run(defaults, quiet=args.quiet or show)
         seconds = time.monotonic() - begin
     stats = llm.stats()
-    return summary, seconds, (
+    ran = (
         f"\nbackend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
-        f"sealed, {stats['pages_attended']} page reads, ratio "
-        f"{stats['compression_ratio']:.2f}x, {stats['prefix_hit_tokens']} prompt tokens from "
-        f"the prefix cache, {stats['preemptions']} preemptions"
+        f"sealed, {stats['pages_attended']} page reads, ratio {stats['compression_ratio']:.2f}x, "
+        f"{stats['prefix_hit_tokens']} prompt tokens from the prefix cache, "
+        f"{stats['preemptions']} preemptions"
     )
+    return summary, seconds, ran
 
 
 def _generate_on_ray(

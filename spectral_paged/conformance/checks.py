@@ -91,11 +91,17 @@ class Conformance:
         for prompt, tokens in zip(prompts, found, strict=True):
             ids = torch.tensor([prompt], device=self.model.device)
             want = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NUM_TOKENS,
+                min_new_tokens=NUM_TOKENS,
+            )
             self._compare(
-                prompt, tokens, want[0, len(prompt) :].tolist(), "transformers' own generate gives",
+                prompt,
+                tokens,
+                want[0, len(prompt) :].tolist(),
+                "transformers' own generate gives",
                 "positions (PlanEntry.start and on), RoPE before attend, the row of the logits",
             )
         return evidence
@@ -113,7 +119,10 @@ class Conformance:
         found, evidence = self._serve(self._config(), prompts)
         for prompt, tokens, output in zip(prompts, found, outputs, strict=True):
             self._compare(
-                prompt, tokens, output.outputs[0].token_ids, "this package's engine gives",
+                prompt,
+                tokens,
+                output.outputs[0].token_ids,
+                "this package's engine gives",
                 "num_prompt_tokens (the prompt's, also after a resume), positions, end_step",
             )
         if not evidence.pages_attended:
@@ -159,9 +168,13 @@ class Conformance:
                     found = traffic.finish()
                 traffic.check_empty()
                 self._compare_alone(
-                    prompts, found, "that a resumed sequence has all its tokens and still the "
-                    "num_prompt_tokens that it began with", format=format, num_tokens=GROWN_TOKENS,
-                )  # fmt: skip
+                    prompts,
+                    found,
+                    "that a resumed sequence has all its tokens and still the "
+                    "num_prompt_tokens that it began with",
+                    format=format,
+                    num_tokens=GROWN_TOKENS,
+                )
                 evidence += traffic.evidence
         return evidence
 
@@ -282,9 +295,7 @@ class Conformance:
         prompt: list[int], found: Result, want: Sequence[int], who: str, where: str
     ) -> None:
         if isinstance(found, Exception):
-            raise ConformanceError(
-                f"a prompt of {len(prompt)} tokens failed: {found!r}"
-            ) from found
+            raise ConformanceError(f"a prompt of {len(prompt)} tokens failed: {found!r}") from found
         if list(found) != list(want):
             pairs = enumerate(zip(found, want, strict=True))
             first = next(i for i, (a, b) in pairs if a != b)

@@ -1,4 +1,3 @@
 """Text that calibrations read."""
 
-__all__ = [
-]
+__all__ = []

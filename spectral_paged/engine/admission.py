@@ -39,9 +39,7 @@ def check_request(
             "max_model_len"
         )
     longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
-    if not cache.fits_alone(
-        longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned
-    ):
+    if not cache.fits_alone(longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned):
         blocks = pinned_blocks(cache.format, pinned, len(token_ids))
         spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
         raise CapacityError(

@@ -42,9 +42,7 @@ def check_salt(salt: object) -> str:
     return salt
 
 
-def token_ids_of(
-    prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None
-) -> list[int]:
+def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None) -> list[int]:
     """The token ids of a prompt, text or ids already.
 
     Raises:

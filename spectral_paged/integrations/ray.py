@@ -306,14 +306,17 @@ def _results(
     answers = ray.data.from_arrow_refs(blocks).map_batches(
         LineWorker,
         fn_constructor_args=(
-            absolute_model(model), absolute_options(options),
-            lambda number: ray.get(attempts.take.remote(number)), MAX_ATTEMPTS * num_workers, model,
+            absolute_model(model),
+            absolute_options(options),
+            lambda number: ray.get(attempts.take.remote(number)),
+            MAX_ATTEMPTS * num_workers,
+            model,
         ),
         batch_size=per_task,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_gpus=1 if resource == "GPU" else None,
         num_cpus=1 if resource == "CPU" else None,
-    )  # fmt: skip
+    )
     for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
         columns = (batch["record"], batch["failed"], batch["num_tokens"])
         for record, failed, num_tokens in zip(*columns, strict=True):

@@ -108,9 +108,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self.kv_cache = model_cache(
             LoadedModel(type(model).__name__, model, tokenizer, geometry),
             format,
-            kv_cache_bytes=choose_cache_bytes(
-                kv_cache_bytes, gpu_memory_utilization, model.device
-            ),
+            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, model.device),
             max_num_seqs=max_num_seqs,
             max_model_len=longest,
             exempt_layers=exempt_layers,

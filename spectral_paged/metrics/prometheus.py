@@ -165,11 +165,13 @@ def parse(text: str) -> list[Reading]:
             *where,
             now,
             values[where],
-            {name: _distribution(buckets[where][name], totals[where].get(name, 0.0))
-             for name in DURATIONS},
+            {
+                name: _distribution(buckets[where][name], totals[where].get(name, 0.0))
+                for name in DURATIONS
+            },
         )
         for where in sorted(values, key=lambda where: (len(where[1]), where))
-    ]  # fmt: skip
+    ]
 
 
 def _distribution(below: dict[float, float], total: float) -> Distribution:

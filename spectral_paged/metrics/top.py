@@ -165,8 +165,7 @@ def fetch(url: str) -> str:
             found: bytes = answer.read(MAX_METRICS_BYTES + 1)
     except (OSError, ValueError) as error:
         raise InvalidRequestError(
-            f"{url} gives no metrics ({error}): does `generate --metrics-port` run "
-            "there?"
+            f"{url} gives no metrics ({error}): does `generate --metrics-port` run there?"
         ) from error
     if len(found) > MAX_METRICS_BYTES:
         raise InvalidRequestError(f"{url} answers with more than {amount(MAX_METRICS_BYTES)}")

@@ -43,8 +43,7 @@ def longest_sequence(geometry: ModelGeometry, max_model_len: int | None) -> int:
     longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
     if not 1 < longest <= geometry.max_position_embeddings:
         raise InvalidRequestError(
-            f"max_model_len is {longest}; this model takes 2 to "
-            f"{geometry.max_position_embeddings}"
+            f"max_model_len is {longest}; this model takes 2 to {geometry.max_position_embeddings}"
         )
     return longest
 

@@ -130,9 +130,7 @@ class Recorder:
             if table is not None:
                 rows = table[0][block], table[1][block]
                 turned = {name: stored_keys(keys, *rows, name[2:]) for name in turned}
-            self.accumulator.add(
-                [layer], **turned, k_post=keys, v=v[:, :, used][:, :, block]
-            )
+            self.accumulator.add([layer], **turned, k_post=keys, v=v[:, :, used][:, :, block])
         seen = q[0, :, used]
         plain = seen if table is None else rotate(seen, *table, inverse=True)
         for i, x in enumerate((plain, seen)):
@@ -140,10 +138,14 @@ class Recorder:
             self.moments[i, layer] += (groups.transpose(-1, -2) @ groups).cpu()
         num_tokens = k.shape[2]
         found = chunk_attention(
-            q[0].transpose(0, 1), k[0], v[0], scale=scale, softcap=self.softcap,
+            q[0].transpose(0, 1),
+            k[0],
+            v[0],
+            scale=scale,
+            softcap=self.softcap,
             window=self.windows[layer],
             spans=ChunkSpans.of([num_tokens], [num_tokens], q.device),
-        )  # fmt: skip
+        )
         return found.to(q.dtype).unsqueeze(0)
 
 
@@ -262,9 +264,7 @@ def calibrate(
     moments = torch.zeros(
         2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
     )
-    recorder = Recorder(
-        accumulator, ropes, geometry.windows, geometry.softcap, moments.double()
-    )
+    recorder = Recorder(accumulator, ropes, geometry.windows, geometry.softcap, moments.double())
     run = by_interface(model) if forward is None else forward
     chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
     bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)

@@ -44,9 +44,12 @@ def rooms(count: int) -> list[int]:
 
 
 def fill_inputs(
-    staging: np.ndarray, token_ids: Sequence[int], positions: Sequence[int],
-    pending: PendingTokens | None, index: Sequence[GroupIndex],
-) -> None:  # fmt: skip
+    staging: np.ndarray,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    pending: PendingTokens | None,
+    index: Sequence[GroupIndex],
+) -> None:
     """Write a decode step into `staging`, int32 `[3 + 7 groups, max_num_seqs]`.
 
     ```

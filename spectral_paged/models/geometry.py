@@ -11,9 +11,20 @@ from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.rope import RotaryTable
 
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text", "cohere",
-    "cohere2", "phi3", "olmo2", "smollm3",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "cohere2",
+    "phi3",
+    "olmo2",
+    "smollm3",
+)
 INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
 ALL_SLIDE = ("mistral", "phi3")  # a window there is one of every layer, whatever layer_types say
@@ -122,9 +133,7 @@ def _rotates(config: Any) -> tuple[bool, ...]:
     return (True,) * config.num_hidden_layers
 
 
-def layer_ropes(
-    model: Any, max_positions: int, device: torch.device
-) -> list[RotaryTable | None]:
+def layer_ropes(model: Any, max_positions: int, device: torch.device) -> list[RotaryTable | None]:
     """Each layer's rotary table, of the model's own inverse frequencies and attention factor; None
     for a layer that turns nothing."""
     config, rotary = model.config, model.model.rotary_emb
@@ -141,9 +150,7 @@ def layer_ropes(
             interleaved=config.model_type in INTERLEAVED,
             device=device,
         )
-    return [
-        tables[kind] if turned else None for kind, turned in zip(kinds, turns, strict=True)
-    ]
+    return [tables[kind] if turned else None for kind, turned in zip(kinds, turns, strict=True)]
 
 
 def rotary_table(model: Any, max_positions: int, device: torch.device) -> RotaryTable:

@@ -215,9 +215,12 @@ def load_model(
     remedy = f"delete {where}, and they are made again" if converted else "fetch them again"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         if missing := sorted(found["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except Exception as error:

@@ -21,9 +21,15 @@ SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 _SAME = tuple(name for name in SAMPLING_FIELDS if name not in ("max_tokens", "logprobs"))
 _MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the later one holds where both are given
 _DESCRIBING = (
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_retention",
-)  # fmt: skip
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
 # values that ask for nothing, whatever the field
 _NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"}, ["text"], "none")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

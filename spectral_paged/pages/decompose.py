@@ -73,9 +73,7 @@ def orthogonal_mixer(size: int) -> Tensor:
     if size & (size - 1) == 0:
         matrix = torch.ones(1, 1)
         while len(matrix) < size:
-            matrix = torch.cat(
-                (torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0
-            )
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
         return matrix / math.sqrt(size)
     k = torch.arange(size, dtype=torch.float64).unsqueeze(-1)
     n = torch.arange(size, dtype=torch.float64)

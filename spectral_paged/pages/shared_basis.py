@@ -148,9 +148,7 @@ class SharedBasis:
             if format.dim_weighting == "none":
                 weight = inverse = torch.eye(dim).double().expand_as(metric)
             elif format.dim_weighting == "diagonal":
-                weight, inverse = metric_root(
-                    torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1))
-                )
+                weight, inverse = metric_root(torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1)))
             else:
                 weight, inverse = metric_root(metric)
             scaled = weight @ covariance.double().cpu() @ weight

@@ -58,9 +58,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, rule: str) -> None:
             if not ok:
-                error = SamplingParamsError(
-                    f"{name} is {getattr(self, name)!r}; it must be {rule}"
-                )
+                error = SamplingParamsError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
                 error.param = name
                 raise error
 
@@ -100,8 +98,7 @@ class SamplingParams:
         )
         check(
             "logprobs",
-            self.logprobs is None
-            or (whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
             f"None or between 0 and {MAX_LOGPROBS}",
         )
         check("seed", self.seed is None or whole(self.seed), "None or an integer")

@@ -183,6 +183,4 @@ def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     before = probs.cumsum(dim=-1) - probs
     drop = drop | (before >= upload(top_p, torch.float32, device).unsqueeze(-1))
     drop[:, 0] = False
-    return logits.masked_fill(
-        torch.zeros_like(drop).scatter(-1, order, drop), float("-inf")
-    )
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))

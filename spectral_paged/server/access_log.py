@@ -58,6 +58,12 @@ class Traffic:
                 route = getattr(scope.get("route"), "path", "none")
                 self._total.labels(route, status).inc()
                 seconds = round(time.monotonic() - begin, 3)
-                fields = {"event": "http", "request_id": request_id, "method": scope["method"],
-                          "route": route, "status": status, "seconds": seconds}  # fmt: skip
+                fields = {
+                    "event": "http",
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "seconds": seconds,
+                }
                 logger.info("answered", extra=fields)

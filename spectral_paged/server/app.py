@@ -66,14 +66,16 @@ class Service:
 
     def _build(self, registry: CollectorRegistry) -> FastAPI:
         app = FastAPI(
-            title="spectral-paged", openapi_url=None, lifespan=self._lifespan,
+            title="spectral-paged",
+            openapi_url=None,
+            lifespan=self._lifespan,
             exception_handlers={
                 ApiError: _error,
                 SpectralPagedError: _refusal,
                 HTTPException: _http_error,
                 Exception: _fault,
             },
-        )  # fmt: skip
+        )
         app.add_middleware(Traffic, registry=registry)
         keyed = [Depends(self._check_key)]
         app.add_api_route("/health", self._health, methods=["GET", "HEAD"])

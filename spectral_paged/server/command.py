@@ -29,42 +29,52 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="alias, hub id, folder or .gguf file")
     add_engine_options(parser)
     parser.add_argument(
-        "--warm-up", action="store_true",
+        "--warm-up",
+        action="store_true",
         help="on CUDA: compile and capture every decode graph before the first request",
-    )  # fmt: skip
+    )
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     http.add_argument("--port", type=port_number, default=8000, help="0: any; default 8000")
     http.add_argument(
-        "--api-key", action="append", metavar="KEY",
+        "--api-key",
+        action="append",
+        metavar="KEY",
         help=f"asked for by /v1; may be given several times; or set {API_KEY_VARIABLE}",
-    )  # fmt: skip
+    )
     http.add_argument(
-        "--served-model-name", nargs="+", metavar="NAME",
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
         help="what requests call the model; answers use the first; default the model argument",
-    )  # fmt: skip
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--max-num-requests", type=positive, default=standard.max_num_requests,
+        "--max-num-requests",
+        type=positive,
+        default=standard.max_num_requests,
         help="completions that run or wait at once; more are answered 429; default "
         f"{standard.max_num_requests}",
-    )  # fmt: skip
+    )
     limits.add_argument(
         "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 8MiB"
     )
     limits.add_argument(
-        "--max-total-body-bytes", type=parse_bytes, default=standard.max_total_body_bytes,
+        "--max-total-body-bytes",
+        type=parse_bytes,
+        default=standard.max_total_body_bytes,
         help="of all bodies that arrive or wait to be parsed; more are answered 429; default "
         "256MiB",
-    )  # fmt: skip
+    )
     limits.add_argument(
         "--max-tokens-limit", type=positive, help="most tokens that a completion may ask for"
     )
     limits.add_argument(
-        "--grace-seconds", type=float, default=standard.grace_seconds,
-        help="how long requests go on after SIGTERM; default "
-        f"{standard.grace_seconds:g}",
-    )  # fmt: skip
+        "--grace-seconds",
+        type=float,
+        default=standard.grace_seconds,
+        help=f"how long requests go on after SIGTERM; default {standard.grace_seconds:g}",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
@@ -118,8 +128,7 @@ def serve(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address, before a model is loaded for nothing; it listens when that is there.
-    """
+    """A socket at the address, before a model is loaded for nothing; it listens later."""
     with contextlib.ExitStack() as stack:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

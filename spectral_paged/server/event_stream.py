@@ -55,9 +55,7 @@ class EventStream(Response):
         return bounded
 
     async def _send(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for chunks in self._chunks:
                 await _body(send, b"".join(map(_event, chunks)), more=True)

@@ -20,10 +20,26 @@ def test_bench_quality_writes_results_and_pictures(tmp_path, capsys):
     model = tmp_path / "SmolLM2-0.1B"  # a dot in a name is no suffix
     model.symlink_to(resolve("smollm2-135m"))
     code = main(
-        ["bench", "quality", "--model", str(model), "--text", str(text), "--no-peers",
-         "--format", "spectral-int8", "--sections", "reconstruction", "--length", "1024",
-         "--journal", str(tmp_path / "journal.jsonl"), "--output-dir", str(tmp_path)]
-    )  # fmt: skip
+        [
+            "bench",
+            "quality",
+            "--model",
+            str(model),
+            "--text",
+            str(text),
+            "--no-peers",
+            "--format",
+            "spectral-int8",
+            "--sections",
+            "reconstruction",
+            "--length",
+            "1024",
+            "--journal",
+            str(tmp_path / "journal.jsonl"),
+            "--output-dir",
+            str(tmp_path),
+        ]
+    )
     assert code == 0
     result = json.loads((tmp_path / "quality-SmolLM2-0.1B.json").read_text())
     assert len(result["spectra"]["k_pre"]) == 30 and result["environment"]["torch"]
@@ -47,9 +63,14 @@ def test_bench_quality_hands_its_options_over(monkeypatch):
     line += " --sections needles,ranks --no-peers --windows 3 --time-limit 60"
     assert main(line.split()) == main(["bench", "quality"]) == 0
     assert asked[0] == run.Options(
-        formats=["exact", "spectral-int8"], lengths=[2048, 4096], sections=["needles", "ranks"],
-        texts=[], peers=False, windows=3, time_limit=60,
-    )  # fmt: skip
+        formats=["exact", "spectral-int8"],
+        lengths=[2048, 4096],
+        sections=["needles", "ranks"],
+        texts=[],
+        peers=False,
+        windows=3,
+        time_limit=60,
+    )
     assert asked[1].model == "smollm2-135m" and not asked[1].quick
     assert main(["bench", "quality", "--plot", "a.json", "b.json", "--output-dir", "out"]) == 0
     assert asked[2] == ([Path("a.json"), Path("b.json")], Path("out"))
@@ -70,15 +91,22 @@ def test_bench_unsloth_hands_its_options_over(monkeypatch):
     code, ((module, arguments),) = unsloth_bench(monkeypatch, line)
     assert code == 0 and module == "spectral_paged.benchmarks.unsloth.needles"
     assert arguments == {
-        "model": "smollm2-135m", "formats": ["exact"], "count": 9, "lengths": [4096],
-        "dtype": "float32", "enforce_eager": True, "output_dir": Path("benchmarks/results"),
-    }  # fmt: skip
+        "model": "smollm2-135m",
+        "formats": ["exact"],
+        "count": 9,
+        "lengths": [4096],
+        "dtype": "float32",
+        "enforce_eager": True,
+        "output_dir": Path("benchmarks/results"),
+    }
     code, ((module, arguments),) = unsloth_bench(monkeypatch, "--output-dir out")
     assert code == 0 and module == "spectral_paged.benchmarks.unsloth.run"
     assert arguments == {
-        "model": "random:mistral-7b", "formats": [], "enforce_eager": False,
+        "model": "random:mistral-7b",
+        "formats": [],
+        "enforce_eager": False,
         "output_dir": Path("out"),
-    }  # fmt: skip
+    }
 
 
 def test_options_of_needles_are_refused_without_needles(monkeypatch, capsys):
@@ -91,9 +119,13 @@ def test_what_unsloth_s_process_refuses_is_told_in_a_line(monkeypatch, tmp_path,
     from spectral_paged.benchmarks.unsloth import run as unsloth
 
     arguments = {
-        "model": "none.gguf", "formats": ["exact"], "count": 1, "lengths": [512], "dtype": "auto",
+        "model": "none.gguf",
+        "formats": ["exact"],
+        "count": 1,
+        "lengths": [512],
+        "dtype": "auto",
         "output_dir": tmp_path,
-    }  # fmt: skip
+    }
     module = "spectral_paged.benchmarks.unsloth.needles"
     (tmp_path / "unsloth.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from spectral_paged.benchmarks.decode import report as decode_report
-from spectral_paged.benchmarks.decode import run as decode
+from spectral_paged.benchmarks.decode import report as decode_report, run as decode
 from spectral_paged.cli.commands import main as cli
 from spectral_paged.errors import CorruptFileError
 from spectral_paged.pages import PageFormat
@@ -15,10 +14,18 @@ from spectral_paged.pages import PageFormat
 
 def row(what, part="pages", **changes):
     base = {
-        "shape": "llama-3-8b", "work": "8 x 8192", "what": what, "part": part, "ms": 0.5,
-        "gigabytes_per_second": 1000.0, "copy_share": 0.3, "speedup": 2.0, "error": None,
-        "fingerprint": "", "kl": None,
-    }  # fmt: skip
+        "shape": "llama-3-8b",
+        "work": "8 x 8192",
+        "what": what,
+        "part": part,
+        "ms": 0.5,
+        "gigabytes_per_second": 1000.0,
+        "copy_share": 0.3,
+        "speedup": 2.0,
+        "error": None,
+        "fingerprint": "",
+        "kl": None,
+    }
     return {**base, **changes}
 
 

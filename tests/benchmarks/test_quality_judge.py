@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from support.copying_replay import HARD, MILD, CopyingReplay, Noise, haystack, quiet, windows
 
 from spectral_paged.benchmarks.quality import judge, layers, summary
 from spectral_paged.benchmarks.quality.divergence import divergence, target_nll
 from spectral_paged.benchmarks.quality.journal import BASELINE, Journal, merged, read_records
+from support.copying_replay import HARD, MILD, CopyingReplay, Noise, haystack, quiet, windows
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def test_a_rerun_skips_finished_units_and_computes_only_new_methods(replay, tmp_
     assert len(read_records(path)) == len(merged([path])) == 4 * 3
     assert len(Journal(path, "another model")) == 0
     journal = Journal(path, "m")
-    assert judge.judge_continuation(
-        replay, [HARD], windows()[:2], journal=journal, progress=quiet
-    )["methods"].keys() == {"hard"}  # fmt: skip
+    assert judge.judge_continuation(replay, [HARD], windows()[:2], journal=journal, progress=quiet)[
+        "methods"
+    ].keys() == {"hard"}
     assert len(journal) == 12 and len(journal.used()) == 4
 
 
@@ -75,8 +75,11 @@ def test_a_report_alone_takes_whole_units_and_the_last_version_of_a_method():
     assert journal.use_all() == 1
     used = [(r["unit"], r["result"]) for r in journal.used()]
     assert sorted(used) == [
-        ("other kind", "a/1"), ("whole", "a/2"), ("whole", "b/1"), ("whole", BASELINE),
-    ]  # fmt: skip
+        ("other kind", "a/1"),
+        ("whole", "a/2"),
+        ("whole", "b/1"),
+        ("whole", BASELINE),
+    ]
 
 
 def test_methods_of_one_name_and_other_fields_do_not_share_results():
@@ -106,9 +109,14 @@ def test_logits_that_are_not_finite_are_said_and_not_averaged(replay):
 
 def test_needles_are_collected_until_enough_are_recalled(replay):
     found = judge.judge_needles(
-        replay, [MILD, HARD], haystack(), [1024], journal=Journal(None, "m"), target=20,
+        replay,
+        [MILD, HARD],
+        haystack(),
+        [1024],
+        journal=Journal(None, "m"),
+        target=20,
         progress=quiet,
-    )  # fmt: skip
+    )
     assert found["reached"] and found["exact"]["total"] == [27, 27]
     assert found["methods"]["mild"]["total"] == [27, 27]
     assert found["methods"]["hard"]["total"] == [0, 27]
@@ -119,9 +127,14 @@ def test_needles_are_collected_until_enough_are_recalled(replay):
 def test_only_what_the_exact_cache_recalls_is_asked(replay):
     replay.generate = lambda context, prompts, max_tokens, eos=None: [[63]] * len(prompts)
     found = judge.judge_needles(
-        replay, [MILD], haystack(), [1024], journal=Journal(None, "m"), max_rounds=1,
+        replay,
+        [MILD],
+        haystack(),
+        [1024],
+        journal=Journal(None, "m"),
+        max_rounds=1,
         progress=quiet,
-    )  # fmt: skip
+    )
     assert not found["reached"]
     assert found["exact"]["total"] == [0, 9]
     assert found["methods"]["mild"]["total"] == [0, 0]
@@ -130,9 +143,14 @@ def test_only_what_the_exact_cache_recalls_is_asked(replay):
 def test_facts_outside_of_a_methods_pages_are_counted_apart(replay):
     wide = Noise("wide", 0.1, num_landmark_tokens=640)
     found = judge.judge_needles(
-        replay, [wide], haystack(), [2048], journal=Journal(None, "m"), max_rounds=1,
+        replay,
+        [wide],
+        haystack(),
+        [2048],
+        journal=Journal(None, "m"),
+        max_rounds=1,
         progress=quiet,
-    )  # fmt: skip
+    )
     m = found["methods"]["wide"]
     assert m["tail"][1] > 0 and m["total"][1] > 0
     assert m["tail"][1] + m["total"][1] <= 9
@@ -140,9 +158,14 @@ def test_facts_outside_of_a_methods_pages_are_counted_apart(replay):
 
 def test_tasks_of_every_kind_are_asked(replay):
     found = judge.judge_tasks(
-        replay, [MILD], haystack(), [2048], journal=Journal(None, "m"), max_rounds=1,
+        replay,
+        [MILD],
+        haystack(),
+        [2048],
+        journal=Journal(None, "m"),
+        max_rounds=1,
         progress=quiet,
-    )  # fmt: skip
+    )
     kinds = found["exact"]["by_kind"]["task"]
     assert set(kinds) == {"qa-beginning", "qa-middle", "qa-end", "signature", "step", "summary"}
     assert all(right == asked for right, asked in kinds.values())

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 from spectral_paged.benchmarks.quality.layers import attention_errors, reconstruction_errors
 from spectral_paged.benchmarks.quality.methods import Exact, Kivi
@@ -24,6 +23,7 @@ from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import decode_pages, encode_pages
+from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 IDS = random_prompts([1300], seed=5)[0]
 WEIGHTED = replace(tiny_format(), name="weighted", token_weighting="attention")
@@ -69,9 +69,12 @@ def test_a_weighted_format_gets_its_blocks_last_queries():
     assert sealed.num_sealed == 2
     blocks = replay().blocks(context(), 1, 64, 1088)
     pages = encode_pages(
-        blocks.k, blocks.v, WEIGHTED, queries=blocks.q[..., -64:, :],
+        blocks.k,
+        blocks.v,
+        WEIGHTED,
+        queries=blocks.q[..., -64:, :],
         rotated_k=rotate(blocks.k, blocks.cos, blocks.sin),
-    )  # fmt: skip
+    )
     _, v = decode_pages(pages, WEIGHTED)
     got = sealed.v[1, :, 64:1088].unflatten(1, (2, 512)).transpose(0, 1)
     torch.testing.assert_close(got, v)

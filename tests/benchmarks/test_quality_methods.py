@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.tiny_model import tiny_format
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged.benchmarks.quality.methods import (
     Calibrated,
@@ -24,6 +22,7 @@ from spectral_paged.benchmarks.quality.page_methods import SpectralMethod
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.rope import RotaryTable
+from support.tiny_model import tiny_format
 
 ROUNDERS = [PerToken, Kivi, Rotated, lambda bits: Rotated(bits, mean=True)]
 

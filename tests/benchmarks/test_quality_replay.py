@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.benchmarks.quality import replay as replay_module
@@ -28,6 +26,7 @@ from spectral_paged.errors import InvalidRequestError, PromptTooLongError
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
 from spectral_paged.models.loader import LoadedModel
+from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
 
 IDS = random_prompts([2000], seed=5)[0]
 LOSSY = Kivi(2)
@@ -91,9 +90,12 @@ def test_chunks_of_a_prefill_do_not_show(monkeypatch):
 def stock_greedy(ids, max_tokens, eos=None):
     row = torch.tensor([ids])
     out = stock().generate(
-        row, attention_mask=torch.ones_like(row), max_new_tokens=max_tokens, do_sample=False,
+        row,
+        attention_mask=torch.ones_like(row),
+        max_new_tokens=max_tokens,
+        do_sample=False,
         eos_token_id=eos,
-    )  # fmt: skip
+    )
     return out[0, len(ids) :].tolist()
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 
-from support.copying_replay import HARD, MILD, CopyingReplay, haystack, quiet, windows
-
 from spectral_paged.benchmarks.quality import judge, layers, plots, report, summary, tasks
 from spectral_paged.benchmarks.quality.journal import Journal
+from support.copying_replay import HARD, MILD, CopyingReplay, haystack, quiet, windows
 
 TITLES = {
-    "Divergence from the exact cache", "Needles", "Tasks with exact answers", "Longer contexts",
-    "Prefill over pages", "Sensitivity of layers", "Storage with landmarks and tail",
-    "Free generation", "Ranks",
+    "Divergence from the exact cache",
+    "Needles",
+    "Tasks with exact answers",
+    "Longer contexts",
+    "Prefill over pages",
+    "Sensitivity of layers",
+    "Storage with landmarks and tail",
+    "Free generation",
+    "Ranks",
     "Needles by depth and kind",
-}  # fmt: skip
+}
 
 
 def full_results():

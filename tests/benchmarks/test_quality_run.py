@@ -8,8 +8,6 @@ import re
 from dataclasses import replace
 
 import pytest
-from support.copying_replay import Characters, haystack
-from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 from spectral_paged.benchmarks.quality import page_methods, run, sources
 from spectral_paged.benchmarks.quality.experiments import EXPERIMENTS, judge_experiments, refitted
@@ -22,6 +20,8 @@ from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS
+from support.copying_replay import Characters, haystack
+from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 
 class Folded(Characters):
@@ -54,10 +54,17 @@ def text(tmp_path):
 
 def options(tmp_path, text, **changes):
     small = {
-        "model": "a/Tiny-0.1B", "formats": ["spectral-int8"], "lengths": [1024], "windows": 1,
-        "continuation_tokens": 24, "needles": 1, "texts": [text], "output_dir": tmp_path / "out",
-        "journal": tmp_path / "journal.jsonl", "quick": True,
-    }  # fmt: skip
+        "model": "a/Tiny-0.1B",
+        "formats": ["spectral-int8"],
+        "lengths": [1024],
+        "windows": 1,
+        "continuation_tokens": 24,
+        "needles": 1,
+        "texts": [text],
+        "output_dir": tmp_path / "out",
+        "journal": tmp_path / "journal.jsonl",
+        "quick": True,
+    }
     return run.Options(**(small | changes))
 
 
@@ -77,13 +84,24 @@ def test_every_section_is_run_and_written(tmp_path, text, monkeypatch, capsys):
     assert run.main(options(tmp_path, text, sections=everything, lengths=[1024, 1536])) == 0
     results, report = written(tmp_path)
     assert {
-        "Divergence from the exact cache", "Needles", "Tasks with exact answers", "Ranks",
-        "Longer contexts", "Prefill over pages", "Landmarks", "Hot window",
-        "Where the basis comes from", "Tokens weighed by attention",
-        "Attention-weighted against plain decomposition", "Reconstruction error",
-        "Attention output by layer and head", "Singular values of K and V",
-        "Sensitivity of layers", "Storage with landmarks and tail", "Free generation",
-    } <= set(titles(report))  # fmt: skip
+        "Divergence from the exact cache",
+        "Needles",
+        "Tasks with exact answers",
+        "Ranks",
+        "Longer contexts",
+        "Prefill over pages",
+        "Landmarks",
+        "Hot window",
+        "Where the basis comes from",
+        "Tokens weighed by attention",
+        "Attention-weighted against plain decomposition",
+        "Reconstruction error",
+        "Attention output by layer and head",
+        "Singular values of K and V",
+        "Sensitivity of layers",
+        "Storage with landmarks and tail",
+        "Free generation",
+    } <= set(titles(report))
     assert any(t.startswith("Ablation of") for t in titles(report))
     assert set(results["methods"]) == set(results["overall"]["methods"])
     assert {"spectral-int8", "kivi3", "fp8-calibrated"} <= set(results["methods"])
@@ -207,9 +225,7 @@ def test_an_experiment_shares_the_windows_of_the_main_table():
     journal, replay = Journal(None, "m"), Replay(loaded())
     experiment = EXPERIMENTS["hot"](MethodSet(loaded(), ["spectral-int8"]))
     windows = continuation_windows(hay, 1024, 1, 16)
-    judge_experiments(
-        replay, [experiment], windows, hay, journal=journal, progress=lambda _: None
-    )
+    judge_experiments(replay, [experiment], windows, hay, journal=journal, progress=lambda _: None)
     tasks = {r["method"]: r["task"] for r in journal.used() if r["method"] != "baseline"}
     assert sorted(tasks.values()) == ["continuation", "refitted", "refitted"]
     assert {r["result"]["sealed_blocks"] for r in journal.used() if r["method"] in tasks} == {2}

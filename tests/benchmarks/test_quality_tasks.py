@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from support.copying_replay import haystack
 
 from spectral_paged.benchmarks.quality import tasks, texts
 from spectral_paged.benchmarks.quality.tasks import HOT, LANDMARKS
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from support.copying_replay import haystack
 
 
 def test_every_machine_has_judged_texts_of_two_genres_at_least():

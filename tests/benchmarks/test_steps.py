@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.paths import ROOT
-from support.tiny_model import tiny_model
 
 from spectral_paged.benchmarks import steps
 from spectral_paged.benchmarks.results_io.result_file import model_label
 from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.errors import CapacityError, InvalidRequestError
+from support.paths import ROOT
+from support.tiny_model import tiny_model
 
 KERNELS = ROOT / "kernels"
 
@@ -95,17 +95,27 @@ def test_steps_in_which_a_sequence_ends_make_no_row(monkeypatch, missing):
 def test_an_unknown_format_is_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(InvalidRequestError, match="--format int3: use auto, .*spectral-quality"):
         steps.main(
-            model="random:none", formats=("exact", "int3"), layers=("eager",), batches=(1,),
-            contexts=(8,), name="", output_dir=tmp_path,
-        )  # fmt: skip
+            model="random:none",
+            formats=("exact", "int3"),
+            layers=("eager",),
+            batches=(1,),
+            contexts=(8,),
+            name="",
+            output_dir=tmp_path,
+        )
 
 
 def test_unknown_layers_and_a_missing_liger_kernel_are_refused_by_name(monkeypatch, tmp_path):
     with pytest.raises(InvalidRequestError, match="--layers fused: use compiled, eager, liger"):
         steps.main(
-            model="random:tiny", formats=("exact",), layers=("fused",), batches=(1,),
-            contexts=(8,), name="", output_dir=tmp_path,
-        )  # fmt: skip
+            model="random:tiny",
+            formats=("exact",),
+            layers=("fused",),
+            batches=(1,),
+            contexts=(8,),
+            name="",
+            output_dir=tmp_path,
+        )
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
     with pytest.raises(InvalidRequestError, match="pip install liger-kernel"):
         steps.with_liger(SimpleNamespace(config=SimpleNamespace(model_type="llama")))

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from support.tiny_model import VOCAB, tiny_model
 
 from spectral_paged.benchmarks.throughput import backends, random_models, run, suites
 from spectral_paged.benchmarks.throughput.backends import (
@@ -21,6 +20,7 @@ from spectral_paged.device import StepClock
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
+from support.tiny_model import VOCAB, tiny_model
 
 
 class Words:
@@ -54,8 +54,9 @@ def test_random_lengths_stay_in_their_range_and_follow_the_seed():
 
 
 def test_repeated_prefixes_are_shared_and_what_follows_is_not():
-    found = jobs(dataset="prefix_repetition", num_prompts=6, input_len=30, prefix_len=50,
-                 num_prefixes=2)  # fmt: skip
+    found = jobs(
+        dataset="prefix_repetition", num_prompts=6, input_len=30, prefix_len=50, num_prefixes=2
+    )
     heads = [tuple(job.prompt_token_ids[:50]) for job in found]
     assert heads[0::2] == [heads[0]] * 3 and heads[1::2] == [heads[1]] * 3 and len(set(heads)) == 2
     assert len({tuple(job.prompt_token_ids[50:]) for job in found}) == 6
@@ -102,12 +103,16 @@ def test_workloads_that_cannot_run_are_refused_with_what_to_do(tmp_path, options
 def test_a_run_writes_the_keys_of_vllm_and_counts_every_token(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(random_models, "load_model", lambda *args, **options: loaded())
     options = run.Options(
-        model="tiny", workload=WorkloadOptions(num_prompts=5, input_len=60, output_len=7,
-                                               range_ratio=0.3),
+        model="tiny",
+        workload=WorkloadOptions(num_prompts=5, input_len=60, output_len=7, range_ratio=0.3),
         backends=("exact", "spectral-int8", "transformers", "transformers-continuous"),
-        device="cpu", dtype="float32", max_num_seqs=(2, 4), kv_cache_bytes=16 << 20,
-        max_num_batched_tokens=256, output_dir=tmp_path,
-    )  # fmt: skip
+        device="cpu",
+        dtype="float32",
+        max_num_seqs=(2, 4),
+        kv_cache_bytes=16 << 20,
+        max_num_batched_tokens=256,
+        output_dir=tmp_path,
+    )
     assert run.main(options) == 0
     result = json.loads((tmp_path / "throughput-tiny.json").read_text())
     assert [(r["backend"], r["max_num_seqs"]) for r in result["rows"]] == [
@@ -131,10 +136,16 @@ def test_a_run_writes_the_keys_of_vllm_and_counts_every_token(tmp_path, monkeypa
 
 def test_a_run_over_several_prompt_lengths_has_a_row_and_a_point_for_each(tmp_path):
     options = run.Options(
-        model="tiny", workload=WorkloadOptions(num_prompts=2, output_len=3), backends=("exact",),
-        device="cpu", dtype="float32", input_lens=(20, 90), max_num_seqs=(1, 2),
-        kv_cache_bytes=16 << 20, output_dir=tmp_path,
-    )  # fmt: skip
+        model="tiny",
+        workload=WorkloadOptions(num_prompts=2, output_len=3),
+        backends=("exact",),
+        device="cpu",
+        dtype="float32",
+        input_lens=(20, 90),
+        max_num_seqs=(1, 2),
+        kv_cache_bytes=16 << 20,
+        output_dir=tmp_path,
+    )
     assert run.main(options, loaded()) == 0
     rows = json.loads((tmp_path / "throughput-tiny.json").read_text())["rows"]
     found = [(r["input_len"], r["max_num_seqs"], r["total_num_tokens"]) for r in rows]
@@ -146,9 +157,12 @@ def test_a_run_over_several_prompt_lengths_has_a_row_and_a_point_for_each(tmp_pa
 def test_a_profiled_run_says_where_its_time_went():
     work = [Job(list(range(3, 33)), 4), Job([i % VOCAB for i in range(700)], 4)]
     served = serve_with_pages(
-        loaded(), work, kv_format="spectral-int8", options={"kv_cache_bytes": 16 << 20},
+        loaded(),
+        work,
+        kv_format="spectral-int8",
+        options={"kv_cache_bytes": 16 << 20},
         profile=True,
-    )  # fmt: skip
+    )
     spent = served.breakdown
     assert all(spent[name] > 0 for name in ("schedule", "commit", "model", "attention", "seal"))
     assert sum(spent.values()) < served.elapsed
@@ -178,8 +192,10 @@ def test_a_section_is_counted_without_what_runs_inside_of_it(monkeypatch):
         now[0] += 5
         raise KeyError
     assert clock.seconds == dict.fromkeys(clock.seconds, 0.0) | {
-        "model": 3.0, "attention": 10.0, "seal": 5.0
-    }  # fmt: skip
+        "model": 3.0,
+        "attention": 10.0,
+        "seal": 5.0,
+    }
 
 
 def test_a_clock_that_is_off_counts_nothing():
@@ -204,9 +220,13 @@ def test_decode_alone_runs_the_model_for_decode_steps_only(format):
     tiny.model.forward = counted
     options = {"kv_cache_bytes": 24 << 20, "max_model_len": 2048, "enable_prefix_caching": False}
     found = serve_with_pages(
-        tiny, [Job([1] * 1500, 30)] * 40, kv_format=format, options=options, decode_only=True,
+        tiny,
+        [Job([1] * 1500, 30)] * 40,
+        kv_format=format,
+        options=options,
+        decode_only=True,
         fit=True,
-    )  # fmt: skip
+    )
     count = len(found.jobs)
     warm_up = lengths.index(1500) + 1 if 1500 in lengths else 0
     assert 2 < count < 40 and max(lengths[warm_up:]) <= count

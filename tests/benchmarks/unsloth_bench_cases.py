@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from support.unsloth_on_cpu import model_of
 
 from spectral_paged.benchmarks.quality.tasks import Probe, Question
 from spectral_paged.benchmarks.unsloth.needles import ask, recall
 from spectral_paged.benchmarks.unsloth.run import measure
+from support.unsloth_on_cpu import model_of
 
 pytest_plugins = ["support.unsloth_on_cpu"]
 

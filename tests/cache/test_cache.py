@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cache_feed import HQ, LAYERS, D, Feed, drive, expected, fmt, make
 
 from spectral_paged.errors import FormatError, PoolError
+from support.cache_feed import HQ, LAYERS, D, Feed, drive, expected, fmt, make
 
 FORMATS = {
     "int8-512": fmt(),
@@ -145,8 +145,13 @@ def test_nan_fails_its_own_sequence_only_and_names_the_place():
         cache.begin_step(plan)
         for layer in range(LAYERS):
             q, k, v = (
-                torch.cat([getattr(feeds[e.seq_id], x)[layer, e.start : e.start + e.num_new]
-                           for e in plan.entries]) for x in "qkv"
+                torch.cat(
+                    [
+                        getattr(feeds[e.seq_id], x)[layer, e.start : e.start + e.num_new]
+                        for e in plan.entries
+                    ]
+                )
+                for x in "qkv"
             )
             outs[layer] = cache.attend(layer, q, k, v)
         report = cache.end_step()

@@ -11,8 +11,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -31,9 +30,7 @@ from spectral_paged.rope import RotaryTable
 HQ, H, D, VOCAB, LONGEST = 4, 2, 16, 40, 2100
 ROPE = RotaryTable.from_theta(10000.0, D, max_positions=LONGEST)
 FORMATS = {
-    "pre-512": PageFormat.preset(
-        "spectral-int8", num_kv_heads=H, head_dim=D, prefill_segment=512
-    ),
+    "pre-512": PageFormat.preset("spectral-int8", num_kv_heads=H, head_dim=D, prefill_segment=512),
     "post-1024": PageFormat.preset(
         "spectral-int8-post", num_kv_heads=H, head_dim=D, prefill_segment=1024
     ),
@@ -154,9 +151,12 @@ class CacheMachine(RuleBasedStateMachine):
         name = self._name()
         pins = tuple((a, min(b, shared + own)) for a, b in pins if a < shared + own)
         cached = self.cache.add_sequence(
-            name, num_prompt_tokens=shared + own, token_ids=ids, pinned_spans=pins,
+            name,
+            num_prompt_tokens=shared + own,
+            token_ids=ids,
+            pinned_spans=pins,
             cache_salt=salt,
-        )  # fmt: skip
+        )
         if len(self.tokens) == self.seats:
             assert cached is None
             return
@@ -234,9 +234,15 @@ class CacheMachine(RuleBasedStateMachine):
                 name = e.seq_id
                 for layer, out in zip(self.layers, outs):
                     want = answer(
-                        self.format, self.tokens[name], self.prompt[name], t, self.pins[name],
-                        self.salt[name], layer, self.softcap,
-                    )  # fmt: skip
+                        self.format,
+                        self.tokens[name],
+                        self.prompt[name],
+                        t,
+                        self.pins[name],
+                        self.salt[name],
+                        layer,
+                        self.softcap,
+                    )
                     assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
                 sealed = self.format.visible_blocks(t, self.prompt[name])
                 if "queries_past_pins" in self.seen and sealed and self.pins[name]:
@@ -253,9 +259,7 @@ class CacheMachine(RuleBasedStateMachine):
         child = self._name()
         ids = list(self.tokens[parent])
         salt = self.salt[parent]
-        if not self.cache.fork(
-            parent, child, token_ids=ids if follow else None, cache_salt=salt
-        ):
+        if not self.cache.fork(parent, child, token_ids=ids if follow else None, cache_salt=salt):
             assert child not in self.cache
             return
         self.tokens[child], self.prompt[child] = ids, self.prompt[parent]
@@ -314,7 +318,6 @@ class CacheMachine(RuleBasedStateMachine):
     def pools_tables_and_sequences_agree(self):
         if hasattr(self, "cache"):
             self.cache.check_integrity()
-
 
     def teardown(self):
         if hasattr(self, "cache"):

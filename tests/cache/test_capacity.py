@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache import HISTORY_TOKENS, concurrency
@@ -18,6 +16,7 @@ from spectral_paged.cli.commands import main
 from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import CapacityError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 
 @settings(max_examples=20, deadline=None)
@@ -43,11 +42,29 @@ def test_as_many_as_predicted_decode_together():
 
 
 def test_bench_capacity_stores_what_it_predicts(tmp_path, capsys):
-    assert main([
-        "bench", "capacity", "--model", "random:tiny", "--context", "1800", "--device", "cpu",
-        "--kv-cache-memory", "16MiB", "--format", "exact", "--format", "spectral-int8",
-        "--output-dir", str(tmp_path),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "bench",
+                "capacity",
+                "--model",
+                "random:tiny",
+                "--context",
+                "1800",
+                "--device",
+                "cpu",
+                "--kv-cache-memory",
+                "16MiB",
+                "--format",
+                "exact",
+                "--format",
+                "spectral-int8",
+                "--output-dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     exact, pages = json.loads((tmp_path / "capacity-random-tiny.json").read_text())["rows"]
     assert exact["stored_sequences"] == exact["predicted_sequences"] > 1
     assert pages["predicted_sequences"] * 0.8 <= pages["stored_sequences"]

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.reference import PlainCache
-from support.tiny_model import random_prompts, tiny_llm
 
 from spectral_paged import PageFormat, SamplingParams, SpectralKVCache
 from spectral_paged.errors import FormatError
 from spectral_paged.pages import decode_pages, encode_pages
 from spectral_paged.pages.decompose import gram_basis, randomized_basis
 from spectral_paged.rope import RotaryTable
+from support.reference import PlainCache
+from support.tiny_model import random_prompts, tiny_llm
 
 HQ, HKV, D, SCALE = 6, 2, 16, 0.25
 LONGEST = 1000

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cache_feed import HQ, LAYERS, ROPE, D, Feed, H, drive, expected, fmt, make
-from support.page_parts import toy_basis
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.pages import BasisAccumulator
+from support.cache_feed import HQ, LAYERS, ROPE, D, Feed, H, drive, expected, fmt, make
+from support.page_parts import toy_basis
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 SHARED = {"basis": "shared", "k_bands": ((16, 4),), "v_bands": ((16, 3),), "gain": True}
 
@@ -197,10 +197,17 @@ def test_a_block_with_nan_does_not_decide_the_basis():
 
 def test_online_without_rope_shares_a_basis_of_keys_as_they_came():
     cache = SpectralKVCache(
-        num_layers=1, num_q_heads=HQ, num_kv_heads=H, head_dim=D, rope=None,
-        format=shared(rope="post"), kv_cache_bytes=4 << 20, max_num_seqs=2, max_model_len=1000,
+        num_layers=1,
+        num_q_heads=HQ,
+        num_kv_heads=H,
+        head_dim=D,
+        rope=None,
+        format=shared(rope="post"),
+        kv_cache_bytes=4 << 20,
+        max_num_seqs=2,
+        max_model_len=1000,
         calibration="online",
-    )  # fmt: skip
+    )
     x = Feed(1, 700)
     cache.add_sequence("a", num_prompt_tokens=640)
     while (done := cache.num_tokens("a")) < 640:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cache_feed import LAYERS, ROPE, D, Feed, drive, expected, fmt, make
-from support.reference import PlainCache
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 from spectral_paged import PageFormat, SamplingParams
 from spectral_paged.cache import pinned_blocks
 from spectral_paged.cache.capacity import slabs_for
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.errors import CapacityError, InvalidRequestError
+from support.cache_feed import LAYERS, ROPE, D, Feed, drive, expected, fmt, make
+from support.reference import PlainCache
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 FORMATS = {
     "int8-512": fmt(),
@@ -160,9 +160,7 @@ def test_pinned_bytes_are_counted_in_the_ratio():
     feed, cache = Feed(1, length), make()
     drive(cache, {"a": feed}, {"a": length}, {"a": length}, pins={"a": spans})
     pages, exact = 2, 64 + 512 + (length - 64 - 3 * 512)
-    bytes_held = LAYERS * (
-        pages * fmt().page_bytes + -(-exact // 64) * fmt().exact_page_bytes(2)
-    )
+    bytes_held = LAYERS * (pages * fmt().page_bytes + -(-exact // 64) * fmt().exact_page_bytes(2))
     plain = length * LAYERS * 2 * D * 2 * 2
     stats = cache.sequence_stats("a")
     assert stats["compression_ratio"] == pytest.approx(plain / bytes_held)
@@ -308,9 +306,7 @@ def test_batch_mates_order_and_budget_change_no_token_of_pinned_requests(budget)
 
 def test_prefix_caching_changes_no_token_of_pinned_requests():
     shared, *ends = random_prompts([1300, 5, 90, 700], seed=9)
-    prompts = [
-        {"prompt_token_ids": shared + e, "pinned_spans": [(600, 610)]} for e in [*ends, []]
-    ]
+    prompts = [{"prompt_token_ids": shared + e, "pinned_spans": [(600, 610)]} for e in [*ends, []]]
     cold = tiny_llm(enable_prefix_caching=False)
     want = token_lists(cold, prompts)
     warm = tiny_llm()

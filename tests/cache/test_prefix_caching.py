@@ -6,11 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.cache_feed import LAYERS, Feed, drive, fmt, make
-from support.page_parts import toy_basis
-from support.tiny_model import random_prompts, tiny_llm
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.batch.file import OutputFile
@@ -19,6 +15,9 @@ from spectral_paged.cache.prefix_hit import prefix_chain
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.pages import PRESETS
 from spectral_paged.pool.slot_pool import BlockPool, Kind
+from support.cache_feed import LAYERS, Feed, drive, fmt, make
+from support.page_parts import toy_basis
+from support.tiny_model import random_prompts, tiny_llm
 
 FORMATS = {"int8": fmt(), "post": fmt("spectral-int8-post"), "exact": fmt("exact")}
 EACH = pytest.mark.parametrize("name", FORMATS)
@@ -33,8 +32,9 @@ def stored_bytes(cache, ids):
         slots = [find(chain, i) for i in range(len(chain))]
         found |= {
             (kind, i): group.pool._span(slot, kind).clone().numpy().tobytes()
-            for i, slot in enumerate(slots) if slot is not None
-        }  # fmt: skip
+            for i, slot in enumerate(slots)
+            if slot is not None
+        }
     return found
 
 
@@ -94,8 +94,10 @@ def test_pages_are_the_same_bytes_when_they_are_used_again(name):
 
 def all_formats():
     formats = [fmt(name) for name in PRESETS] + [fmt(segment=1024), fmt(hot_tokens=0)]
-    formats += [replace(fmt("spectral-quality"), basis_id=toy_basis(LAYERS, 2, 16, seed=s).id)
-                for s in (1, 2)]  # fmt: skip
+    formats += [
+        replace(fmt("spectral-quality"), basis_id=toy_basis(LAYERS, 2, 16, seed=s).id)
+        for s in (1, 2)
+    ]
     return formats + [replace(fmt(), num_landmark_tokens=128)]
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
+from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache.seal_schedule import sealed_ahead
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 WINDOW = 64
 

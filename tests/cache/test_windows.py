@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.families import build, generate, llm_of, reference
-from support.tiny_model import random_prompts
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SpectralKVCache
 from spectral_paged.cache import Need
@@ -18,6 +15,8 @@ from spectral_paged.errors import FormatError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
+from support.families import build, generate, llm_of, reference
+from support.tiny_model import random_prompts
 
 H, D, LONGEST = 1, 16, 3000
 ROPE = RotaryTable.from_theta(10000.0, D, max_positions=LONGEST)
@@ -30,9 +29,15 @@ def preset(name, segment=512):
 def cache_of(name="spectral-int8", windows=(None, 1100, 200), **options):
     defaults = {"kv_cache_bytes": 3 << 20, "max_num_seqs": 4, "poison": True}
     return SpectralKVCache(
-        num_layers=len(windows), num_q_heads=2, num_kv_heads=H, head_dim=D, rope=ROPE,
-        sliding_windows=windows, format=preset(name), **(defaults | options),
-    )  # fmt: skip
+        num_layers=len(windows),
+        num_q_heads=2,
+        num_kv_heads=H,
+        head_dim=D,
+        rope=ROPE,
+        sliding_windows=windows,
+        format=preset(name),
+        **(defaults | options),
+    )
 
 
 def step(cache, new):
@@ -209,9 +214,15 @@ def test_online_calibration_of_groups_that_seal_apart_is_refused():
     for options in ({"rope": [ROPE, None]}, {"rope": ROPE, "sliding_windows": [None, 1100]}):
         with pytest.raises(FormatError, match="2 groups .*calibrate the model"):
             SpectralKVCache(
-                num_layers=2, num_q_heads=2, num_kv_heads=H, head_dim=D, format=shared,
-                kv_cache_bytes=1 << 20, calibration="online", **options,
-            )  # fmt: skip
+                num_layers=2,
+                num_q_heads=2,
+                num_kv_heads=H,
+                head_dim=D,
+                format=shared,
+                kv_cache_bytes=1 << 20,
+                calibration="online",
+                **options,
+            )
 
 
 @pytest.mark.parametrize(
@@ -229,6 +240,11 @@ def test_layers_that_make_no_sense_are_refused(options, message):
     given_ = {"rope": ROPE} | options
     with pytest.raises(FormatError, match=message):
         SpectralKVCache(
-            num_layers=3, num_q_heads=2, num_kv_heads=H, head_dim=D,
-            format=preset("spectral-int8"), kv_cache_bytes=1 << 20, **given_,
-        )  # fmt: skip
+            num_layers=3,
+            num_q_heads=2,
+            num_kv_heads=H,
+            head_dim=D,
+            format=preset("spectral-int8"),
+            kv_cache_bytes=1 << 20,
+            **given_,
+        )

@@ -11,8 +11,6 @@ import sys
 import time
 
 import pytest
-from support.served import served_llm
-from support.tiny_model import tiny_model
 
 import spectral_paged.llm
 from spectral_paged.batch.file import OutputFile, read_lines
@@ -24,6 +22,8 @@ from spectral_paged.models.calibration import model_fingerprint
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, embedded_gguf, load_config
 from spectral_paged.pages import PRESETS, PageFormat, SharedBasis
+from support.served import served_llm
+from support.tiny_model import tiny_model
 
 CHAT = {
     "custom_id": "c1",
@@ -46,10 +46,17 @@ GOOD = {
         "custom_id": "t1",
         "url": "/v1/completions",
         "body": {
-            "prompt": "One, two,", "max_tokens": 3, "n": 2, "temperature": 0.0, "logprobs": 1,
-            "response_format": {"type": "text"}, "logit_bias": {}, "stream": False, "user": "u",
+            "prompt": "One, two,",
+            "max_tokens": 3,
+            "n": 2,
+            "temperature": 0.0,
+            "logprobs": 1,
+            "response_format": {"type": "text"},
+            "logit_bias": {},
+            "stream": False,
+            "user": "u",
         },
-    },  # fmt: skip
+    },
     5: {"messages": [{"role": "user", "content": "Hello!"}], "sampling_params": {"max_tokens": 3}},
 }
 BAD = {
@@ -61,8 +68,10 @@ BAD = {
     11: (b'{"prompt": "x", "temprature": 1}', "temprature"),
     12: (b'{"prompt": "x", "id": "plain"}', "taken by line 1"),
     13: (b'{"custom_id": "u", "url": "/v1/embeddings", "body": {}}', "/v1/embeddings"),
-    14: (b'{"custom_id": "v", "url": "/v1/completions", "body": {"prompt": "x", "tools": [1]}}',
-         "tools"),
+    14: (
+        b'{"custom_id": "v", "url": "/v1/completions", "body": {"prompt": "x", "tools": [1]}}',
+        "tools",
+    ),
     15: (b'{"prompt": [1, 99999999]}', "vocabulary"),
     16: (b'{"messages": [{"role": "user"}]}', "messages must be"),
     17: (b'{"prompt": "' + b"word " * 9000 + b'"}', "max_model_len"),
@@ -70,10 +79,12 @@ BAD = {
     19: (b'{"prompt": "a\\ud800b"}', "not valid Unicode"),
     20: (b'{"prompt": "x", "id": "\\udfff"}', "not valid Unicode"),
     21: (b"[" * 100_000, "not JSON"),
-    22: (b'{"custom_id": "w", "method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}}',
-         "'POST'"),
+    22: (
+        b'{"custom_id": "w", "method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}}',
+        "'POST'",
+    ),
     23: (b'{"prompt": "\xff"}', "not JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +116,20 @@ def source(tmp_path):
 
 def run(source, output, *extra):
     return main(
-        ["generate", "--input", str(source), "--output", str(output), "--quiet", "--temperature",
-         "0", "--max-tokens", "6", *extra]
-    )  # fmt: skip
+        [
+            "generate",
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "--quiet",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "6",
+            *extra,
+        ]
+    )
 
 
 def records(path):
@@ -139,8 +161,10 @@ def test_good_lines_are_answered_and_bad_ones_get_records_with_their_number(
     assert all(p <= 0 for p in columns["token_logprobs"]) and len(columns["top_logprobs"]) == 3
     assert chat["created"] > 0 and body["created"] > 0
     assert (got[14]["custom_id"], got[14]["response"], got[14]["error"]["code"]) == (
-        "v", None, "InvalidRequestError"
-    )  # fmt: skip
+        "v",
+        None,
+        "InvalidRequestError",
+    )
     assert got[12]["custom_id"] == "plain", "a refused line keeps its id"
     assert got[5]["outputs"][0]["token_ids"]
 
@@ -149,8 +173,11 @@ def test_ids_of_a_batchs_answers_tell_chat_and_text_apart(tmp_path):
     """As OpenAI's, and as those of the server."""
     source = tmp_path / "in.jsonl"
     text = {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "x"}}
-    chat = {"custom_id": "chat", "url": "/v1/chat/completions",
-            "body": {"messages": [{"role": "user", "content": "x"}]}}  # fmt: skip
+    chat = {
+        "custom_id": "chat",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": "x"}]},
+    }
     source.write_text("".join(json.dumps(line) + "\n" for line in (text, chat)))
     with served_llm() as llm:
         results = list(serve_lines(llm, read_lines(source, {"max_tokens": 2})))
@@ -180,9 +207,7 @@ def test_a_torn_output_resumes_without_losing_or_redoing_a_line(
     strip = {"metrics", "response"}  # prefix hits differ, ids of requests differ
 
     def content(path):
-        return {
-            n: {k: v for k, v in r.items() if k not in strip} for n, r in records(path).items()
-        }
+        return {n: {k: v for k, v in r.items() if k not in strip} for n, r in records(path).items()}
 
     assert content(torn) == content(whole)
     asked.clear()
@@ -195,10 +220,24 @@ def test_a_killed_process_goes_on_from_its_finished_lines(tmp_path):
     texts = [f"Number {i} is" for i in range(40)]
     source.write_text("".join(json.dumps(t) + "\n" for t in texts))
     command = [
-        sys.executable, "-m", "spectral_paged.cli", "generate", "--input", str(source), "--output",
-        str(out), "--max-num-seqs", "1", "--max-tokens", "8", "--temperature", "0",
-        "--kv-cache-bytes", "64MiB", "--quiet",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "spectral_paged.cli",
+        "generate",
+        "--input",
+        str(source),
+        "--output",
+        str(out),
+        "--max-num-seqs",
+        "1",
+        "--max-tokens",
+        "8",
+        "--temperature",
+        "0",
+        "--kv-cache-bytes",
+        "64MiB",
+        "--quiet",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads spin where the machine is busy
     process = subprocess.Popen(command, cwd=tmp_path, env=env)
     deadline = time.monotonic() + 120
@@ -373,9 +412,11 @@ def test_a_truncated_gguf_exits_with_its_message(tmp_path, capsys, keep, monkeyp
 def test_calibrate_writes_a_file_for_this_model_alone(tmp_path, capsys, monkeypatch):
     model = tiny_model()
     loaded = LoadedModel(
-        "tiny", model, lambda text: {"input_ids": [ord(c) % 199 for c in text]},
+        "tiny",
+        model,
+        lambda text: {"input_ids": [ord(c) % 199 for c in text]},
         ModelGeometry.from_config(model.config),
-    )  # fmt: skip
+    )
     monkeypatch.setattr("spectral_paged.models.loader.load_model", lambda *_, **__: loaded)
     data, out = tmp_path / "data.txt", tmp_path / "new" / "basis.safetensors"
     data.write_text("some words " * 400)

@@ -6,7 +6,6 @@ import json
 import logging
 
 import pytest
-from support.tiny_model import random_prompts, tiny_llm
 
 import spectral_paged.llm
 from spectral_paged import SamplingParams
@@ -15,6 +14,7 @@ from spectral_paged.cli.logs import JsonFormatter, TextFormatter, logging_to_std
 from spectral_paged.engine import sampled_step
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.scheduler import PreemptionReason
+from support.tiny_model import random_prompts, tiny_llm
 
 PACKAGE = logging.getLogger("spectral_paged")
 REASONS = {reason.value for reason in PreemptionReason}
@@ -22,9 +22,15 @@ REASONS = {reason.value for reason in PreemptionReason}
 
 def record(message="hello %s", *args, **extra):
     return PACKAGE.makeRecord(
-        "spectral_paged.test", logging.WARNING, "file", 1, message, args or ("you",), None,
+        "spectral_paged.test",
+        logging.WARNING,
+        "file",
+        1,
+        message,
+        args or ("you",),
+        None,
         extra=extra,
-    )  # fmt: skip
+    )
 
 
 def events(err):
@@ -43,9 +49,12 @@ def test_a_json_line_has_the_fields_and_cannot_be_renamed_by_them():
     found = json.loads(JsonFormatter().format(record(request_id="r1", num_tokens=7, level="x")))
     assert found.pop("time").endswith("+00:00")
     assert found == {
-        "level": "warning", "logger": "spectral_paged.test", "message": "hello you",
-        "request_id": "r1", "num_tokens": 7,
-    }  # fmt: skip
+        "level": "warning",
+        "logger": "spectral_paged.test",
+        "message": "hello you",
+        "request_id": "r1",
+        "num_tokens": 7,
+    }
 
 
 def test_a_json_line_is_one_line_whatever_is_in_it():
@@ -105,8 +114,17 @@ def test_refused_lines_are_told_at_level_info_only(tight, tmp_path, capsys):
     chat = json.dumps({"messages": [{"role": "user", "content": "no template"}]})
     lines = ['{"prompt": [1, 2]}', '{"prompt": []}', "{bad", '{"prompt": [5000]}', chat]
     source.write_text("\n".join(lines))
-    argv = ["generate", "--input", str(source), "--output", str(tmp_path / "out"), "--quiet",
-            "--overwrite", "--log-format", "json"]  # fmt: skip
+    argv = [
+        "generate",
+        "--input",
+        str(source),
+        "--output",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--overwrite",
+        "--log-format",
+        "json",
+    ]
     assert main(argv) == 0 and events(capsys.readouterr().err) == []
     assert tight.stats()["refused"] == {"EmptyPromptError": 1, "InvalidRequestError": 3}
     assert main([*argv, "--log-level", "info"]) == 0
@@ -132,8 +150,10 @@ def test_a_failed_request_is_told_once_with_what_it_had(monkeypatch, caplog):
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=9, n=2), use_tqdm=False)
     [event] = [r for r in caplog.records if getattr(r, "event", "") == "failure"]
     assert (event.reason, event.num_prompt_tokens, event.num_generated_tokens) == (
-        "NonFiniteError", 3, 4
-    )  # fmt: skip
+        "NonFiniteError",
+        3,
+        4,
+    )
     assert event.request_id == "request-0" and event.levelname == "WARNING"
 
 

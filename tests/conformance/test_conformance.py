@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from support.paths import ROOT
 
 from spectral_paged.conformance import Conformance
 from spectral_paged.errors import ConformanceError
+from support.paths import ROOT
 
 PATH = ROOT / "examples" / "embed_in_engine.py"
 SPEC = importlib.util.spec_from_file_location("embed_in_engine", PATH)
@@ -18,11 +18,15 @@ SPEC.loader.exec_module(example)
 
 def make(config, loop=None):
     return (loop or example.ServingLoop)(
-        config.model, format=config.format, kv_cache_bytes=config.kv_cache_bytes,
-        max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len,
-        max_step_tokens=config.max_step_tokens, poison=config.poison,
+        config.model,
+        format=config.format,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        max_step_tokens=config.max_step_tokens,
+        poison=config.poison,
         enable_prefix_caching=config.enable_prefix_caching,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ import sys
 import pytest
 import torch
 import yaml
-from support import markdown_pages, small_world
-from support.markdown_pages import PAGES, ROOT, Block, commands, read
 
 import spectral_paged
 from spectral_paged import LLM, Engine
 from spectral_paged.batch.file import read_lines
 from spectral_paged.cli.commands import build_parser
 from spectral_paged.models import calibration
+from support import markdown_pages, small_world
+from support.markdown_pages import PAGES, ROOT, Block, commands, read
 
 BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
 EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
@@ -141,8 +141,9 @@ def check_command(line):
     words = shlex.split(re.split(r" [|>&]", line)[0])[1:]
     parser, rest = subparser(words)
     takes_value = {o for a in parser._actions if a.nargs != 0 for o in a.option_strings}
-    words = ["1" if w == "..." and before in takes_value else w
-             for before, w in zip(["", *words], words)]  # fmt: skip
+    words = [
+        "1" if w == "..." and before in takes_value else w for before, w in zip(["", *words], words)
+    ]
     if "..." in words:
         at = words.index("...")
         required = [a for a in parser._actions if a.required or not a.option_strings]
@@ -238,8 +239,10 @@ def test_a_broken_link_is_noticed():
     text = "# A heading\n[a](README.md#no-such-heading) [b](no/such/file.md) [c](#a-heading)"
     links = list(broken_links(read(ROOT / "page.md", text)))
     assert links == ["README.md#no-such-heading", "no/such/file.md"] or links == [
-        "README.md#no-such-heading", "no/such/file.md", "#a-heading",
-    ]  # fmt: skip
+        "README.md#no-such-heading",
+        "no/such/file.md",
+        "#a-heading",
+    ]
 
 
 def menu(entries):

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from support.markdown_pages import PAGES, ROOT, read, rows
 
 from spectral_paged import LLM, PageFormat
 from spectral_paged.metrics.readings import DURATIONS, FIGURES
 from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.pages import PRESETS
+from support.markdown_pages import PAGES, ROOT, read, rows
 
 BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
 
@@ -36,11 +36,15 @@ def test_ratios_of_presets_are_those_of_their_pages(name):
 
 def test_the_page_picture_has_the_bytes_of_a_page():
     """Every section's bytes and offset, in order and without a gap but for alignment."""
-    page, format = BY_NAME["docs/concepts.md"], PageFormat.preset(
-        "spectral-quality", num_kv_heads=8, head_dim=128
-    )  # fmt: skip
-    said = {r[0]: (int(r[1].replace(",", "")), int(r[2].replace(",", "")))
-            for r in rows(page) if len(r) == 4 and r[1].replace(",", "").isdigit()}  # fmt: skip
+    page, format = (
+        BY_NAME["docs/concepts.md"],
+        PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128),
+    )
+    said = {
+        r[0]: (int(r[1].replace(",", "")), int(r[2].replace(",", "")))
+        for r in rows(page)
+        if len(r) == 4 and r[1].replace(",", "").isdigit()
+    }
     layout = format.layout
     real = {
         "index": layout.index_offset,
@@ -71,9 +75,14 @@ def test_the_drawing_is_to_scale():
     layout = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128).layout
     k, v = layout.k, layout.v
     edges = [
-        k.bands[0].offset, k.bands[1].offset, k.scale_offset,
-        v.bands[0].offset, v.bands[0].high_offset, v.scale_offset, layout.head_bytes,
-    ]  # fmt: skip
+        k.bands[0].offset,
+        k.bands[1].offset,
+        k.scale_offset,
+        v.bands[0].offset,
+        v.bands[0].high_offset,
+        v.scale_offset,
+        layout.head_bytes,
+    ]
     drawn = re.findall(r'class="(?:k2?|v2?|side)" x="([\d.]+)" y="\d+" width="([\d.]+)"', drawing)
     left, total = float(drawn[0][0]), sum(float(width) for _, width in drawn)
     scale = total / layout.head_bytes
@@ -249,8 +258,9 @@ def test_a_small_model_is_as_stored():
     ]
     first, *others = (long[backend]["stats"]["bytes_per_token"] for backend in three)
     assert said[2][2:] == [
-        f"{first:,.0f}", *(f"{other:,.0f} ({first / other:.1f}x less)" for other in others)
-    ]  # fmt: skip
+        f"{first:,.0f}",
+        *(f"{other:,.0f} ({first / other:.1f}x less)" for other in others),
+    ]
     held = [short[backend]["stats"]["bytes_per_token"] for backend in three[:2]]
     assert said[5][2:4] == [f"{one:,.0f}" for one in held]
     generate = short["transformers"][OUTPUT]
@@ -282,12 +292,14 @@ def test_what_a_step_is_made_of_is_as_stored():
     order = sorted(found, key=lambda row: (row["context"], row["batch"], row["format"]))
     assert [row[1:] for row in said] == [
         [
-            f"`{row['format']}`", f"{row['step_ms']:.2f}", f"{row['over_floor']:.2f}x",
+            f"`{row['format']}`",
+            f"{row['step_ms']:.2f}",
+            f"{row['over_floor']:.2f}x",
             *(f"{row['kinds'][kind]:.2f}" for kind in ("attention", "products", "seal", "rest")),
             f"{row['idle_share']:.1%}, {row['idle_between_steps_share']:.1%}".replace("%", " %"),
         ]
         for row in order
-    ]  # fmt: skip
+    ]
     sizes = list(dict.fromkeys(f"{row['batch']} x {row['context']}" for row in order))
     assert [row[0] for row in said[:6:2]] == sizes
     assert all(f"{row['kinds']['copies']:.2f}" == "0.01" for row in found)
@@ -355,9 +367,10 @@ def test_times_of_unsloth_are_as_stored():
     assert short.format(*prompts[:4]) in text
     assert "and {}, {}, {} and {} s at 16 x 8,192".format(*prompts[4:]) in text
     held = [f"{row['bytes_per_token']:,.0f}" for row in found[:-4:-1]]
-    assert "{} bytes in `spectral-quality`, {} in `spectral-int8` and {} in `exact`".format(
-        *held
-    ) in text  # fmt: skip
+    assert (
+        "{} bytes in `spectral-quality`, {} in `spectral-int8` and {} in `exact`".format(*held)
+        in text
+    )
     rates = [row[DECODE] for row in found]
     said = [f"{rate:.1f}" for rate in rates[:4]], [f"{rate:,.0f}" for rate in rates[4:]]
     for one in said:
@@ -399,8 +412,11 @@ def test_prompts_of_8k_by_format_are_as_stored():
 
 def test_costs_of_sealing_are_as_stored():
     result = stored("seal-cuda-h100")
-    ms = {row["format"]: row["ms_per_block"] for row in result["rows"] if row["blocks"] == 1
-          and row["format"] not in ("spectral-quality", "spectral-compact")}  # fmt: skip
+    ms = {
+        row["format"]: row["ms_per_block"]
+        for row in result["rows"]
+        if row["blocks"] == 1 and row["format"] not in ("spectral-quality", "spectral-compact")
+    }
     text = " ".join(BY_NAME["docs/quality.md"].text.split())
     said = [f"`{name}` to {time:.1f}" for name, time in ms.items()]
     assert all(one in text for one in said)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_model import raise_once, random_prompts, tiny_format, tiny_llm
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.engine import sampled_step
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.sampling import Drawn
+from support.tiny_model import raise_once, random_prompts, tiny_format, tiny_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LENGTHS = [1, 63, 64, 65, 575, 576, 577, 640, 700, 1087, 1088, 1152, 1217, 1500]
@@ -46,9 +46,11 @@ def test_a_full_pool_preempts_queued_steps_and_changes_no_token(format):
     prompts = random_prompts([300, 600, 650, 700, 400, 620, 900, 560, 610], seed=5)
     small = 1_100_000 if format == "exact" else 700_000
     want, got, stats = both(
-        prompts, SamplingParams(temperature=0.0, max_tokens=90),
-        format=tiny_format(format), kv_cache_bytes=small,
-    )  # fmt: skip
+        prompts,
+        SamplingParams(temperature=0.0, max_tokens=90),
+        format=tiny_format(format),
+        kv_cache_bytes=small,
+    )
     assert stats["preemptions"] > 0 and completions(got) == completions(want)
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import SamplingParams
 from spectral_paged.errors import CapacityError
+from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 FORMATS = ("spectral-int8", "exact")
 BOTH = pytest.mark.parametrize("format", FORMATS)

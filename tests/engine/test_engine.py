@@ -6,7 +6,6 @@ import gc
 
 import pytest
 import torch
-from support.tiny_model import VOCAB, raise_once, random_prompts, tiny_format, tiny_llm, tiny_model
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import (
@@ -18,6 +17,7 @@ from spectral_paged.errors import (
     PoolError,
     PromptTooLongError,
 )
+from support.tiny_model import VOCAB, raise_once, random_prompts, tiny_format, tiny_llm, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LENGTHS = [1, 63, 64, 65, 575, 576, 577, 640, 700, 1087, 1088, 1152, 1217, 1500]

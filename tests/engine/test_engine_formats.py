@@ -5,22 +5,37 @@ from __future__ import annotations
 import functools
 
 import pytest
-from support.page_parts import toy_basis
-from support.tiny_model import random_prompts, tiny_model
 
 from spectral_paged import LLM, PageFormat, SamplingParams
 from spectral_paged.models.calibration import model_fingerprint
+from support.page_parts import toy_basis
+from support.tiny_model import random_prompts, tiny_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=10)
 LENGTHS = [1, 65, 577, 640, 700, 1088, 1217]
 MIXED = PageFormat(
-    "mixed", 2, 32, ((16, 8), (16, 3)), ((16, 4), (16, 2)), gain=True, outlier_slots=4,
-    band_rotation=True, prefill_segment=512,
-)  # fmt: skip
+    "mixed",
+    2,
+    32,
+    ((16, 8), (16, 3)),
+    ((16, 4), (16, 2)),
+    gain=True,
+    outlier_slots=4,
+    band_rotation=True,
+    prefill_segment=512,
+)
 SHARED = PageFormat(
-    "shared", 2, 32, ((16, 8), (16, 3)), ((16, 4), (16, 2)), basis="shared", gain=True,
-    dim_weighting="calibrated", scale_tokens=64, prefill_segment=512,
-)  # fmt: skip
+    "shared",
+    2,
+    32,
+    ((16, 8), (16, 3)),
+    ((16, 4), (16, 2)),
+    basis="shared",
+    gain=True,
+    dim_weighting="calibrated",
+    scale_tokens=64,
+    prefill_segment=512,
+)
 FORMATS = {"mixed": MIXED, "shared": SHARED}
 
 

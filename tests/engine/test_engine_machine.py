@@ -11,8 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -20,12 +19,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.checked_engine import CheckedEngine
-from support.digit_model import EOS, VOCAB, formats
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.sequences import SequenceTable
+from support.checked_engine import CheckedEngine
+from support.digit_model import EOS, VOCAB, formats
 
 # format, bytes of the smallest pool, steps queued ahead, layers that stay exact
 MACHINES = {
@@ -54,9 +53,14 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self, extra, seats, budget, seals):
         name, num_bytes, ahead, exempt_layers = MACHINES[self.machine_name]
         self.engine = CheckedEngine(
-            formats()[name], num_bytes=num_bytes + extra, seats=seats, budget=budget, seals=seals,
-            ahead=ahead, exempt_layers=exempt_layers,
-        )  # fmt: skip
+            formats()[name],
+            num_bytes=num_bytes + extra,
+            seats=seats,
+            budget=budget,
+            seals=seals,
+            ahead=ahead,
+            exempt_layers=exempt_layers,
+        )
         self.num_submitted = 0
         self.ended: list[str] = []
 
@@ -92,9 +96,14 @@ class EngineMachine(RuleBasedStateMachine):
     def submit_with_stops(self, own, seed, ignore, least, penalty):
         """Endings of every kind; the penalty changes no token, but makes steps go in lockstep."""
         params = SamplingParams(
-            temperature=1.0 if not penalty else 0.0, seed=seed, ignore_eos=ignore, max_tokens=80,
-            min_tokens=least, stop_token_ids=[3, 5, 8], presence_penalty=penalty,
-        )  # fmt: skip
+            temperature=1.0 if not penalty else 0.0,
+            seed=seed,
+            ignore_eos=ignore,
+            max_tokens=80,
+            min_tokens=least,
+            stop_token_ids=[3, 5, 8],
+            presence_penalty=penalty,
+        )
         self._submit(f"r{self.num_submitted}", 2, 0, own, params, "", ())
 
     @precondition(lambda self: self.ended)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
-from support.tiny_model import raise_once, random_prompts
 
 from spectral_paged import SamplingParams
 from spectral_paged.engine import sampled_step
 from spectral_paged.errors import InvalidRequestError
+from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
+from support.tiny_model import raise_once, random_prompts
 
 # ---- allocation failures -----------------------------------------------------------------
 
@@ -129,9 +129,7 @@ def test_memory_that_is_gone_for_good_ends_every_request_by_name(monkeypatch):
 @AHEAD
 @pytest.mark.parametrize("error", [RuntimeError("no"), MemoryError("no")], ids=repr)
 @pytest.mark.parametrize("length, call", [(1088, 1), (1600, 2)])
-def test_forks_of_a_prompt_whose_seal_raised_see_its_pages(
-    monkeypatch, length, call, error, ahead
-):
+def test_forks_of_a_prompt_whose_seal_raised_see_its_pages(monkeypatch, length, call, error, ahead):
     """The prompt ends where a block does, so that its seal is due when the others fork."""
     [prompt] = random_prompts([length], seed=4)
     params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=12)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.real_text import smollm2
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spectral_paged.engine.text import OutputText
+from support.real_text import smollm2
 
 
 class ByteTokenizer:
@@ -176,8 +175,9 @@ def test_tokens_of_many_characters_stop_where_the_whole_text_says(data):
     """Stops are pieces of the text, so they begin and end inside tokens as often as between."""
     tokenizer = smollm2().tokenizer
     text = "".join(data.draw(st.lists(st.sampled_from(LINES), min_size=1, max_size=2)))
-    piece = st.builds(lambda at, n: text[at : at + n], st.integers(0, len(text) - 1),
-                      st.integers(1, 9))  # fmt: skip
+    piece = st.builds(
+        lambda at, n: text[at : at + n], st.integers(0, len(text) - 1), st.integers(1, 9)
+    )
     stop = data.draw(st.lists(piece | st.text("aeo ,🙂", min_size=1), min_size=1, max_size=3))
     may_stop_from = data.draw(st.integers(0, 12))
     ids = tokenizer(text)["input_ids"]

@@ -7,22 +7,24 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.cache_feed import LAYERS, D, H, fmt, make
-from support.counting_cache import CountingCache, request
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.engine import check_request
 from spectral_paged.errors import CapacityError
 from spectral_paged.scheduler import PreemptionReason, Request, Scheduler, SchedulerConfig
 from spectral_paged.scheduler.scheduler import STEPS_UNTIL_RAISED
+from support.cache_feed import LAYERS, D, H, fmt, make
+from support.counting_cache import CountingCache, request
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 FORMATS = {
-    "int8": fmt(), "segment-1024": fmt(segment=1024), "exact": fmt("exact"),
-    "no-hot": fmt(hot_tokens=0), "no-landmarks": fmt(num_landmark_tokens=0),
-}  # fmt: skip
+    "int8": fmt(),
+    "segment-1024": fmt(segment=1024),
+    "exact": fmt("exact"),
+    "no-hot": fmt(hot_tokens=0),
+    "no-landmarks": fmt(num_landmark_tokens=0),
+}
 
 
 def zeros(count):
@@ -83,15 +85,11 @@ def steps_to_finish(lengths, budget, chunk=64):
     return len(lengths) * (-(-prompt // min(budget, chunk)) + generated + 2)
 
 
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     extra=st.integers(0, 5),
-    lengths=st.lists(
-        st.tuples(st.integers(1, 1300), st.integers(1, 90)), min_size=2, max_size=7
-    ),
+    lengths=st.lists(st.tuples(st.integers(1, 1300), st.integers(1, 90)), min_size=2, max_size=7),
     budget=st.sampled_from([64, 300, 4096]),
     seats=st.integers(1, 6),
     caching=st.booleans(),
@@ -104,9 +102,11 @@ def test_under_any_pressure_some_request_finishes_in_a_bounded_number_of_steps(
     cache = make(
         format,
         kv_cache_bytes=(1_000_000 if exempt or name == "exact" else 560_000) + 90_000 * extra,
-        max_num_seqs=seats, max_model_len=1500, enable_prefix_caching=caching,
+        max_num_seqs=seats,
+        max_model_len=1500,
+        enable_prefix_caching=caching,
         exempt_layers=[0] if exempt and format.seals else [],
-    )  # fmt: skip
+    )
     run = Storing(cache, caching=caching, max_num_seqs=seats, max_num_batched_tokens=budget)
     accepted = [str(i) for i, x in enumerate(lengths) if run.add(str(i), *x)]
     bound, since = steps_to_finish(lengths, budget), 0
@@ -144,10 +144,14 @@ def test_what_is_admitted_fits_alone_and_one_token_more_is_refused(name, exempt)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    long=st.integers(100, 400), short=st.integers(1, 40), generated=st.integers(1, 12),
-    budget=st.sampled_from([16, 64, 200]), every=st.integers(1, 6), seqs=st.integers(2, 6),
+    long=st.integers(100, 400),
+    short=st.integers(1, 40),
+    generated=st.integers(1, 12),
+    budget=st.sampled_from([16, 64, 200]),
+    every=st.integers(1, 6),
+    seqs=st.integers(2, 6),
     slots=st.integers(56, 90),
-)  # fmt: skip
+)
 def test_short_requests_finish_under_a_stream_of_long_prompts(
     long, short, generated, budget, every, seqs, slots
 ):
@@ -229,8 +233,9 @@ def test_preemptions_are_logged_and_counted_with_their_reasons(caplog):
     assert sum((Counter(o.metrics.preemption_reasons) for o in outputs), Counter()) == told
     assert all(len(o.metrics.preemption_reasons) == o.metrics.num_preemptions for o in outputs)
     # without a prefix cache everything that was dropped is computed again
-    dropped = sum(int(r.getMessage().split(" tokens are dropped")[0].split()[-1])
-                  for r in caplog.records)  # fmt: skip
+    dropped = sum(
+        int(r.getMessage().split(" tokens are dropped")[0].split()[-1]) for r in caplog.records
+    )
     assert stats["recomputed_tokens"] == dropped > 0
     assert sum(o.metrics.num_recomputed_tokens for o in outputs) == dropped
 

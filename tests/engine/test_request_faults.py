@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cache_feed import Feed, drive, fmt, make
-from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
-from support.tiny_model import raise_once, random_prompts, tiny_llm
 from tokenizers import Tokenizer, decoders, models
 
 from spectral_paged import SamplingParams
@@ -17,6 +14,9 @@ from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
 )
+from support.cache_feed import Feed, drive, fmt, make
+from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
+from support.tiny_model import raise_once, random_prompts, tiny_llm
 
 # ---- NaN and Inf -------------------------------------------------------------------------
 

@@ -16,8 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support.served import letter_tokenizer, served_llm
-from support.tiny_model import tiny_model
 
 from spectral_paged import SamplingParams
 from spectral_paged.batch.file import BatchLine, OutputFile
@@ -26,15 +24,22 @@ from spectral_paged.cli.commands import main
 from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
 from spectral_paged.models.calibration import builtin_text, calibrate
 from spectral_paged.models.loader import load_model
+from support.served import letter_tokenizer, served_llm
+from support.tiny_model import tiny_model
 
 LINES = [{"prompt": f"Number {i} {'abc' * (i % 7)}", "id": f"id-{i}"} for i in range(60)]
 LINES[5] = {"prompt": "", "id": "an empty one"}
 LINES[9] = {"prompt": "x", "temprature": 1}
 LINES[17] = {
-    "custom_id": "chat", "url": "/v1/chat/completions",
-    "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "n": 2,
-             "temperature": 1.0},
-}  # fmt: skip
+    "custom_id": "chat",
+    "url": "/v1/chat/completions",
+    "body": {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 5,
+        "n": 2,
+        "temperature": 1.0,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +59,27 @@ def source(tmp_path):
 
 def run(folder, source, output, *extra):
     return main(
-        ["generate", "--input", str(source), "--output", str(output), "--model",
-         str(folder), "--device", "cpu", "--kv-cache-bytes", "16MiB", "--max-num-seqs", "4",
-         "--temperature", "0", "--max-tokens", "60", *extra]
-    )  # fmt: skip
+        [
+            "generate",
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "--model",
+            str(folder),
+            "--device",
+            "cpu",
+            "--kv-cache-bytes",
+            "16MiB",
+            "--max-num-seqs",
+            "4",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "60",
+            *extra,
+        ]
+    )
 
 
 def content(path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.padded_batch import BUILDERS, attending_model, batch, build, generated, paged_cache
-from support.tiny_model import raise_once, random_prompts
 from transformers import DynamicCache, TextStreamer
 
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.padded_rows import left_padded
 from spectral_paged.models.geometry import FAMILIES
+from support.padded_batch import BUILDERS, attending_model, batch, build, generated, paged_cache
+from support.tiny_model import raise_once, random_prompts
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -156,9 +156,7 @@ def test_an_adapter_around_a_model_is_looked_through():
 
     model, inputs = attending_model(), batch((5, 70))
     adapted = Adapter(model)
-    assert torch.equal(
-        generated(adapted, inputs, paged_cache(adapted)), generated(model, inputs)
-    )
+    assert torch.equal(generated(adapted, inputs, paged_cache(adapted)), generated(model, inputs))
 
 
 def test_without_a_mask_every_column_is_a_token():

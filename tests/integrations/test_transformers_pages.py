@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.padded_batch import LENGTHS, attending_model, batch, build, generated, paged_cache
-from support.real_text import smollm2, text
-from support.tiny_model import random_prompts, tiny_format
 from transformers import DynamicCache
 
 from spectral_paged import PageFormat
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.padded_rows import left_padded
+from support.padded_batch import LENGTHS, attending_model, batch, build, generated, paged_cache
+from support.real_text import smollm2, text
+from support.tiny_model import random_prompts, tiny_format
 
 NEW = 8
 # a model of each family, and how many of its two layers seal; short windows stay exact
 SEALING = {
-    "llama": 2, "mistral": 2, "qwen2, yarn, one kv head, window in no layer": 2, "qwen3": 2,
-    "granite": 2, "gemma": 2, "gemma2": 1, "gemma3": 1, "cohere": 2, "cohere2": 1, "phi3": 2,
-    "olmo2": 2, "smollm3": 2, "mistral, a window that is sealed": 2,
+    "llama": 2,
+    "mistral": 2,
+    "qwen2, yarn, one kv head, window in no layer": 2,
+    "qwen3": 2,
+    "granite": 2,
+    "gemma": 2,
+    "gemma2": 1,
+    "gemma3": 1,
+    "cohere": 2,
+    "cohere2": 1,
+    "phi3": 2,
+    "olmo2": 2,
+    "smollm3": 2,
+    "mistral, a window that is sealed": 2,
     "gemma2, a window that is sealed": 2,
-}  # fmt: skip
+}
 WINDOWED = (
-    "gemma3", "cohere", "cohere2", "mistral, a window that is sealed",
+    "gemma3",
+    "cohere",
+    "cohere2",
+    "mistral, a window that is sealed",
     "gemma2, a window that is sealed",
-)  # fmt: skip
+)
 PAGES = 1 + 2  # of rows with 700 and 1,300 tokens, in a layer
 
 
@@ -122,8 +136,7 @@ def test_materialized_keys_say_what_pages_say(attention, sealing):
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_materialized_windows_and_rotations_say_what_pages_say(name):
-    """What left a window is gone, and the rest stands in its columns; pairs as the model has them.
-    """
+    """What left a window is gone, the rest stands in its columns; pairs as the model has them."""
     materialized(build(name), "eager", fine)
 
 
@@ -131,8 +144,9 @@ def test_materialized_windows_and_rotations_say_what_pages_say(name):
 def test_what_is_materialized_stands_where_a_dynamic_cache_has_it(name, monkeypatch):
     """Landmarks and tail are what the model gave; pages are close to it."""
     model, inputs = build(name), batch((700,))
-    given, cache = DynamicCache(config=model.config), paged_cache(
-        model, fine(model), materialize=True
+    given, cache = (
+        DynamicCache(config=model.config),
+        paged_cache(model, fine(model), materialize=True),
     )
     new = {
         "input_ids": torch.tensor([[7]]),

@@ -7,8 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from support.padded_batch import attending_model, batch, generated, paged_cache
-from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectral_paged import SpectralKVCache
@@ -24,6 +22,8 @@ from spectral_paged.errors import (
 )
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.padded_rows import left_padded
+from support.padded_batch import attending_model, batch, generated, paged_cache
+from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 
 @pytest.fixture

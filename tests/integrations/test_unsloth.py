@@ -19,8 +19,11 @@ def test_unsloth_models_generate_over_the_cache():
     """Importing Unsloth rewrites transformers and wants the Triton interpreter: not in here."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *CASES],
-        cwd=FOLDER.parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=FOLDER.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=900,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

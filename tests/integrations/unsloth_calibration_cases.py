@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.unsloth_checkpoints import adapters, batch, checkpoint, decode_logits, distance
-from support.unsloth_on_cpu import functions_now, load
 
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.unsloth import patch_unsloth_attention
@@ -18,6 +16,8 @@ from spectral_paged.integrations.unsloth.families import FAMILIES
 from spectral_paged.models import calibration
 from spectral_paged.pages import SharedBasis
 from spectral_paged.pages.shared_basis import COVARIANCES, METRICS
+from support.unsloth_checkpoints import adapters, batch, checkpoint, decode_logits, distance
+from support.unsloth_on_cpu import functions_now, load
 
 pytest_plugins = ["support.unsloth_on_cpu"]
 FAST = [name for name, family in FAMILIES.items() if family.is_fast]
@@ -54,8 +54,11 @@ def folders(tmp_path_factory):
     (root / "letters.py").write_text(letters, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-P", "-c", WITHOUT_UNSLOTH, root, *found.values()],
-        env=os.environ, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return found
 

@@ -7,6 +7,14 @@ import weakref
 
 import pytest
 import torch
+
+from spectral_paged.errors import CapacityError, InvalidRequestError
+from spectral_paged.integrations.unsloth import (
+    graphs as unsloth_graphs,
+    prompt as unsloth_prompt,
+    unpatch_unsloth_attention,
+)
+from spectral_paged.integrations.unsloth.families import FAMILIES
 from support import unsloth_on_cpu
 from support.unsloth_checkpoints import (
     GREEDY,
@@ -19,12 +27,6 @@ from support.unsloth_checkpoints import (
     prompt_logits,
 )
 from support.unsloth_on_cpu import functions_now, model_of
-
-from spectral_paged.errors import CapacityError, InvalidRequestError
-from spectral_paged.integrations.unsloth import graphs as unsloth_graphs
-from spectral_paged.integrations.unsloth import prompt as unsloth_prompt
-from spectral_paged.integrations.unsloth import unpatch_unsloth_attention
-from spectral_paged.integrations.unsloth.families import FAMILIES
 
 pytest_plugins = ["support.unsloth_on_cpu"]
 SERVED = list(FAMILIES)
@@ -239,7 +241,8 @@ def test_pages_are_computed_in_full_precision_under_autocast(patched):
     patch = patched(model, **RANKS)
     seal = patch.cache.sealer.seal
     patch.cache.sealer.seal = lambda *args: (
-        seen.append(torch.is_autocast_enabled("cpu")), seal(*args),
-    )  # fmt: skip
+        seen.append(torch.is_autocast_enabled("cpu")),
+        seal(*args),
+    )
     assert distance(decode_logits(model, inputs).float(), logits) < 0.05
     assert patch.stats()["pages_sealed"] == 4 and not any(seen) and len(seen) > 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import unsloth  # noqa: F401  before transformers
+
 from support.unsloth_checkpoints import adapters, batch, checkpoint, decode_logits, distance
 
 # isort: split

@@ -11,10 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import unsloth_on_cpu
-from support.tiny_model import raise_once
-from support.unsloth_checkpoints import GREEDY, RANKS, adapters, batch, generate
-from support.unsloth_on_cpu import functions_now, model_of
 
 from spectral_paged import PageFormat, SpectralKVCache
 from spectral_paged.cache.sealer import SealCheck
@@ -29,18 +25,19 @@ from spectral_paged.errors import (
 from spectral_paged.integrations.patching import Patch
 from spectral_paged.integrations.unsloth import (
     attention as unsloth_attention,
-)
-from spectral_paged.integrations.unsloth import (
     families as unsloth_families,
-)
-from spectral_paged.integrations.unsloth import (
     patch as unsloth,
+    patch_unsloth_attention,
+    unpatch_unsloth_attention,
 )
-from spectral_paged.integrations.unsloth import patch_unsloth_attention, unpatch_unsloth_attention
 from spectral_paged.integrations.unsloth.families import FAMILIES, fast_modules
 from spectral_paged.integrations.unsloth.patch import PATCH
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pool.block_table import BlockTable
+from support import unsloth_on_cpu
+from support.tiny_model import raise_once
+from support.unsloth_checkpoints import GREEDY, RANKS, adapters, batch, generate
+from support.unsloth_on_cpu import functions_now, model_of
 
 pytest_plugins = ["support.unsloth_on_cpu"]
 OWN = PageFormat.preset("spectral-page", num_kv_heads=2, head_dim=16)
@@ -165,9 +162,14 @@ def test_the_default_is_calibrated_where_it_can_be(dim, name):
 
 def test_options_are_fields_of_the_format(patched):
     patch = patched(
-        model_of("llama"), k_rank_keys=16, k_rank_values=16, landmark_count=128,
-        hot_buffer_size=192, prefill_segment=1024, exempt_layers=[0],
-    )  # fmt: skip
+        model_of("llama"),
+        k_rank_keys=16,
+        k_rank_values=16,
+        landmark_count=128,
+        hot_buffer_size=192,
+        prefill_segment=1024,
+        exempt_layers=[0],
+    )
     format = patch.cache.format
     assert (format.k_bands, format.v_bands) == (((16, 8),), ((16, 8),))
     assert (format.num_landmark_tokens, format.hot_tokens) == (128, 192)
@@ -259,9 +261,7 @@ def test_a_patch_that_is_undone_frees_its_pool_at_once(patched):
 
 def generate_held(model, inputs):
     """What generate returns, rows of the cache with it."""
-    return model.generate(
-        **inputs, **GREEDY, max_new_tokens=3, return_dict_in_generate=True
-    )
+    return model.generate(**inputs, **GREEDY, max_new_tokens=3, return_dict_in_generate=True)
 
 
 def test_a_step_that_cannot_begin_leaves_the_next_one_room(patched, monkeypatch):

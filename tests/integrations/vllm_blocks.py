@@ -22,9 +22,15 @@ import torch
 from spectral_paged import PageFormat
 
 LEFT_OUT = (
-    "xgrammar", "llguidance", "outlines_core", "lark", "opentelemetry",
-    "vllm.parser", "vllm.reasoning", "vllm.entrypoints",
-)  # fmt: skip
+    "xgrammar",
+    "llguidance",
+    "outlines_core",
+    "lark",
+    "opentelemetry",
+    "vllm.parser",
+    "vllm.reasoning",
+    "vllm.entrypoints",
+)
 
 
 class LeaveOut(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -69,7 +75,8 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec  # noqa: E402
 LAYERS, KV_HEADS, WIDTH, MODEL_LEN = 32, 8, 128, 131_072
 FORMAT = replace(
     PageFormat.preset("spectral-quality", num_kv_heads=KV_HEADS, head_dim=WIDTH),
-    num_landmark_tokens=0, prefill_segment=512,
+    num_landmark_tokens=0,
+    prefill_segment=512,
 )
 EXPECTED = {2048: [9, 3], 8192: [9, 15], 32_768: [9, 63], 131_000: [7, 255]}
 
@@ -154,9 +161,12 @@ def specs():
     heads = {"num_kv_heads": KV_HEADS, "head_size": WIDTH}
     exact = ExactSpec(block_size=64, dtype=torch.bfloat16, **heads)
     pages = PagesSpec(
-        block_size=512, dtype=torch.uint8, tokens_per_state=512,
-        state_content_bytes=FORMAT.layout.head_bytes, **heads,
-    )  # fmt: skip
+        block_size=512,
+        dtype=torch.uint8,
+        tokens_per_state=512,
+        state_content_bytes=FORMAT.layout.head_bytes,
+        **heads,
+    )
     assert pages.page_size_bytes == FORMAT.page_bytes
     assert exact.page_size_bytes == FORMAT.exact_page_bytes(2)
     shape = compute_layer_kv_cache_shape_bytes(pages, 10)
@@ -172,14 +182,18 @@ def config(layout):
         scheduler_config=some(disable_hybrid_kv_cache_manager=False),
         attention_config=some(hisparse_config=None),
         cache_config=some(
-            get_resolved_kv_cache_layout=lambda: layout, num_gpu_blocks_override=None,
-            prefix_cache_retention_interval=None, prefix_match_unit=None,
-            enable_prefix_caching=True, block_size=512,
+            get_resolved_kv_cache_layout=lambda: layout,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+            prefix_match_unit=None,
+            enable_prefix_caching=True,
+            block_size=512,
         ),
         parallel_config=some(decode_context_parallel_size=1),
         model_config=some(max_model_len=MODEL_LEN),
-        speculative_config=None, kv_transfer_config=None,
-    )  # fmt: skip
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
 
 
 def plan(layout):
@@ -198,11 +212,19 @@ def new_request(name, num_tokens, num_common=0):
         chain = hashlib.sha256(chain + (name.encode() if end > num_common else b"")).digest()
         hashes.append(chain)
     return SimpleNamespace(
-        request_id=name, num_tokens=num_tokens + 1, num_prompt_tokens=num_tokens,
-        num_computed_tokens=0, num_in_flight_tokens=0, num_preemptions=0, status=None,
-        skip_reading_prefix_cache=False, num_output_placeholders=0, block_hashes=hashes,
-        shared_prefix_boundary=None, lora_request=None,
-    )  # fmt: skip
+        request_id=name,
+        num_tokens=num_tokens + 1,
+        num_prompt_tokens=num_tokens,
+        num_computed_tokens=0,
+        num_in_flight_tokens=0,
+        num_preemptions=0,
+        status=None,
+        skip_reading_prefix_cache=False,
+        num_output_placeholders=0,
+        block_hashes=hashes,
+        shared_prefix_boundary=None,
+        lora_request=None,
+    )
 
 
 def serve(manager, request):
@@ -235,8 +257,10 @@ def main():
             held = [len(blocks) for blocks in serve(manager, request)[0]]
             exact, pages = held
             plain = num_tokens * FORMAT.exact_page_bytes(2) / 64
-            print(f"{num_tokens:8,} tokens: {pages} pages, {exact} exact blocks, "
-                  f"{plain / (sum(held) * FORMAT.page_bytes):.2f}x")  # fmt: skip
+            print(
+                f"{num_tokens:8,} tokens: {pages} pages, {exact} exact blocks, "
+                f"{plain / (sum(held) * FORMAT.page_bytes):.2f}x"
+            )
             assert held == expected
             manager.free(request)
             assert manager.block_pool.get_num_free_blocks() == free

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged.kernels.decode.plan import DecodePlan
 
@@ -16,9 +15,7 @@ from spectral_paged.kernels.decode.plan import DecodePlan
     slack=st.integers(0, 50),
     grain=st.integers(1, 6),
 )
-def test_items_cover_every_entry_once_and_are_of_like_size(
-    counts, target, slack, grain
-):
+def test_items_cover_every_entry_once_and_are_of_like_size(counts, target, slack, grain):
     plan = DecodePlan.of(
         torch.tensor(counts),
         max_entries=sum(counts) + slack,
@@ -62,9 +59,7 @@ def test_the_number_of_items_does_not_depend_on_the_lengths(counts, others):
 
 def test_items_have_the_grain_where_enough_of_them_are_left():
     def longest(total, grain):
-        plan = DecodePlan.of(
-            torch.tensor([total]), max_entries=total, target_items=16, grain=grain
-        )
+        plan = DecodePlan.of(torch.tensor([total]), max_entries=total, target_items=16, grain=grain)
         return int((plan.item_end - plan.item_start).max())
 
     assert [longest(n, 1) for n in (4, 16, 32, 320)] == [1, 1, 2, 20]

@@ -112,10 +112,16 @@ def test_leading_eigenvectors_keep_as_much_energy_as_any_can(dim):
 def test_after_a_warm_up_nothing_that_decomposes_compiles():
     format = PageFormat.preset("spectral-int8", num_kv_heads=2, head_dim=48)  # of no other test
     cache = SpectralKVCache(
-        num_layers=2, num_q_heads=2, num_kv_heads=2, head_dim=48, format=format, device="cuda",
-        rope=RotaryTable.from_theta(10000.0, 48, max_positions=2048), kv_cache_bytes=4 << 20,
+        num_layers=2,
+        num_q_heads=2,
+        num_kv_heads=2,
+        head_dim=48,
+        format=format,
+        device="cuda",
+        rope=RotaryTable.from_theta(10000.0, 48, max_positions=2048),
+        kv_cache_bytes=4 << 20,
         max_num_seqs=4,
-    )  # fmt: skip
+    )
 
     def compiled():
         return sum(len(c[0]) for c in eigenvectors_triton._jacobi_kernel.device_caches.values())

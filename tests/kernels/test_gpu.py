@@ -6,6 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+
+from spectral_paged import LLM, PageFormat, SamplingParams, SpectralKVCache
+from spectral_paged.errors import FormatError
+from spectral_paged.kernels.chunk import gpu as chunk_attention_gpu
+from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
+from spectral_paged.pages import decode_pages, encode_pages
+from spectral_paged.rope import RotaryTable
 from support.families import build
 from support.kernel_cases import (
     PAGES,
@@ -24,13 +31,6 @@ from support.kernel_cases import (
 from support.page_parts import toy_basis
 from support.small_cache import feed, small_cache
 from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
-
-from spectral_paged import LLM, PageFormat, SamplingParams, SpectralKVCache
-from spectral_paged.errors import FormatError
-from spectral_paged.kernels.chunk import gpu as chunk_attention_gpu
-from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
-from spectral_paged.pages import decode_pages, encode_pages
-from spectral_paged.rope import RotaryTable
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
     from spectral_paged.kernels.decode.gpu import decode_attention
@@ -55,9 +55,12 @@ def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu(format):
     prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
     here = tiny_llm(tiny_format(format)).generate(prompts, GREEDY, use_tqdm=False)
     llm = LLM.from_model(
-        tiny_model().cuda(), kv_format=tiny_format(format), kv_cache_bytes=16 << 20, poison=True,
+        tiny_model().cuda(),
+        kv_format=tiny_format(format),
+        kv_cache_bytes=16 << 20,
+        poison=True,
         enforce_eager=True,
-    )  # fmt: skip
+    )
     there = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
     assert llm.stats()["pages_attended"] > 0 or format == "exact"
@@ -215,11 +218,20 @@ def test_layers_that_differ_answer_as_on_the_cpu(name, softcap):
     outs = []
     for device in ("cpu", "cuda"):
         cache = SpectralKVCache(
-            num_layers=4, num_q_heads=2, num_kv_heads=1, head_dim=64, format=format,
-            rope=[table, pairs, None, table], sliding_windows=[None, 1100, None, 200],
-            softcap=softcap, kv_cache_bytes=16 << 20, max_num_seqs=4, device=device, poison=True,
+            num_layers=4,
+            num_q_heads=2,
+            num_kv_heads=1,
+            head_dim=64,
+            format=format,
+            rope=[table, pairs, None, table],
+            sliding_windows=[None, 1100, None, 200],
+            softcap=softcap,
+            kv_cache_bytes=16 << 20,
+            max_num_seqs=4,
+            device=device,
+            poison=True,
             calibration=toy_basis(4, 1, 64) if format.needs_calibration else None,
-        )  # fmt: skip
+        )
         generator, found, at = torch.Generator().manual_seed(1), [], 0
         cache.add_sequence("a", num_prompt_tokens=2000)
         while at < 2040:
@@ -237,9 +249,7 @@ def test_layers_that_differ_answer_as_on_the_cpu(name, softcap):
 
 
 def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
-    args, options = attend_case(
-        "quality-128", (1, 2), (65, 1), dtype=torch.bfloat16, device="cuda"
-    )
+    args, options = attend_case("quality-128", (1, 2), (65, 1), dtype=torch.bfloat16, device="cuda")
     args = (args[0].bfloat16(), *args[1:])
     assert attend_error(decode_attention, args, options) < 2e-2
 
@@ -319,9 +329,10 @@ def test_a_cache_on_the_gpu_seals_rebuilds_and_reads_by_kernels_only():
 def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
     cache = small_cache(device="cuda", outlier_slots=3)  # a layout that no other test seals
     kernels = (
-        seal_triton._project_kernel, seal_triton._quantize_kernel,
+        seal_triton._project_kernel,
+        seal_triton._quantize_kernel,
         spectral_rebuild_triton._rebuild_kernel,
-    )  # fmt: skip
+    )
 
     def compiled():
         caches = [c[0] for kernel in kernels for c in kernel.device_caches.values()]
@@ -407,9 +418,7 @@ def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim):
     def draw(*shape):
         return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
 
-    q, k, v = (
-        draw(sum(queries), 2 * group, dim), draw(2, sum(keys), dim), draw(2, sum(keys), dim)
-    )  # fmt: skip
+    q, k, v = (draw(sum(queries), 2 * group, dim), draw(2, sum(keys), dim), draw(2, sum(keys), dim))
     spans = ChunkSpans.of(queries, keys, q.device)
     want = chunk_attention(q, k, v, spans=spans, scale=0.1)
     got = chunk_attention_gpu.chunk_attention(q, k, v, spans=spans, scale=0.1, by=by)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from support.paths import TESTS
 
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have on sm_90

@@ -173,21 +173,22 @@ def page_setup(counts, format):
 
 def where(format, rope):
     return {
-        "layout": format.layout, "first_position": format.num_landmark_tokens,
-        "cos": rope.cos, "sin": rope.sin,
-    }  # fmt: skip
+        "layout": format.layout,
+        "first_position": format.num_landmark_tokens,
+        "cos": rope.cos,
+        "sin": rope.sin,
+    }
 
 
 @pytest.mark.parametrize("rope", ["pre", "frame", "post"])
 @pytest.mark.parametrize("landmarks", [0, 64, 128])
 @pytest.mark.parametrize("table_of", [WIDE_ROPE, PARTIAL_ROPE])
-def test_rebuilt_history_is_the_decoded_pages_rotated_to_their_positions(
-    rope, landmarks, table_of
-):
+def test_rebuilt_history_is_the_decoded_pages_rotated_to_their_positions(rope, landmarks, table_of):
     format = page_format(rope=rope, num_landmark_tokens=landmarks)
     plane, table = page_setup([2, 3], format)
-    got_k, got_v = spectral_rebuild(plane, table[1, :3], dtype=torch.float32,
-                                    **where(format, table_of))  # fmt: skip
+    got_k, got_v = spectral_rebuild(
+        plane, table[1, :3], dtype=torch.float32, **where(format, table_of)
+    )
     for b in range(3):
         at = int(table[1, b]) * 128
         k, v = (x[0] for x in decode_pages(plane[None, at : at + format.page_bytes], format))

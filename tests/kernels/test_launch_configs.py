@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_cases import PAGES
 
 from spectral_paged.kernels.launch import configs as launch_configs
 from spectral_paged.kernels.launch.configs import DecodeConfig, SealConfig
 from spectral_paged.pages import PRESETS, PageFormat
+from support.kernel_cases import PAGES
 
 DEVICE = torch.device("cpu")
 

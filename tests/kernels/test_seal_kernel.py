@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_cases import PAGES, SEALED, SealCase
-from support.small_cache import feed, small_cache
 
 from spectral_paged import PageFormat
 from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.seal.triton.seal import seal, supports
 from spectral_paged.pages import decode_pages
+from support.kernel_cases import PAGES, SEALED, SealCase
+from support.small_cache import feed, small_cache
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"

@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.kernel_cases import (
-    PAGES,
-    append_both,
-    attend_case,
-    attend_error,
-    captured_case,
-    exact_case,
-    exact_error,
-    page_case,
-    page_error,
-    rebuild_error,
-)
 
 from spectral_paged.kernels.decode import pages_gpu as spectral_decode_gpu
 from spectral_paged.kernels.decode.gpu import decode_attention
@@ -28,6 +16,18 @@ from spectral_paged.kernels.page.triton import check_layout
 from spectral_paged.kernels.page.view import side_view
 from spectral_paged.kernels.rebuild.triton import spectral_rebuild
 from spectral_paged.pages import PageFormat
+from support.kernel_cases import (
+    PAGES,
+    append_both,
+    attend_case,
+    attend_error,
+    captured_case,
+    exact_case,
+    exact_error,
+    page_case,
+    page_error,
+    rebuild_error,
+)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter; test_gpu runs these on the GPU"
@@ -101,10 +101,13 @@ def test_values_of_any_size_are_read(power):
 @pytest.mark.parametrize(
     "name, parts",
     [
-        ("quality-128", "gluon"), ("int8-128", "gluon"), ("int8-two-bands", "gluon and triton"),
-        ("many-bands", "triton"), ("wide-256", "triton"),
+        ("quality-128", "gluon"),
+        ("int8-128", "gluon"),
+        ("int8-two-bands", "gluon and triton"),
+        ("many-bands", "triton"),
+        ("wide-256", "triton"),
     ],
-)  # fmt: skip
+)
 def test_what_reads_pages_is_named_part_by_part(name, parts, monkeypatch):
     """Basis rows of a second band lie behind its codes, where the explicit kernel never looks."""
     monkeypatch.setattr(spectral_decode_gpu, "has_tensor_cores", lambda device: True)
@@ -182,8 +185,9 @@ def test_exact_pages_are_read_as_the_twin_reads_them(group, dim):
 def test_scores_of_exact_pages_are_capped_and_hidden(softcap, hidden):
     args, options = exact_case([1, 65, 130, 0, 300])
     options |= {
-        "softcap": softcap, "first_visible": None if hidden is None else torch.tensor(hidden)
-    }  # fmt: skip
+        "softcap": softcap,
+        "first_visible": None if hidden is None else torch.tensor(hidden),
+    }
     assert exact_error(exact_decode, args, options) < 1e-4
 
 

@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
-from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 from spectral_paged import LLM, SamplingParams, SpectralKVCache
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.models.runner import compiled_parts
+from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4)
 IDS = torch.arange(5, 45)[None]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.real_text import text
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import InvalidRequestError
+from support.real_text import text
 
 pytestmark = pytest.mark.model
 
@@ -80,7 +80,14 @@ def test_stats_hold_every_figure_that_is_promised(llm):
     stats = llm.stats()
     assert stats["backend"] == "torch" and stats["format"] == "spectral-quality"
     for key in (
-        "capacity_tokens", "bytes_per_token", "compression_ratio", "pages_sealed",
-        "pages_attended", "pages_in_use", "pages_cached", "prefix_hit_tokens", "preemptions",
-    ):  # fmt: skip
+        "capacity_tokens",
+        "bytes_per_token",
+        "compression_ratio",
+        "pages_sealed",
+        "pages_attended",
+        "pages_in_use",
+        "pages_cached",
+        "prefix_hit_tokens",
+        "preemptions",
+    ):
         assert isinstance(stats[key], int | float), key

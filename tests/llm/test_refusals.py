@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cache_feed import HQ, LAYERS, ROPE, D, H, fmt, make
-from support.tiny_model import tiny_llm
 
 from spectral_paged import PageFormat, SamplingParams, SpectralKVCache
 from spectral_paged.errors import (
@@ -16,15 +14,22 @@ from spectral_paged.errors import (
     PoolError,
 )
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
+from support.cache_feed import HQ, LAYERS, ROPE, D, H, fmt, make
+from support.tiny_model import tiny_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
 
 def cache_of(**changes):
     fields = {
-        "num_layers": LAYERS, "num_q_heads": HQ, "num_kv_heads": H, "head_dim": D, "rope": ROPE,
-        "format": fmt(), "kv_cache_bytes": 12 << 20,
-    }  # fmt: skip
+        "num_layers": LAYERS,
+        "num_q_heads": HQ,
+        "num_kv_heads": H,
+        "head_dim": D,
+        "rope": ROPE,
+        "format": fmt(),
+        "kv_cache_bytes": 12 << 20,
+    }
     return SpectralKVCache(**fields | changes)
 
 

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
-from support.paths import ROOT
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 from spectral_paged import SamplingParams
 from spectral_paged.device import DeviceTimer
@@ -25,6 +23,8 @@ from spectral_paged.errors import InvalidRequestError, MissingPackageError, Spec
 from spectral_paged.metrics import MetricsCollector, serving
 from spectral_paged.metrics.prometheus import parse
 from spectral_paged.metrics.readings import DURATIONS, FIGURES, read
+from support.paths import ROOT
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 TOKENS = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -171,8 +171,10 @@ def test_what_is_scraped_is_what_was_read(pressed):
     llm, _ = pressed
     [found], want = scraped(llm), read(llm)
     assert (found.model_name, found.engine, found.values) == (
-        want.model_name, want.engine, want.values
-    )  # fmt: skip
+        want.model_name,
+        want.engine,
+        want.values,
+    )
     assert found.durations == want.durations and set(found.durations) == set(DURATIONS)
     assert {name for name, _ in found.values} == {f.name for f in FIGURES} - {"request_refused"}
 
@@ -226,7 +228,12 @@ def test_a_sequence_freed_while_its_bytes_are_read_is_left_out(monkeypatch):
     generate(llm, [[1, 2, 3] * 30])
     want = llm.stats()["compression_ratio"]
     state = llm.cache._sequences.add(
-        llm.cache.format, "gone", num_prompt_tokens=1, token_ids=None, cache_salt="", pinned=(),
+        llm.cache.format,
+        "gone",
+        num_prompt_tokens=1,
+        token_ids=None,
+        cache_salt="",
+        pinned=(),
         resumed=False,
     )
     llm.cache.free("gone")

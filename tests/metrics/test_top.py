@@ -10,7 +10,6 @@ import urllib.error
 
 import pytest
 from rich.console import Console
-from support.tiny_model import tiny_llm
 
 import spectral_paged.llm
 import spectral_paged.metrics
@@ -21,22 +20,36 @@ from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.metrics import serving, top
 from spectral_paged.metrics.prometheus import parse
 from spectral_paged.metrics.readings import Reading, read
+from support.tiny_model import tiny_llm
 
 VALUES = {
-    "num_requests_running": 3, "num_requests_waiting": 4, "kv_cache_usage_perc": 0.5,
-    "prefix_cache_queries": 200, "prefix_cache_hits": 50, "num_preemptions": 6,
-    "prompt_tokens": 1000, "generation_tokens": 2000, "recomputed_tokens": 70,
-    "pages_sealed": 80, "pages_attended": 9000, "seal_time_seconds": 1.5,
+    "num_requests_running": 3,
+    "num_requests_waiting": 4,
+    "kv_cache_usage_perc": 0.5,
+    "prefix_cache_queries": 200,
+    "prefix_cache_hits": 50,
+    "num_preemptions": 6,
+    "prompt_tokens": 1000,
+    "generation_tokens": 2000,
+    "recomputed_tokens": 70,
+    "pages_sealed": 80,
+    "pages_attended": 9000,
+    "seal_time_seconds": 1.5,
     "compression_ratio": 3.25,
-}  # fmt: skip
+}
 
 
 def reading(time=0.0, engine="0", **changes):
     values = {(name, ""): float(x) for name, x in (VALUES | changes).items()}
     values |= {("request_success", "stop"): 11.0, ("request_refused", "EmptyPromptError"): 2.0}
     held = Distribution((0.1, 0.2), (50, 49, 1), 0.0)
-    return Reading("a-model", engine, time, values, dict.fromkeys(
-        ("time_to_first_token_seconds", "inter_token_latency_seconds"), held))  # fmt: skip
+    return Reading(
+        "a-model",
+        engine,
+        time,
+        values,
+        dict.fromkeys(("time_to_first_token_seconds", "inter_token_latency_seconds"), held),
+    )
 
 
 def drawn(view, *args):
@@ -59,11 +72,15 @@ def batch(monkeypatch, tmp_path):
 def test_every_figure_is_shown():
     text = drawn(top.View(), [reading()], (5, 10))
     for words in (
-        "a-model [0]", "3 running, 4 waiting, 11 stop, 2 refused", "2,000 and 1,000 in all",
+        "a-model [0]",
+        "3 running, 4 waiting, 11 stop, 2 refused",
+        "2,000 and 1,000 in all",
         "50.0% in use, 3.25x compression, 25.0% of prompt tokens found",
-        "80 sealed in 1.5 s, 9,000 attended", "6 preemptions, 70 tokens recomputed",
-        "p50 100 ms, p90 182 ms, p99 200 ms", "5/10 lines",
-    ):  # fmt: skip
+        "80 sealed in 1.5 s, 9,000 attended",
+        "6 preemptions, 70 tokens recomputed",
+        "p50 100 ms, p90 182 ms, p99 200 ms",
+        "5/10 lines",
+    ):
         assert words in text, words
 
 

@@ -7,9 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.page_parts import toy_basis
-from support.real_text import smollm2, smollm2_kv, text
-from support.tiny_model import tiny_model
 
 from spectral_paged import LLM, PageFormat
 from spectral_paged.errors import FormatError, InvalidRequestError
@@ -28,6 +25,9 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import BoundBasis, SharedBasis, decode_pages, encode_pages
 from spectral_paged.pages.shared_basis import COVARIANCES, METRICS, SideRows
 from spectral_paged.rope import RotaryTable
+from support.page_parts import toy_basis
+from support.real_text import smollm2, smollm2_kv, text
+from support.tiny_model import tiny_model
 
 SHARED = PageFormat("s", 2, 16, ((16, 4),), ((16, 4),), basis="shared")
 
@@ -98,8 +98,9 @@ def test_statistics_are_those_of_the_models_own_tensors():
     turned = table.apply(k.float().transpose(0, 1), span).transpose(0, 1).double()
     assert torch.allclose(basis.k_post[0].double(), covariance(turned), atol=1e-4)
     rows = q.unflatten(0, (2, 2)).flatten(1, 2)
-    assert torch.allclose(basis.q_pre[0].double(), met_before_rope(rows.mT @ rows, table),
-                          rtol=1e-3, atol=1e-2)  # fmt: skip
+    assert torch.allclose(
+        basis.q_pre[0].double(), met_before_rope(rows.mT @ rows, table), rtol=1e-3, atol=1e-2
+    )
 
 
 def test_queries_meet_a_key_from_every_distance():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
+from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache import PendingTokens
@@ -24,6 +22,7 @@ from spectral_paged.models.decode_graphs import (
     rooms,
     static_steps,
 )
+from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 
 @given(st.integers(1, 1024), st.data())
@@ -109,6 +108,10 @@ def test_inputs_past_the_step_are_nowhere():
     assert staging[:3].tolist() == [[11, 0] + [0] * 4, [-1, 0] + [-1] * 4, [7, 8] + [0] * 4]
     assert staging[3 + APPEND_POSITION].tolist() == [4, 8] + [NOWHERE] * 4
     assert staging[4:].tolist() == [
-        [1, 2] + [0] * 4, [3, 5] + [0] * 4, [10, 20] + [0] * 4, [0, 1] + [0] * 4,
-        [6, 0] + [0] * 4, [70, 0] + [0] * 4,
-    ]  # fmt: skip
+        [1, 2] + [0] * 4,
+        [3, 5] + [0] * 4,
+        [10, 20] + [0] * 4,
+        [0, 1] + [0] * 4,
+        [6, 0] + [0] * 4,
+        [70, 0] + [0] * 4,
+    ]

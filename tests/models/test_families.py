@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+
+from spectral_paged import PageFormat
+from spectral_paged.models.calibration import calibrate
+from spectral_paged.models.geometry import ModelGeometry, layer_ropes
+from spectral_paged.models.loader import LoadedModel
 from support.families import (
     FAMILIES,
     LONGEST,
@@ -14,11 +19,6 @@ from support.families import (
     reference,
 )
 from support.tiny_model import random_prompts
-
-from spectral_paged import PageFormat
-from spectral_paged.models.calibration import calibrate
-from spectral_paged.models.geometry import ModelGeometry, layer_ropes
-from spectral_paged.models.loader import LoadedModel
 
 LENGTHS = [1, 63, 97, 160, 700, 1500]
 
@@ -124,9 +124,16 @@ def test_a_calibration_serves_layers_that_differ(name):
     assert model.config._attn_implementation == before
     bands = ((16, 8),)
     format = PageFormat(
-        "shared", 2, 16, k_bands=bands, v_bands=bands, basis="shared", rope="frame",
-        dim_weighting="calibrated", prefill_segment=512,
-    )  # fmt: skip
+        "shared",
+        2,
+        16,
+        k_bands=bands,
+        v_bands=bands,
+        basis="shared",
+        rope="frame",
+        dim_weighting="calibrated",
+        prefill_segment=512,
+    )
     got, llm = forced(model, tokens, 1221, kv_format=format, calibration=basis)
     assert llm.stats()["pages_attended"] > 0
     assert float((got - want).abs().max()) < 0.3 * float(want.std())

@@ -12,8 +12,6 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.page_parts import toy_basis
-from support.tiny_model import tiny_model
 
 from spectral_paged import LLM
 from spectral_paged.batch.file import OutputFile
@@ -23,6 +21,8 @@ from spectral_paged.errors import (
     InvalidRequestError,
 )
 from spectral_paged.models.calibration import model_fingerprint
+from support.page_parts import toy_basis
+from support.tiny_model import tiny_model
 
 # ---- JSONL -------------------------------------------------------------------------------
 
@@ -63,9 +63,10 @@ def test_a_writer_killed_at_any_moment_leaves_whole_records(tmp_path):
     finished = 0
     for pause in (0.0, 0.02):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(out)], stdout=subprocess.PIPE,
+            [sys.executable, "-c", WRITER, str(out)],
+            stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         assert process.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 20
         while out.stat().st_size < 6000 * (finished + 2) and time.monotonic() < deadline:

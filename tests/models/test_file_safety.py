@@ -15,8 +15,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from support.paths import ROOT
-from support.tiny_model import tiny_format, tiny_llm, tiny_model
 from transformers import AutoTokenizer
 
 from spectral_paged import LLM, file_limits
@@ -27,6 +25,8 @@ from spectral_paged.errors import CorruptFileError, UnknownModelError, Unsupport
 from spectral_paged.file_limits import bounded_lines, check_file, is_cut
 from spectral_paged.models import checkpoint_files, loader
 from spectral_paged.pages import SharedBasis, shared_basis
+from support.paths import ROOT
+from support.tiny_model import tiny_format, tiny_llm, tiny_model
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -165,9 +165,7 @@ def test_a_hub_id_is_checked_as_a_folder_is(folder, tmp_path, monkeypatch):
     (home / "models--some--model" / "refs").mkdir()
     (home / "models--some--model" / "refs" / "main").write_text("abc")
     found = checkpoint_files.cached_file
-    monkeypatch.setattr(
-        checkpoint_files, "cached_file", lambda *a: found(*a, cache_dir=str(home))
-    )
+    monkeypatch.setattr(checkpoint_files, "cached_file", lambda *a: found(*a, cache_dir=str(home)))
     config = loader.load_config(str(folder))
     checkpoint_files.check_checkpoint("some/model", config)
     path = snapshot / "model.safetensors.index.json"
@@ -348,8 +346,9 @@ def test_an_audit_that_did_not_run_never_passes(tmp_path, does):
 def test_without_the_tool_an_audit_says_that_it_did_not_run(tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / ".ci" / "audit"), str(tmp_path / "none")],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "NOT RUN" in done.stderr
 
 

@@ -10,13 +10,13 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
-from support.tiny_model import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import CorruptFileError, UnknownModelError, UnsupportedModelError
 from spectral_paged.models import loader
+from support.tiny_model import tiny_model
 
 
 def write_gguf(path, arch="llama"):
@@ -41,10 +41,16 @@ def write_gguf(path, arch="llama"):
     shapes = {"token_embd": (259, 64), "output_norm": (64,), "output": (259, 64)}
     for layer in range(2):
         for name, shape in {
-            "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64),
-            "ffn_gate": (48, 64), "ffn_up": (48, 64), "ffn_down": (64, 48),
-            "attn_norm": (64,), "ffn_norm": (64,),
-        }.items():  # fmt: skip
+            "attn_q": (64, 64),
+            "attn_k": (32, 64),
+            "attn_v": (32, 64),
+            "attn_output": (64, 64),
+            "ffn_gate": (48, 64),
+            "ffn_up": (48, 64),
+            "ffn_down": (64, 48),
+            "attn_norm": (64,),
+            "ffn_norm": (64,),
+        }.items():
             shapes[f"blk.{layer}.{name}"] = shape
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
@@ -128,12 +134,18 @@ def test_what_is_no_gguf_or_another_version_is_refused_with_a_remedy(tmp_path, o
 FOLDERS = {
     "no config": (None, UnknownModelError, "no config.json"),
     "half a config": ('{"model_type": "llama"', CorruptFileError, "fetch it again"),
-    "a config of a wrong type": ('{"model_type": "llama", "hidden_size": "x"}', CorruptFileError,
-                                 "hidden_size.*fetch it again"),
+    "a config of a wrong type": (
+        '{"model_type": "llama", "hidden_size": "x"}',
+        CorruptFileError,
+        "hidden_size.*fetch it again",
+    ),
     "an unknown family": ('{"model_type": "nobody"}', UnsupportedModelError, "nobody.*take a"),
-    "no weights": ('{"model_type": "llama", "num_hidden_layers": 1}', CorruptFileError,
-                   "safetensors.*fetch them again"),
-}  # fmt: skip
+    "no weights": (
+        '{"model_type": "llama", "num_hidden_layers": 1}',
+        CorruptFileError,
+        "safetensors.*fetch them again",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FOLDERS)

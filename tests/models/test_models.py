@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from support.families import reference
-from support.model_variants import LONGEST, VARIANTS, build
-from support.real_text import smollm2, text
-from support.tiny_model import random_prompts
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
+from support.families import reference
+from support.model_variants import LONGEST, VARIANTS, build
+from support.real_text import smollm2, text
+from support.tiny_model import random_prompts
 
 MAX_TOKENS = 16
 BUDGETS = [64, 512, 8192]
@@ -150,10 +150,14 @@ REFUSED = {
     "longrope in phi3": (
         tf.Phi3Config,
         {
-            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "rope_parameters": {
-                "rope_type": "longrope", "rope_theta": 1e4,
-                "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
             },
         },
         "'longrope'.*rope_parameters",

@@ -8,13 +8,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from support.page_parts import sections, toy_basis
-from support.real_text import smollm2_kv
 
 from spectral_paged.errors import FormatError, NonFiniteError
 from spectral_paged.kernels.page.view import side_view
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.pages.decompose import attention_mass, gram_basis, randomized_basis
+from support.page_parts import sections, toy_basis
+from support.real_text import smollm2_kv
 
 H, D = 2, 16
 BASES = {
@@ -24,8 +24,13 @@ BASES = {
 
 
 def fmt(**kw):
-    base = {"name": "t", "num_kv_heads": H, "head_dim": D, "k_bands": ((16, 8),),
-            "v_bands": ((16, 8),)}  # fmt: skip
+    base = {
+        "name": "t",
+        "num_kv_heads": H,
+        "head_dim": D,
+        "k_bands": ((16, 8),),
+        "v_bands": ((16, 8),),
+    }
     return PageFormat(**(base | kw))
 
 
@@ -343,8 +348,9 @@ def test_calibrated_weights_keep_what_the_queries_see(weighting):
     # at the root of the metric itself, no 16 components do better
     format = wide(dim_weighting=weighting)
     bound = calibration.bind(format)
-    out, _ = decode_pages(encode_pages(k, v, format, basis=bound, layers=[0]), format, basis=bound,
-                          layers=[0])  # fmt: skip
+    out, _ = decode_pages(
+        encode_pages(k, v, format, basis=bound, layers=[0]), format, basis=bound, layers=[0]
+    )
     weight = bound.k.weight[0]
     best = torch.linalg.svdvals((k - k.mean(-2, keepdim=True)) @ weight)[..., 16:].square().sum()
     assert float(((k - out) @ weight).square().sum()) < 1.01 * float(best)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support.page_parts import sections, toy_basis, toy_blocks
 
 from spectral_paged.pages import BoundBasis, PageFormat, decode_pages, encode_pages
 from spectral_paged.pages.shared_basis import SideRows
+from support.page_parts import sections, toy_basis, toy_blocks
 
 GAUSSIAN = {
     2: [-120, -36, 36, 120],
@@ -57,9 +57,7 @@ class Drawing:
 
 
 MIXED = Drawing(
-    PageFormat(
-        "mixed", 2, 64, ((16, 8), (16, 4), (16, 3), (16, 2)), ((16, 4), (16, 2)), gain=True
-    ),
+    PageFormat("mixed", 2, 64, ((16, 8), (16, 4), (16, 3), (16, 2)), ((16, 4), (16, 2)), gain=True),
     [
         Side(
             [
@@ -85,9 +83,15 @@ MIXED = Drawing(
 )
 SMALL_ROWS = Drawing(
     PageFormat(
-        "small-rows", 1, 32, ((16, 8), (16, 4)), ((16, 3),), basis_bits=4, scale_tokens=64,
+        "small-rows",
+        1,
+        32,
+        ((16, 8), (16, 4)),
+        ((16, 3),),
+        basis_bits=4,
+        scale_tokens=64,
         levels="uniform",
-    ),  # fmt: skip
+    ),
     [
         Side(
             [Band(16, 8, 0, None, 8192), Band(16, 4, 8704, None, 12800, 4)],

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from spectral_paged.errors import FormatError
 from spectral_paged.pages import PageFormat
@@ -113,15 +112,21 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"scale_tokens": 32}, "use 64, 128, 256 or 512"),
         ({"outlier_slots": 65}, "0 to 64"),
         ({"outlier_slots": -1}, "0 to 64"),
-        ({"basis": "shared", "token_weighting": "attention"},
-         "^token_weighting weighs the decomposition of a page's own basis; with basis='shared' use "
-         "token_weighting='none'$"),
+        (
+            {"basis": "shared", "token_weighting": "attention"},
+            "^token_weighting weighs the decomposition of a page's own basis; with "
+            "basis='shared' use token_weighting='none'$",
+        ),
         ({"basis_id": "0123456789abcdef"}, "^basis_id names .* uses none$"),
     ],
 )
 def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):
     fields = {
-        "name": "x", "num_kv_heads": 2, "head_dim": 64, "k_bands": ((16, 8),), "v_bands": ((32, 8),)
+        "name": "x",
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "k_bands": ((16, 8),),
+        "v_bands": ((32, 8),),
     } | changes
     with pytest.raises(FormatError, match=says):
         PageFormat(**fields)
@@ -142,7 +147,11 @@ def test_values_outside_the_contract_are_refused_with_the_remedy(changes, says):
 )
 def test_values_at_the_limits_are_taken(changes):
     fields = {
-        "name": "x", "num_kv_heads": 2, "head_dim": 64, "k_bands": ((16, 8),), "v_bands": ((32, 8),)
+        "name": "x",
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "k_bands": ((16, 8),),
+        "v_bands": ((32, 8),),
     } | changes
     format = PageFormat(**fields)
     assert {name: getattr(format, name) for name in changes} == changes
@@ -171,8 +180,14 @@ def test_fingerprint_changes_with_meaning_and_not_with_the_name():
 )
 def test_visibility_is_the_written_rule(position, prompt, landmarks, hot, segment):
     fmt = PageFormat(
-        "x", 1, 64, ((16, 8),), ((32, 8),),
-        num_landmark_tokens=landmarks, hot_tokens=hot, prefill_segment=segment,
+        "x",
+        1,
+        64,
+        ((16, 8),),
+        ((32, 8),),
+        num_landmark_tokens=landmarks,
+        hot_tokens=hot,
+        prefill_segment=segment,
     )
     if position >= prompt:
         s = position
@@ -191,9 +206,7 @@ def test_visibility_is_the_written_rule(position, prompt, landmarks, hot, segmen
     segment=st.sampled_from([512, 2048]),
 )
 def test_a_chunk_ends_exactly_where_the_view_changes(start, prompt, hot, segment):
-    fmt = PageFormat(
-        "x", 1, 64, ((16, 8),), ((32, 8),), hot_tokens=hot, prefill_segment=segment
-    )
+    fmt = PageFormat("x", 1, 64, ((16, 8),), ((32, 8),), hot_tokens=hot, prefill_segment=segment)
     end = fmt.chunk_end(start, prompt)
     assert end > start
     here = fmt.visible_blocks(start, prompt)
@@ -206,9 +219,15 @@ def test_a_chunk_ends_exactly_where_the_view_changes(start, prompt, hot, segment
 @pytest.mark.parametrize("hot", [0, 64])
 def test_a_chunk_that_starts_anywhere_ends_where_the_view_changes(landmarks, hot):
     fmt = PageFormat(
-        "x", 1, 64, ((16, 8),), ((32, 8),), num_landmark_tokens=landmarks, hot_tokens=hot,
+        "x",
+        1,
+        64,
+        ((16, 8),),
+        ((32, 8),),
+        num_landmark_tokens=landmarks,
+        hot_tokens=hot,
         prefill_segment=512,
-    )  # fmt: skip
+    )
     for prompt in (1, 700, 1700, 5000):
         views = [fmt.visible_blocks(t, prompt) for t in range(4000)]
         for start in range(0, 2600, 3):

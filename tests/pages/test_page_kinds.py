@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given as drawn
-from hypothesis import settings
-from hypothesis import strategies as st
-from support.page_parts import sections, toy_basis, toy_blocks
+from hypothesis import given as drawn, settings, strategies as st
 
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.decode.pages_reference import spectral_decode
@@ -18,6 +15,7 @@ from spectral_paged.kernels.rebuild.reference import spectral_rebuild
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.pages.decompose import orthogonal_mixer, rotate_bands
 from spectral_paged.rope import RotaryTable
+from support.page_parts import sections, toy_basis, toy_blocks
 
 H, D, LAYERS = 2, 32, 3
 ROPE = RotaryTable.from_theta(10000.0, D, max_positions=4096)

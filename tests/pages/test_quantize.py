@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged.kernels.page.layout import LEVEL_UNIT, LEVELS
 from spectral_paged.kernels.page.view import code_values, gain_values

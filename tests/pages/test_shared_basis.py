@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.page_parts import toy_basis, toy_metric
 
 from spectral_paged.errors import CorruptFileError, FormatError
 from spectral_paged.pages import BasisAccumulator, PageFormat, SharedBasis
 from spectral_paged.pages.shared_basis import COVARIANCES, METRICS, metric_root
+from support.page_parts import toy_basis, toy_metric
 
 LAYERS, H, D = 2, 3, 32
 NAMES = COVARIANCES + METRICS
@@ -86,9 +86,15 @@ def metadata(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": None}, {"version": "1"}, {"num_tokens": "many"}, {"model_fingerprint": None},
-     {"id": "0" * 16}, {"id": None}],
-)  # fmt: skip
+    [
+        {"version": None},
+        {"version": "1"},
+        {"num_tokens": "many"},
+        {"model_fingerprint": None},
+        {"id": "0" * 16},
+        {"id": None},
+    ],
+)
 def test_foreign_metadata_is_refused(saved, changes):
     tensors = load_file(saved)
     save_file(tensors, saved, metadata=metadata())

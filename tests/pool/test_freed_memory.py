@@ -10,16 +10,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+
+from spectral_paged import LLM, SamplingParams
+from spectral_paged.pool.slot_pool import Kind
 from support.padded_batch import attending_model, batch, generated, paged_cache
 from support.small_cache import feed, small_cache
 from support.tiny_model import random_prompts, tiny_format, tiny_model
 
-from spectral_paged import LLM, SamplingParams
-from spectral_paged.pool.slot_pool import Kind
-
 ON_GPU = [
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-]  # fmt: skip
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
 
 
 @contextmanager

@@ -6,8 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -15,10 +14,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from support.checked_pool import CheckedPool
 
 from spectral_paged.errors import PoolError
 from spectral_paged.pool.slot_pool import BlockPool, Kind
+from support.checked_pool import CheckedPool
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -6,8 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from spectral_paged.errors import SamplingParamsError
 from spectral_paged.sampling import Drawn, SampleRow, SamplingParams
@@ -160,9 +159,12 @@ def test_penalties_follow_their_formulas(repetition, presence, frequency):
     for t in set(output):
         want[t] -= presence + frequency * output.count(t)
     penalised = {
-        "prompt": prompt, "output": output, "repetition_penalty": repetition,
-        "presence_penalty": presence, "frequency_penalty": frequency,
-    }  # fmt: skip
+        "prompt": prompt,
+        "output": output,
+        "repetition_penalty": repetition,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+    }
     assert greedy_order(logits[None], penalised, VOCAB) == want.argsort(descending=True).tolist()
 
 
@@ -199,10 +201,17 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
     logits = torch.randn(20, VOCAB)
     before = logits.clone()
     rows = [
-        row(seed=i, output=[1, 2], blocked=blocked, temperature=2.0, top_k=40, logprobs=i % 5,
-            presence_penalty=1.0)
+        row(
+            seed=i,
+            output=[1, 2],
+            blocked=blocked,
+            temperature=2.0,
+            top_k=40,
+            logprobs=i % 5,
+            presence_penalty=1.0,
+        )
         for i in range(20)
-    ]  # fmt: skip
+    ]
     results = Drawn(logits, rows).get()
     assert torch.equal(logits, before), "the caller's logits stay"
     want = torch.log_softmax(logits, -1)
@@ -226,26 +235,72 @@ def test_logprobs_only_where_they_are_asked_for():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("n", 0), ("n", 10**9), ("temperature", 10**400), ("temperature", 1e30), ("top_k", 10**26),
-        ("repetition_penalty", 10**400), ("repetition_penalty", 1e-30),
-        ("n", True), ("n", 1.0), ("n", None), ("temperature", True), ("top_k", True),
-        ("top_k", "5"), ("top_p", None), ("min_p", float("nan")), ("min_p", True),
-        ("repetition_penalty", float("nan")), ("repetition_penalty", float("inf")),
-        ("repetition_penalty", -1.0), ("presence_penalty", float("nan")),
-        ("frequency_penalty", "x"), ("min_tokens", True), ("min_tokens", 1.5),
-        ("logprobs", True), ("logprobs", 2.0), ("seed", True), ("seed", "7"), ("stop", b"a"),
-        ("stop", {"a"}), ("stop", [None]), ("stop_token_ids", [True]), ("stop_token_ids", None),
-        ("stop_token_ids", [1.0]), ("ignore_eos", "false"), ("skip_special_tokens", 1),
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("n", 0),
+        ("n", 10**9),
+        ("temperature", 10**400),
+        ("temperature", 1e30),
+        ("top_k", 10**26),
+        ("repetition_penalty", 10**400),
+        ("repetition_penalty", 1e-30),
+        ("n", True),
+        ("n", 1.0),
+        ("n", None),
+        ("temperature", True),
+        ("top_k", True),
+        ("top_k", "5"),
+        ("top_p", None),
+        ("min_p", float("nan")),
+        ("min_p", True),
+        ("repetition_penalty", float("nan")),
+        ("repetition_penalty", float("inf")),
+        ("repetition_penalty", -1.0),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", "x"),
+        ("min_tokens", True),
+        ("min_tokens", 1.5),
+        ("logprobs", True),
+        ("logprobs", 2.0),
+        ("seed", True),
+        ("seed", "7"),
+        ("stop", b"a"),
+        ("stop", {"a"}),
+        ("stop", [None]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", None),
+        ("stop_token_ids", [1.0]),
+        ("ignore_eos", "false"),
+        ("skip_special_tokens", 1),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
         ("temperature", "hot"),
-        ("top_k", -2), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")),
-        ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0), ("presence_penalty", 2.1),
-        ("frequency_penalty", -2.1), ("max_tokens", 0), ("max_tokens", True), ("max_tokens", None),
-        ("min_tokens", -1), ("min_tokens", 101), ("logprobs", -1), ("logprobs", 10**6),
-        ("seed", 1.5), ("stop", ""), ("stop", ["a", ""]), ("stop", 5), ("stop", [1]),
-        ("stop_token_ids", [-1]), ("stop_token_ids", ["x"]), ("stop_token_ids", 3),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("max_tokens", 0),
+        ("max_tokens", True),
+        ("max_tokens", None),
+        ("min_tokens", -1),
+        ("min_tokens", 101),
+        ("logprobs", -1),
+        ("logprobs", 10**6),
+        ("seed", 1.5),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", 5),
+        ("stop", [1]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["x"]),
+        ("stop_token_ids", 3),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(SamplingParamsError, match=re.escape(f"{name} is {value!r}; it must be ")):
         SamplingParams(**({"max_tokens": 100} | {name: value}))
@@ -254,12 +309,26 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("temperature", 0), ("temperature", 5), ("top_k", -1), ("top_p", 1), ("min_p", 1),
-        ("presence_penalty", -2), ("frequency_penalty", 2.0), ("repetition_penalty", 0.01),
-        ("min_tokens", 100), ("logprobs", 0), ("logprobs", 20), ("seed", -5), ("seed", 2**70),
-        ("stop", "a"), ("stop", ["a", "b"]), ("stop", ("a",)), ("stop", []),
-        ("stop_token_ids", [0]), ("stop_token_ids", ()),
+        ("temperature", 0),
+        ("temperature", 5),
+        ("top_k", -1),
+        ("top_p", 1),
+        ("min_p", 1),
+        ("presence_penalty", -2),
+        ("frequency_penalty", 2.0),
+        ("repetition_penalty", 0.01),
+        ("min_tokens", 100),
+        ("logprobs", 0),
+        ("logprobs", 20),
+        ("seed", -5),
+        ("seed", 2**70),
+        ("stop", "a"),
+        ("stop", ["a", "b"]),
+        ("stop", ("a",)),
+        ("stop", []),
+        ("stop_token_ids", [0]),
+        ("stop_token_ids", ()),
     ],
-)  # fmt: skip
+)
 def test_values_at_the_edge_of_their_range_are_taken(name, value):
     assert getattr(SamplingParams(**({"max_tokens": 100} | {name: value})), name) == value

@@ -7,9 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.counting_cache import CountingCache, request
+from hypothesis import given, settings, strategies as st
 
 import spectral_paged.scheduler as scheduler_package
 from spectral_paged.scheduler import (
@@ -19,6 +17,7 @@ from spectral_paged.scheduler import (
     Scheduler,
     SchedulerConfig,
 )
+from support.counting_cache import CountingCache, request
 
 
 def scheduler(cache, requests, **budgets):
@@ -259,14 +258,24 @@ def test_the_budget_of_one_that_gives_way_goes_to_others(caplog):
     ) in caplog.messages
     told = vars(caplog.records[-1])
     want = {
-        "event": "preemption", "request_id": "new", "reason": "an older request needs its slots",
-        "num_dropped_tokens": 8, "num_running": 2, "num_waiting": 1, "num_preemptions": 1,
-    }  # fmt: skip
+        "event": "preemption",
+        "request_id": "new",
+        "reason": "an older request needs its slots",
+        "num_dropped_tokens": 8,
+        "num_running": 2,
+        "num_waiting": 1,
+        "num_preemptions": 1,
+    }
     assert {name: told[name] for name in want} == want
     assert s.stats() == {
-        "running": 2, "waiting": 1, "preemptions": 1, "preemptions_older": 1,
-        "preemptions_own_tokens": 0, "recomputed_tokens": 0, "token_budget": 24,
-    }  # fmt: skip
+        "running": 2,
+        "waiting": 1,
+        "preemptions": 1,
+        "preemptions_older": 1,
+        "preemptions_own_tokens": 0,
+        "recomputed_tokens": 0,
+        "token_budget": 24,
+    }
     assert cache.resumed == {"old": False, "mid": False, "new": False}
 
 

@@ -8,9 +8,8 @@ import socket
 import threading
 import time
 
-from support.served import LONG, VALUES, served_llm, serving, wait_until
-
 from spectral_paged.server.parsing import prepare
+from support.served import LONG, VALUES, served_llm, serving, wait_until
 
 
 def test_a_forgotten_body_is_given_up():

@@ -18,12 +18,12 @@ import urllib.request
 
 import openai
 import pytest
-from support.served import LONG, VALUES, flaky, served_llm, serving, wait_until
 
 from spectral_paged import SamplingParams
 from spectral_paged.errors import PoolError
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.engine_thread import MAX_FAILED_STEPS, EngineThread
+from support.served import LONG, VALUES, flaky, served_llm, serving, wait_until
 
 
 def test_random_aborts_under_load_leave_the_pool_whole():
@@ -32,10 +32,15 @@ def test_random_aborts_under_load_leave_the_pool_whole():
     chance = random.Random(7)
     prompts = [f"{i} {LONG[: chance.choice([3, 80, 700])]}" for i in range(64)]
     plans = [
-        (prompt, chance.choice(["stream", "whole", "chat"]), chance.random() < 0.35,
-         chance.randint(1, 40), chance.choice([1, 1, 2]))
+        (
+            prompt,
+            chance.choice(["stream", "whole", "chat"]),
+            chance.random() < 0.35,
+            chance.randint(1, 40),
+            chance.choice([1, 1, 2]),
+        )
         for prompt in prompts
-    ]  # fmt: skip
+    ]
 
     async def one(client, prompt, kind, leaves, num_tokens, n):
         values = VALUES | {"max_tokens": num_tokens, "n": n}
@@ -337,14 +342,24 @@ def test_who_takes_nothing_of_a_stream_gives_its_seats_back():
 @pytest.mark.model
 def test_the_command_serves_a_real_model_until_it_is_told_to_stop(tmp_path):
     command = [
-        sys.executable, "-m", "spectral_paged.cli", "serve", "smollm2-135m", "--port", "0",
-        "--kv-cache-bytes", "64MiB", "--max-model-len", "2048", "--served-model-name", "small",
-        "--log-format", "json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "spectral_paged.cli",
+        "serve",
+        "smollm2-135m",
+        "--port",
+        "0",
+        "--kv-cache-bytes",
+        "64MiB",
+        "--max-model-len",
+        "2048",
+        "--served-model-name",
+        "small",
+        "--log-format",
+        "json",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "SPECTRAL_PAGED_API_KEY": "secret"}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
     try:
         line = next(line for line in process.stderr if line.startswith("serving small at "))
         with openai.OpenAI(base_url=line.split()[-1], api_key="secret") as client:

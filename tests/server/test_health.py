@@ -9,10 +9,10 @@ import urllib.request
 import openai
 import pytest
 import torch
-from support.served import VALUES, flaky, served_llm, serving, wait_until
 
 from spectral_paged import SamplingParams
 from spectral_paged.server.engine_thread import MAX_FAILED_STEPS, EngineThread
+from support.served import VALUES, flaky, served_llm, serving, wait_until
 
 
 def health(served):

@@ -12,10 +12,10 @@ import urllib.request
 
 import openai
 import pytest
-from support.served import served_llm, serving
 
 from spectral_paged.cli.commands import main
 from spectral_paged.errors import MissingPackageError
+from support.served import served_llm, serving
 
 USER = [{"role": "user", "content": "x"}]
 
@@ -71,10 +71,16 @@ TEXT = {
     "many prompts": ({"prompt": ["a"] * 7}, "prompt", "6 completions at once"),
     "many completions": ({"prompt": ["a"] * 2, "n": 4}, "prompt", "6 completions at once"),
     "stream": ({"stream": 1}, "stream", "true or false"),
-    "stream_options": ({"stream_options": {"include_usage": True}}, "stream_options",
-                       "needs stream"),
-    "a stream option": ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
-                        "stream_options", "not supported"),
+    "stream_options": (
+        {"stream_options": {"include_usage": True}},
+        "stream_options",
+        "needs stream",
+    ),
+    "a stream option": (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options",
+        "not supported",
+    ),
     "cache_salt": ({"cache_salt": 4}, "cache_salt", "must be a string"),
     "a long cache_salt": ({"cache_salt": "a" * 257}, "cache_salt", "256 characters"),
     "best_of": ({"best_of": 3}, "best_of", "not supported"),
@@ -83,32 +89,58 @@ TEXT = {
     "a typo": ({"temprature": 1}, "temprature", "not supported"),
     "a typo of zero": ({"temprature": 0}, "temprature", "not supported"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs"),
-}  # fmt: skip
+}
 CHAT = {
     "no messages": ({"messages": None}, "messages", "must be a list"),
     "no message": ({"messages": []}, "messages", "must be a list"),
     "a message that is text": ({"messages": ["x"]}, "messages.0", "must be an object"),
     "a role": ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "one of"),
-    "a tool's answer": ({"messages": [*USER, {"role": "tool", "content": "x"}]},
-                        "messages.1.role", "one of"),
+    "a tool's answer": (
+        {"messages": [*USER, {"role": "tool", "content": "x"}]},
+        "messages.1.role",
+        "one of",
+    ),
     "no content": ({"messages": [{"role": "user"}]}, "messages.0.content", "text parts"),
-    "an image": ({"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
-        "messages.0.content.0.type", "read text only"),
-    "a tool call": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-                    "messages.0.tool_calls", "not supported"),
-    "what the template refuses": ({"messages": [{"role": "assistant", "content": "x"}]},
-                                  "messages", "begins with the user"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
-              "not supported"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "response_format",
-                        "not supported"),
+    "an image": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+                    ],
+                }
+            ]
+        },
+        "messages.0.content.0.type",
+        "read text only",
+    ),
+    "a tool call": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+        "messages.0.tool_calls",
+        "not supported",
+    ),
+    "what the template refuses": (
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        "messages",
+        "begins with the user",
+    ),
+    "tools": (
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "tools",
+        "not supported",
+    ),
+    "response_format": (
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        "not supported",
+    ),
     "audio": ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     "reasoning_effort": ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     "logprobs of another kind": ({"logprobs": 2}, "logprobs", "true or false"),
     "min_tokens above the room": ({"min_tokens": 2047}, "min_tokens", "between 0 and max_tokens"),
-}  # fmt: skip
+}
 
 
 def cases():
@@ -133,12 +165,19 @@ def test_a_bad_field_is_named(served, url, body, param, message):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"suffix": None, "logit_bias": {}, "best_of": None, "stream": False, "user": "u",
-         "metadata": {"a": "b"}, "store": False},
+        {
+            "suffix": None,
+            "logit_bias": {},
+            "best_of": None,
+            "stream": False,
+            "user": "u",
+            "metadata": {"a": "b"},
+            "store": False,
+        },
         {"stream_options": None, "stop": None, "seed": None, "model": None},
     ],
     ids=["that describe or ask for nothing", "that are null"],
-)  # fmt: skip
+)
 def test_fields_are_let_pass(served, fields):
     status, answer, _ = post(served.url + "/v1/completions", {"prompt": "x"} | fields)
     assert status == 200 and answer["choices"][0]["finish_reason"] == "length"
@@ -156,9 +195,17 @@ def test_fields_are_let_pass(served, fields):
         (b'{"prompt": "x", "\xed\xa0\x80": 1}', "not JSON"),
         ('{"prompt": "x", "\\ud800": 1}'.encode("utf-16"), "not JSON"),
     ],
-    ids=["nothing", "torn", "bytes", "deep", "a list", "half a surrogate pair",
-         "that half as bytes", "another encoding"],
-)  # fmt: skip
+    ids=[
+        "nothing",
+        "torn",
+        "bytes",
+        "deep",
+        "a list",
+        "half a surrogate pair",
+        "that half as bytes",
+        "another encoding",
+    ],
+)
 def test_a_body_that_is_no_object_is_refused(served, raw, message):
     status, answer, _ = post(served.url + "/v1/completions", raw)
     assert status == 400 and message in answer["error"]["message"]

@@ -9,11 +9,11 @@ import urllib.request
 
 import openai
 import pytest
-from support.served import LETTERS, served_llm, serving
 
 from spectral_paged import SamplingParams
 from spectral_paged.metrics.prometheus import parse
 from spectral_paged.server.event_stream import _event
+from support.served import LETTERS, served_llm, serving
 
 LONG = "".join(LETTERS[(i * 37) % 90] for i in range(700))
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -96,8 +96,10 @@ def test_a_conversation_without_a_limit_fits_a_small_pool():
         (
             [
                 {"role": "developer", "content": "Be brief"},
-                {"role": "user", "content": [{"type": "text", "text": "a"},
-                                             {"type": "text", "text": "b"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                },
                 {"role": "assistant", "content": "c", "refusal": None},
                 {"role": "user", "content": "d"},
             ],
@@ -105,7 +107,7 @@ def test_a_conversation_without_a_limit_fits_a_small_pool():
         ),
     ],
     ids=["one", "several"],
-)  # fmt: skip
+)
 def test_a_conversation_goes_through_the_template(client, reference, messages, prompt):
     """The tokenizer here has no line end, so parts that are joined by one stand together."""
     answer = client.chat.completions.create(
@@ -138,18 +140,26 @@ EXTRAS = [
     {"top_k": 3, "seed": 3, "temperature": 1.0},
     {"min_p": 0.2, "seed": 4, "temperature": 1.0},
     {"repetition_penalty": 1.4},
-    {"stop_token_ids": [40, 41, 42, 43, 44, 45, 46], "max_tokens": 60, "min_tokens": 5,
-     "temperature": 1.0, "seed": 9},
+    {
+        "stop_token_ids": [40, 41, 42, 43, 44, 45, 46],
+        "max_tokens": 60,
+        "min_tokens": 5,
+        "temperature": 1.0,
+        "seed": 9,
+    },
     {"ignore_eos": True, "skip_special_tokens": False},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("values", VALUES + EXTRAS, ids=lambda v: "+".join(v))
 def test_sampling_values_mean_what_they_mean_in_a_program(client, reference, values):
     want = own(reference, "The sea", **values)
     body = dict(values)
-    extra = {k: body.pop(k) for k in list(body) if any(k in e for e in EXTRAS) and k not in GREEDY
-             and k != "seed"}  # fmt: skip
+    extra = {
+        k: body.pop(k)
+        for k in list(body)
+        if any(k in e for e in EXTRAS) and k not in GREEDY and k != "seed"
+    }
     answer = client.completions.create(prompt="The sea", extra_body=extra, **(GREEDY | body))
     assert [c.text for c in answer.choices] == [c.text for c in want.outputs]
     assert [c.finish_reason for c in answer.choices] == [c.finish_reason for c in want.outputs]
@@ -182,8 +192,14 @@ def test_logprobs_have_openais_shape(client, reference):
 
 @pytest.mark.parametrize("top, temperature", [(None, 0.0), (0, 0.0), (2, 0.0), (3, 9.0)])
 def test_chat_logprobs_list_as_many_top_tokens_as_were_asked_for(client, top, temperature):
-    values = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 8,
-              "logprobs": True, "temperature": temperature, "seed": 1}  # fmt: skip
+    values = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 8,
+        "logprobs": True,
+        "temperature": temperature,
+        "seed": 1,
+    }
     values |= {} if top is None else {"top_logprobs": top}
     content = client.chat.completions.create(**values).choices[0].logprobs.content
     assert len(content) == 8
@@ -194,8 +210,9 @@ def test_chat_logprobs_list_as_many_top_tokens_as_were_asked_for(client, top, te
         assert all(entry.logprob <= best + 1e-6 for best in ordered[:1])
     assert top != 3 or any(e.logprob < e.top_logprobs[-1].logprob for e in content)
     with client.chat.completions.create(stream=True, **values) as stream:
-        streamed = [e for c in stream if c.choices[0].logprobs
-                    for e in c.choices[0].logprobs.content]  # fmt: skip
+        streamed = [
+            e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content
+        ]
     assert [e.token for e in streamed] == [e.token for e in content]
 
 
@@ -228,8 +245,13 @@ def test_an_event_is_one_line_however_its_reader_splits_lines():
 
 
 def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(client):
-    values = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 8,
-              "temperature": 0, "n": 2}  # fmt: skip
+    values = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "n": 2,
+    }
     whole = client.chat.completions.create(**values)
     with client.chat.completions.create(stream=True, **values) as stream:
         chunks = list(stream)

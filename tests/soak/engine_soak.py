@@ -7,10 +7,9 @@ import random
 import time
 from collections import Counter
 
+from spectral_paged import SamplingParams
 from support.checked_engine import CheckedEngine
 from support.digit_model import VOCAB, formats
-
-from spectral_paged import SamplingParams
 
 SECONDS_PER_ENGINE = 15  # before one of another format and size takes over
 SMALLEST = {"exact": 340_000}

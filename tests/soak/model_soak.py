@@ -8,13 +8,13 @@ import time
 
 import psutil
 import torch
-from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.conformance.inputs import random_calibration
 from spectral_paged.errors import PoolError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
+from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 POOL_BYTES = {"exact": 2_600_000}  # small enough that requests are preempted
 LEAK_BYTES = {"cpu": 48 << 20, "cuda": 8 << 20}  # the RSS of a process is noisy
@@ -31,9 +31,14 @@ def soak_model(seconds, seed, device, format):
     model, pages = tiny_model().to(device), tiny_format(format)
     loaded = LoadedModel("tiny", model, None, ModelGeometry.from_config(model.config))
     llm = LLM.from_model(
-        model, kv_format=pages, max_num_seqs=12, kv_cache_bytes=POOL_BYTES.get(format, 1_000_000),
-        max_num_batched_tokens=1024, calibration=random_calibration(pages, loaded), poison=True,
-    )  # fmt: skip
+        model,
+        kv_format=pages,
+        max_num_seqs=12,
+        kv_cache_bytes=POOL_BYTES.get(format, 1_000_000),
+        max_num_batched_tokens=1024,
+        calibration=random_calibration(pages, loaded),
+        poison=True,
+    )
     llm.engine.async_scheduling = True  # on the CPU too
     llm.warm_up()
     soak = _Soak(llm, rng)
@@ -54,12 +59,16 @@ def soak_model(seconds, seed, device, format):
     if leaked:
         soak.examples.append(f"memory grew by {growth:,} bytes after the warm-up")
     figures = {k: int(stats[k]) for k in ("preemptions", "prefix_hit_tokens", "pages_sealed")}
-    row = soak.row | figures | {
-        "memory growth, KiB": growth >> 10,
-        "leaks": int(leaked),
-        "backend": str(stats["backend"]),
-        "seconds": round(time.monotonic() - start),
-    }  # fmt: skip
+    row = (
+        soak.row
+        | figures
+        | {
+            "memory growth, KiB": growth >> 10,
+            "leaks": int(leaked),
+            "backend": str(stats["backend"]),
+            "seconds": round(time.monotonic() - start),
+        }
+    )
     return row, soak.examples[:10]
 
 
@@ -83,9 +92,21 @@ class _Soak:
     def __init__(self, llm, rng):
         self.llm, self.rng = llm, rng
         self.row = dict.fromkeys(
-            ("operations", "steps", "requests", "finished", "aborted", "lost", "failed", "wrong",
-             "compared", "differing", "integrity"), 0
-        )  # fmt: skip
+            (
+                "operations",
+                "steps",
+                "requests",
+                "finished",
+                "aborted",
+                "lost",
+                "failed",
+                "wrong",
+                "compared",
+                "differing",
+                "integrity",
+            ),
+            0,
+        )
         self.examples = []
         shared = [[rng.randrange(VOCAB) for _ in range(1300)] for _ in range(3)]
         self.prompts = [
@@ -103,10 +124,13 @@ class _Soak:
             number, name = rng.randrange(len(self.prompts)), f"r{self.row['requests']}"
             heat = rng.choice([0.0, 0.0, 1.0])
             params = SamplingParams(
-                n=rng.choice([1, 1, 1, 3]) if heat else 1, temperature=heat, ignore_eos=True,
-                seed=rng.choice([None, 1]), max_tokens=rng.choice([1, 20, 90, 90]),
+                n=rng.choice([1, 1, 1, 3]) if heat else 1,
+                temperature=heat,
+                ignore_eos=True,
+                seed=rng.choice([None, 1]),
+                max_tokens=rng.choice([1, 20, 90, 90]),
                 frequency_penalty=rng.choice([0.0] * 9 + [0.5]) if heat else 0.0,
-            )  # fmt: skip
+            )
             engine.add_request(name, self.prompts[number], params)
             self.running[name] = None if heat else number
             self.row["requests"] += 1

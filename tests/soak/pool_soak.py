@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 import time
 
-from support.checked_pool import CheckedPool
-
 from spectral_paged.errors import PoolError
 from spectral_paged.pool.slot_pool import Kind
+from support.checked_pool import CheckedPool
 
 PER_POOL = 20_000  # operations before a pool of another shape takes over
 

@@ -21,8 +21,13 @@ def fmt(name="spectral-int8", segment=512, **kw):
 def make(format=None, **kw):
     kw = {"kv_cache_bytes": 12 << 20, "max_num_seqs": 8, "max_model_len": 4000, "poison": True} | kw
     return SpectralKVCache(
-        num_layers=LAYERS, num_q_heads=HQ, num_kv_heads=H, head_dim=D, rope=ROPE,
-        format=format or fmt(), **kw,
+        num_layers=LAYERS,
+        num_q_heads=HQ,
+        num_kv_heads=H,
+        head_dim=D,
+        rope=ROPE,
+        format=format or fmt(),
+        **kw,
     )
 
 
@@ -68,10 +73,12 @@ def drive(cache, feeds, prompts, totals, token_ids=None, pins=None):
         cache.begin_step(plan)
         for layer in range(LAYERS):
             q, k, v = (
-                torch.cat([
-                    getattr(feeds[e.seq_id], x)[layer, e.start : e.start + e.num_new]
-                    for e in plan.entries
-                ])
+                torch.cat(
+                    [
+                        getattr(feeds[e.seq_id], x)[layer, e.start : e.start + e.num_new]
+                        for e in plan.entries
+                    ]
+                )
                 for x in "qkv"
             )
             out = cache.attend(layer, q, k, v)

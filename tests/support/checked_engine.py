@@ -77,15 +77,11 @@ class CheckedEngine:
         """False where the engine says that it can never fit."""
         pins = tuple((a, min(b, len(prompt))) for a, b in pins if a < len(prompt))
         try:
-            self.engine.add_request(
-                request_id, prompt, params, cache_salt=salt, pinned_spans=pins
-            )
+            self.engine.add_request(request_id, prompt, params, cache_salt=salt, pinned_spans=pins)
         except CapacityError:
             self.count["refused"] += 1
             return False
-        self.runner.scripts |= scripts_of(
-            self.cache.format, request_id, prompt, params, salt, pins
-        )
+        self.runner.scripts |= scripts_of(self.cache.format, request_id, prompt, params, salt, pins)
         self.running[request_id] = params.n
         self.count["requests"] += 1
         self.count["forks"] += params.n - 1

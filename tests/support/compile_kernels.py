@@ -21,35 +21,19 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from spectral_paged.kernels.decode import (
     gpu as decode_attention_gpu,
-)
-from spectral_paged.kernels.decode import (
     pages_gpu as spectral_decode_gpu,
 )
 from spectral_paged.kernels.decode.gluon import (
     apply as page_basis_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     attend as spectral_decode_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     project as query_projection_gluon,
-)
-from spectral_paged.kernels.decode.gluon import (
     project_shared as shared_projection_gluon,
 )
 from spectral_paged.kernels.decode.triton import (
     apply as page_basis_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     attend as spectral_decode_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     exact as exact_decode_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     finish as decode_finish_triton,
-)
-from spectral_paged.kernels.decode.triton import (
     project as query_projection_triton,
 )
 from spectral_paged.kernels.exact import triton as exact_append_triton
@@ -57,8 +41,6 @@ from spectral_paged.kernels.launch import configs as launch_configs
 from spectral_paged.kernels.rebuild import triton as spectral_rebuild_triton
 from spectral_paged.kernels.seal.triton import (
     eigenvectors as eigenvectors_triton,
-)
-from spectral_paged.kernels.seal.triton import (
     seal as seal_triton,
 )
 from spectral_paged.pages import PRESETS, PageFormat
@@ -66,17 +48,32 @@ from support.kernel_cases import SealCase, exact_case
 from support.page_parts import toy_basis
 
 PORTABLE = (
-    decode_finish_triton, eigenvectors_triton, exact_append_triton, exact_decode_triton,
-    page_basis_triton, query_projection_triton, seal_triton,
-    spectral_decode_triton, spectral_rebuild_triton,
-)  # fmt: skip
+    decode_finish_triton,
+    eigenvectors_triton,
+    exact_append_triton,
+    exact_decode_triton,
+    page_basis_triton,
+    query_projection_triton,
+    seal_triton,
+    spectral_decode_triton,
+    spectral_rebuild_triton,
+)
 EXPLICIT = (
-    page_basis_gluon, query_projection_gluon, shared_projection_gluon, spectral_decode_gluon,
-)  # fmt: skip
+    page_basis_gluon,
+    query_projection_gluon,
+    shared_projection_gluon,
+    spectral_decode_gluon,
+)
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-    torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -123,8 +120,12 @@ class Compiled:
         built = triton.compile(
             source,
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg,
-                     "launch_pdl": launch_pdl},
+            options={
+                "num_warps": num_warps,
+                "num_stages": num_stages,
+                "maxnreg": maxnreg,
+                "launch_pdl": launch_pdl,
+            },
         )
         found = {
             "kernel": f"{self.kernel.__module__.partition('kernels.')[2]}.{self.kernel.__name__}",
@@ -154,9 +155,12 @@ def launch_pages(format, group, **scores):
     half = format.head_dim // 2
     plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
     common = {
-        "layout": format.layout, "first_position": 64, "cos": torch.ones(600, half),
-        "sin": torch.zeros(600, half), **rows,
-    }  # fmt: skip
+        "layout": format.layout,
+        "first_position": 64,
+        "cos": torch.ones(600, half),
+        "sin": torch.zeros(600, half),
+        **rows,
+    }
     q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=torch.bfloat16)
     spectral_decode_gpu.spectral_decode(
         q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
@@ -164,10 +168,18 @@ def launch_pages(format, group, **scores):
     if format.name == "spectral-quality" and group == 4 and not scores:
         config = launch_configs.decode_config(format.layout, q.device)
         decode_attention_gpu.decode_attention(
-            q, plane, table, torch.zeros(1).int(), table, torch.ones(1).int(),
-            num_kv_heads=format.num_kv_heads, scale=0.1, dtype=torch.bfloat16,
-            config=replace(config, second_stream=False), **common,
-        )  # fmt: skip
+            q,
+            plane,
+            table,
+            torch.zeros(1).int(),
+            table,
+            torch.ones(1).int(),
+            num_kv_heads=format.num_kv_heads,
+            scale=0.1,
+            dtype=torch.bfloat16,
+            config=replace(config, second_stream=False),
+            **common,
+        )
     if group == 4 and format.head_dim == 128:
         spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
 

@@ -12,7 +12,10 @@ class CountingCache:
 
     def __init__(self, num_slots, chunk=10**9, seal_every=10**9, seats=10**9):
         self.num_slots, self.chunk, self.seal_every, self.seats = (
-            num_slots, chunk, seal_every, seats,
+            num_slots,
+            chunk,
+            seal_every,
+            seats,
         )
         self.stored: dict[str, int] = {}
         self.reserved: dict[str, int] = {}
@@ -25,7 +28,13 @@ class CountingCache:
         return sum(-(-(self.stored[s] + self.reserved[s]) // BLOCK) for s in self.stored)
 
     def add_sequence(
-        self, seq_id, *, num_prompt_tokens, token_ids=None, cache_salt="", pinned_spans=(),
+        self,
+        seq_id,
+        *,
+        num_prompt_tokens,
+        token_ids=None,
+        cache_salt="",
+        pinned_spans=(),
         resumed=False,
     ):
         assert seq_id not in self.stored

@@ -20,40 +20,60 @@ from support.page_parts import toy_basis, toy_blocks
 from support.paths import DATA
 
 SHARED = {
-    "basis": "shared", "dim_weighting": "calibrated", "rope": "frame", "gain": True,
-    "outlier_slots": 4, "band_rotation": True,
-}  # fmt: skip
+    "basis": "shared",
+    "dim_weighting": "calibrated",
+    "rope": "frame",
+    "gain": True,
+    "outlier_slots": 4,
+    "band_rotation": True,
+}
 MANY_BANDS = {"k_bands": ((16, 8), (16, 4), (16, 3), (16, 2)), "v_bands": ((16, 4), (48, 3))}
 # head width, fields: what presets use and every feature beside it
 PAGES = {
     "quality-64": (64, {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED}),
     "quality-128": (128, {"k_bands": ((64, 4), (64, 2)), "v_bands": ((128, 3),), **SHARED}),
     "compact-128": (
-        128, {"k_bands": ((64, 4), (32, 2)), "v_bands": ((64, 3), (64, 2)), **SHARED},
+        128,
+        {"k_bands": ((64, 4), (32, 2)), "v_bands": ((64, 3), (64, 2)), **SHARED},
     ),
     "int8-128": (128, {"k_bands": ((32, 8),), "v_bands": ((64, 8),), "rope": "frame"}),
     "int8-two-bands": (
-        128, {"k_bands": ((32, 8),), "v_bands": ((64, 4), (64, 2)), "rope": "frame", "gain": True},
+        128,
+        {"k_bands": ((32, 8),), "v_bands": ((64, 4), (64, 2)), "rope": "frame", "gain": True},
     ),
     "int8-post-64": (64, {"k_bands": ((16, 8),), "v_bands": ((32, 8),), "rope": "post"}),
     "many-bands": (64, {**MANY_BANDS, "basis_bits": 4, "gain": True, "rope": "frame"}),
     "four-bits-128": (128, {"k_bands": ((64, 4),), "v_bands": ((64, 4), (64, 2)), **SHARED}),
     "no-mean-no-gain": (
-        64, {"k_bands": ((32, 4),), "v_bands": ((64, 2),), "basis": "shared", "mean": False,
-             "rope": "post"},
+        64,
+        {
+            "k_bands": ((32, 4),),
+            "v_bands": ((64, 2),),
+            "basis": "shared",
+            "mean": False,
+            "rope": "post",
+        },
     ),
     "slots-without-gain": (
-        64, {"k_bands": ((32, 4),), "v_bands": ((32, 3),), "outlier_slots": 3, "rope": "frame"},
+        64,
+        {"k_bands": ((32, 4),), "v_bands": ((32, 3),), "outlier_slots": 3, "rope": "frame"},
     ),
     "uniform-96": (
-        96, {"k_bands": ((48, 4), (16, 3)), "v_bands": ((96, 3),), "levels": "uniform",
-             "rope": "frame", "gain": True},
+        96,
+        {
+            "k_bands": ((48, 4), (16, 3)),
+            "v_bands": ((96, 3),),
+            "levels": "uniform",
+            "rope": "frame",
+            "gain": True,
+        },
     ),
     "no-slots": (
-        64, {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED, "outlier_slots": 0},
+        64,
+        {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED, "outlier_slots": 0},
     ),
     "wide-256": (256, {"k_bands": ((128, 4),), "v_bands": ((256, 2),), **SHARED}),
-}  # fmt: skip
+}
 
 
 def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmarks=64, scale=0.2):
@@ -89,9 +109,13 @@ def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmar
     rope = RotaryTable.from_theta(10000.0, dim, max_positions=4096, device=device)
     q = torch.randn(len(counts), heads * group, dim, generator=generator).to(device)
     return (q, plane, table.to(device), torch.tensor(counts, device=device)), {
-        "layout": format.layout, "first_position": landmarks, "cos": rope.cos, "sin": rope.sin,
-        "scale": scale, **rows,
-    }  # fmt: skip
+        "layout": format.layout,
+        "first_position": landmarks,
+        "cos": rope.cos,
+        "sin": rope.sin,
+        "scale": scale,
+        **rows,
+    }
 
 
 def captured_case(name, *, device="cpu"):
@@ -112,9 +136,13 @@ def captured_case(name, *, device="cpu"):
     table = torch.zeros(len(q), 1, dtype=torch.int32, device=device)
     counts = torch.ones(len(q), dtype=torch.int32, device=device)
     return (q.to(device), plane, table, counts), {
-        "layout": format.layout, "first_position": 64, "cos": rope.cos, "sin": rope.sin,
-        "scale": 128**-0.5, **rows,
-    }  # fmt: skip
+        "layout": format.layout,
+        "first_position": 64,
+        "cos": rope.cos,
+        "sin": rope.sin,
+        "scale": 128**-0.5,
+        **rows,
+    }
 
 
 def page_error(op, args, options, *, scores=None, **more):
@@ -248,9 +276,12 @@ class SealCase:
         self.exact, self.pages = exact.to(device), pages.int().to(device)
         self.rope = RotaryTable.from_theta(10000.0, dim, max_positions=4096, device=device)
         self.options = {
-            "layout": format.layout, "dtype": dtype, "cos": self.rope.cos, "sin": self.rope.sin,
+            "layout": format.layout,
+            "dtype": dtype,
+            "cos": self.rope.cos,
+            "sin": self.rope.sin,
             **self.basis.projections(range(2)),
-        }  # fmt: skip
+        }
 
     def seal(self, op, blocks=slice(None)):
         """Counts of NaN and Inf; the arena has the pages."""

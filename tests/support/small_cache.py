@@ -26,11 +26,18 @@ def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **
         ops = dataclasses.replace(page_ops(torch.device(device)), seal=op)
         monkeypatch.setattr(cache_module, "page_ops", lambda device: ops)
     return SpectralKVCache(
-        num_layers=2, num_q_heads=2, num_kv_heads=HEADS, head_dim=DIM, format=format,
-        rope=RotaryTable.from_theta(10000.0, DIM, max_positions=2048), kv_cache_bytes=4 << 20,
-        max_num_seqs=4, calibration=calibration or toy_basis(2, HEADS, DIM), device=device,
+        num_layers=2,
+        num_q_heads=2,
+        num_kv_heads=HEADS,
+        head_dim=DIM,
+        format=format,
+        rope=RotaryTable.from_theta(10000.0, DIM, max_positions=2048),
+        kv_cache_bytes=4 << 20,
+        max_num_seqs=4,
+        calibration=calibration or toy_basis(2, HEADS, DIM),
+        device=device,
         poison=True,
-    )  # fmt: skip
+    )
 
 
 def feed(cache, seq_ids, count, *, spoiled=""):

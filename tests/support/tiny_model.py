@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from spectral_paged import LLM, PageFormat
-from spectral_paged.conformance.small_llama import VOCAB_SIZE as VOCAB  # noqa: F401
-from spectral_paged.conformance.small_llama import random_prompts  # noqa: F401
-from spectral_paged.conformance.small_llama import small_llama as tiny_model
+from spectral_paged.conformance.small_llama import (
+    VOCAB_SIZE as VOCAB,  # noqa: F401
+    random_prompts,  # noqa: F401
+    small_llama as tiny_model,
+)
 
 
 def tiny_format(name="spectral-int8", **changes):

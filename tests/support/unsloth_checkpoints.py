@@ -25,11 +25,19 @@ def checkpoint(folder, family, **changes):
     from spectral_paged.integrations.unsloth.checkpoints import save_checkpoint
 
     fields = {
-        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 1,
-        "pad_token_id": 0, "dtype": "float32",
-    }  # fmt: skip
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    }
     config = AutoConfig.for_model(family, **(fields | FIELDS.get(family, {}) | changes))
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config)
@@ -89,9 +97,14 @@ def adapters(model):
     from unsloth import FastLanguageModel
 
     model = FastLanguageModel.get_peft_model(
-        model, r=4, lora_alpha=8, lora_dropout=0.0, bias="none", use_gradient_checkpointing=False,
+        model,
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        bias="none",
+        use_gradient_checkpointing=False,
         target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
-    )  # fmt: skip
+    )
     torch.manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

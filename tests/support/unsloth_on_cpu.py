@@ -51,9 +51,7 @@ def rope(q, k, cos, sin, position_ids=None):
     if position_ids is not None:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     half = q.shape[-1] // 2
-    return tuple(
-        x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin for x in (q, k)
-    )
+    return tuple(x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin for x in (q, k))
 
 
 def norm(layernorm, x, gemma=False, **_):

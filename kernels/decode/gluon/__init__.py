@@ -1,9 +1,3 @@
 """The parts of decode attention with explicit layouts, in Gluon."""
 
-__all__ = [
-    "apply",
-    "attend",
-    "operands",
-    "project",
-    "project_shared",
-]
+__all__ = ["apply", "attend", "operands", "project", "project_shared", "tiles"]

@@ -45,12 +45,30 @@ def _basis_operand(x, MMA: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
-    plane_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr,
-    vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,
-    HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr,
-    BASIS_AT: gl.constexpr, HEAD_BYTES: gl.constexpr, MEAN_AT: gl.constexpr, VALUES: gl.constexpr,
-    ROWS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
+    plane_ptr,
+    half_ptr,
+    table_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    first_entry_ptr,
+    item_end_ptr,
+    vectors_ptr,
+    sums_ptr,
+    out_ptr,
+    out_sums_ptr,
+    num_seqs,
+    table_width,
+    HEADS: gl.constexpr,
+    P: gl.constexpr,
+    DIM: gl.constexpr,
+    RANK: gl.constexpr,
+    BASIS_AT: gl.constexpr,
+    HEAD_BYTES: gl.constexpr,
+    MEAN_AT: gl.constexpr,
+    VALUES: gl.constexpr,
+    ROWS: gl.constexpr,
+    PDL: gl.constexpr,
+):
     after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     first_dim = gl.program_id(2) * 64
@@ -150,11 +168,30 @@ def apply_bases(
     registers = config.apply_registers if width <= 8 else None
     out = Partials.sized(plan.num_items, layout, width, dim, q.device)
     _apply_kernel[(plan.num_items, heads, dim // 64)](
-        plane, plane.view(torch.float16), table, plan.item_seq, plan.item_start,
-        plan.first_entry, plan.item_end, partials.vectors, partials.sums, out.vectors, out.sums,
-        q.shape[0], table.stride(0),
-        HEADS=heads, P=width, DIM=dim, RANK=side.rank, BASIS_AT=side.bands[0].basis_offset,
-        HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
-        ROWS=max(16, 2 * width), num_warps=1, maxnreg=registers, **dependent_launch(q.device),
-    )  # fmt: skip
+        plane,
+        plane.view(torch.float16),
+        table,
+        plan.item_seq,
+        plan.item_start,
+        plan.first_entry,
+        plan.item_end,
+        partials.vectors,
+        partials.sums,
+        out.vectors,
+        out.sums,
+        q.shape[0],
+        table.stride(0),
+        HEADS=heads,
+        P=width,
+        DIM=dim,
+        RANK=side.rank,
+        BASIS_AT=side.bands[0].basis_offset,
+        HEAD_BYTES=layout.head_bytes,
+        MEAN_AT=side.mean_offset,
+        VALUES=adds_values(layout),
+        ROWS=max(16, 2 * width),
+        num_warps=1,
+        maxnreg=registers,
+        **dependent_launch(q.device),
+    )
     return out

@@ -28,14 +28,15 @@ from spectral_paged.kernels.decode.gluon.operands import (
     digit_steps,
     level_words,
     levels,
-    load_digits,
-    load_half_words,
-    load_words,
     merged,
     mma,
     score_layout,
     weight_layout,
     weight_steps,
+)
+from spectral_paged.kernels.decode.gluon.tiles import (
+    load_tile,
+    store,
 )
 from spectral_paged.kernels.decode.parts import (
     MAX_GROUP,
@@ -55,121 +56,58 @@ WARPS = 4
 # ---- one tile ----------------------------------------------------------------------------
 
 
-@gluon.jit
-def _v_band(
-    record, tile, COUNT: gl.constexpr, BITS: gl.constexpr, AT: gl.constexpr, HIGH: gl.constexpr
-):
-    """Words of one band of V and, for 3 bits, the words of its third bits."""
-    PLANE: gl.constexpr = 2 if BITS == 3 else BITS
-    words = load_words(record + AT // 4 + tile * (COUNT * 4 * PLANE), COUNT, 4 * PLANE)
-    if BITS == 3:  # noqa: SIM108 (decided while compiling)
-        high = load_words(record + HIGH // 4 + tile * (COUNT * 4), COUNT, 4)
-    else:
-        high = words
-    return words, high
-
-
-@gluon.jit
-def _k_band(record, short, tile, BAND: gl.constexpr):
-    """Words of one band of K; `record` counts int32, `short` int16."""
-    COUNT: gl.constexpr = BAND[1]
-    BITS: gl.constexpr = BAND[2]
-    if COUNT * BITS == 64:
-        words = load_half_words(short + BAND[3] // 2 + tile * 512, 128)
-    else:
-        at = record + BAND[3] // 4 + tile * (COUNT * BITS * 4)
-        words = load_words(at, 128, COUNT * BITS // 32)
-    return words
-
-
-@gluon.jit
-def _load_tile(
-    plane_ptr, bytes_ptr, short_ptr, digits_ptr, affine_ptr, position, slot, tile, head,
-    P: gl.constexpr, K_RANK: gl.constexpr, HEAD_BYTES: gl.constexpr, K_GAIN: gl.constexpr,
-    V_GAIN: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
-):  # fmt: skip
-    """Everything that one tile reads, in registers."""
-    unit = gl.maximum(position, 0).to(gl.int64)
-    record = plane_ptr + (unit * 32 + head * (HEAD_BYTES // 4))
-    short = short_ptr + (unit * 64 + head * (HEAD_BYTES // 2))
-    ka = _k_band(record, short, tile, KA)
-    digits = digits_ptr + (slot * 4 + tile) * (2 * P * K_RANK // 4)
-    da = load_digits(digits + KA[0] // 4, 2 * P, K_RANK, KA[1])
-    if KB[1] > 0:
-        kb = _k_band(record, short, tile, KB)
-        db = load_digits(digits + KB[0] // 4, 2 * P, K_RANK, KB[1])
-    else:
-        kb, db = ka, da
-    va, va_high = _v_band(record, tile, VA[1], VA[2], VA[3], VA[4])
-    if VB[1] > 0:
-        vb, vb_high = _v_band(record, tile, VB[1], VB[2], VB[3], VB[4])
-    else:
-        vb, vb_high = va, va_high
-    LAYOUT: gl.constexpr = score_layout(128, P)
-    token = gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT)) + tile * 128
-    group = gl.arange(0, P, layout=gl.SliceLayout(0, LAYOUT))
-    own = bytes_ptr + (unit * 128 + head * HEAD_BYTES)
-    if K_GAIN >= 0:
-        k_gain = gl.load(own + K_GAIN + token)
-        v_gain = gl.load(own + V_GAIN + token)
-    else:
-        k_gain = gl.full([128], 128, gl.uint8, layout=gl.SliceLayout(1, LAYOUT))
-        v_gain = k_gain
-    affine = affine_ptr + (slot * 4 + tile) * (2 * P) + group
-    return (
-        ka,
-        kb,
-        da,
-        db,
-        va,
-        va_high,
-        vb,
-        vb_high,
-        k_gain,
-        v_gain,
-        gl.load(affine),
-        gl.load(affine + P),
-    )
-
-
-@gluon.jit
-def _store(
-    part, ranks_a, ranks_b, values, top, total, vectors_ptr, sums_ptr,
-    P: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
-    VALUES: gl.constexpr,
-):  # fmt: skip
-    """What one part gave; see `Partials`."""
-    SIZE: gl.constexpr = RANK + DIM if VALUES else RANK
-    _store_vectors(vectors_ptr + part * P * SIZE + VA[0], ranks_a, SIZE)
-    if VB[1] > 0:
-        _store_vectors(vectors_ptr + part * P * SIZE + VB[0], ranks_b, SIZE)
-    if VALUES:
-        _store_vectors(vectors_ptr + part * P * SIZE + RANK, values, SIZE)
-    group = gl.arange(0, P, layout=top.type.layout)
-    gl.store(sums_ptr + part * 2 * P + group, top)
-    gl.store(sums_ptr + (part * 2 + 1) * P + group, total)
-
-
-@gluon.jit
-def _store_vectors(to, x, SIZE: gl.constexpr):
-    """`[n, P]` to n consecutive places of P rows of `SIZE`."""
-    place = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
-    group = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
-    gl.store(to + group[None, :] * SIZE + place[:, None], x)
-
-
 @gluon.jit(do_not_specialize=["num_seqs"])
 def _attend_kernel(
-    plane_ptr, bytes_ptr, short_ptr, bf16_ptr, half_ptr, table_ptr, item_seq_ptr, item_start_ptr,
-    first_entry_ptr, item_end_ptr, digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr,
-    sums_ptr, num_seqs, table_width, first_position, cap, t0, t1, t2, t3, t4, t5, t6,
-    HEADS: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr, K_RANK: gl.constexpr,
-    V_RANK: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, VA: gl.constexpr, VB: gl.constexpr,
-    HEAD_BYTES: gl.constexpr, K_GAIN: gl.constexpr, V_GAIN: gl.constexpr, V_SCALE: gl.constexpr,
-    V_MEAN: gl.constexpr, V_SLOT: gl.constexpr, SLOTS: gl.constexpr, PER_PAGE: gl.constexpr,
-    VALUES: gl.constexpr, INDEX_AT: gl.constexpr, CAPPED: gl.constexpr, WINDOW: gl.constexpr,
+    plane_ptr,
+    bytes_ptr,
+    short_ptr,
+    bf16_ptr,
+    half_ptr,
+    table_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    first_entry_ptr,
+    item_end_ptr,
+    digits_ptr,
+    affine_ptr,
+    slots_ptr,
+    visible_ptr,
+    vectors_ptr,
+    sums_ptr,
+    num_seqs,
+    table_width,
+    first_position,
+    cap,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    HEADS: gl.constexpr,
+    P: gl.constexpr,
+    DIM: gl.constexpr,
+    K_RANK: gl.constexpr,
+    V_RANK: gl.constexpr,
+    KA: gl.constexpr,
+    KB: gl.constexpr,
+    VA: gl.constexpr,
+    VB: gl.constexpr,
+    HEAD_BYTES: gl.constexpr,
+    K_GAIN: gl.constexpr,
+    V_GAIN: gl.constexpr,
+    V_SCALE: gl.constexpr,
+    V_MEAN: gl.constexpr,
+    V_SLOT: gl.constexpr,
+    SLOTS: gl.constexpr,
+    PER_PAGE: gl.constexpr,
+    VALUES: gl.constexpr,
+    INDEX_AT: gl.constexpr,
+    CAPPED: gl.constexpr,
+    WINDOW: gl.constexpr,
     PDL: gl.constexpr,
-):  # fmt: skip
+):
     """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
@@ -209,10 +147,26 @@ def _attend_kernel(
         position = gl.load(row + start)
         following = gl.load(row + gl.minimum(start + 1, end - 1))
         slot = (first_entry + start).to(gl.int64) * HEADS + head
-        ahead = _load_tile(
-            plane_ptr, bytes_ptr, short_ptr, digits_ptr, affine_ptr, position, slot, 0, head,
-            P, K_RANK, HEAD_BYTES, K_GAIN, V_GAIN, KA, KB, VA, VB,
-        )  # fmt: skip
+        ahead = load_tile(
+            plane_ptr,
+            bytes_ptr,
+            short_ptr,
+            digits_ptr,
+            affine_ptr,
+            position,
+            slot,
+            0,
+            head,
+            P,
+            K_RANK,
+            HEAD_BYTES,
+            K_GAIN,
+            V_GAIN,
+            KA,
+            KB,
+            VA,
+            VB,
+        )
         for step in range((end - start) * 4):
             ka, kb, da, db, va, va_high, vb, vb_high, k_gain, v_gain, unit, offset = ahead
             tile = step % 4
@@ -223,11 +177,26 @@ def _attend_kernel(
             next_entry = gl.minimum(start + (step + 1) // 4, end - 1)
             position = gl.where(tile == 3, following, position)
             following = gl.load(row + gl.minimum(next_entry + 1, end - 1))
-            ahead = _load_tile(
-                plane_ptr, bytes_ptr, short_ptr, digits_ptr, affine_ptr, position,
-                (first_entry + next_entry).to(gl.int64) * HEADS + head, (step + 1) % 4, head,
-                P, K_RANK, HEAD_BYTES, K_GAIN, V_GAIN, KA, KB, VA, VB,
-            )  # fmt: skip
+            ahead = load_tile(
+                plane_ptr,
+                bytes_ptr,
+                short_ptr,
+                digits_ptr,
+                affine_ptr,
+                position,
+                (first_entry + next_entry).to(gl.int64) * HEADS + head,
+                (step + 1) % 4,
+                head,
+                P,
+                K_RANK,
+                HEAD_BYTES,
+                K_GAIN,
+                V_GAIN,
+                KA,
+                KB,
+                VA,
+                VB,
+            )
 
             acc = gl.zeros([128, 2 * P], gl.int32, layout=MMA)
             first = levels(ka, ka, tables, 128, KA[2], MMA)
@@ -334,20 +303,44 @@ def _attend_kernel(
                         value[:, None] * gl.convert_layout(weight, gl.SliceLayout(0, D))[None, :]
                     )
                 if PER_PAGE:
-                    _store(
-                        slot, ranks_a, ranks_b, values, top, total, vectors_ptr, sums_ptr,
-                        P, DIM, V_RANK, VA, VB, VALUES,
-                    )  # fmt: skip
+                    store(
+                        slot,
+                        ranks_a,
+                        ranks_b,
+                        values,
+                        top,
+                        total,
+                        vectors_ptr,
+                        sums_ptr,
+                        P,
+                        DIM,
+                        V_RANK,
+                        VA,
+                        VB,
+                        VALUES,
+                    )
                     top = gl.full([P], float("-inf"), gl.float32, layout=gl.SliceLayout(0, S))
                     total = gl.zeros([P], gl.float32, layout=gl.SliceLayout(0, S))
                     ranks_a = gl.zeros([NA, P], gl.float32, layout=A)
                     ranks_b = gl.zeros([NB, P], gl.float32, layout=B)
                     values = gl.zeros([DIM, P], gl.float32, layout=D)
         if not PER_PAGE:
-            _store(
-                item.to(gl.int64) * HEADS + head, ranks_a, ranks_b, values, top, total,
-                vectors_ptr, sums_ptr, P, DIM, V_RANK, VA, VB, VALUES,
-            )  # fmt: skip
+            store(
+                item.to(gl.int64) * HEADS + head,
+                ranks_a,
+                ranks_b,
+                values,
+                top,
+                total,
+                vectors_ptr,
+                sums_ptr,
+                P,
+                DIM,
+                V_RANK,
+                VA,
+                VB,
+                VALUES,
+            )
 
 
 # ---- the op ------------------------------------------------------------------------------
@@ -389,17 +382,50 @@ def attend_pages(
     partials = Partials.empty(plan, layout, width, q.device)
     bands = [*band_tuples(k), NO_BAND][:2] + [*band_tuples(v), NO_BAND][:2]
     _attend_kernel[(plan.num_items, heads)](
-        plane.view(torch.int32), plane, plane.view(torch.int16), plane.view(torch.bfloat16),
-        plane.view(torch.float16), table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.item_end, projected.digits.view(torch.int32), projected.affine,
-        projected.slots, options.visible(plan.item_seq), partials.vectors, partials.sums,
-        q.shape[0], table.stride(0), options.first_position, options.cap, *level_words(),
-        HEADS=heads, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
-        KA=bands[0], KB=bands[1], VA=bands[2], VB=bands[3], HEAD_BYTES=layout.head_bytes,
-        K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
-        V_SLOT=v.slot_offset, SLOTS=layout.num_slots, PER_PAGE=not v.shared_basis,
-        VALUES=adds_values(layout), INDEX_AT=layout.index_offset, CAPPED=options.capped,
-        WINDOW=options.window, num_warps=WARPS, maxnreg=config.attend_registers,
+        plane.view(torch.int32),
+        plane,
+        plane.view(torch.int16),
+        plane.view(torch.bfloat16),
+        plane.view(torch.float16),
+        table,
+        plan.item_seq,
+        plan.item_start,
+        plan.first_entry,
+        plan.item_end,
+        projected.digits.view(torch.int32),
+        projected.affine,
+        projected.slots,
+        options.visible(plan.item_seq),
+        partials.vectors,
+        partials.sums,
+        q.shape[0],
+        table.stride(0),
+        options.first_position,
+        options.cap,
+        *level_words(),
+        HEADS=heads,
+        P=width,
+        DIM=dim,
+        K_RANK=k.rank,
+        V_RANK=v.rank,
+        KA=bands[0],
+        KB=bands[1],
+        VA=bands[2],
+        VB=bands[3],
+        HEAD_BYTES=layout.head_bytes,
+        K_GAIN=k.gain_offset,
+        V_GAIN=v.gain_offset,
+        V_SCALE=v.scale_offset,
+        V_MEAN=v.mean_offset,
+        V_SLOT=v.slot_offset,
+        SLOTS=layout.num_slots,
+        PER_PAGE=not v.shared_basis,
+        VALUES=adds_values(layout),
+        INDEX_AT=layout.index_offset,
+        CAPPED=options.capped,
+        WINDOW=options.window,
+        num_warps=WARPS,
+        maxnreg=config.attend_registers,
         **dependent_launch(q.device),
-    )  # fmt: skip
+    )
     return partials

@@ -208,9 +208,13 @@ def _widened(word, ROWS: gl.constexpr):
 def _four(word, tables, ROWS: gl.constexpr):
     """Both registers of a word of 8 codes of 4 bits."""
     return gl.inline_asm_elementwise(
-        ASM4, OUT2, [_widened(word, ROWS), tables[0], tables[1], tables[2], tables[3]],
-        (gl.int8, gl.int8), True, 4,
-    )  # fmt: skip
+        ASM4,
+        OUT2,
+        [_widened(word, ROWS), tables[0], tables[1], tables[2], tables[3]],
+        (gl.int8, gl.int8),
+        True,
+        4,
+    )
 
 
 @gluon.jit
@@ -255,20 +259,32 @@ def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.
     elif BITS == 2:
         for i in gl.static_range(len(each)):
             r0, r1, r2, r3 = gl.inline_asm_elementwise(
-                ASM2, OUT4, [_widened(each[i], ROWS), tables[6]],
-                (gl.int8, gl.int8, gl.int8, gl.int8), True, 4,
-            )  # fmt: skip
+                ASM2,
+                OUT4,
+                [_widened(each[i], ROWS), tables[6]],
+                (gl.int8, gl.int8, gl.int8, gl.int8),
+                True,
+                4,
+            )
             registers = registers + (r0, r1, r2, r3)
     else:
         gl.static_assert(BITS == 3)
         h = _each_word(high, ROWS)
         types: gl.constexpr = (gl.int8,) * 8
         r = gl.inline_asm_elementwise(
-            ASM3, OUT8,
-            [_widened(each[0], ROWS), _widened(each[1], ROWS), _widened(h[0], ROWS),
-             tables[4], tables[5]],
-            types, True, 4,
-        )  # fmt: skip
+            ASM3,
+            OUT8,
+            [
+                _widened(each[0], ROWS),
+                _widened(each[1], ROWS),
+                _widened(h[0], ROWS),
+                tables[4],
+                tables[5],
+            ],
+            types,
+            True,
+            4,
+        )
         registers = (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
     steps = ()
     for i in gl.static_range(len(registers) // 2):

@@ -125,9 +125,18 @@ def _found_at(table_ptr, entry_seq_ptr, first_entry_ptr, table_width, entry, tot
 
 @gluon.jit
 def _fetch_ahead(
-    half_ptr, table_ptr, entry_seq_ptr, first_entry_ptr, table_width, begin, total, stride, head,
-    HEAD_BYTES: gl.constexpr, SCALE_AT: gl.constexpr,
-):  # fmt: skip
+    half_ptr,
+    table_ptr,
+    entry_seq_ptr,
+    first_entry_ptr,
+    table_width,
+    begin,
+    total,
+    stride,
+    head,
+    HEAD_BYTES: gl.constexpr,
+    SCALE_AT: gl.constexpr,
+):
     """Bring 2 KB of each page from its scales on, all that a program reads of it, to L2."""
     AHEAD: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     place = gl.arange(0, 8, layout=gl.SliceLayout(1, AHEAD))
@@ -146,14 +155,37 @@ def _fetch_ahead(
 
 @gluon.jit(do_not_specialize=["num_seqs"])
 def _project_kernel(
-    q_ptr, half_ptr, bf16_ptr, short_ptr, table_ptr, entry_seq_ptr, first_entry_ptr, cos_ptr,
-    sin_ptr, basis_ptr, digits_ptr, affine_ptr, slots_ptr, num_seqs, table_width, first_position,
+    q_ptr,
+    half_ptr,
+    bf16_ptr,
+    short_ptr,
+    table_ptr,
+    entry_seq_ptr,
+    first_entry_ptr,
+    cos_ptr,
+    sin_ptr,
+    basis_ptr,
+    digits_ptr,
+    affine_ptr,
+    slots_ptr,
+    num_seqs,
+    table_width,
+    first_position,
     scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, DIM: gl.constexpr,
-    TURN: gl.constexpr, RANK: gl.constexpr, HEAD_BYTES: gl.constexpr, SCALE_AT: gl.constexpr,
-    MEAN_AT: gl.constexpr, SLOT_AT: gl.constexpr, INDEX_AT: gl.constexpr, SLOTS: gl.constexpr,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    P: gl.constexpr,
+    DIM: gl.constexpr,
+    TURN: gl.constexpr,
+    RANK: gl.constexpr,
+    HEAD_BYTES: gl.constexpr,
+    SCALE_AT: gl.constexpr,
+    MEAN_AT: gl.constexpr,
+    SLOT_AT: gl.constexpr,
+    INDEX_AT: gl.constexpr,
+    SLOTS: gl.constexpr,
     PDL: gl.constexpr,
-):  # fmt: skip
+):
     after_previous(PDL)
     head = gl.program_id(1)
     begin, stride = gl.program_id(0) * 4, gl.num_programs(0) * 4
@@ -170,9 +202,18 @@ def _project_kernel(
         FILL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
         first_tile = gl.program_id(2) * (16 // P)  # programs share a page's frames
         _fetch_ahead(
-            half_ptr, table_ptr, entry_seq_ptr, first_entry_ptr, table_width, begin, total, stride,
-            head, HEAD_BYTES, SCALE_AT,
-        )  # fmt: skip
+            half_ptr,
+            table_ptr,
+            entry_seq_ptr,
+            first_entry_ptr,
+            table_width,
+            begin,
+            total,
+            stride,
+            head,
+            HEAD_BYTES,
+            SCALE_AT,
+        )
 
         basis = gl.allocate_shared_memory(gl.float16, [2, ROWS, HALF], _basis_shared(HALF))
         row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, FILL)), RANK - 1)
@@ -196,9 +237,13 @@ def _project_kernel(
         r_tile, r_group = first_tile + r_row // P, r_row % P
         for first in range(begin, total, stride):
             a_seq, a_entry, _ = _found_at(
-                table_ptr, entry_seq_ptr, first_entry_ptr, table_width, first + index_of(4, A, 0),
+                table_ptr,
+                entry_seq_ptr,
+                first_entry_ptr,
+                table_width,
+                first + index_of(4, A, 0),
                 total,
-            )  # fmt: skip
+            )
             r_entry, m_entry = first + index_of(4, R, 0), first + index_of(4, PAGES, 0)
             # what pages hold: scales, outlier keys and the mean, on their way meanwhile
             _, _, r_position = _found_at(
@@ -210,9 +255,13 @@ def _project_kernel(
                 units = units + (gl.load(bf16_ptr + r_record + SCALE_AT // 2 + i * CHUNK + comp),)
             if MEAN_AT >= 0 or SLOTS > 0:
                 _, _, e_position = _found_at(
-                    table_ptr, entry_seq_ptr, first_entry_ptr, table_width,
-                    first + index_of(4, E, 0), total,
-                )  # fmt: skip
+                    table_ptr,
+                    entry_seq_ptr,
+                    first_entry_ptr,
+                    table_width,
+                    first + index_of(4, E, 0),
+                    total,
+                )
                 e_record = gl.maximum(e_position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
                 e_some = e_used & (e_record + e_place >= 0)
                 low_e = gl.load(half_ptr + (e_record + e_at), mask=e_some, other=0.0)
@@ -316,11 +365,26 @@ def project_queries(
     parts = width // 4  # programs that share a page's frames
     programs = min(triton.cdiv(plan.max_entries, 4), max(1, config.project_programs // heads))
     _project_kernel[(programs, heads, parts)](
-        q.contiguous(), plane.view(torch.float16), plane.view(torch.bfloat16),
-        plane.view(torch.int16), table, plan.entry_seq, plan.first_entry, cos, sin, basis,
-        out.digits, out.affine, out.slots, q.shape[0], table.stride(0), first_position,
+        q.contiguous(),
+        plane.view(torch.float16),
+        plane.view(torch.bfloat16),
+        plane.view(torch.int16),
+        table,
+        plan.entry_seq,
+        plan.first_entry,
+        cos,
+        sin,
+        basis,
+        out.digits,
+        out.affine,
+        out.slots,
+        q.shape[0],
+        table.stride(0),
+        first_position,
         scale * LOG2_E,
-        **projection_constants(q, layout), num_warps=4, maxnreg=config.project_registers,
+        **projection_constants(q, layout),
+        num_warps=4,
+        maxnreg=config.project_registers,
         **dependent_launch(q.device),
-    )  # fmt: skip
+    )
     return out

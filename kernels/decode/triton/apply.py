@@ -21,12 +21,31 @@ from spectral_paged.kernels.page.triton import (
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
-    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
-    vectors_ptr, sums_ptr, out_ptr, out_sums_ptr, num_seqs, table_width,
-    HEADS: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
-    BANDS: tl.constexpr, HEAD_BYTES: tl.constexpr, MEAN_AT: tl.constexpr, VALUES: tl.constexpr,
-    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    plane_ptr,
+    table_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    first_entry_ptr,
+    item_end_ptr,
+    levels_ptr,
+    vectors_ptr,
+    sums_ptr,
+    out_ptr,
+    out_sums_ptr,
+    num_seqs,
+    table_width,
+    HEADS: tl.constexpr,
+    P: tl.constexpr,
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    BANDS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    MEAN_AT: tl.constexpr,
+    VALUES: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The pages of one item: vectors in rank space times each page's basis, merged."""
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
@@ -88,12 +107,31 @@ def apply_bases(
     width = group_sizes(q, layout)[1]
     out = Partials.sized(plan.num_items, layout, width, dim, q.device)
     _apply_kernel[(plan.num_items, heads)](
-        plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
-        level_table("gaussian", q.device), partials.vectors, partials.sums, out.vectors, out.sums,
-        q.shape[0], table.stride(0),
-        HEADS=heads, P=width, DIM=dim, RANK=side.rank, BANDS=band_tuples(side),
-        HEAD_BYTES=layout.head_bytes, MEAN_AT=side.mean_offset, VALUES=adds_values(layout),
-        DIM_PAD=padded(dim), RANK_PAD=padded(side.rank), ROWS=padded(width), num_warps=4,
+        plane,
+        table,
+        plan.item_seq,
+        plan.item_start,
+        plan.first_entry,
+        plan.item_end,
+        level_table("gaussian", q.device),
+        partials.vectors,
+        partials.sums,
+        out.vectors,
+        out.sums,
+        q.shape[0],
+        table.stride(0),
+        HEADS=heads,
+        P=width,
+        DIM=dim,
+        RANK=side.rank,
+        BANDS=band_tuples(side),
+        HEAD_BYTES=layout.head_bytes,
+        MEAN_AT=side.mean_offset,
+        VALUES=adds_values(layout),
+        DIM_PAD=padded(dim),
+        RANK_PAD=padded(side.rank),
+        ROWS=padded(width),
+        num_warps=4,
         num_stages=1,
-    )  # fmt: skip
+    )
     return out

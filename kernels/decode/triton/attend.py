@@ -21,9 +21,21 @@ from spectral_paged.kernels.page.triton import band_tuples, capped, level_table,
 
 @triton.jit
 def _store(
-    part, ranks, values, top, total, vectors_ptr, sums_ptr, comp, dim, group,
-    RANK: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    part,
+    ranks,
+    values,
+    top,
+    total,
+    vectors_ptr,
+    sums_ptr,
+    comp,
+    dim,
+    group,
+    RANK: tl.constexpr,
+    DIM: tl.constexpr,
+    P: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     SIZE: tl.constexpr = RANK + DIM if VALUES else RANK
     used = (group < P)[None, :]
     to = vectors_ptr + (part * P + group)[None, :] * SIZE
@@ -36,16 +48,48 @@ def _store(
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _attend_kernel(
-    plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr, levels_ptr,
-    digits_ptr, affine_ptr, slots_ptr, visible_ptr, vectors_ptr, sums_ptr, num_seqs, table_width,
-    first_position, cap,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_BANDS: tl.constexpr, V_BANDS: tl.constexpr,
-    HEAD_BYTES: tl.constexpr, K_GAIN: tl.constexpr, V_GAIN: tl.constexpr, V_SCALE: tl.constexpr,
-    V_MEAN: tl.constexpr, V_SLOT: tl.constexpr, INDEX_AT: tl.constexpr, SLOTS: tl.constexpr,
-    PER_PAGE: tl.constexpr, VALUES: tl.constexpr, DIM_PAD: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, COLS: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+    plane_ptr,
+    table_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    first_entry_ptr,
+    item_end_ptr,
+    levels_ptr,
+    digits_ptr,
+    affine_ptr,
+    slots_ptr,
+    visible_ptr,
+    vectors_ptr,
+    sums_ptr,
+    num_seqs,
+    table_width,
+    first_position,
+    cap,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    P: tl.constexpr,
+    DIM: tl.constexpr,
+    K_RANK: tl.constexpr,
+    V_RANK: tl.constexpr,
+    K_BANDS: tl.constexpr,
+    V_BANDS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    K_GAIN: tl.constexpr,
+    V_GAIN: tl.constexpr,
+    V_SCALE: tl.constexpr,
+    V_MEAN: tl.constexpr,
+    V_SLOT: tl.constexpr,
+    INDEX_AT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    VALUES: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    COLS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
@@ -72,8 +116,9 @@ def _attend_kernel(
                 slot = (first_entry + entry).to(tl.int64) * HEADS + head
                 v_scale = tl.load(
                     (record + V_SCALE).to(tl.pointer_type(tl.bfloat16)) + v_comp,
-                    mask=v_comp < V_RANK, other=0.0,
-                ).to(tl.float32)  # fmt: skip
+                    mask=v_comp < V_RANK,
+                    other=0.0,
+                ).to(tl.float32)
                 page_sum = tl.zeros([COLS], tl.float32)
                 for tile in range(4):
                     codes = load_values(
@@ -143,8 +188,9 @@ def _attend_kernel(
                     )
                     value = tl.load(
                         (record + V_SLOT).to(tl.pointer_type(tl.float16)) + j * DIM + dim,
-                        mask=dim < DIM, other=0.0,
-                    ).to(tl.float32)  # fmt: skip
+                        mask=dim < DIM,
+                        other=0.0,
+                    ).to(tl.float32)
                     if CAPPED:
                         exact = capped(exact, cap)
                     if WINDOW:
@@ -161,18 +207,42 @@ def _attend_kernel(
                     top = new_top
                 if PER_PAGE:
                     _store(
-                        slot, ranks, values, top, total, vectors_ptr, sums_ptr,
-                        v_comp, dim, group, V_RANK, DIM, P, VALUES,
-                    )  # fmt: skip
+                        slot,
+                        ranks,
+                        values,
+                        top,
+                        total,
+                        vectors_ptr,
+                        sums_ptr,
+                        v_comp,
+                        dim,
+                        group,
+                        V_RANK,
+                        DIM,
+                        P,
+                        VALUES,
+                    )
                     top = tl.full([COLS], float("-inf"), tl.float32)
                     total = tl.zeros([COLS], tl.float32)
                     ranks = tl.zeros([V_PAD, COLS], tl.float32)
                     values = tl.zeros([DIM_PAD, COLS], tl.float32)
         if not PER_PAGE:
             _store(
-                item.to(tl.int64) * HEADS + head, ranks, values, top, total, vectors_ptr, sums_ptr,
-                v_comp, dim, group, V_RANK, DIM, P, VALUES,
-            )  # fmt: skip
+                item.to(tl.int64) * HEADS + head,
+                ranks,
+                values,
+                top,
+                total,
+                vectors_ptr,
+                sums_ptr,
+                v_comp,
+                dim,
+                group,
+                V_RANK,
+                DIM,
+                P,
+                VALUES,
+            )
 
 
 def attend_pages(
@@ -192,17 +262,48 @@ def attend_pages(
     k, v = layout.k, layout.v
     partials = Partials.empty(plan, layout, width, q.device)
     _attend_kernel[(plan.num_items, heads)](
-        plane, table, plan.item_seq, plan.item_start, plan.first_entry, plan.item_end,
-        level_table(layout.levels, q.device), projected.digits, projected.affine, projected.slots,
-        options.visible(plan.item_seq), partials.vectors, partials.sums,
-        q.shape[0], table.stride(0), options.first_position, options.cap,
-        HEADS=heads, GROUP=group, P=width, DIM=dim, K_RANK=k.rank, V_RANK=v.rank,
-        K_BANDS=band_tuples(k), V_BANDS=band_tuples(v), HEAD_BYTES=layout.head_bytes,
-        K_GAIN=k.gain_offset, V_GAIN=v.gain_offset, V_SCALE=v.scale_offset, V_MEAN=v.mean_offset,
-        V_SLOT=v.slot_offset, INDEX_AT=layout.index_offset, SLOTS=layout.num_slots,
-        PER_PAGE=not v.shared_basis, VALUES=adds_values(layout),
-        DIM_PAD=padded(dim), K_PAD=padded(k.rank), V_PAD=padded(v.rank), COLS=padded(width),
-        CAPPED=options.capped, WINDOW=options.window,
-        num_warps=2, num_stages=1,
-    )  # fmt: skip
+        plane,
+        table,
+        plan.item_seq,
+        plan.item_start,
+        plan.first_entry,
+        plan.item_end,
+        level_table(layout.levels, q.device),
+        projected.digits,
+        projected.affine,
+        projected.slots,
+        options.visible(plan.item_seq),
+        partials.vectors,
+        partials.sums,
+        q.shape[0],
+        table.stride(0),
+        options.first_position,
+        options.cap,
+        HEADS=heads,
+        GROUP=group,
+        P=width,
+        DIM=dim,
+        K_RANK=k.rank,
+        V_RANK=v.rank,
+        K_BANDS=band_tuples(k),
+        V_BANDS=band_tuples(v),
+        HEAD_BYTES=layout.head_bytes,
+        K_GAIN=k.gain_offset,
+        V_GAIN=v.gain_offset,
+        V_SCALE=v.scale_offset,
+        V_MEAN=v.mean_offset,
+        V_SLOT=v.slot_offset,
+        INDEX_AT=layout.index_offset,
+        SLOTS=layout.num_slots,
+        PER_PAGE=not v.shared_basis,
+        VALUES=adds_values(layout),
+        DIM_PAD=padded(dim),
+        K_PAD=padded(k.rank),
+        V_PAD=padded(v.rank),
+        COLS=padded(width),
+        CAPPED=options.capped,
+        WINDOW=options.window,
+        num_warps=2,
+        num_stages=1,
+    )
     return partials

@@ -21,12 +21,31 @@ WARPS, STAGES = 4, 3
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _exact_kernel(
-    q_ptr, plane_ptr, table_ptr, num_tokens_ptr, item_seq_ptr, item_start_ptr, item_end_ptr,
-    visible_ptr, out_ptr, sums_ptr, num_seqs, table_width, scale, cap,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
-    WINDOW: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    plane_ptr,
+    table_ptr,
+    num_tokens_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    item_end_ptr,
+    visible_ptr,
+    out_ptr,
+    sums_ptr,
+    num_seqs,
+    table_width,
+    scale,
+    cap,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    P: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
     after_previous(PDL)
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
@@ -78,9 +97,7 @@ def plan_exact(num_tokens: Tensor, max_entries: int, num_kv_heads: int) -> Decod
     """The items of a decode step over exact pages of 64 tokens."""
     counts = (num_tokens.to(torch.int32) + EXACT_PAGE_TOKENS - 1) // EXACT_PAGE_TOKENS
     target = max(1, PROGRAMS // num_kv_heads)
-    return DecodePlan.of(
-        counts, max_entries=max_entries, target_items=target, grain=GRAIN
-    )
+    return DecodePlan.of(counts, max_entries=max_entries, target_items=target, grain=GRAIN)
 
 
 def attend_exact(
@@ -104,13 +121,33 @@ def attend_exact(
         for shape in ((width, dim), (2, width))
     )
     _exact_kernel[(plan.num_items, num_kv_heads)](
-        q.contiguous(), plane.view(dtype), table, num_tokens, plan.item_seq, plan.item_start,
-        plan.item_end, options.visible(num_tokens), parts, sums,
-        num_seqs, table.stride(0), scale * LOG2_E, options.cap,
-        HEADS=num_kv_heads, GROUP=group, P=width, DIM=dim, DIM_PAD=padded(dim),
-        ROWS=padded(width), UNIT=128 // dtype.itemsize, CAPPED=options.capped,
-        WINDOW=options.window, num_warps=WARPS, num_stages=STAGES, **dependent_launch(q.device),
-    )  # fmt: skip
+        q.contiguous(),
+        plane.view(dtype),
+        table,
+        num_tokens,
+        plan.item_seq,
+        plan.item_start,
+        plan.item_end,
+        options.visible(num_tokens),
+        parts,
+        sums,
+        num_seqs,
+        table.stride(0),
+        scale * LOG2_E,
+        options.cap,
+        HEADS=num_kv_heads,
+        GROUP=group,
+        P=width,
+        DIM=dim,
+        DIM_PAD=padded(dim),
+        ROWS=padded(width),
+        UNIT=128 // dtype.itemsize,
+        CAPPED=options.capped,
+        WINDOW=options.window,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        **dependent_launch(q.device),
+    )
     return Partials(parts, sums)
 
 
@@ -135,7 +172,14 @@ def exact_decode(
     if plan is None:
         plan = plan_exact(num_tokens, table.shape[0] * table.shape[1], num_kv_heads)
     partials = attend_exact(
-        q, plane, table, num_tokens, num_kv_heads=num_kv_heads, scale=scale, dtype=dtype,
-        plan=plan, options=ScoreOptions(0, softcap, first_visible),
-    )  # fmt: skip
+        q,
+        plane,
+        table,
+        num_tokens,
+        num_kv_heads=num_kv_heads,
+        scale=scale,
+        dtype=dtype,
+        plan=plan,
+        options=ScoreOptions(0, softcap, first_visible),
+    )
     return merge_items(q, partials, plan.first_item)

@@ -19,9 +19,21 @@ APPLY_COLUMNS = 32
 
 @triton.jit
 def _add_items(
-    first_item_ptr, part_ptr, sums_ptr, seq, head, group, dim, top, total, acc,
-    HEADS: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, ITEMS: tl.constexpr,
-):  # fmt: skip
+    first_item_ptr,
+    part_ptr,
+    sums_ptr,
+    seq,
+    head,
+    group,
+    dim,
+    top,
+    total,
+    acc,
+    HEADS: tl.constexpr,
+    P: tl.constexpr,
+    SIZE: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
     """The items of one query of one sequence, many at once, added to what is merged already.
 
     `dim` are columns of their vectors of `SIZE`; what lies outside counts as zero.
@@ -48,12 +60,25 @@ def _add_items(
 
 @triton.jit
 def _reduce_kernel(
-    first_item_ptr, part_ptr, sums_ptr, beside_first_ptr, beside_ptr, beside_sums_ptr, out_ptr,
+    first_item_ptr,
+    part_ptr,
+    sums_ptr,
+    beside_first_ptr,
+    beside_ptr,
+    beside_sums_ptr,
+    out_ptr,
     lse_ptr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr,
-    BESIDE: tl.constexpr, BESIDE_P: tl.constexpr, BESIDE_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr, ITEMS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    P: tl.constexpr,
+    SIZE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    BESIDE_P: tl.constexpr,
+    BESIDE_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One query of one sequence; some of the vectors' columns. Vectors of items beside are the
     last columns of those of the others."""
     after_previous(PDL)
@@ -64,14 +89,38 @@ def _reduce_kernel(
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([COLUMNS], tl.float32)
     top, total, acc = _add_items(
-        first_item_ptr, part_ptr, sums_ptr, seq, head, group, dim, top, total, acc,
-        HEADS, P, SIZE, ITEMS,
-    )  # fmt: skip
+        first_item_ptr,
+        part_ptr,
+        sums_ptr,
+        seq,
+        head,
+        group,
+        dim,
+        top,
+        total,
+        acc,
+        HEADS,
+        P,
+        SIZE,
+        ITEMS,
+    )
     if BESIDE:
         top, total, acc = _add_items(
-            beside_first_ptr, beside_ptr, beside_sums_ptr, seq, head, group,
-            dim - (SIZE - BESIDE_SIZE), top, total, acc, HEADS, BESIDE_P, BESIDE_SIZE, ITEMS,
-        )  # fmt: skip
+            beside_first_ptr,
+            beside_ptr,
+            beside_sums_ptr,
+            seq,
+            head,
+            group,
+            dim - (SIZE - BESIDE_SIZE),
+            top,
+            total,
+            acc,
+            HEADS,
+            BESIDE_P,
+            BESIDE_SIZE,
+            ITEMS,
+        )
     whole = tl.where(total == 0, 1.0, total)
     out = seq * (HEADS * GROUP) + query
     tl.store(out_ptr + out * SIZE + dim, acc / whole, mask=dim < SIZE)
@@ -82,10 +131,19 @@ def _reduce_kernel(
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
-    mixed_ptr, basis_ptr, out_ptr, num_seqs,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    mixed_ptr,
+    basis_ptr,
+    out_ptr,
+    num_seqs,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Vectors in rank space times V's shared basis, and what lies beside them; one KV head."""
     after_previous(PDL)
     head = tl.program_id(1)
@@ -122,12 +180,26 @@ def merge_items(
     lse = torch.empty(num_seqs, num_q_heads, dtype=torch.float32, device=q.device)
     more = beside or Beside(partials, first_item)
     _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
-        first_item, partials.vectors, partials.sums, more.first_item, more.partials.vectors,
-        more.partials.sums, out, lse,
-        HEADS=heads, GROUP=num_q_heads // heads, P=width, SIZE=size, BESIDE=beside is not None,
-        BESIDE_P=more.partials.vectors.shape[2], BESIDE_SIZE=more.partials.vectors.shape[3],
-        COLUMNS=COLUMNS, ITEMS=ITEMS, num_warps=1, **dependent_launch(q.device),
-    )  # fmt: skip
+        first_item,
+        partials.vectors,
+        partials.sums,
+        more.first_item,
+        more.partials.vectors,
+        more.partials.sums,
+        out,
+        lse,
+        HEADS=heads,
+        GROUP=num_q_heads // heads,
+        P=width,
+        SIZE=size,
+        BESIDE=beside is not None,
+        BESIDE_P=more.partials.vectors.shape[2],
+        BESIDE_SIZE=more.partials.vectors.shape[3],
+        COLUMNS=COLUMNS,
+        ITEMS=ITEMS,
+        num_warps=1,
+        **dependent_launch(q.device),
+    )
     return out, lse
 
 
@@ -157,8 +229,19 @@ def finish(
     rows = 64 if q.shape[0] * group > 16 else 16
     grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))
     _apply_kernel[grid](
-        mixed, basis, out, q.shape[0], HEADS=heads, GROUP=group, DIM=dim, RANK=side.rank,
-        RANK_PAD=padded(side.rank), ROWS=rows, COLUMNS=APPLY_COLUMNS, num_warps=4, num_stages=1,
+        mixed,
+        basis,
+        out,
+        q.shape[0],
+        HEADS=heads,
+        GROUP=group,
+        DIM=dim,
+        RANK=side.rank,
+        RANK_PAD=padded(side.rank),
+        ROWS=rows,
+        COLUMNS=APPLY_COLUMNS,
+        num_warps=4,
+        num_stages=1,
         **dependent_launch(q.device),
-    )  # fmt: skip
+    )
     return out, lse

@@ -21,16 +21,44 @@ from spectral_paged.kernels.page.triton import band_tuples, halves, level_table,
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _project_kernel(
-    q_ptr, plane_ptr, table_ptr, item_seq_ptr, item_start_ptr, first_entry_ptr, item_end_ptr,
-    cos_ptr, sin_ptr, basis_ptr, levels_ptr, digits_ptr, affine_ptr, slots_ptr,
-    num_seqs, table_width, first_position, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, TURN: tl.constexpr, SHARED: tl.constexpr, RANK: tl.constexpr,
+    q_ptr,
+    plane_ptr,
+    table_ptr,
+    item_seq_ptr,
+    item_start_ptr,
+    first_entry_ptr,
+    item_end_ptr,
+    cos_ptr,
+    sin_ptr,
+    basis_ptr,
+    levels_ptr,
+    digits_ptr,
+    affine_ptr,
+    slots_ptr,
+    num_seqs,
+    table_width,
+    first_position,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    P: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    TURN: tl.constexpr,
+    SHARED: tl.constexpr,
+    RANK: tl.constexpr,
     BANDS: tl.constexpr,
-    HEAD_BYTES: tl.constexpr, SCALE_AT: tl.constexpr, MEAN_AT: tl.constexpr, SLOT_AT: tl.constexpr,
-    INDEX_AT: tl.constexpr, SLOTS: tl.constexpr, HALF_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
-    PAGES: tl.constexpr, EXTRA: tl.constexpr,
-):  # fmt: skip
+    HEAD_BYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr,
+    MEAN_AT: tl.constexpr,
+    SLOT_AT: tl.constexpr,
+    INDEX_AT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    PAGES: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
     """Rows are `[PAGES, 4 tiles, P]`. What is exact in a page (mean, outlier tokens) rides along as
     `EXTRA` columns a page beside the basis; a row keeps its own page's."""
     item, head = tl.program_id(0), tl.program_id(1)
@@ -93,8 +121,9 @@ def _project_kernel(
             product = tl.dot(high_b, b_high, product)
             scale_k = tl.load(
                 (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16))[:, None] + comp[None, :],
-                mask=valid[:, None] & (comp < RANK)[None, :], other=0.0,
-            )  # fmt: skip
+                mask=valid[:, None] & (comp < RANK)[None, :],
+                other=0.0,
+            )
             product = product * scale_k.to(tl.float32)
             top = tl.maximum(tl.max(tl.abs(product), axis=1), 1e-30)
             whole = tl.floor(product * (16256.0 / top)[:, None] + 0.5).to(tl.int32)
@@ -130,8 +159,9 @@ def _project_kernel(
                 if SLOTS > 0:
                     token = tl.load(
                         (from_page + INDEX_AT).to(tl.pointer_type(tl.int16)) + part,
-                        mask=(at_page >= 0) & (part < SLOTS), other=-1,
-                    ).to(tl.int32)  # fmt: skip
+                        mask=(at_page >= 0) & (part < SLOTS),
+                        other=-1,
+                    ).to(tl.int32)
                     to = slots_ptr + (slot * SLOTS * P + group)[:, None] + (part * P)[None, :]
                     hit = mine & (part < SLOTS)[None, :] & (token >= 0)[None, :]
                     hit = hit & (tile[:, None] == (token // 128)[None, :])
@@ -159,13 +189,33 @@ def project_queries(
     side, width = layout.k, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     _project_kernel[(plan.num_items, layout.num_kv_heads)](
-        q.contiguous(), plane, table, plan.item_seq, plan.item_start, plan.first_entry,
-        plan.item_end, cos, sin, q if basis is None else basis, level_table("gaussian", q.device),
-        out.digits, out.affine, out.slots,
-        q.shape[0], table.stride(0), first_position, scale * LOG2_E,
-        **projection_constants(q, layout), HALF=cos.shape[-1], SHARED=side.shared_basis,
-        BANDS=band_tuples(side), HALF_PAD=padded(layout.head_dim // 2), RANK_PAD=padded(side.rank),
+        q.contiguous(),
+        plane,
+        table,
+        plan.item_seq,
+        plan.item_start,
+        plan.first_entry,
+        plan.item_end,
+        cos,
+        sin,
+        q if basis is None else basis,
+        level_table("gaussian", q.device),
+        out.digits,
+        out.affine,
+        out.slots,
+        q.shape[0],
+        table.stride(0),
+        first_position,
+        scale * LOG2_E,
+        **projection_constants(q, layout),
+        HALF=cos.shape[-1],
+        SHARED=side.shared_basis,
+        BANDS=band_tuples(side),
+        HALF_PAD=padded(layout.head_dim // 2),
+        RANK_PAD=padded(side.rank),
         PAGES=max(1, 32 // (TILES * width)) if side.shared_basis else 1,
-        EXTRA=padded(layout.num_slots + 1), num_warps=4, num_stages=1,
-    )  # fmt: skip
+        EXTRA=padded(layout.num_slots + 1),
+        num_warps=4,
+        num_stages=1,
+    )
     return out

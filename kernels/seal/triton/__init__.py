@@ -1,8 +1,3 @@
 """The seal op in Triton: fits, codes and eigenvectors."""
 
-__all__ = [
-    "codes",
-    "eigenvectors",
-    "fit",
-    "seal",
-]
+__all__ = ["codes", "eigenvectors", "exact_tokens", "fit", "outliers", "seal"]

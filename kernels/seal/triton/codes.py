@@ -15,10 +15,19 @@ from spectral_paged.kernels.seal.triton.fit import is_lost, magnitude
 
 @triton.jit
 def band_codes(
-    work_ptr, gains_ptr, scale_ptr, codes_ptr, token, outliers, inverse,
-    BANDS: tl.constexpr, B: tl.constexpr, SIZES: tl.constexpr, COUNT_PAD: tl.constexpr,
+    work_ptr,
+    gains_ptr,
+    scale_ptr,
+    codes_ptr,
+    token,
+    outliers,
+    inverse,
+    BANDS: tl.constexpr,
+    B: tl.constexpr,
+    SIZES: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
     RANK_PAD: tl.constexpr,
-):  # fmt: skip
+):
     """Codes int32 `[tokens, COUNT_PAD]` of a band, by the scales that the page holds."""
     part = tl.arange(0, COUNT_PAD)
     inside = part < BANDS[B][1]
@@ -43,9 +52,15 @@ def _words(codes, shift, COUNT: tl.constexpr, WIDTH: tl.constexpr, PER: tl.const
 
 @triton.jit
 def write_codes(
-    record, codes, start, BANDS: tl.constexpr, B: tl.constexpr, BY_COMPONENT: tl.constexpr,
-    COUNT_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    record,
+    codes,
+    start,
+    BANDS: tl.constexpr,
+    B: tl.constexpr,
+    BY_COMPONENT: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Pack codes int32 `[ROWS, COUNT_PAD]` of tokens from `start` on into a band's planes."""
     count: tl.constexpr = BANDS[B][1]
     bits: tl.constexpr = BANDS[B][2]

@@ -37,9 +37,14 @@ PAIRS = 32  # of a turn, held in registers at a time
 
 @triton.jit
 def _jacobi_kernel(
-    rows_ptr, sweeps, last, small,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    sweeps,
+    last,
+    small,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     base = rows_ptr + tl.program_id(0).to(tl.int64) * DIM * DIM
     dim = tl.arange(0, DIM_PAD)
     inside = dim < DIM

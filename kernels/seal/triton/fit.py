@@ -40,9 +40,17 @@ def energies(
 
 @triton.jit
 def fit_gains(
-    work_ptr, gains_ptr, codes_ptr, energy, outliers, comp,
-    STORE: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    work_ptr,
+    gains_ptr,
+    codes_ptr,
+    energy,
+    outliers,
+    comp,
+    STORE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Gains of all tokens to `gains_ptr`, and their codes to the page; the sum of their squares.
 
     `quantize._gains`: two alternating fits of gains and energies; `energy` is the first.

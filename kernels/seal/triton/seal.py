@@ -26,6 +26,7 @@ from spectral_paged.kernels.launch.configs import SealConfig, launcher, seal_con
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, UNIT_BYTES, PageLayout
 from spectral_paged.kernels.page.triton import band_tuples, halves, padded
 from spectral_paged.kernels.seal.triton.codes import band_codes, code_table, write_codes
+from spectral_paged.kernels.seal.triton.exact_tokens import tokens_of
 from spectral_paged.kernels.seal.triton.fit import (
     bits_of,
     coefficients,
@@ -37,45 +38,48 @@ from spectral_paged.kernels.seal.triton.fit import (
     nearest_levels,
     stored_scale,
 )
+from spectral_paged.kernels.seal.triton.outliers import worst, write_slots
 
 WORKSPACE_BYTES = 256 << 20
 MAX_SLOTS = 8
 
 
 @triton.jit
-def _tokens_of(
-    pages_ptr, values_ptr, cos_ptr, sin_ptr, first, token, dim,
-    TURN: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """fp32 rows of the block's `token`s, keys turned back with their frame."""
-    page = tl.load(pages_ptr + token // 64).to(tl.int64)
-    row = values_ptr + (page * UNIT + token % 64 * DIM)[:, None]
-    there = (dim < DIM)[None, :] & (token >= 0)[:, None]
-    x = tl.load(row + dim[None, :], mask=there, other=0.0).to(tl.float32)
-    if TURN:
-        partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-        turned = (dim < 2 * HALF)[None, :] & there
-        y = tl.load(row + partner[None, :], mask=turned, other=0.0).to(tl.float32)
-        middle = first + token // 128 * 128 + 64
-        angle = middle[:, None] * HALF + (dim % HALF)[None, :]
-        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-        sign = tl.where(dim < HALF, 1.0, -1.0)[None, :]
-        # a table scaled by s turns back by 1 / s^2, as `rotary.rotate` does
-        x = (x * cos + sign * sin * y) / (cos * cos + sin * sin)
-    return x
-
-
-@triton.jit
 def _project_kernel(
-    values_ptr, arena_ptr, exact_ptr, pages_ptr, first_ptr, cos_ptr, sin_ptr, projection_ptr,
-    work_ptr, power_ptr, gains_ptr, errors_ptr, bad_ptr, plane_bytes, value_stride,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    SIDE: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
-    BANDS: tl.constexpr, SIZES: tl.constexpr, HEAD_BYTES: tl.constexpr, MEAN_AT: tl.constexpr,
-    SLOTS: tl.constexpr, DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PAGE_BYTES: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    arena_ptr,
+    exact_ptr,
+    pages_ptr,
+    first_ptr,
+    cos_ptr,
+    sin_ptr,
+    projection_ptr,
+    work_ptr,
+    power_ptr,
+    gains_ptr,
+    errors_ptr,
+    bad_ptr,
+    plane_bytes,
+    value_stride,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    SIDE: tl.constexpr,
+    TURN: tl.constexpr,
+    UNIT: tl.constexpr,
+    RANK: tl.constexpr,
+    BANDS: tl.constexpr,
+    SIZES: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    MEAN_AT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+):
     item = tl.program_id(0)
     block, layer, head = item // (LAYERS * HEADS), item // HEADS % LAYERS, item % HEADS
     values = values_ptr + layer.to(tl.int64) * value_stride + (head * 2 + SIDE) * (64 * DIM)
@@ -100,7 +104,7 @@ def _project_kernel(
     top = tl.zeros([], tl.float32)
     bad = 0
     for start in range(0, 512, ROWS):
-        x = _tokens_of(
+        x = tokens_of(
             exact, values, cos_ptr, sin_ptr, first, start + place, dim, TURN, DIM, HALF, UNIT
         )
         size = tl.abs(x)
@@ -128,9 +132,7 @@ def _project_kernel(
         matrix, matrix_rest = halves(matrix)
         for start in range(0, 512, ROWS):
             token = start + place
-            x = _tokens_of(
-                exact, values, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT
-            )
+            x = tokens_of(exact, values, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT)
             x, rest = halves((x - mean[None, :]) * inverse)
             found = tl.dot(x, matrix_rest, tl.dot(rest, matrix))
             found = tl.dot(x, matrix, found)
@@ -156,56 +158,43 @@ def _project_kernel(
 
 
 @triton.jit
-def _worst(errors_ptr, item, SLOTS: tl.constexpr):
-    """The tokens `[8]`, unused places -1, whose coefficients of K and V come back worst."""
-    token, slot = tl.arange(0, 512), tl.arange(0, 8)
-    total = tl.zeros([512], tl.float32)
-    for side in tl.static_range(2):
-        error = tl.load(errors_ptr + (item * 2 + side).to(tl.int64) * 512 + token)
-        total += error / tl.maximum(tl.sum(error) / 512, 1e-30)
-    outliers = tl.zeros([8], tl.int32) - 1
-    for j in tl.static_range(SLOTS):
-        found = tl.argmax(total, axis=0).to(tl.int32)
-        outliers = tl.where(slot == j, found, outliers)
-        total = tl.where(token == found, -1.0, total)
-    return outliers
-
-
-@triton.jit
-def _write_slots(
-    record, pages_ptr, values_ptr, cos_ptr, sin_ptr, first, outliers,
-    SIDE: tl.constexpr, TURN: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    UNIT: tl.constexpr, SLOT_AT: tl.constexpr, INDEX_AT: tl.constexpr, DIM_PAD: tl.constexpr,
-):  # fmt: skip
-    """The outlier tokens of a side, and with K their places, in ascending order."""
-    dim = tl.arange(0, DIM_PAD)
-    x = _tokens_of(
-        pages_ptr, values_ptr, cos_ptr, sin_ptr, first, tl.maximum(outliers, 0), dim,
-        TURN, DIM, HALF, UNIT,
-    )  # fmt: skip
-    x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-    other = tl.reshape(outliers, (1, 8))
-    before = (other < tl.reshape(outliers, (8, 1))) & (other >= 0)
-    rank = tl.sum(before.to(tl.int32), axis=1)
-    used = outliers >= 0
-    to = (record + SLOT_AT).to(tl.pointer_type(tl.float16)) + rank[:, None] * DIM + dim[None, :]
-    tl.store(to, x, mask=used[:, None] & (dim < DIM)[None, :])
-    if SIDE == 0:
-        index = (record + INDEX_AT).to(tl.pointer_type(tl.int16)) + rank
-        tl.store(index, outliers.to(tl.int16), mask=used)
-
-
-@triton.jit
 def _quantize_kernel(
-    values_ptr, arena_ptr, exact_ptr, pages_ptr, first_ptr, cos_ptr, sin_ptr, work_ptr, power_ptr,
-    gains_ptr, errors_ptr, codes_ptr, plane_bytes, value_stride,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    SIDE: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr, RANK: tl.constexpr,
-    BANDS: tl.constexpr, SIZES: tl.constexpr, BY_COMPONENT: tl.constexpr,
-    HEAD_BYTES: tl.constexpr, SCALE_AT: tl.constexpr, GAIN_AT: tl.constexpr,
-    SLOT_AT: tl.constexpr, INDEX_AT: tl.constexpr, SLOTS: tl.constexpr, COUNT_PADS: tl.constexpr,
-    DIM_PAD: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    arena_ptr,
+    exact_ptr,
+    pages_ptr,
+    first_ptr,
+    cos_ptr,
+    sin_ptr,
+    work_ptr,
+    power_ptr,
+    gains_ptr,
+    errors_ptr,
+    codes_ptr,
+    plane_bytes,
+    value_stride,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    SIDE: tl.constexpr,
+    TURN: tl.constexpr,
+    UNIT: tl.constexpr,
+    RANK: tl.constexpr,
+    BANDS: tl.constexpr,
+    SIZES: tl.constexpr,
+    BY_COMPONENT: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr,
+    GAIN_AT: tl.constexpr,
+    SLOT_AT: tl.constexpr,
+    INDEX_AT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COUNT_PADS: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     item = tl.program_id(0)
     block, layer, head = item // (LAYERS * HEADS), item // HEADS % LAYERS, item % HEADS
     record = arena_ptr + layer.to(tl.int64) * plane_bytes + head * HEAD_BYTES
@@ -218,12 +207,25 @@ def _quantize_kernel(
 
     outliers = tl.zeros([8], tl.int32) - 1
     if SLOTS > 0:
-        outliers = _worst(errors_ptr, item, SLOTS)
+        outliers = worst(errors_ptr, item, SLOTS)
         values = values_ptr + layer.to(tl.int64) * value_stride + (head * 2 + SIDE) * (64 * DIM)
-        _write_slots(
-            record, exact_ptr + block * 8, values, cos_ptr, sin_ptr, tl.load(first_ptr + block),
-            outliers, SIDE, TURN, DIM, HALF, UNIT, SLOT_AT, INDEX_AT, DIM_PAD,
-        )  # fmt: skip
+        write_slots(
+            record,
+            exact_ptr + block * 8,
+            values,
+            cos_ptr,
+            sin_ptr,
+            tl.load(first_ptr + block),
+            outliers,
+            SIDE,
+            TURN,
+            DIM,
+            HALF,
+            UNIT,
+            SLOT_AT,
+            INDEX_AT,
+            DIM_PAD,
+        )
 
     energy = energies(work, outliers, comp, RANK, RANK_PAD, ROWS)
     weight = fit_gains(
@@ -252,9 +254,19 @@ def _quantize_kernel(
     for b in tl.static_range(len(BANDS)):
         for start in range(0, 512, ROWS):
             codes = band_codes(
-                work, gains, scale_at, codes_ptr, start + place, outliers, inverse,
-                BANDS, b, SIZES, COUNT_PADS[b], RANK_PAD,
-            )  # fmt: skip
+                work,
+                gains,
+                scale_at,
+                codes_ptr,
+                start + place,
+                outliers,
+                inverse,
+                BANDS,
+                b,
+                SIZES,
+                COUNT_PADS[b],
+                RANK_PAD,
+            )
             write_codes(record, codes, start, BANDS, b, BY_COMPONENT, COUNT_PADS[b], ROWS)
 
 
@@ -315,15 +327,26 @@ def seal(
     ranks = [padded(side.rank) for side in sides]
     commons: list[dict[str, Any]] = [  # what both kernels of a side take
         {
-            "LAYERS": num_layers, "HEADS": heads, "DIM": dim, "HALF": max(1, cos.shape[-1]),
-            "SIDE": index, "TURN": index == 0 and layout.rope == "frame",
-            "UNIT": UNIT_BYTES // dtype.itemsize, "RANK": side.rank, "BANDS": band_tuples(side),
-            "SIZES": level_sizes(side), "HEAD_BYTES": layout.head_bytes,
-            "SLOTS": layout.num_slots, "DIM_PAD": padded(dim), "RANK_PAD": rank,
-            "ROWS": config.rows, "num_warps": config.warps, "num_stages": 1,
+            "LAYERS": num_layers,
+            "HEADS": heads,
+            "DIM": dim,
+            "HALF": max(1, cos.shape[-1]),
+            "SIDE": index,
+            "TURN": index == 0 and layout.rope == "frame",
+            "UNIT": UNIT_BYTES // dtype.itemsize,
+            "RANK": side.rank,
+            "BANDS": band_tuples(side),
+            "SIZES": level_sizes(side),
+            "HEAD_BYTES": layout.head_bytes,
+            "SLOTS": layout.num_slots,
+            "DIM_PAD": padded(dim),
+            "RANK_PAD": rank,
+            "ROWS": config.rows,
+            "num_warps": config.warps,
+            "num_stages": 1,
         }
         for index, (side, rank) in enumerate(zip(sides, ranks, strict=True))
-    ]  # fmt: skip
+    ]
     per_block = num_layers * heads
     at_once = max(1, WORKSPACE_BYTES // (per_block * sum(ranks) * 2 * BLOCK_TOKENS))
     values = arena.view(dtype)
@@ -341,17 +364,40 @@ def seal(
             sides, ranks, (k_projection, v_projection), works, commons, strict=True
         ):
             launcher(_project_kernel, (items,), compile_only=compile_only)(
-                values, arena, *places, matrix, work, power, gains, errors, bad[span],
-                plane_bytes, values.shape[1],
-                MEAN_AT=side.mean_offset, COLUMNS=min(rank, 16384 // padded(dim)),
-                PAGE_BYTES=layout.page_bytes, **common,
-            )  # fmt: skip
+                values,
+                arena,
+                *places,
+                matrix,
+                work,
+                power,
+                gains,
+                errors,
+                bad[span],
+                plane_bytes,
+                values.shape[1],
+                MEAN_AT=side.mean_offset,
+                COLUMNS=min(rank, 16384 // padded(dim)),
+                PAGE_BYTES=layout.page_bytes,
+                **common,
+            )
         for side, work, common in zip(sides, works, commons, strict=True):
             launcher(_quantize_kernel, (items,), compile_only=compile_only)(
-                values, arena, *places, work, power, gains, errors, code_table(device),
-                plane_bytes, values.shape[1],
-                BY_COMPONENT=side.by_component, SCALE_AT=side.scale_offset,
-                GAIN_AT=side.gain_offset, SLOT_AT=side.slot_offset, INDEX_AT=layout.index_offset,
-                COUNT_PADS=tuple(padded(band.count) for band in side.bands), **common,
-            )  # fmt: skip
+                values,
+                arena,
+                *places,
+                work,
+                power,
+                gains,
+                errors,
+                code_table(device),
+                plane_bytes,
+                values.shape[1],
+                BY_COMPONENT=side.by_component,
+                SCALE_AT=side.scale_offset,
+                GAIN_AT=side.gain_offset,
+                SLOT_AT=side.slot_offset,
+                INDEX_AT=layout.index_offset,
+                COUNT_PADS=tuple(padded(band.count) for band in side.bands),
+                **common,
+            )
     return bad

@@ -46,9 +46,7 @@ def unsloth_calibration(model: Any, loaded: LoadedModel) -> SharedBasis:
     def forward(ids: Tensor, recorder: Recorder) -> None:
         positions = torch.arange(ids.shape[1], device=ids.device)
         step = _RecordedStep(recorder, scale)
-        run_prompt(
-            inner, inner.forward, step, ids[0], positions, lengths=[len(positions)], keep=1
-        )
+        run_prompt(inner, inner.forward, step, ids[0], positions, lengths=[len(positions)], keep=1)
 
     plain = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
     training = inner.training

@@ -16,8 +16,10 @@ from spectral_paged.errors import UnsupportedModelError
 OLDEST, NEWEST = "2026.10.9", "2026.10.9"
 # what prompts' attention calls with rotated q, k and v
 KERNELS = (
-    "run_attention", "slow_attention_softcapping", "slow_inference_attention_softcapping",
-)  # fmt: skip
+    "run_attention",
+    "slow_attention_softcapping",
+    "slow_inference_attention_softcapping",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,13 +342,16 @@ class PatchedForward:
         if not self._is_fast:
             return self._run_interface(step, ids, positions, keep)
         return run_prompt(
-            self._model, self._forward, step, ids, positions, keep=keep,
+            self._model,
+            self._forward,
+            step,
+            ids,
+            positions,
+            keep=keep,
             lengths=list(chunk.lengths.values()),
-        )  # fmt: skip
+        )
 
-    def _run_interface(
-        self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int
-    ) -> Tensor:
+    def _run_interface(self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         """Through transformers' attention interface: ids and positions `[T]`."""
         with attending(self._model, ATTENTION_NAME):
             output = self._forward(

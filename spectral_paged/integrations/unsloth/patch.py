@@ -237,9 +237,7 @@ def patch_unsloth_attention(
         cache = model_cache(
             loaded,
             format,
-            kv_cache_bytes=choose_cache_bytes(
-                kv_cache_bytes, gpu_memory_utilization, inner.device
-            ),
+            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, inner.device),
             max_num_seqs=max_num_seqs,
             max_model_len=longest_sequence(geometry, max_model_len),
             exempt_layers=exempt_layers,
