@@ -67,6 +67,20 @@ def test_a_hit_is_all_full_exact_pages_that_are_shared(name, shared):
     assert hit(cache, other) == shared // 64 * 64, "freed or held, all the same"
 
 
+@EACH
+@pytest.mark.parametrize("span", [64, 128, 576, 640, 1216])
+def test_a_span_is_found_behind_the_tokens_it_was_computed_behind_and_no_others(name, span):
+    """[X Y] and [Z] are stored. [Z Y] finds Z alone: Y's keys and values were computed behind X."""
+    x, z = (list(range(start, start + span)) for start in (0, 10_000))
+    y = list(range(20_000, 20_700))
+    cache = make(FORMATS[name])
+    run(cache, "a", x + y)
+    run(cache, "b", z)
+    assert hit(cache, z + y) == span
+    assert hit(cache, x + y) == (span + len(y) - 1) // 64 * 64
+    assert hit(cache, y) == 0
+
+
 # ---- bytes -------------------------------------------------------------------------------
 
 

@@ -166,29 +166,42 @@ def test_any_order_of_requests_gives_the_written_tokens(name):
 
 
 def served(**changes):
-    """Two requests with a common beginning, one after the other, and how often what happened."""
+    """Requests with a common beginning, and one whose end another began otherwise; one after the
+    other, and how often what happened."""
     engine = CheckedEngine(formats()["frame"], num_bytes=1_000_000, **changes)
-    shared = torch.randint(VOCAB - 1, (640,)).tolist()
+    shared, begin, other = (torch.randint(VOCAB - 1, (n,)).tolist() for n in (640, 128, 128))
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     for i, salt in enumerate(("", "other", "")):
         engine.submit(f"r{i}", [i, *shared, i], params, salt)
         engine.submit(f"s{i}", [*shared, i], params, salt)
         engine.drain()
+    for name, ids in (("xy", begin + shared), ("z", other), ("zy", other + shared)):
+        engine.submit(name, ids, params, "chains")
+        engine.drain()
     return engine
 
 
 def test_nothing_is_noticed_where_nothing_is_wrong():
-    assert served().figures()["prefix_hit_tokens"] == 640
+    assert served().figures()["prefix_hit_tokens"] == 640 + 128
 
 
 def spoil_a_link(monkeypatch):
-    """A span's digest leaves out what came before it."""
+    """A span's digest leaves out what came before it, and nothing else."""
+    extend = PrefixChain.extend
 
-    def extend(self, token_ids, num_tokens):
-        for i in range(len(self._digests), num_tokens // 64):
-            self._digests.append(b"%d" % i + bytes(token_ids[64 * i + 1 : 64 * (i + 1)]))
+    def unchained(self, token_ids, num_tokens):
+        digests, self._digests = self._digests, []
+        for i in range(len(digests), num_tokens // 64):
+            alone = PrefixChain(
+                self._root.decode(),
+                self._num_prompt_tokens - 64 * i,
+                generated_differ=self._generated_differ,
+            )
+            extend(alone, token_ids[64 * i : 64 * (i + 1)], 64)
+            digests.append(alone[0])
+        self._digests = digests
 
-    monkeypatch.setattr(PrefixChain, "extend", extend)
+    monkeypatch.setattr(PrefixChain, "extend", unchained)
 
 
 def spoil_the_salt(monkeypatch):
