@@ -118,7 +118,7 @@ def measure(
         cache.capacity_tokens,
         min(concurrency(cache.format, cache.groups, context), max_num_seqs),
         stored,
-        allocated or sum(group.pool.num_bytes for group in cache.groups),
+        allocated or sum(group.arena.num_bytes for group in cache.groups),
         torch.cuda.max_memory_allocated(device) - before if cuda else None,
     )
 

@@ -16,7 +16,7 @@ from spectral_paged.errors import FormatError
 from spectral_paged.kernels.ops import check_layout
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.arena import PagePool
+from spectral_paged.pool.arena import Arena
 
 
 def check_geometry(
@@ -151,7 +151,7 @@ def build_groups(
     )
     groups = []
     for ((seals, spec), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
-        pool = PagePool(
+        arena = Arena(
             format,
             num_layers=len(layers),
             dtype=dtype,
@@ -171,7 +171,7 @@ def build_groups(
         groups.append(
             LayerGroup(
                 layers,
-                pool,
+                arena,
                 spec,
                 seals=seals,
                 max_rows=max_num_seqs,

@@ -225,7 +225,7 @@ class SpectralKVCache:
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached slot that nobody uses; returns how many."""
-        return sum(group.pool.blocks.drop_cached() for group in self.groups)
+        return sum(group.arena.slots.drop_cached() for group in self.groups)
 
     # ---- one step ------------------------------------------------------------------------
 

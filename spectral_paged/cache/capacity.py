@@ -10,7 +10,7 @@ from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.sequence_slots import GroupSlots, first_seen_page
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 
 
 def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
@@ -155,14 +155,14 @@ def slabs_for(
 ) -> int:
     """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
     need = Need.at_peak(format, num_tokens, seals=group.seals, window=group.window, pinned=pinned)
-    return group.pool.blocks.slabs_needed(need.num_exact, need.num_pages)
+    return group.arena.slots.slabs_needed(need.num_exact, need.num_pages)
 
 
 def fits_alone(
     format: PageFormat, groups: list[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()
 ) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
-    return all(slabs_for(format, g, num_tokens, pinned) <= g.pool.blocks.num_slabs for g in groups)
+    return all(slabs_for(format, g, num_tokens, pinned) <= g.arena.slots.num_slabs for g in groups)
 
 
 def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:
@@ -180,9 +180,11 @@ def capacity_tokens(groups: list[LayerGroup]) -> int:
     windows hold counts only where all layers have one."""
     per_group = []
     for group in [g for g in groups if g.window is None] or groups:
-        blocks = group.pool.blocks
-        kind, tokens = (Kind.PAGE, BLOCK_TOKENS) if group.seals else (Kind.EXACT, EXACT_PAGE_TOKENS)
-        per_group.append(blocks.num_slabs * blocks.slots_per_slab[kind] * tokens)
+        slots = group.arena.slots
+        kind, tokens = (
+            (SlotKind.PAGE, BLOCK_TOKENS) if group.seals else (SlotKind.EXACT, EXACT_PAGE_TOKENS)
+        )
+        per_group.append(slots.num_slabs * slots.slots_per_slab[kind] * tokens)
     return min(per_group)
 
 
@@ -195,7 +197,7 @@ def concurrency(
     """
 
     def of(group: LayerGroup) -> int:
-        blocks = group.pool.blocks
+        slots = group.arena.slots
         need = Need.while_generating(
             format,
             num_tokens,
@@ -204,10 +206,10 @@ def concurrency(
             num_prompt_tokens=num_prompt_tokens,
         )
         return _largest(
-            blocks.num_slabs * max(blocks.slots_per_slab.values()),
+            slots.num_slabs * max(slots.slots_per_slab.values()),
             lambda count: (
-                blocks.slabs_needed(count * need.num_exact, count * need.num_pages)
-                <= blocks.num_slabs
+                slots.slabs_needed(count * need.num_exact, count * need.num_pages)
+                <= slots.num_slabs
             ),
         )
 

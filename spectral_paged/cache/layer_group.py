@@ -26,9 +26,9 @@ from spectral_paged.cache.sequence_slots import PAGES_PER_BLOCK, GroupSlots, Run
 from spectral_paged.errors import PoolError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, PageLayout
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.arena import PagePool
+from spectral_paged.pool.arena import Arena
 from spectral_paged.pool.block_table import BlockTable
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 from spectral_paged.pool.weak_method import WeakMethod
 
 HOLE = -1  # page table entry of a pinned block, or of one that has left the window
@@ -47,7 +47,7 @@ class LayerGroup:
     def __init__(
         self,
         layers: list[int],
-        pool: PagePool,
+        arena: Arena,
         spec: LayerSpec,
         *,
         seals: bool,
@@ -56,25 +56,24 @@ class LayerGroup:
         max_pages: int,
     ) -> None:
         self.layers = layers
-        self.pool = pool
+        self.arena = arena
         self.seals = seals
         self.rope, self.window = spec.rope if seals else None, spec.window
-        self.layout = page_layout_of(pool.format, spec) if seals else None
-        empty = torch.zeros(0, 0, device=pool.arena.device)
+        self.layout = page_layout_of(arena.format, spec) if seals else None
+        device, trash = arena.planes.device, arena.trash_unit
+        empty = torch.zeros(0, 0, device=device)
         self.cos = empty if self.rope is None else self.rope.cos
         self.sin = empty if self.rope is None else self.rope.sin
         self._places = {layer: i for i, layer in enumerate(layers)}
-        self.num_landmark_pages = pool.format.num_landmark_tokens // EXACT_PAGE_TOKENS
-        device = pool.arena.device
-        trash = pool.trash_position
+        self.num_landmark_pages = arena.format.num_landmark_tokens // EXACT_PAGE_TOKENS
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
         self.sequences: dict[str, GroupSlots] = {}
-        pool.blocks.on_move = WeakMethod(self._follow_moves)
+        arena.slots.on_move = WeakMethod(self._follow_moves)
 
     def plane(self, layer: int) -> Tensor:
         """uint8 `[plane_bytes]` of model layer `layer`."""
-        return self.pool.plane(self._places[layer])
+        return self.arena.plane(self._places[layer])
 
     def in_halves(self, x: Tensor) -> Tensor:
         """Queries or keys `[..., D]` as pages and kernels take them: rotated pairs in halves."""
@@ -110,7 +109,7 @@ class LayerGroup:
         del slots.exact[:num_exact], slots.pages[:num_pages]
         slots.first_page = first
         for slot in gone:
-            self.pool.blocks.release(slot)
+            self.arena.slots.release(slot)
         self._write_rows(slots, 0)
 
     def pages_sealed(self, seq_id: str, visible_blocks: int) -> int:
@@ -125,8 +124,8 @@ class LayerGroup:
             return True
         grown = False
         try:
-            grown = self._allocate(slots.exact, num_exact, Kind.EXACT) and self._allocate(
-                slots.pages, num_pages, Kind.PAGE
+            grown = self._allocate(slots.exact, num_exact, SlotKind.EXACT) and self._allocate(
+                slots.pages, num_pages, SlotKind.PAGE
             )
         finally:
             if not grown:  # not now, or something raised
@@ -135,10 +134,10 @@ class LayerGroup:
             self._write_rows(slots, before[0])
         return grown
 
-    def _allocate(self, held: list[int], wanted: int, kind: Kind) -> bool:
+    def _allocate(self, held: list[int], wanted: int, kind: SlotKind) -> bool:
         """Let `held` have at least `wanted` slots; False where the pool has no more."""
         while len(held) < wanted:
-            slot = self.pool.blocks.allocate(kind)
+            slot = self.arena.slots.allocate(kind)
             if slot is None:
                 return False
             held.append(slot)  # at once: the pool may move slots while allocating the next one
@@ -149,7 +148,7 @@ class LayerGroup:
         slots = self.sequences[seq_id]
         for held, wanted in ((slots.exact, num_exact), (slots.pages, num_pages)):
             while len(held) > wanted:
-                self.pool.blocks.release(held.pop())
+                self.arena.slots.release(held.pop())
         self._write_rows(slots, num_exact)
 
     def free(self, seq_id: str, chain: PrefixChain | None = None) -> None:
@@ -163,14 +162,14 @@ class LayerGroup:
         num_landmarks = max(0, self.num_landmark_pages - slots.first_page)
         landmarks = slots.exact[:num_landmarks]
         for slot in reversed(slots.exact[num_landmarks:]):
-            self.pool.blocks.release(slot)
+            self.arena.slots.release(slot)
         if chain is not None:
             first, end = map(slots.first_index, (slots.num_attached, slots.num_sealed))
             first = max(first, slots.first_page)
             for index in reversed(range(first, min(end, len(chain)))):
-                self.pool.blocks.touch((Kind.EXACT, chain[index]))
+                self.arena.slots.touch((SlotKind.EXACT, chain[index]))
         for slot in (*reversed(slots.pages), *reversed(landmarks)):
-            self.pool.blocks.release(slot)
+            self.arena.slots.release(slot)
         self.exact_table.write(slots.row, 0, [])
         self.page_table.write(slots.row, 0, [])
 
@@ -183,18 +182,18 @@ class LayerGroup:
         num_exact = parent.num_exact(num_tokens)
         partial = num_tokens % EXACT_PAGE_TOKENS != 0
         for slot in parent.pages[: parent.num_pages(parent.num_written)]:
-            self.pool.blocks.acquire(slot)
+            self.arena.slots.acquire(slot)
             child.pages.append(slot)
         for slot in parent.exact[: num_exact - partial]:
-            self.pool.blocks.acquire(slot)
+            self.arena.slots.acquire(slot)
             child.exact.append(slot)
         if partial:
-            copy = self.pool.blocks.allocate(Kind.EXACT)
+            copy = self.arena.slots.allocate(SlotKind.EXACT)
             if copy is None:
                 self.free(child_id)
                 return False
             child.exact.append(copy)
-            self.pool.copy(Kind.EXACT, parent.exact[num_exact - 1], copy)
+            self.arena.copy(SlotKind.EXACT, parent.exact[num_exact - 1], copy)
         self._write_rows(child, 0)
         return True
 
@@ -210,44 +209,46 @@ class LayerGroup:
         return (pages, tail) if sealed else (tail,)
 
     def _write_rows(self, slots: GroupSlots, first_exact: int) -> None:
-        position = self.pool.position
-        changed = [position(s, Kind.EXACT) for s in slots.exact[first_exact:]]
+        unit = self.arena.unit
+        changed = [unit(s, SlotKind.EXACT) for s in slots.exact[first_exact:]]
         self.exact_table.write(slots.row, first_exact, changed)
         self.page_table.write(slots.row, 0, self._page_row(slots))
 
     def _page_row(self, slots: GroupSlots) -> list[int]:
-        """Positions of the sealed blocks, oldest first; a hole for a pinned one."""
+        """Units of the sealed blocks, oldest first; a hole for a pinned one."""
         pages, pinned, first = iter(slots.pages), set(slots.pinned), slots.first_block
         return [
-            HOLE if block < first or block in pinned else self.pool.position(next(pages), Kind.PAGE)
+            HOLE
+            if block < first or block in pinned
+            else self.arena.unit(next(pages), SlotKind.PAGE)
             for block in range(slots.num_sealed)
         ]
 
-    def _follow_moves(self, moves: list[tuple[Kind, int, int]]) -> None:
-        names: dict[Kind, dict[int, int]] = {Kind.EXACT: {}, Kind.PAGE: {}}
+    def _follow_moves(self, moves: list[tuple[SlotKind, int, int]]) -> None:
+        names: dict[SlotKind, dict[int, int]] = {SlotKind.EXACT: {}, SlotKind.PAGE: {}}
         for kind, source, target in moves:
-            self.pool.copy(kind, source, target)
+            self.arena.copy(kind, source, target)
             names[kind][source] = target
         for slots in self.sequences.values():
-            slots.exact[:] = [names[Kind.EXACT].get(s, s) for s in slots.exact]
-            slots.pages[:] = [names[Kind.PAGE].get(s, s) for s in slots.pages]
+            slots.exact[:] = [names[SlotKind.EXACT].get(s, s) for s in slots.exact]
+            slots.pages[:] = [names[SlotKind.PAGE].get(s, s) for s in slots.pages]
             self._write_rows(slots, 0)
 
     # ---- prefix --------------------------------------------------------------------------
 
     def cached_exact(self, chain: PrefixChain, index: int) -> int | None:
         """Slot of the exact page with tokens `64 index ...`, if it is known."""
-        return self.pool.blocks.lookup((Kind.EXACT, chain[index]))
+        return self.arena.slots.lookup((SlotKind.EXACT, chain[index]))
 
     def cached_page(self, chain: PrefixChain, block: int) -> int | None:
         """Slot of the page of `block`, if it is known."""
         last = self._last_index(block)
-        return self.pool.blocks.lookup((Kind.PAGE, chain[last])) if last < len(chain) else None
+        return self.arena.slots.lookup((SlotKind.PAGE, chain[last])) if last < len(chain) else None
 
     def attach(self, seq_id: str, chain: PrefixChain, num_tokens: int, num_sealed: int) -> None:
         """Take references on every slot of a prefix hit of `num_tokens` tokens."""
         slots = self.sequences[seq_id]
-        blocks = self.pool.blocks
+        blocks = self.arena.slots
         sealed = self.blocks_sealed(num_sealed)
         slots.first_page = self.first_page(num_tokens)
         for block in self._unpinned(slots, range(slots.first_block, sealed)):
@@ -278,40 +279,40 @@ class LayerGroup:
             if slots.is_sealed(index):
                 continue
             slot = slots.exact[slots.exact_place(index)]
-            if not self.pool.blocks.is_published(slot):
-                self.pool.blocks.publish(slot, (Kind.EXACT, chain[index]))
+            if not self.arena.slots.is_published(slot):
+                self.arena.slots.publish(slot, (SlotKind.EXACT, chain[index]))
         slots.num_published = max(slots.num_published, full)
 
     def forget(self, seq_id: str, chain: PrefixChain | None) -> None:
         """Let nobody find what the sequence stored, what its pages replaced included."""
         slots = self.sequences[seq_id]
         for slot in (*slots.exact, *slots.pages):
-            self.pool.blocks.unpublish(slot)
+            self.arena.slots.unpublish(slot)
         if chain is None:
             return
         for index in range(len(chain)):
-            for kind in Kind:
-                self.pool.blocks.forget((kind, chain[index]))
+            for kind in SlotKind:
+                self.arena.slots.forget((kind, chain[index]))
 
     # ---- proof ---------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Raise PoolError unless references and table rows agree with the sequences."""
-        self.pool.blocks.check_integrity()
+        self.arena.slots.check_integrity()
         references: Counter[int] = Counter()
         for seq_id, slots in self.sequences.items():
             references.update(slots.exact)
             references.update(slots.pages)
-            exact_row = [self.pool.position(s, Kind.EXACT) for s in slots.exact]
+            exact_row = [self.arena.unit(s, SlotKind.EXACT) for s in slots.exact]
             for table, held, name in (
                 (self.exact_table, exact_row, "EXACT"),
                 (self.page_table, self._page_row(slots), "PAGE"),
             ):
-                expected = held + [table.trash_position] * (table.width - len(held))
+                expected = held + [table.trash_unit] * (table.width - len(held))
                 if table.host[slots.row].tolist() != expected:
                     raise PoolError(f"the {name} table row of {seq_id!r} is stale")
-        counts = {slot: self.pool.blocks.ref_count(slot) for slot in references}
-        in_use = sum(self.pool.blocks.num_in_use.values())
+        counts = {slot: self.arena.slots.ref_count(slot) for slot in references}
+        in_use = sum(self.arena.slots.num_in_use.values())
         if counts != dict(references) or in_use != len(references):
             raise PoolError("reference counts differ from what sequences hold")
 
@@ -377,23 +378,21 @@ class LayerGroup:
         """K after RoPE, pairs in halves, and V of a block in the tail, `[L, H, 512, D]`."""
         slots = self.sequences[seq_id]
         start = slots.exact_place(slots.first_index(block))
-        return self.pool.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
+        return self.arena.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
 
-    def block_positions(self, seq_id: str, block: int) -> tuple[list[int], int]:
-        """Positions of a tail block's eight exact pages and of the page reserved for it."""
+    def block_units(self, seq_id: str, block: int) -> tuple[list[int], int]:
+        """Units of a tail block's eight exact pages and of the page reserved for it."""
         slots = self.sequences[seq_id]
         start = slots.exact_place(slots.first_index(block))
         exact = slots.exact[start : start + PAGES_PER_BLOCK]
         page = slots.pages[slots.num_pages(block)]
-        return (
-            [self.pool.position(slot, Kind.EXACT) for slot in exact],
-            self.pool.position(page, Kind.PAGE),
-        )
+        units = [self.arena.unit(slot, SlotKind.EXACT) for slot in exact]
+        return units, self.arena.unit(page, SlotKind.PAGE)
 
     def write_page(self, seq_id: str, block: int, pages: Tensor) -> None:
         """Store a sealed block's page, uint8 `[L, page_bytes]`, in the slot reserved for it."""
         slots = self.sequences[seq_id]
-        self.pool.write_page(slots.pages[slots.num_pages(block)], pages)
+        self.arena.write_page(slots.pages[slots.num_pages(block)], pages)
 
     def publish_sealed(self, seq_id: str, chain: PrefixChain | None, num_sealed: int) -> None:
         """Show pages up to `num_sealed` in the table and free the exact pages they replace."""
@@ -407,15 +406,15 @@ class LayerGroup:
             last = self._last_index(block)
             if chain is not None and last < len(chain):
                 page = slots.pages[slots.num_pages(block)]
-                if not self.pool.blocks.is_published(page):  # else by a fork that shares it
-                    self.pool.blocks.publish(page, (Kind.PAGE, chain[last]))
+                if not self.arena.slots.is_published(page):  # else by a fork that shares it
+                    self.arena.slots.publish(page, (SlotKind.PAGE, chain[last]))
             start = slots.exact_place(slots.first_index(block))
             replaced += slots.exact[start : start + PAGES_PER_BLOCK]
         gone = set(replaced)
         slots.exact[:] = [slot for slot in slots.exact if slot not in gone]
         slots.num_sealed = num_sealed
         for slot in reversed(replaced):
-            self.pool.blocks.release(slot)
+            self.arena.slots.release(slot)
         self._write_rows(slots, 0)
 
 

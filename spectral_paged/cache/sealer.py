@@ -94,7 +94,7 @@ class Sealer:
         written. An online calibration has yet to say what it is to do."""
         if self.basis.is_waiting or group.layout is None:
             return
-        device = group.pool.arena.device
+        device = group.arena.planes.device
         if self.ops.seals(group.layout):
             exact, pages, first = (
                 torch.zeros(shape, dtype=torch.int32, device=device)
@@ -145,8 +145,8 @@ class Sealer:
 
     def _encode_in_place(self, group: LayerGroup, batch: list[tuple[str, int]]) -> SealCheck:
         """By the seal kernel, which looks for NaN and Inf while it reads."""
-        device = group.pool.arena.device
-        places = [group.block_positions(seq_id, block) for seq_id, block in batch]
+        device = group.arena.planes.device
+        places = [group.block_units(seq_id, block) for seq_id, block in batch]
         exact, pages, first = (
             upload(x, torch.int32, device)
             for x in (
@@ -163,7 +163,7 @@ class Sealer:
     ) -> Tensor:
         assert self.ops.seal is not None
         return self.ops.seal(
-            group.pool.arena,
+            group.arena.planes,
             exact,
             pages,
             first,

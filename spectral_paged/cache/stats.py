@@ -11,7 +11,7 @@ from spectral_paged.cache.sequence_state import SequenceState
 from spectral_paged.cache.sequences import SequenceTable
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 
 
 @dataclass(slots=True)
@@ -65,8 +65,8 @@ def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
     return sum(
         len(g.layers)
         * (
-            len(g.sequences[seq_id].exact) * g.pool.format.exact_page_bytes(2)
-            + len(g.sequences[seq_id].pages) * g.pool.page_bytes
+            len(g.sequences[seq_id].exact) * g.arena.format.exact_page_bytes(2)
+            + len(g.sequences[seq_id].pages) * g.arena.page_bytes
         )
         for g in groups
     )
@@ -97,7 +97,7 @@ def cost_figures(
     counters: CacheCounters,
 ) -> dict[str, object]:
     """What a token costs, over sequences freed so far and those held now, what was sealed, and
-    what the pools hold."""
+    what the arenas hold."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
     num_tokens = counters.freed_tokens
     for seq_id, state in sequences.items():
@@ -161,27 +161,27 @@ def backends(
 
 def pool_stats(groups: list[LayerGroup]) -> dict[str, object]:
     """Slots of all groups, counted as pages of one layer each, and the share of bytes in use."""
-    pools = [g.pool for g in groups]
+    arenas = [g.arena for g in groups]
 
-    def in_use(kind: Kind) -> int:
-        return sum(p.blocks.num_in_use[kind] * p.num_layers for p in pools)
+    def in_use(kind: SlotKind) -> int:
+        return sum(a.slots.num_in_use[kind] * a.num_layers for a in arenas)
 
-    def cached(kind: Kind) -> int:
-        return sum(p.blocks.num_cached(kind) * p.num_layers for p in pools)
+    def cached(kind: SlotKind) -> int:
+        return sum(a.slots.num_cached(kind) * a.num_layers for a in arenas)
 
     used = sum(
-        p.num_layers * p.blocks.num_in_use[kind] * p.slot_bytes(kind)
-        for p in pools
-        for kind in Kind
+        a.num_layers * a.slots.num_in_use[kind] * a.slot_bytes(kind)
+        for a in arenas
+        for kind in SlotKind
     )
-    total = sum(p.num_bytes for p in pools)
+    total = sum(a.num_bytes for a in arenas)
     return {
         "kv_cache_bytes": total,
         "kv_cache_usage": used / total,
-        "pages_in_use": in_use(Kind.PAGE),
-        "pages_cached": cached(Kind.PAGE),
-        "exact_pages_in_use": in_use(Kind.EXACT),
-        "exact_pages_cached": cached(Kind.EXACT),
-        "slots_evicted": sum(p.blocks.num_evicted for p in pools),
-        "slots_moved": sum(p.blocks.num_moved for p in pools),
+        "pages_in_use": in_use(SlotKind.PAGE),
+        "pages_cached": cached(SlotKind.PAGE),
+        "exact_pages_in_use": in_use(SlotKind.EXACT),
+        "exact_pages_cached": cached(SlotKind.EXACT),
+        "slots_evicted": sum(a.slots.num_evicted for a in arenas),
+        "slots_moved": sum(a.slots.num_moved for a in arenas),
     }

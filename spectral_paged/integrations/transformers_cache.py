@@ -366,7 +366,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
 
     @property
     def _num_bytes(self) -> int:
-        return sum(group.pool.arena.numel() for group in self.kv_cache.groups)
+        return sum(group.arena.planes.numel() for group in self.kv_cache.groups)
 
     def _full(self, new_tokens: dict[str, int]) -> CapacityError:
         held = sum(self._num_tokens(name) for name in self._rows)

@@ -1,13 +1,13 @@
 """The arena of a layer group: one allocation, cut into slabs, with typed access to its slots.
 
 ```
-arena  uint8 [num_layers, plane_bytes]
+planes uint8 [num_layers, plane_bytes]
 plane  | slab 0 | slab 1 | ... | slab n-1 | trash |
 slab   | page | page | ... | waste |   or   | exact | exact | exact | ... | waste |
 ```
 
-A slot lies at the same position of every layer's plane. Positions count 128-byte units; the trash
-slot takes padded reads and writes.
+A slot lies at the same unit (128 bytes) of every layer's plane; the trash slot takes padded reads
+and writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from spectral_paged.errors import CapacityError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.slot_pool import BlockPool, Kind
+from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 from spectral_paged.pool.weak_method import WeakMethod
 
 POISON = 0xFF  # NaN in every float field: fp16, bf16 and fp32
@@ -28,7 +28,7 @@ MAX_SLOTS_PER_SLAB = 32
 def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
     """Slab size that wastes least in either kind, with a small price on large slabs.
 
-    `page_bytes` 0 means a pool of exact pages only: a slab is then a single page.
+    `page_bytes` 0 means an arena of exact pages only: a slab is then a single page.
     """
     if not page_bytes:
         return exact_bytes
@@ -46,14 +46,14 @@ def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
     return best
 
 
-class PagePool:
-    """Memory and ownership of one layer group.
+class Arena:
+    """Memory of one layer group, and who owns its slots.
 
     Args:
-        format: the page format; `exact_only` pools ignore its pages.
-        num_layers: layers that share this pool's tables.
+        format: the page format; `exact_only` arenas ignore its pages.
+        num_layers: layers that share one pair of block tables.
         dtype: element type of exact pages.
-        budget_bytes: bytes the arena may take, all layers counted.
+        budget_bytes: bytes the planes may take, all layers counted.
         exact_only: True for exempt layers and for the `exact` format.
         poison: fill slots with 0xFF when they become free (tests).
 
@@ -87,47 +87,47 @@ class PagePool:
                 f"{self.slab_bytes} bytes a layer; at least 2 are needed: give kv_cache_bytes "
                 f">= {need}"
             )
-        slots = {Kind.EXACT: self.slab_bytes // self.exact_bytes}
+        slots = {SlotKind.EXACT: self.slab_bytes // self.exact_bytes}
         if self.page_bytes:
-            slots[Kind.PAGE] = self.slab_bytes // self.page_bytes
+            slots[SlotKind.PAGE] = self.slab_bytes // self.page_bytes
         on_free = WeakMethod(self._poison) if poison else None
-        self.blocks = BlockPool(num_slabs, slots, on_free=on_free)
-        self.trash_position = num_slabs * self.slab_bytes // UNIT_BYTES
+        self.slots = SlotPool(num_slabs, slots, on_free=on_free)
+        self.trash_unit = num_slabs * self.slab_bytes // UNIT_BYTES
         plane_bytes = num_slabs * self.slab_bytes + trash_bytes
-        self.arena = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)
+        self.planes = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)
         if poison:
-            self.arena[:, : num_slabs * self.slab_bytes] = POISON
+            self.planes[:, : num_slabs * self.slab_bytes] = POISON
 
     @property
     def num_bytes(self) -> int:
-        return self.arena.numel()
+        return self.planes.numel()
 
     def plane(self, layer_index: int) -> Tensor:
         """uint8 `[plane_bytes]` of one layer of the group."""
-        return self.arena[layer_index]
+        return self.planes[layer_index]
 
-    def slot_bytes(self, kind: Kind) -> int:
-        return self.exact_bytes if kind == Kind.EXACT else self.page_bytes
+    def slot_bytes(self, kind: SlotKind) -> int:
+        return self.exact_bytes if kind == SlotKind.EXACT else self.page_bytes
 
-    def position(self, slot: int, kind: Kind) -> int:
-        """Where a slot starts in every plane, in 128-byte units."""
-        slab, index = self.blocks.slab_and_index(slot)
+    def unit(self, slot: int, kind: SlotKind) -> int:
+        """The 128-byte unit of every plane at which a slot starts."""
+        slab, index = self.slots.slab_and_index(slot)
         return (slab * self.slab_bytes + index * self.slot_bytes(kind)) // UNIT_BYTES
 
-    def _span(self, slot: int, kind: Kind) -> Tensor:
-        start = self.position(slot, kind) * UNIT_BYTES
-        return self.arena[:, start : start + self.slot_bytes(kind)]
+    def _span(self, slot: int, kind: SlotKind) -> Tensor:
+        start = self.unit(slot, kind) * UNIT_BYTES
+        return self.planes[:, start : start + self.slot_bytes(kind)]
 
-    def _poison(self, kind: Kind, slot: int) -> None:
+    def _poison(self, kind: SlotKind, slot: int) -> None:
         self._span(slot, kind).fill_(POISON)
 
-    def copy(self, kind: Kind, source: int, target: int) -> None:
+    def copy(self, kind: SlotKind, source: int, target: int) -> None:
         """Copy a slot's bytes in every layer."""
         self._span(target, kind).copy_(self._span(source, kind))
 
     def read_block(self, slots: list[int]) -> tuple[Tensor, Tensor]:
         """K and V `[num_layers, H, 512, D]` of the eight exact pages of a block."""
-        raw = torch.stack([self._span(s, Kind.EXACT) for s in slots], dim=1).view(self.dtype)
+        raw = torch.stack([self._span(s, SlotKind.EXACT) for s in slots], dim=1).view(self.dtype)
         num_heads, dim = self.format.num_kv_heads, self.format.head_dim
         pages = raw.view(self.num_layers, len(slots), num_heads, 2, EXACT_PAGE_TOKENS, dim)
         kv = pages.permute(3, 0, 2, 1, 4, 5).reshape(
@@ -137,4 +137,4 @@ class PagePool:
 
     def write_page(self, slot: int, pages: Tensor) -> None:
         """Store uint8 `[num_layers, page_bytes]` in a page slot."""
-        self._span(slot, Kind.PAGE).copy_(pages)
+        self._span(slot, SlotKind.PAGE).copy_(pages)

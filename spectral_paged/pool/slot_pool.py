@@ -25,7 +25,7 @@ from enum import IntEnum
 from spectral_paged.errors import PoolError
 
 
-class Kind(IntEnum):
+class SlotKind(IntEnum):
     """What a slot holds: an exact page (64 tokens) or a page (one sealed block)."""
 
     EXACT = 0
@@ -34,13 +34,13 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class _Slab:
-    kind: Kind
+    kind: SlotKind
     free: list[int]
     num_in_use: int = 0
     cached: set[int] = field(default_factory=set)
 
 
-class BlockPool:
+class SlotPool:
     """Slots with reference counts, an LRU of cached slots and a map from prefix keys to slots.
 
     Args:
@@ -55,9 +55,9 @@ class BlockPool:
     def __init__(
         self,
         num_slabs: int,
-        slots_per_slab: dict[Kind, int],
-        on_move: Callable[[list[tuple[Kind, int, int]]], None] | None = None,
-        on_free: Callable[[Kind, int], None] | None = None,
+        slots_per_slab: dict[SlotKind, int],
+        on_move: Callable[[list[tuple[SlotKind, int, int]]], None] | None = None,
+        on_free: Callable[[SlotKind, int], None] | None = None,
     ) -> None:
         self.num_slabs = num_slabs
         self.slots_per_slab = slots_per_slab
@@ -66,16 +66,18 @@ class BlockPool:
         self._stride = max(slots_per_slab.values())
         self._slabs: dict[int, _Slab] = {}
         self._empty = list(range(num_slabs - 1, -1, -1))
-        self._with_free: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
-        self._idle: dict[Kind, OrderedDict[int, None]] = {k: OrderedDict() for k in Kind}
+        self._with_free: dict[SlotKind, OrderedDict[int, None]] = {
+            k: OrderedDict() for k in SlotKind
+        }
+        self._idle: dict[SlotKind, OrderedDict[int, None]] = {k: OrderedDict() for k in SlotKind}
         # slot -> when it was last used; oldest first
-        self._lru: dict[Kind, OrderedDict[int, int]] = {k: OrderedDict() for k in Kind}
+        self._lru: dict[SlotKind, OrderedDict[int, int]] = {k: OrderedDict() for k in SlotKind}
         self._clock = 0
         self._ref_count: dict[int, int] = {}
         self._key_of: dict[int, Hashable] = {}
         self._by_key: dict[Hashable, int] = {}
         self._twin_key: dict[int, Hashable] = {}  # of slots whose key another slot carries
-        self.num_in_use = dict.fromkeys(Kind, 0)
+        self.num_in_use = dict.fromkeys(SlotKind, 0)
         self.num_evicted = 0
         self.num_moved = 0
 
@@ -85,20 +87,20 @@ class BlockPool:
         """A slot id is `slab * stride + index`."""
         return divmod(slot, self._stride)
 
-    def kind_of(self, slot: int) -> Kind:
+    def kind_of(self, slot: int) -> SlotKind:
         return self._slabs[slot // self._stride].kind
 
     def ref_count(self, slot: int) -> int:
         return self._ref_count.get(slot, 0)
 
-    def num_cached(self, kind: Kind) -> int:
+    def num_cached(self, kind: SlotKind) -> int:
         return len(self._lru[kind])
 
     def slabs_needed(self, num_exact: int, num_pages: int) -> int:
         """Slabs that hold so many slots of each kind when packed."""
         return sum(
             -(-count // self.slots_per_slab[kind]) if count else 0
-            for kind, count in ((Kind.EXACT, num_exact), (Kind.PAGE, num_pages))
+            for kind, count in ((SlotKind.EXACT, num_exact), (SlotKind.PAGE, num_pages))
         )
 
     def lookup(self, key: Hashable) -> int | None:
@@ -111,7 +113,7 @@ class BlockPool:
 
     # ---- transitions ---------------------------------------------------------------------
 
-    def allocate(self, kind: Kind) -> int | None:
+    def allocate(self, kind: SlotKind) -> int | None:
         """A slot with reference count 1, or None: not now.
 
         In order: a free slot of the kind, an empty slab, what was used least recently (a cached
@@ -125,10 +127,10 @@ class BlockPool:
             slot = self._take_free(kind)
         return slot
 
-    def _evict_oldest(self, kind: Kind) -> bool:
+    def _evict_oldest(self, kind: SlotKind) -> bool:
         """Make room for a slot of `kind` from cached ones; False where none would help."""
         slot, used = next(iter(self._lru[kind].items()), (None, self._clock + 1))
-        for other in Kind:
+        for other in SlotKind:
             if other != kind and self._idle[other]:
                 cached = self._slabs[next(iter(self._idle[other]))].cached
                 # a slab is as old as its youngest slot
@@ -141,7 +143,7 @@ class BlockPool:
         self._evict(slot)
         return True
 
-    def _take_free(self, kind: Kind) -> int | None:
+    def _take_free(self, kind: SlotKind) -> int | None:
         if not self._with_free[kind]:
             if not self._empty:
                 return None
@@ -293,10 +295,10 @@ class BlockPool:
 
     def _pack(self) -> bool:
         """Empty one slab by moving its slots in use into other slabs of its kind."""
-        needed = self.slabs_needed(self.num_in_use[Kind.EXACT], self.num_in_use[Kind.PAGE])
+        needed = self.slabs_needed(self.num_in_use[SlotKind.EXACT], self.num_in_use[SlotKind.PAGE])
         if needed >= self.num_slabs:
             return False
-        for kind in Kind:
+        for kind in SlotKind:
             if not self.slots_per_slab.get(kind):
                 continue
             slabs = [(s.num_in_use, i) for i, s in self._slabs.items() if s.kind == kind]
@@ -324,7 +326,7 @@ class BlockPool:
             return True
         return False
 
-    def _move(self, slot: int, source_id: int, kind: Kind) -> int:
+    def _move(self, slot: int, source_id: int, kind: SlotKind) -> int:
         """Rename one slot in use into another slab of its kind; returns the new id."""
         target_id = next(
             i
@@ -365,8 +367,8 @@ class BlockPool:
         require(len(set(self._empty)) == len(self._empty), "an empty slab is listed twice")
         require(not set(self._empty) & set(self._slabs), "a slab is both empty and held")
         require(len(self._empty) + len(self._slabs) == self.num_slabs, "a slab is lost")
-        in_use = dict.fromkeys(Kind, 0)
-        cached: dict[Kind, set[int]] = {k: set() for k in Kind}
+        in_use = dict.fromkeys(SlotKind, 0)
+        cached: dict[SlotKind, set[int]] = {k: set() for k in SlotKind}
         for slab_id, slab in self._slabs.items():
             base = slab_id * self._stride
             slots = set(range(base, base + self.slots_per_slab[slab.kind]))
@@ -387,7 +389,7 @@ class BlockPool:
         require(in_use == self.num_in_use, "the counts of slots in use are wrong")
         require(sum(in_use.values()) == len(self._ref_count), "a slot in use lies in no slab")
         require(all(c >= 1 for c in self._ref_count.values()), "a slot in use has no reference")
-        for kind in Kind:
+        for kind in SlotKind:
             named = {*self._with_free[kind], *self._idle[kind]}
             of_kind = {i for i, slab in self._slabs.items() if slab.kind == kind}
             require(named <= of_kind, "an index names a slab that is gone")

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.kernels.math.rotary import read_keys, stored_keys
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 from spectral_paged.rope import RotaryTable
 
 HQ, H, D, VOCAB, LONGEST = 4, 2, 16, 40, 2100
@@ -350,7 +350,7 @@ def test_slots_that_move_together_keep_their_content():
     machine = type("Machine", (CacheMachine,), {"format_name": "pre-512", "seen": {}})()
     machine.start(extra=2, seats=200)
     cache, names = machine.cache, []
-    blocks = cache.groups[0].pool.blocks
+    blocks = cache.groups[0].arena.slots
 
     def add(length):
         name = f"n{len(names)}"
@@ -365,7 +365,7 @@ def test_slots_that_move_together_keep_their_content():
         while left := len(machine.tokens[name]) - cache.num_tokens(name):
             assert machine._run({name: min(left, cache.chunk_limit(name))})
 
-    per_slab = blocks.slots_per_slab[Kind.EXACT]
+    per_slab = blocks.slots_per_slab[SlotKind.EXACT]
     for _ in range(blocks.num_slabs * per_slab - 11):
         run_to_the_end(add(10))
     long = add(639)

@@ -28,8 +28,8 @@ def test_one_sequence_more_than_predicted_does_not_fit(num_tokens):
     for group in cache.groups:
         pages = cache.format.visible_blocks(num_tokens, 0)
         exact = -(-(num_tokens - pages * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
-        need = [group.pool.blocks.slabs_needed(n * exact, n * pages) for n in (count, count + 1)]
-        assert need[0] <= group.pool.blocks.num_slabs < need[1]
+        need = [group.arena.slots.slabs_needed(n * exact, n * pages) for n in (count, count + 1)]
+        assert need[0] <= group.arena.slots.num_slabs < need[1]
 
 
 def test_as_many_as_predicted_decode_together():

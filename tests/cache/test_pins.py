@@ -248,7 +248,7 @@ def test_a_pin_past_the_sealed_blocks_takes_no_page_from_the_bound():
     """The pages of a sequence are counted by which of its sealed blocks are pinned."""
     cache = make()
     group = cache.groups[0]
-    blocks, asked = group.pool.blocks, []
+    blocks, asked = group.arena.slots, []
     real, blocks.slabs_needed = blocks.slabs_needed, lambda e, p: asked.append(p) or real(e, p)
     for pinned, pages in (((), 2), ((0,), 1), ((2,), 2), ((0, 1), 0), ((1, 2), 1)):
         slabs_for(cache.format, group, 64 + 1024 + 64, pinned)

@@ -14,7 +14,7 @@ from spectral_paged.batch.run import BatchRun
 from spectral_paged.cache.prefix_hit import prefix_chain
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.pages import PRESETS
-from spectral_paged.pool.slot_pool import BlockPool, Kind
+from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 from support.cache_feed import LAYERS, Feed, drive, fmt, make
 from support.page_parts import toy_basis
 from support.tiny_model import random_prompts, tiny_llm
@@ -28,10 +28,10 @@ def stored_bytes(cache, ids):
     """The bytes of every slot that the prompt `ids` can find, by kind and place."""
     group, found = cache.groups[0], {}
     chain = prefix_chain(cache.format, ids, len(ids), "", ())
-    for kind, find in ((Kind.EXACT, group.cached_exact), (Kind.PAGE, group.cached_page)):
+    for kind, find in ((SlotKind.EXACT, group.cached_exact), (SlotKind.PAGE, group.cached_page)):
         slots = [find(chain, i) for i in range(len(chain))]
         found |= {
-            (kind, i): group.pool._span(slot, kind).clone().numpy().tobytes()
+            (kind, i): group.arena._span(slot, kind).clone().numpy().tobytes()
             for i, slot in enumerate(slots)
             if slot is not None
         }
@@ -99,7 +99,7 @@ def test_pages_are_the_same_bytes_when_they_are_used_again(name):
     assert stored_bytes(cache, ids) == first, "use changes no byte"
     fresh = make(FORMATS[name])
     run(fresh, "c", ids)
-    pages = {key: page for key, page in first.items() if key[0] == Kind.PAGE}
+    pages = {key: page for key, page in first.items() if key[0] == SlotKind.PAGE}
     assert pages.items() <= stored_bytes(fresh, ids).items(), "encoding is pure"
 
 
@@ -268,8 +268,8 @@ def test_a_chain_is_evicted_from_its_end(together):
     cache.check_integrity()
     chains = [prefix_chain(cache.format, ids[s] + [0], 1241, "", ()) for s in ids]
     held, lengths = [], []
-    for _ in range(group.pool.blocks.num_slabs):
-        held.append(group.pool.blocks.allocate(Kind.EXACT))
+    for _ in range(group.arena.slots.num_slabs):
+        held.append(group.arena.slots.allocate(SlotKind.EXACT))
         for chain in chains:
             front, known = chain_length(cache, chain)
             assert front == known, "what is cached is reached from the beginning"
@@ -284,11 +284,11 @@ def test_landmarks_outlive_the_pages_that_need_them():
     ids = list(range(1500))
     run(cache, "old", ids)
     cache.free("old")
-    group, blocks = cache.groups[0], cache.groups[0].pool.blocks
+    group, blocks = cache.groups[0], cache.groups[0].arena.slots
     chain = prefix_chain(cache.format, ids, 1500, "", ())
     assert group.cached_page(chain, 0) is not None and group.cached_exact(chain, 0) is not None
     seen = set()
-    while (slot := blocks.allocate(Kind.EXACT)) is not None:
+    while (slot := blocks.allocate(SlotKind.EXACT)) is not None:
         assert slot >= 0
         pages = sum(group.cached_page(chain, b) is not None for b in (0, 1))
         landmarks = group.cached_exact(chain, 0) is not None
@@ -303,10 +303,10 @@ def test_of_what_pages_replaced_the_beginning_is_kept_longest():
     ids = list(range(2100))
     run(cache, "a", ids)
     cache.free("a")
-    blocks = cache.groups[0].pool.blocks
+    blocks = cache.groups[0].arena.slots
     chain = prefix_chain(cache.format, ids, 2100, "", ())
     seen = set()
-    while blocks.allocate(Kind.EXACT) is not None:
+    while blocks.allocate(SlotKind.EXACT) is not None:
         front, known = chain_length(cache, chain)
         assert front == known
         seen.add(front)
@@ -314,20 +314,20 @@ def test_of_what_pages_replaced_the_beginning_is_kept_longest():
 
 
 def test_a_slot_that_stands_in_for_another_is_found_when_that_is_gone():
-    pool = BlockPool(3, {Kind.EXACT: 1})
-    first, second = pool.allocate(Kind.EXACT), pool.allocate(Kind.EXACT)
+    pool = SlotPool(3, {SlotKind.EXACT: 1})
+    first, second = pool.allocate(SlotKind.EXACT), pool.allocate(SlotKind.EXACT)
     assert pool.publish(first, "k") and not pool.publish(second, "k")
     pool.release(first)
-    pool.allocate(Kind.EXACT)
-    pool.allocate(Kind.EXACT)  # evicts the first
+    pool.allocate(SlotKind.EXACT)
+    pool.allocate(SlotKind.EXACT)  # evicts the first
     assert pool.lookup("k") is None
     assert not pool.release(second) and pool.lookup("k") == second
     pool.check_integrity()
 
 
 def test_an_old_slab_of_pages_goes_before_young_exact_pages_and_the_other_way_round():
-    for old, young in ((Kind.PAGE, Kind.EXACT), (Kind.EXACT, Kind.PAGE)):
-        pool = BlockPool(2, {Kind.EXACT: 2, Kind.PAGE: 1})
+    for old, young in ((SlotKind.PAGE, SlotKind.EXACT), (SlotKind.EXACT, SlotKind.PAGE)):
+        pool = SlotPool(2, {SlotKind.EXACT: 2, SlotKind.PAGE: 1})
         slots = [pool.allocate(old), pool.allocate(young)]
         for slot, key in zip(slots, ("old", "young")):
             pool.publish(slot, key)

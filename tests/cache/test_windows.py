@@ -188,11 +188,11 @@ def test_a_hit_needs_the_window_and_no_more():
     assert len(window.sequences["b"].exact) == 4, "200 tokens before 1,344 are in four pages"
     chain = cache._sequences["b"].chain
     cache.free("b")
-    window.pool.blocks.forget((0, chain[chain_end - 2]))
+    window.arena.slots.forget((0, chain[chain_end - 2]))
     found = cache.add_sequence("c", num_prompt_tokens=1400, token_ids=ids)
     assert found == (chain_end - 2) * 64
     cache.free("c")
-    window.pool.blocks.drop_cached()
+    window.arena.slots.drop_cached()
     assert cache.add_sequence("d", num_prompt_tokens=1400, token_ids=ids) == 0
 
 

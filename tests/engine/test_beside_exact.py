@@ -212,7 +212,7 @@ def test_a_request_may_fill_the_pool_to_its_last_slot(format, prompt_length):
     """The longest sequence that is not refused runs to its end, alone and unpreempted."""
     budget = 510_000 if format == "exact" else 430_000
     llm = make(format, kv_cache_bytes=budget, max_num_seqs=2)
-    blocks, longest = llm.cache.groups[0].pool.blocks, llm.cache.max_sequence_tokens
+    blocks, longest = llm.cache.groups[0].arena.slots, llm.cache.max_sequence_tokens
     assert longest > 630
     prompt = random_prompts([prompt_length], seed=3)[0]
     most = []

@@ -296,7 +296,7 @@ def test_text_that_cannot_be_encoded_is_refused():
 def test_sixty_four_requests_leave_nothing_behind():
     """64 more requests add no Python object and no tensor byte; the arenas stay where they are."""
     llm = tiny_llm(kv_cache_bytes=2_000_000, max_num_seqs=4)
-    arenas = [g.pool.arena.data_ptr() for g in llm.cache.groups]
+    arenas = [g.arena.planes.data_ptr() for g in llm.cache.groups]
 
     def serve(count, seed):
         lengths = [(37 * i) % 700 + 1 for i in range(count)]
@@ -311,5 +311,5 @@ def test_sixty_four_requests_leave_nothing_behind():
     more_objects, more_tensor_bytes = serve(64, 3)
     assert more_objects - objects < 64, "some object stays behind with every request"
     assert more_tensor_bytes == tensor_bytes
-    assert [g.pool.arena.data_ptr() for g in llm.cache.groups] == arenas
+    assert [g.arena.planes.data_ptr() for g in llm.cache.groups] == arenas
     assert llm.stats()["num_sequences"] == 0

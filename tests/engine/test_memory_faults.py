@@ -51,7 +51,7 @@ def test_an_allocation_may_fail_at_any_call(monkeypatch, format):
     for call in (*range(1, 42, 4), 11, 12, 13, 24, 26):
         with monkeypatch.context() as patch:
             llm = make_llm(False, format, kv_cache_bytes=900_000)
-            raise_once(patch, llm.cache.groups[0].pool.blocks, "allocate", MemoryError("k"), call)
+            raise_once(patch, llm.cache.groups[0].arena.slots, "allocate", MemoryError("k"), call)
             queue(llm, prompts, params)
             done, _ = serve(llm)
             assert tokens(done) == expected

@@ -49,7 +49,7 @@ def test_beams_share_pages_and_end_as_with_a_dynamic_cache():
     assert torch.equal(
         generated(model, inputs, cache, **options), generated(model, inputs, **options)
     )
-    pool = cache.kv_cache.groups[0].pool.blocks
+    pool = cache.kv_cache.groups[0].arena.slots
     alone = 3 * -(-711 // 64) + 3  # exact pages of three beams that share nothing
     assert sum(pool.num_in_use.values()) < alone
     cache.kv_cache.check_integrity()
@@ -265,7 +265,7 @@ def test_a_step_that_cannot_begin_holds_nothing(monkeypatch, call):
             generated(model, inputs, cache)
     stored = [cache.kv_cache.num_tokens(row) for row in cache._rows]
     assert stored == ([] if call == 1 else [5 + 2, 128 + 2])
-    pages = sum(cache.kv_cache.groups[0].pool.blocks.num_in_use.values())
+    pages = sum(cache.kv_cache.groups[0].arena.slots.num_in_use.values())
     assert pages == (0 if call == 1 else 1 + 3)
     cache.kv_cache.check_integrity()
     cache.reset()

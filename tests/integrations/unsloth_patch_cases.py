@@ -248,7 +248,7 @@ def test_a_patch_that_is_undone_frees_its_pool_at_once(patched):
     try:
         patch = patch_unsloth_attention(model, kv_cache_bytes=8 << 20, verbose=False)
         out = generate_held(model, batch([30, 700]))
-        arenas = [weakref.ref(group.pool.arena) for group in patch.cache.groups]
+        arenas = [weakref.ref(group.arena.planes) for group in patch.cache.groups]
         assert out.past_key_values is not None and arenas[0]() is not None
         patch.undo()
         assert not any(arena() for arena in arenas)

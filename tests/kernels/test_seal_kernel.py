@@ -170,9 +170,9 @@ def test_a_warm_up_compiles_what_a_seal_will_launch_and_writes_nothing(monkeypat
 
     cache = small_cache(monkeypatch, recorded)
     [group] = cache.groups
-    before = group.pool.arena.clone()
+    before = group.arena.planes.clone()
     cache.sealer.warm_up(group)
-    assert torch.equal(group.pool.arena, before)
+    assert torch.equal(group.arena.planes, before)
     cache.add_sequence("a", num_prompt_tokens=1100)
     feed(cache, "a", 1100)
     (first, *what), (second, *later) = asked[:2]

@@ -43,7 +43,7 @@ def test_a_closed_llm_leaves_the_model_as_it_was():
 def test_memory_is_back_without_a_collector():
     llm = borrow(tiny_model())
     llm.generate(random_prompts([700]), PARAMS, use_tqdm=False)
-    arena = weakref.ref(llm.cache.groups[0].pool.arena)
+    arena = weakref.ref(llm.cache.groups[0].arena.planes)
     gc.collect()
     gc.disable()
     try:

@@ -146,8 +146,8 @@ def held():
 CORRUPTIONS = {
     "the EXACT table row of 'a' is stale": lambda c, g, s: g.exact_table.host[s.row].fill_(7),
     "the PAGE table row of 'a' is stale": lambda c, g, s: g.page_table.host[s.row].fill_(7),
-    "reference counts differ": lambda c, g, s: g.pool.blocks.acquire(s.exact[0]),
-    "differ from what sequences hold": lambda c, g, s: g.pool.blocks.allocate(0),
+    "reference counts differ": lambda c, g, s: g.arena.slots.acquire(s.exact[0]),
+    "differ from what sequences hold": lambda c, g, s: g.arena.slots.allocate(0),
     "a table row is lost": lambda c, g, s: c._sequences._free_rows.pop(),
     "hold different sequences": lambda c, g, s: g.add("ghost", 2),
 }
@@ -223,7 +223,7 @@ def test_an_engine_whose_pool_another_holds_says_so():
     llm = tiny_llm(PageFormat.preset("exact", num_kv_heads=2, head_dim=16), kv_cache_bytes=200_000)
     cache = llm.cache
     cache.add_sequence("other", num_prompt_tokens=1)
-    while cache.try_reserve("other", cache.groups[0].pool.blocks.num_in_use[0] * 64 + 1):
+    while cache.try_reserve("other", cache.groups[0].arena.slots.num_in_use[0] * 64 + 1):
         pass
     llm.engine.add_request("a", [1] * 10, GREEDY)
     with pytest.raises(PoolError, match="0 running, 1 waiting; every sequence may hold slots"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectral_paged import LLM, SamplingParams
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 from support.padded_batch import attending_model, batch, generated, paged_cache
 from support.small_cache import feed, small_cache
 from support.tiny_model import random_prompts, tiny_format, tiny_model
@@ -34,7 +34,7 @@ def without_garbage_collection():
 
 
 def arenas_of(cache):
-    return [weakref.ref(group.pool.arena) for group in cache.groups]
+    return [weakref.ref(group.arena.planes) for group in cache.groups]
 
 
 def all_gone(arenas):
@@ -71,14 +71,14 @@ def test_of_a_copy_apart_from_its_original():
     cache.reserve({"a": 64})
     copied = copy.deepcopy(cache)
     group, other = copied.groups[0], cache.groups[0]
-    blocks = group.pool.blocks
+    blocks = group.arena.slots
     slot = group.sequences["a"].exact[0]
-    target = blocks.allocate(Kind.EXACT)
-    blocks.on_move([(Kind.EXACT, slot, target)])
+    target = blocks.allocate(SlotKind.EXACT)
+    blocks.on_move([(SlotKind.EXACT, slot, target)])
     assert group.sequences["a"].exact == [target] and other.sequences["a"].exact == [slot]
-    group.pool.arena.zero_()
-    blocks.on_free(Kind.EXACT, target)
-    assert group.pool.arena.any()
+    group.arena.planes.zero_()
+    blocks.on_free(SlotKind.EXACT, target)
+    assert group.arena.planes.any()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])

@@ -1,4 +1,4 @@
-"""BlockPool against a plain model, and its refusals."""
+"""SlotPool against a plain model, and its refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from spectral_paged.errors import PoolError
-from spectral_paged.pool.slot_pool import BlockPool, Kind
+from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 from support.checked_pool import CheckedPool
 
 
@@ -28,13 +28,13 @@ class PoolMachine(RuleBasedStateMachine):
         slots=st.sampled_from([(3, 2), (1, 1), (4, 1), (1, 3), (2, None)]),
     )
     def start(self, num_slabs, slots):
-        kinds = {kind: count for kind, count in zip(Kind, slots) if count}
+        kinds = {kind: count for kind, count in zip(SlotKind, slots) if count}
         self.checked = CheckedPool(num_slabs, kinds)
 
     def _index(self, data):
         return data.draw(st.integers(0, len(self.checked.refs) - 1))
 
-    @rule(kind=st.sampled_from(list(Kind)))
+    @rule(kind=st.sampled_from(list(SlotKind)))
     def allocate(self, kind):
         self.checked.allocate(kind)
 
@@ -88,7 +88,7 @@ def test_a_long_random_walk_moves_slots_and_keeps_their_content():
     """Packing needs pools that are nearly full and torn: short examples seldom make one."""
     rng, moved = random.Random(0), 0
     for num_slabs, slots in ((4, (3, 2)), (3, (4, 1)), (2, (1, 3)), (5, (2, 4))):
-        checked = CheckedPool(num_slabs, dict(zip(Kind, slots)))
+        checked = CheckedPool(num_slabs, dict(zip(SlotKind, slots)))
         for _ in range(5_000):
             checked.any_operation(rng)
             checked.check()
@@ -98,12 +98,12 @@ def test_a_long_random_walk_moves_slots_and_keeps_their_content():
 
 
 def pool(slabs=2, exact=4, page=2):
-    return BlockPool(slabs, {Kind.EXACT: exact, Kind.PAGE: page})
+    return SlotPool(slabs, {SlotKind.EXACT: exact, SlotKind.PAGE: page})
 
 
 def test_double_free_and_use_after_free_raise_at_once():
     p = pool()
-    slot = p.allocate(Kind.EXACT)
+    slot = p.allocate(SlotKind.EXACT)
     p.release(slot)
     with pytest.raises(PoolError, match="double free"):
         p.release(slot)
@@ -113,11 +113,11 @@ def test_double_free_and_use_after_free_raise_at_once():
 
 def test_publishing_twice_or_when_free_raises():
     p = pool()
-    slot = p.allocate(Kind.PAGE)
+    slot = p.allocate(SlotKind.PAGE)
     assert p.publish(slot, "a")
     with pytest.raises(PoolError, match="already"):
         p.publish(slot, "b")
-    other = p.allocate(Kind.PAGE)
+    other = p.allocate(SlotKind.PAGE)
     assert not p.publish(other, "a")
     p.release(other)
     with pytest.raises(PoolError, match="not in use"):
@@ -126,32 +126,32 @@ def test_publishing_twice_or_when_free_raises():
 
 def test_least_recently_released_is_evicted_first():
     p = pool(slabs=1, exact=3)
-    slots = [p.allocate(Kind.EXACT) for _ in range(3)]
+    slots = [p.allocate(SlotKind.EXACT) for _ in range(3)]
     for i, slot in enumerate(slots):
         p.publish(slot, i)
     for i in (1, 0, 2):
         p.release(slots[i])
     p.acquire(slots[1])
     p.release(slots[1])
-    p.allocate(Kind.EXACT)
+    p.allocate(SlotKind.EXACT)
     assert p.lookup(0) is None and p.lookup(1) is not None and p.lookup(2) is not None
 
 
 def test_a_slab_changes_kind_only_when_nothing_in_it_is_in_use():
     p = pool(slabs=1, exact=4, page=2)
-    slot = p.allocate(Kind.EXACT)
-    assert p.allocate(Kind.PAGE) is None
+    slot = p.allocate(SlotKind.EXACT)
+    assert p.allocate(SlotKind.PAGE) is None
     p.release(slot)
-    assert p.allocate(Kind.PAGE) is not None
-    assert p.allocate(Kind.EXACT) is None
+    assert p.allocate(SlotKind.PAGE) is not None
+    assert p.allocate(SlotKind.EXACT) is None
 
 
 def test_a_kind_that_the_pool_has_not_evicts_nothing():
-    p = BlockPool(2, {Kind.EXACT: 2})
-    slot = p.allocate(Kind.EXACT)
+    p = SlotPool(2, {SlotKind.EXACT: 2})
+    slot = p.allocate(SlotKind.EXACT)
     p.publish(slot, "a")
     p.release(slot)
-    assert p.allocate(Kind.PAGE) is None
+    assert p.allocate(SlotKind.PAGE) is None
     assert p.lookup("a") == slot and p.num_evicted == 0
     p.check_integrity()
 
@@ -160,11 +160,11 @@ def torn():
     """A pool with slots in every state: exact 0 in use, 1 published and in use, 2 cached, 3 free;
     a page in use and one free; and an empty slab."""
     p = pool(slabs=3)
-    slots = [p.allocate(Kind.EXACT) for _ in range(3)]
+    slots = [p.allocate(SlotKind.EXACT) for _ in range(3)]
     p.publish(slots[1], "used")
     p.publish(slots[2], "cached")
     p.release(slots[2])
-    p.allocate(Kind.PAGE)
+    p.allocate(SlotKind.PAGE)
     p.check_integrity()
     return p, slots
 
@@ -176,13 +176,17 @@ CORRUPTIONS = {
     "slab 0 lists a free slot twice": lambda p, slab, s: slab.free.extend([3, 3]),
     "slab 0: free + cached + in use is not every slot once": lambda p, slab, s: slab.free.append(0),
     "slab 0 miscounts its slots in use": lambda p, slab, s: setattr(slab, "num_in_use", 3),
-    "free index is wrong": lambda p, slab, s: p._with_free[Kind.EXACT].clear(),
-    "idle index is wrong": lambda p, slab, s: p._idle[Kind.EXACT].update({0: None}),
-    "the counts of slots in use are wrong": lambda p, slab, s: p.num_in_use.update({Kind.PAGE: 2}),
-    "an index names a slab that is gone": lambda p, slab, s: p._idle[Kind.PAGE].update({2: None}),
+    "free index is wrong": lambda p, slab, s: p._with_free[SlotKind.EXACT].clear(),
+    "idle index is wrong": lambda p, slab, s: p._idle[SlotKind.EXACT].update({0: None}),
+    "the counts of slots in use are wrong": lambda p, slab, s: p.num_in_use.update(
+        {SlotKind.PAGE: 2}
+    ),
+    "an index names a slab that is gone": lambda p, slab, s: p._idle[SlotKind.PAGE].update(
+        {2: None}
+    ),
     "a slot in use lies in no slab": lambda p, slab, s: p._ref_count.update({p._stride * 9: 1}),
     "a slot in use has no reference": lambda p, slab, s: p._ref_count.update({s[0]: 0}),
-    "cached slots and LRU list differ": lambda p, slab, s: p._lru[Kind.EXACT].clear(),
+    "cached slots and LRU list differ": lambda p, slab, s: p._lru[SlotKind.EXACT].clear(),
     "a cached slot has no key": lambda p, slab, s: p._by_key.pop(p._key_of.pop(s[2])),
     "the prefix map is not a map": lambda p, slab, s: p._by_key.update({"other": s[1]}),
 }
@@ -208,12 +212,12 @@ def test_integrity_notices_an_empty_slab_that_is_held():
 
 def test_slots_wanted_again_are_neither_idle_nor_evicted():
     p = pool(slabs=1, exact=2, page=1)
-    slot = p.allocate(Kind.EXACT)
+    slot = p.allocate(SlotKind.EXACT)
     p.publish(slot, "a")
     p.release(slot)
-    assert p.num_cached(Kind.EXACT) == 1 and p.num_in_use[Kind.EXACT] == 0
+    assert p.num_cached(SlotKind.EXACT) == 1 and p.num_in_use[SlotKind.EXACT] == 0
     p.acquire(slot)
-    assert p.allocate(Kind.PAGE) is None and p.lookup("a") == slot
+    assert p.allocate(SlotKind.PAGE) is None and p.lookup("a") == slot
     p.acquire(slot)
     assert p.ref_count(slot) == 2 and not p.release(slot) and not p.release(slot)
     assert p.drop_cached() == 1 and p.lookup("a") is None and p.ref_count(slot) == 0
@@ -221,7 +225,7 @@ def test_slots_wanted_again_are_neither_idle_nor_evicted():
 
 def test_what_is_not_in_use_cannot_be_unpublished():
     p = pool()
-    slot = p.allocate(Kind.EXACT)
+    slot = p.allocate(SlotKind.EXACT)
     p.unpublish(slot)
     p.publish(slot, "a")
     p.unpublish(slot)
@@ -238,17 +242,17 @@ def test_slabs_that_are_needed_are_counted_by_kind():
 
 def test_the_slab_that_is_idle_longest_changes_kind_first():
     p = pool(slabs=2, exact=1, page=1)
-    slots = [p.allocate(Kind.EXACT), p.allocate(Kind.EXACT)]
+    slots = [p.allocate(SlotKind.EXACT), p.allocate(SlotKind.EXACT)]
     for slot in reversed(slots):
         p.publish(slot, slot)
         p.release(slot)
-    assert p.allocate(Kind.PAGE) is not None
+    assert p.allocate(SlotKind.PAGE) is not None
     assert p.lookup(slots[1]) is None and p.lookup(slots[0]) == slots[0]
 
 
 def test_a_slot_says_where_it_lies():
     p = pool(slabs=2, exact=4, page=2)
-    slots = [p.allocate(Kind.EXACT) for _ in range(4)] + [p.allocate(Kind.PAGE)]
+    slots = [p.allocate(SlotKind.EXACT) for _ in range(4)] + [p.allocate(SlotKind.PAGE)]
     places = [p.slab_and_index(slot) for slot in slots]
     assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 
@@ -263,17 +267,17 @@ def test_bytes_follow_their_names_although_a_move_is_interrupted():
             if len(calls) == 1:
                 raise KeyboardInterrupt
 
-    pool = BlockPool(2, {Kind.EXACT: 4, Kind.PAGE: 1}, on_move=move)
-    slots = [pool.allocate(Kind.EXACT) for _ in range(8)]
+    pool = SlotPool(2, {SlotKind.EXACT: 4, SlotKind.PAGE: 1}, on_move=move)
+    slots = [pool.allocate(SlotKind.EXACT) for _ in range(8)]
     for slot in slots[:2] + slots[4:6]:
         pool.release(slot)
     kept = slots[2:4] + slots[6:]
     held |= {slot: f"bytes of {slot}" for slot in kept}
     with pytest.raises(KeyboardInterrupt):
-        pool.allocate(Kind.PAGE)
+        pool.allocate(SlotKind.PAGE)
     pool.check_integrity()
     names = {source: target for _, source, target in calls[0]}
     assert len(names) == 2 and calls == [calls[0]] * 2
     for slot in kept:
         assert held[names.get(slot, slot)] == f"bytes of {slot}"
-    assert pool.allocate(Kind.PAGE) is not None
+    assert pool.allocate(SlotKind.PAGE) is not None

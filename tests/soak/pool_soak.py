@@ -6,7 +6,7 @@ import random
 import time
 
 from spectral_paged.errors import PoolError
-from spectral_paged.pool.slot_pool import Kind
+from spectral_paged.pool.slot_pool import SlotKind
 from support.checked_pool import CheckedPool
 
 PER_POOL = 20_000  # operations before a pool of another shape takes over
@@ -18,9 +18,9 @@ def soak_pool(num_operations, seed):
     row = {"operations": 0, "integrity": 0, "evicted": 0, "moved": 0}
     examples = []
     while row["operations"] < num_operations:
-        slots = {Kind.EXACT: rng.randint(1, 6), Kind.PAGE: rng.randint(1, 4)}
+        slots = {SlotKind.EXACT: rng.randint(1, 6), SlotKind.PAGE: rng.randint(1, 4)}
         if rng.random() < 0.1:
-            del slots[Kind.PAGE]
+            del slots[SlotKind.PAGE]
         checked = CheckedPool(rng.randint(2, 6), slots)
         try:
             for _ in range(min(PER_POOL, num_operations - row["operations"])):

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from spectral_paged.cache import LayerGroup
-from spectral_paged.pool.slot_pool import BlockPool
+from spectral_paged.pool.slot_pool import SlotPool
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -45,7 +45,7 @@ def test_a_short_soak_finds_nothing_and_says_how_much_it_did(soak, capsys, argum
 
 
 def keep_cached(monkeypatch):
-    monkeypatch.setattr(BlockPool, "drop_cached", lambda self: 0)
+    monkeypatch.setattr(SlotPool, "drop_cached", lambda self: 0)
 
 
 def skip_pages(monkeypatch):

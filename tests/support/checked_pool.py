@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectral_paged.errors import PoolError
-from spectral_paged.pool.slot_pool import BlockPool, Kind
+from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 
 
 class CheckedPool:
@@ -17,14 +17,14 @@ class CheckedPool:
     """
 
     def __init__(self, num_slabs=4, slots_per_slab=None):
-        slots_per_slab = slots_per_slab or {Kind.EXACT: 3, Kind.PAGE: 2}
-        self.pool = BlockPool(num_slabs, slots_per_slab, on_move=self._move, on_free=self._free)
+        slots_per_slab = slots_per_slab or {SlotKind.EXACT: 3, SlotKind.PAGE: 2}
+        self.pool = SlotPool(num_slabs, slots_per_slab, on_move=self._move, on_free=self._free)
         self.refs: list[tuple[int, int]] = []
         self.content: dict[int, int] = {}
         self.keys: dict[int, set[int]] = {}  # key to the owners that published it, all alike
         self.twins: dict[int, int] = {}
-        self.released: dict[int, Kind] = {}
-        self.kinds: dict[int, Kind] = {}
+        self.released: dict[int, SlotKind] = {}
+        self.kinds: dict[int, SlotKind] = {}
         self.num_owners = self.num_evicted = self.num_moved = 0
 
     def _move(self, moves):
@@ -51,10 +51,10 @@ class CheckedPool:
     def allocate(self, kind):
         """None exactly when packed slabs would not hold one more."""
         pool, before = self.pool, dict(self.released)
-        used = {k: len(self._in_use(k)) for k in Kind}
+        used = {k: len(self._in_use(k)) for k in SlotKind}
         used[kind] += 1
         fits = bool(pool.slots_per_slab.get(kind)) and (
-            pool.slabs_needed(used[Kind.EXACT], used[Kind.PAGE]) <= pool.num_slabs
+            pool.slabs_needed(used[SlotKind.EXACT], used[SlotKind.PAGE]) <= pool.num_slabs
         )
         moved = pool.num_moved
         slot = pool.allocate(kind)
@@ -138,7 +138,7 @@ class CheckedPool:
         """A random one; references are given back as fast as they are taken."""
         refs, what = len(self.refs), rng.random()
         if what < 0.35 or not refs:
-            self.allocate(rng.choice(list(Kind)))
+            self.allocate(rng.choice(list(SlotKind)))
         elif what < 0.70 or refs > 40:
             self.release(rng.randrange(refs))
         elif what < 0.75:
@@ -166,7 +166,7 @@ class CheckedPool:
             counts[slot] = counts.get(slot, 0) + 1
         assert all(pool.ref_count(slot) == count for slot, count in counts.items())
         assert self.content.keys() == counts.keys() | self.released.keys()
-        for kind in Kind:
+        for kind in SlotKind:
             assert pool.num_cached(kind) == sum(k == kind for k in self.released.values())
         for slot in self.released:
             assert pool.is_published(slot), "what was published stays findable until it is evicted"
