@@ -104,14 +104,14 @@ def copy_bandwidth() -> float:
 
 def judged(format: PageFormat, results: Path) -> dict[str, float]:
     """KL of a format by model, from the results of `bench quality`: every field but the number of
-    heads and the calibration must be the same."""
+    heads and the calibration must be the same, and no token weighed by attention."""
     skipped = ("name", "num_kv_heads", "basis_id", "prefill_segment")
     found = {}
     for file in sorted(results.glob("quality-*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
         table = data.get("overall", {}).get("methods", {})
         for name, fields in data.get("formats", {}).items():
-            same = all(
+            same = fields.get("token_weighting", "none") == "none" and all(
                 json.loads(json.dumps(value)) == fields.get(key)
                 for key, value in asdict(format).items()
                 if key not in skipped

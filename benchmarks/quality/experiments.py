@@ -21,7 +21,6 @@ NOTHING: dict[str, Any] = {  # a page of codes and basis alone, sealed from the 
     "outlier_slots": 0,
     "num_landmark_tokens": 0,
     "dim_weighting": "none",
-    "token_weighting": "none",
 }
 
 
@@ -125,9 +124,8 @@ def ablation(methods: MethodSet) -> Experiment:
 def basis(methods: MethodSet) -> Experiment:
     """Where the base preset's basis comes from."""
     base = methods.base()
-    name, page = base.name, {"basis": "page", "token_weighting": "none", "basis_bits": 8}
-    shared = {"basis": "shared", "token_weighting": "none"}
-    plain = {"dim_weighting": "none"}
+    name, page = base.name, {"basis": "page", "basis_bits": 8}
+    shared, plain = {"basis": "shared"}, {"dim_weighting": "none"}
     low = {**page, "basis_bits": 4}
     narrow = methods.variant(base, f"{name}, page basis INT4", **low)
     return Experiment(
@@ -151,10 +149,10 @@ def basis(methods: MethodSet) -> Experiment:
 
 def weighting_pair(methods: MethodSet) -> tuple[Method, ...]:
     """The reference ranks on a page basis, tokens alike and weighed by attention mass."""
-    page = replace(methods.preset(REFERENCE), basis="page", token_weighting="none")
+    page = replace(methods.preset(REFERENCE), basis="page")
     return present(
         methods.method(page),
-        methods.variant(page, f"{page.name}, attention mass", token_weighting="attention"),
+        methods.weighted(page, f"{page.name}, attention mass"),
     )
 
 
@@ -162,8 +160,8 @@ def weighting(methods: MethodSet) -> Experiment:
     """Tokens of a page basis weighed by attention mass, or not."""
     base = methods.base()
     name = base.name if base.basis == "page" else f"{base.name}, page basis"
-    page = replace(base, name=name, basis="page", token_weighting="none")
-    attention = methods.variant(page, f"{name}, attention mass", token_weighting="attention")
+    page = replace(base, name=name, basis="page")
+    attention = methods.weighted(page, f"{name}, attention mass")
     rows = [*weighting_pair(methods), methods.method(page), attention]
     return Experiment(
         "Tokens weighed by attention",

@@ -15,7 +15,7 @@ from spectral_paged.benchmarks.quality.page_methods import (
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.pages import PRESETS, PageFormat, SharedBasis
+from spectral_paged.pages import PRESETS, BoundBasis, PageFormat, SharedBasis
 
 BASE = "spectral-quality"  # what experiments change one thing of, where the preset exists
 REFERENCE = "spectral-int8"
@@ -94,6 +94,17 @@ class MethodSet:
         """`format` as a method, bound to the calibration where it needs one."""
         if not format.seals:
             return Exact()
+        format, bound = self._bound(format)
+        self.formats[format.name] = asdict(format)
+        return SpectralMethod(format, bound)
+
+    def weighted(self, format: PageFormat, name: str) -> Method:
+        """`format`, called `name`, its tokens weighed by the attention of their block's queries."""
+        format, bound = self._bound(replace(format, name=name))
+        self.formats[name] = {**asdict(format), "token_weighting": "attention"}
+        return WeightedMethod(format, bound)
+
+    def _bound(self, format: PageFormat) -> tuple[PageFormat, BoundBasis | None]:
         bound = None
         if format.needs_calibration:
             if self._basis is None:
@@ -106,9 +117,7 @@ class MethodSet:
                 self._basis = basis
             bound = self._basis.bind(format, self._loaded.model.device)
             format = bound.format
-        self.formats[format.name] = asdict(format)
-        kind = WeightedMethod if format.needs_queries else SpectralMethod
-        return kind(format, bound)
+        return format, bound
 
     def variant(self, format: PageFormat, name: str, **changes: Any) -> Method | None:
         """`format` with `changes`, called `name`; None if they change nothing."""
@@ -117,8 +126,6 @@ class MethodSet:
 
     def online(self, format: PageFormat, name: str) -> Method:
         """`format` with a basis shared from the first sealed block on."""
-        changed = replace(
-            format, name=name, basis="shared", dim_weighting="none", token_weighting="none"
-        )
+        changed = replace(format, name=name, basis="shared", dim_weighting="none")
         self.formats[name] = {**asdict(changed), "calibration": "online"}
         return OnlineMethod(changed)

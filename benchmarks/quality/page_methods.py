@@ -40,6 +40,27 @@ def through_pages(
     return read_keys(new_k, cos, sin, format.rope), new_v
 
 
+def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
+    """Token weights: the attention mass that each token gets from the block's own last queries.
+
+    Args:
+        queries: `[N, G, Q, D]`, post-RoPE queries of the block's last Q tokens.
+        keys: `[N, 512, D]`, post-RoPE.
+
+    Returns:
+        fp32 `[N, 512]`, mean 1, never below a tenth: a token that those queries ignore still
+        matters to later ones.
+    """
+    scores = queries.float() @ keys.float().unsqueeze(1).transpose(-1, -2) * scale
+    num_queries = queries.shape[-2]
+    column = torch.arange(BLOCK_TOKENS, device=keys.device)
+    row = torch.arange(BLOCK_TOKENS - num_queries, BLOCK_TOKENS, device=keys.device)
+    scores = scores.masked_fill(column > row.unsqueeze(-1), float("-inf"))
+    mass = torch.softmax(scores, dim=-1).mean(dim=(1, 2))
+    mass = mass / mass.mean(dim=-1, keepdim=True)
+    return 0.1 + 0.9 * mass
+
+
 @dataclass(frozen=True)
 class PageMethod:
     """One of our formats.
@@ -90,9 +111,13 @@ class SpectralMethod(PageMethod):
 
 @dataclass(frozen=True)
 class WeightedMethod(PageMethod):
-    """A format that weighs a block's tokens by what its last queries attend to."""
+    """Pages with own bases, a block's tokens weighed by what its last queries attend to."""
 
     num_queries: int = NUM_QUERIES
+
+    @property
+    def fingerprint(self) -> str:
+        return f"attention/{self.format.fingerprint}/{codec_digest()}"
 
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
@@ -103,18 +128,11 @@ class WeightedMethod(PageMethod):
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `WantsQueries`."""
-        rotated = rotate(k, cos, sin)
-        return through_pages(
-            self.format,
-            self.basis,
-            [layer] * len(k),
-            k,
-            v,
-            cos,
-            sin,
-            queries=queries,
-            rotated_k=rotated,
+        mass = attention_mass(
+            queries.flatten(0, 1), rotate(k, cos, sin).flatten(0, 1), scale=k.shape[-1] ** -0.5
         )
+        layers, weights = [layer] * len(k), mass.unflatten(0, k.shape[:2])
+        return through_pages(self.format, self.basis, layers, k, v, cos, sin, token_weights=weights)
 
 
 @dataclass(frozen=True)

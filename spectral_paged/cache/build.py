@@ -39,11 +39,6 @@ def check_geometry(
         )
     if num_q_heads % num_kv_heads:
         raise FormatError(f"{num_q_heads} query heads do not divide over {num_kv_heads} KV heads")
-    if format.needs_queries:
-        raise FormatError(
-            f"format {format.name!r} weighs tokens by queries, which the cache does not keep: it "
-            "costs memory and was measured to gain nothing; use token_weighting='none'"
-        )
     bad = [i for i in exempt_layers if not 0 <= i < num_layers]
     if bad:
         raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")

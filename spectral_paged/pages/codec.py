@@ -1,7 +1,7 @@
 """Encode blocks into pages: decompose, quantize, write.
 
-Encoding is pure: a page's bytes depend on the block's own K and V (and queries, where the format
-asks for them), on the format and on the calibration it is bound to, never on what else is encoded
+Encoding is pure: a page's bytes depend on the block's own K and V (and weights of its tokens, where
+they are given), on the format and on the calibration it is bound to, never on what else is encoded
 beside it. Everything runs in fp32 and is batched over blocks, layers and heads.
 
 ```
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import FormatError, NonFiniteError
+from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.bit_packing import pack
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, GAIN_SKIPPED, LEVEL_UNIT
 from spectral_paged.kernels.page.view import (
@@ -30,7 +31,7 @@ from spectral_paged.kernels.page.view import (
     side_view,
     slot_tokens,
 )
-from spectral_paged.pages.decompose import attention_mass, band_vectors, decompose
+from spectral_paged.pages.decompose import band_vectors, decompose
 from spectral_paged.pages.format import PageFormat
 from spectral_paged.pages.quantize import INT8_MAX, Quantized, encode_values, quantize
 from spectral_paged.pages.sections import Bands
@@ -80,7 +81,8 @@ def _project(
         unit = (1 / power).squeeze(-1).expand_as(coeff[:, 0])
         return _Projected(given, coeff, unit, mean, [])
     target = y if token_weights is None else y * token_weights.sqrt().unsqueeze(-1)
-    vectors = decompose(target, sum(count for count, _ in bands), format)
+    eigenvectors = page_ops(x.device).eigenvectors
+    vectors = decompose(target, sum(count for count, _ in bands), format, eigenvectors)
     vectors = band_vectors(vectors, bands, format)
     if rows is not None and weighted:
         vectors = vectors @ rows.inverse
@@ -178,9 +180,7 @@ def encode_pages(
     *,
     basis: BoundBasis | None = None,
     layers: Sequence[int] | None = None,
-    queries: Tensor | None = None,
-    scale: float | None = None,
-    rotated_k: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Encode `N` blocks of one or many layers into pages.
 
@@ -189,17 +189,16 @@ def encode_pages(
             (turned back by `kernels.rotary.stored_keys`).
         basis: what `SharedBasis.bind(format)` gave, for formats that need a calibration.
         layers: the layer of each of the N blocks, to find its rows in `basis`.
-        queries: `[N, H, G, Q, D]`, post-RoPE queries of each block's last tokens; needed by
-            formats with token weighting, ignored by others.
-        scale: softmax scale, for attention mass; default D ** -0.5.
-        rotated_k: post-RoPE keys `[N, H, 512, D]`, for attention mass; default `k`.
+        token_weights: `[N, H, 512]`, not negative: what a token's squared error counts in the
+            decomposition of a page's own basis; None counts all alike.
 
     Returns:
         uint8 `[N, page_bytes]`.
 
     Raises:
-        NonFiniteError: NaN or Inf in a block; `block_index` and the message say where.
-        FormatError: wrong shape, a weighted format without queries, a format that needs a
+        NonFiniteError: NaN or Inf in a block or its weights; `block_index` and the message say
+            where.
+        FormatError: wrong shape, weights for a basis that pages share, a format that needs a
             calibration without its basis.
     """
     num_pages, dim = k.shape[0], format.head_dim
@@ -211,25 +210,29 @@ def encode_pages(
     # one memory layout: sums over other strides round differently, and bytes must not
     k, v = k.float().contiguous(), v.float().contiguous()
     check_finite(K=k, V=v)
-    if format.needs_queries:
-        if queries is None:
-            raise FormatError(f"format {format.name!r} weighs by queries; pass the block's queries")
-        if queries.dim() != 5 or [*queries.shape[:2], queries.shape[-1]] != [*want[:2], dim]:
-            raise FormatError(
-                f"queries are {list(queries.shape)}; blocks of {want} take "
-                f"[{num_pages}, {format.num_kv_heads}, G, Q, {dim}]"
-            )
-        check_finite(queries=queries)
-    rows = _layer_rows(format, basis, layers, num_pages, k.device)
-    inputs = [k, v, queries if format.needs_queries else None, rotated_k, rows]
-    scale = dim**-0.5 if scale is None else scale
+    if token_weights is not None:
+        _check_token_weights(token_weights, format, want[:3])
+    inputs = [k, v, token_weights, _layer_rows(format, basis, layers, num_pages, k.device)]
     if not k.is_cuda:
-        return _encode_batch(inputs, format, basis, scale)
+        return _encode_batch(inputs, format, basis)
     pages = [
-        _encode_batch([_padded(x, start) for x in inputs], format, basis, scale)
+        _encode_batch([_padded(x, start) for x in inputs], format, basis)
         for start in range(0, num_pages, CUDA_BATCH)
     ]
     return torch.cat(pages)[:num_pages] if pages else k.new_empty(0, format.page_bytes).byte()
+
+
+def _check_token_weights(weights: Tensor, format: PageFormat, want: list[int]) -> None:
+    if format.basis == "shared":
+        raise FormatError(
+            f"token_weights weigh the decomposition of a page's own basis; format {format.name!r} "
+            "shares one: pass none"
+        )
+    if list(weights.shape) != want:
+        raise FormatError(f"token_weights are {list(weights.shape)}; these blocks take {want}")
+    check_finite(token_weights=weights)
+    if bool((weights < 0).any()):
+        raise FormatError("token_weights are negative somewhere; give 0 or more")
 
 
 def _layer_rows(
@@ -260,16 +263,14 @@ def _padded(x: Tensor | None, start: int) -> Tensor | None:
 
 
 def _encode_batch(
-    inputs: list[Tensor | None], format: PageFormat, basis: BoundBasis | None, scale: float
+    inputs: list[Tensor | None], format: PageFormat, basis: BoundBasis | None
 ) -> Tensor:
-    """Pages of checked inputs k, v, queries, rotated_k, layers."""
-    k, v, queries, rotated_k, layers = inputs
+    """Pages of checked inputs k, v, token_weights, layers."""
+    k, v, token_weights, layers = inputs
     assert k is not None and v is not None
     heads = format.num_kv_heads
-    token_weights = None
-    if queries is not None:
-        seen_keys = (k if rotated_k is None else rotated_k).flatten(0, 1)
-        token_weights = attention_mass(queries.flatten(0, 1), seen_keys, scale=scale)
+    if token_weights is not None:
+        token_weights = token_weights.float().flatten(0, 1)
     pages = torch.zeros(len(k), format.page_bytes, dtype=torch.uint8, device=k.device)
     sides = []
     for x, side, bands in ((k, "k", format.k_bands), (v, "v", format.v_bands)):

@@ -1,34 +1,35 @@
-"""Bases and weights: what a block's tokens are projected on, and what counts as error."""
+"""Bases: what a block's tokens are projected on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.ops import page_ops
-from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.pages.format import PageFormat
 from spectral_paged.pages.sections import Bands
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 
+Eigenvectors = Callable[[Tensor], Tensor]  # `kernels.seal.eigenvectors`, or what a GPU runs
 
-def gram_basis(x: Tensor, rank: int) -> Tensor:
+
+def gram_basis(x: Tensor, rank: int, eigenvectors: Eigenvectors) -> Tensor:
     """Leading right singular vectors of `x` `[N, T, D]` from its Gram matrix: `[N, rank, D]`.
 
     The eigenvectors of X^T X are X's right singular vectors. Squaring costs precision only in
     components far below the ones kept. Any float dtype in, fp32 inside and out.
     """
     x = x.float()
-    return leading_eigenvectors(x.transpose(-1, -2) @ x, rank)
+    return leading_eigenvectors(x.transpose(-1, -2) @ x, rank, eigenvectors)
 
 
-def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(gram: Tensor, rank: int, eigenvectors: Eigenvectors) -> Tensor:
     """Eigenvectors of symmetric `gram` `[..., D, D]` as rows, strongest first: `[..., rank, D]`."""
-    vectors = page_ops(gram.device).eigenvectors(gram.reshape(-1, *gram.shape[-2:]))
+    vectors = eigenvectors(gram.reshape(-1, *gram.shape[-2:]))
     return vectors.reshape(gram.shape)[..., :rank, :].contiguous()
 
 
@@ -57,10 +58,10 @@ def fix_signs(basis: Tensor) -> Tensor:
     return basis * torch.where(peak < 0, -1.0, 1.0)
 
 
-def decompose(x: Tensor, rank: int, format: PageFormat) -> Tensor:
+def decompose(x: Tensor, rank: int, format: PageFormat, eigenvectors: Eigenvectors) -> Tensor:
     """Orthonormal basis `[N, rank, D]` of `x` `[N, T, D]` by the format's decomposition."""
     if format.decomposition == "gram":
-        return fix_signs(gram_basis(x, rank))
+        return fix_signs(gram_basis(x, rank, eigenvectors))
     return fix_signs(randomized_basis(x, rank, seed=int(format.fingerprint[:8], 16)))
 
 
@@ -95,27 +96,3 @@ def rotate_bands(vectors: Tensor, bands: Bands) -> Tensor:
 def band_vectors(vectors: Tensor, bands: Bands, format: PageFormat) -> Tensor:
     """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
     return rotate_bands(vectors, bands) if format.band_rotation else vectors
-
-
-# ---- weights -----------------------------------------------------------------------------
-
-
-def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
-    """Token weights: the mass each token gets from the block's own last queries.
-
-    Args:
-        queries: `[N, G, Q, D]`, post-RoPE queries of the block's last Q tokens.
-        keys: `[N, 512, D]`, post-RoPE.
-
-    Returns:
-        fp32 `[N, 512]`, mean 1, never below a tenth: a token that those queries ignore still
-        matters to later ones.
-    """
-    scores = queries.float() @ keys.float().unsqueeze(1).transpose(-1, -2) * scale
-    num_queries = queries.shape[-2]
-    column = torch.arange(BLOCK_TOKENS, device=keys.device)
-    row = torch.arange(BLOCK_TOKENS - num_queries, BLOCK_TOKENS, device=keys.device)
-    scores = scores.masked_fill(column > row.unsqueeze(-1), float("-inf"))
-    mass = torch.softmax(scores, dim=-1).mean(dim=(1, 2))
-    mass = mass / mass.mean(dim=-1, keepdim=True)
-    return 0.1 + 0.9 * mass

@@ -39,7 +39,6 @@ CHOICES = {
     "rope": ("pre", "frame", "post"),
     "levels": ("gaussian", "uniform"),
     "decomposition": ("gram", "randomized"),
-    "token_weighting": ("none", "attention"),
     "dim_weighting": ("none", "diagonal", "calibrated"),
     "basis_bits": (8, 4),
 }
@@ -76,8 +75,6 @@ class PageFormat:
             see then follows from how a prompt was cut.
         decomposition: of a page basis: `gram` (eigenvectors of the D x D Gram matrix) or
             `randomized` (Halko, Martinsson, Tropp 2011: Gaussian sketch with power iterations).
-        token_weighting: `attention` weighs tokens of a page basis by the attention mass of the
-            block's last queries; needs the queries at seal time.
         dim_weighting: `calibrated` weighs K by the second moment of the queries and V by the output
             projection before the decomposition, as the calibration saw them; `diagonal` takes the
             energy of each dimension alone.
@@ -105,7 +102,6 @@ class PageFormat:
     hot_tokens: int = 64
     prefill_segment: int = 2048
     decomposition: Literal["gram", "randomized"] = "gram"
-    token_weighting: Literal["none", "attention"] = "none"
     dim_weighting: Literal["none", "diagonal", "calibrated"] = "none"
 
     def __post_init__(self) -> None:
@@ -132,11 +128,6 @@ class PageFormat:
             )
         if self.basis_id and not self.needs_calibration:
             raise FormatError("basis_id names a calibration, but this format uses none")
-        if self.token_weighting != "none" and self.basis == "shared":
-            raise FormatError(
-                "token_weighting weighs the decomposition of a page's own basis; with "
-                "basis='shared' use token_weighting='none'"
-            )
         for field, value, step, low in (
             ("num_landmark_tokens", self.num_landmark_tokens, EXACT_PAGE_TOKENS, 0),
             ("hot_tokens", self.hot_tokens, EXACT_PAGE_TOKENS, 0),
@@ -179,11 +170,6 @@ class PageFormat:
         return sum(count for count, _ in self.v_bands)
 
     @property
-    def needs_queries(self) -> bool:
-        """True where sealing reads the block's own queries."""
-        return self.token_weighting != "none"
-
-    @property
     def needs_calibration(self) -> bool:
         """True where pages are read or written with the basis or weights of a calibration."""
         return self.seals and (self.basis == "shared" or self.dim_weighting != "none")
@@ -191,7 +177,8 @@ class PageFormat:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over every field but the name; enters every prefix hash."""
-        fields = asdict(self)
+        # `token_weighting` was a field once: results and prefixes keep the digest they had
+        fields = asdict(self) | {"token_weighting": "none"}
         del fields["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

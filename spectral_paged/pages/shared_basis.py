@@ -32,6 +32,7 @@ from torch import Tensor
 
 from spectral_paged.errors import CorruptFileError, FormatError
 from spectral_paged.file_limits import MAX_CALIBRATION_BYTES, check_file
+from spectral_paged.kernels.seal.eigenvectors import eigenvectors
 from spectral_paged.pages.decompose import band_vectors, fix_signs, leading_eigenvectors
 from spectral_paged.pages.format import PageFormat
 from spectral_paged.pages.sections import Bands
@@ -152,7 +153,8 @@ class SharedBasis:
             else:
                 weight, inverse = metric_root(metric)
             scaled = weight @ covariance.double().cpu() @ weight
-            vectors = fix_signs(leading_eigenvectors(scaled, sum(count for count, _ in bands)))
+            rank = sum(count for count, _ in bands)
+            vectors = fix_signs(leading_eigenvectors(scaled, rank, eigenvectors))
             vectors = band_vectors(vectors, bands, format)
             parts = (vectors, (vectors @ inverse).half(), weight, inverse)
             return SideRows(*(x.float().to(device) for x in parts))

@@ -15,6 +15,7 @@ from spectral_paged.benchmarks.quality.page_methods import (
     OnlineMethod,
     SpectralMethod,
     WeightedMethod,
+    attention_mass,
 )
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.spectra import decay
@@ -26,7 +27,7 @@ from spectral_paged.pages import decode_pages, encode_pages
 from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 IDS = random_prompts([1300], seed=5)[0]
-WEIGHTED = replace(tiny_format(), name="weighted", token_weighting="attention")
+WEIGHTED = replace(tiny_format(), name="weighted")
 
 
 @functools.cache
@@ -68,16 +69,16 @@ def test_a_weighted_format_gets_its_blocks_last_queries():
     sealed = replay().seal(context(), WeightedMethod(WEIGHTED))
     assert sealed.num_sealed == 2
     blocks = replay().blocks(context(), 1, 64, 1088)
-    pages = encode_pages(
-        blocks.k,
-        blocks.v,
-        WEIGHTED,
-        queries=blocks.q[..., -64:, :],
-        rotated_k=rotate(blocks.k, blocks.cos, blocks.sin),
-    )
+    keys = rotate(blocks.k, blocks.cos, blocks.sin)
+    mass = attention_mass(blocks.q[..., -64:, :].flatten(0, 1), keys.flatten(0, 1), scale=16**-0.5)
+    weights = mass.unflatten(0, keys.shape[:2])
+    pages = encode_pages(blocks.k, blocks.v, WEIGHTED, token_weights=weights)
     _, v = decode_pages(pages, WEIGHTED)
     got = sealed.v[1, :, 64:1088].unflatten(1, (2, 512)).transpose(0, 1)
     torch.testing.assert_close(got, v)
+    _, plain = decode_pages(encode_pages(blocks.k, blocks.v, WEIGHTED), WEIGHTED)
+    assert not torch.allclose(got, plain)
+    assert WeightedMethod(WEIGHTED).fingerprint != SpectralMethod(WEIGHTED).fingerprint
 
 
 def test_a_weighted_format_without_queries_is_refused():
@@ -156,9 +157,48 @@ def test_weighing_tokens_by_attention_helps_a_needle_that_is_looked_for():
     plain = replace(
         tiny_format(), head_dim=64, k_bands=((16, 8),), v_bands=((32, 8),), name="plain"
     )
-    weighted = replace(plain, name="weighted", token_weighting="attention")
+    weighted = replace(plain, name="weighted")
     methods = (SpectralMethod(plain), WeightedMethod(weighted))
     without, with_mass = (errors(m, 0, blocks, is_needle, q, 0.125) for m in methods)
     assert with_mass["k_needle"] < 0.5 * without["k_needle"]
     assert with_mass["read"] < without["read"]
     assert with_mass["k_all"] >= without["k_all"]
+
+
+def test_attention_mass_keeps_what_the_blocks_last_queries_look_at():
+    heads, dim = 2, 64
+    k = torch.randn(1, heads, 512, 40) @ torch.randn(1, heads, 40, dim)
+    v = torch.randn(1, heads, 512, 40) @ torch.randn(1, heads, 40, dim)
+    queries = torch.randn(1, heads, 3, 64, dim) * 2
+    weights = attention_mass(queries.flatten(0, 1), k.flatten(0, 1), scale=64**-0.5)
+    assert weights.shape == (heads, 512) and float(weights.min()) >= 0.1
+    assert torch.allclose(weights.mean(-1), torch.ones(heads), atol=1e-3)
+    format = replace(tiny_format(), head_dim=dim, k_bands=((16, 8),), v_bands=((32, 8),))
+    errors = []
+    for given in (None, weights[None]):
+        out = decode_pages(encode_pages(k, v, format, token_weights=given), format)
+        errors.append(
+            [float(((x - y).square().sum(-1)[0] * weights).sum()) for x, y in zip(out, (k, v))]
+        )
+    assert all(b < a for a, b in zip(*errors))
+
+
+@pytest.mark.parametrize("queries", [0.0, 1.0])
+def test_queries_that_tell_nothing_weigh_every_seen_token_alike(queries):
+    k = torch.zeros(1, 512, 16) if queries else torch.randn(1, 512, 16)
+    mass = attention_mass(torch.full((1, 3, 64, 16), queries), k, scale=1.0)[0]
+    assert torch.allclose(mass[:448], mass[:1].expand(448)) and bool((mass > 0).all())
+
+
+def test_attention_mass_is_the_causal_softmax_of_the_last_queries():
+    """With equal keys, the query at row r gives 1 / (r + 1) to each token up to its own."""
+    mass = attention_mass(torch.ones(1, 2, 64, 16), torch.zeros(1, 512, 16), scale=1.0)[0]
+    rows, column = torch.arange(448, 512), torch.arange(512)
+    seen = (column <= rows.unsqueeze(-1)) / (rows.unsqueeze(-1) + 1.0)
+    want = seen.mean(0)
+    assert torch.allclose(mass, 0.1 + 0.9 * want / want.mean(), rtol=1e-4)
+    q, k = torch.randn(1, 2, 64, 16), torch.randn(1, 512, 16)
+    mass = attention_mass(q, k, scale=0.7)[0]
+    scores = (q[0] @ k[0].T * 0.7).masked_fill(column > rows.unsqueeze(-1), float("-inf"))
+    want = torch.softmax(scores, -1).mean((0, 1))
+    assert torch.allclose(mass, 0.1 + 0.9 * want / want.mean(), rtol=1e-4)

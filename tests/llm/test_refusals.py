@@ -39,7 +39,6 @@ def cache_of(**changes):
         ({"head_dim": 32}, "is for 2 KV heads of width 16; the model has 2 of 32"),
         ({"num_kv_heads": 3}, "the model has 3 of 16"),
         ({"num_q_heads": 3}, "3 query heads do not divide over 2 KV heads"),
-        ({"format": fmt(token_weighting="attention")}, "use token_weighting='none'"),
         ({"exempt_layers": (0, LAYERS, -1)}, rf"\[{LAYERS}, -1\] do not exist"),
         ({"rope": None}, "pass the model's RotaryTable"),
         ({"rope": None, "format": fmt("exact")}, "max_model_len must be given"),

@@ -11,14 +11,15 @@ import torch
 
 from spectral_paged.errors import FormatError, NonFiniteError
 from spectral_paged.kernels.page.view import side_view
+from spectral_paged.kernels.seal.eigenvectors import eigenvectors
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
-from spectral_paged.pages.decompose import attention_mass, gram_basis, randomized_basis
+from spectral_paged.pages.decompose import gram_basis, randomized_basis
 from support.page_parts import sections, toy_basis
 from support.real_text import smollm2_kv
 
 H, D = 2, 16
 BASES = {
-    "gram": gram_basis,
+    "gram": lambda x, rank: gram_basis(x, rank, eigenvectors),
     "randomized": lambda x, rank: randomized_basis(x, rank, seed=5),
 }
 
@@ -102,38 +103,42 @@ def test_half_precision_input_is_decomposed_in_fp32(name, dtype):
 # ---- purity ------------------------------------------------------------------------------
 
 
-PURE = [
-    {"decomposition": "gram"},
-    {"decomposition": "randomized"},
-    {"token_weighting": "attention"},
-]
+PURE = [("gram", False), ("randomized", False), ("gram", True)]
 
 
-@pytest.mark.parametrize("how", PURE)
+def weights_of(count, is_weighted):
+    """Weights of the tokens of `count` blocks, or none."""
+    return torch.rand(count, H, 512) + 0.1 if is_weighted else None
+
+
+@pytest.mark.parametrize("decomposition, is_weighted", PURE)
 @pytest.mark.parametrize("geometry", ["small", "wide"])
 @pytest.mark.parametrize("batch", [7, 64])
-def test_bytes_do_not_depend_on_the_encoders_batch(how, geometry, batch):
-    format = (fmt if geometry == "small" else wide)(**how)
+def test_bytes_do_not_depend_on_the_encoders_batch(decomposition, is_weighted, geometry, batch):
+    format = (fmt if geometry == "small" else wide)(decomposition=decomposition)
     k, v = blocks(64, format.head_dim)
-    q = torch.randn(64, H, 3, 64, format.head_dim)
+    w = weights_of(64, is_weighted)
     order = torch.randperm(64)
 
     def encode(places):
-        return torch.cat([encode_pages(k[i], v[i], format, queries=q[i]) for i in places])
+        weights = [None if w is None else w[i] for i in places]
+        return torch.cat(
+            [encode_pages(k[i], v[i], format, token_weights=x) for i, x in zip(places, weights)]
+        )
 
     assert torch.equal(encode(order.split(batch)), encode(torch.arange(64).split(1))[order])
 
 
-@pytest.mark.parametrize("how", PURE)
-def test_encoding_neither_reads_nor_moves_the_global_random_state(how):
-    format = fmt(**how)
+@pytest.mark.parametrize("decomposition, is_weighted", PURE)
+def test_encoding_neither_reads_nor_moves_the_global_random_state(decomposition, is_weighted):
+    format = fmt(decomposition=decomposition)
     k, v = blocks(1)
-    q = torch.randn(1, H, 3, 64, D)
+    w = weights_of(1, is_weighted)
     torch.manual_seed(1)
-    first = encode_pages(k, v, format, queries=q)
+    first = encode_pages(k, v, format, token_weights=w)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert torch.equal(encode_pages(k, v, format, queries=q), first)
+    assert torch.equal(encode_pages(k, v, format, token_weights=w), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -147,8 +152,8 @@ def test_memory_layout_of_the_input_changes_no_byte(axes):
 
 
 def test_a_vectors_sign_is_fixed_by_its_largest_entry():
-    for how in PURE[:2]:
-        pages = encode_pages(*blocks(4), fmt(**how))
+    for decomposition in ("gram", "randomized"):
+        pages = encode_pages(*blocks(4), fmt(decomposition=decomposition))
         for side in ("k", "v"):
             [band] = side_view(pages, fmt().layout, side).bands
             assert bool((band.basis.amax(-1) == 255).all())
@@ -299,34 +304,17 @@ def test_a_block_of_nothing_has_codes_of_nothing():
 # ---- weights -----------------------------------------------------------------------------
 
 
-def test_attention_mass_keeps_what_the_blocks_last_queries_look_at():
+def test_weighted_tokens_are_kept_better():
     k, v = blocks(1, 64, rank=40)
-    queries = torch.randn(1, H, 3, 64, 64) * 2
-    weights = attention_mass(queries.flatten(0, 1), k.flatten(0, 1), scale=64**-0.5)
-    assert weights.shape == (H, 512) and float(weights.min()) >= 0.1
-    assert torch.allclose(weights.mean(-1), torch.ones(H), atol=1e-3)
-    errors = {}
-    for name in ("none", "attention"):
-        format = wide(token_weighting=name)
-        out = decode_pages(encode_pages(k, v, format, queries=queries), format)
-        errors[name] = [
-            float(((x - y).square().sum(-1)[0] * weights).sum()) for x, y in zip(out, (k, v))
-        ]
-    assert all(a < b for a, b in zip(errors["attention"], errors["none"]))
-
-
-def test_attention_mass_is_the_causal_softmax_of_the_last_queries():
-    """With equal keys, the query at row r gives 1 / (r + 1) to each token up to its own."""
-    mass = attention_mass(torch.ones(1, 2, 64, D), torch.zeros(1, 512, D), scale=1.0)[0]
-    rows, column = torch.arange(448, 512), torch.arange(512)
-    seen = (column <= rows.unsqueeze(-1)) / (rows.unsqueeze(-1) + 1.0)
-    want = seen.mean(0)
-    assert torch.allclose(mass, 0.1 + 0.9 * want / want.mean(), rtol=1e-4)
-    q, k = torch.randn(1, 2, 64, D), torch.randn(1, 512, D)
-    mass = attention_mass(q, k, scale=0.7)[0]
-    scores = (q[0] @ k[0].T * 0.7).masked_fill(column > rows.unsqueeze(-1), float("-inf"))
-    want = torch.softmax(scores, -1).mean((0, 1))
-    assert torch.allclose(mass, 0.1 + 0.9 * want / want.mean(), rtol=1e-4)
+    loud = torch.rand(1, H, 512, generator=torch.Generator().manual_seed(1)) < 0.1
+    weights = torch.where(loud, 20.0, 0.1)
+    errors = []
+    for given in (None, weights):
+        out = decode_pages(encode_pages(k, v, wide(), token_weights=given), wide())
+        errors.append(
+            [float(((x - y).square().sum(-1) * weights).sum()) for x, y in zip(out, (k, v))]
+        )
+    assert all(b < 0.8 * a for a, b in zip(*errors))
 
 
 @pytest.mark.parametrize("weighting", ["diagonal", "calibrated"])
@@ -356,36 +344,37 @@ def test_calibrated_weights_keep_what_the_queries_see(weighting):
     assert float(((k - out) @ weight).square().sum()) < 1.01 * float(best)
 
 
-def test_weighted_formats_ask_for_queries_of_the_blocks():
+def test_equal_weights_weigh_nothing():
     k, v = blocks(2)
-    how = {"token_weighting": "attention"}
-    with pytest.raises(FormatError, match="queries"):
-        encode_pages(k, v, fmt(**how))
-    for shape in ((1, 1, 3, 64, D), (2, H, 64, D), (2, H, 3, 64, D + 1)):
-        with pytest.raises(FormatError, match=r"queries are .* take \[2, 2, G, Q, 16\]"):
-            encode_pages(k, v, fmt(**how), queries=torch.zeros(shape))
-
-
-def test_queries_that_are_all_zero_weigh_nothing():
-    k, v = blocks(1)
-    format = fmt(token_weighting="attention")
-    pages = encode_pages(k, v, format, queries=torch.zeros(1, H, 3, 64, D))
-    out, _ = decode_pages(pages, format)
-    assert float((out - k).norm() / k.norm()) < 0.01
+    plain = encode_pages(k, v, fmt())
+    assert torch.equal(encode_pages(k, v, fmt(), token_weights=torch.ones(2, H, 512)), plain)
 
 
 # ---- refusals ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("side", ["K", "V", "queries"])
+@pytest.mark.parametrize("side", ["K", "V", "token_weights"])
 def test_non_finite_input_is_refused_with_side_block_and_head(side, bad):
     k, v = blocks(3)
-    q = torch.ones(3, H, 3, 64, D)
-    {"K": k, "V": v, "queries": q}[side][2, 1, 2, ..., 3] = bad
+    weights = torch.ones(3, H, 512)
+    {"K": k, "V": v, "token_weights": weights}[side][2, 1, 2] = bad
     with pytest.raises(NonFiniteError, match=f"{side} has NaN or Inf in block 2, head 1") as caught:
-        encode_pages(k, v, fmt(token_weighting="attention"), queries=q)
+        encode_pages(k, v, fmt(), token_weights=weights)
     assert caught.value.block_index == 2
+
+
+def test_weights_that_fit_no_block_or_no_format_are_refused():
+    k, v = blocks(2)
+    for shape in ((1, H, 512), (2, 512), (2, H, 511)):
+        with pytest.raises(FormatError, match=r"token_weights are .* take \[2, 2, 512\]"):
+            encode_pages(k, v, fmt(), token_weights=torch.ones(shape))
+    with pytest.raises(FormatError, match="negative"):
+        encode_pages(k, v, fmt(), token_weights=-torch.ones(2, H, 512))
+    bound = toy_basis(1, H, D).bind(fmt(basis="shared"))
+    given = {"basis": bound, "layers": [0, 0]}
+    with pytest.raises(FormatError, match="a page's own basis; format 't' shares one"):
+        encode_pages(k, v, bound.format, token_weights=torch.ones(2, H, 512), **given)
 
 
 @pytest.mark.parametrize("shape", [(1, H, 511, D), (1, H + 1, 512, D), (1, H, 512, 8), (H, 512, D)])

@@ -107,16 +107,10 @@ def test_sections_follow_one_another_on_sixteen_bytes(dim, changes):
         ({"basis_bits": 3}, "basis_bits is 3; use 8 or 4"),
         ({"decomposition": "svd"}, "'gram' or 'randomized'"),
         ({"dim_weighting": "query-energy"}, "'none' or 'diagonal' or 'calibrated'"),
-        ({"token_weighting": "mass"}, "'none' or 'attention'"),
         ({"scale_tokens": 100}, "use 64, 128, 256 or 512"),
         ({"scale_tokens": 32}, "use 64, 128, 256 or 512"),
         ({"outlier_slots": 65}, "0 to 64"),
         ({"outlier_slots": -1}, "0 to 64"),
-        (
-            {"basis": "shared", "token_weighting": "attention"},
-            "^token_weighting weighs the decomposition of a page's own basis; with "
-            "basis='shared' use token_weighting='none'$",
-        ),
         ({"basis_id": "0123456789abcdef"}, "^basis_id names .* uses none$"),
     ],
 )
@@ -160,6 +154,20 @@ def test_values_at_the_limits_are_taken(changes):
 def test_unknown_preset_names_the_known_ones():
     with pytest.raises(FormatError, match="spectral-int8-post"):
         preset("int3")
+
+
+@pytest.mark.parametrize(
+    "name, fingerprint",
+    [
+        ("spectral-int8", "7594bb8a66598280"),
+        ("spectral-int8-post", "a0fff31f0151c35d"),
+        ("spectral-page", "e2556fd2cf9ace81"),
+        ("spectral-quality", "3702563f58204ae7"),
+        ("spectral-compact", "c6f37655a22b6b29"),
+    ],
+)
+def test_presets_keep_the_fingerprints_that_results_name(name, fingerprint):
+    assert preset(name).fingerprint == fingerprint
 
 
 def test_fingerprint_changes_with_meaning_and_not_with_the_name():
