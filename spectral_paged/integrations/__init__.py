@@ -10,6 +10,7 @@ __all__ = [
     "padded_rows",
     "patching",
     "ray",
+    "row_batch",
     "transformers_cache",
     "unsloth",
 ]

@@ -14,7 +14,6 @@ tokens of one forward see each other exactly (`prefill_segment=0`), whatever its
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.forward_hooks import watch
 from spectral_paged.integrations.padded_rows import PaddedRows
+from spectral_paged.integrations.row_batch import Remedies, RowBatches, without_autocast
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, tokenizer_of
@@ -116,9 +116,16 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             enable_prefix_caching=False,
             poison=poison,
         )
-        self._names = (f"row {i}" for i in itertools.count())
-        self._rows: list[str] = []
-        self._num_columns = 0
+        more_room = f"raise kv_cache_bytes ({self._num_bytes} now)"
+        remedies = Remedies(
+            tokens=f"{more_room}, take a smaller batch, or pass prefill_chunk_size to generate, "
+            "which stores a prompt piece by piece and seals it meanwhile",
+            copies=f"the cache was reset: {more_room}",
+            sequences="make it with a larger max_num_seqs",
+            failed="call reset()",
+        )
+        self._batches = RowBatches(self.kv_cache, remedies)
+        self._rows = self._batches.new(0)
         self._forward: _Forward | None = None
         watch(self._decoder)
 
@@ -131,6 +138,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             InvalidRequestError: another model or attention, attention weights asked for, or inputs
                 that do not go on where the cache stands.
             CapacityError: more tokens than fit.
+            NonFiniteError: as `end_forward`.
         """
         if decoder is not self._decoder:
             raise InvalidRequestError(
@@ -149,43 +157,27 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             return inputs  # the model says what it misses
         batch_size, width = taken.shape[:2]
         self._check_batch(batch_size)
-        names = self._rows or [next(self._names) for _ in range(batch_size)]
-        rows = PaddedRows.of(
-            batch_size,
+        rows = self._rows if len(self._rows) else self._batches.new(batch_size)
+        padded = rows.read(
             width,
-            [self._num_tokens(name) for name in names],
-            self._num_columns,
             attention_mask=inputs.get("attention_mask"),
             position_ids=inputs.get("position_ids"),
-            device=self.kv_cache.device,
         )
-        new_tokens = {name: num for name, num in zip(names, rows.num_new, strict=True) if num}
-        self._rows = names
+        self._rows = rows
+        num_new = {row: num for row, num in enumerate(padded.num_new) if num}
         try:
-            self._begin_step(new_tokens)
+            if num_new:
+                rows.begin_step(num_new)
         except BaseException:
             self._abandon()
             raise
-        self._forward = _Forward(rows, has_tokens=bool(new_tokens))
-        changed = inputs | {"position_ids": rows.position_ids}
+        self._forward = _Forward(padded, has_tokens=bool(num_new))
+        changed = inputs | {"position_ids": padded.position_ids}
         if not self.materialize:
             # four dimensions: taken for a mask that is ready, so none is made
             mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.kv_cache.device)
             changed |= {CACHE_OPTION: self, "attention_mask": mask}
         return changed
-
-    def _begin_step(self, new_tokens: dict[str, int]) -> None:
-        if not new_tokens:
-            return
-        plan = self.kv_cache.reserve(new_tokens)
-        if plan is None:
-            raise self._full(new_tokens)
-        try:
-            self.kv_cache.begin_step(plan)
-        except BaseException:
-            for name in new_tokens:
-                self.kv_cache.cancel_reservation(name)
-            raise
 
     def end_forward(self, *, failed: bool) -> None:
         """Close the step of a forward; what a failed one brought is forgotten.
@@ -208,12 +200,9 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 )
             return
         self._forward = None
-        self._num_columns += forward.rows.width
         if forward.has_tokens:
-            report = self.kv_cache.end_step()
-            for error in report.failed.values():
-                self.kv_cache.settle()  # the batch's rest: `reset` is not to raise for it again
-                raise error
+            self._rows.end_step()
+        self._rows.num_columns += forward.rows.width
 
     def settle(self) -> None:
         """Wait, between forwards, for the checks of all that was sealed. On CUDA those of a forward
@@ -222,14 +211,13 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         Raises:
             NonFiniteError: NaN or Inf in what was sealed, told once; `reset()` before going on.
         """
-        for error in self.kv_cache.settle().failed.values():
-            raise error
+        self._batches.settle()
 
     def _abandon(self) -> None:
-        """Forget a forward that did not come to its end."""
+        """Forget a forward that did not come to its end; of a first one, its rows too."""
         self._forward = None
-        self.kv_cache.abort_step()
-        if not self._num_columns:
+        self._rows.abort_step()
+        if not self._rows.num_columns:
             self._forget()
 
     def update(
@@ -257,8 +245,9 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._forward.num_layers += 1
         seen: list[tuple[Tensor, Tensor]] = []
         if self._forward.has_tokens:
-            self.kv_cache.append(layer_idx, *map(rows.flatten, (key_states, value_states)))
-            seen = read_history(self.kv_cache, layer_idx)
+            with without_autocast(self.kv_cache.device):
+                self.kv_cache.append(layer_idx, *map(rows.flatten, (key_states, value_states)))
+                seen = read_history(self.kv_cache, layer_idx)
         computed = [row for row, num in enumerate(rows.num_new) if num]
         keys, values = (
             rows.columns(dict(zip(computed, side, strict=True)), key_states)
@@ -275,7 +264,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         if not forward.has_tokens:
             return torch.zeros_like(query).transpose(1, 2)
         q, k, v = (forward.rows.flatten(x) for x in (query, key, value))
-        return forward.rows.unflatten(self.kv_cache.attend(layer, q, k, v))
+        with without_autocast(self.kv_cache.device):
+            return forward.rows.unflatten(self.kv_cache.attend(layer, q, k, v))
 
     # ---- rows ----------------------------------------------------------------------------
 
@@ -292,12 +282,9 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._forward = None
-        self.kv_cache.abort_step()
-        for name in self._rows:
-            if name in self.kv_cache:
-                self.kv_cache.free(name)
-        self._rows = []
-        self._num_columns = 0
+        self._rows.abort_step()
+        self._rows.give_up()
+        self._rows = self._batches.new(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on as a copy of row `beam_idx[i]`; pages are shared."""
@@ -312,31 +299,12 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._take([i for i in range(len(self._rows)) for _ in range(repeats)])
 
     def _take(self, sources: list[int]) -> None:
-        """Rows become copies of rows `sources`: the first copy is the row itself, others fork."""
         self._check_size(len(sources))
-        old, used = self._rows, set(sources)
-        for i, name in enumerate(old):
-            if i not in used and name in self.kv_cache:
-                self.kv_cache.free(name)
-        self._rows = [name for i, name in enumerate(old) if i in used]
-        rows: list[str] = []
-        for source in sources:
-            name = old[source]
-            if name in rows:
-                name = next(self._names)
-                if old[source] in self.kv_cache and not self.kv_cache.fork(old[source], name):
-                    rows_wanted = len(sources)
-                    self._forget()
-                    raise CapacityError(
-                        f"no room for the unshared tokens of {rows_wanted} rows; the cache was "
-                        f"reset: raise kv_cache_bytes ({self._num_bytes} now)"
-                    )
-                self._rows.append(name)
-            rows.append(name)
-        self._rows = rows
-
-    def _num_tokens(self, name: str) -> int:
-        return self.kv_cache.num_tokens(name) if name in self.kv_cache else 0
+        try:
+            self._rows.take(sources)
+        except CapacityError:
+            self._forget()
+            raise
 
     # ---- refusals ------------------------------------------------------------------------
 
@@ -350,10 +318,11 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             )
 
     def _check_batch(self, batch_size: int) -> None:
-        if self._rows and batch_size != len(self._rows):
+        self._rows.check_whole()
+        if len(self._rows) not in (0, batch_size):
             raise InvalidRequestError(
-                f"the batch has {batch_size} rows, the cache holds {self._num_columns} columns of "
-                f"{len(self._rows)}: call reset() before another prompt"
+                f"the batch has {batch_size} rows, the cache holds {self.get_seq_length()} columns "
+                f"of {len(self._rows)}: call reset() before another prompt"
             )
         self._check_size(batch_size)
 
@@ -367,15 +336,6 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     @property
     def _num_bytes(self) -> int:
         return sum(group.arena.planes.numel() for group in self.kv_cache.groups)
-
-    def _full(self, new_tokens: dict[str, int]) -> CapacityError:
-        held = sum(self._num_tokens(name) for name in self._rows)
-        return CapacityError(
-            f"{sum(new_tokens.values())} more tokens in {len(new_tokens)} rows do not fit beside "
-            f"{held} that are stored: raise kv_cache_bytes ({self._num_bytes} now), take a smaller "
-            "batch, or pass prefill_chunk_size to generate, which stores a prompt piece by piece "
-            "and seals it meanwhile"
-        )
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: sealed tokens cannot be taken back."""
@@ -398,11 +358,11 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns stored, padding among them, as transformers counts."""
-        return self._num_columns
+        return self._rows.num_columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(columns with `query_length` new ones, 0)."""
-        return self._num_columns + query_length, 0
+        return self._rows.num_columns + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Most tokens of a row."""
@@ -433,12 +393,12 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     def stats(self) -> dict[str, object]:
         """`SpectralKVCache.stats` with `num_rows` and `num_columns`; raises what `settle` does."""
         self.settle()
-        rows = {"num_rows": len(self._rows), "num_columns": self._num_columns}
+        rows = {"num_rows": len(self._rows), "num_columns": self._rows.num_columns}
         return self.kv_cache.stats() | rows
 
     def __repr__(self) -> str:
         return (
             f"SpectralPagedCache({self.kv_cache.format.name!r}, {len(self._rows)} rows of "
-            f"{self._num_columns} columns, {self._num_bytes} bytes"
+            f"{self._rows.num_columns} columns, {self._num_bytes} bytes"
             f"{', materialize=True' if self.materialize else ''})"
         )

@@ -21,7 +21,7 @@ def test_exact_generates_what_a_dynamic_cache_does(name):
     model.set_attn_implementation(ATTENTION_NAME)
     cache = paged_cache(model)
     assert torch.equal(generated(model, inputs, cache), expected)
-    stored = [cache.kv_cache.num_tokens(row) for row in cache._rows]
+    stored = cache._rows.num_tokens()
     assert stored == [5 + 7, 700 + 7, 64 + 7, 1300 + 7]  # tokens, and no padding
     cache.kv_cache.check_integrity()
 
@@ -263,7 +263,7 @@ def test_a_step_that_cannot_begin_holds_nothing(monkeypatch, call):
         raise_once(patch, type(cache.kv_cache), "begin_step", MemoryError(), call=call)
         with pytest.raises(MemoryError):
             generated(model, inputs, cache)
-    stored = [cache.kv_cache.num_tokens(row) for row in cache._rows]
+    stored = cache._rows.num_tokens()
     assert stored == ([] if call == 1 else [5 + 2, 128 + 2])
     pages = sum(cache.kv_cache.groups[0].arena.slots.num_in_use.values())
     assert pages == (0 if call == 1 else 1 + 3)

@@ -106,7 +106,7 @@ def test_generating_seals_as_it_goes():
     model = attending_model()
     cache = paged_cache(model, tiny_format())
     generated(model, batch((630,)), cache, max_new_tokens=30)
-    assert cache.kv_cache.num_tokens(cache._rows[0]) == 659
+    assert cache._rows.num_tokens()[0] == 659
     assert cache.stats()["pages_sealed"] == 2
     assert cache.stats()["pages_attended"] == 2 * (659 - 640)  # positions 640 to 658
     cache.reset()

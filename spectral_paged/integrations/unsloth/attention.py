@@ -12,7 +12,7 @@ import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.integrations.patching import Patch, replace_everywhere
+from spectral_paged.integrations.row_batch import without_autocast
 from spectral_paged.integrations.unsloth.families import (
     KERNELS,
     fast_functions,
@@ -92,13 +93,6 @@ def serving(step: PromptStep) -> Iterator[None]:
 def served_step() -> PromptStep | None:
     """The step that this thread serves; compiled (training) code never serves one."""
     return None if torch.compiler.is_compiling() else _serving.step
-
-
-def without_autocast(device: torch.device) -> Any:
-    """Pages are computed in fp32: `generate` runs under autocast, which would round inside."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.integrations.unsloth.attention import PromptStep, run_prompt, without_autocast
+from spectral_paged.integrations.row_batch import without_autocast
+from spectral_paged.integrations.unsloth.attention import PromptStep, run_prompt
 from spectral_paged.integrations.unsloth.rotary import rotary_tables
 from spectral_paged.models.calibration import Recorder, builtin_calibration, calibrated_positions
 from spectral_paged.models.loader import LoadedModel

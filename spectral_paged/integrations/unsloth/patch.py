@@ -78,7 +78,7 @@ class UnslothPatch:
             NonFiniteError: NaN or Inf that no forward has told of; told once.
         """
         if self in _patched:
-            self._forward.settle()
+            self._forward.batches.settle()
 
     def stats(self) -> dict[str, object]:
         """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards.
@@ -89,7 +89,7 @@ class UnslothPatch:
         """
         if self not in _patched:
             raise PatchError("the patch is undone, and its cache is gone: ask for stats before")
-        self._forward.settle()
+        self._forward.batches.settle()
         return self.cache.stats() | {
             "prompt_steps": self._forward.num_prompt_steps,
             "decode_steps": self._forward.num_decode_steps,
