@@ -33,7 +33,7 @@ from spectral_paged.benchmarks.throughput.random_models import load_either
 from spectral_paged.device import choose_dtype
 from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.llm import LLM
-from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS
 from spectral_paged.sampling import SamplingParams
@@ -120,7 +120,7 @@ def with_liger(model: Any) -> None:
     if apply is None:
         raise InvalidRequestError(f"--layers liger: liger-kernel has no {family}")
     ids = torch.arange(3, 67, device=model.device)[None]
-    with attending(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         before = model(input_ids=ids, use_cache=False).logits.float()
         apply(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
         after = model(input_ids=ids, use_cache=False).logits.float()

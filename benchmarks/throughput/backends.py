@@ -20,7 +20,7 @@ from spectral_paged.device import StepClock
 from spectral_paged.integrations.padded_rows import left_padded
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
-from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.pages import PageFormat
@@ -200,7 +200,7 @@ def serve_with_generate(
     model, device = loaded.model, loaded.model.device
     forget(model.device)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
-    with attending(model, attention):
+    with use_attention(model, attention):
         _generate(model, order[:1], 2)
         _reset_peak(device)
         begin = time.perf_counter()
@@ -248,7 +248,7 @@ def serve_with_continuous_batching(
         block_size=CONTINUOUS_BLOCK, num_blocks=num_blocks, max_batch_tokens=max_num_batched_tokens
     )
     with (
-        attending(model, attention),
+        use_attention(model, attention),
         model.continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=budgets
         ) as manager,

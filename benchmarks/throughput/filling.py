@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import LayerGroup, PendingTokens, Sealer, SpectralKVCache, StepPlan
+from spectral_paged.cache import LayerGroup, Sealer, SpectralKVCache, StepPlan
 from spectral_paged.conformance.inputs import MadeUpTokens, structured_blocks
 from spectral_paged.engine import Engine, Runner
 from spectral_paged.pages import encode_pages
+from spectral_paged.sampling import PendingTokens
 
 FILL_TOKENS = 65_536  # of a step that only stores
 

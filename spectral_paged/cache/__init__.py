@@ -15,6 +15,12 @@ from spectral_paged.cache.capacity import (
 from spectral_paged.cache.history import (
     read_history,
 )
+from spectral_paged.cache.index import (
+    HISTORY_TOKENS,
+    DecodeBatch,
+    GroupStep,
+    StepIndex,
+)
 from spectral_paged.cache.layer_group import (
     LayerGroup,
 )
@@ -26,32 +32,26 @@ from spectral_paged.cache.pins import (
     pinned_blocks,
     spans_of,
 )
-from spectral_paged.cache.sealer import (
-    Sealer,
-)
-from spectral_paged.cache.step import (
-    HISTORY_TOKENS,
-    DecodeBatch,
-    GroupIndex,
-    GroupStep,
-    PendingTokens,
+from spectral_paged.cache.plan import (
     PlanEntry,
     StepPlan,
     StepReport,
 )
+from spectral_paged.cache.sealer import (
+    Sealer,
+)
 
 __all__ = [
     "DecodeBatch",
-    "GroupIndex",
     "GroupStep",
     "HISTORY_TOKENS",
     "LayerGroup",
     "Need",
-    "PendingTokens",
     "PlanEntry",
     "Sealer",
     "Spans",
     "SpectralKVCache",
+    "StepIndex",
     "StepPlan",
     "StepReport",
     "concurrency",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.index import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.step import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.scores import check_softcap
 from spectral_paged.kernels.ops import PageOps

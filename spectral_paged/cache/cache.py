@@ -22,13 +22,14 @@ from torch import Tensor
 from spectral_paged.cache import build as groups, capacity, stats as cache_stats
 from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
 from spectral_paged.cache.pins import Spans, pinned_blocks
+from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
 from spectral_paged.cache.seal_schedule import blocks_to_seal
 from spectral_paged.cache.sealer import Sealer
 from spectral_paged.cache.sequences import SequenceTable
-from spectral_paged.cache.step import GroupStep, OpenStep, PlanEntry, StepPlan, StepReport
 from spectral_paged.device import StepClock
 from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
 from spectral_paged.kernels.ops import page_ops
@@ -310,7 +311,7 @@ class SpectralKVCache:
             self.counters.pages_attended += index.pages_attended * len(group.layers)
 
     @contextmanager
-    def attending_by(self, steps: Sequence[GroupStep]) -> Iterator[None]:
+    def static_steps(self, steps: Sequence[GroupStep]) -> Iterator[None]:
         """Let `attend` inside take its index tensors from `steps`, a group each, instead of the
         step's own: what a CUDA graph captures and replays."""
         self._replayed = steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spectral_paged.cache.cache import SpectralKVCache
-from spectral_paged.cache.step import Chunk, chunk_batches
+from spectral_paged.cache.index import Chunk, chunk_batches
 from spectral_paged.errors import PoolError
 
 

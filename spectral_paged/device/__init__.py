@@ -5,15 +5,13 @@ It knows kernels at most, and nothing of pages or sequences.
 
 from __future__ import annotations
 
-from spectral_paged.device.device_timer import (
-    DeviceTimer,
-)
 from spectral_paged.device.placement import (
     choose_cache_bytes,
     choose_device,
     choose_dtype,
 )
-from spectral_paged.device.step_clock import (
+from spectral_paged.device.timing import (
+    DeviceTimer,
     StepClock,
 )
 from spectral_paged.device.transfers import (

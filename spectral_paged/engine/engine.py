@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import PendingTokens, Spans, SpectralKVCache, StepPlan, spans_of
+from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.engine.admission import check_request, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import log_failure, refusing
@@ -29,7 +29,7 @@ from spectral_paged.errors import (
     SpectralPagedError,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
-from spectral_paged.sampling import Sampled, SamplingParams
+from spectral_paged.sampling import PendingTokens, Sampled, SamplingParams
 from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Engine:
         try:
             self._step()
         except OUT_OF_MEMORY as error:
-            self._give_way(error)
+            self._after_out_of_memory(error)
         return self._outputs()
 
     def _step(self) -> None:
@@ -214,7 +214,7 @@ class Engine:
             if seq_id in self._by_sequence:
                 self._fail(self._by_sequence[seq_id], error)
 
-    def _give_way(self, error: BaseException) -> None:
+    def _after_out_of_memory(self, error: BaseException) -> None:
         """After a step that ran out of memory: fewer tokens a step, or one request less."""
         self.counters.steps_out_of_memory += 1
         scheduled = self._scheduled.new_tokens
@@ -273,7 +273,7 @@ class Engine:
                 ready.append(completion)
         pending = None
         if before is not None and unknown:
-            pending = PendingTokens(before.drawn.ids, unknown)
+            pending = PendingTokens(before.tokens.ids, unknown)
         try:
             with clock.section("commit"):
                 self.cache.begin_step(plan)
@@ -316,7 +316,7 @@ class Engine:
         step = self._in_flight
         if step is not None:
             with self.cache.clock.section("sample"):
-                results = step.drawn.get()
+                results = step.tokens.get()
             self._arrived.extend(zip(step.completions, results, strict=True))
             self._in_flight = None  # not before: a wait that was interrupted can be taken up again
         now = time.monotonic()

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
-from spectral_paged.sampling import Drawn, SampleRow
+from spectral_paged.sampling import SampledTokens, SampleRow
 
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """Tokens on their way: a completion a row of `drawn`.
+    """Tokens on their way: a completion a row of `tokens`.
 
     starting: groups that sampled for the first time; their siblings are among the completions.
     """
 
-    drawn: Drawn
+    tokens: SampledTokens
     completions: list[Completion]
     starting: list[RequestGroup]
 
@@ -38,12 +38,12 @@ class SampledStep:
         if len(picked) > len(ready):
             logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
         completions = [completion for _, completion in picked]
-        drawn = Drawn(logits, [sample_row(c, eos_token_ids) for c in completions])
+        tokens = SampledTokens(logits, [sample_row(c, eos_token_ids) for c in completions])
         for group in starting:
             group.forked, group.starting_siblings = True, len(group.completions) > 1
         for completion in completions:
             completion.request.num_pending += 1
-        return cls(drawn, completions, starting)
+        return cls(tokens, completions, starting)
 
     @property
     def needs_results(self) -> bool:
@@ -65,7 +65,7 @@ def unsampled(
     errors: dict[int, Exception] = {}
     for row, completion in enumerate(ready):
         try:
-            Drawn(logits[row : row + 1], [sample_row(completion, eos_token_ids)])
+            SampledTokens(logits[row : row + 1], [sample_row(completion, eos_token_ids)])
         except Exception as error:
             errors[row] = error
     return errors

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from spectral_paged.cache import HISTORY_TOKENS
-from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.sampling import Drawn, SampleRow, SamplingParams
+from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
 
 PASSING = "spectral_paged_profile"
 GRAPH_BYTES = 512 << 20  # what graphs and kernels' modules were seen to take, at most
@@ -45,7 +45,7 @@ def activation_bytes(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with attending(model, PASSING):
+    with use_attention(model, PASSING):
         places = torch.arange(num_tokens, device=device)
         logits = model(
             input_ids=torch.zeros_like(places).unsqueeze(0),
@@ -54,7 +54,7 @@ def activation_bytes(
             use_cache=False,
             logits_to_keep=places[:num_rows],
         ).logits[0]
-    Drawn(logits.float(), [SampleRow(COMMON, 0, (), ())] * num_rows).get()
+    SampledTokens(logits.float(), [SampleRow(COMMON, 0, (), ())] * num_rows).get()
     peak = torch.cuda.max_memory_allocated(device) - before
     del logits
     torch.cuda.empty_cache()

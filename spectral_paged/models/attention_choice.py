@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def attending(model: Any, implementation: str) -> Iterator[None]:
+def use_attention(model: Any, implementation: str) -> Iterator[None]:
     """The transformers model attends by `implementation` inside, and as before afterwards."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)

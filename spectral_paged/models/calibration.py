@@ -21,7 +21,7 @@ from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestE
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
-from spectral_paged.models.attention_choice import attending
+from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
@@ -172,7 +172,7 @@ def by_interface(model: Any) -> Forward:
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
     def forward(ids: Tensor, recorder: Recorder) -> None:
-        with attending(model, ATTENTION_NAME):
+        with use_attention(model, ATTENTION_NAME):
             model.model(
                 input_ids=ids, use_cache=False, attention_mask=None, spectral_recorder=recorder
             )

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import DecodeBatch, GroupIndex, GroupStep, PendingTokens, SpectralKVCache
+from spectral_paged.cache import DecodeBatch, GroupStep, SpectralKVCache, StepIndex
+from spectral_paged.sampling import PendingTokens
 
 IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
 APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS, HIDDEN, VISIBLE = range(7)  # of each group
@@ -27,7 +28,7 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-def entries_for(count: int) -> int:
+def graph_capacity(count: int) -> int:
     """Page reads that a graph has room for when a step has `count`."""
     size = 64
     while size < count:
@@ -35,11 +36,11 @@ def entries_for(count: int) -> int:
     return size if count else 0
 
 
-def rooms(count: int) -> list[int]:
-    """Every value of `entries_for` up to that of `count`."""
+def graph_capacities(count: int) -> list[int]:
+    """Every value of `graph_capacity` up to that of `count`."""
     found = [0]
     while found[-1] < count:
-        found.append(entries_for(found[-1] + 1))
+        found.append(graph_capacity(found[-1] + 1))
     return found
 
 
@@ -48,7 +49,7 @@ def fill_inputs(
     token_ids: Sequence[int],
     positions: Sequence[int],
     pending: PendingTokens | None,
-    index: Sequence[GroupIndex],
+    index: Sequence[StepIndex],
 ) -> None:
     """Write a decode step into `staging`, int32 `[3 + 7 groups, max_num_seqs]`.
 
@@ -67,8 +68,8 @@ def fill_inputs(
     staging[SOURCES] = staging[3 + APPEND_POSITION :: GROUP_ROWS] = NOWHERE
     staging[IDS, :count] = token_ids
     staging[POSITIONS, :count] = positions
-    for place, row in (pending.rows if pending is not None else {}).items():
-        staging[SOURCES, place] = row
+    if pending is not None:
+        staging[SOURCES, :count] = pending.sources(count)
     for number, group in enumerate(index):
         part = _part(staging, number)
         part[APPEND_POSITION, :count] = group.append_positions
@@ -84,7 +85,7 @@ def _part(rows: Any, number: int) -> Any:
     return rows[3 + GROUP_ROWS * number : 3 + GROUP_ROWS * (number + 1)]
 
 
-def static_steps(cache: SpectralKVCache, inputs: Tensor, max_blocks: int) -> list[GroupStep]:
+def steps_from_inputs(cache: SpectralKVCache, inputs: Tensor, max_blocks: int) -> list[GroupStep]:
     """The decode step that `inputs`, int32 `[3 + 7 groups, n]`, hold when it runs; a group each.
 
     Args:
@@ -156,7 +157,7 @@ class DecodeGraphs:
         index = self.cache.open_step.index
         total = max(sum(group.blocks) if group.num_pages else 0 for group in index)
         size = next(size for size in self.sizes if size >= len(token_ids))
-        graph = self.prepare(size, entries_for(total))
+        graph = self.prepare(size, graph_capacity(total))
         self._turn = (self._turn + 1) % STAGING
         staging = self._staging[self._turn]
         self._copied[self._turn].synchronize()  # steps that sample nothing are never waited for
@@ -201,9 +202,9 @@ class DecodeGraphs:
 
     def _step(self, size: int, max_blocks: int) -> None:
         inputs = self._inputs[:, :size]
-        steps = static_steps(self.cache, inputs, max_blocks)
+        steps = steps_from_inputs(self.cache, inputs, max_blocks)
         ids = known_tokens(inputs[IDS], inputs[SOURCES], self._sampled)
-        with self.cache.attending_by(steps):
+        with self.cache.static_steps(steps):
             logits = self.forward(ids, inputs[POSITIONS].long())
         if self._logits is None:
             shape = self.cache.max_num_seqs, logits.shape[-1]

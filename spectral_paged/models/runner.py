@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from spectral_paged.cache import PendingTokens, SpectralKVCache, StepPlan
+from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.device import upload
-from spectral_paged.models.decode_graphs import DecodeGraphs, known_tokens, rooms
+from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
 from spectral_paged.pool.weak_method import WeakMethod
+from spectral_paged.sampling import PendingTokens
 
 ATTENTION_NAME = "spectral_paged"
 
@@ -146,7 +147,7 @@ class ModelRunner:
         waiting = format.needs_calibration and not format.basis_id
         blocks = 0 if waiting else format.visible_blocks(num_tokens, 0)
         for size in self.graphs.sizes:
-            for entries in rooms(min(size, num_seqs) * blocks):
+            for entries in graph_capacities(min(size, num_seqs) * blocks):
                 self.graphs.prepare(size, entries)
             if size >= num_seqs:
                 break
@@ -176,10 +177,8 @@ class ModelRunner:
         positions = [e.start + i for e in plan.entries for i in range(e.num_new)]
         ids, where = upload([token_ids, positions], torch.long, self.device)
         if pending is not None:
-            sources = [-1] * len(token_ids)
-            for place, row in pending.rows.items():
-                sources[place] = row
-            ids = known_tokens(ids, upload(sources, torch.long, self.device), pending.ids)
+            sources = upload(pending.sources(len(token_ids)), torch.long, self.device)
+            ids = known_tokens(ids, sources, pending.ids)
         rows = None if whole else upload(logit_rows, torch.long, self.device)
         return self._logits(ids, where, rows).float()
 

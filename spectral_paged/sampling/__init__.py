@@ -9,14 +9,16 @@ from spectral_paged.sampling.params import (
     SamplingParams,
 )
 from spectral_paged.sampling.sampler import (
-    Drawn,
+    PendingTokens,
     Sampled,
+    SampledTokens,
     SampleRow,
 )
 
 __all__ = [
-    "Drawn",
+    "PendingTokens",
     "SampleRow",
     "Sampled",
+    "SampledTokens",
     "SamplingParams",
 ]

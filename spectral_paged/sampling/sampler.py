@@ -40,6 +40,24 @@ class Sampled:
     logprobs: dict[int, tuple[float, int]] | None
 
 
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """Input tokens that the device has sampled and the host has not seen.
+
+    ids: int64 `[N]` on the device; rows: for places in the flat batch, the element of `ids`.
+    """
+
+    ids: Tensor
+    rows: dict[int, int]
+
+    def sources(self, num_tokens: int) -> list[int]:
+        """For each place in a flat batch of `num_tokens`, the element of `ids` there; -1: none."""
+        found = [-1] * num_tokens
+        for place, row in self.rows.items():
+            found[place] = row
+        return found
+
+
 def uniform_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Counter-based noise in (0, 1), fp32 `[N, vocab_size]`: a function of seed, step and token.
 
@@ -59,7 +77,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-class Drawn:
+class SampledTokens:
     """Tokens of a batch, sampled on the device from logits `[N, vocab]`; `get` brings them to the
     host.
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.cache import HISTORY_TOKENS, concurrency
+from spectral_paged.cache.index import Chunk, chunk_batches
 from spectral_paged.cache.sequence_slots import Run
-from spectral_paged.cache.step import Chunk, chunk_batches
 from spectral_paged.cli.commands import main
 from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import CapacityError

@@ -9,7 +9,7 @@ from spectral_paged import SamplingParams
 from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.engine import sampled_step
 from spectral_paged.errors import NonFiniteError
-from spectral_paged.sampling import Drawn
+from spectral_paged.sampling import SampledTokens
 from support.tiny_model import raise_once, random_prompts, tiny_format, tiny_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -164,9 +164,9 @@ def test_a_step_that_raises_anywhere_can_be_taken_again(monkeypatch, where, erro
     llm = tiny_llm()
     llm.engine.async_scheduling = ahead
     if where == "get":
-        raise_once(monkeypatch, Drawn, "get", error, call)
+        raise_once(monkeypatch, SampledTokens, "get", error, call)
     elif where == "draw":
-        raise_once(monkeypatch, sampled_step, "Drawn", error, call)
+        raise_once(monkeypatch, sampled_step, "SampledTokens", error, call)
     else:
         raise_once(monkeypatch, llm.cache.sealer, "seal", error, call)
     for i, prompt in enumerate(prompts):

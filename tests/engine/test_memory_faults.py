@@ -27,7 +27,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_tokens(
     llm = make_llm(ahead, format)
     owner, name = {
         "forward": (llm.engine.runner, "forward"),
-        "draw": (sampled_step, "Drawn"),
+        "draw": (sampled_step, "SampledTokens"),
         "seal": (llm.cache.sealer, "seal"),
         "begin_step": (llm.cache, "begin_step"),
         "end_step": (llm.cache, "end_step"),

@@ -152,14 +152,14 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
 @AHEAD
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_row_that_cannot_be_sampled_fails_its_request_alone(monkeypatch, count, ahead):
-    llm, draw = make_llm(ahead), sampled_step.Drawn
+    llm, draw = make_llm(ahead), sampled_step.SampledTokens
 
     def picky(logits, rows):
         if any(r.seed == 666 and r.num_output_tokens == 2 for r in rows):
             raise IndexError("logits processor")
         return draw(logits, rows)
 
-    monkeypatch.setattr(sampled_step, "Drawn", picky)
+    monkeypatch.setattr(sampled_step, "SampledTokens", picky)
     expected = want(prompts=PROMPTS[:count])
     queue(llm, PROMPTS[:count])
     llm.engine._groups["0"].completions[0].seed = 666

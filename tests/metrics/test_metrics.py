@@ -271,7 +271,7 @@ def test_quantiles_are_interpolated_in_a_bucket():
 
 def test_a_timer_adds_up_what_runs_inside(monkeypatch):
     ticks = iter([1.0, 3.0, 10.0, 10.5])
-    monkeypatch.setattr("spectral_paged.device.device_timer.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("spectral_paged.device.timing.time.perf_counter", lambda: next(ticks))
     timer = DeviceTimer(torch.device("cpu"))
     for _ in range(2):
         with timer:

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
-from spectral_paged.cache import PendingTokens
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.models.decode_graphs import (
     APPEND_POSITION,
@@ -16,12 +15,13 @@ from spectral_paged.models.decode_graphs import (
     NOWHERE,
     SOURCES,
     batch_sizes,
-    entries_for,
     fill_inputs,
+    graph_capacities,
+    graph_capacity,
     known_tokens,
-    rooms,
-    static_steps,
+    steps_from_inputs,
 )
+from spectral_paged.sampling import PendingTokens
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 
@@ -36,13 +36,14 @@ def test_every_batch_has_a_size_that_wastes_little(max_num_seqs, data):
 
 @given(st.integers(0, 1 << 20))
 def test_a_graph_has_room_for_the_pages_of_its_step(count):
-    assert entries_for(count) >= count and (entries_for(count) == 0) == (count == 0)
+    assert graph_capacity(count) >= count and (graph_capacity(count) == 0) == (count == 0)
 
 
 @given(st.integers(0, 1 << 20), st.data())
 def test_a_warm_up_knows_every_room_that_a_step_may_need(most, data):
     count = data.draw(st.integers(0, most))
-    assert entries_for(count) in rooms(most) and rooms(most)[-1] == entries_for(most)
+    sizes = graph_capacities(most)
+    assert graph_capacity(count) in sizes and sizes[-1] == graph_capacity(most)
 
 
 def test_tokens_that_only_the_device_knows_are_taken_from_it():
@@ -76,12 +77,12 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
         staging = torch.full(shape, 99, dtype=torch.int32)
         positions = [e.start for e in plan.entries]
         fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
-        steps = static_steps(cache, staging, 64)
+        steps = steps_from_inputs(cache, staging, 64)
         sampled = torch.zeros(8, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
         ids = known_tokens(staging[0], staging[SOURCES], sampled)
-        with cache.attending_by(steps), torch.inference_mode():
+        with cache.static_steps(steps), torch.inference_mode():
             replayed.append(len(token_ids))
             return runner._logits(ids, staging[2].long(), None).float()[: len(token_ids)]
 

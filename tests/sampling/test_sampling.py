@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged.errors import SamplingParamsError
-from spectral_paged.sampling import Drawn, SampleRow, SamplingParams
+from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
 from spectral_paged.sampling.sampler import uniform_noise
 
 VOCAB = 50
@@ -21,7 +21,7 @@ def row(seed=0, prompt=(), output=(), blocked=(), **params):
 
 
 def draw(logits, rows):
-    return [r.token_id for r in Drawn(logits, rows).get()]
+    return [r.token_id for r in SampledTokens(logits, rows).get()]
 
 
 def drawn_set(logits, count=3000, **params):
@@ -212,7 +212,7 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
         )
         for i in range(20)
     ]
-    results = Drawn(logits, rows).get()
+    results = SampledTokens(logits, rows).get()
     assert torch.equal(logits, before), "the caller's logits stay"
     want = torch.log_softmax(logits, -1)
     for i, result in enumerate(results):
@@ -228,7 +228,7 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
 def test_logprobs_only_where_they_are_asked_for():
     logits = torch.randn(2, VOCAB)
     rows = [row(logprobs=0, temperature=0.0), row(temperature=0.0)]
-    asked, plain = Drawn(logits, rows).get()
+    asked, plain = SampledTokens(logits, rows).get()
     assert set(asked.logprobs) == {int(logits[0].argmax())} and plain.logprobs is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import PendingTokens, SpectralKVCache
+from spectral_paged.cache import SpectralKVCache
 from spectral_paged.integrations.unsloth.attention import (
     ServedStep,
     decode_attention,
@@ -21,6 +21,7 @@ from spectral_paged.integrations.unsloth.attention import (
 )
 from spectral_paged.integrations.unsloth.families import unsloth_module
 from spectral_paged.models.decode_graphs import DecodeGraphs
+from spectral_paged.sampling import PendingTokens
 
 # those whose one-token step is `_LlamaModel_fast_forward_inference`; others read lengths back
 GRAPHED = ("llama", "mistral", "qwen2", "qwen3")

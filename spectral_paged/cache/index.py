@@ -1,7 +1,7 @@
-"""One step's plan, what came of it, and the index tensors that a group's kernels need for it.
+"""Index tensors of an open step: where a group's kernels write new tokens and what they read.
 
 ```
-StepPlan  ->  GroupIndex (host: where tokens go, who reads what)  ->  GroupStep (the device's)
+StepPlan  ->  StepIndex (host: where tokens go, who reads what)  ->  GroupStep (the device's)
 ```
 
 A step in which every sequence has one new token needs no more than a `DecodeBatch` of fixed shape,
@@ -19,59 +19,15 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.plan import StepPlan
 from spectral_paged.cache.sequence_slots import Run
 from spectral_paged.device import upload, upload_rows
-from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
 
 HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single one has more
-
-
-@dataclass(frozen=True, slots=True)
-class PlanEntry:
-    """`num_new` tokens of one sequence, the first of them at position `start`."""
-
-    seq_id: str
-    start: int
-    num_new: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes, in the order in which q, k and v are flattened."""
-
-    entries: tuple[PlanEntry, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(e.num_new for e in self.entries)
-
-    @property
-    def is_decode(self) -> bool:
-        """Every sequence has one new token."""
-        return all(e.num_new == 1 for e in self.entries)
-
-
-@dataclass(frozen=True, slots=True)
-class PendingTokens:
-    """Input tokens that the device has sampled and the host has not seen.
-
-    ids: int64 `[N]` on the device; rows: for places in the flat batch, the element of `ids`.
-    """
-
-    ids: Tensor
-    rows: dict[int, int]
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What `end_step` did. Sequences in `failed` hold NaN or Inf; free them."""
-
-    blocks_sealed: int = 0
-    failed: dict[str, NonFiniteError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +54,7 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class GroupIndex:
+class StepIndex:
     """Where a group's tables say that a plan's tokens go; on the host.
 
     append_positions, append_offsets: of each new token, its exact page (128-byte units) and its
@@ -122,7 +78,7 @@ class GroupIndex:
     chunks: list[Chunk] = field(default_factory=list)
 
     @classmethod
-    def of(cls, group: LayerGroup, plan: StepPlan) -> GroupIndex:
+    def of(cls, group: LayerGroup, plan: StepPlan) -> StepIndex:
         """Look up where the plan's tokens go in the group's tables."""
         table = group.exact_table.host.numpy()
         found = cls(
@@ -249,9 +205,7 @@ class GroupStep:
     chunks: tuple[ChunkBatch, ...]
 
     @classmethod
-    def of(
-        cls, group: LayerGroup, index: GroupIndex, format: PageFormat, ops: PageOps
-    ) -> GroupStep:
+    def of(cls, group: LayerGroup, index: StepIndex, format: PageFormat, ops: PageOps) -> GroupStep:
         """The step as `index` has it."""
         device = group.exact_table.device.device
         num_tokens = len(index.append_positions)
@@ -316,15 +270,15 @@ class OpenStep:
         self, plan: StepPlan, groups: Sequence[LayerGroup], format: PageFormat, ops: PageOps
     ) -> None:
         self.plan = plan
-        self.index = [GroupIndex.of(group, plan) for group in groups]
-        self._made_for = groups, format, ops
+        self.index = [StepIndex.of(group, plan) for group in groups]
+        self._args = groups, format, ops
         self._steps: list[GroupStep] | None = None
 
     @property
     def steps(self) -> list[GroupStep]:
         """The index tensors, made when a layer first asks: a replayed graph never does."""
         if self._steps is None:
-            groups, format, ops = self._made_for
+            groups, format, ops = self._args
             self._steps = [
                 GroupStep.of(group, index, format, ops)
                 for group, index in zip(groups, self.index, strict=True)
