@@ -31,7 +31,7 @@ def add_benches(bench: argparse.ArgumentParser) -> None:
     room.add_argument("--model", default="smollm2-135m", help="also random:<shape>")
     room.add_argument("--device", default="auto")
     room.add_argument("--context", type=positive, default=8192, help="tokens of a sequence")
-    room.add_argument("--kv-cache-memory", type=parse_bytes, default=1 << 30, metavar="BYTES")
+    room.add_argument("--kv-cache-bytes", type=parse_bytes, default=1 << 30, metavar="BYTES")
     room.add_argument("--max-num-seqs", type=positive, default=256)
     _add_formats(room, "repeatable")
     _add_output_dir(room)
@@ -94,7 +94,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=positive, action="append", default=[], help="tokens; repeatable"
     )
-    parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
+    parser.add_argument("--kv-cache-bytes", type=parse_bytes, metavar="BYTES")
     parser.add_argument("--name", default="", help="of the result's file; default the model's")
     _add_output_dir(parser)
 
@@ -138,7 +138,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
         help="requests at once; repeatable, a plot is drawn over them; default 256",
     )
     parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
-    parser.add_argument("--kv-cache-memory", type=parse_bytes, metavar="BYTES")
+    parser.add_argument("--kv-cache-bytes", type=parse_bytes, metavar="BYTES")
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--max-model-len", type=positive)
@@ -273,7 +273,7 @@ def bench_steps(args: argparse.Namespace) -> int:
         contexts=args.context or (128,),
         name=args.name,
         output_dir=args.output_dir,
-        kv_cache_bytes=args.kv_cache_memory,
+        kv_cache_bytes=args.kv_cache_bytes,
     )
 
 
@@ -285,7 +285,7 @@ def bench_capacity(args: argparse.Namespace) -> int:
         model=args.model,
         device=args.device,
         context=args.context,
-        memory=args.kv_cache_memory,
+        memory=args.kv_cache_bytes,
         max_num_seqs=args.max_num_seqs,
         formats=tuple(args.format),
         output_dir=args.output_dir,
@@ -318,7 +318,7 @@ def bench_throughput(args: argparse.Namespace) -> int:
             input_lens=args.input_len,
             max_num_seqs=args.max_num_seqs or (256,),
             max_num_batched_tokens=args.max_num_batched_tokens,
-            kv_cache_bytes=args.kv_cache_memory,
+            kv_cache_bytes=args.kv_cache_bytes,
             enable_prefix_caching=not args.no_enable_prefix_caching,
             profile=args.profile,
             decode_only=args.decode_only,

@@ -25,10 +25,8 @@ def llama_logits(model, table, cache, token_ids, positions, rows):
     x = model.model.embed_tokens(token_ids)
     for number, layer in enumerate(model.model.layers):
         heads, mlp, h = layer.self_attn, layer.mlp, rms_norm(layer.input_layernorm, x)
-        q, k, v = (
-            project(h).unflatten(-1, (-1, heads.head_dim))
-            for project in (heads.q_proj, heads.k_proj, heads.v_proj)
-        )
+        projections = heads.q_proj, heads.k_proj, heads.v_proj
+        q, k, v = (project(h).unflatten(-1, (-1, heads.head_dim)) for project in projections)
         q, k = (table.apply(part, positions).to(x.dtype) for part in (q, k))
         x = x + heads.o_proj(cache.attend(number, q, k, v).flatten(1))
         h = rms_norm(layer.post_attention_layernorm, x)
@@ -140,13 +138,11 @@ class ServingLoop:
 
     def _admit(self, name):
         new = self.waiting[name]
-        if (self.crowded and self.running) or self.cache.add_sequence(
-            name,
-            num_prompt_tokens=new.num_prompt_tokens,
-            token_ids=new.token_ids,
-            resumed=new.preempted,
-        ) is None:  # until one ends it would be preempted at once; or max_num_seqs are held
+        if self.crowded and self.running:  # until one ends it would be preempted at once
             return False
+        known = {"token_ids": new.token_ids, "resumed": new.preempted}
+        if self.cache.add_sequence(name, num_prompt_tokens=new.num_prompt_tokens, **known) is None:
+            return False  # max_num_seqs are held
         self.running[name] = self.waiting.pop(name)
         return True
 

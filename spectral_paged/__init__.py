@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import CacheOptions, SpectralKVCache
 from spectral_paged.engine import Engine
 from spectral_paged.pages import PageFormat, SharedBasis
 from spectral_paged.sampling import SamplingParams
@@ -12,7 +12,15 @@ from spectral_paged.sampling import SamplingParams
 if TYPE_CHECKING:
     from spectral_paged.llm import LLM
 
-__all__ = ["LLM", "Engine", "PageFormat", "SamplingParams", "SharedBasis", "SpectralKVCache"]
+__all__ = [
+    "LLM",
+    "CacheOptions",
+    "Engine",
+    "PageFormat",
+    "SamplingParams",
+    "SharedBasis",
+    "SpectralKVCache",
+]
 __version__ = "0.1.0"
 
 

@@ -43,39 +43,34 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+# What a command takes of the arguments of `LLM`, and how it reads them.
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--kv-format": {},
+    "--device": {},
+    "--dtype": {},
+    "--kv-cache-bytes": {"type": parse_bytes},
+    "--gpu-memory-utilization": {"type": float},
+    "--max-num-seqs": {"type": positive},
+    "--max-num-batched-tokens": {"type": positive},
+    "--max-model-len": {"type": int},
+    "--prefill-segment": {"type": int},
+    "--calibration": {"help": "auto, or a file of `calibrate`"},
+    "--no-prefix-caching": {"dest": "enable_prefix_caching", "action": "store_false"},
+    "--seed": {"type": int, "help": "base seed of what names none"},
+    "--trust-remote-code": {"action": "store_true", "help": "run Python code of the model's own"},
+}
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the cache and the engine; a command adds the model's own way."""
-    parser.add_argument("--kv-format", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-bytes", type=parse_bytes)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-num-seqs", type=positive, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=positive, default=8192)
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--prefill-segment", type=int, default=2048)
-    parser.add_argument("--calibration", default="auto", help="auto, or a file of `calibrate`")
-    parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="base seed of what names none")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code of the model's own"
-    )
+    """Options of the cache and the engine; a command adds the model's own way.
+
+    Without a default: what nobody gives is left to `LLM`.
+    """
+    for name, how in ENGINE_OPTIONS.items():
+        parser.add_argument(name, default=argparse.SUPPRESS, **how)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `LLM` besides the model, plain values all."""
-    return {
-        "kv_format": args.kv_format,
-        "device": args.device,
-        "dtype": args.dtype,
-        "kv_cache_bytes": args.kv_cache_bytes,
-        "gpu_memory_utilization": args.gpu_memory_utilization,
-        "max_num_seqs": args.max_num_seqs,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-        "max_model_len": args.max_model_len,
-        "prefill_segment": args.prefill_segment,
-        "calibration": args.calibration,
-        "enable_prefix_caching": not args.no_prefix_caching,
-        "trust_remote_code": args.trust_remote_code,
-        "seed": args.seed,
-    }
+    """Keyword arguments of `LLM` besides the model, as far as they were given; plain values all."""
+    names = [how.get("dest", name[2:].replace("-", "_")) for name, how in ENGINE_OPTIONS.items()]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}

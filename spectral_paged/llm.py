@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tqdm import tqdm
 
-from spectral_paged.device import choose_cache_bytes, choose_device, choose_dtype
+from spectral_paged.cache import CacheOptions, CacheOptionsDict
+from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
     Engine,
     Prompt,
@@ -33,9 +33,11 @@ from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
-from spectral_paged.pages import PageFormat, SharedBasis
+from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
+
+LOADING = ("device", "dtype", "trust_remote_code")  # what a model that is loaded has settled
 
 
 @dataclass(slots=True, eq=False)
@@ -57,24 +59,20 @@ class LLM:
         dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
         gpu_memory_utilization: share of GPU memory for weights, cache and a step's activations,
             which a step at the budgets' limit is run for.
-        kv_cache_bytes: bytes of the arenas; default from GPU memory, or 1 GiB on the CPU.
-        max_num_seqs, max_num_batched_tokens: budgets of a step.
-        max_model_len: longest sequence; default the model's own.
+        max_num_batched_tokens: tokens that a step computes at most, as `max_num_seqs` is its budget
+            of sequences.
         prefill_segment: prompt tokens whose queries see each other exactly (presets only).
-        exempt_layers: layers kept exact.
-        calibration: for formats with a shared basis: `auto` calibrates on the package's own text
-            once and keeps the result in the cache folder; a `SharedBasis`, or the path of a file
-            that `spectral-paged calibrate` wrote; `online` takes the first sealed blocks (formats
-            with `dim_weighting="none"`, so none of the presets).
-        enable_prefix_caching: share sealed blocks between prompts with a common beginning.
         enforce_eager: no CUDA graphs and no `torch.compile` (CUDA; the CPU is always eager).
         compile_layers: `torch.compile` the model's layers; takes about 20 seconds at the start.
         trust_remote_code: run Python code that comes with the model; without it such a model is
             refused.
         async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
         seed: base seed of requests without one.
+        cache_options, **options: `CacheOptions`, or its fields by name (`kv_cache_bytes`,
+            `max_num_seqs`, `max_model_len`, `exempt_layers`, `calibration`, ...).
 
     Raises:
+        TypeError: an option that does not exist.
         UnknownModelError, UnsupportedModelError, CorruptFileError, FormatError, CapacityError.
     """
 
@@ -86,22 +84,18 @@ class LLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         gpu_memory_utilization: float = 0.9,
-        kv_cache_bytes: int | None = None,
-        max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
-        max_model_len: int | None = None,
         prefill_segment: int = 2048,
-        exempt_layers: Sequence[int] = (),
-        calibration: SharedBasis | str | Path = "auto",
-        enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
         compile_layers: bool = True,
         async_scheduling: bool = True,
         trust_remote_code: bool = False,
         seed: int = 0,
-        poison: bool = False,
+        cache_options: CacheOptions | None = None,
+        **options: Unpack[CacheOptionsDict],
     ) -> None:
-        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens)
+        chosen = CacheOptions.of(LLM, cache_options, options)
+        config = SchedulerConfig(chosen.max_num_seqs, max_num_batched_tokens)
         if isinstance(model, LoadedModel):
             loaded = model
         else:
@@ -114,7 +108,7 @@ class LLM:
             )
         where = loaded.model.device
         geometry = loaded.geometry
-        longest = longest_sequence(geometry, max_model_len)
+        longest = longest_sequence(geometry, chosen.max_model_len)
         format = model_format(kv_format, geometry, prefill_segment=prefill_segment)
         if not format.prefill_segment:
             raise FormatError(
@@ -123,26 +117,20 @@ class LLM:
             )
         self.model_name = loaded.name
         reserved = 0
-        if kv_cache_bytes is None:
+        if chosen.kv_cache_bytes is None:
             reserved = activation_bytes(
                 loaded.model,
                 geometry,
                 num_tokens=max_num_batched_tokens,
-                num_rows=max_num_seqs,
+                num_rows=chosen.max_num_seqs,
                 max_model_len=longest,
             )
         self.cache = model_cache(
             loaded,
             format,
-            kv_cache_bytes=choose_cache_bytes(
-                kv_cache_bytes, gpu_memory_utilization, where, reserved
-            ),
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=longest,
-            exempt_layers=exempt_layers,
-            calibration=calibration,
-            enable_prefix_caching=enable_prefix_caching,
-            poison=poison,
+            chosen,
+            gpu_memory_utilization=gpu_memory_utilization,
+            reserved_bytes=reserved,
         )
         self._runner = ModelRunner(
             loaded.model, self.cache, enforce_eager=enforce_eager, compile_layers=compile_layers
@@ -162,50 +150,21 @@ class LLM:
         self._inboxes: list[_Inbox] = []
 
     @classmethod
-    def from_model(
-        cls,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        kv_format: str | PageFormat = "auto",
-        gpu_memory_utilization: float = 0.9,
-        kv_cache_bytes: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
-        max_model_len: int | None = None,
-        prefill_segment: int = 2048,
-        exempt_layers: Sequence[int] = (),
-        calibration: SharedBasis | str | Path = "auto",
-        enable_prefix_caching: bool = True,
-        enforce_eager: bool = False,
-        compile_layers: bool = True,
-        async_scheduling: bool = True,
-        seed: int = 0,
-        poison: bool = False,
-    ) -> LLM:
+    def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LLM:
         """An LLM over a transformers model that is loaded already; its attention is replaced.
 
-        Arguments as in the constructor.
+        Args:
+            options: as in the constructor, without those of loading.
+
+        Raises:
+            TypeError: an option that does not exist, or `device`, `dtype` or `trust_remote_code`:
+                a loaded model has its own.
         """
+        if of_loading := [name for name in LOADING if name in options]:
+            raise TypeError(f"from_model takes no {of_loading[0]}: the model is loaded already")
         geometry = ModelGeometry.from_config(model.config)
-        return cls(
-            LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry),
-            kv_format=kv_format,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_bytes=kv_cache_bytes,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            prefill_segment=prefill_segment,
-            exempt_layers=exempt_layers,
-            calibration=calibration,
-            enable_prefix_caching=enable_prefix_caching,
-            enforce_eager=enforce_eager,
-            compile_layers=compile_layers,
-            async_scheduling=async_scheduling,
-            seed=seed,
-            poison=poison,
-        )
+        loaded = LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry)
+        return cls(loaded, **options)
 
     def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
         """Compile what seals and what rebuilds history, and capture the decode graphs of up to

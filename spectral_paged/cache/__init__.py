@@ -27,6 +27,10 @@ from spectral_paged.cache.layer_group import (
 from spectral_paged.cache.layer_spec import (
     seals_behind,
 )
+from spectral_paged.cache.options import (
+    CacheOptions,
+    CacheOptionsDict,
+)
 from spectral_paged.cache.pins import (
     Spans,
     pinned_blocks,
@@ -42,6 +46,8 @@ from spectral_paged.cache.sealer import (
 )
 
 __all__ = [
+    "CacheOptions",
+    "CacheOptionsDict",
     "DecodeBatch",
     "GroupStep",
     "HISTORY_TOKENS",

@@ -11,6 +11,7 @@ from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.capacity import Need, Share, divide, peak_exact_tokens
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.layer_spec import LayerSpec, seals_behind
+from spectral_paged.cache.options import CacheOptions
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.ops import check_layout
@@ -19,19 +20,24 @@ from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena
 
 
-def check_geometry(
+def check(
     format: PageFormat,
+    options: CacheOptions,
     num_layers: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    exempt_layers: Sequence[int],
+    *,
+    device: torch.device,
 ) -> None:
-    """Refuse a format that does not fit the model, or that this cache cannot feed.
+    """Refuse a format that does not fit the model or the options, or that this cache cannot feed.
 
     Raises:
         FormatError: names the value, the limit and the remedy.
+        TypeError: nobody said how much memory there is.
     """
+    if options.kv_cache_bytes is None:
+        raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
     if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
         raise FormatError(
             f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
@@ -39,30 +45,15 @@ def check_geometry(
         )
     if num_q_heads % num_kv_heads:
         raise FormatError(f"{num_q_heads} query heads do not divide over {num_kv_heads} KV heads")
-    bad = [i for i in exempt_layers if not 0 <= i < num_layers]
+    bad = [i for i in options.exempt_layers if not 0 <= i < num_layers]
     if bad:
         raise FormatError(f"exempt layers {bad} do not exist; the model has {num_layers} layers")
-
-
-def check_prefixes(format: PageFormat, prefix_caching: bool) -> None:
-    """Refuse prefix caching where what a query sees depends on how its prompt was cut.
-
-    Raises:
-        FormatError: says what to pass.
-    """
-    if prefix_caching and not format.prefill_segment:
+    if options.enable_prefix_caching and not format.prefill_segment:
         raise FormatError(
             f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
             "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
         )
 
-
-def check_kernels(format: PageFormat, device: torch.device) -> None:
-    """Refuse a format whose pages no kernel on `device` reads.
-
-    Raises:
-        FormatError: names the limit and what to use instead.
-    """
     try:
         if format.seals:
             check_layout(format.layout, device)
@@ -70,16 +61,15 @@ def check_kernels(format: PageFormat, device: torch.device) -> None:
         raise FormatError(f"format {format.name!r}: {error}") from error
 
 
-def check_online(basis: CacheBasis, groups: Sequence[LayerGroup]) -> None:
+def _check_online(basis: CacheBasis, num_sealing: int) -> None:
     """Refuse an online calibration where one seal does not show what all layers hold.
 
     Raises:
         FormatError: says what to use instead.
     """
-    sealing = sum(group.seals for group in groups)
-    if basis.is_waiting and sealing > 1:
+    if basis.is_waiting and num_sealing > 1:
         raise FormatError(
-            f"calibration='online' takes the basis from the first blocks sealed, and {sealing} "
+            f"calibration='online' takes the basis from the first blocks sealed, and {num_sealing} "
             "groups of this model's layers seal blocks of their own: calibrate the model, or use a "
             "format whose pages have their own basis (spectral-page)"
         )
@@ -117,31 +107,34 @@ def _kinds(
 
 
 def build_groups(
-    format: PageFormat,
+    basis: CacheBasis,
     specs: Sequence[LayerSpec],
+    options: CacheOptions,
     *,
-    exempt_layers: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    kv_cache_bytes: int,
-    max_num_seqs: int,
-    max_model_len: int,
-    poison: bool,
 ) -> list[LayerGroup]:
     """Allocate every arena: layers that seal and layers that do not, by window and rotary table.
 
     `capacity.divide` says who gets how much of the memory.
 
+    Args:
+        options: with `kv_cache_bytes` and `max_model_len`.
+
     Raises:
         CapacityError: a group's share is too small for two slabs.
+        FormatError: several groups seal, and an online calibration would see one of them alone.
     """
-    kinds = _kinds(format, specs, exempt_layers)
+    format, max_model_len = basis.format, options.max_model_len
+    assert options.kv_cache_bytes is not None and max_model_len is not None
+    kinds = _kinds(format, specs, options.exempt_layers)
+    _check_online(basis, sum(seals for seals, _ in kinds))
     shares = divide(
         format,
         [Share(len(layers), seals, spec.window) for (seals, spec), layers in kinds.items()],
-        kv_cache_bytes,
+        options.kv_cache_bytes,
         itemsize=dtype.itemsize,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
     )
     groups = []
@@ -153,7 +146,7 @@ def build_groups(
             device=device,
             budget_bytes=budget_bytes,
             exact_only=not seals,
-            poison=poison,
+            debug_poison=options.debug_poison,
         )
         longest = max_model_len
         if seals:
@@ -169,7 +162,7 @@ def build_groups(
                 arena,
                 spec,
                 seals=seals,
-                max_rows=max_num_seqs,
+                max_rows=options.max_num_seqs,
                 max_exact_pages=max_exact_pages + 1,
                 max_pages=-(-max_model_len // BLOCK_TOKENS) if seals else 0,
             )

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import build as groups, capacity, stats as cache_stats
+from spectral_paged.cache import build, capacity, stats as cache_stats
 from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
+from spectral_paged.cache.options import CacheOptions, CacheOptionsDict
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
 from spectral_paged.cache.seal_schedule import blocks_to_seal
@@ -33,7 +35,7 @@ from spectral_paged.cache.sequences import SequenceTable
 from spectral_paged.device import StepClock
 from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
 from spectral_paged.kernels.ops import page_ops
-from spectral_paged.pages import PageFormat, SharedBasis
+from spectral_paged.pages import PageFormat
 
 
 class SpectralKVCache:
@@ -45,21 +47,14 @@ class SpectralKVCache:
             object where it is the same table); needed unless the format has `rope="post"`.
         format: a `PageFormat` or a preset name.
         device, dtype: where the arenas live, and the element type of exact pages.
-        kv_cache_bytes: bytes of all arenas together, allocated here and once.
-        max_num_seqs: sequences held at a time.
-        max_model_len: longest sequence, tokens; default the rotary table's length.
         sliding_windows: tokens that a query sees, its own among them: of all layers, or of each
             (None: all before it). Windows up to 1,024 stay exact, longer ones are sealed.
-        exempt_layers: layers that stay exact.
-        calibration: what formats with a shared basis or calibrated weights need: a `SharedBasis`,
-            or `"online"` to take the basis from the first blocks that are sealed here.
         softmax_scale: default `head_dim ** -0.5`.
         softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
-        enable_prefix_caching: reuse slots of sequences added with `token_ids`; not where
-            `prefill_segment` is 0.
-        poison: fill freed slots with NaN bytes (tests).
+        cache_options, **options: `CacheOptions`, or its fields by name; `kv_cache_bytes` is needed.
 
     Raises:
+        TypeError: an option that does not exist, or no `kv_cache_bytes`.
         FormatError: unknown preset, a format that does not fit the geometry, or one that needs a
             calibration without it.
         CapacityError: `kv_cache_bytes` is too small for two slabs.
@@ -76,33 +71,32 @@ class SpectralKVCache:
         format: PageFormat | str = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        kv_cache_bytes: int,
-        max_num_seqs: int = 256,
-        max_model_len: int | None = None,
         sliding_windows: Windows = None,
-        exempt_layers: Sequence[int] = (),
-        calibration: SharedBasis | Literal["online"] | None = None,
         softmax_scale: float | None = None,
         softcap: float | None = None,
-        enable_prefix_caching: bool = True,
-        poison: bool = False,
+        cache_options: CacheOptions | None = None,
+        **options: Unpack[CacheOptionsDict],
     ) -> None:
+        chosen = CacheOptions.of(SpectralKVCache, cache_options, options)
+        self.device, self.dtype = torch.device(device), dtype
         if isinstance(format, str):
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         heads = num_q_heads, num_kv_heads, head_dim
-        groups.check_geometry(format, num_layers, *heads, exempt_layers)
-        groups.check_prefixes(format, enable_prefix_caching)
-        groups.check_kernels(format, torch.device(device))
-        self.device, self.dtype = torch.device(device), dtype
-        self.layers, max_model_len = layer_specs(
-            format, num_layers, rope, sliding_windows, max_model_len=max_model_len,
+        build.check(format, chosen, num_layers, *heads, device=self.device)
+        self.layers, self.max_model_len = layer_specs(
+            format,
+            num_layers,
+            rope,
+            sliding_windows,
+            max_model_len=chosen.max_model_len,
             device=self.device,
-        )  # fmt: skip
-        self._basis = CacheBasis(calibration, format, num_layers, self.device)
+        )
+        chosen = replace(chosen, max_model_len=self.max_model_len)
+        self._basis = CacheBasis(chosen.calibration, format, num_layers, self.device)
         format = self.format
         self.num_layers, self.num_q_heads = num_layers, num_q_heads
-        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
-        self.prefix_caching = enable_prefix_caching
+        self.max_num_seqs = chosen.max_num_seqs
+        self.prefix_caching = chosen.enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
         self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
         self.softcap = softcap
@@ -116,18 +110,17 @@ class SpectralKVCache:
         self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # what no `end_step` has reported yet
         self._overdue: set[str] = set()  # sequences of a step whose sealing raised
-        self.groups = groups.build_groups(
-            format, self.layers, exempt_layers=exempt_layers, dtype=dtype, device=self.device,
-            kv_cache_bytes=kv_cache_bytes, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-            poison=poison,
-        )  # fmt: skip
-        groups.check_online(self._basis, self.groups)
+        self.groups = build.build_groups(
+            self._basis, self.layers, chosen, dtype=dtype, device=self.device
+        )
         self._sequences = SequenceTable(
-            self.groups, max_num_seqs, prefix_caching=enable_prefix_caching
+            self.groups, self.max_num_seqs, prefix_caching=self.prefix_caching
         )
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group.layers}
         self._slides = any(group.window is not None for group in self.groups)
-        self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, max_model_len)
+        self.max_sequence_tokens = capacity.longest_sequence(
+            format, self.groups, self.max_model_len
+        )
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
     @property
@@ -342,7 +335,7 @@ class SpectralKVCache:
     ) -> tuple[LayerGroup, GroupStep]:
         index = self._group_of[layer]
         step = (self._replayed or self._step_for("attend").steps)[index]
-        groups.check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        build.check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
         return self.groups[index], step
 
     def abort_step(self) -> None:
@@ -434,9 +427,14 @@ class SpectralKVCache:
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
         run = cache_stats.backends(
-            self.ops, self.format, self.groups, num_q_heads=self.num_q_heads, softcap=self.softcap,
-            device=self.device, dtype=self.dtype,
-        )  # fmt: skip
+            self.ops,
+            self.format,
+            self.groups,
+            num_q_heads=self.num_q_heads,
+            softcap=self.softcap,
+            device=self.device,
+            dtype=self.dtype,
+        )
         return {
             **run,
             "capacity_tokens": self.capacity_tokens,

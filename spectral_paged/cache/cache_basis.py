@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, Share
 
 
 def bind(
-    calibration: SharedBasis | Literal["online"] | None,
+    calibration: SharedBasis | str | Path | None,
     format: PageFormat,
     num_layers: int,
     device: torch.device,
@@ -60,7 +60,7 @@ class CacheBasis:
 
     def __init__(
         self,
-        calibration: SharedBasis | Literal["online"] | None,
+        calibration: SharedBasis | str | Path | None,
         format: PageFormat,
         num_layers: int,
         device: torch.device,

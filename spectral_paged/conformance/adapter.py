@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import CacheOptions, SpectralKVCache
 from spectral_paged.errors import ConformanceError
 from spectral_paged.pages import PageFormat
 
@@ -23,19 +23,14 @@ class AdapterConfig:
     Attributes:
         model: a transformers causal LM in fp32, not to be changed.
         format: the cache's page format; it needs no calibration.
-        kv_cache_bytes, max_num_seqs, max_model_len, enable_prefix_caching, poison: arguments of
-            `SpectralKVCache`.
+        cache_options: those of its `SpectralKVCache`.
         max_step_tokens: most tokens that a step computes; prompts are cut to it.
     """
 
     model: Any
     format: PageFormat
-    kv_cache_bytes: int
-    max_num_seqs: int = 16
-    max_model_len: int = 2048
+    cache_options: CacheOptions
     max_step_tokens: int = 512
-    enable_prefix_caching: bool = True
-    poison: bool = True
 
 
 class Adapter(Protocol):

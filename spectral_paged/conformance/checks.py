@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Unpack
 
 import torch
 
+from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.conformance.adapter import (
     Adapter,
     AdapterConfig,
@@ -112,7 +113,7 @@ class Conformance:
         llm = LLM.from_model(
             copy.deepcopy(self.model),  # its attention is replaced
             kv_format=self.coarse,
-            kv_cache_bytes=self._config().kv_cache_bytes,
+            kv_cache_bytes=self._config().cache_options.kv_cache_bytes,
         )
         params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -244,10 +245,22 @@ class Conformance:
         g = self._geometry
         return num_tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * 4
 
-    def _config(self, format: PageFormat | None = None, **changes: Any) -> AdapterConfig:
-        size = self._bytes(20_000)
+    def _config(
+        self,
+        format: PageFormat | None = None,
+        *,
+        max_step_tokens: int = 512,
+        **changes: Unpack[CacheOptionsDict],
+    ) -> AdapterConfig:
+        """What to serve; `changes` are of options that no sequence notices."""
+        roomy = CacheOptions(
+            kv_cache_bytes=self._bytes(20_000),
+            max_num_seqs=16,
+            max_model_len=2048,
+            debug_poison=True,
+        )
         return AdapterConfig(
-            self.model, format or self.coarse, **({"kv_cache_bytes": size} | changes)
+            self.model, format or self.coarse, replace(roomy, **changes), max_step_tokens
         )
 
     def _serve(

@@ -14,26 +14,23 @@ tokens of one forward see each other exactly (`prefill_segment=0`), whatever its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from spectral_paged.cache import read_history
-from spectral_paged.device import choose_cache_bytes
+from spectral_paged.cache import CacheOptions, CacheOptionsDict, read_history
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.forward_hooks import watch
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.integrations.row_batch import Remedies, RowBatches, without_autocast
-from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
+from spectral_paged.models.cache_for_model import model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, tokenizer_of
-from spectral_paged.pages import PageFormat, SharedBasis
+from spectral_paged.pages import PageFormat
 
 
 @dataclass(slots=True)
@@ -53,21 +50,17 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             `materialize`.
         kv_format: preset name, `exact`, or a `PageFormat`; its `prefill_segment` does not count,
             for a forward is a segment.
-        kv_cache_bytes: bytes of the arenas, allocated here and once; default what
-            `gpu_memory_utilization` leaves, or 1 GiB on the CPU.
         gpu_memory_utilization: share of GPU memory for weights and cache; activations and logits
             of `generate` need the rest.
-        max_num_seqs: rows of a batch (times `num_return_sequences` or `num_beams`).
-        max_model_len: longest row, tokens; default all positions of the model.
-        exempt_layers: layers kept exact.
-        calibration: for formats with a shared basis, as in `LLM`.
         tokenizer: for `calibration="auto"` where the model was not calibrated before; default the
             one of `model.name_or_path`.
         materialize: let `update` return all K and V, rebuilt from pages, to any attention: slow,
             for comparisons and for attention that must see keys. Memory is saved all the same.
-        poison: fill freed slots with NaN bytes (tests).
+        cache_options, **options: `CacheOptions`, or its fields by name. `max_num_seqs` counts rows
+            of a batch (times `num_return_sequences` or `num_beams`); prefix caching is off.
 
     Raises:
+        TypeError: an option that does not exist.
         UnsupportedModelError: a model that is not served.
         InvalidRequestError: another attention, several devices, or no tokenizer to calibrate with.
         FormatError, CapacityError, CorruptFileError: as `LLM`.
@@ -78,16 +71,15 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         model: Any,
         kv_format: str | PageFormat = "auto",
         *,
-        kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.8,
-        max_num_seqs: int = 256,
-        max_model_len: int | None = None,
-        exempt_layers: Sequence[int] = (),
-        calibration: SharedBasis | str | Path = "auto",
         tokenizer: Any = None,
         materialize: bool = False,
-        poison: bool = False,
+        cache_options: CacheOptions | None = None,
+        **options: Unpack[CacheOptionsDict],
     ) -> None:
+        chosen = CacheOptions.of(
+            SpectralPagedCache, cache_options, options, enable_prefix_caching=False
+        )
         super().__init__(layers=[])
         if hasattr(model, "get_base_model"):  # adapters around a model
             model = model.get_base_model()
@@ -101,20 +93,14 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 "on one"
             )
         geometry = ModelGeometry.from_config(model.config)
-        longest = longest_sequence(geometry, max_model_len)
         format = dataclasses.replace(model_format(kv_format, geometry), prefill_segment=0)
-        if format.needs_calibration and tokenizer is None and calibration == "auto":
+        if format.needs_calibration and tokenizer is None and chosen.calibration == "auto":
             tokenizer = tokenizer_of(model)
         self.kv_cache = model_cache(
             LoadedModel(type(model).__name__, model, tokenizer, geometry),
             format,
-            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, model.device),
-            max_num_seqs=max_num_seqs,
-            max_model_len=longest,
-            exempt_layers=exempt_layers,
-            calibration=calibration,
-            enable_prefix_caching=False,
-            poison=poison,
+            chosen,
+            gpu_memory_utilization=gpu_memory_utilization,
         )
         more_room = f"raise kv_cache_bytes ({self._num_bytes} now)"
         remedies = Remedies(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import CacheOptions, SpectralKVCache
+from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import FormatError, InvalidRequestError
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.pages import PageFormat, SharedBasis
+from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
 
@@ -51,46 +52,50 @@ def longest_sequence(geometry: ModelGeometry, max_model_len: int | None) -> int:
 def model_cache(
     loaded: LoadedModel,
     format: PageFormat,
+    options: CacheOptions,
     *,
-    kv_cache_bytes: int,
-    max_num_seqs: int,
-    max_model_len: int,
-    exempt_layers: Sequence[int] = (),
-    calibration: SharedBasis | str | Path = "auto",
-    enable_prefix_caching: bool = True,
-    poison: bool = False,
+    gpu_memory_utilization: float,
+    reserved_bytes: int = 0,
     ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SpectralKVCache:
     """A `SpectralKVCache` on the model's device and in its dtype.
 
+    What `options` leave open is taken from the model and its device: how long sequences are, how
+    much memory there is, and a calibration, found or made by running the model, where `format`
+    needs one.
+
     Args:
+        gpu_memory_utilization, reserved_bytes: as in `choose_cache_bytes`.
         ropes: each layer's rotary table, for a model that rotates by code of its own; default the
             model's.
-        calibration: as in `LLM`; found, or made by running the model, where `format` needs one.
-        others: as in `SpectralKVCache`.
 
     Raises:
         FormatError, CapacityError: as `SpectralKVCache`.
-        CorruptFileError, InvalidRequestError: as `find_calibration`.
+        InvalidRequestError: as `longest_sequence`, `choose_cache_bytes` and `find_calibration`.
+        CorruptFileError: as `find_calibration`.
     """
     geometry, model = loaded.geometry, loaded.model
+    longest = longest_sequence(geometry, options.max_model_len)
+    num_bytes = choose_cache_bytes(
+        options.kv_cache_bytes, gpu_memory_utilization, model.device, reserved_bytes
+    )
+    options = replace(
+        options,
+        max_model_len=longest,
+        kv_cache_bytes=num_bytes,
+        calibration=find_calibration(options.calibration, format, loaded),
+    )
     return SpectralKVCache(
         num_layers=geometry.num_layers,
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        rope=layer_ropes(model, max_model_len, model.device) if ropes is None else ropes,
+        rope=layer_ropes(model, longest, model.device) if ropes is None else ropes,
         format=format,
         device=model.device,
         dtype=model.dtype,
-        kv_cache_bytes=kv_cache_bytes,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
         sliding_windows=geometry.windows,
-        exempt_layers=exempt_layers,
-        calibration=find_calibration(calibration, format, loaded),
         softmax_scale=float(model.model.layers[0].self_attn.scaling),
         softcap=geometry.softcap,
-        enable_prefix_caching=enable_prefix_caching,
-        poison=poison,
+        cache_options=options,
     )

@@ -190,7 +190,7 @@ def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     return torch.stack(moments)
 
 
-def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
+def averaged_over_distances(moment: Tensor, rope: RotaryTable | None) -> Tensor:
     """The moment of queries as a key before RoPE meets them, averaged over distances.
 
     A query u (before RoPE), d tokens behind a key, scores R(d) u with it. Distances go in even
@@ -210,7 +210,7 @@ def met_before_rope(moment: Tensor, rope: RotaryTable | None) -> Tensor:
     return total / NUM_DISTANCES
 
 
-def obstacle(loaded: LoadedModel) -> str | None:
+def calibration_obstacle(loaded: LoadedModel) -> str | None:
     """Why a model cannot be calibrated, and what to do; None where it can be."""
     if loaded.tokenizer is None:
         return (
@@ -254,7 +254,7 @@ def calibrate(
     Raises:
         InvalidRequestError: too little text, a model without a tokenizer, or quantized weights.
     """
-    if (reason := obstacle(loaded)) is not None:
+    if (reason := calibration_obstacle(loaded)) is not None:
         raise InvalidRequestError(reason)
     geometry, model = loaded.geometry, loaded.model
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
@@ -271,7 +271,7 @@ def calibrate(
     for window in bar:
         run(torch.tensor([window], device=model.device), recorder)
     basis = accumulator.finish(
-        q_pre=torch.stack(list(map(met_before_rope, recorder.moments[0], ropes))),
+        q_pre=torch.stack(list(map(averaged_over_distances, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
         o=output_moment(model, geometry.num_kv_heads, geometry.head_dim),
         model_fingerprint=model_fingerprint(model),
@@ -326,16 +326,17 @@ def _keep(basis: SharedBasis, path: Path) -> None:
 
 
 def find_calibration(
-    given: SharedBasis | str | Path, format: PageFormat, loaded: LoadedModel
+    given: SharedBasis | str | Path | None, format: PageFormat, loaded: LoadedModel
 ) -> SharedBasis | Literal["online"] | None:
-    """The calibration that `LLM(calibration=given)` means; None where `format` needs none.
+    """The calibration that `LLM(calibration=given)` means; None where `format` needs none, or none
+    is given.
 
     Raises:
         FormatError: it was made from another model.
         CorruptFileError: the file is damaged.
         InvalidRequestError: there is no such file; or `auto` and a model without a tokenizer.
     """
-    if not format.needs_calibration:
+    if not format.needs_calibration or given is None:
         return None
     if isinstance(given, SharedBasis):
         fingerprint = model_fingerprint(loaded.model)

@@ -54,10 +54,10 @@ def uncompile(model: Any) -> None:
         part._compiled_call_impl = None
 
 
-class _Borrowed:
+class _AttentionLease:
     """A model that runners attend for: how it attended before, and how many they are."""
 
-    models: WeakKeyDictionary[Any, _Borrowed] = WeakKeyDictionary()
+    models: WeakKeyDictionary[Any, _AttentionLease] = WeakKeyDictionary()
 
     def __init__(self, attention: str) -> None:
         self.attention = attention
@@ -110,8 +110,8 @@ class ModelRunner:
         fast = self.device.type == "cuda" and not enforce_eager
         self.graphs = DecodeGraphs(cache, WeakMethod(self._decode_logits)) if fast else None
         self.compiles = fast and compile_layers
-        _Borrowed.take(model)
-        self._give_back = finalize(self, _Borrowed.give_back, ref(model))
+        _AttentionLease.take(model)
+        self._give_back = finalize(self, _AttentionLease.give_back, ref(model))
         self._give_back.atexit = False
         if self.compiles:
             for part in compiled_parts(model):

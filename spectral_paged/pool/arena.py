@@ -55,7 +55,7 @@ class Arena:
         dtype: element type of exact pages.
         budget_bytes: bytes the planes may take, all layers counted.
         exact_only: True for exempt layers and for the `exact` format.
-        poison: fill slots with 0xFF when they become free (tests).
+        debug_poison: fill slots with 0xFF when they become free.
 
     Raises:
         CapacityError: the budget holds less than two slabs.
@@ -70,7 +70,7 @@ class Arena:
         device: torch.device,
         budget_bytes: int,
         exact_only: bool,
-        poison: bool = False,
+        debug_poison: bool = False,
     ) -> None:
         self.format = format
         self.num_layers = num_layers
@@ -90,12 +90,12 @@ class Arena:
         slots = {SlotKind.EXACT: self.slab_bytes // self.exact_bytes}
         if self.page_bytes:
             slots[SlotKind.PAGE] = self.slab_bytes // self.page_bytes
-        on_free = WeakMethod(self._poison) if poison else None
+        on_free = WeakMethod(self._poison) if debug_poison else None
         self.slots = SlotPool(num_slabs, slots, on_free=on_free)
         self.trash_unit = num_slabs * self.slab_bytes // UNIT_BYTES
         plane_bytes = num_slabs * self.slab_bytes + trash_bytes
         self.planes = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)
-        if poison:
+        if debug_poison:
             self.planes[:, : num_slabs * self.slab_bytes] = POISON
 
     @property

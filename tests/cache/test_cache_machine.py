@@ -121,7 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
             kv_cache_bytes=(smallest + 150_000 * extra) * (3 if differ else 1),
             max_num_seqs=seats,
             max_model_len=LONGEST,
-            poison=True,
+            debug_poison=True,
         )
         self.seats = seats
         self.tokens: dict[str, list[int]] = {}

@@ -53,7 +53,7 @@ def test_bench_capacity_stores_what_it_predicts(tmp_path, capsys):
                 "1800",
                 "--device",
                 "cpu",
-                "--kv-cache-memory",
+                "--kv-cache-bytes",
                 "16MiB",
                 "--format",
                 "exact",

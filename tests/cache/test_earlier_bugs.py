@@ -41,7 +41,7 @@ def make(name="exact", table=ROPE, dtype=torch.float32, **changes):
         kv_cache_bytes=4 << 20,
         max_num_seqs=2,
         max_model_len=LONGEST,
-        poison=True,
+        debug_poison=True,
     )
 
 

@@ -27,7 +27,7 @@ def preset(name, segment=512):
 
 
 def cache_of(name="spectral-int8", windows=(None, 1100, 200), **options):
-    defaults = {"kv_cache_bytes": 3 << 20, "max_num_seqs": 4, "poison": True}
+    defaults = {"kv_cache_bytes": 3 << 20, "max_num_seqs": 4, "debug_poison": True}
     return SpectralKVCache(
         num_layers=len(windows),
         num_q_heads=2,

@@ -20,12 +20,9 @@ def make(config, loop=None):
     return (loop or example.ServingLoop)(
         config.model,
         format=config.format,
-        kv_cache_bytes=config.kv_cache_bytes,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
+        cache_options=config.cache_options,
+        max_model_len=config.cache_options.max_model_len,
         max_step_tokens=config.max_step_tokens,
-        poison=config.poison,
-        enable_prefix_caching=config.enable_prefix_caching,
     )
 
 

@@ -48,7 +48,7 @@ def make(name, **options):
     format = FORMATS[name]
     if format.needs_calibration:
         options["calibration"] = toy_basis(2, 2, 32, model=model_fingerprint(model()))
-    defaults = {"kv_cache_bytes": 24 << 20, "max_num_seqs": 16, "poison": True}
+    defaults = {"kv_cache_bytes": 24 << 20, "max_num_seqs": 16, "debug_poison": True}
     return LLM.from_model(model(), kv_format=format, **(defaults | options))
 
 

@@ -187,7 +187,7 @@ def exact_cache(**options):
         kv_cache_bytes=1 << 20,
         max_model_len=2048,
         enable_prefix_caching=False,
-        poison=True,
+        debug_poison=True,
         **options,
     )
 

@@ -58,7 +58,7 @@ def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu(format):
         tiny_model().cuda(),
         kv_format=tiny_format(format),
         kv_cache_bytes=16 << 20,
-        poison=True,
+        debug_poison=True,
         enforce_eager=True,
     )
     there = llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -229,7 +229,7 @@ def test_layers_that_differ_answer_as_on_the_cpu(name, softcap):
             kv_cache_bytes=16 << 20,
             max_num_seqs=4,
             device=device,
-            poison=True,
+            debug_poison=True,
             calibration=toy_basis(4, 1, 64) if format.needs_calibration else None,
         )
         generator, found, at = torch.Generator().manual_seed(1), [], 0
@@ -373,7 +373,7 @@ def test_gpu_bytes_do_not_depend_on_the_encoders_batch(heads, dim, decomposition
 
 
 def on_gpu(format, **options):
-    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "poison": True}
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "debug_poison": True}
     return LLM.from_model(tiny_model().cuda(), kv_format=format, **(defaults | options))
 
 

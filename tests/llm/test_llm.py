@@ -13,7 +13,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(kv_cache_bytes=400 << 20, prefill_segment=512, device="cpu", poison=True)
+    return LLM(kv_cache_bytes=400 << 20, prefill_segment=512, device="cpu", debug_poison=True)
 
 
 def greedy(max_tokens=24, **kw):

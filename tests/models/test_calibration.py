@@ -12,10 +12,10 @@ from spectral_paged import LLM, PageFormat
 from spectral_paged.errors import FormatError, InvalidRequestError
 from spectral_paged.models import calibration
 from spectral_paged.models.calibration import (
+    averaged_over_distances,
     builtin_text,
     calibrate,
     find_calibration,
-    met_before_rope,
     model_fingerprint,
     output_moment,
     windows,
@@ -99,7 +99,10 @@ def test_statistics_are_those_of_the_models_own_tensors():
     assert torch.allclose(basis.k_post[0].double(), covariance(turned), atol=1e-4)
     rows = q.unflatten(0, (2, 2)).flatten(1, 2)
     assert torch.allclose(
-        basis.q_pre[0].double(), met_before_rope(rows.mT @ rows, table), rtol=1e-3, atol=1e-2
+        basis.q_pre[0].double(),
+        averaged_over_distances(rows.mT @ rows, table),
+        rtol=1e-3,
+        atol=1e-2,
     )
 
 
@@ -107,7 +110,7 @@ def test_queries_meet_a_key_from_every_distance():
     """The moment of R(d) u over the distances: scores of pairs come out the same either way."""
     table = RotaryTable.from_theta(10000.0, 16, max_positions=3000)
     u, error = torch.randn(40, 16), torch.randn(16)
-    moment = met_before_rope((u.T @ u).double(), table)
+    moment = averaged_over_distances((u.T @ u).double(), table)
     total = 0.0
     for d in torch.logspace(0, math.log2(2999), 64, base=2.0).round().long().tolist():
         turned = table.apply(u[:, None], torch.full((40,), d))[:, 0]

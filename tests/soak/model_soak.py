@@ -37,7 +37,7 @@ def soak_model(seconds, seed, device, format):
         kv_cache_bytes=POOL_BYTES.get(format, 1_000_000),
         max_num_batched_tokens=1024,
         calibration=random_calibration(pages, loaded),
-        poison=True,
+        debug_poison=True,
     )
     llm.engine.async_scheduling = True  # on the CPU too
     llm.warm_up()

@@ -19,7 +19,12 @@ def fmt(name="spectral-int8", segment=512, **kw):
 
 
 def make(format=None, **kw):
-    kw = {"kv_cache_bytes": 12 << 20, "max_num_seqs": 8, "max_model_len": 4000, "poison": True} | kw
+    kw = {
+        "kv_cache_bytes": 12 << 20,
+        "max_num_seqs": 8,
+        "max_model_len": 4000,
+        "debug_poison": True,
+    } | kw
     return SpectralKVCache(
         num_layers=LAYERS,
         num_q_heads=HQ,

@@ -43,7 +43,7 @@ class CheckedEngine:
             max_num_seqs=seats,
             max_model_len=LONGEST,
             exempt_layers=exempt_layers,
-            poison=True,
+            debug_poison=True,
         )
         self.runner = DigitRunner(self.cache)
         self.engine = Engine(

@@ -87,7 +87,7 @@ def reference(model, prompts, max_tokens=MAX_TOKENS):
 
 
 def llm_of(model, **options):
-    options = {"kv_cache_bytes": 24 << 20, "max_num_seqs": 16, "poison": True} | options
+    options = {"kv_cache_bytes": 24 << 20, "max_num_seqs": 16, "debug_poison": True} | options
     return LLM.from_model(model, **options)
 
 

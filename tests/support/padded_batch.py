@@ -33,7 +33,7 @@ def attending_model(**changes):
 
 def paged_cache(model, kv_format="exact", **options):
     """16 MiB of cache, poisoned on free."""
-    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "poison": True}
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "debug_poison": True}
     return SpectralPagedCache(model, kv_format, **(defaults | options))
 
 

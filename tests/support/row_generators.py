@@ -52,7 +52,7 @@ class PatchedRows:
     def __init__(self, format="exact", **options):
         self.model, self.past = tiny_model(), None
         geometry = ModelGeometry.from_config(self.model.config)
-        options = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "poison": True} | options
+        options = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "debug_poison": True} | options
         cache = model_cache(
             LoadedModel("llama", self.model, None, geometry),
             _format(format),

@@ -36,7 +36,7 @@ def letter_tokenizer():
 
 
 def served_llm(**options):
-    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "poison": True}
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "debug_poison": True}
     return LLM.from_model(
         tiny_model(), letter_tokenizer(), kv_format=tiny_format(), **(defaults | options)
     )

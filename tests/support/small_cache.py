@@ -36,7 +36,7 @@ def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **
         max_num_seqs=4,
         calibration=calibration or toy_basis(2, HEADS, DIM),
         device=device,
-        poison=True,
+        debug_poison=True,
     )
 
 

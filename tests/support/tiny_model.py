@@ -18,7 +18,7 @@ def tiny_format(name="spectral-int8", **changes):
 
 def tiny_llm(format=None, **options):
     """An LLM over the tiny model: 16 MiB of cache, poisoned on free, token ids only."""
-    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "poison": True}
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "debug_poison": True}
     return LLM.from_model(tiny_model(), kv_format=format or tiny_format(), **(defaults | options))
 
 

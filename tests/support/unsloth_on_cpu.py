@@ -107,7 +107,12 @@ def patched():
     models = []
 
     def patch(model, **options):
-        defaults = {"kv_cache_bytes": 32 << 20, "max_num_seqs": 8, "verbose": False, "poison": True}
+        defaults = {
+            "kv_cache_bytes": 32 << 20,
+            "max_num_seqs": 8,
+            "verbose": False,
+            "debug_poison": True,
+        }
         models.append(patch_unsloth_attention(model, **(defaults | options)))
         return models[-1]
 

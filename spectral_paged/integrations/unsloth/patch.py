@@ -13,11 +13,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from spectral_paged.device import choose_cache_bytes
+from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth.attention import FunctionPatches
 from spectral_paged.integrations.unsloth.calibration import unsloth_calibration
@@ -32,10 +30,10 @@ from spectral_paged.integrations.unsloth.graphs import GRAPHED, UnslothGraphs
 from spectral_paged.integrations.unsloth.rotary import rotary_tables
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
-from spectral_paged.models.calibration import obstacle
+from spectral_paged.models.calibration import calibration_obstacle
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.pages import AUTO, PageFormat, SharedBasis
+from spectral_paged.pages import AUTO, PageFormat
 
 _functions = FunctionPatches()
 # a model holds its patch, so that both go when nobody holds the model any more
@@ -149,15 +147,11 @@ def patch_unsloth_attention(
     debug_logging: bool = False,
     verbose: bool = True,
     *,
-    kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.8,
-    max_num_seqs: int = 256,
-    max_model_len: int | None = None,
     prefill_segment: int = 2048,
-    exempt_layers: Sequence[int] = (),
-    calibration: SharedBasis | str | Path = "auto",
     enforce_eager: bool = False,
-    poison: bool = False,
+    cache_options: CacheOptions | None = None,
+    **options: Unpack[CacheOptionsDict],
 ) -> UnslothPatch:
     """Let a model that Unsloth loaded generate over a paged pool of spectral pages.
 
@@ -181,23 +175,25 @@ def patch_unsloth_attention(
             others: INT8 ranks lose needles at width 64.
         debug_logging: log a line about each prompt at level INFO.
         verbose: print what was patched, in a line.
-        kv_cache_bytes: bytes of the pool; default what `gpu_memory_utilization` leaves, or 1 GiB
-            on the CPU.
         gpu_memory_utilization: share of the GPU for all that is on it now and the pool.
-        max_num_seqs: rows held at a time.
-        max_model_len: longest row, tokens; default all positions of the model.
         prefill_segment: prompt tokens whose queries see each other exactly.
-        exempt_layers: layers that stay exact.
-        calibration: for formats that need one, as in `LLM`.
         enforce_eager: no CUDA graphs of one-token steps (llama, mistral, qwen2, qwen3).
-        poison: fill freed slots with NaN bytes (tests).
+        cache_options, **options: `CacheOptions`, or its fields by name; prefix caching is off.
 
     Raises:
+        TypeError: an option that does not exist.
         UnsupportedModelError: another version of Unsloth, another family, or a model that Unsloth
             did not load; the message names what is supported.
         PatchError: the model is patched already.
         FormatError, CapacityError: an option that makes no sense; the message says what does.
     """
+    chosen = CacheOptions.of(
+        patch_unsloth_attention,
+        cache_options,
+        options,
+        # adapters may change between two calls, and with them what a prefix means
+        enable_prefix_caching=False,
+    )
     version = loaded_unsloth().__version__
     inner = causal_lm(model)
     if PATCH in vars(inner):
@@ -232,20 +228,15 @@ def patch_unsloth_attention(
     unsloth_module("_decode_graphs").release_for_training(inner)
     _functions.install()
     try:
-        if format.needs_calibration and calibration == "auto" and family.is_fast:
+        if format.needs_calibration and chosen.calibration == "auto" and family.is_fast:
             calibration = unsloth_calibration(model, loaded)
+            chosen = dataclasses.replace(chosen, calibration=calibration)
         cache = model_cache(
             loaded,
             format,
-            kv_cache_bytes=choose_cache_bytes(kv_cache_bytes, gpu_memory_utilization, inner.device),
-            max_num_seqs=max_num_seqs,
-            max_model_len=longest_sequence(geometry, max_model_len),
-            exempt_layers=exempt_layers,
-            calibration=calibration,
-            # adapters may change between two calls, and with them what a prefix means
-            enable_prefix_caching=False,
-            poison=poison,
-            ropes=rotary_tables(inner, longest_sequence(geometry, max_model_len)),
+            chosen,
+            gpu_memory_utilization=gpu_memory_utilization,
+            ropes=rotary_tables(inner, longest_sequence(geometry, chosen.max_model_len)),
         )
         graphed = inner.config.model_type in GRAPHED and inner.device.type == "cuda"
         graphs = UnslothGraphs(inner, cache) if graphed and not enforce_eager else None
@@ -301,7 +292,7 @@ def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool
 
 def _default_format(loaded: LoadedModel) -> str:
     """The project's own default; where it cannot be calibrated, one that needs no calibration."""
-    if obstacle(loaded) is None:
+    if calibration_obstacle(loaded) is None:
         return AUTO
     return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"
 
