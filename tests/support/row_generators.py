@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from spectral_paged import CacheOptions
 from spectral_paged.integrations.unsloth.generation import PatchedForward, SpectralPast
 from spectral_paged.models.cache_for_model import model_cache
 from spectral_paged.models.geometry import ModelGeometry
@@ -56,9 +57,8 @@ class PatchedRows:
         cache = model_cache(
             LoadedModel("llama", self.model, None, geometry),
             _format(format),
-            max_model_len=geometry.max_position_embeddings,
-            enable_prefix_caching=False,
-            **options,
+            CacheOptions(enable_prefix_caching=False, **options),
+            gpu_memory_utilization=0.8,
         )
         level = logging.DEBUG
         self.patched = PatchedForward(
