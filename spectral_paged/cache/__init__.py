@@ -18,6 +18,7 @@ from spectral_paged.cache.history import (
 from spectral_paged.cache.index import (
     HISTORY_TOKENS,
     DecodeBatch,
+    DecodeRows,
     GroupStep,
     StepIndex,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "CacheOptions",
     "CacheOptionsDict",
     "DecodeBatch",
+    "DecodeRows",
     "GroupStep",
     "HISTORY_TOKENS",
     "LayerGroup",

@@ -75,7 +75,7 @@ class PagedAttention:
     ) -> tuple[Tensor, Tensor]:
         """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
         k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
-        self.ops.exact_append(k, v, group.plane(layer), step.append_positions, step.append_offsets)
+        self.ops.exact_append(k, v, group.plane(layer), step.append_units, step.append_offsets)
         return k, v
 
     def run(

@@ -335,7 +335,7 @@ class SpectralKVCache:
     ) -> tuple[LayerGroup, GroupStep]:
         index = self._group_of[layer]
         step = (self._replayed or self._step_for("attend").steps)[index]
-        build.check_heads(q, k, v, len(step.append_positions), self.num_q_heads, self.format)
+        build.check_heads(q, k, v, len(step.append_units), self.num_q_heads, self.format)
         return self.groups[index], step
 
     def abort_step(self) -> None:

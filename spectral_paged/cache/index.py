@@ -11,8 +11,8 @@ which is what a CUDA graph replays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
+
+Array = np.ndarray[Any, Any]
+Column = TypeVar("Column")  # an array, a tensor, or a list
 
 HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single one has more
 
@@ -53,68 +56,92 @@ class Chunk:
         return self.num_keys == self.num_new
 
 
+class DecodeRows(NamedTuple, Generic[Column]):
+    """Sequences with one new token each, as a group's kernels are told of them: int32 `[N]` each.
+
+    The one declaration of the columns of a decode step: the host's index, the inputs of a CUDA
+    graph and `DecodeBatch` take them from here, in this order.
+
+    append_unit, append_offset: of the new token, its exact page (in units of 128 bytes; negative:
+        it is stored nowhere) and its place in that page.
+    table_row: row of the group's tables.
+    exact, blocks: exact tokens (the new one among them) and page table entries to read.
+    first_exact, first_visible: the first token that the query sees, counted in its sequence's exact
+        pages, and as a position; 0 without a window.
+    """
+
+    append_unit: Column
+    append_offset: Column
+    table_row: Column
+    exact: Column
+    blocks: Column
+    first_exact: Column
+    first_visible: Column
+
+
 @dataclass(slots=True)
 class StepIndex:
     """Where a group's tables say that a plan's tokens go; on the host.
 
-    append_positions, append_offsets: of each new token, its exact page (128-byte units) and its
-        place in it.
-    tokens, rows, exact, blocks: of each sequence with one new token, its place in the flat batch,
-        table row, exact tokens (the new one among them) and page table entries to visit.
-    hidden, visible: of a window, those exact tokens that it has left, and the position where it
-        begins; empty without a window.
-    num_pages: those entries without holes, together.
+    append: int32 `[2, T]`, of each new token its exact page (in units of 128 bytes) and its place
+        in that page.
+    decode: int32 `[7, N]`, the `DecodeRows` of sequences with one new token.
+    tokens: their places in the flat batch.
+    num_blocks: page table entries that they read together; 0 where none has a page.
+    chunks: the other sequences.
+    pages_attended: pages that a layer of the group reads in this step.
     """
 
-    append_positions: np.ndarray[Any, Any]
-    append_offsets: np.ndarray[Any, Any]
-    tokens: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    exact: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    hidden: list[int] = field(default_factory=list)
-    visible: list[int] = field(default_factory=list)
-    num_pages: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
+    append: Array
+    decode: Array
+    tokens: list[int]
+    num_blocks: int
+    chunks: list[Chunk]
+    pages_attended: int
 
     @classmethod
     def of(cls, group: LayerGroup, plan: StepPlan) -> StepIndex:
         """Look up where the plan's tokens go in the group's tables."""
-        table = group.exact_table.host.numpy()
-        found = cls(
-            np.empty(plan.num_tokens, dtype=np.int32), np.empty(plan.num_tokens, dtype=np.int32)
-        )
-        flat = 0
+        table, window = group.exact_table.host.numpy(), group.window
+        tokens: list[int] = []
+        chunks: list[Chunk] = []
+        places: list[Array] = []  # where the chunks' tokens go
+        columns: DecodeRows[list[int]] = DecodeRows([], [], [], [], [], [], [])
+        units, offsets, table_rows, exact, blocks, first_exact, first_visible = columns
+        flat = num_pages = visible = hidden = 0
         for entry in plan.entries:
             slots = group.sequences[entry.seq_id]
-            first = entry.start - slots.tail_start
+            first = entry.start - slots.tail_start  # its place in what exact pages hold
             if entry.num_new == 1:
-                found.append_positions[flat] = table[slots.row, first // EXACT_PAGE_TOKENS]
-                found.append_offsets[flat] = first % EXACT_PAGE_TOKENS
-                found.tokens.append(flat)
-                found.rows.append(slots.row)
-                found.exact.append(first + 1)
-                found.blocks.append(slots.num_sealed)
-                found.num_pages += slots.num_sealed_pages
-                if group.window is not None:
-                    visible = max(0, entry.start + 1 - group.window)
-                    found.visible.append(visible)
-                    found.hidden.append(slots.exact_before(visible))
+                if window is not None:
+                    visible = max(0, entry.start + 1 - window)
+                    hidden = slots.exact_before(visible)
+                row = slots.row
+                tokens.append(flat)
+                units.append(table.item(row, first // EXACT_PAGE_TOKENS))
+                offsets.append(first % EXACT_PAGE_TOKENS)
+                table_rows.append(row)
+                exact.append(first + 1)
+                blocks.append(slots.num_sealed)
+                first_exact.append(hidden)
+                first_visible.append(visible)
+                num_pages += slots.num_sealed_pages
             else:
-                end = flat + entry.num_new
-                places = np.arange(first, first + entry.num_new)
-                row = table[slots.row]
-                found.append_positions[flat:end] = row[places // EXACT_PAGE_TOKENS]
-                found.append_offsets[flat:end] = places % EXACT_PAGE_TOKENS
+                inside = np.arange(first, first + entry.num_new)
+                units_of = table[slots.row, inside // EXACT_PAGE_TOKENS]
+                places.append(np.stack((units_of, inside % EXACT_PAGE_TOKENS)))
                 runs = group.runs(entry.seq_id, entry.start + entry.num_new)
-                found.chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
+                chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
             flat += entry.num_new
-        return found
-
-    @property
-    def pages_attended(self) -> int:
-        """Pages that a layer of the group reads in this step."""
-        return self.num_pages + sum(chunk.num_pages for chunk in self.chunks)
+        decode = np.array(columns, np.int32)
+        append = decode[:2]
+        if chunks:
+            append = np.empty((2, flat), np.int32)
+            append[:, tokens] = decode[:2]
+            for chunk, where in zip(chunks, places, strict=True):
+                append[:, chunk.flat_start : chunk.flat_start + chunk.num_new] = where
+        attended = num_pages + sum([chunk.num_pages for chunk in chunks])
+        return cls(append, decode, tokens, sum(blocks) if num_pages else 0, chunks, attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,36 +169,32 @@ class DecodeBatch:
     def of(
         cls,
         group: LayerGroup,
-        rows: Tensor,
-        exact: Tensor,
-        blocks: Tensor,
+        rows: DecodeRows[Tensor],
         *,
         max_exact_pages: int,
         max_blocks: int,
         format: PageFormat,
         ops: PageOps,
-        window: tuple[Tensor, Tensor] | None = None,
     ) -> DecodeBatch:
-        """From int32 `[N]` on the device; nothing here asks the device for a value.
+        """From rows on the device; nothing here asks the device for a value.
 
         Args:
             max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
                 that there are no pages.
-            window: `first_exact` and `first_visible`; needed where the group has a window.
         """
-        first_exact, first_visible = (None, None) if window is None else window
-        plans = ops.exact_plan(exact, max_exact_pages, format.num_kv_heads)
+        plans = ops.exact_plan(rows.exact, max_exact_pages, format.num_kv_heads)
         if max_blocks and group.layout is not None:
-            plans |= ops.page_plan(group.layout, blocks, max_blocks)
+            plans |= ops.page_plan(group.layout, rows.blocks, max_blocks)
+        slides = group.window is not None
         return cls(
-            group.exact_table.device[rows],
-            group.page_table.device[rows],
-            exact,
-            blocks,
+            group.exact_table.device[rows.table_row],
+            group.page_table.device[rows.table_row],
+            rows.exact,
+            rows.blocks,
             plans,
             max_blocks > 0,
-            first_exact,
-            first_visible,
+            rows.first_exact if slides else None,
+            rows.first_visible if slides else None,
         )
 
 
@@ -192,13 +215,13 @@ class ChunkBatch:
 class GroupStep:
     """Index tensors of a step for one group; T new tokens.
 
-    append_positions, append_offsets: int `[T]`.
+    append_units, append_offsets: int32 `[T]`, exact pages in units of 128 bytes, places in them.
     decode: sequences with one new token; None without.
     decode_tokens: int64 `[N]`, their places in the flat batch; None: the batch is nothing else.
     chunks: the other sequences, a few at a time.
     """
 
-    append_positions: Tensor
+    append_units: Tensor
     append_offsets: Tensor
     decode: DecodeBatch | None
     decode_tokens: Tensor | None
@@ -208,33 +231,25 @@ class GroupStep:
     def of(cls, group: LayerGroup, index: StepIndex, format: PageFormat, ops: PageOps) -> GroupStep:
         """The step as `index` has it."""
         device = group.exact_table.device.device
-        num_tokens = len(index.append_positions)
+        num_tokens = index.append.shape[1]
         decode = tokens = None
         if index.tokens:
-            window = [index.hidden, index.visible] if group.window is not None else []
-            rows, exact, blocks, *seen = upload_rows(
-                [index.rows, index.exact, index.blocks, *window], device
-            )
+            rows = DecodeRows(*upload_rows(index.decode, device))
+            num_exact = DecodeRows(*index.decode).exact.tolist()
             decode = DecodeBatch.of(
                 group,
                 rows,
-                exact,
-                blocks,
-                max_exact_pages=sum(-(-count // EXACT_PAGE_TOKENS) for count in index.exact),
-                max_blocks=sum(index.blocks) if index.num_pages else 0,
+                max_exact_pages=sum([-(-count // EXACT_PAGE_TOKENS) for count in num_exact]),
+                max_blocks=index.num_blocks,
                 format=format,
                 ops=ops,
-                window=(seen[0], seen[1]) if seen else None,
             )
-            if len(index.tokens) < num_tokens:
-                tokens = upload(index.tokens, torch.long, device)
-        return cls(
-            upload(index.append_positions, torch.int32, device),
-            upload(index.append_offsets, torch.int32, device),
-            decode,
-            tokens,
-            tuple(chunk_batches(index.chunks, num_tokens, device)),
-        )
+            if not index.chunks:
+                return cls(rows.append_unit, rows.append_offset, decode, None, ())
+            tokens = upload(index.tokens, torch.long, device)
+        units, offsets = upload_rows(index.append, device)
+        chunks = tuple(chunk_batches(index.chunks, num_tokens, device))
+        return cls(units, offsets, decode, tokens, chunks)
 
 
 def chunk_batches(chunks: list[Chunk], num_tokens: int, device: torch.device) -> list[ChunkBatch]:

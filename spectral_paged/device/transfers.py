@@ -23,13 +23,15 @@ def upload(
     return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
-def upload_rows(rows: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """int32 rows of one length, in one copy. Each starts at a multiple of 128 bytes, so that
-    kernels, which are compiled anew for pointers of another alignment, are not."""
-    count = len(rows[0])
+def upload_rows(rows: np.ndarray[Any, Any], device: torch.device) -> tuple[Tensor, ...]:
+    """The rows of an int32 array `[R, N]` on `device`, in one copy.
+
+    Each starts at a multiple of 128 bytes: kernels are compiled anew for other alignments.
+    """
+    count = rows.shape[1]
     padded = np.zeros((len(rows), -(-count // 32) * 32), dtype=np.int32)
     padded[:, :count] = rows
-    return [row[:count] for row in upload(padded, torch.int32, device)]
+    return upload(padded, torch.int32, device)[:, :count].unbind()
 
 
 class Download:

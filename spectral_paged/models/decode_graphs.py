@@ -4,22 +4,67 @@ needed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import DecodeBatch, GroupStep, SpectralKVCache, StepIndex
+from spectral_paged.cache import DecodeBatch, DecodeRows, GroupStep, SpectralKVCache, StepIndex
 from spectral_paged.sampling import PendingTokens
 
-IDS, SOURCES, POSITIONS = range(3)  # rows of the inputs that all layers share
-APPEND_POSITION, APPEND_OFFSET, ROW, EXACT, BLOCKS, HIDDEN, VISIBLE = range(7)  # of each group
-GROUP_ROWS = 7
 NOWHERE = -1
 STAGING = 4  # copies in flight
 
 Forward = Callable[[Tensor, Tensor], Tensor]
+Rows = TypeVar("Rows", np.ndarray, Tensor)
+Column = TypeVar("Column")
+
+
+class TokenRows(NamedTuple, Generic[Column]):
+    """The new token of each sequence of a decode step, as all layers share it: int32 `[N]` each.
+
+    ids: as the host knows them.
+    sources: the pending token that it is instead; negative: none.
+    positions: in its sequence.
+    """
+
+    ids: Column
+    sources: Column
+    positions: Column
+
+
+# What stands in the place of a sequence that a batch of fixed size does not have: a sequence
+# without tokens, whose new one is stored nowhere.
+NO_TOKEN = np.array([TokenRows(ids=0, sources=NOWHERE, positions=0)], np.int32).T
+NO_SEQUENCE = np.array([DecodeRows(NOWHERE, *[0] * (len(DecodeRows._fields) - 1))], np.int32).T
+
+
+class DecodeInputs(NamedTuple, Generic[Rows]):
+    """What a captured decode step reads: parts of one int32 array, or of a tensor.
+
+    ```
+    tokens        ids, sources, positions                              [3, N]
+    groups[0]     append_unit, append_offset, table_row, exact, ...    [7, N]
+    groups[1]     ...
+    ```
+
+    tokens: the columns of `TokenRows`.
+    groups: of each group, the columns of `DecodeRows`.
+    """
+
+    tokens: Rows
+    groups: list[Rows]
+
+    @staticmethod
+    def num_rows(num_groups: int) -> int:
+        return len(NO_TOKEN) + len(NO_SEQUENCE) * num_groups
+
+    @classmethod
+    def of(cls, rows: Rows) -> DecodeInputs[Rows]:
+        """The parts of an array or a tensor of `num_rows` rows."""
+        begin, step = len(NO_TOKEN), len(NO_SEQUENCE)
+        return cls(rows[:begin], [rows[i : i + step] for i in range(begin, len(rows), step)])
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -51,61 +96,40 @@ def fill_inputs(
     pending: PendingTokens | None,
     index: Sequence[StepIndex],
 ) -> None:
-    """Write a decode step into `staging`, int32 `[3 + 7 groups, max_num_seqs]`.
+    """Write a decode step into `staging`, `DecodeInputs` of at least as many sequences.
 
-    ```
-    IDS        token ids                       \
-    SOURCES    which pending token, or -1       } [3, n], padded: token 0, at 0, nowhere
-    POSITIONS  positions                       /
-    of each group: append position (-1: none), append offset, table row, exact tokens, blocks, and
-                   where its window begins: in exact tokens, and as a position (0 without)
-    ```
-
-    Places past the step's own hold a sequence without tokens that is stored nowhere.
+    Args:
+        index: of each group; none where the step has no tokens.
     """
     count = len(token_ids)
-    staging[:] = 0
-    staging[SOURCES] = staging[3 + APPEND_POSITION :: GROUP_ROWS] = NOWHERE
-    staging[IDS, :count] = token_ids
-    staging[POSITIONS, :count] = positions
-    if pending is not None:
-        staging[SOURCES, :count] = pending.sources(count)
-    for number, group in enumerate(index):
-        part = _part(staging, number)
-        part[APPEND_POSITION, :count] = group.append_positions
-        part[APPEND_OFFSET, :count] = group.append_offsets
-        part[ROW, :count], part[EXACT, :count] = group.rows, group.exact
-        part[BLOCKS, :count] = group.blocks
-        if group.visible:
-            part[HIDDEN, :count], part[VISIBLE, :count] = group.hidden, group.visible
-
-
-def _part(rows: Any, number: int) -> Any:
-    """The rows of one group, of an array or a tensor."""
-    return rows[3 + GROUP_ROWS * number : 3 + GROUP_ROWS * (number + 1)]
+    sources = [NOWHERE] * count if pending is None else pending.sources(count)
+    tokens, groups = DecodeInputs.of(staging)
+    tokens[:, :count] = TokenRows(token_ids, sources, positions)
+    tokens[:, count:] = NO_TOKEN
+    for rows in groups:
+        rows[:, count:] = NO_SEQUENCE
+    for rows, group in zip(groups, index, strict=count > 0):
+        rows[:, :count] = group.decode
 
 
 def steps_from_inputs(cache: SpectralKVCache, inputs: Tensor, max_blocks: int) -> list[GroupStep]:
-    """The decode step that `inputs`, int32 `[3 + 7 groups, n]`, hold when it runs; a group each.
+    """The decode step of each group that `inputs` hold when it runs; `DecodeInputs` of N sequences.
 
     Args:
         max_blocks: a bound on the page reads of a group.
     """
     steps = []
-    for number, group in enumerate(cache.groups):
-        part = _part(inputs, number)
+    for group, part in zip(cache.groups, DecodeInputs.of(inputs).groups, strict=True):
+        rows = DecodeRows(*part)
         decode = DecodeBatch.of(
             group,
-            part[ROW],
-            part[EXACT],
-            part[BLOCKS],
+            rows,
             max_exact_pages=inputs.shape[1] * group.exact_table.width,
             max_blocks=max_blocks if group.seals else 0,
             format=cache.format,
             ops=cache.ops,
-            window=(part[HIDDEN], part[VISIBLE]) if group.window is not None else None,
         )
-        steps.append(GroupStep(part[APPEND_POSITION], part[APPEND_OFFSET], decode, None, ()))
+        steps.append(GroupStep(rows.append_unit, rows.append_offset, decode, None, ()))
     return steps
 
 
@@ -131,7 +155,7 @@ class DecodeGraphs:
         self.forward = forward
         self.sizes = batch_sizes(cache.max_num_seqs)
         # rows start at a multiple of 128 bytes: kernels are compiled anew for other alignments
-        shape = 3 + GROUP_ROWS * len(cache.groups), -(-cache.max_num_seqs // 32) * 32
+        shape = DecodeInputs.num_rows(len(cache.groups)), -(-cache.max_num_seqs // 32) * 32
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
         self._staging = [
             torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
@@ -155,7 +179,7 @@ class DecodeGraphs:
         the next call."""
         assert self.cache.open_step is not None
         index = self.cache.open_step.index
-        total = max(sum(group.blocks) if group.num_pages else 0 for group in index)
+        total = max(group.num_blocks for group in index)
         size = next(size for size in self.sizes if size >= len(token_ids))
         graph = self.prepare(size, graph_capacity(total))
         self._turn = (self._turn + 1) % STAGING
@@ -203,9 +227,10 @@ class DecodeGraphs:
     def _step(self, size: int, max_blocks: int) -> None:
         inputs = self._inputs[:, :size]
         steps = steps_from_inputs(self.cache, inputs, max_blocks)
-        ids = known_tokens(inputs[IDS], inputs[SOURCES], self._sampled)
+        tokens = TokenRows(*DecodeInputs.of(inputs).tokens)
+        ids = known_tokens(tokens.ids, tokens.sources, self._sampled)
         with self.cache.static_steps(steps):
-            logits = self.forward(ids, inputs[POSITIONS].long())
+            logits = self.forward(ids, tokens.positions.long())
         if self._logits is None:
             shape = self.cache.max_num_seqs, logits.shape[-1]
             self._logits = torch.empty(shape, dtype=torch.float32, device=logits.device)

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
+from spectral_paged.cache import DecodeRows
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.models.decode_graphs import (
-    APPEND_POSITION,
-    GROUP_ROWS,
     NOWHERE,
-    SOURCES,
+    DecodeInputs,
+    TokenRows,
     batch_sizes,
     fill_inputs,
     graph_capacities,
@@ -73,18 +73,19 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
     def by_static_inputs(plan, token_ids, logit_rows, pending=None):
         if not plan.is_decode or len(logit_rows) < len(token_ids):
             return eager(plan, token_ids, logit_rows, pending)
-        shape = 3 + GROUP_ROWS * len(cache.groups), 8
+        shape = DecodeInputs.num_rows(len(cache.groups)), 8
         staging = torch.full(shape, 99, dtype=torch.int32)
         positions = [e.start for e in plan.entries]
         fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
         steps = steps_from_inputs(cache, staging, 64)
+        tokens = TokenRows(*DecodeInputs.of(staging).tokens)
         sampled = torch.zeros(8, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
-        ids = known_tokens(staging[0], staging[SOURCES], sampled)
+        ids = known_tokens(tokens.ids, tokens.sources, sampled)
         with cache.static_steps(steps), torch.inference_mode():
             replayed.append(len(token_ids))
-            return runner._logits(ids, staging[2].long(), None).float()[: len(token_ids)]
+            return runner._logits(ids, tokens.positions.long(), None).float()[: len(token_ids)]
 
     runner.forward = by_static_inputs
     for ahead in (False, True):
@@ -97,17 +98,15 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
 
 
 def test_inputs_past_the_step_are_nowhere():
-    staging = np.full((3 + GROUP_ROWS, 6), 77, dtype=np.int32)
+    staging = np.full((DecodeInputs.num_rows(1), 6), 77, dtype=np.int32)
     pending = PendingTokens(torch.tensor([9]), {1: 0})
 
     class Index:
-        append_positions, append_offsets = np.array([4, 8]), np.array([1, 2])
-        rows, exact, blocks = [3, 5], [10, 20], [0, 1]
-        hidden, visible = [6, 0], [70, 0]
+        decode = DecodeRows([4, 8], [1, 2], [3, 5], [10, 20], [0, 1], [6, 0], [70, 0])
 
     fill_inputs(staging, [11, 0], [7, 8], pending, [Index])
     assert staging[:3].tolist() == [[11, 0] + [0] * 4, [-1, 0] + [-1] * 4, [7, 8] + [0] * 4]
-    assert staging[3 + APPEND_POSITION].tolist() == [4, 8] + [NOWHERE] * 4
+    assert staging[3].tolist() == [4, 8] + [NOWHERE] * 4
     assert staging[4:].tolist() == [
         [1, 2] + [0] * 4,
         [3, 5] + [0] * 4,
