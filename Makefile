@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test docs vllm soak coverage mutants audit lint types clean
+# Tests that need no model, no GPU and no patience.
+QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
+  tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
+
+.PHONY: demo test check test-one gpu bench-decode map docs vllm soak coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -20,6 +24,26 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Before a commit: lint, types, and the quick tests, in a minute or so on two cores.
+check: $(STAMP) lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not model and not gpu" $(QUICK)
+
+# One folder or file of the tests: make test-one T=cache, T=cache/test_pins.py
+test-one: $(STAMP)
+	@test -n "$(T)" || { echo "which one? make test-one T=cache"; exit 1; }
+	$(BIN)/python -m pytest tests/$(T)
+
+# On a machine with a CUDA device: kernels against their twins, graphs, memory.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+bench-decode: $(STAMP)
+	$(BIN)/spectral-paged bench decode
+
+# Where the map of the code is: packages, the life of a key, a decode step, what to touch for what.
+map:
+	@echo docs/architecture.md
 
 # The manual, into build/site; a broken link or an unknown name in it is an error. `make test` runs what it
 # shows and checks what it names, without building it.
@@ -52,6 +76,10 @@ mutants: $(STAMP)
 # MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.
 soak: $(STAMP)
 	$(BIN)/python tests/soak --minutes $${MINUTES:-5} --device $${DEVICE:-cpu}
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ from spectral_paged.pages.sections import Bands
 from spectral_paged.pages.shared_basis import BoundBasis, SideRows
 
 # CUDA libraries choose algorithms by batch size, and algorithms round differently: there, pages are
-# encoded in batches of one size, the last filled up with zeros.
+# encoded in batches of one size, the last filled up with zeros (decision 0009).
 CUDA_BATCH = 32
 FP16_MAX = 65504.0
 
@@ -68,7 +68,8 @@ def _project(
         # (divided before it is summed: the sum of 512 finite values need not be finite)
         mean = (x / BLOCK_TOKENS).sum(dim=-2).clamp(-FP16_MAX, FP16_MAX).half()
         x = x - mean.float().unsqueeze(-2)
-    # A power of two per head, exact, brings the values near 1: squares of any finite block fit.
+    # A power of two per head, exact, brings the values near 1: squares of any finite block fit
+    # (decision 0006).
     _, exponent = torch.frexp(x.abs().amax(dim=(-2, -1), keepdim=True))
     power = torch.exp2(exponent.clamp(-100, 100).float())
     y = x / power

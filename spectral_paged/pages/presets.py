@@ -19,7 +19,7 @@ PRESETS = (
 )
 AUTO = "spectral-quality"
 
-# What the mixed-bit presets have in common; benchmarks/results has the share of each feature.
+# What the mixed-bit presets have in common; decision 0010 has the share of each feature.
 MIXED = {"rope": "frame", "gain": True, "band_rotation": True, "outlier_slots": 4}
 CALIBRATED = {"basis": "shared", "dim_weighting": "calibrated"}
 IN_PAGE = {"basis": "page", "basis_bits": 4}  # a page that needs no calibration

@@ -22,7 +22,7 @@ from spectral_paged.batch.file import read_lines
 from spectral_paged.cli.commands import build_parser
 from spectral_paged.models import calibration
 from support import markdown_pages, small_world
-from support.markdown_pages import PAGES, ROOT, Block, commands, read
+from support.markdown_pages import MANUAL, PAGES, PROJECT, ROOT, Block, commands, read
 
 BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
 EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
@@ -30,7 +30,7 @@ WITH_PYTHON = {n: p for n, p in BY_NAME.items() if any(b.language == "python" fo
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PUBLIC = {name: getattr(spectral_paged, name) for name in spectral_paged.__all__}
 PUBLIC |= {"llm": LLM, "engine": Engine}
-FOLDERS = "benchmarks|docs|examples|kernels|scheduler|spectral_paged|tests"
+FOLDERS = r"benchmarks|docs|examples|kernels|scheduler|spectral_paged|tests|\.ci|\.github"
 OTHERS_OPTIONS = {"--no-deps", "--attention-backend", "--kv-cache-dtype"}  # pip's and vLLM's
 
 
@@ -206,7 +206,7 @@ def test_commands_of_a_block_are_found():
 def test_make_targets_exist(page):
     said = [*page.spans, *(line for b in page.blocks for line in b.text.splitlines())]
     for line in said:
-        found = re.match(r"(?:[A-Z]+=\S+ )*make ([a-z]+)\b", line)
+        found = re.match(r"(?:[A-Z]+=\S+ )*make ([a-z-]+)\b", line)
         assert not found or re.search(rf"^{found[1]}:", MAKEFILE, re.M), line
 
 
@@ -254,7 +254,7 @@ def menu(entries):
 
 def test_every_page_is_in_the_menu_and_only_those():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    pages = {str(p.relative_to(ROOT / "docs")) for p in PAGES if p.name != "README.md"}
+    pages = {str(p.relative_to(ROOT / "docs")) for p in MANUAL if p.name != "README.md"}
     assert set(menu(config["nav"])) == pages
 
 
@@ -292,7 +292,7 @@ def strangers(span):
     for dotted in re.findall(r"\bspectral_paged(?:\.\w+)+\b(?!/)", span):
         if not resolves(dotted) and not (ROOT / dotted).exists():
             yield dotted
-    for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]+", span):
+    for path in re.findall(rf"(?<![\w/.=-])(?:{FOLDERS})/[\w./*-]+", span):
         if not list(ROOT.glob(path.rstrip("/"))):
             yield path
     if span.startswith("--"):
@@ -329,6 +329,15 @@ def test_what_is_named_exists(page):
     assert [s for span in spans for s in strangers(span)] == []
 
 
+@pytest.mark.parametrize("path", PROJECT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_that_contributors_are_sent_to_exist(path):
+    """In fenced blocks and plain text too; what `T=` names is a test."""
+    text = path.read_text(encoding="utf-8")
+    assert list(strangers(re.sub("^--.*", "", text))) == []
+    for name in re.findall(r"make test-one T=([\w/.]+?)[.,]?(?=[\s`;:,)]|$)", text):
+        assert name == "..." or (ROOT / "tests" / name).exists(), name
+
+
 @EVERY_PAGE
 def test_figures_that_are_read_exist(page, world):
     asked = set(re.findall(r"stats(?:\(\))?\[\"(\w+)\"\]", page.text))
@@ -342,6 +351,7 @@ def test_figures_that_are_read_exist(page, world):
     [
         "spectral_paged.cache.cache.NoSuchCache",
         "spectral_paged/no_such_file.py",
+        ".github/no_such_form.yml",
         "benchmarks/results/no-such-*.json",
         "--no-such-option",
         "LLM(MODEL, no_such_option=True)",

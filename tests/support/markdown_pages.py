@@ -1,4 +1,4 @@
-"""The pages that a user reads, taken apart: fenced blocks, code spans, headings and links."""
+"""The pages that people read, taken apart: fenced blocks, code spans, headings and links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MANUAL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # what users read
+PROJECT = [  # what contributors read
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "tests" / "support" / "README.md",
+    *sorted((ROOT / ".github").rglob("*.md")),
+    *sorted((ROOT / ".github").rglob("*.yml")),
+]
+PAGES = [*MANUAL, *PROJECT]
 FENCE = re.compile(r"^( *)(```+)([\w-]*)\n(.*?)^\1\2[ ]*$", re.M | re.S)
 NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->\s*\Z")
 

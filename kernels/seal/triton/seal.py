@@ -118,7 +118,7 @@ def _project_kernel(
         mean_at = (record + MEAN_AT).to(tl.pointer_type(tl.float16)) + dim
         tl.store(mean_at, half_mean, mask=dim < DIM)
         mean = half_mean.to(tl.float32)
-    # a power of two, exact, brings values near 1: squares of any finite block fit
+    # a power of two, exact, brings values near 1: squares of any finite block fit (decision 0006)
     exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
