@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import write_result
 from spectral_paged.conformance.inputs import structured_blocks, toy_calibration
 from spectral_paged.device import choose_device
-from spectral_paged.kernels.launch.configs import SealConfig
 from spectral_paged.kernels.math.rotary import stored_keys
-from spectral_paged.kernels.ops import PageOps, page_ops
+from spectral_paged.kernels.ops import SealKernel, page_ops
 from spectral_paged.kernels.page.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
@@ -137,11 +137,10 @@ class Blocks:
         span = slice(int(self.first[block]), int(self.first[block]) + BLOCK_TOKENS)
         return stored_keys(k, self.rope.cos[span], self.rope.sin[span], self.format.rope), v
 
-    def kernel(self, ops: PageOps, config: SealConfig | None = None) -> Callable[[], Tensor]:
-        """Seals all blocks where they lie."""
-        assert ops.seal is not None and self.bound is not None
-        projections = self.bound.projections(range(NUM_LAYERS))
-        op = ops.seal
+    def kernel(self, op: SealKernel, **options: Any) -> Callable[[], Tensor]:
+        """Seals all blocks where they lie; `options` are what this kernel takes besides."""
+        assert self.bound is not None
+        options |= self.bound.projections(range(NUM_LAYERS))
         return lambda: op(
             self.arena,
             self.exact,
@@ -151,8 +150,7 @@ class Blocks:
             dtype=torch.bfloat16,
             cos=self.rope.cos,
             sin=self.rope.sin,
-            config=config,
-            **projections,
+            **options,
         )
 
     def twin(self) -> Callable[[], Tensor]:
@@ -206,13 +204,12 @@ class Blocks:
 def measure(name: str, count: int, device: torch.device, repeats: int) -> list[Row]:
     """Rows of preset `name` for `count` blocks of every layer: the kernel, and alone the twin."""
     format = PageFormat.preset(name, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
-    ops, rows = page_ops(device), []
-    by_kernel = ops.seals(format.layout)
-    if count > 1 and not by_kernel:
+    op, rows = page_ops(device).seal_kernel(format.layout), []
+    if count > 1 and op is None:
         return []
     blocks = Blocks(format, count, device)
-    if by_kernel:
-        work = blocks.kernel(ops)
+    if op is not None:
+        work = blocks.kernel(op)
         work()
         ratio = blocks.error_ratio(blocks.sealed)
         rows.append(blocks.row("triton", seconds(work, device, repeats), ratio))

@@ -27,7 +27,7 @@ from spectral_paged.kernels.launch.configs import (
     gpus_of,
     seal_config,
 )
-from spectral_paged.kernels.ops import page_ops
+from spectral_paged.kernels.seal.triton.seal import seal
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
@@ -96,10 +96,10 @@ def tune_seal() -> tuple[str, SealConfig]:
     """The same for `seal`, eight blocks of an 8B shape."""
     device = torch.device("cuda")
     format = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128)
-    blocks, ops = Blocks(format, 8, device), page_ops(device)
+    blocks = Blocks(format, 8, device)
 
     def cost(config: SealConfig) -> float:
-        return graph_ms(blocks.kernel(ops, config), replays=5)
+        return graph_ms(blocks.kernel(seal, config=config), replays=5)
 
     print("seal", flush=True)
     start = seal_config(format.layout, device)

@@ -13,40 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import LayerGroup, Sealer, SpectralKVCache, StepPlan
+from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.conformance.inputs import MadeUpTokens, structured_blocks
 from spectral_paged.engine import Engine, Runner
+from spectral_paged.kernels.page.view import put_units
 from spectral_paged.pages import encode_pages
 from spectral_paged.sampling import PendingTokens
 
 FILL_TOKENS = 65_536  # of a step that only stores
 
 
-class CopyingSealer(Sealer):
+class CopyingEncoder:
     """Writes one page, encoded once, wherever a block is sealed: for formats that no kernel seals,
     whose encoding would take hours at the size of a benchmark. Pages of their own places, so
     reading them costs what it costs."""
 
-    def __init__(self, cache: SpectralKVCache) -> None:
-        before = cache.sealer
-        super().__init__(before.basis, before.ops, dtype=before.dtype, device=cache.device)
-        k, v = structured_blocks(1, cache.format, cache.device)
-        layers = cache.num_layers
-        self._page = encode_pages(k, v, cache.format, basis=self.basis.bound, layers=[0]).expand(
-            layers, -1
-        )
+    backend = "copy"
 
-    def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
-        for seq_id, block in due:
-            group.write_page(seq_id, block, self._page[: len(group.layers)])
+    def __init__(self, cache: SpectralKVCache) -> None:
+        k, v = structured_blocks(1, cache.format, cache.device)
+        bound = cache.sealer.basis.bound
+        self._heads = cache.format.num_kv_heads
+        self._page = encode_pages(k, v, cache.format, basis=bound, layers=[0])
+
+    def warm_up(self, planes: Tensor) -> None:
+        pass
+
+    def seal(self, planes: Tensor, exact: Tensor, pages: Tensor, first: Tensor) -> Tensor:
+        put_units(planes, pages, self._page.expand(len(planes), len(pages), -1))
+        shape = len(pages), len(planes), self._heads, 2
+        return torch.zeros(shape, dtype=torch.int32, device=planes.device)
 
 
 def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
     """Let an engine's prompts be stored and sealed, and its decode steps run."""
     cache = engine.cache
     engine.runner = FillingRunner(engine.runner, cache, vocab_size)
-    if cache.format.seals and not cache.ops.seals(cache.format.layout):
-        cache.sealer = CopyingSealer(cache)
+    for group, encoder in cache.sealer.encoders.items():
+        if encoder.backend == "torch":
+            cache.sealer.encoders[group] = CopyingEncoder(cache)
     scheduler = engine.scheduler
     scheduler.config = replace(scheduler.config, max_num_batched_tokens=FILL_TOKENS)
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS, UNIT_BYTES, exact_page_bytes
+from spectral_paged.kernels.page.layout import (
+    BLOCK_TOKENS,
+    EXACT_PAGE_TOKENS,
+    UNIT_BYTES,
+    exact_page_bytes,
+)
 from spectral_paged.kernels.page.view import gather_units
 
 
@@ -49,3 +54,24 @@ def exact_gather(
     kv = pages.permute(2, 1, 0, 3, 4).reshape(2, num_heads, num_pages * EXACT_PAGE_TOKENS, dim)
     found = kv[0, :, :num_tokens], kv[1, :, :num_tokens]
     return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
+
+
+def read_blocks(
+    planes: Tensor, exact: Tensor, num_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """K and V `[B, L, H, 512, D]` of whole blocks.
+
+    Args:
+        planes: uint8 `[L, plane_bytes]`.
+        exact: int `[B, 8]`, the exact pages of each block in 128-byte units, the same in every
+            plane.
+    """
+    num_tokens = exact.numel() * EXACT_PAGE_TOKENS
+    found = [
+        exact_gather(plane, exact.flatten(), num_tokens, num_heads, dim, dtype) for plane in planes
+    ]
+    k, v = (
+        torch.stack(side).unflatten(2, (len(exact), BLOCK_TOKENS)).permute(2, 0, 1, 3, 4)
+        for side in zip(*found, strict=True)
+    )
+    return k, v

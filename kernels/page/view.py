@@ -188,3 +188,10 @@ def gather_units(plane: Tensor, positions: Tensor, num_bytes: int) -> Tensor:
     units = torch.arange(num_bytes // UNIT_BYTES, device=plane.device)
     rows = plane.view(-1, UNIT_BYTES)[positions.long().unsqueeze(-1) + units]
     return rows.view(positions.shape[0], num_bytes)
+
+
+def put_units(planes: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """Store `rows` uint8 `[L, N, num_bytes]` at N positions (128-byte units) of L uint8 planes."""
+    units = torch.arange(rows.shape[-1] // UNIT_BYTES, device=planes.device)
+    places = positions.long().unsqueeze(-1) + units
+    planes.view(len(planes), -1, UNIT_BYTES)[:, places] = rows.unflatten(-1, (-1, UNIT_BYTES))

@@ -55,9 +55,9 @@ class PagedAttention:
     def warm_up(self, group: LayerGroup) -> None:
         """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
         nothing is written. An online calibration has yet to say what it is to do."""
-        if self.ops.on_gpu and group.seals and not self.basis.is_waiting:
+        if group.seals and not self.basis.is_waiting:
             layer = group.layers[0]
-            self.ops.spectral_rebuild(
+            self.ops.compile_rebuild(
                 group.plane(layer),
                 group.page_table.device[0, :1],
                 layout=group.layout,
@@ -66,7 +66,6 @@ class PagedAttention:
                 sin=group.sin,
                 dtype=self.dtype,
                 num_pages=1,
-                compile_only=True,
                 **self.basis.rows(layer),
             )
 

@@ -14,7 +14,7 @@ from spectral_paged.cache.layer_spec import LayerSpec, seals_behind
 from spectral_paged.cache.options import CacheOptions
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.ops import check_layout
+from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena
@@ -56,7 +56,7 @@ def check(
 
     try:
         if format.seals:
-            check_layout(format.layout, device)
+            page_ops(device).check_layout(format.layout)
     except ValueError as error:
         raise FormatError(f"format {format.name!r}: {error}") from error
 

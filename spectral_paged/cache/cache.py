@@ -105,7 +105,6 @@ class SpectralKVCache:
         self.attention = PagedAttention(
             self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
         )
-        self.sealer = Sealer(self._basis, self.ops, dtype=dtype, device=self.device)
         self.open_step: OpenStep | None = None
         self._replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # what no `end_step` has reported yet
@@ -113,6 +112,7 @@ class SpectralKVCache:
         self.groups = build.build_groups(
             self._basis, self.layers, chosen, dtype=dtype, device=self.device
         )
+        self.sealer = Sealer(self.groups, self._basis, self.ops, self.device)
         self._sequences = SequenceTable(
             self.groups, self.max_num_seqs, prefix_caching=self.prefix_caching
         )
@@ -428,6 +428,7 @@ class SpectralKVCache:
         """
         run = cache_stats.backends(
             self.ops,
+            self.sealer.encoders,
             self.format,
             self.groups,
             num_q_heads=self.num_q_heads,

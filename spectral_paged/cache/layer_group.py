@@ -374,12 +374,6 @@ class LayerGroup:
         block = (index - self.num_landmark_pages) // PAGES_PER_BLOCK
         return 0 <= block < sealed and block not in pinned
 
-    def read_block(self, seq_id: str, block: int) -> tuple[Tensor, Tensor]:
-        """K after RoPE, pairs in halves, and V of a block in the tail, `[L, H, 512, D]`."""
-        slots = self.sequences[seq_id]
-        start = slots.exact_place(slots.first_index(block))
-        return self.arena.read_block(slots.exact[start : start + PAGES_PER_BLOCK])
-
     def block_units(self, seq_id: str, block: int) -> tuple[list[int], int]:
         """Units of a tail block's eight exact pages and of the page reserved for it."""
         slots = self.sequences[seq_id]
@@ -388,11 +382,6 @@ class LayerGroup:
         page = slots.pages[slots.num_pages(block)]
         units = [self.arena.unit(slot, SlotKind.EXACT) for slot in exact]
         return units, self.arena.unit(page, SlotKind.PAGE)
-
-    def write_page(self, seq_id: str, block: int, pages: Tensor) -> None:
-        """Store a sealed block's page, uint8 `[L, page_bytes]`, in the slot reserved for it."""
-        slots = self.sequences[seq_id]
-        self.arena.write_page(slots.pages[slots.num_pages(block)], pages)
 
     def publish_sealed(self, seq_id: str, chain: PrefixChain | None, num_sealed: int) -> None:
         """Show pages up to `num_sealed` in the table and free the exact pages they replace."""

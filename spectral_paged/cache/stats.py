@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.sequence_state import SequenceState
 from spectral_paged.cache.sequences import SequenceTable
@@ -123,6 +125,7 @@ def cost_figures(
 
 def backends(
     ops: PageOps,
+    encoders: Mapping[LayerGroup, Encoder],
     format: PageFormat,
     groups: list[LayerGroup],
     *,
@@ -155,7 +158,7 @@ def backends(
                 for g in groups
             ]
         ),
-        "seal_backend": named([ops.seal_backend(g.layout) for g in sealing]),
+        "seal_backend": named([e.backend for e in encoders.values()] or ["torch"]),
     }
 
 

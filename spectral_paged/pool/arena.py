@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import CapacityError
-from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, UNIT_BYTES
+from spectral_paged.kernels.page.layout import UNIT_BYTES
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 from spectral_paged.pool.weak_method import WeakMethod
@@ -124,17 +124,3 @@ class Arena:
     def copy(self, kind: SlotKind, source: int, target: int) -> None:
         """Copy a slot's bytes in every layer."""
         self._span(target, kind).copy_(self._span(source, kind))
-
-    def read_block(self, slots: list[int]) -> tuple[Tensor, Tensor]:
-        """K and V `[num_layers, H, 512, D]` of the eight exact pages of a block."""
-        raw = torch.stack([self._span(s, SlotKind.EXACT) for s in slots], dim=1).view(self.dtype)
-        num_heads, dim = self.format.num_kv_heads, self.format.head_dim
-        pages = raw.view(self.num_layers, len(slots), num_heads, 2, EXACT_PAGE_TOKENS, dim)
-        kv = pages.permute(3, 0, 2, 1, 4, 5).reshape(
-            2, self.num_layers, num_heads, BLOCK_TOKENS, dim
-        )
-        return kv[0], kv[1]
-
-    def write_page(self, slot: int, pages: Tensor) -> None:
-        """Store uint8 `[num_layers, page_bytes]` in a page slot."""
-        self._span(slot, SlotKind.PAGE).copy_(pages)

@@ -213,9 +213,9 @@ def spoil_the_salt(monkeypatch):
 
 def spoil_a_page(monkeypatch):
     """A page is written to another slot than the one that is shown."""
-    from spectral_paged.cache import LayerGroup
+    from spectral_paged.cache import encoder
 
-    monkeypatch.setattr(LayerGroup, "write_page", lambda self, seq_id, block, pages: None)
+    monkeypatch.setattr(encoder, "put_units", lambda planes, units, pages: None)
 
 
 def spoil_a_token(monkeypatch):

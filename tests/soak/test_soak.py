@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from spectral_paged.cache import LayerGroup
+from spectral_paged.cache import encoder
 from spectral_paged.pool.slot_pool import SlotPool
 
 FOLDER = pathlib.Path(__file__).parent
@@ -49,7 +49,7 @@ def keep_cached(monkeypatch):
 
 
 def skip_pages(monkeypatch):
-    monkeypatch.setattr(LayerGroup, "write_page", lambda self, seq_id, block, pages: None)
+    monkeypatch.setattr(encoder, "put_units", lambda planes, units, pages: None)
 
 
 @pytest.mark.parametrize(

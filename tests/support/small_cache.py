@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from spectral_paged import PageFormat, SpectralKVCache
 from spectral_paged.cache import cache as cache_module
-from spectral_paged.kernels.ops import page_ops
+from spectral_paged.kernels.ops import TorchOps
+from spectral_paged.kernels.seal.triton.seal import supports
 from spectral_paged.rope import RotaryTable
 from support.kernel_cases import PAGES
 from support.page_parts import toy_basis
@@ -23,7 +22,8 @@ def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **
     fields = PAGES["quality-64"][1] | changes
     format = PageFormat("t", HEADS, DIM, num_landmark_tokens=64, **fields)
     if op is not None:
-        ops = dataclasses.replace(page_ops(torch.device(device)), seal=op)
+        ops = TorchOps()
+        ops.seal_kernel = lambda layout: op if supports(layout) else None
         monkeypatch.setattr(cache_module, "page_ops", lambda device: ops)
     return SpectralKVCache(
         num_layers=2,

@@ -1,8 +1,8 @@
 """Seal blocks on a GPU: encode exact pages into spectral pages where they lie, in Triton.
 
-The twin is `spectral_paged.pages.encode_pages`, for formats whose basis is shared. A program takes
-one side of one head of one layer of one block; nothing it does depends on another, so a page's
-bytes are a function of its block alone.
+The twin encodes by the codec and lives in the cache, which knows both; it makes pages of formats
+with a basis of their own too. A program takes one side of one head of one layer of one block;
+nothing it does depends on another, so a page's bytes are a function of its block alone.
 
 ```
 _project_kernel   read, turn keys, mean, coefficients -> workspace; errors of a first quantization
@@ -284,7 +284,7 @@ def supports(layout: PageLayout) -> bool:
 
 
 def seal(
-    arena: Tensor,
+    planes: Tensor,
     exact: Tensor,
     pages: Tensor,
     first: Tensor,
@@ -298,10 +298,10 @@ def seal(
     config: SealConfig | None = None,
     compile_only: bool = False,
 ) -> Tensor:
-    """Encode blocks that lie in exact pages; their pages get what `codec.encode_pages` gives.
+    """Encode blocks that lie in exact pages; their pages get what the codec gives.
 
     Args:
-        arena: uint8 `[L, plane_bytes]`, exact pages and spectral pages of L layers.
+        planes: uint8 `[L, plane_bytes]`, exact pages and spectral pages of L layers.
         exact: int32 `[B, 8]`, positions (128-byte units) of each block's exact pages.
         pages: int32 `[B]`, positions of the pages to write, the same in every layer.
         first: int32 `[B]`, position in its sequence of each block's first token.
@@ -317,11 +317,11 @@ def seal(
         and mean nothing.
     """
     if config is None:
-        config = seal_config(layout, arena.device)
+        config = seal_config(layout, planes.device)
 
-    num_layers, plane_bytes = arena.shape
+    num_layers, plane_bytes = planes.shape
     heads, dim = layout.num_kv_heads, layout.head_dim
-    device = arena.device
+    device = planes.device
     bad = torch.zeros(len(pages), num_layers, heads, 2, dtype=torch.int32, device=device)
     sides = (layout.k, layout.v)
     ranks = [padded(side.rank) for side in sides]
@@ -349,7 +349,7 @@ def seal(
     ]
     per_block = num_layers * heads
     at_once = max(1, WORKSPACE_BYTES // (per_block * sum(ranks) * 2 * BLOCK_TOKENS))
-    values = arena.view(dtype)
+    values = planes.view(dtype)
     for start in range(0, len(pages), at_once):
         span = slice(start, start + at_once)
         items = len(pages[span]) * per_block
@@ -365,7 +365,7 @@ def seal(
         ):
             launcher(_project_kernel, (items,), compile_only=compile_only)(
                 values,
-                arena,
+                planes,
                 *places,
                 matrix,
                 work,
@@ -383,7 +383,7 @@ def seal(
         for side, work, common in zip(sides, works, commons, strict=True):
             launcher(_quantize_kernel, (items,), compile_only=compile_only)(
                 values,
-                arena,
+                planes,
                 *places,
                 work,
                 power,
