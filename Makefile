@@ -89,7 +89,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf build/types && mkdir -p build/types
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p spectral_paged
+	cd build/types && MYPYPATH=. ../../$(BIN)/python -m mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml -p spectral_paged
 
 # Archives against their pinned hashes (set-up does that too, and stops at a wrong one), then known
 # vulnerabilities of the pins, by pip-audit in a venv of its own; needs the index's advisories.
