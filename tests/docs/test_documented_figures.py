@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from spectral_paged import LLM, PageFormat
+from spectral_paged import LLM, CacheOptions, PageFormat
 from spectral_paged.metrics.readings import DURATIONS, FIGURES
 from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.pages import PRESETS
@@ -115,7 +115,8 @@ def test_every_metric_is_explained():
 
 
 def test_defaults_in_the_table_of_memory_are_those_of_the_llm():
-    takes = inspect.signature(LLM).parameters
+    signatures = map(inspect.signature, (CacheOptions, LLM))
+    takes = {name: value for found in signatures for name, value in found.parameters.items()}
     said = {
         row[0].strip("`"): float(row[1].replace(",", ""))
         for row in rows(BY_NAME["docs/tuning.md"])
