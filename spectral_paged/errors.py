@@ -41,6 +41,11 @@ class SamplingParamsError(SpectralPagedError, ValueError):
     """A sampling value outside its range."""
 
 
+class RequestFailedError(SpectralPagedError, RuntimeError):
+    """A request that failed while it ran by no fault of its own: memory ran out even for a step of
+    one token, or its sampling or the text of its output raised; `__cause__` is what did."""
+
+
 class UnknownModelError(SpectralPagedError, ValueError):
     """A model name that is no alias, no folder, no `.gguf` file and no loadable hub id."""
 

@@ -153,7 +153,7 @@ def serve_with_pages(
         jobs = jobs[: max(1, min(int(FITTING * room), llm.cache.max_num_seqs))]
     _warm_up(llm, jobs)
     if profile:
-        llm.cache.clock = StepClock(device)
+        llm.engine.use_clock(StepClock(device))
     _reset_peak(device)
     times = _Times()
     begin = time.perf_counter()
@@ -171,7 +171,7 @@ def serve_with_pages(
         missing = sum(wanted.values()) - sum(times.counts.values())
         raise ArithmeticError(f"{kv_format}: {missing} tokens are missing; not timed")
     stats = llm.stats() | {"most_running": most}
-    seconds = dict(llm.cache.clock.seconds) if profile else {}
+    seconds = dict(llm.engine.clock.seconds) if profile else {}
     peak = _peak(device)
     llm.close()  # whoever comes next has the model as transformers has it
     rate, first, gaps = times.decode_rate, list(times.first.values()), times.gaps

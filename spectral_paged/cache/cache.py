@@ -98,7 +98,7 @@ class SpectralKVCache:
         self.max_num_seqs = chosen.max_num_seqs
         self.prefix_caching = chosen.enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
-        self.clock = StepClock()  # a caller that wants to know where time goes puts one that runs
+        self.clock = StepClock()  # times nothing; an engine puts its own
         self.softcap = softcap
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
+from spectral_paged.device import StepClock
 from spectral_paged.engine.admission import check_request, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import log_failure, refusing
 from spectral_paged.engine.prompts import check_salt, token_ids_of
-from spectral_paged.engine.requests import Completion, RequestGroup, failure, seed_of
+from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
 from spectral_paged.engine.sampled_step import SampledStep, unsampled
 from spectral_paged.errors import (
     InvalidRequestError,
@@ -83,6 +84,7 @@ class Engine:
         self.vocab_size, self.seed = vocab_size, seed
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
+        self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
         self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be given out
@@ -90,6 +92,10 @@ class Engine:
         self._touched: dict[str, RequestGroup] = {}  # with news that no step has returned
         self._groups: dict[str, RequestGroup] = {}
         self._by_sequence: dict[str, Completion] = {}
+
+    def use_clock(self, clock: StepClock) -> None:
+        """Time the sections of steps, the cache's among them, by `clock` from now on."""
+        self.clock = self.cache.clock = clock
 
     # ---- requests ------------------------------------------------------------------------
 
@@ -176,7 +182,7 @@ class Engine:
         return self._outputs()
 
     def _step(self) -> None:
-        clock = self.cache.clock
+        clock = self.clock
         self._scheduled = SchedulerOutput()
         if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
             self._collect()
@@ -233,7 +239,7 @@ class Engine:
         known = [r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)]
         for seq_id in list(scheduled) or known[:1]:
             completion = self._by_sequence[seq_id]
-            self._fail(completion, failure(completion, "a step of one token was run", error))
+            self._fail(completion, unserved(completion, "a step of one token was run", error))
 
     def _outputs(self) -> list[RequestOutput]:
         """Of every request that got a token or ended since the last call that returned."""
@@ -251,7 +257,7 @@ class Engine:
 
     def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
         """Queue a step and the sampling of its tokens; None where it samples none."""
-        clock = self.cache.clock
+        clock = self.clock
         self.counters.steps += 1
         plan = self.cache.plan(new_tokens)
         before = self._in_flight
@@ -302,7 +308,7 @@ class Engine:
             if not errors or (len(errors) == len(ready) and several):
                 raise
             for row, cause in errors.items():
-                self._fail(ready[row], failure(ready[row], "its token was sampled", cause))
+                self._fail(ready[row], unserved(ready[row], "its token was sampled", cause))
         rows = [row for row in range(len(ready)) if row not in errors]
         if not rows:
             return None
@@ -315,7 +321,7 @@ class Engine:
         """
         step = self._in_flight
         if step is not None:
-            with self.cache.clock.section("sample"):
+            with self.clock.section("sample"):
                 results = step.tokens.get()
             self._arrived.extend(zip(step.completions, results, strict=True))
             self._in_flight = None  # not before: a wait that was interrupted can be taken up again
@@ -350,7 +356,7 @@ class Engine:
         except SpectralPagedError as error:
             self._fail(completion, error)
         except BaseException as error:
-            self._fail(completion, failure(completion, "its output was processed", error))
+            self._fail(completion, unserved(completion, "its output was processed", error))
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         if ending is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectral_paged.engine.text import OutputText
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+from spectral_paged.errors import RequestFailedError, SpectralPagedError
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from spectral_paged.sampling import Sampled, SamplingParams
 from spectral_paged.scheduler import Request
@@ -135,9 +135,9 @@ class RequestGroup:
         )
 
 
-def failure(completion: Completion, what: str, cause: BaseException) -> InvalidRequestError:
+def unserved(completion: Completion, what: str, cause: BaseException) -> RequestFailedError:
     """The error of a request that failed while `what` happened."""
-    error = InvalidRequestError(
+    error = RequestFailedError(
         f"request {completion.owner.request_id!r} failed while {what}, after "
         f"{len(completion.request.token_ids)} tokens: {cause!r}"
     )

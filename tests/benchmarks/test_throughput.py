@@ -20,7 +20,8 @@ from spectral_paged.device import StepClock
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
-from support.tiny_model import VOCAB, tiny_model
+from spectral_paged.sampling import SamplingParams
+from support.tiny_model import VOCAB, tiny_llm, tiny_model
 
 
 class Words:
@@ -203,6 +204,14 @@ def test_a_clock_that_is_off_counts_nothing():
     with clock.section("model"):
         time.sleep(0.001)
     assert not any(clock.seconds.values())
+
+
+def test_an_engine_times_its_caches_sections_by_its_own_clock():
+    llm, clock = tiny_llm(), StepClock(torch.device("cpu"))
+    llm.engine.use_clock(clock)
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    llm.generate([[1 + i % 90 for i in range(1500)]], params, use_tqdm=False)
+    assert llm.engine.clock is clock and all(clock.seconds.values())
 
 
 # ---- decode alone, suites ----------------------------------------------------------------

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from spectral_paged import SamplingParams
+from spectral_paged.batch.file import BatchLine
+from spectral_paged.batch.run import serve_lines
 from spectral_paged.engine import sampled_step
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import RequestFailedError
 from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
 from support.tiny_model import raise_once, random_prompts
 
@@ -109,6 +111,7 @@ def test_a_request_that_runs_out_of_memory_alone_fails_by_name(monkeypatch, ahea
     error = done["2"].error
     assert error.request_id == "2" and "request '2'" in str(error)
     assert "no room for this one" in str(error)
+    assert isinstance(error, RequestFailedError) and not isinstance(error, ValueError)
     del done["2"], expected["2"]
     assert tokens(done) == expected
 
@@ -118,12 +121,30 @@ def test_memory_that_is_gone_for_good_ends_every_request_by_name(monkeypatch):
     monkeypatch.setattr(
         llm.engine.runner, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("gone"))
     )
-    with pytest.raises(InvalidRequestError, match="4 of 4|request-0") as caught:
+    with pytest.raises(RequestFailedError, match="4 of 4|request-0") as caught:
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     errors = [o.error for o in caught.value.outputs]
     assert [e.request_id for e in errors] == [f"request-{i}" for i in range(4)]
     assert llm.stats()["steps"] < 60
     llm.cache.check_integrity()
+
+
+def test_a_batch_line_that_runs_out_of_memory_is_a_record_of_its_own_error(monkeypatch):
+    llm = make_llm(False)
+    forward = llm.engine.runner.forward
+
+    def greedy_one(plan, *args):
+        if any(e.seq_id == "line-2#0" for e in plan.entries):
+            raise MemoryError("gone")
+        return forward(plan, *args)
+
+    monkeypatch.setattr(llm.engine.runner, "forward", greedy_one)
+    lines = [
+        BatchLine(i, "", prompt=[i, 5], params=GREEDY, url="/v1/completions") for i in (1, 2, 3)
+    ]
+    records = {r.record["line"]: r.record["error"] for r in serve_lines(llm, iter(lines))}
+    assert records.pop(2)["code"] == "RequestFailedError"
+    assert records == {1: None, 3: None}
 
 
 @AHEAD

@@ -13,6 +13,7 @@ from spectral_paged.engine.requests import Completion
 from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
+    RequestFailedError,
 )
 from support.cache_feed import Feed, drive, fmt, make
 from support.fault_runs import AHEAD, FORMAT, GREEDY, PROMPTS, make_llm, queue, serve, tokens, want
@@ -165,6 +166,8 @@ def test_a_row_that_cannot_be_sampled_fails_its_request_alone(monkeypatch, count
     llm.engine._groups["0"].completions[0].seed = 666
     done, _ = serve(llm)
     failed = done.pop("0")
+    assert isinstance(failed.error, RequestFailedError)
+    assert isinstance(failed.error.__cause__, IndexError)
     assert "request '0' failed while its token was sampled" in str(failed.error)
     assert "logits processor" in str(failed.error)
     # queued ahead, the token on its way is dropped

@@ -12,6 +12,7 @@ from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
     PoolError,
+    RequestFailedError,
 )
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 from support.cache_feed import HQ, LAYERS, ROPE, D, H, fmt, make
@@ -211,7 +212,7 @@ def test_a_tokenizer_that_raises_fails_its_own_request_only(monkeypatch):
     while engine.has_unfinished():
         done |= {o.request_id: o for o in engine.step() if o.finished}
     assert done["good"].error is None and len(done["good"].outputs[0].token_ids) == 4
-    assert isinstance(done["bad"].error, InvalidRequestError)
+    assert isinstance(done["bad"].error, RequestFailedError)
     assert "'bad' failed while its output was processed" in str(done["bad"].error)
     assert "KeyError" in str(done["bad"].error)
     assert done["bad"].outputs[0].finish_reason == "error"
