@@ -115,3 +115,15 @@ def test_inputs_past_the_step_are_nowhere():
         [6, 0] + [0] * 4,
         [70, 0] + [0] * 4,
     ]
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_inputs_of_no_step_hold_sequences_without_tokens(num_groups):
+    """What runs before a capture: nothing is read, nothing is stored."""
+    staging = np.full((DecodeInputs.num_rows(num_groups), 5), 77, dtype=np.int32)
+    fill_inputs(staging, [], [], None, [])
+    tokens, groups = DecodeInputs.of(staging)
+    assert TokenRows(*tokens.tolist()) == TokenRows([0] * 5, [NOWHERE] * 5, [0] * 5)
+    assert len(groups) == num_groups
+    for rows in groups:
+        assert DecodeRows(*rows.tolist()) == DecodeRows([NOWHERE] * 5, *[[0] * 5] * 6)
