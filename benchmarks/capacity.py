@@ -15,7 +15,7 @@ import torch
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
-from spectral_paged.cache import SpectralKVCache, concurrency
+from spectral_paged.cache import SpectralKVCache
 from spectral_paged.conformance.inputs import MadeUpTokens, toy_basis
 from spectral_paged.device import choose_device
 from spectral_paged.errors import InvalidRequestError
@@ -116,9 +116,9 @@ def measure(
         cache.format.fingerprint,
         bytes_per_token,
         cache.capacity_tokens,
-        min(concurrency(cache.format, cache.groups, context), max_num_seqs),
+        min(cache.concurrency(context), max_num_seqs),
         stored,
-        allocated or sum(group.arena.num_bytes for group in cache.groups),
+        allocated or cache.num_bytes,
         torch.cuda.max_memory_allocated(device) - before if cuda else None,
     )
 

@@ -221,6 +221,45 @@ def test_a_private_name_is_seen():
     assert private_names(source, "cache.cache", "spectral_paged.cache") == []
 
 
+INSIDE = {"groups", "sealer", "attention", "ops", "open_step", "replayed", "counters"}
+
+
+def reaches(source: str) -> list[str]:
+    """Reads of what a cache is made of, on anything that is called a cache."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in INSIDE:
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if name.endswith("cache"):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("module", BY_PATH)
+def test_only_the_cache_knows_what_it_is_made_of(module):
+    if not covers("cache", module.name):
+        assert reaches(module.path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "self.cache.sealer.warm_up(group)",
+        "cache.sealer = other",
+        "len(self.kv_cache.groups)",
+        "llm.cache.open_step.plan",
+        "def f(self):\n    self._cache.attention.run = 1",
+    ],
+)
+def test_a_reach_through_the_facade_is_seen(source):
+    assert reaches(source)
+
+
+def test_what_a_cache_offers_is_no_reach():
+    assert reaches("cache.num_bytes; cache.stats(); row.groups; page_ops.ops") == []
+
+
 def test_benchmarks_are_imported_by_bench_alone():
     for module in MODULES:
         tree = ast.parse(module.path.read_text())

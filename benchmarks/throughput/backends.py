@@ -14,7 +14,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from spectral_paged.benchmarks.throughput.filling import fill_instead_of_prefill
 from spectral_paged.benchmarks.throughput.random_models import is_random
 from spectral_paged.benchmarks.throughput.workload import Job
-from spectral_paged.cache import concurrency
 from spectral_paged.conformance.inputs import random_calibration
 from spectral_paged.device import StepClock
 from spectral_paged.integrations.padded_rows import left_padded
@@ -148,7 +147,7 @@ def serve_with_pages(
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
     if fit:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
-        room = concurrency(llm.cache.format, llm.cache.groups, longest)
+        room = llm.cache.concurrency(longest)
         # some room is left for the last segments of prompts, which are exact until they end
         jobs = jobs[: max(1, min(int(FITTING * room), llm.cache.max_num_seqs))]
     _warm_up(llm, jobs)

@@ -13,45 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import SpectralKVCache, StepPlan
-from spectral_paged.conformance.inputs import MadeUpTokens, structured_blocks
+from spectral_paged.cache import Encoder, SpectralKVCache, StepPlan, replace_encoders
+from spectral_paged.conformance.inputs import MadeUpTokens
 from spectral_paged.engine import Engine, Runner
-from spectral_paged.kernels.page.view import put_units
-from spectral_paged.pages import encode_pages
+from spectral_paged.kernels.page.view import gather_units, put_units
 from spectral_paged.sampling import PendingTokens
 
 FILL_TOKENS = 65_536  # of a step that only stores
 
 
 class CopyingEncoder:
-    """Writes one page, encoded once, wherever a block is sealed: for formats that no kernel seals,
-    whose encoding would take hours at the size of a benchmark. Pages of their own places, so
-    reading them costs what it costs."""
+    """Writes the first page that `encoder` makes wherever a block is sealed: for formats that no
+    kernel seals, whose encoding would take hours at the size of a benchmark. Pages of their own
+    places, so reading them costs what it costs."""
 
     backend = "copy"
 
-    def __init__(self, cache: SpectralKVCache) -> None:
-        k, v = structured_blocks(1, cache.format, cache.device)
-        bound = cache.sealer.basis.bound
-        self._heads = cache.format.num_kv_heads
-        self._page = encode_pages(k, v, cache.format, basis=bound, layers=[0])
+    def __init__(self, encoder: Encoder, page_bytes: int) -> None:
+        self._encoder, self._page_bytes = encoder, page_bytes
+        self._made: tuple[Tensor, Tensor] | None = None  # pages [L, 1, bytes], and their `bad`
 
     def warm_up(self, planes: Tensor) -> None:
-        pass
+        self._encoder.warm_up(planes)
 
     def seal(self, planes: Tensor, exact: Tensor, pages: Tensor, first: Tensor) -> Tensor:
-        put_units(planes, pages, self._page.expand(len(planes), len(pages), -1))
-        shape = len(pages), len(planes), self._heads, 2
-        return torch.zeros(shape, dtype=torch.int32, device=planes.device)
+        if self._made is None:
+            bad = self._encoder.seal(planes, exact[:1], pages[:1], first[:1])
+            found = [gather_units(plane, pages[:1], self._page_bytes) for plane in planes]
+            self._made = torch.stack(found), bad
+        page, bad = self._made
+        put_units(planes, pages, page.expand(-1, len(pages), -1))
+        return bad.expand(len(pages), -1, -1, -1).contiguous()
 
 
 def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
     """Let an engine's prompts be stored and sealed, and its decode steps run."""
     cache = engine.cache
     engine.runner = FillingRunner(engine.runner, cache, vocab_size)
-    for group, encoder in cache.sealer.encoders.items():
-        if encoder.backend == "torch":
-            cache.sealer.encoders[group] = CopyingEncoder(cache)
+    page_bytes = cache.format.page_bytes
+    replace_encoders(cache, lambda e: e if e.backend == "triton" else CopyingEncoder(e, page_bytes))
     scheduler = engine.scheduler
     scheduler.config = replace(scheduler.config, max_num_batched_tokens=FILL_TOKENS)
 

@@ -10,23 +10,24 @@ from spectral_paged.cache.cache import (
 )
 from spectral_paged.cache.capacity import (
     Need,
-    concurrency,
+)
+from spectral_paged.cache.encoder import (
+    Encoder,
+    replace_encoders,
 )
 from spectral_paged.cache.history import (
     read_history,
 )
 from spectral_paged.cache.index import (
     HISTORY_TOKENS,
-    DecodeBatch,
     DecodeRows,
-    GroupStep,
     StepIndex,
-)
-from spectral_paged.cache.layer_group import (
-    LayerGroup,
 )
 from spectral_paged.cache.layer_spec import (
     seals_behind,
+)
+from spectral_paged.cache.observer import (
+    CacheObserver,
 )
 from spectral_paged.cache.options import (
     CacheOptions,
@@ -42,29 +43,28 @@ from spectral_paged.cache.plan import (
     StepPlan,
     StepReport,
 )
-from spectral_paged.cache.sealer import (
-    Sealer,
+from spectral_paged.cache.replay import (
+    ReplayedSteps,
 )
 
 __all__ = [
+    "CacheObserver",
     "CacheOptions",
     "CacheOptionsDict",
-    "DecodeBatch",
     "DecodeRows",
-    "GroupStep",
+    "Encoder",
     "HISTORY_TOKENS",
-    "LayerGroup",
     "Need",
     "PlanEntry",
-    "Sealer",
+    "ReplayedSteps",
     "Spans",
     "SpectralKVCache",
     "StepIndex",
     "StepPlan",
     "StepReport",
-    "concurrency",
     "pinned_blocks",
     "read_history",
+    "replace_encoders",
     "seals_behind",
     "spans_of",
 ]

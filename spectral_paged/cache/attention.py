@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.errors import FormatError
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.scores import check_softcap
 from spectral_paged.kernels.ops import PageOps
@@ -24,33 +27,50 @@ class PagedAttention:
     ```
 
     Args:
+        groups: the cache's layer groups; each layer is in one of them.
         basis: the cache's calibration and format.
         ops: what runs on the cache's device.
+        num_q_heads: query heads of a layer.
         scale: softmax scale.
         softcap: scores s become softcap tanh(s / softcap); None caps none.
-        dtype: element type of exact pages.
     """
 
     def __init__(
         self,
+        groups: Sequence[LayerGroup],
         basis: CacheBasis,
         ops: PageOps,
+        num_q_heads: int,
         *,
         scale: float,
         softcap: float | None,
-        dtype: torch.dtype,
     ) -> None:
         check_softcap(softcap)
+        self._places = {
+            layer: (place, group) for place, group in enumerate(groups) for layer in group.layers
+        }
         self.basis = basis
         self.ops = ops
+        self.num_q_heads = num_q_heads
         self.scale = scale
         self.softcap = softcap
-        self.dtype = dtype
+        self.dtype = groups[0].arena.dtype
 
     @property
     def format(self) -> PageFormat:
         """The page format; an online calibration changes its fingerprint."""
         return self.basis.format
+
+    def _check(self, step: GroupStep, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
+        format, num_tokens = self.format, len(step.append_units)
+        expected = (num_tokens, format.num_kv_heads, format.head_dim)
+        queries = (num_tokens, self.num_q_heads, format.head_dim)
+        if k.shape != expected or v.shape != expected or (q is not None and q.shape != queries):
+            raise FormatError(
+                f"a step of {num_tokens} tokens takes q {list(queries)}, k and v {list(expected)}; "
+                f"got q {None if q is None else list(q.shape)}, k {list(k.shape)}, v "
+                f"{list(v.shape)} (KV heads unexpanded)"
+            )
 
     def warm_up(self, group: LayerGroup) -> None:
         """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
@@ -69,24 +89,40 @@ class PagedAttention:
                 **self.basis.rows(layer),
             )
 
-    def append(
+    def append(self, steps: Sequence[GroupStep], layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`.
+
+        Args:
+            steps: the step's index tensors, a group each.
+
+        Raises:
+            FormatError: k and v are not of the step's tokens and the cache's heads.
+        """
+        place, group = self._places[layer]
+        self._check(steps[place], k, v)
+        self._append(group, steps[place], layer, k, v)
+
+    def _append(
         self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; both as they are stored."""
+        """Both as they are stored."""
         k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
         self.ops.exact_append(k, v, group.plane(layer), step.append_units, step.append_offsets)
         return k, v
 
     def run(
-        self, group: LayerGroup, step: GroupStep, layer: int, q: Tensor, k: Tensor, v: Tensor
+        self, steps: Sequence[GroupStep], layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; q `[T, Hq, D]` attends.
 
-        Returns `[T, Hq, D]` in q's dtype.
+        Returns `[T, Hq, D]` in q's dtype; raises as `append`, for q as well.
         """
+        place, group = self._places[layer]
+        step = steps[place]
+        self._check(step, k, v, q)
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
-        k, v = self.append(group, step, layer, k, v)
+        k, v = self._append(group, step, layer, k, v)
         q = group.in_halves(q)
         if step.decode is not None and step.decode_tokens is None:
             return self._decode(group, step.decode, plane, q, shared)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.capacity import Need, Share, divide, peak_exact_tokens
@@ -53,7 +52,6 @@ def check(
             f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
             "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
         )
-
     try:
         if format.seals:
             page_ops(device).check_layout(format.layout)
@@ -72,24 +70,6 @@ def _check_online(basis: CacheBasis, num_sealing: int) -> None:
             f"calibration='online' takes the basis from the first blocks sealed, and {num_sealing} "
             "groups of this model's layers seal blocks of their own: calibrate the model, or use a "
             "format whose pages have their own basis (spectral-page)"
-        )
-
-
-def check_heads(
-    q: Tensor | None, k: Tensor, v: Tensor, num_tokens: int, num_q_heads: int, format: PageFormat
-) -> None:
-    """Refuse what `attend` (and without q `append`) cannot take.
-
-    Raises:
-        FormatError: names the shapes that were expected and those that came.
-    """
-    expected = (num_tokens, format.num_kv_heads, format.head_dim)
-    queries = (num_tokens, num_q_heads, format.head_dim)
-    if k.shape != expected or v.shape != expected or (q is not None and q.shape != queries):
-        raise FormatError(
-            f"a step of {num_tokens} tokens takes q {list(queries)}, k and v {list(expected)}; got "
-            f"q {None if q is None else list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} (KV "
-            "heads unexpanded)"
         )
 
 

@@ -12,8 +12,8 @@ report = cache.end_step()                           publishes, seals what is due
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Unpack
 
@@ -26,6 +26,7 @@ from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
+from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.options import CacheOptions, CacheOptionsDict
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
@@ -83,50 +84,64 @@ class SpectralKVCache:
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
         heads = num_q_heads, num_kv_heads, head_dim
         build.check(format, chosen, num_layers, *heads, device=self.device)
-        self.layers, self.max_model_len = layer_specs(
-            format,
-            num_layers,
-            rope,
-            sliding_windows,
-            max_model_len=chosen.max_model_len,
-            device=self.device,
+        longest = chosen.max_model_len
+        self.layers, longest = layer_specs(
+            format, num_layers, rope, sliding_windows, max_model_len=longest, device=self.device
         )
-        chosen = replace(chosen, max_model_len=self.max_model_len)
+        chosen = replace(chosen, max_model_len=longest)
         self._basis = CacheBasis(chosen.calibration, format, num_layers, self.device)
         format = self.format
         self.num_layers, self.num_q_heads = num_layers, num_q_heads
-        self.max_num_seqs = chosen.max_num_seqs
+        self.max_num_seqs, self.max_model_len = chosen.max_num_seqs, longest
         self.prefix_caching = chosen.enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
         self.clock = StepClock()  # times nothing; an engine puts its own
-        self.softcap = softcap
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self.attention = PagedAttention(
-            self._basis, self.ops, scale=scale, softcap=softcap, dtype=dtype
-        )
         self.open_step: OpenStep | None = None
-        self._replayed: Sequence[GroupStep] | None = None
+        self.replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # what no `end_step` has reported yet
         self._overdue: set[str] = set()  # sequences of a step whose sealing raised
         self.groups = build.build_groups(
             self._basis, self.layers, chosen, dtype=dtype, device=self.device
         )
         self.sealer = Sealer(self.groups, self._basis, self.ops, self.device)
+        self.attention = PagedAttention(
+            self.groups, self._basis, self.ops, num_q_heads, scale=scale, softcap=softcap
+        )
+        self._observers = Observers()
         self._sequences = SequenceTable(
             self.groups, self.max_num_seqs, prefix_caching=self.prefix_caching
         )
-        self._group_of = {n: i for i, group in enumerate(self.groups) for n in group.layers}
         self._slides = any(group.window is not None for group in self.groups)
-        self.max_sequence_tokens = capacity.longest_sequence(
-            format, self.groups, self.max_model_len
-        )
+        self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, longest)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
     @property
     def format(self) -> PageFormat:
         """The page format; an online calibration changes its fingerprint at the first seal."""
         return self._basis.format
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arenas together."""
+        return sum(group.arena.num_bytes for group in self.groups)
+
+    def warm_up(self) -> None:
+        """Compile what seals and rebuilds history, instead of when a step first needs it; nothing
+        on the CPU, and before the first seal of an online calibration."""
+        for group in self.groups:
+            self.sealer.warm_up(group)
+            self.attention.warm_up(group)
+
+    def observe(self, observer: CacheObserver) -> AbstractContextManager[None]:
+        """Tell `observer` what happens here while the inside of a `with` runs."""
+        return self._observers.joined(observer)
+
+    def concurrency(self, num_tokens: int) -> int:
+        """Sequences of `num_tokens` tokens that fit at once, all sealed that is due; prompts need a
+        little more until their last segment ends."""
+        return capacity.concurrency(self.format, self.groups, num_tokens)
 
     def fits_alone(
         self, num_tokens: int, *, num_prompt_tokens: int = 0, pinned_spans: Spans = ()
@@ -174,6 +189,8 @@ class SpectralKVCache:
             pinned=pinned_blocks(self.format, pinned_spans, num_prompt_tokens),
             resumed=resumed,
         )
+        if state is not None:
+            self._observers.added(seq_id, num_prompt_tokens)
         return None if state is None else state.num_tokens
 
     def num_tokens(self, seq_id: str) -> int:
@@ -216,6 +233,7 @@ class SpectralKVCache:
         self._sequences.remove(seq_id, forget=forget or state.error is not None)
         self._late.failed.pop(seq_id, None)  # another may take its name
         self._overdue.discard(seq_id)
+        self._observers.freed(seq_id)
 
     def reset_prefix_cache(self) -> int:
         """Forget every cached slot that nobody uses; returns how many."""
@@ -302,16 +320,7 @@ class SpectralKVCache:
             group.exact_table.commit()
             group.page_table.commit()
             self.counters.pages_attended += index.pages_attended * len(group.layers)
-
-    @contextmanager
-    def static_steps(self, steps: Sequence[GroupStep]) -> Iterator[None]:
-        """Let `attend` inside take its index tensors from `steps`, a group each, instead of the
-        step's own: what a CUDA graph captures and replays."""
-        self._replayed = steps
-        try:
-            yield
-        finally:
-            self._replayed = None
+        self._observers.planned(plan)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v of the step's tokens, then attend.
@@ -322,21 +331,16 @@ class SpectralKVCache:
         Returns:
             `[T, Hq, D]` in q's dtype.
         """
-        group, step = self._of_layer(layer, q, k, v)
+        steps = self.replayed or self._step_for("attend").steps
+        self._observers.storing(layer, k, v)
         with self.clock.section("attention"):
-            return self.attention.run(group, step, layer, q, k, v)
+            return self.attention.run(steps, layer, q, k, v)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
-        self.attention.append(*self._of_layer(layer, None, k, v), layer, k, v)
-
-    def _of_layer(
-        self, layer: int, q: Tensor | None, k: Tensor, v: Tensor
-    ) -> tuple[LayerGroup, GroupStep]:
-        index = self._group_of[layer]
-        step = (self._replayed or self._step_for("attend").steps)[index]
-        build.check_heads(q, k, v, len(step.append_units), self.num_q_heads, self.format)
-        return self.groups[index], step
+        steps = self.replayed or self._step_for("append").steps
+        self._observers.storing(layer, k, v)
+        self.attention.append(steps, layer, k, v)
 
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
@@ -364,7 +368,9 @@ class SpectralKVCache:
             self.counters.count_prefix(self._sequences[entry.seq_id])
             self._sequences.store(entry.seq_id, entry.num_new)
         self._seal_all(plan)
-        return self._take_report()
+        report = self._take_report()
+        self._observers.ended(plan, report)
+        return report
 
     def _seal_all(self, plan: StepPlan) -> None:
         seq_ids = {e.seq_id for e in plan.entries}
@@ -403,6 +409,7 @@ class SpectralKVCache:
                 states[seq_id].num_pages_sealed += len(group.layers)
                 self.counters.pages_sealed += len(group.layers)
                 self._late.blocks_sealed += 1
+                self._observers.sealed(seq_id, block, group.layers)
         for seq_id, state in states.items():
             if state.error is None:
                 visible = group.blocks_sealed(self._visible_next(seq_id))
@@ -426,18 +433,11 @@ class SpectralKVCache:
 
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
-        run = cache_stats.backends(
-            self.ops,
-            self.sealer.encoders,
-            self.format,
-            self.groups,
-            num_q_heads=self.num_q_heads,
-            softcap=self.softcap,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        ops, encoders, softcap = self.ops, self.sealer.encoders, self.attention.softcap
         return {
-            **run,
+            "format": self.format.name,
+            "fingerprint": self.format.fingerprint,
+            **cache_stats.backends(ops, encoders, self.groups, self.num_q_heads, softcap),
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(self.format, self.groups, self._sequences, self.counters),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.sequence_state import SequenceState
@@ -126,16 +124,14 @@ def cost_figures(
 def backends(
     ops: PageOps,
     encoders: Mapping[LayerGroup, Encoder],
-    format: PageFormat,
     groups: list[LayerGroup],
-    *,
     num_q_heads: int,
     softcap: float | None,
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> dict[str, object]:
-    """What runs: the format, and decode attention, attention of prompt chunks, sealing; all that do
-    where groups differ."""
+    """What runs decode attention, attention of prompt chunks and sealing; all that do where groups
+    differ."""
+    arena = groups[0].arena
+    format, dtype, device = arena.format, arena.dtype, arena.planes.device
     num_queries = num_q_heads // format.num_kv_heads
 
     def named(names: list[str]) -> str:
@@ -144,8 +140,6 @@ def backends(
     # an exact group reads pages of one kind alone, whatever else runs
     sealing = [g for g in groups if g.seals] or groups[:1]
     return {
-        "format": format.name,
-        "fingerprint": format.fingerprint,
         "backend": named(
             [
                 ops.backend(g.layout, num_queries, device, 2 * g.cos.shape[-1] or format.head_dim)

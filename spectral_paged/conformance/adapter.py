@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from spectral_paged.cache import CacheOptions, SpectralKVCache
+from spectral_paged.cache import CacheObserver, CacheOptions, PlanEntry, SpectralKVCache, StepPlan
 from spectral_paged.errors import ConformanceError
 from spectral_paged.pages import PageFormat
 
@@ -129,10 +129,11 @@ class Traffic:
     def step(self) -> bool:
         """One step; True where somebody got a token or failed."""
         self.evidence.steps += 1
-        with Calls(self.adapter.cache) as calls:
+        calls = Calls()
+        with self.adapter.cache.observe(calls):
             found = self.adapter.step()
         ended = {h for h, got in found.items() if isinstance(got, Exception)}
-        self.evidence.preemptions += sum(h in self._made and h not in ended for h in calls.freed)
+        self.evidence.preemptions += sum(h in self._made and h not in ended for h in calls.gone)
         for handle, num_tokens in calls.prompts.items():
             if num_tokens != self._prompts.get(handle, num_tokens):
                 raise ConformanceError(
@@ -178,36 +179,23 @@ class Traffic:
         self.evidence.prefix_hit_tokens = stats["prefix_hit_tokens"] + stats["resumed_hit_tokens"]
 
 
-class Calls:
-    """What a loop adds to the cache and frees inside.
+class Calls(CacheObserver):
+    """What a loop adds to the cache and frees while this is its observer.
 
     Attributes:
         prompts: `num_prompt_tokens` of each sequence that was added.
-        freed: the sequences that were freed, in order.
+        gone: the sequences that were freed, in order.
     """
 
-    def __init__(self, cache: SpectralKVCache) -> None:
-        self._cache = cache
+    def __init__(self) -> None:
         self.prompts: dict[str, int] = {}
-        self.freed: list[str] = []
+        self.gone: list[str] = []
 
-    def __enter__(self) -> Calls:
-        add, free = self._cache.add_sequence, self._cache.free
+    def added(self, seq_id: str, num_prompt_tokens: int) -> None:
+        self.prompts[seq_id] = num_prompt_tokens
 
-        def noted_add(seq_id: str, *, num_prompt_tokens: int, **options: Any) -> int | None:
-            self.prompts[seq_id] = num_prompt_tokens
-            return add(seq_id, num_prompt_tokens=num_prompt_tokens, **options)
-
-        def noted_free(seq_id: str, *, forget: bool = False) -> None:
-            free(seq_id, forget=forget)
-            self.freed.append(seq_id)
-
-        self._cache.add_sequence = noted_add  # type: ignore[method-assign]
-        self._cache.free = noted_free  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._cache.add_sequence, self._cache.free  # the class's own again
+    def freed(self, seq_id: str) -> None:
+        self.gone.append(seq_id)
 
 
 class Squatters:
@@ -235,30 +223,23 @@ class Squatters:
             self._cache.free(name)
 
 
-class Spoiled:
-    """Lets `attend` store NaN in one key of the sequence `victim`."""
+class Spoiled(CacheObserver):
+    """Writes NaN into one key of the sequence `victim`, of every layer, before it is stored."""
 
-    def __init__(self, cache: SpectralKVCache, *, position: int) -> None:
-        self._cache, self._position = cache, position
+    def __init__(self, *, position: int) -> None:
+        self._position = position
+        self._entries: tuple[PlanEntry, ...] = ()
         self.victim = ""
         self.done = False
 
-    def __enter__(self) -> Spoiled:
-        attend = self._cache.attend
+    def planned(self, plan: StepPlan) -> None:
+        self._entries = plan.entries
 
-        def spoiled(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            step, flat = self._cache.open_step, 0
-            for entry in step.plan.entries if step is not None else ():
-                place = self._position - entry.start
-                if entry.seq_id == self.victim and 0 <= place < entry.num_new:
-                    k = k.clone()
-                    k[flat + place] = float("nan")
-                    self.done = True
-                flat += entry.num_new
-            return attend(layer, q, k, v)
-
-        self._cache.attend = spoiled  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._cache.attend
+    def storing(self, layer: int, k: Tensor, v: Tensor) -> None:
+        flat = 0
+        for entry in self._entries:
+            place = self._position - entry.start
+            if entry.seq_id == self.victim and 0 <= place < entry.num_new:
+                k[flat + place] = float("nan")
+                self.done = True
+            flat += entry.num_new

@@ -214,7 +214,8 @@ class Conformance:
         """NaN in a key of one prompt fails that one by name; nobody finds what it stored."""
         prompts = self._prompts((700, 640, 90))
         traffic = Traffic(self.make(self._config()), NUM_TOKENS)
-        with Spoiled(traffic.adapter.cache, position=100) as spoiled:
+        spoiled = Spoiled(position=100)
+        with traffic.adapter.cache.observe(spoiled):
             spoiled.victim = traffic.start(prompts[0])
             for prompt in prompts[1:]:
                 traffic.start(prompt)

@@ -102,7 +102,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             chosen,
             gpu_memory_utilization=gpu_memory_utilization,
         )
-        more_room = f"raise kv_cache_bytes ({self._num_bytes} now)"
+        more_room = f"raise kv_cache_bytes ({self.kv_cache.num_bytes} now)"
         remedies = Remedies(
             tokens=f"{more_room}, take a smaller batch, or pass prefill_chunk_size to generate, "
             "which stores a prompt piece by piece and seals it meanwhile",
@@ -319,10 +319,6 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 f"{self.kv_cache.max_num_seqs}: make it with max_num_seqs={batch_size}"
             )
 
-    @property
-    def _num_bytes(self) -> int:
-        return sum(group.arena.planes.numel() for group in self.kv_cache.groups)
-
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: sealed tokens cannot be taken back."""
         raise InvalidRequestError(
@@ -385,6 +381,6 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     def __repr__(self) -> str:
         return (
             f"SpectralPagedCache({self.kv_cache.format.name!r}, {len(self._rows)} rows of "
-            f"{self._rows.num_columns} columns, {self._num_bytes} bytes"
+            f"{self._rows.num_columns} columns, {self.kv_cache.num_bytes} bytes"
             f"{', materialize=True' if self.materialize else ''})"
         )

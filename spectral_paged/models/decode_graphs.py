@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_paged.cache import DecodeBatch, DecodeRows, GroupStep, SpectralKVCache, StepIndex
+from spectral_paged.cache import DecodeRows, ReplayedSteps, SpectralKVCache, StepIndex
 from spectral_paged.sampling import PendingTokens
 
 NOWHERE = -1
@@ -112,27 +112,6 @@ def fill_inputs(
         rows[:, :count] = group.decode
 
 
-def steps_from_inputs(cache: SpectralKVCache, inputs: Tensor, max_blocks: int) -> list[GroupStep]:
-    """The decode step of each group that `inputs` hold when it runs; `DecodeInputs` of N sequences.
-
-    Args:
-        max_blocks: a bound on the page reads of a group.
-    """
-    steps = []
-    for group, part in zip(cache.groups, DecodeInputs.of(inputs).groups, strict=True):
-        rows = DecodeRows(*part)
-        decode = DecodeBatch.of(
-            group,
-            rows,
-            max_exact_pages=inputs.shape[1] * group.exact_table.width,
-            max_blocks=max_blocks if group.seals else 0,
-            format=cache.format,
-            ops=cache.ops,
-        )
-        steps.append(GroupStep(rows.append_unit, rows.append_offset, decode, None, ()))
-    return steps
-
-
 def known_tokens(ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
     """`ids`, and where `sources` is not negative that element of `sampled`; int64."""
     return torch.where(sources < 0, ids.long(), sampled[sources.clamp_min(0)])
@@ -155,7 +134,8 @@ class DecodeGraphs:
         self.forward = forward
         self.sizes = batch_sizes(cache.max_num_seqs)
         # rows start at a multiple of 128 bytes: kernels are compiled anew for other alignments
-        shape = DecodeInputs.num_rows(len(cache.groups)), -(-cache.max_num_seqs // 32) * 32
+        self.steps = ReplayedSteps(cache)
+        shape = DecodeInputs.num_rows(self.steps.num_groups), -(-cache.max_num_seqs // 32) * 32
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
         self._staging = [
             torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(STAGING)
@@ -177,8 +157,7 @@ class DecodeGraphs:
     ) -> Tensor:
         """Logits fp32 `[n, vocab]` of the cache's open step, a token a sequence; they hold until
         the next call."""
-        assert self.cache.open_step is not None
-        index = self.cache.open_step.index
+        index = self.steps.index
         total = max(group.num_blocks for group in index)
         size = next(size for size in self.sizes if size >= len(token_ids))
         graph = self.prepare(size, graph_capacity(total))
@@ -225,11 +204,10 @@ class DecodeGraphs:
         return graph
 
     def _step(self, size: int, max_blocks: int) -> None:
-        inputs = self._inputs[:, :size]
-        steps = steps_from_inputs(self.cache, inputs, max_blocks)
-        tokens = TokenRows(*DecodeInputs.of(inputs).tokens)
+        inputs = DecodeInputs.of(self._inputs[:, :size])
+        tokens = TokenRows(*inputs.tokens)
         ids = known_tokens(tokens.ids, tokens.sources, self._sampled)
-        with self.cache.static_steps(steps):
+        with self.steps.reading(inputs.groups, max_blocks):
             logits = self.forward(ids, tokens.positions.long())
         if self._logits is None:
             shape = self.cache.max_num_seqs, logits.shape[-1]

@@ -138,9 +138,7 @@ class ModelRunner:
         to `num_seqs`, for any number of pages that sequences of up to `num_tokens` tokens have; how
         many there are now. Others are captured when a step needs them; before an online
         calibration, so are those with pages."""
-        for group in self.cache.groups:
-            self.cache.sealer.warm_up(group)
-            self.cache.attention.warm_up(group)
+        self.cache.warm_up()
         if self.graphs is None:
             return 0
         format = self.cache.format

@@ -241,6 +241,7 @@ def test_decode_alone_runs_the_model_for_decode_steps_only(format):
     assert 2 < count < 40 and max(lengths[warm_up:]) <= count
     assert found.decode_rate > 0 and found.stats["most_running"] == count
     assert (found.stats["pages_sealed"] >= count * 2 * 2) == (format != "exact")
+    assert (found.stats["seal_backend"] == "copy") == (format != "exact")
 
 
 def test_the_suite_refuses_what_it_does_not_have(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
-from spectral_paged.cache import HISTORY_TOKENS, concurrency
+from spectral_paged.cache import HISTORY_TOKENS
 from spectral_paged.cache.index import Chunk, chunk_batches
 from spectral_paged.cache.sequence_slots import Run
 from spectral_paged.cli.commands import main
@@ -24,7 +24,7 @@ from support.tiny_model import random_prompts, tiny_format, tiny_llm
 def test_one_sequence_more_than_predicted_does_not_fit(num_tokens):
     llm = tiny_llm(kv_cache_bytes=2_000_000)
     cache = llm.cache
-    count = concurrency(cache.format, cache.groups, num_tokens)
+    count = cache.concurrency(num_tokens)
     for group in cache.groups:
         pages = cache.format.visible_blocks(num_tokens, 0)
         exact = -(-(num_tokens - pages * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
@@ -35,7 +35,7 @@ def test_one_sequence_more_than_predicted_does_not_fit(num_tokens):
 def test_as_many_as_predicted_decode_together():
     format = tiny_format()
     llm = tiny_llm(format, kv_cache_bytes=1_500_000, max_num_seqs=64)
-    count = concurrency(format, llm.cache.groups, 720)
+    count = llm.cache.concurrency(720)
     prompts = random_prompts([700] * count)
     llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)
     assert 1 < count < 64 and llm.stats()["preemptions"] == 0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
-from spectral_paged.cache import DecodeRows
+from spectral_paged.cache import DecodeRows, ReplayedSteps
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.models.decode_graphs import (
     NOWHERE,
@@ -19,7 +19,6 @@ from spectral_paged.models.decode_graphs import (
     graph_capacities,
     graph_capacity,
     known_tokens,
-    steps_from_inputs,
 )
 from spectral_paged.sampling import PendingTokens
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
@@ -68,22 +67,22 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
     want = tiny_llm(tiny_format(), exempt_layers=exempt).generate(prompts, params, use_tqdm=False)
     llm = tiny_llm(tiny_format(), exempt_layers=exempt)
     cache, runner = llm.cache, llm.engine.runner
-    eager, replayed = runner.forward, []
+    eager, replayed, steps = runner.forward, [], ReplayedSteps(cache)
 
     def by_static_inputs(plan, token_ids, logit_rows, pending=None):
         if not plan.is_decode or len(logit_rows) < len(token_ids):
             return eager(plan, token_ids, logit_rows, pending)
-        shape = DecodeInputs.num_rows(len(cache.groups)), 8
+        shape = DecodeInputs.num_rows(steps.num_groups), 8
         staging = torch.full(shape, 99, dtype=torch.int32)
         positions = [e.start for e in plan.entries]
-        fill_inputs(staging.numpy(), token_ids, positions, pending, cache.open_step.index)
-        steps = steps_from_inputs(cache, staging, 64)
-        tokens = TokenRows(*DecodeInputs.of(staging).tokens)
+        fill_inputs(staging.numpy(), token_ids, positions, pending, steps.index)
+        inputs = DecodeInputs.of(staging)
+        tokens = TokenRows(*inputs.tokens)
         sampled = torch.zeros(8, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
         ids = known_tokens(tokens.ids, tokens.sources, sampled)
-        with cache.static_steps(steps), torch.inference_mode():
+        with steps.reading(inputs.groups, 64), torch.inference_mode():
             replayed.append(len(token_ids))
             return runner._logits(ids, tokens.positions.long(), None).float()[: len(token_ids)]
 

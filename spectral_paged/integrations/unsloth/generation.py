@@ -302,7 +302,7 @@ class PatchedForward:
         with past.rows.step(dict.fromkeys(range(len(past.rows)), 1)):
             step = ServedStep(self.cache)
             if self.graphs is not None and self.graphs.is_ready:
-                logits = self.graphs.run(input_ids)
+                logits = self.graphs.run(input_ids, past.rows.num_tokens())
             elif self._is_fast:
                 with serving(step):
                     output = self._forward(

@@ -7,6 +7,7 @@ own (no lengths read back from the device), and are replayed after that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,14 +75,14 @@ class UnslothGraphs:
         """Whether the last `refresh` found that steps can be captured."""
         return self._graphs is not None
 
-    def run(self, input_ids: Tensor) -> Tensor:
-        """Logits fp32 `[B, 1, vocab]` of the cache's open step; input ids `[B, 1]`."""
-        assert self._graphs is not None and self.cache.open_step is not None
-        starts = [entry.start for entry in self.cache.open_step.plan.entries]
-        count, before = len(starts), self._graphs.num_graphs
+    def run(self, input_ids: Tensor, positions: Sequence[int]) -> Tensor:
+        """Logits fp32 `[B, 1, vocab]` of the cache's open step; input ids `[B, 1]`, one at each of
+        `positions`."""
+        assert self._graphs is not None
+        count, before = len(positions), self._graphs.num_graphs
         with torch.inference_mode():
             tokens = PendingTokens(input_ids.reshape(-1), {i: i for i in range(count)})
-            logits = self._graphs.run([0] * count, starts, tokens)
+            logits = self._graphs.run([0] * count, positions, tokens)
         if self._graphs.num_graphs != before:  # the first run casts adapters, and keeps the casts
             self._fingerprint = fingerprint(self.model, self.cache.max_model_len)
         return logits.clone().unsqueeze(1)  # the next replay writes over them

@@ -1,0 +1,66 @@
+"""ReplayedSteps: a cache's decode steps with their index in static tensors, as CUDA graphs read it.
+
+```
+index        begin_step found where the step's tokens go     host, one StepIndex a group
+             its DecodeRows are copied                       by the caller, into what was captured
+reading      attend takes them from there                    device, while a graph is captured
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from spectral_paged.cache.cache import SpectralKVCache
+from spectral_paged.cache.index import DecodeBatch, DecodeRows, GroupStep, StepIndex
+from spectral_paged.cache.layer_group import LayerGroup
+
+
+class ReplayedSteps:
+    """Decode steps of one cache whose index lies in static tensors."""
+
+    def __init__(self, cache: SpectralKVCache) -> None:
+        self._cache = cache
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups; each has an index of its own."""
+        return len(self._cache.groups)
+
+    @property
+    def index(self) -> Sequence[StepIndex]:
+        """Where the tokens of the open step go; one a group."""
+        assert self._cache.open_step is not None, "between begin_step and end_step"
+        return self._cache.open_step.index
+
+    @contextmanager
+    def reading(self, rows: Sequence[Tensor], max_blocks: int) -> Iterator[None]:
+        """Let `attend` inside read what `rows` hold when it runs, instead of the open step's index.
+
+        Args:
+            rows: `DecodeRows` of each group, int32 `[7, N]`.
+            max_blocks: a bound on the page table entries that a group reads.
+        """
+        self._cache.replayed = [
+            self._step(group, part, max_blocks)
+            for group, part in zip(self._cache.groups, rows, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self._cache.replayed = None
+
+    def _step(self, group: LayerGroup, rows: Tensor, max_blocks: int) -> GroupStep:
+        columns = DecodeRows(*rows)
+        decode = DecodeBatch.of(
+            group,
+            columns,
+            max_exact_pages=rows.shape[1] * group.exact_table.width,
+            max_blocks=max_blocks if group.seals else 0,
+            format=self._cache.format,
+            ops=self._cache.ops,
+        )
+        return GroupStep(columns.append_unit, columns.append_offset, decode, None, ())
