@@ -15,7 +15,6 @@ from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.scores import check_softcap
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
-from spectral_paged.pages import PageFormat
 
 
 class PagedAttention:
@@ -56,13 +55,8 @@ class PagedAttention:
         self.softcap = softcap
         self.dtype = groups[0].arena.dtype
 
-    @property
-    def format(self) -> PageFormat:
-        """The page format; an online calibration changes its fingerprint."""
-        return self.basis.format
-
     def _check(self, step: GroupStep, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
-        format, num_tokens = self.format, len(step.append_units)
+        format, num_tokens = self.basis.format, len(step.append_units)
         expected = (num_tokens, format.num_kv_heads, format.head_dim)
         queries = (num_tokens, self.num_q_heads, format.head_dim)
         if k.shape != expected or v.shape != expected or (q is not None and q.shape != queries):
@@ -81,7 +75,7 @@ class PagedAttention:
                 group.plane(layer),
                 group.page_table.device[0, :1],
                 layout=group.layout,
-                first_position=self.format.num_landmark_tokens,
+                first_position=self.basis.format.num_landmark_tokens,
                 cos=group.cos,
                 sin=group.sin,
                 dtype=self.dtype,
@@ -163,11 +157,11 @@ class PagedAttention:
             batch.exact,
             batch.page_table if batch.has_pages else None,
             batch.blocks,
-            num_kv_heads=self.format.num_kv_heads,
+            num_kv_heads=self.basis.format.num_kv_heads,
             scale=self.scale,
             dtype=self.dtype,
             layout=group.layout if batch.has_pages else None,
-            first_position=self.format.num_landmark_tokens,
+            first_position=self.basis.format.num_landmark_tokens,
             cos=group.cos,
             sin=group.sin,
             softcap=self.softcap,
@@ -181,7 +175,7 @@ class PagedAttention:
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""
-        heads, dim = self.format.num_kv_heads, self.format.head_dim
+        heads, dim = self.basis.format.num_kv_heads, self.basis.format.head_dim
         keys, values = (
             plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)
             for _ in range(2)
@@ -196,7 +190,7 @@ class PagedAttention:
                 if not run.sealed:
                     exact_gather(plane, entries, run.num_tokens, heads, dim, self.dtype, out=out)
                     continue
-                first = self.format.num_landmark_tokens + run.start * BLOCK_TOKENS
+                first = self.basis.format.num_landmark_tokens + run.start * BLOCK_TOKENS
                 self.ops.spectral_rebuild(
                     plane,
                     entries,

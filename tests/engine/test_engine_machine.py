@@ -222,14 +222,14 @@ def spoil_a_token(monkeypatch):
     """A single token's K is stored wrong."""
     from spectral_paged.cache.attention import PagedAttention
 
-    append = PagedAttention.append
+    append = PagedAttention._append
 
     def changing(self, group, step, layer, k, v):
         if layer == 1 and len(k) > 7:
             k[7, 0, 2] += 1
         return append(self, group, step, layer, k, v)
 
-    monkeypatch.setattr(PagedAttention, "append", changing)
+    monkeypatch.setattr(PagedAttention, "_append", changing)
 
 
 @pytest.mark.parametrize("spoil", [spoil_a_link, spoil_the_salt, spoil_a_page, spoil_a_token])
