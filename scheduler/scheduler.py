@@ -85,13 +85,15 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def adopt(self, request: Request) -> bool:
-        """Run a request whose sequence the cache holds already (a fork); False: no seat."""
-        if len(self.running) >= self.config.max_num_seqs:
-            return False
+    @property
+    def has_seat(self) -> bool:
+        """Whether one more request may run."""
+        return len(self.running) < self.config.max_num_seqs
+
+    def adopt(self, request: Request) -> None:
+        """Run a request whose sequence the cache holds already (a fork), in a seat that is free."""
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        return True
 
     def requeue(self, request: Request) -> None:
         """Let a request wait at the head of the queue."""
@@ -172,7 +174,7 @@ class Scheduler:
                 output.new_tokens[request.request_id] = num_new
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
-        while self.waiting and len(self.running) < self.config.max_num_seqs and budget.tokens:
+        while self.waiting and self.has_seat and budget.tokens:
             request = self.waiting[0]
             if request.num_pending:
                 return  # preempted while its token was on its way

@@ -8,9 +8,6 @@ from __future__ import annotations
 from spectral_paged.cache.cache import (
     SpectralKVCache,
 )
-from spectral_paged.cache.capacity import (
-    Need,
-)
 from spectral_paged.cache.encoder import (
     Encoder,
     replace_encoders,
@@ -22,9 +19,6 @@ from spectral_paged.cache.index import (
     HISTORY_TOKENS,
     DecodeRows,
     StepIndex,
-)
-from spectral_paged.cache.layer_spec import (
-    seals_behind,
 )
 from spectral_paged.cache.observer import (
     CacheObserver,
@@ -46,6 +40,12 @@ from spectral_paged.cache.plan import (
 from spectral_paged.cache.replay import (
     ReplayedSteps,
 )
+from spectral_paged.cache.retention import (
+    retention_of,
+)
+from spectral_paged.cache.visibility import (
+    Visibility,
+)
 
 __all__ = [
     "CacheObserver",
@@ -54,7 +54,6 @@ __all__ = [
     "DecodeRows",
     "Encoder",
     "HISTORY_TOKENS",
-    "Need",
     "PlanEntry",
     "ReplayedSteps",
     "Spans",
@@ -62,9 +61,10 @@ __all__ = [
     "StepIndex",
     "StepPlan",
     "StepReport",
+    "Visibility",
     "pinned_blocks",
     "read_history",
     "replace_encoders",
-    "seals_behind",
+    "retention_of",
     "spans_of",
 ]

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from spectral_paged.cache.cache_basis import CacheBasis
-from spectral_paged.cache.capacity import Need, Share, divide, peak_exact_tokens
+from spectral_paged.cache.capacity import Share, divide
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.layer_spec import LayerSpec, seals_behind
+from spectral_paged.cache.layer_spec import LayerSpec
 from spectral_paged.cache.options import CacheOptions
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
+from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.ops import page_ops
-from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena
+from spectral_paged.rope import RotaryTable
 
 
 def check(
@@ -75,15 +77,14 @@ def _check_online(basis: CacheBasis, num_sealing: int) -> None:
 
 def _kinds(
     format: PageFormat, specs: Sequence[LayerSpec], exempt: Sequence[int]
-) -> dict[tuple[bool, LayerSpec], list[int]]:
+) -> dict[tuple[Retention, RotaryTable | None], list[int]]:
     """Layers of one kind, sealing ones first: the same window, and the same table where they
     seal."""
-    kinds: dict[tuple[bool, LayerSpec], list[int]] = {}
+    kinds: dict[tuple[Retention, RotaryTable | None], list[int]] = {}
     for layer, spec in enumerate(specs):
-        seals = layer not in exempt and seals_behind(format, spec.window)
-        kind = seals, spec if seals else LayerSpec(None, spec.window)
-        kinds.setdefault(kind, []).append(layer)
-    return dict(sorted(kinds.items(), key=lambda item: not item[0][0]))
+        kept = retention_of(format, spec.window, exempt=layer in exempt)
+        kinds.setdefault((kept, spec.rope if kept.seals else None), []).append(layer)
+    return dict(sorted(kinds.items(), key=lambda item: not item[0][0].seals))
 
 
 def build_groups(
@@ -108,43 +109,36 @@ def build_groups(
     format, max_model_len = basis.format, options.max_model_len
     assert options.kv_cache_bytes is not None and max_model_len is not None
     kinds = _kinds(format, specs, options.exempt_layers)
-    _check_online(basis, sum(seals for seals, _ in kinds))
+    _check_online(basis, sum(retention.seals for retention, _ in kinds))
     shares = divide(
         format,
-        [Share(len(layers), seals, spec.window) for (seals, spec), layers in kinds.items()],
+        [Share(len(layers), retention) for (retention, _), layers in kinds.items()],
         options.kv_cache_bytes,
         itemsize=dtype.itemsize,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
     )
     groups = []
-    for ((seals, spec), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
+    for ((retention, rope), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
         arena = Arena(
             format,
             num_layers=len(layers),
             dtype=dtype,
             device=device,
             budget_bytes=budget_bytes,
-            exact_only=not seals,
+            exact_only=not retention.seals,
             debug_poison=options.debug_poison,
         )
-        longest = max_model_len
-        if seals:
-            pinned = MAX_PINNED_BLOCKS * BLOCK_TOKENS
-            longest = min(longest, peak_exact_tokens(format, max_model_len) + pinned)
-            max_exact_pages = -(-longest // EXACT_PAGE_TOKENS)
-        else:
-            need = Need.at_peak(format, longest, seals=False, window=spec.window)
-            max_exact_pages = need.num_exact
+        most = retention.at_peak(max_model_len, pinned=tuple(range(MAX_PINNED_BLOCKS)))
         groups.append(
             LayerGroup(
                 layers,
                 arena,
-                spec,
-                seals=seals,
+                retention,
+                rope,
                 max_rows=options.max_num_seqs,
-                max_exact_pages=max_exact_pages + 1,
-                max_pages=-(-max_model_len // BLOCK_TOKENS) if seals else 0,
+                max_exact_pages=most.num_exact + 1,
+                max_pages=retention.num_sealed(-(-max_model_len // BLOCK_TOKENS)),
             )
         )
     return groups

@@ -24,17 +24,17 @@ from spectral_paged.cache import build, capacity, stats as cache_stats
 from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
-from spectral_paged.cache.layer_group import LayerGroup, reserve_slots
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
 from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.options import CacheOptions, CacheOptionsDict
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
 from spectral_paged.cache.seal_schedule import blocks_to_seal
-from spectral_paged.cache.sealer import Sealer
-from spectral_paged.cache.sequences import SequenceTable
+from spectral_paged.cache.sealer import Failures, Sealer
+from spectral_paged.cache.sequences import SequenceState, SequenceTable
+from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
-from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
+from spectral_paged.errors import CapacityError, PoolError
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.pages import PageFormat
 
@@ -101,7 +101,6 @@ class SpectralKVCache:
         self.open_step: OpenStep | None = None
         self.replayed: Sequence[GroupStep] | None = None
         self._late = StepReport()  # what no `end_step` has reported yet
-        self._overdue: set[str] = set()  # sequences of a step whose sealing raised
         self.groups = build.build_groups(
             self._basis, self.layers, chosen, dtype=dtype, device=self.device
         )
@@ -110,11 +109,17 @@ class SpectralKVCache:
             self.groups, self._basis, self.ops, num_q_heads, scale=scale, softcap=softcap
         )
         self._observers = Observers()
+        self.visibility = Visibility.of(self.format)
         self._sequences = SequenceTable(
-            self.groups, self.max_num_seqs, prefix_caching=self.prefix_caching
+            self.groups,
+            self._basis,
+            self.visibility,
+            self.max_num_seqs,
+            prefix_caching=self.prefix_caching,
         )
+        self._sealing = [place for place, group in enumerate(self.groups) if group.seals]
         self._slides = any(group.window is not None for group in self.groups)
-        self.max_sequence_tokens = capacity.longest_sequence(format, self.groups, longest)
+        self.max_sequence_tokens = capacity.longest_sequence(self.groups, longest)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
     @property
@@ -141,7 +146,7 @@ class SpectralKVCache:
     def concurrency(self, num_tokens: int) -> int:
         """Sequences of `num_tokens` tokens that fit at once, all sealed that is due; prompts need a
         little more until their last segment ends."""
-        return capacity.concurrency(self.format, self.groups, num_tokens)
+        return capacity.concurrency(self.groups, num_tokens)
 
     def fits_alone(
         self, num_tokens: int, *, num_prompt_tokens: int = 0, pinned_spans: Spans = ()
@@ -152,7 +157,7 @@ class SpectralKVCache:
             InvalidRequestError: a pinned span outside the prompt, or too many blocks pinned.
         """
         pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
-        return capacity.fits_alone(self.format, self.groups, num_tokens, pinned)
+        return capacity.fits_alone(self.groups, num_tokens, pinned)
 
     # ---- sequences -----------------------------------------------------------------------
 
@@ -181,7 +186,6 @@ class SpectralKVCache:
             Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.
         """
         state = self._sequences.add(
-            self.format,
             seq_id,
             num_prompt_tokens=num_prompt_tokens,
             token_ids=token_ids,
@@ -195,10 +199,10 @@ class SpectralKVCache:
 
     def num_tokens(self, seq_id: str) -> int:
         """Tokens stored of a sequence."""
-        return self._sequences[seq_id].num_tokens
+        return self._sequences.by_id[seq_id].num_tokens
 
     def __contains__(self, seq_id: str) -> bool:
-        return seq_id in self._sequences
+        return seq_id in self._sequences.by_id
 
     def fork(
         self,
@@ -212,13 +216,11 @@ class SpectralKVCache:
 
         With the child's own `token_ids`, its later spans can be found as prefixes.
         """
-        done = self._sequences.fork(
-            self.format, parent_id, child_id, token_ids=token_ids, cache_salt=cache_salt
-        )
-        if done:
-            self.sealer.forked(parent_id, child_id)
-            self._overdue |= {child_id} if parent_id in self._overdue else set()
-        return done
+        parent = self._sequences.by_id[parent_id]
+        child = self._sequences.fork(parent, child_id, token_ids=token_ids, cache_salt=cache_salt)
+        if child is not None:
+            self.sealer.forked(parent, child)
+        return child is not None
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
         """Release a sequence. Published slots stay findable until they are evicted.
@@ -227,12 +229,11 @@ class SpectralKVCache:
         """
         state = self._sequences.held(seq_id, ": double free")
         # what is not to be trusted must not be found by others
-        self._note(self.sealer.failures(lambda check: seq_id in check.seq_ids))
+        self._note(self.sealer.failures_with(state))
         if state.ran:
-            self.counters.count_freed(self.format, self.groups, seq_id, state.num_tokens)
-        self._sequences.remove(seq_id, forget=forget or state.error is not None)
+            self.counters.count_freed(self.groups, state)
+        self._sequences.remove(state, forget=forget or state.error is not None)
         self._late.failed.pop(seq_id, None)  # another may take its name
-        self._overdue.discard(seq_id)
         self._observers.freed(seq_id)
 
     def reset_prefix_cache(self) -> int:
@@ -244,15 +245,16 @@ class SpectralKVCache:
     def chunk_limit(self, seq_id: str) -> int:
         """Most tokens of a sequence that one step may compute: queries of a step share one view,
         and windows slide between steps."""
-        state = self._sequences[seq_id]
-        end = self.format.chunk_end(state.num_tokens, state.num_prompt_tokens)
-        segment = self.format.prefill_segment if self._slides else 0  # 0: none, the step is one
+        state = self._sequences.by_id[seq_id]
+        end = self.visibility.chunk_end(state.num_tokens, state.num_prompt_tokens)
+        segment = self.visibility.segment if self._slides else 0  # 0: none, the step is one
         return min(end - state.num_tokens, segment or end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """Blocks that become due for sealing when `num_new` more tokens are stored."""
-        visible = self._visible_next(seq_id, num_new)
-        return max(len(group.due(seq_id, visible)) for group in self.groups)
+        state = self._sequences.by_id[seq_id]
+        visible = self._visible_next(state, num_new)
+        return max(len(slots.due(visible)) for slots in state.slots)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
         """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
@@ -276,7 +278,7 @@ class SpectralKVCache:
                 f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
                 f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
             )
-        return reserve_slots(self.groups, seq_id, total, self._visible_next(seq_id, num_new))
+        return state.reserve(total, self._visible_next(state, num_new))
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
         """Reserve a whole step; None (and nothing held) when it does not fit now.
@@ -298,27 +300,24 @@ class SpectralKVCache:
 
     def cancel_reservation(self, seq_id: str) -> None:
         """Give back slots reserved for tokens that no step stored."""
-        state = self._sequences[seq_id]
-        for group in self.groups:
-            group.cancel(seq_id, state.num_tokens)
+        self._sequences.by_id[seq_id].cancel()
 
     def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
         """The step over sequences whose tokens are reserved already."""
-        return StepPlan(
-            tuple(PlanEntry(s, self._sequences[s].num_tokens, n) for s, n in new_tokens.items())
-        )
+        held = self._sequences.by_id
+        return StepPlan(tuple(PlanEntry(s, held[s].num_tokens, n) for s, n in new_tokens.items()))
 
     def begin_step(self, plan: StepPlan) -> None:
         """Look up where the step's tokens go and commit the tables."""
         if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
-        overdue = tuple(e for e in plan.entries if e.seq_id in self._overdue)
-        if overdue:  # its queries are to see pages
-            self._seal_all(StepPlan(overdue))
-        self.open_step = OpenStep(plan, self.groups, self.format, self.ops)
+        sequences = [self._sequences.by_id[entry.seq_id] for entry in plan.entries]
+        overdue = [state for state in sequences if state.overdue]
+        if overdue:  # their queries are to see pages
+            self._seal_all(overdue)
+        self.open_step = OpenStep(plan, sequences, self.groups, self.format, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
-            group.exact_table.commit()
-            group.page_table.commit()
+            group.commit()
             self.counters.pages_attended += index.pages_attended * len(group.layers)
         self._observers.planned(plan)
 
@@ -345,9 +344,9 @@ class SpectralKVCache:
     def abort_step(self) -> None:
         """Forget a step that failed before `end_step`; its tokens were never stored."""
         step, self.open_step = self.open_step, None
-        for entry in step.plan.entries if step is not None else ():
-            if entry.seq_id in self._sequences:
-                self.cancel_reservation(entry.seq_id)
+        for state in step.sequences if step is not None else ():
+            if not state.removed:
+                state.cancel()
 
     def _step_for(self, what: str) -> OpenStep:
         if self.open_step is None:
@@ -360,29 +359,31 @@ class SpectralKVCache:
         Sequences of the plan may have been freed since `begin_step`. Where a kernel seals, NaN and
         Inf are found while it runs, and reported by a later `end_step` (or by `settle`).
         """
-        entries = self._step_for("end_step").plan.entries
+        step = self._step_for("end_step")
         self.open_step = None
-        plan = StepPlan(tuple(e for e in entries if e.seq_id in self._sequences))
-        self._note(self.sealer.failures(lambda check: True))
-        for entry in plan.entries:
-            self.counters.count_prefix(self._sequences[entry.seq_id])
-            self._sequences.store(entry.seq_id, entry.num_new)
-        self._seal_all(plan)
+        self._note(self.sealer.failures())
+        pairs = zip(step.plan.entries, step.sequences, strict=True)
+        held = [(entry, state) for entry, state in pairs if not state.removed]
+        for entry, state in held:
+            self.counters.count_prefix(state)
+            state.store(entry.num_new)
+        self._seal_all([state for _, state in held])
         report = self._take_report()
-        self._observers.ended(plan, report)
+        self._observers.ended(StepPlan(tuple([entry for entry, _ in held])), report)
         return report
 
-    def _seal_all(self, plan: StepPlan) -> None:
-        seq_ids = {e.seq_id for e in plan.entries}
-        self._overdue |= seq_ids
+    def _seal_all(self, sequences: list[SequenceState]) -> None:
+        for state in sequences:
+            state.overdue = True
         with self.clock.section("seal"):
-            for group in self.groups:
-                self._seal(group, plan)
-        self._overdue -= seq_ids
+            for place in self._sealing:
+                self._seal(place, sequences)
+        for state in sequences:
+            state.overdue = False
 
     def settle(self) -> StepReport:
         """Wait for the checks of all that was sealed so far; what was not reported yet."""
-        self._note(self.sealer.failures(lambda check: True))
+        self._note(self.sealer.failures())
         return self._take_report()
 
     @property
@@ -394,39 +395,35 @@ class SpectralKVCache:
         report, self._late = self._late, StepReport()
         return report
 
-    def _note(self, failed: dict[str, NonFiniteError]) -> None:
-        for seq_id, error in failed.items():
-            if seq_id in self._sequences:
-                self._sequences[seq_id].error = self._late.failed[seq_id] = error
+    def _note(self, failed: Failures) -> None:
+        for state, error in failed.items():
+            if not state.removed:
+                state.error = self._late.failed[state.seq_id] = error
 
-    def _seal(self, group: LayerGroup, plan: StepPlan) -> None:
-        states = {e.seq_id: self._sequences[e.seq_id] for e in plan.entries}
-        blocks = blocks_to_seal(group, self.format, states)
-        self.sealer.seal(group, blocks)
-        self._note(self.sealer.failures(lambda check: False))
-        for seq_id, block in blocks:
-            if states[seq_id].error is None and group.note_encoded(seq_id, block):
-                states[seq_id].num_pages_sealed += len(group.layers)
+    def _seal(self, place: int, sequences: list[SequenceState]) -> None:
+        """Seal what is due after a step of these, in the group at `place`."""
+        group = self.groups[place]
+        due = blocks_to_seal(sequences, place, self.visibility)
+        self.sealer.seal(group, due)
+        self._note(self.sealer.known_failures())
+        for item in due:
+            if item.sequence.error is None and item.slots.note_encoded(item.block):
+                item.sequence.num_pages_sealed += len(group.layers)
                 self.counters.pages_sealed += len(group.layers)
-                self._late.blocks_sealed += 1
-                self._observers.sealed(seq_id, block, group.layers)
-        for seq_id, state in states.items():
+                self._observers.sealed(item.sequence.seq_id, item.block, group.layers)
+        for state in sequences:
             if state.error is None:
-                visible = group.blocks_sealed(self._visible_next(seq_id))
-                group.publish_sealed(seq_id, state.chain, visible)
+                state.slots[place].publish_sealed(state.chain, self._visible_next(state))
 
-    def _visible_next(self, seq_id: str, num_new: int = 0) -> int:
+    def _visible_next(self, state: SequenceState, num_new: int = 0) -> int:
         """Blocks that the query after `num_new` more tokens sees as pages."""
-        state = self._sequences[seq_id]
-        return self.format.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
+        return self.visibility.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
 
     # ---- figures -------------------------------------------------------------------------
 
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
         """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
-        return cache_stats.sequence_figures(
-            self.format, self.groups, seq_id, self._sequences[seq_id]
-        )
+        return cache_stats.sequence_figures(self.groups, self._sequences.by_id[seq_id])
 
     def stats(self) -> dict[str, object]:
         """Plain figures; `compression_ratio` is against 2 bytes an element, all bytes counted.
@@ -440,7 +437,7 @@ class SpectralKVCache:
             **cache_stats.backends(ops, encoders, self.groups, self.num_q_heads, softcap),
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
-            **cache_stats.cost_figures(self.format, self.groups, self._sequences, self.counters),
+            **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),
             "seal_seconds": self.sealer.timer.seconds,
         }
 

@@ -2,86 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.sequence_slots import GroupSlots, first_seen_page
+from spectral_paged.cache.retention import Retention
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.slot_pool import SlotKind
 
-
-def peak_exact_tokens(format: PageFormat, num_tokens: int) -> int:
-    """Most tokens a sequence of `num_tokens` ever holds in exact pages of a spectral group."""
-    if not format.prefill_segment:  # all of them may come in one step
-        return num_tokens
-    window = format.num_landmark_tokens + BLOCK_TOKENS + format.hot_tokens + format.prefill_segment
-    return min(num_tokens, window)
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What sequences hold in a layer: exact pages and pages."""
-
-    num_exact: int
-    num_pages: int
-
-    @classmethod
-    def at_peak(
-        cls,
-        format: PageFormat,
-        num_tokens: int,
-        *,
-        seals: bool,
-        window: int | None,
-        pinned: tuple[int, ...] = (),
-    ) -> Need:
-        """The most that a sequence holds until it has `num_tokens`; blocks `pinned` (ascending)
-        are exact pages from first to last.
-
-        A step stores at most a segment in front of a window before what left it is given back:
-        everything, where each step is a segment.
-        """
-        segment = format.prefill_segment or num_tokens
-        span = None if window is None else window + segment
-        if not seals:
-            exact = -(-num_tokens // EXACT_PAGE_TOKENS)
-            ends = 2 * EXACT_PAGE_TOKENS - 3  # of the span, in pages that it has a part of
-            return cls(exact if span is None else min(exact, (span + ends) // EXACT_PAGE_TOKENS), 0)
-        held = len(pinned) * BLOCK_TOKENS
-        exact = min(num_tokens, peak_exact_tokens(format, num_tokens) + held)
-        visible = format.visible_blocks(num_tokens, 0)
-        pages = visible - bisect_left(pinned, visible)
-        if span is not None:
-            pages = min(pages, span // BLOCK_TOKENS + 2)
-        return cls(-(-exact // EXACT_PAGE_TOKENS), pages)
-
-    @classmethod
-    def while_generating(
-        cls,
-        format: PageFormat,
-        num_tokens: int,
-        *,
-        seals: bool,
-        window: int | None,
-        num_prompt_tokens: int = 0,
-    ) -> Need:
-        """What a sequence of `num_tokens` holds, all sealed that is due."""
-        landmarks = format.num_landmark_tokens // EXACT_PAGE_TOKENS
-        slots = GroupSlots(0, landmarks)
-        slots.first_page = first_seen_page(
-            num_tokens, window=window, num_landmark_pages=landmarks, seals=seals
-        )
-        if seals:
-            slots.num_sealed = format.visible_blocks(num_tokens, num_prompt_tokens)
-        return cls(slots.num_exact(num_tokens), slots.num_sealed_pages)
-
-    def num_bytes(self, format: PageFormat, itemsize: int) -> int:
-        """Bytes of a layer, with `itemsize`-byte elements of exact pages."""
-        exact = self.num_exact * format.exact_page_bytes(itemsize)
-        return exact + self.num_pages * format.page_bytes
+SLOT_TOKENS = {SlotKind.EXACT: EXACT_PAGE_TOKENS, SlotKind.PAGE: BLOCK_TOKENS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +20,7 @@ class Share:
     """A group that wants a part of the memory."""
 
     num_layers: int
-    seals: bool
-    window: int | None
+    retention: Retention
 
 
 def divide(
@@ -110,33 +40,29 @@ def divide(
     divided so that `max_num_seqs` sequences of one length fill it.
     """
 
+    slot_bytes = {
+        SlotKind.EXACT: format.exact_page_bytes(itemsize),
+        SlotKind.PAGE: format.page_bytes,
+    }
+
     def cost(share: Share, num_tokens: int) -> int:
-        need = Need.while_generating(format, num_tokens, seals=share.seals, window=share.window)
+        need = share.retention.while_generating(num_tokens)
         return share.num_layers * need.num_bytes(format, itemsize)
 
-    if all(share.window is None for share in shares):
+    def most(share: Share) -> int:
+        need = share.retention.at_peak(max_model_len)
+        spare = 3 * max(slot_bytes.values())  # slabs are whole
+        return share.num_layers * (need.num_bytes(format, itemsize) + spare)
+
+    if all(share.retention.window is None for share in shares):
         first = [0] * len(shares)
+        kinds = [share.retention.bulk for share in shares]
         parts = [
-            share.num_layers
-            * (
-                format.page_bytes / BLOCK_TOKENS
-                if share.seals
-                else format.exact_page_bytes(itemsize) / EXACT_PAGE_TOKENS
-            )
-            for share in shares
+            share.num_layers * (slot_bytes[kind] / SLOT_TOKENS[kind])
+            for share, kind in zip(shares, kinds, strict=True)
         ]
     else:
-        spare = 3 * max(format.page_bytes, format.exact_page_bytes(itemsize))  # slabs are whole
-        first = [
-            share.num_layers
-            * (
-                Need.at_peak(
-                    format, max_model_len, seals=share.seals, window=share.window
-                ).num_bytes(format, itemsize)
-                + spare
-            )
-            for share in shares
-        ]
+        first = [most(share) for share in shares]
         length = _largest(
             max_model_len,
             lambda n: max_num_seqs * sum(cost(s, n) for s in shares) <= num_bytes - sum(first),
@@ -150,24 +76,20 @@ def divide(
     ]
 
 
-def slabs_for(
-    format: PageFormat, group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()
-) -> int:
+def slabs_for(group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()) -> int:
     """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
-    need = Need.at_peak(format, num_tokens, seals=group.seals, window=group.window, pinned=pinned)
+    need = group.retention.at_peak(num_tokens, pinned)
     return group.arena.slots.slabs_needed(need.num_exact, need.num_pages)
 
 
-def fits_alone(
-    format: PageFormat, groups: list[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()
-) -> bool:
+def fits_alone(groups: Sequence[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
-    return all(slabs_for(format, g, num_tokens, pinned) <= g.arena.slots.num_slabs for g in groups)
+    return all(slabs_for(g, num_tokens, pinned) <= g.arena.slots.num_slabs for g in groups)
 
 
-def longest_sequence(format: PageFormat, groups: list[LayerGroup], max_model_len: int) -> int:
+def longest_sequence(groups: Sequence[LayerGroup], max_model_len: int) -> int:
     """Longest single sequence that fits, at most `max_model_len` tokens."""
-    return _largest(max_model_len, lambda tokens: fits_alone(format, groups, tokens))
+    return _largest(max_model_len, lambda tokens: fits_alone(groups, tokens))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -175,22 +97,18 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return bisect_right(range(1, most + 1), False, key=lambda number: not fits(number))
 
 
-def capacity_tokens(groups: list[LayerGroup]) -> int:
+def capacity_tokens(groups: Sequence[LayerGroup]) -> int:
     """Tokens of long sequences that the arenas hold (sealed; tails not counted); what layers with
     windows hold counts only where all layers have one."""
-    per_group = []
-    for group in [g for g in groups if g.window is None] or groups:
-        slots = group.arena.slots
-        kind, tokens = (
-            (SlotKind.PAGE, BLOCK_TOKENS) if group.seals else (SlotKind.EXACT, EXACT_PAGE_TOKENS)
-        )
-        per_group.append(slots.num_slabs * slots.slots_per_slab[kind] * tokens)
-    return min(per_group)
+
+    def of(group: LayerGroup) -> int:
+        slots, kind = group.arena.slots, group.retention.bulk
+        return slots.num_slabs * slots.slots_per_slab[kind] * SLOT_TOKENS[kind]
+
+    return min(of(group) for group in [g for g in groups if g.window is None] or groups)
 
 
-def concurrency(
-    format: PageFormat, groups: list[LayerGroup], num_tokens: int, num_prompt_tokens: int = 0
-) -> int:
+def concurrency(groups: Sequence[LayerGroup], num_tokens: int, num_prompt_tokens: int = 0) -> int:
     """Sequences of `num_tokens` tokens that the arenas hold at once, all sealed that is due.
 
     A little more is needed while prompts come in: their last segment is exact until it ends.
@@ -198,13 +116,7 @@ def concurrency(
 
     def of(group: LayerGroup) -> int:
         slots = group.arena.slots
-        need = Need.while_generating(
-            format,
-            num_tokens,
-            seals=group.seals,
-            window=group.window,
-            num_prompt_tokens=num_prompt_tokens,
-        )
+        need = group.retention.while_generating(num_tokens, num_prompt_tokens)
         return _largest(
             slots.num_slabs * max(slots.slots_per_slab.values()),
             lambda count: (

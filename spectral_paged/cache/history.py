@@ -20,10 +20,11 @@ def read_history(cache: SpectralKVCache, layer: int) -> list[tuple[Tensor, Tenso
     """
     if cache.open_step is None:
         raise PoolError("read_history outside begin_step / end_step")
-    group = next(group for group in cache.groups if layer in group.layers)
+    place, group = next((i, g) for i, g in enumerate(cache.groups) if layer in g.layers)
     chunks, flat = [], 0
-    for entry in cache.open_step.plan.entries:
-        slots = group.sequences[entry.seq_id]
+    step = cache.open_step
+    for entry, state in zip(step.plan.entries, step.sequences, strict=True):
+        slots = state.slots[place]
         runs = slots.runs(entry.start + entry.num_new)  # by position, unlike those of attention
         chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
         flat += entry.num_new

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.plan import StepPlan
-from spectral_paged.cache.sequence_slots import Run
+from spectral_paged.cache.sequence_slots import SequenceSlots
+from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.ops import PageOps
@@ -40,7 +42,7 @@ class Chunk:
     flat_start: int
     num_new: int
     row: int
-    runs: tuple[Run, ...]  # its keys, behind each other
+    runs: tuple[TokenRun, ...]  # its keys, behind each other
 
     @property
     def num_keys(self) -> int:
@@ -100,8 +102,8 @@ class StepIndex:
     pages_attended: int
 
     @classmethod
-    def of(cls, group: LayerGroup, plan: StepPlan) -> StepIndex:
-        """Look up where the plan's tokens go in the group's tables."""
+    def of(cls, group: LayerGroup, plan: StepPlan, held: Sequence[SequenceSlots]) -> StepIndex:
+        """Look up where the plan's tokens go in the group's tables; `held` by its sequences."""
         table, window = group.exact_table.host.numpy(), group.window
         tokens: list[int] = []
         chunks: list[Chunk] = []
@@ -109,8 +111,7 @@ class StepIndex:
         columns: DecodeRows[list[int]] = DecodeRows([], [], [], [], [], [], [])
         units, offsets, table_rows, exact, blocks, first_exact, first_visible = columns
         flat = num_pages = visible = hidden = 0
-        for entry in plan.entries:
-            slots = group.sequences[entry.seq_id]
+        for entry, slots in zip(plan.entries, held, strict=True):
             first = entry.start - slots.tail_start  # its place in what exact pages hold
             if entry.num_new == 1:
                 if window is not None:
@@ -130,7 +131,7 @@ class StepIndex:
                 inside = np.arange(first, first + entry.num_new)
                 units_of = table[slots.row, inside // EXACT_PAGE_TOKENS]
                 places.append(np.stack((units_of, inside % EXACT_PAGE_TOKENS)))
-                runs = group.runs(entry.seq_id, entry.start + entry.num_new)
+                runs = slots.chunk_runs(entry.start + entry.num_new)
                 chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
             flat += entry.num_new
         decode = np.array(columns, np.int32)
@@ -278,14 +279,24 @@ class OpenStep:
 
     Attributes:
         plan: what it computes.
+        sequences: of the plan's entries.
         index: where its tokens go, a group each.
     """
 
     def __init__(
-        self, plan: StepPlan, groups: Sequence[LayerGroup], format: PageFormat, ops: PageOps
+        self,
+        plan: StepPlan,
+        sequences: Sequence[SequenceState],
+        groups: Sequence[LayerGroup],
+        format: PageFormat,
+        ops: PageOps,
     ) -> None:
         self.plan = plan
-        self.index = [StepIndex.of(group, plan) for group in groups]
+        self.sequences = sequences
+        self.index = [
+            StepIndex.of(group, plan, [state.slots[place] for state in sequences])
+            for place, group in enumerate(groups)
+        ]
         self._args = groups, format, ops
         self._steps: list[GroupStep] | None = None
 

@@ -11,7 +11,6 @@ from spectral_paged.errors import FormatError
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
-EXACT_WINDOW = 1024  # tokens: a window up to here is a few pages, which sealing would not shrink
 Ropes = RotaryTable | Sequence[RotaryTable | None] | None
 Windows = int | Sequence[int | None] | None
 
@@ -23,12 +22,6 @@ class LayerSpec:
 
     rope: RotaryTable | None
     window: int | None = None
-
-
-def seals_behind(format: PageFormat, window: int | None) -> bool:
-    """Whether layers with `window` have their blocks sealed: those up to `EXACT_WINDOW` stay
-    exact pages."""
-    return format.seals and (window is None or window > EXACT_WINDOW)
 
 
 def layer_specs(

@@ -36,5 +36,4 @@ class StepPlan:
 class StepReport:
     """What `end_step` did. Sequences in `failed` hold NaN or Inf; free them."""
 
-    blocks_sealed: int = 0
     failed: dict[str, NonFiniteError] = field(default_factory=dict)

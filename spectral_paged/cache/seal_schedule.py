@@ -6,31 +6,44 @@ theirs in the same step; sealed there and then, that step would take many times 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.sequence_state import SequenceState
-from spectral_paged.pages import PageFormat
+from spectral_paged.cache.sequence_slots import SequenceSlots
+from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.cache.visibility import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class DueBlock:
+    """A block to seal: whose it is, and its slots in the group; a page slot is held for it."""
+
+    sequence: SequenceState
+    slots: SequenceSlots
+    block: int
 
 
 def blocks_to_seal(
-    group: LayerGroup, format: PageFormat, states: Mapping[str, SequenceState]
-) -> list[tuple[str, int]]:
-    """`(sequence, block)` pairs to seal after a step of these sequences; a page slot is held for
-    each. Sequences with an error are left out, and only while they generate do blocks go ahead."""
-    if not group.seals:
-        return []
-    due, waiting = [], []
-    for seq_id, state in states.items():
+    sequences: Iterable[SequenceState], place: int, visibility: Visibility
+) -> list[DueBlock]:
+    """Blocks to seal after a step of these sequences, in the group at `place` of their slots.
+    Sequences with an error are left out, and only while they generate do blocks go ahead."""
+    due: list[DueBlock] = []
+    complete: dict[str, DueBlock] = {}
+    waiting = []
+    for state in sequences:
         if state.error is not None:
             continue
-        visible = format.visible_blocks(state.num_tokens, state.num_prompt_tokens)
-        now = group.due(seq_id, visible)
-        due += [(seq_id, block) for block in now]
-        block = None if now else group.complete(seq_id, state.num_tokens)
+        slots = state.slots[place]
+        visible = visibility.visible_blocks(state.num_tokens, state.num_prompt_tokens)
+        now = slots.due(visible)
+        due += [DueBlock(state, slots, block) for block in now]
+        block = None if now else slots.complete(state.num_tokens)
         if block is not None and state.num_tokens >= state.num_prompt_tokens:
-            waiting.append((format.visible_from(block) - state.num_tokens, seq_id, block))
-    return due + [(s, b) for s, b in sealed_ahead(waiting) if group.reserve_page(s, b)]
+            complete[state.seq_id] = DueBlock(state, slots, block)
+            waiting.append((visibility.visible_from(block) - state.num_tokens, state.seq_id, block))
+    ahead = [complete[seq_id] for seq_id, _ in sealed_ahead(waiting)]
+    return due + [item for item in ahead if item.slots.reserve_page(item.block)]
 
 
 def sealed_ahead(waiting: Iterable[tuple[int, str, int]]) -> list[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,51 +10,53 @@ from torch import Tensor
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.encoder import BlockKind, Encoder, count_non_finite, encoder_of
 from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.seal_schedule import DueBlock
+from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.device import DeviceTimer, Download, upload
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+
+Failures = dict[SequenceState, NonFiniteError]
 
 
 class SealCheck:
     """Whether blocks that were sealed held NaN or Inf.
 
     Args:
-        blocks: (sequence, block) pairs.
+        due: the blocks.
         bad: int32 `[B, L, H, 2]`, elements of K and of V of each that are NaN or Inf.
         layers: the model layers that `bad` is of.
     """
 
-    def __init__(
-        self, blocks: Sequence[tuple[str, int]], bad: Tensor, layers: Sequence[int]
-    ) -> None:
-        self._blocks = [([seq_id], block) for seq_id, block in blocks]  # who holds it, which
+    def __init__(self, due: Sequence[DueBlock], bad: Tensor, layers: Sequence[int]) -> None:
+        self._blocks = [([item.sequence], item.block) for item in due]  # who holds it, which
         self._bad = Download(bad)
         self._layers = layers
-        self.seq_ids = {seq_id for seq_id, _ in blocks}
+        self.sequences = {item.sequence for item in due}
 
     @property
     def is_known(self) -> bool:
         """True where `failed` has nothing to wait for."""
         return self._bad.is_here
 
-    def failed(self) -> dict[str, NonFiniteError]:
+    def failed(self) -> Failures:
         """The first NaN or Inf of each sequence that has one; waits for the device."""
-        found: dict[str, NonFiniteError] = {}
+        found: Failures = {}
         for index, layer, head, side in self._bad.get()[0].nonzero().tolist():
             holders, block = self._blocks[index]
-            for seq_id in holders:
-                if seq_id not in found:
+            for sequence in holders:
+                if sequence not in found:
                     where = self._layers[layer], head, block
-                    found[seq_id] = _non_finite("KV"[side], seq_id, *where)
+                    found[sequence] = _non_finite("KV"[side], sequence.seq_id, *where)
         return found
 
-    def forked(self, parent_id: str, child_id: str) -> None:
-        """`child_id` holds what `parent_id` does: it is told too, whoever is freed meanwhile."""
+    def forked(self, parent: SequenceState, child: SequenceState) -> None:
+        """`child` holds what `parent` does: it is told too, whoever is freed meanwhile."""
         for holders, _ in self._blocks:
-            if parent_id in holders:
-                holders.append(child_id)
-                self.seq_ids.add(child_id)
+            if parent in holders:
+                holders.append(child)
+                self.sequences.add(child)
 
 
 class Sealer:
@@ -92,40 +94,51 @@ class Sealer:
         if group in self.encoders and not self.basis.is_waiting:
             self.encoders[group].warm_up(group.arena.planes)
 
-    def seal(self, group: LayerGroup, due: list[tuple[str, int]]) -> None:
-        """Write the pages of `due` (sequence, block) pairs; `failures` tells which are bad."""
+    def seal(self, group: LayerGroup, due: list[DueBlock]) -> None:
+        """Write the pages of `due` blocks; later calls of `failures` tell which are bad."""
         if due:
             with self.timer:
                 self._checks.append(self._encode(group, due))
 
-    def forked(self, parent_id: str, child_id: str) -> None:
-        """What is found in blocks of `parent_id` later is a failure of its copy too."""
+    def forked(self, parent: SequenceState, child: SequenceState) -> None:
+        """What is found in blocks of `parent` later is a failure of its copy too."""
         for check in self._checks:
-            check.forked(parent_id, child_id)
+            check.forked(parent, child)
 
-    def failures(self, wait_for: Callable[[SealCheck], bool]) -> dict[str, NonFiniteError]:
-        """Sequences found with NaN or Inf since the last call; checks that are not known yet are
-        waited for where `wait_for` says so, and kept otherwise."""
-        found: dict[str, NonFiniteError] = {}
+    def failures(self) -> Failures:
+        """Sequences found with NaN or Inf that no call has told yet; waits for all checks."""
+        return self._take(self._checks)
+
+    def failures_with(self, sequence: SequenceState) -> Failures:
+        """Those of `failures` that are known once the checks of `sequence` are; waits for these."""
+        return self._take([check for check in self._checks if sequence in check.sequences])
+
+    def known_failures(self) -> Failures:
+        """Those of `failures` that are known now."""
+        return self._take([])
+
+    def _take(self, waited: Sequence[SealCheck]) -> Failures:
+        """What known checks and those of `waited` have found; the others are kept."""
+        found: Failures = {}
         kept = []
         for check in self._checks:
-            if check.is_known or wait_for(check):
+            if check.is_known or check in waited:
                 found |= check.failed()
             else:
                 kept.append(check)
         self._checks = kept
         return found
 
-    def _encode(self, group: LayerGroup, due: list[tuple[str, int]]) -> SealCheck:
+    def _encode(self, group: LayerGroup, due: list[DueBlock]) -> SealCheck:
         planes = group.arena.planes
-        units = [group.block_units(seq_id, block) for seq_id, block in due]
+        units = [item.slots.block_units(item.block) for item in due]
         landmarks = self.basis.format.num_landmark_tokens
         exact, pages, first = (
             upload(x, torch.int32, planes.device)
             for x in (
                 [exact for exact, _ in units],
                 [page for _, page in units],
-                [landmarks + block * BLOCK_TOKENS for _, block in due],
+                [landmarks + item.block * BLOCK_TOKENS for item in due],
             )
         )
         bad = self._decide_basis(group, exact, first) if self.basis.is_waiting else None

@@ -1,15 +1,74 @@
-"""The sequences a cache holds: rows, prefix hits, and slots in every group."""
+"""The sequences a cache holds: a row of the block tables, tokens, and slots in every group."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.prefix_hit import longest_hit, prefix_chain
-from spectral_paged.cache.sequence_state import SequenceState
-from spectral_paged.errors import PoolError
-from spectral_paged.pages import PageFormat
+from spectral_paged.cache.sequence_slots import SequenceSlots
+from spectral_paged.cache.visibility import Visibility
+from spectral_paged.errors import NonFiniteError, PoolError
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One sequence. `slots` has an entry a group; `num_tokens` counts tokens whose K and V are
+    stored."""
+
+    seq_id: str
+    row: int
+    slots: list[SequenceSlots]
+    num_prompt_tokens: int
+    token_ids: Sequence[int] | None
+    chain: PrefixChain | None = None
+    num_tokens: int = 0
+    pinned: tuple[int, ...] = ()  # blocks that stay exact
+    num_cached_tokens: int = 0
+    num_pages_sealed: int = 0  # for this sequence: a fork's parent keeps its own count
+    resumed: bool = False
+    ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
+    removed: bool = False  # its id may be another's by now
+    overdue: bool = False  # the step that was to seal its blocks raised
+    error: NonFiniteError | None = None
+
+    def reserve(self, num_tokens: int, visible_blocks: int) -> bool:
+        """Hold, in every group, slots for `num_tokens` tokens and for the pages of `visible_blocks`
+        blocks, if need be in place of pages written ahead. False (and unchanged): not now."""
+        if self._hold(num_tokens, visible_blocks):
+            return True
+        dropped = [slots.drop_ahead() for slots in self.slots]
+        return any(dropped) and self._hold(num_tokens, visible_blocks)
+
+    def _hold(self, num_tokens: int, visible_blocks: int) -> bool:
+        before = [(len(slots.exact), len(slots.pages)) for slots in self.slots]
+        for done, slots in enumerate(self.slots):
+            if not slots.hold(num_tokens, visible_blocks):
+                for earlier, counts in zip(self.slots[:done], before[:done], strict=True):
+                    earlier.shrink(*counts)
+                return False
+        return True
+
+    def cancel(self) -> None:
+        """Give back what was reserved for tokens that no step stored."""
+        for slots in self.slots:
+            slots.cancel(self.num_tokens)
+
+    def store(self, num_new: int) -> None:
+        """Count `num_new` more tokens as stored, let full exact pages be found, and give back what
+        has left a window."""
+        self.num_tokens += num_new
+        self.ran = True
+        if self.chain is not None and self.token_ids is not None:
+            known = min(self.num_tokens, len(self.token_ids))
+            self.chain.extend(self.token_ids, known)
+            for slots in self.slots:
+                slots.publish_exact(self.chain, known)
+        for slots in self.slots:
+            slots.slide(self.num_tokens)
 
 
 class SequenceTable:
@@ -17,33 +76,28 @@ class SequenceTable:
 
     Args:
         groups: the cache's layer groups.
+        basis: the cache's calibration and format: a prefix is found in the same format alone.
+        visibility: which blocks queries see as pages.
         max_num_seqs: rows.
         prefix_caching: False lets no sequence find another's slots.
     """
 
     def __init__(
-        self, groups: list[LayerGroup], max_num_seqs: int, *, prefix_caching: bool
+        self,
+        groups: list[LayerGroup],
+        basis: CacheBasis,
+        visibility: Visibility,
+        max_num_seqs: int,
+        *,
+        prefix_caching: bool,
     ) -> None:
+        self.by_id: dict[str, SequenceState] = {}
         self._groups = groups
+        self._basis = basis
+        self._visibility = visibility
         self._prefix_caching = prefix_caching
-        self._sequences: dict[str, SequenceState] = {}
         self._num_rows = max_num_seqs
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-
-    def __contains__(self, seq_id: str) -> bool:
-        return seq_id in self._sequences
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sequences)
-
-    def __getitem__(self, seq_id: str) -> SequenceState:
-        return self._sequences[seq_id]
-
-    def items(self) -> list[tuple[str, SequenceState]]:
-        return list(self._sequences.items())
 
     def held(self, seq_id: str, message: str) -> SequenceState:
         """The state of a sequence that must be there.
@@ -51,28 +105,17 @@ class SequenceTable:
         Raises:
             PoolError: it is not; `message` says what that means.
         """
-        state = self._sequences.get(seq_id)
+        state = self.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {seq_id!r} is not held{message}")
         return state
 
-    def _row(self, seq_id: str) -> int | None:
-        if seq_id in self._sequences:
-            raise PoolError(f"sequence {seq_id!r} is held already")
-        return self._free_rows.pop() if self._free_rows else None
-
-    def _chain(
-        self, format: PageFormat, state: SequenceState, cache_salt: str
-    ) -> PrefixChain | None:
-        if state.token_ids is None or not self._prefix_caching:
-            return None
-        return prefix_chain(
-            format, state.token_ids, state.num_prompt_tokens, cache_salt, state.pinned
-        )
+    def all(self) -> list[SequenceState]:
+        """Every sequence held now; another thread may free some while the list is read."""
+        return list(self.by_id.values())
 
     def add(
         self,
-        format: PageFormat,
         seq_id: str,
         *,
         num_prompt_tokens: int,
@@ -82,98 +125,97 @@ class SequenceTable:
         resumed: bool,
     ) -> SequenceState | None:
         """A new sequence with its prefix hit attached; None when every row is taken."""
-        row = self._row(seq_id)
+        row = self._take_row(seq_id)
         if row is None:
             return None
-        state = SequenceState(num_prompt_tokens, row, token_ids, pinned=pinned, resumed=resumed)
         try:
-            state.chain = self._chain(format, state, cache_salt)
-            for group in self._groups:
-                group.add(seq_id, row, pinned)
+            slots = [group.take_row(row, pinned) for group in self._groups]
+            state = SequenceState(
+                seq_id, row, slots, num_prompt_tokens, token_ids, pinned=pinned, resumed=resumed
+            )
+            state.chain = self._chain(state, cache_salt)
             if state.chain is not None:
-                num_hit, num_sealed = longest_hit(
-                    format, self._groups, state.chain, num_prompt_tokens, pinned
+                num_hit, visible = longest_hit(
+                    self._visibility, slots, state.chain, num_prompt_tokens
                 )
                 state.num_tokens = state.num_cached_tokens = num_hit
-                for group in self._groups:
-                    group.attach(seq_id, state.chain, num_hit, num_sealed)
+                for held in slots:
+                    held.attach(state.chain, num_hit, visible)
         except BaseException:
-            self._undo(seq_id, row)
+            self._free_row(row)
             raise
-        self._sequences[seq_id] = state
+        self.by_id[seq_id] = state
         return state
-
-    def _undo(self, seq_id: str, row: int) -> None:
-        """Give back what a sequence that cannot be had holds already."""
-        for group in self._groups:
-            if seq_id in group.sequences:
-                group.free(seq_id)
-        self._free_rows.append(row)
 
     def fork(
         self,
-        format: PageFormat,
-        parent_id: str,
+        parent: SequenceState,
         child_id: str,
         *,
         token_ids: Sequence[int] | None,
         cache_salt: str,
-    ) -> bool:
-        """A copy of `parent_id` that shares its full slots; False: not now."""
-        parent = self._sequences[parent_id]
-        row = self._row(child_id)
+    ) -> SequenceState | None:
+        """A copy of `parent` that shares its full slots; None: not now."""
+        row = self._take_row(child_id)
         if row is None:
-            return False
+            return None
         whole = False
         try:
-            whole = all(g.fork(parent_id, child_id, row, parent.num_tokens) for g in self._groups)
+            slots = [group.take_row(row, parent.pinned) for group in self._groups]
+            pairs = zip(slots, parent.slots, strict=True)
+            whole = all(held.share(others, parent.num_tokens) for held, others in pairs)
         finally:
             if not whole:  # not now, or something raised
-                self._undo(child_id, row)
+                self._free_row(row)
         if not whole:
-            return False
+            return None
         child = SequenceState(
-            parent.num_prompt_tokens,
+            child_id,
             row,
+            slots,
+            parent.num_prompt_tokens,
             token_ids,
             num_tokens=parent.num_tokens,
             num_cached_tokens=parent.num_tokens,
             pinned=parent.pinned,
+            overdue=parent.overdue,
             ran=True,  # it asked the prefix cache for nothing
         )
-        child.chain = self._chain(format, child, cache_salt)
-        self._sequences[child_id] = child
-        return True
+        child.chain = self._chain(child, cache_salt)
+        self.by_id[child_id] = child
+        return child
 
-    def store(self, seq_id: str, num_new: int) -> None:
-        """Count `num_new` more tokens as stored, let full exact pages be found, and give back what
-        has left a window."""
-        state = self._sequences[seq_id]
-        state.num_tokens += num_new
-        state.ran = True
-        if state.chain is not None and state.token_ids is not None:
-            known = min(state.num_tokens, len(state.token_ids))
-            state.chain.extend(state.token_ids, known)
-            for group in self._groups:
-                group.publish_exact(seq_id, state.chain, known)
-        for group in self._groups:
-            group.slide(seq_id, state.num_tokens)
-
-    def remove(self, seq_id: str, *, forget: bool) -> None:
+    def remove(self, state: SequenceState, *, forget: bool) -> None:
         """Release a sequence's slots and row; `forget` lets nobody find what it stored."""
-        state = self._sequences.pop(seq_id)
+        del self.by_id[state.seq_id]
+        state.removed = True
+        if forget:
+            for slots in state.slots:
+                slots.forget(state.chain)
+        self._free_row(state.row, state.chain)
+
+    def _take_row(self, seq_id: str) -> int | None:
+        if seq_id in self.by_id:
+            raise PoolError(f"sequence {seq_id!r} is held already")
+        return self._free_rows.pop() if self._free_rows else None
+
+    def _free_row(self, row: int, chain: PrefixChain | None = None) -> None:
+        """Give back a row and what a sequence, whole or not, holds in it."""
         for group in self._groups:
-            if forget:
-                group.forget(seq_id, state.chain)
-            group.free(seq_id, state.chain)
-        self._free_rows.append(state.row)
+            group.free_row(row, chain)
+        self._free_rows.append(row)
+
+    def _chain(self, state: SequenceState, cache_salt: str) -> PrefixChain | None:
+        if state.token_ids is None or not self._prefix_caching:
+            return None
+        return prefix_chain(
+            self._basis.format, state.token_ids, state.num_prompt_tokens, cache_salt, state.pinned
+        )
 
     def check_integrity(self) -> None:
         """Raise PoolError unless rows and groups agree with the sequences."""
-        rows = [state.row for state in self._sequences.values()]
+        rows = [state.row for state in self.by_id.values()]
         if sorted(rows + self._free_rows) != list(range(self._num_rows)):
             raise PoolError("a table row is lost or held twice")
-        for group in self._groups:
-            group.check_integrity()
-            if set(group.sequences) != set(self._sequences):
-                raise PoolError("a group and the cache hold different sequences")
+        for place, group in enumerate(self._groups):
+            group.check_integrity({name: s.slots[place] for name, s in self.by_id.items()})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.sequence_state import SequenceState
-from spectral_paged.cache.sequences import SequenceTable
+from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.kernels.ops import PageOps
-from spectral_paged.pages import PageFormat
 from spectral_paged.pool.slot_pool import SlotKind
 
 
@@ -44,43 +42,40 @@ class CacheCounters:
             self.prefix_query_tokens += min(asked, state.num_prompt_tokens)
             self.prefix_hit_tokens += min(found, state.num_prompt_tokens)
 
-    def count_freed(
-        self, format: PageFormat, groups: list[LayerGroup], seq_id: str, num_tokens: int
-    ) -> None:
-        """What a sequence of `num_tokens` held when it was freed."""
-        self.freed_tokens += num_tokens
-        self.freed_token_bytes += token_bytes(format, groups, num_tokens)
-        self.freed_held_bytes += held_bytes(groups, seq_id)
+    def count_freed(self, groups: Sequence[LayerGroup], state: SequenceState) -> None:
+        """What a sequence held when it was freed."""
+        self.freed_tokens += state.num_tokens
+        self.freed_token_bytes += token_bytes(groups, state.num_tokens)
+        self.freed_held_bytes += held_bytes(groups, state)
 
 
-def token_bytes(format: PageFormat, groups: list[LayerGroup], num_tokens: int) -> int:
+def token_bytes(groups: Sequence[LayerGroup], num_tokens: int) -> int:
     """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has; of layers
     with a window, of what it shows alone."""
-    tokens = sum(len(g.layers) * min(num_tokens, g.window or num_tokens) for g in groups)
-    return tokens * format.num_kv_heads * format.head_dim * 2 * 2
-
-
-def held_bytes(groups: list[LayerGroup], seq_id: str) -> int:
-    """Bytes a sequence holds (shared slots counted whole), exact ones at 2 an element."""
     return sum(
         len(g.layers)
-        * (
-            len(g.sequences[seq_id].exact) * g.arena.format.exact_page_bytes(2)
-            + len(g.sequences[seq_id].pages) * g.arena.page_bytes
-        )
+        * min(num_tokens, g.retention.reach)
+        * (g.arena.format.num_kv_heads * g.arena.format.head_dim * 2 * 2)
         for g in groups
     )
 
 
-def sequence_figures(
-    format: PageFormat,
-    groups: list[LayerGroup],
-    seq_id: str,
-    state: SequenceState,
-) -> dict[str, float]:
+def held_bytes(groups: Sequence[LayerGroup], state: SequenceState) -> int:
+    """Bytes a sequence holds (shared slots counted whole), exact ones at 2 an element."""
+    return sum(
+        len(group.layers)
+        * (
+            len(slots.exact) * group.arena.format.exact_page_bytes(2)
+            + len(slots.pages) * group.arena.page_bytes
+        )
+        for group, slots in zip(groups, state.slots, strict=True)
+    )
+
+
+def sequence_figures(groups: Sequence[LayerGroup], state: SequenceState) -> dict[str, float]:
     """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of a sequence."""
-    held = held_bytes(groups, seq_id)
-    plain = token_bytes(format, groups, state.num_tokens)
+    held = held_bytes(groups, state)
+    plain = token_bytes(groups, state.num_tokens)
     return {
         "tokens": state.num_tokens,
         "cached_tokens": state.num_cached_tokens,
@@ -91,27 +86,23 @@ def sequence_figures(
 
 
 def cost_figures(
-    format: PageFormat,
-    groups: list[LayerGroup],
-    sequences: SequenceTable,
-    counters: CacheCounters,
+    groups: Sequence[LayerGroup], sequences: Sequence[SequenceState], counters: CacheCounters
 ) -> dict[str, object]:
     """What a token costs, over sequences freed so far and those held now, what was sealed, and
     what the arenas hold."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
     num_tokens = counters.freed_tokens
-    for seq_id, state in sequences.items():
-        try:
-            held += held_bytes(groups, seq_id)
-        except KeyError:  # freed by the engine's thread while another one asks
+    for state in sequences:
+        if state.removed:  # by the engine's thread while another one asks: it is counted as freed
             continue
-        plain += token_bytes(format, groups, state.num_tokens)
+        held += held_bytes(groups, state)
+        plain += token_bytes(groups, state.num_tokens)
         num_tokens += state.num_tokens
     return pool_stats(groups) | {
         "num_sequences": len(sequences),
         "bytes_per_token": held / num_tokens if num_tokens else 0.0,
         "compression_ratio": plain / held if held else 1.0,
-        "sealed_ratio": format.page_ratio,
+        "sealed_ratio": groups[0].arena.format.page_ratio,
         "pages_sealed": counters.pages_sealed,
         "pages_attended": counters.pages_attended,
         "prefix_query_tokens": counters.prefix_query_tokens,
@@ -124,7 +115,7 @@ def cost_figures(
 def backends(
     ops: PageOps,
     encoders: Mapping[LayerGroup, Encoder],
-    groups: list[LayerGroup],
+    groups: Sequence[LayerGroup],
     num_q_heads: int,
     softcap: float | None,
 ) -> dict[str, object]:
@@ -156,7 +147,7 @@ def backends(
     }
 
 
-def pool_stats(groups: list[LayerGroup]) -> dict[str, object]:
+def pool_stats(groups: Sequence[LayerGroup]) -> dict[str, object]:
     """Slots of all groups, counted as pages of one layer each, and the share of bytes in use."""
     arenas = [g.arena for g in groups]
 

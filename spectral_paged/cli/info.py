@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spectral_paged.cache import Need, seals_behind
+from spectral_paged.cache import retention_of
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.models.geometry import ModelGeometry
@@ -36,9 +36,7 @@ def sequence_bytes(format: PageFormat, windows: Sequence[int | None], num_tokens
     has an entry a layer."""
     return sum(
         count
-        * Need.while_generating(
-            format, num_tokens, seals=seals_behind(format, window), window=window
-        ).num_bytes(format, ITEMSIZE)
+        * retention_of(format, window).while_generating(num_tokens).num_bytes(format, ITEMSIZE)
         for window, count in Counter(windows).items()
     )
 

@@ -372,7 +372,7 @@ class Engine:
         try:
             forked = (
                 parent_id in self.cache
-                and len(self.scheduler.running) < self.scheduler.config.max_num_seqs
+                and self.scheduler.has_seat
                 and self.cache.fork(
                     parent_id,
                     request.request_id,

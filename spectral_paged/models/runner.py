@@ -143,7 +143,7 @@ class ModelRunner:
             return 0
         format = self.cache.format
         waiting = format.needs_calibration and not format.basis_id
-        blocks = 0 if waiting else format.visible_blocks(num_tokens, 0)
+        blocks = 0 if waiting else self.cache.visibility.visible_blocks(num_tokens, 0)
         for size in self.graphs.sizes:
             for entries in graph_capacities(min(size, num_seqs) * blocks):
                 self.graphs.prepare(size, entries)

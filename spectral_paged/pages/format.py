@@ -182,46 +182,6 @@ class PageFormat:
         del fields["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
-    def visible_blocks(self, position: int, num_prompt_tokens: int) -> int:
-        """Number of leading blocks that the query at `position` sees as pages.
-
-        Block b counts if and only if `s(t) >= landmarks + 512 (b + 1) + hot`, with s(t) = t for
-        a generated token and the start of the token's segment for a prompt token. Where each step
-        is a segment (`prefill_segment=0`), ask for the step's first position.
-        """
-        if not self.seals:
-            return 0
-        past = position - self.num_landmark_tokens
-        if position < num_prompt_tokens and self.prefill_segment:
-            past = max(past, 0) // self.prefill_segment * self.prefill_segment
-        return max(0, (past - self.hot_tokens) // BLOCK_TOKENS)
-
-    def visible_from(self, block: int) -> int:
-        """Position of the first generated token whose query sees `block` as a page."""
-        return self.num_landmark_tokens + BLOCK_TOKENS * (block + 1) + self.hot_tokens
-
-    def chunk_end(self, start: int, num_prompt_tokens: int) -> int:
-        """First position after `start` whose query sees another number of pages than `start`.
-
-        Queries of one step stay inside `[start, chunk_end)`, so that one step has one view.
-        """
-        if not self.seals or not self.prefill_segment:
-            return 1 << 62
-        landmarks, segment = self.num_landmark_tokens, self.prefill_segment
-        blocks = self.visible_blocks(start, num_prompt_tokens)
-        end = self.visible_from(blocks)  # while generating
-        if start < num_prompt_tokens:
-            past = max(start - landmarks, 0)
-            segment_end = landmarks + (past // segment + 1) * segment
-            while segment_end < num_prompt_tokens:
-                if self.visible_blocks(segment_end, num_prompt_tokens) != blocks:
-                    return segment_end
-                segment_end += segment
-            # the first generated token may see more pages than the last prompt token
-            if self.visible_blocks(num_prompt_tokens, num_prompt_tokens) != blocks:
-                return num_prompt_tokens
-        return end
-
     # ---- bytes ---------------------------------------------------------------------------
 
     @cached_property

@@ -22,6 +22,7 @@ from spectral_paged.benchmarks.quality.methods import (
 from spectral_paged.benchmarks.quality.page_methods import SpectralMethod
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.shared_attention import attend_with_lse, merged
+from spectral_paged.cache import Visibility
 from spectral_paged.errors import InvalidRequestError, PromptTooLongError
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
@@ -167,7 +168,7 @@ def test_full_blocks_between_landmarks_and_hot_window_are_sealed(num_tokens, blo
     before = (exact.k.clone(), exact.v.clone())
     sealed = replay().seal(exact, LOSSY)
     assert sealed.num_sealed == blocks
-    assert tiny_format().visible_blocks(num_tokens, num_tokens) == blocks
+    assert Visibility.of(tiny_format()).visible_blocks(num_tokens, num_tokens) == blocks
     end = 64 + 512 * blocks
     for new, old, kept in ((sealed.k, exact.k, before[0]), (sealed.v, exact.v, before[1])):
         assert torch.equal(old, kept)  # the exact context stays as it was

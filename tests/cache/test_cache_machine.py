@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import SpectralKVCache, Visibility
 from spectral_paged.kernels.math.rotary import read_keys, stored_keys
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.pool.slot_pool import SlotKind
@@ -72,7 +72,7 @@ def answer(format, token_ids, prompt, t, pins=(), salt="", layer=ALIKE[0], softc
     rope, window = layer
     q, k, v = content(token_ids, 0, t + 1, salt, rope)
     k, v = k.clone(), v.clone()
-    visible = format.visible_blocks(t, prompt)
+    visible = Visibility.of(format).visible_blocks(t, prompt)
     for b in range(visible if window is None or window > 1024 else 0):
         first = format.num_landmark_tokens + 512 * b
         if any(start < first + 512 and end > first for start, end in pins):
@@ -244,7 +244,7 @@ class CacheMachine(RuleBasedStateMachine):
                         self.softcap,
                     )
                     assert torch.allclose(out[flat + t - e.start], want, atol=3e-4, rtol=3e-4)
-                sealed = self.format.visible_blocks(t, self.prompt[name])
+                sealed = Visibility.of(self.format).visible_blocks(t, self.prompt[name])
                 if "queries_past_pins" in self.seen and sealed and self.pins[name]:
                     self.seen["queries_past_pins"] += 1
             flat += e.num_new

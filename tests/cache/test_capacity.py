@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from spectral_paged import SamplingParams
 from spectral_paged.cache import HISTORY_TOKENS
 from spectral_paged.cache.index import Chunk, chunk_batches
-from spectral_paged.cache.sequence_slots import Run
+from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.cli.commands import main
 from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import CapacityError
@@ -26,7 +26,7 @@ def test_one_sequence_more_than_predicted_does_not_fit(num_tokens):
     cache = llm.cache
     count = cache.concurrency(num_tokens)
     for group in cache.groups:
-        pages = cache.format.visible_blocks(num_tokens, 0)
+        pages = cache.visibility.visible_blocks(num_tokens, 0)
         exact = -(-(num_tokens - pages * BLOCK_TOKENS) // EXACT_PAGE_TOKENS)
         need = [group.arena.slots.slabs_needed(n * exact, n * pages) for n in (count, count + 1)]
         assert need[0] <= group.arena.slots.num_slabs < need[1]
@@ -87,8 +87,8 @@ def test_what_a_step_needs_is_left_of_the_gpu(monkeypatch):
 def test_chunks_that_attend_together_fit_the_history_buffer(sizes):
     chunks, flat = [], 3  # three decoding sequences come first
     for num_new, num_pages in sizes:
-        pages = Run(True, 0, num_pages, num_pages * BLOCK_TOKENS)
-        chunks.append(Chunk(flat, num_new, 0, (pages, Run(False, 0, 1, num_new))))
+        pages = TokenRun(True, 0, num_pages, num_pages * BLOCK_TOKENS)
+        chunks.append(Chunk(flat, num_new, 0, (pages, TokenRun(False, 0, 1, num_new))))
         flat += num_new
     batches = chunk_batches(chunks, flat, torch.device("cpu"))
     assert [c for b in batches for c in b.chunks] == chunks

@@ -251,7 +251,7 @@ def test_a_pin_past_the_sealed_blocks_takes_no_page_from_the_bound():
     blocks, asked = group.arena.slots, []
     real, blocks.slabs_needed = blocks.slabs_needed, lambda e, p: asked.append(p) or real(e, p)
     for pinned, pages in (((), 2), ((0,), 1), ((2,), 2), ((0, 1), 0), ((1, 2), 1)):
-        slabs_for(cache.format, group, 64 + 1024 + 64, pinned)
+        slabs_for(group, 64 + 1024 + 64, pinned)
         assert asked.pop() == pages
 
 

@@ -12,6 +12,7 @@ from spectral_paged import SamplingParams
 from spectral_paged.batch.file import OutputFile
 from spectral_paged.batch.run import BatchRun
 from spectral_paged.cache.prefix_hit import prefix_chain
+from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.pages import PRESETS
 from spectral_paged.pool.slot_pool import SlotKind, SlotPool
@@ -24,11 +25,17 @@ EACH = pytest.mark.parametrize("name", FORMATS)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
 
+def free_slots(cache):
+    """Slots of no sequence, to ask what the cache knows."""
+    group = cache.groups[0]
+    return SequenceSlots(0, group.retention, group.arena, group.exact_table, group.page_table)
+
+
 def stored_bytes(cache, ids):
     """The bytes of every slot that the prompt `ids` can find, by kind and place."""
     group, found = cache.groups[0], {}
-    chain = prefix_chain(cache.format, ids, len(ids), "", ())
-    for kind, find in ((SlotKind.EXACT, group.cached_exact), (SlotKind.PAGE, group.cached_page)):
+    chain, free = prefix_chain(cache.format, ids, len(ids), "", ()), free_slots(cache)
+    for kind, find in ((SlotKind.EXACT, free.cached_exact), (SlotKind.PAGE, free.cached_page)):
         slots = [find(chain, i) for i in range(len(chain))]
         found |= {
             (kind, i): group.arena._span(slot, kind).clone().numpy().tobytes()
@@ -249,7 +256,7 @@ def test_a_resume_that_finds_itself_is_counted_apart(monkeypatch):
 
 def chain_length(cache, chain):
     """Full exact pages from the beginning that are cached, and every one that is."""
-    known = [cache.groups[0].cached_exact(chain, i) is not None for i in range(len(chain))]
+    known = [free_slots(cache).cached_exact(chain, i) is not None for i in range(len(chain))]
     return (known.index(False) if False in known else len(known)), sum(known)
 
 
@@ -284,14 +291,14 @@ def test_landmarks_outlive_the_pages_that_need_them():
     ids = list(range(1500))
     run(cache, "old", ids)
     cache.free("old")
-    group, blocks = cache.groups[0], cache.groups[0].arena.slots
+    free, blocks = free_slots(cache), cache.groups[0].arena.slots
     chain = prefix_chain(cache.format, ids, 1500, "", ())
-    assert group.cached_page(chain, 0) is not None and group.cached_exact(chain, 0) is not None
+    assert free.cached_page(chain, 0) is not None and free.cached_exact(chain, 0) is not None
     seen = set()
     while (slot := blocks.allocate(SlotKind.EXACT)) is not None:
         assert slot >= 0
-        pages = sum(group.cached_page(chain, b) is not None for b in (0, 1))
-        landmarks = group.cached_exact(chain, 0) is not None
+        pages = sum(free.cached_page(chain, b) is not None for b in (0, 1))
+        landmarks = free.cached_exact(chain, 0) is not None
         assert landmarks or not pages, "pages without their landmarks"
         seen.add((landmarks, pages))
     assert (False, 0) in seen and (True, 2) in seen

@@ -8,13 +8,13 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SpectralKVCache
-from spectral_paged.cache import Need
-from spectral_paged.cache.sequence_slots import GroupSlots
+from spectral_paged.cache.token_places import TokenPlaces
 from spectral_paged.cli.info import model_report, report_format
 from spectral_paged.errors import FormatError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
+from support.cache_feed import slots_of
 from support.families import build, generate, llm_of, reference
 from support.tiny_model import random_prompts
 
@@ -59,7 +59,7 @@ def test_slots_say_where_every_token_is(data):
     spans = -(-num_tokens // 64)
     full = max(0, num_tokens // 64 - landmarks) // 8
     pinned = tuple(sorted(data.draw(st.sets(st.integers(0, 9), max_size=3))))
-    slots = GroupSlots(0, landmarks, pinned, num_sealed=data.draw(st.integers(0, full)))
+    slots = TokenPlaces(landmarks, pinned, num_sealed=data.draw(st.integers(0, full)))
     first = data.draw(st.integers(0, spans - 1))
     slots.first_page = first if first <= landmarks else first - (first - landmarks) % 8
     block_of = [-1 if i < landmarks else (i - landmarks) // 8 for i in range(spans)]
@@ -97,9 +97,9 @@ def test_what_left_the_window_is_given_back(name):
         assert count <= 512
         assert step(cache, {"a": count})
         at += count
-        for group in cache.groups:
-            slots = group.sequences["a"]
-            need = Need.while_generating(cache.format, at, seals=group.seals, window=group.window)
+        for place, group in enumerate(cache.groups):
+            slots = slots_of(cache, "a", place)
+            need = group.retention.while_generating(at)
             if at >= 2500:
                 assert len(slots.exact) <= need.num_exact
                 assert len(slots.pages) <= need.num_pages + 1, "one may be sealed ahead"
@@ -185,8 +185,8 @@ def test_a_hit_needs_the_window_and_no_more():
     _, window = cache.groups
     chain_end = 1344 // 64
     assert cache.add_sequence("b", num_prompt_tokens=1400, token_ids=ids) == chain_end * 64
-    assert len(window.sequences["b"].exact) == 4, "200 tokens before 1,344 are in four pages"
-    chain = cache._sequences["b"].chain
+    assert len(slots_of(cache, "b", 1).exact) == 4, "200 tokens before 1,344 are in four pages"
+    chain = cache._sequences.by_id["b"].chain
     cache.free("b")
     window.arena.slots.forget((0, chain[chain_end - 2]))
     found = cache.add_sequence("c", num_prompt_tokens=1400, token_ids=ids)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from spectral_paged import LLM, CacheOptions, PageFormat
+from spectral_paged.cache import Visibility
 from spectral_paged.metrics.readings import DURATIONS, FIGURES
 from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.pages import PRESETS
@@ -62,7 +63,7 @@ def test_the_page_picture_has_the_bytes_of_a_page():
     assert ends[:-1] == [offset for _, offset in said.values()][1:]
     assert ends[-1] == layout.head_bytes
     exact = format.exact_page_bytes(2)
-    pages = format.visible_blocks(1700, 0)
+    pages = Visibility.of(format).visible_blocks(1700, 0)
     held = pages * layout.page_bytes + -(-(1700 - 512 * pages) // 64) * exact
     for number in (layout.page_bytes, layout.head_bytes, exact, 2 * exact, held):
         assert f"{number:,}" in page.text
@@ -95,9 +96,9 @@ def test_the_drawing_is_to_scale():
 
 def test_positions_from_which_pages_are_seen():
     format = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128)
-    text = BY_NAME["docs/concepts.md"].text
-    assert f"first page from position {format.visible_from(0)} on" in text
-    assert f"the second from {format.visible_from(1):,} on" in text
+    visibility, text = Visibility.of(format), BY_NAME["docs/concepts.md"].text
+    assert f"first page from position {visibility.visible_from(0)} on" in text
+    assert f"the second from {visibility.visible_from(1):,} on" in text
 
 
 def test_families_of_the_quickstart_are_those_that_are_served():
@@ -164,7 +165,7 @@ def test_what_vllms_blocks_would_cost_follows_from_the_format():
     assert said
     for tokens, held, ours, theirs in said:
         tokens = int(tokens.replace(",", ""))
-        pages = format.visible_blocks(tokens, 0)
+        pages = Visibility.of(format).visible_blocks(tokens, 0)
         exact = -(-(tokens + 1 - 512 * pages) // 64)
         plain = tokens * format.exact_page_bytes(2) / 64
         sizes = format.page_bytes, format.exact_page_bytes(2)

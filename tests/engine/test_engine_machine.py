@@ -206,9 +206,7 @@ def spoil_a_link(monkeypatch):
 
 def spoil_the_salt(monkeypatch):
     chain = SequenceTable._chain
-    monkeypatch.setattr(
-        SequenceTable, "_chain", lambda self, format, state, salt: chain(self, format, state, "")
-    )
+    monkeypatch.setattr(SequenceTable, "_chain", lambda self, state, salt: chain(self, state, ""))
 
 
 def spoil_a_page(monkeypatch):

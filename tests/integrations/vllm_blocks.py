@@ -20,6 +20,7 @@ from unittest.mock import MagicMock
 import torch
 
 from spectral_paged import PageFormat
+from spectral_paged.cache import Visibility
 
 LEFT_OUT = (
     "xgrammar",
@@ -78,6 +79,7 @@ FORMAT = replace(
     num_landmark_tokens=0,
     prefill_segment=512,
 )
+VISIBILITY = Visibility.of(FORMAT)
 EXPECTED = {2048: [9, 3], 8192: [9, 15], 32_768: [9, 63], 131_000: [7, 255]}
 
 
@@ -90,7 +92,7 @@ class PagesManager(SingleTypeKVCacheManager):
 
     def _missing(self, request_id, num_tokens):
         held = self.req_to_blocks[request_id]
-        return max(0, FORMAT.visible_blocks(num_tokens, 0) - len(held))
+        return max(0, VISIBILITY.visible_blocks(num_tokens, 0) - len(held))
 
     def get_num_blocks_to_allocate(self, request_id, num_tokens, new_computed_blocks, *args, **kw):
         missing = max(0, self._missing(request_id, num_tokens) - len(new_computed_blocks))
@@ -120,14 +122,14 @@ class PagesManager(SingleTypeKVCacheManager):
                 break
             found.append(cached[0])
         length = 512 * min(max_length // 512, len(found) + 1)
-        return ([*found[: FORMAT.visible_blocks(length, 0)]],), length
+        return ([*found[: VISIBILITY.visible_blocks(length, 0)]],), length
 
 
 class ExactManager(SingleTypeKVCacheManager):
     """Tokens that are seen as pages need no exact block."""
 
     def get_num_skipped_tokens(self, num_computed_tokens):
-        return 512 * FORMAT.visible_blocks(num_computed_tokens, 0)
+        return 512 * VISIBILITY.visible_blocks(num_computed_tokens, 0)
 
     @classmethod
     def find_longest_cache_hit(
@@ -135,7 +137,7 @@ class ExactManager(SingleTypeKVCacheManager):
     ):
         """The longest length whose exact tokens are all cached still."""
         for length in range(max_length // 512 * 512, 0, -512):
-            first = 512 * FORMAT.visible_blocks(length, 0) // 64
+            first = 512 * VISIBILITY.visible_blocks(length, 0) // 64
             found = [
                 block_pool.get_cached_block(block_hashes[i], kv_cache_group_ids)
                 for i in range(first, length // 64)

@@ -15,7 +15,7 @@ from spectral_paged.errors import (
     RequestFailedError,
 )
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
-from support.cache_feed import HQ, LAYERS, ROPE, D, H, fmt, make
+from support.cache_feed import HQ, LAYERS, ROPE, D, H, fmt, make, slots_of
 from support.tiny_model import tiny_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
@@ -140,7 +140,7 @@ def held():
     cache.begin_step(cache.reserve({"a": 2 * EXACT_PAGE_TOKENS + 3}))
     cache.end_step()
     cache.check_integrity()
-    return cache, cache.groups[0], cache.groups[0].sequences["a"]
+    return cache, cache.groups[0], slots_of(cache, "a")
 
 
 CORRUPTIONS = {
@@ -149,7 +149,7 @@ CORRUPTIONS = {
     "reference counts differ": lambda c, g, s: g.arena.slots.acquire(s.exact[0]),
     "differ from what sequences hold": lambda c, g, s: g.arena.slots.allocate(0),
     "a table row is lost": lambda c, g, s: c._sequences._free_rows.pop(),
-    "hold different sequences": lambda c, g, s: g.add("ghost", 2),
+    "hold different sequences": lambda c, g, s: g.take_row(2),
 }
 
 

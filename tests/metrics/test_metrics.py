@@ -228,7 +228,6 @@ def test_a_sequence_freed_while_its_bytes_are_read_is_left_out(monkeypatch):
     generate(llm, [[1, 2, 3] * 30])
     want = llm.stats()["compression_ratio"]
     state = llm.cache._sequences.add(
-        llm.cache.format,
         "gone",
         num_prompt_tokens=1,
         token_ids=None,
@@ -237,7 +236,7 @@ def test_a_sequence_freed_while_its_bytes_are_read_is_left_out(monkeypatch):
         resumed=False,
     )
     llm.cache.free("gone")
-    monkeypatch.setattr(llm.cache._sequences, "items", lambda: [("gone", state)])
+    monkeypatch.setattr(llm.cache._sequences, "all", lambda: [state])
     assert llm.stats()["compression_ratio"] == want
 
 

@@ -13,6 +13,7 @@ import torch
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.pool.slot_pool import SlotKind
+from support.cache_feed import slots_of
 from support.padded_batch import attending_model, batch, generated, paged_cache
 from support.small_cache import feed, small_cache
 from support.tiny_model import random_prompts, tiny_format, tiny_model
@@ -70,12 +71,12 @@ def test_of_a_copy_apart_from_its_original():
     cache.add_sequence("a", num_prompt_tokens=700)
     cache.reserve({"a": 64})
     copied = copy.deepcopy(cache)
-    group, other = copied.groups[0], cache.groups[0]
+    group = copied.groups[0]
     blocks = group.arena.slots
-    slot = group.sequences["a"].exact[0]
+    slot = slots_of(copied, "a").exact[0]
     target = blocks.allocate(SlotKind.EXACT)
     blocks.on_move([(SlotKind.EXACT, slot, target)])
-    assert group.sequences["a"].exact == [target] and other.sequences["a"].exact == [slot]
+    assert slots_of(copied, "a").exact == [target] and slots_of(cache, "a").exact == [slot]
     group.arena.planes.zero_()
     blocks.on_free(SlotKind.EXACT, target)
     assert group.arena.planes.any()

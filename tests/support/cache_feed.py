@@ -36,6 +36,11 @@ def make(format=None, **kw):
     )
 
 
+def slots_of(cache, seq_id, place=0):
+    """What a sequence holds in the group at `place`."""
+    return cache._sequences.by_id[seq_id].slots[place]
+
+
 class Feed:
     """Deterministic q, k, v of a sequence: a function of its seed, layer and position."""
 

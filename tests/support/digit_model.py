@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from spectral_paged.cache import pinned_blocks
+from spectral_paged.cache import Visibility, pinned_blocks
 from spectral_paged.engine.requests import seed_of
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, UNIT_BYTES
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 from spectral_paged.sampling.sampler import uniform_noise
+from support.cache_feed import slots_of
 
 LAYERS, DIM, VOCAB, EOS = 2, 16, 97, 96
 LONGEST = 2100
@@ -104,6 +105,7 @@ class Script:
 
     def __post_init__(self):
         self.num_prompt = len(self.ids)
+        self.visibility = Visibility.of(self.format)
         self.pinned = pinned_blocks(self.format, self.pins, self.num_prompt)
         room = min(LONGEST, self.num_prompt + self.params.max_tokens)
         self.digits = np.zeros((LAYERS, room, 2 * DIGITS), dtype=np.int64)
@@ -113,7 +115,7 @@ class Script:
 
     def shown(self, position):
         """Blocks that the query at `position` sees as pages."""
-        visible = self.format.visible_blocks(position, self.num_prompt)
+        visible = self.visibility.visible_blocks(position, self.num_prompt)
         return [b for b in range(visible) if b not in self.pinned]
 
     def view(self, position):
@@ -125,7 +127,7 @@ class Script:
         """Extend `digits` to the first `end` tokens, a view at a time."""
         while self._stored < end:
             start = self._stored
-            stop = min(end, self.format.chunk_end(start, self.num_prompt))
+            stop = min(end, self.visibility.chunk_end(start, self.num_prompt))
             where, view = np.arange(start, stop), self.view(start)
             found = np.array(self.ids[start:stop], dtype=np.uint64)
             for layer in range(LAYERS):
@@ -220,9 +222,9 @@ class DigitRunner:
 
     def _read(self, layer, entry):
         """Digits `[end, 2 * DIGITS]` of a sequence in a layer, from pages and exact pages."""
-        group = next(g for g in self.cache.groups if layer in g.layers)
+        place, group = next((i, g) for i, g in enumerate(self.cache.groups) if layer in g.layers)
         script, end = self._script(entry), entry.start + entry.num_new
-        row, plane = group.sequences[entry.seq_id].row, group.plane(layer)
+        row, plane = slots_of(self.cache, entry.seq_id, place).row, group.plane(layer)
         found = np.empty((end, 2 * DIGITS))
         exact = np.ones(end, dtype=bool)
         for block in script.shown(entry.start) if group.seals else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spectral_paged.cache import Visibility
 from spectral_paged.kernels.math.rotary import read_keys, stored_keys
 from spectral_paged.pages import decode_pages, encode_pages
 
@@ -38,7 +39,7 @@ class PlainCache:
 
     def shown_blocks(self, t):
         """Blocks that the query at `t` sees as pages: no pinned token lies in them."""
-        for b in range(self.fmt.visible_blocks(t, self.prompt)):
+        for b in range(Visibility.of(self.fmt).visible_blocks(t, self.prompt)):
             start = self.fmt.num_landmark_tokens + 512 * b
             if self.pinned_tokens.isdisjoint(range(start, start + 512)):
                 yield b
