@@ -227,7 +227,9 @@ class SpectralKVCache:
 
         `forget=True` lets no later sequence find them: their content is not to be trusted.
         """
-        state = self._sequences.held(seq_id, ": double free")
+        state = self._sequences.by_id.get(seq_id)
+        if state is None:
+            raise PoolError(f"sequence {seq_id!r} is not held: double free")
         # what is not to be trusted must not be found by others
         self._note(self.sealer.failures_with(state))
         if state.ran:
@@ -263,7 +265,9 @@ class SpectralKVCache:
             PoolError: unknown sequence, or one that failed.
             ValueError: no tokens, past `max_model_len`, or across a change of view.
         """
-        state = self._sequences.held(seq_id, "")
+        state = self._sequences.by_id.get(seq_id)
+        if state is None:
+            raise PoolError(f"sequence {seq_id!r} is not held")
         if state.error is not None:
             raise PoolError(f"sequence {seq_id!r} failed: {state.error}") from state.error
         if num_new < 1:
@@ -315,7 +319,7 @@ class SpectralKVCache:
         overdue = [state for state in sequences if state.overdue]
         if overdue:  # their queries are to see pages
             self._seal_all(overdue)
-        self.open_step = OpenStep(plan, sequences, self.groups, self.format, self.ops)
+        self.open_step = OpenStep(plan, sequences, self.groups, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.commit()
             self.counters.pages_attended += index.pages_attended * len(group.layers)

@@ -27,7 +27,6 @@ from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
-from spectral_paged.pages import PageFormat
 
 Array = np.ndarray[Any, Any]
 Column = TypeVar("Column")  # an array, a tensor, or a list
@@ -174,7 +173,6 @@ class DecodeBatch:
         *,
         max_exact_pages: int,
         max_blocks: int,
-        format: PageFormat,
         ops: PageOps,
     ) -> DecodeBatch:
         """From rows on the device; nothing here asks the device for a value.
@@ -183,7 +181,7 @@ class DecodeBatch:
             max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
                 that there are no pages.
         """
-        plans = ops.exact_plan(rows.exact, max_exact_pages, format.num_kv_heads)
+        plans = ops.exact_plan(rows.exact, max_exact_pages, group.arena.format.num_kv_heads)
         if max_blocks and group.layout is not None:
             plans |= ops.page_plan(group.layout, rows.blocks, max_blocks)
         slides = group.window is not None
@@ -229,7 +227,7 @@ class GroupStep:
     chunks: tuple[ChunkBatch, ...]
 
     @classmethod
-    def of(cls, group: LayerGroup, index: StepIndex, format: PageFormat, ops: PageOps) -> GroupStep:
+    def of(cls, group: LayerGroup, index: StepIndex, ops: PageOps) -> GroupStep:
         """The step as `index` has it."""
         device = group.exact_table.device.device
         num_tokens = index.append.shape[1]
@@ -242,7 +240,6 @@ class GroupStep:
                 rows,
                 max_exact_pages=sum([-(-count // EXACT_PAGE_TOKENS) for count in num_exact]),
                 max_blocks=index.num_blocks,
-                format=format,
                 ops=ops,
             )
             if not index.chunks:
@@ -288,7 +285,6 @@ class OpenStep:
         plan: StepPlan,
         sequences: Sequence[SequenceState],
         groups: Sequence[LayerGroup],
-        format: PageFormat,
         ops: PageOps,
     ) -> None:
         self.plan = plan
@@ -297,16 +293,16 @@ class OpenStep:
             StepIndex.of(group, plan, [state.slots[place] for state in sequences])
             for place, group in enumerate(groups)
         ]
-        self._args = groups, format, ops
+        self._args = groups, ops
         self._steps: list[GroupStep] | None = None
 
     @property
     def steps(self) -> list[GroupStep]:
         """The index tensors, made when a layer first asks: a replayed graph never does."""
         if self._steps is None:
-            groups, format, ops = self._args
+            groups, ops = self._args
             self._steps = [
-                GroupStep.of(group, index, format, ops)
+                GroupStep.of(group, index, ops)
                 for group, index in zip(groups, self.index, strict=True)
             ]
         return self._steps

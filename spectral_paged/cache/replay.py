@@ -60,7 +60,6 @@ class ReplayedSteps:
             columns,
             max_exact_pages=rows.shape[1] * group.exact_table.width,
             max_blocks=max_blocks if group.seals else 0,
-            format=self._cache.format,
             ops=self._cache.ops,
         )
         return GroupStep(columns.append_unit, columns.append_offset, decode, None, ())

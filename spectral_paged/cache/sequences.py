@@ -99,17 +99,6 @@ class SequenceTable:
         self._num_rows = max_num_seqs
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
-    def held(self, seq_id: str, message: str) -> SequenceState:
-        """The state of a sequence that must be there.
-
-        Raises:
-            PoolError: it is not; `message` says what that means.
-        """
-        state = self.by_id.get(seq_id)
-        if state is None:
-            raise PoolError(f"sequence {seq_id!r} is not held{message}")
-        return state
-
     def all(self) -> list[SequenceState]:
         """Every sequence held now; another thread may free some while the list is read."""
         return list(self.by_id.values())
