@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION_NAME = "spectral_paged_cache"
+from spectral_paged.models.attention_choice import register_attention
+
 CACHE_OPTION = "spectral_paged_cache"  # the keyword by which a forward's cache reaches attention
 
 
@@ -60,5 +60,4 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     return added.masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-AttentionInterface.register(ATTENTION_NAME, cached_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+ATTENTION_NAME = register_attention("spectral_paged_cache", cached_attention, mask=sdpa_mask)

@@ -112,7 +112,7 @@ def _find(modules: list[ModuleType], old: object, new: object) -> Iterator[Place
     seen = {id(old), id(new)}  # cells too: sibling closures share them
     while pending:
         owner, thing = pending.pop()
-        for name, holder, key in _slots(owner, thing):
+        for name, holder, key in _references(owner, thing):
             value = _get(holder, key)
             replacement = _replaced(value, old, new, in_default=key in _DEFAULTS)
             inner = value.__func__ if isinstance(value, _WRAPPERS) else value
@@ -125,7 +125,7 @@ def _find(modules: list[ModuleType], old: object, new: object) -> Iterator[Place
                 pending.append((name, inner))
 
 
-def _slots(owner: str, thing: Any) -> Iterator[tuple[str, Any, str]]:
+def _references(owner: str, thing: Any) -> Iterator[tuple[str, Any, str]]:
     """Name, holder and key of all that a module, class or function refers to by itself."""
     yield from ((f"{owner}.{key}", thing, key) for key in list(vars(thing)))
     if isinstance(thing, FunctionType):
@@ -142,7 +142,7 @@ def _get(holder: Any, key: str) -> Any:
 
 
 def _replaced(value: Any, old: object, new: Any, *, in_default: bool) -> Any:
-    """What a slot must hold instead of `value`; `value` itself where it is not about `old`."""
+    """What a place must hold instead of `value`; `value` itself where it is not about `old`."""
     if value is old:
         return new
     if isinstance(value, _WRAPPERS) and value.__func__ is old:

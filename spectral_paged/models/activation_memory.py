@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from spectral_paged.cache import HISTORY_TOKENS
-from spectral_paged.models.attention_choice import use_attention
+from spectral_paged.models.attention_choice import register_attention, use_attention
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
 
-PASSING = "spectral_paged_profile"
 GRAPH_BYTES = 512 << 20  # what graphs and kernels' modules were seen to take, at most
 COMMON = SamplingParams(temperature=1.0, top_p=0.9)  # the sampler's largest temporaries
 
@@ -21,6 +19,9 @@ COMMON = SamplingParams(temperature=1.0, top_p=0.9)  # the sampler's largest tem
 def _pass_on(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """In place of attention: the queries themselves."""
     return query.transpose(1, 2), None
+
+
+PASSING_ATTENTION = register_attention("spectral_paged_profile", _pass_on)
 
 
 def history_bytes(geometry: ModelGeometry, max_model_len: int, itemsize: int) -> int:
@@ -40,12 +41,11 @@ def activation_bytes(
     device = model.device
     if device.type != "cuda":
         return 0
-    AttentionInterface.register(PASSING, _pass_on)
     num_rows = min(num_rows, num_tokens)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with use_attention(model, PASSING):
+    with use_attention(model, PASSING_ATTENTION):
         places = torch.arange(num_tokens, device=device)
         logits = model(
             input_ids=torch.zeros_like(places).unsqueeze(0),

@@ -1,10 +1,47 @@
-"""Another attention for a model, for a while."""
+"""Which attention a transformers model runs: functions by name, and another one for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+
+class FlatAttention(Protocol):
+    """What attends to the tokens of one flattened row: a cache, or a step of it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE; returns `[T, Hq, D]`."""
+        ...
+
+
+def register_attention(
+    name: str, attend: Callable[..., Any], mask: Callable[..., Any] | None = None
+) -> str:
+    """Let every transformers model of this process attend by `attend`, under `name`.
+
+    Args:
+        mask: makes the mask that `attend` gets; None: transformers makes none.
+
+    Returns:
+        `name`, for `set_attn_implementation` and `use_attention`.
+    """
+    AttentionInterface.register(name, attend)
+    if mask is not None:
+        AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def attend_heads(
+    to: FlatAttention, layer: int, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """One flattened row in the model's shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns
+    `[1, T, Hq, D]`."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return to.attend(layer, q, k, v).unsqueeze(0)
 
 
 @contextmanager

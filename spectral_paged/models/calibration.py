@@ -15,13 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
-from spectral_paged.models.attention_choice import use_attention
+from spectral_paged.models.attention_choice import register_attention, use_attention
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel, cache_folder
 from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
@@ -29,7 +28,6 @@ from spectral_paged.rope import RotaryTable
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_NAME = "spectral_paged_calibration"
 SKIPPED_TOKENS = 64  # the first tokens of a window are attention sinks: pages never hold them
 WINDOW_BLOCKS = 2
 WINDOW_TOKENS = SKIPPED_TOKENS + WINDOW_BLOCKS * BLOCK_TOKENS
@@ -157,10 +155,7 @@ def _attention(
     return recorder.attend(module.layer_idx, query, key, value, scale), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Causal by itself."""
-    return None
-
+RECORDING_ATTENTION = register_attention("spectral_paged_calibration", _attention)
 
 # Runs a model over token ids `[1, T]`; each layer's attention is the recorder's `attend`.
 Forward = Callable[[Tensor, Recorder], None]
@@ -168,11 +163,9 @@ Forward = Callable[[Tensor, Recorder], None]
 
 def by_interface(model: Any) -> Forward:
     """Through the attention interface of transformers."""
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
     def forward(ids: Tensor, recorder: Recorder) -> None:
-        with use_attention(model, ATTENTION_NAME):
+        with use_attention(model, RECORDING_ATTENTION):
             model.model(
                 input_ids=ids, use_cache=False, attention_mask=None, spectral_recorder=recorder
             )

@@ -8,15 +8,17 @@ from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.device import upload
+from spectral_paged.models.attention_choice import (
+    FlatAttention,
+    attend_heads,
+    register_attention,
+)
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import PendingTokens
-
-ATTENTION_NAME = "spectral_paged"
 
 
 def spectral_attention(
@@ -26,7 +28,7 @@ def spectral_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    spectral_cache: SpectralKVCache,
+    spectral_cache: FlatAttention,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`, post RoPE.
@@ -34,13 +36,12 @@ def spectral_attention(
     Heads arrive unexpanded; the batch is one flattened row, and the cache knows who sees what:
     without a mask function of that name transformers makes no mask.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return spectral_cache.attend(module.layer_idx, q, k, v).unsqueeze(0), None
+    return attend_heads(spectral_cache, module.layer_idx, query, key, value), None
 
 
 # Once, and for compiled models and others alike: all of a process look it up by this name. Compiled
 # layers need a graph break, for what attention does depends on the step, not on the layer's code.
-AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(spectral_attention))
+PAGED_ATTENTION = register_attention("spectral_paged", torch.compiler.disable(spectral_attention))
 
 
 def compiled_parts(model: Any) -> list[Any]:
@@ -116,7 +117,7 @@ class ModelRunner:
         if self.compiles:
             for part in compiled_parts(model):
                 part.compile(dynamic=True)
-        model.set_attn_implementation(ATTENTION_NAME)
+        model.set_attn_implementation(PAGED_ATTENTION)
 
     def close(self) -> None:
         """Drop the graphs; without another runner the model attends as it did before."""

@@ -27,6 +27,7 @@ from spectral_paged.integrations.unsloth.families import (
     fast_modules,
     unsloth_module,
 )
+from spectral_paged.models.attention_choice import attend_heads
 
 Function = Callable[..., Any]
 
@@ -69,8 +70,7 @@ class ServedStep(PromptStep):
         return out if self.order is None else out.index_select(0, self.order)
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self.attend(self.layer, q, k, v).unsqueeze(0)
+        return attend_heads(self, self.layer, q, k, v)
 
 
 class _Serving(threading.local):

@@ -29,7 +29,7 @@ from spectral_paged.integrations.unsloth.attention import ServedStep, run_prompt
 from spectral_paged.integrations.unsloth.graphs import UnslothGraphs
 from spectral_paged.integrations.unsloth.prompt import PromptChunk, PromptTokens
 from spectral_paged.models.attention_choice import use_attention
-from spectral_paged.models.runner import ATTENTION_NAME
+from spectral_paged.models.runner import PAGED_ATTENTION
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ class PatchedForward:
 
     def _run_interface(self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         """Through transformers' attention interface: ids and positions `[T]`."""
-        with use_attention(self._model, ATTENTION_NAME):
+        with use_attention(self._model, PAGED_ATTENTION):
             output = self._forward(
                 input_ids=ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
