@@ -90,7 +90,7 @@ class PoolError(SpectralPagedError, RuntimeError):
     """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""
 
 
-def keep_outputs(error: BaseException, outputs: Sequence[Any], what: str) -> None:
+def attach_outputs(error: BaseException, outputs: Sequence[Any], what: str) -> None:
     """Let `error.outputs` hold what finished, in prompt order, and a note say so."""
     error.outputs = list(outputs)  # type: ignore[attr-defined]
     done = sum(output is not None and output.error is None for output in outputs)

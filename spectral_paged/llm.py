@@ -16,16 +16,16 @@ from spectral_paged.engine import (
     Engine,
     Prompt,
     TextDeltas,
+    counted_refusal,
     params_list,
     parts_of,
     prompt_list,
-    refusing,
 )
 from spectral_paged.errors import (
     FormatError,
     InvalidRequestError,
     SpectralPagedError,
-    keep_outputs,
+    attach_outputs,
 )
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
@@ -230,13 +230,13 @@ class LLM:
                     if output.error is not None:
                         errors.append(output.error)
         except BaseException as error:
-            keep_outputs(error, results, "generate ended early")
+            attach_outputs(error, results, "generate ended early")
             raise
         finally:
             bar.close()
         if errors:
             first, counts = errors[0], f"{len(errors)} of {len(prompts)} requests failed"
-            keep_outputs(first, results, f"{first.request_id}; {counts}")
+            attach_outputs(first, results, f"{first.request_id}; {counts}")
             raise first
         return [r for r in results if r is not None]
 
@@ -251,7 +251,7 @@ class LLM:
         many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         prompts: list[Prompt] = []
         for i, conversation in enumerate(many):
-            with refusing(self.engine.counters, f"prompt {i}"):
+            with counted_refusal(self.engine.counters, f"prompt {i}"):
                 prompts.append({"prompt_token_ids": self.chat_tokens(conversation)})  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -338,7 +338,7 @@ class LLM:
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"
-        with refusing(self.engine.counters, request_id):
+        with counted_refusal(self.engine.counters, request_id):
             body, salt, pinned = parts_of(prompt)
         self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id

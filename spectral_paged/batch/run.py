@@ -18,7 +18,7 @@ from spectral_paged.batch.file import (
     read_lines,
     result_record,
 )
-from spectral_paged.engine import refusing
+from spectral_paged.engine import counted_refusal
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
 from spectral_paged.outputs import RequestOutput
@@ -86,7 +86,7 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
 def _submit(llm: LLM, line: BatchLine) -> str:
     """Queue a line; its request id."""
     request_id = f"line-{line.number}"
-    with refusing(llm.engine.counters, request_id):
+    with counted_refusal(llm.engine.counters, request_id):
         if line.error is not None:
             raise line.error
         prompt = line.prompt

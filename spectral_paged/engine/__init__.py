@@ -19,7 +19,7 @@ from spectral_paged.engine.engine import (
     Runner,
 )
 from spectral_paged.engine.events import (
-    refusing,
+    counted_refusal,
 )
 from spectral_paged.engine.prompts import (
     Prompt,
@@ -38,9 +38,9 @@ __all__ = [
     "TextDeltas",
     "check_request",
     "check_salt",
+    "counted_refusal",
     "params_list",
     "parts_of",
     "prompt_list",
-    "refusing",
     "token_ids_of",
 ]

@@ -20,7 +20,7 @@ from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.device import StepClock
 from spectral_paged.engine.admission import check_request, stalled
 from spectral_paged.engine.counters import EngineCounters
-from spectral_paged.engine.events import log_failure, refusing
+from spectral_paged.engine.events import counted_refusal, log_failure
 from spectral_paged.engine.prompts import check_salt, token_ids_of
 from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
 from spectral_paged.engine.sampled_step import SampledStep, unsampled
@@ -119,7 +119,7 @@ class Engine:
                 can never be served; nothing is queued.
         """
         params = params or SamplingParams()
-        with refusing(self.counters, request_id):
+        with counted_refusal(self.counters, request_id):
             if request_id in self._groups:
                 raise InvalidRequestError(f"request id {request_id!r} is running already")
             check_salt(cache_salt)

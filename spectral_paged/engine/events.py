@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def refusing(counters: EngineCounters, request_id: str) -> Iterator[None]:
+def counted_refusal(counters: EngineCounters, request_id: str) -> Iterator[None]:
     """An error in here means that the request is never queued: it is counted, logged, and raised
     on to the caller. Not to be nested, or a refusal counts twice."""
     try:

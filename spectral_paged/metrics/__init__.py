@@ -1,4 +1,4 @@
-"""Figures of a running LLM: readings, Prometheus metrics, a live view.
+"""Figures of a running LLM: snapshots, Prometheus metrics, a live view.
 
 It knows the LLM and what lies below it. Metrics and view need packages of their own, so they are
 imported when they are asked for.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spectral_paged.metrics.prometheus import MetricsCollector, serving
 
-__all__ = ["MetricsCollector", "prometheus", "readings", "serving", "top"]
+__all__ = ["MetricsCollector", "prometheus", "serving", "snapshot", "top"]
 
 
 def __getattr__(name: str) -> object:

@@ -26,7 +26,7 @@ import numpy as np
 from spectral_paged.engine import Distribution
 from spectral_paged.errors import CorruptFileError, MissingPackageError
 from spectral_paged.llm import LLM
-from spectral_paged.metrics.readings import DURATIONS, FIGURES, PREFIX, Reading, read
+from spectral_paged.metrics.snapshot import DURATIONS, METRICS, PREFIX, Snapshot, take_snapshot
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
@@ -77,30 +77,30 @@ class MetricsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         held = [(engine, ref()) for engine, ref in list(self._llms.items())]
-        return _families([read(llm, engine) for engine, llm in held if llm is not None])
+        return _families([take_snapshot(llm, engine) for engine, llm in held if llm is not None])
 
 
-def _families(readings: list[Reading]) -> Iterator[Metric]:
-    for figure in FIGURES:
-        family = GaugeMetricFamily if figure.kind == "gauge" else CounterMetricFamily
-        names = (*LABELS, *([figure.label] if figure.label else []))
-        metric = family(PREFIX + figure.name, figure.help, labels=names)
-        for reading in readings:
-            where = [reading.model_name, reading.engine]
-            if figure.label is None:
-                metric.add_metric(where, reading.value(figure.name))
+def _families(snapshots: list[Snapshot]) -> Iterator[Metric]:
+    for spec in METRICS:
+        family = GaugeMetricFamily if spec.kind == "gauge" else CounterMetricFamily
+        names = (*LABELS, *([spec.label] if spec.label else []))
+        metric = family(PREFIX + spec.name, spec.help, labels=names)
+        for snapshot in snapshots:
+            where = [snapshot.model_name, snapshot.engine]
+            if spec.label is None:
+                metric.add_metric(where, snapshot.value(spec.name))
                 continue
-            for label, value in reading.labels(figure.name).items():
+            for label, value in snapshot.labels(spec.name).items():
                 metric.add_metric([*where, label], value)
         yield metric
     for name, text in DURATIONS.items():
         histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
-        for reading in readings:
-            found = reading.durations[name]
+        for snapshot in snapshots:
+            found = snapshot.durations[name]
             bounds = [floatToGoString(b) for b in (*found.bounds, float("inf"))]
             below = list(itertools.accumulate(map(float, found.counts)))
             histogram.add_metric(
-                [reading.model_name, reading.engine],
+                [snapshot.model_name, snapshot.engine],
                 list(zip(bounds, below, strict=True)),
                 found.total,
             )
@@ -131,8 +131,8 @@ def serving(port: int, host: str = "127.0.0.1") -> Iterator[tuple[MetricsCollect
         thread.join()
 
 
-def parse(text: str) -> list[Reading]:
-    """The readings of an exposition, one an LLM, in order of their `engine` labels.
+def parse(text: str) -> list[Snapshot]:
+    """The snapshots of an exposition, one an LLM, in order of their `engine` labels.
 
     Raises:
         CorruptFileError: it is no exposition, or not one of ours.
@@ -142,7 +142,7 @@ def parse(text: str) -> list[Reading]:
         lambda: defaultdict(dict)
     )
     totals: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    label_of = {figure.name: figure.label for figure in FIGURES}
+    label_of = {spec.name: spec.label for spec in METRICS}
     try:
         for family in text_string_to_metric_families(text):
             name = family.name.removeprefix(PREFIX)
@@ -161,7 +161,7 @@ def parse(text: str) -> list[Reading]:
         raise CorruptFileError(f"there is no metric named {PREFIX}...: is it another program's?")
     now = time.monotonic()
     return [
-        Reading(
+        Snapshot(
             *where,
             now,
             values[where],

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
 from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
-from spectral_paged.metrics.readings import Reading, read
+from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
 
 try:
     from rich.console import Console, Group, RenderableType
@@ -33,35 +33,35 @@ REFRESHES_PER_SECOND = 4
 
 
 class View:
-    """Draws readings; token rates are of the last five seconds."""
+    """Draws snapshots; token rates are of the last five seconds."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, deque[Reading]] = {}
+        self._seen: dict[str, deque[Snapshot]] = {}
 
-    def _rate(self, name: str, reading: Reading) -> str:
-        first = self._seen[reading.engine][0]
-        seconds = reading.time - first.time
+    def _rate(self, name: str, snapshot: Snapshot) -> str:
+        first = self._seen[snapshot.engine][0]
+        seconds = snapshot.time - first.time
         if seconds <= 0:
-            return "-"  # the first reading
-        return f"{(reading.value(name) - first.value(name)) / seconds:,.1f}"
+            return "-"  # the first snapshot
+        return f"{(snapshot.value(name) - first.value(name)) / seconds:,.1f}"
 
-    def _note(self, reading: Reading) -> None:
-        seen = self._seen.setdefault(reading.engine, deque())
-        seen.append(reading)
-        while len(seen) > 2 and reading.time - seen[0].time > RATE_SECONDS:
+    def _note(self, snapshot: Snapshot) -> None:
+        seen = self._seen.setdefault(snapshot.engine, deque())
+        seen.append(snapshot)
+        while len(seen) > 2 and snapshot.time - seen[0].time > RATE_SECONDS:
             seen.popleft()
 
     def draw(
-        self, readings: list[Reading], progress: tuple[int, int] | None = None
+        self, snapshots: list[Snapshot], progress: tuple[int, int] | None = None
     ) -> RenderableType:
-        """A panel for each reading, and a bar where `progress` is (lines done, lines in all)."""
+        """A panel for each snapshot, and a bar where `progress` is (lines done, lines in all)."""
         parts: list[RenderableType] = []
-        for reading in readings:
-            self._note(reading)
+        for snapshot in snapshots:
+            self._note(snapshot)
             parts.append(
                 Panel(
-                    self._table(reading),
-                    title=f"{reading.model_name} [{reading.engine}]",
+                    self._table(snapshot),
+                    title=f"{snapshot.model_name} [{snapshot.engine}]",
                     title_align="left",
                 )
             )
@@ -76,21 +76,21 @@ class View:
             parts.append(row)
         return Group(*parts)
 
-    def _table(self, reading: Reading) -> Table:
+    def _table(self, snapshot: Snapshot) -> Table:
         table = Table.grid(padding=(0, 2))
-        value = reading.value
+        value = snapshot.value
         asked, hits = value("prefix_cache_queries"), value("prefix_cache_hits")
         prompt, generated = value("prompt_tokens"), value("generation_tokens")
         rows = {
             "requests": [
                 f"{value('num_requests_running'):.0f} running",
                 f"{value('num_requests_waiting'):.0f} waiting",
-                *(f"{n:.0f} {how}" for how, n in reading.labels("request_success").items() if n),
-                f"{sum(reading.labels('request_refused').values()):.0f} refused",
+                *(f"{n:.0f} {how}" for how, n in snapshot.labels("request_success").items() if n),
+                f"{sum(snapshot.labels('request_refused').values()):.0f} refused",
             ],
             "tokens": [
-                f"{self._rate('generation_tokens', reading)}/s generated",
-                f"{self._rate('prompt_tokens', reading)}/s prompt",
+                f"{self._rate('generation_tokens', snapshot)}/s generated",
+                f"{self._rate('prompt_tokens', snapshot)}/s prompt",
                 f"{generated:,.0f} and {prompt:,.0f} in all",
             ],
             "cache": [
@@ -106,16 +106,16 @@ class View:
                 f"{value('num_preemptions'):.0f} preemptions",
                 f"{value('recomputed_tokens'):,.0f} tokens recomputed",
             ],
-            "first token": _percentiles(reading, "time_to_first_token_seconds"),
-            "between tokens": _percentiles(reading, "inter_token_latency_seconds"),
+            "first token": _percentiles(snapshot, "time_to_first_token_seconds"),
+            "between tokens": _percentiles(snapshot, "inter_token_latency_seconds"),
         }
         for name, words in rows.items():
             table.add_row(Text(name, style="bold"), Text(", ".join(words)))
         return table
 
 
-def _percentiles(reading: Reading, name: str) -> list[str]:
-    held = reading.durations[name]
+def _percentiles(snapshot: Snapshot, name: str) -> list[str]:
+    held = snapshot.durations[name]
     words = []
     for share in (0.5, 0.9, 0.99):
         seconds = held.quantile(share)
@@ -142,7 +142,7 @@ def showing(llm: LLM, progress: Callable[[], tuple[int, int]]) -> Iterator[None]
     """
     view = View()
     with Live(
-        get_renderable=lambda: view.draw([read(llm)], progress()),
+        get_renderable=lambda: view.draw([take_snapshot(llm)], progress()),
         refresh_per_second=REFRESHES_PER_SECOND,
         console=Console(),
     ):
@@ -181,13 +181,13 @@ def watch(url: str, interval: float) -> int:
     from spectral_paged.metrics.prometheus import parse
 
     console, view = Console(), View()
-    readings = parse(fetch(url))
+    snapshots = parse(fetch(url))
     if not can_show():
         print("stdout is no terminal: one reading, and no updates", file=sys.stderr)
-        console.print(view.draw(readings))
+        console.print(view.draw(snapshots))
         return 0
     try:
-        with Live(view.draw(readings), console=console, auto_refresh=False) as screen:
+        with Live(view.draw(snapshots), console=console, auto_refresh=False) as screen:
             while True:
                 time.sleep(interval)
                 screen.update(view.draw(parse(fetch(url))), refresh=True)

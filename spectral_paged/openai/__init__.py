@@ -5,14 +5,6 @@ It knows sampling parameters, prompts and outputs; it serves nothing.
 
 from __future__ import annotations
 
-from spectral_paged.openai.answer import (
-    chat_choice,
-    chat_logprobs,
-    text_choice,
-    text_logprobs,
-    token_counts,
-    usage,
-)
 from spectral_paged.openai.request import (
     CHAT_URL,
     COMPLETIONS_URL,
@@ -20,6 +12,14 @@ from spectral_paged.openai.request import (
     OpenAIRequest,
     parse_body,
     parse_json,
+)
+from spectral_paged.openai.response import (
+    chat_choice,
+    chat_logprobs,
+    text_choice,
+    text_logprobs,
+    token_counts,
+    usage,
 )
 
 __all__ = [

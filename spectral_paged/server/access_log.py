@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 
-class Traffic:
+class AccessLog:
     """ASGI middleware.
 
     Args:

@@ -21,7 +21,7 @@ _CODES: dict[type[SpectralPagedError], tuple[str, str | None]] = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Args:
         status: of HTTP; 4xx is the client's to mend, 5xx is not.

@@ -23,7 +23,7 @@ try:
     from starlette.exceptions import HTTPException
 
     from spectral_paged.metrics import MetricsCollector
-    from spectral_paged.server.access_log import Traffic
+    from spectral_paged.server.access_log import AccessLog
     from spectral_paged.server.event_stream import EventStream
 except ImportError as error:
     raise MissingPackageError(
@@ -32,11 +32,11 @@ except ImportError as error:
     ) from error
 
 from spectral_paged.server.api_error import SERVER, ApiError, refused, stopping
-from spectral_paged.server.concurrency import Seat, Seats
+from spectral_paged.server.concurrency import ConcurrencyLimit, Lease
 from spectral_paged.server.engine_thread import EngineThread
-from spectral_paged.server.parsing import PreparedRequest, prepare, unknown_model
+from spectral_paged.server.parsing import ParsedRequest, parse_request, unknown_model
 from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
-from spectral_paged.server.response import Answer
+from spectral_paged.server.response import OpenAIResponse
 from spectral_paged.server.settings import ServerSettings
 
 
@@ -49,7 +49,7 @@ class Service:
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
         self.engine = EngineThread(llm)
-        self.seats = Seats(settings.max_num_requests, settings.retry_seconds)
+        self.concurrency = ConcurrencyLimit(settings.max_num_requests, settings.retry_seconds)
         self.bodies = BodyRoom(
             settings.max_body_bytes, settings.max_total_body_bytes, settings.retry_seconds
         )
@@ -76,7 +76,7 @@ class Service:
                 Exception: _fault,
             },
         )
-        app.add_middleware(Traffic, registry=registry)
+        app.add_middleware(AccessLog, registry=registry)
         keyed = [Depends(self._check_key)]
         app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self._scrape)
@@ -149,23 +149,23 @@ class Service:
         }
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, chat=True)
+        return await self._respond(request, chat=True)
 
     async def _complete(self, request: Request) -> Response:
-        return await self._answer(request, chat=False)
+        return await self._respond(request, chat=False)
 
     # ---- one request ---------------------------------------------------------------------
 
-    async def _answer(self, request: Request, *, chat: bool) -> Response:
+    async def _respond(self, request: Request, *, chat: bool) -> Response:
         if self.stopping:
             raise stopping()
         with ExitStack() as stack:
-            seat = stack.enter_context(self.seats.take())
+            lease = stack.enter_context(self.concurrency.lease())
             body = Body(self.bodies)
             stack.callback(body.drop)
             seconds = self.settings.body_seconds
             await read_body(request.receive, request.headers, body, seconds=seconds)
-            work = self._begin(request, body, seat, stack, chat=chat)
+            work = self._begin(request, body, lease, stack, chat=chat)
             try:
                 return await while_connected(request.receive, work)
             except ApiError as error:
@@ -174,43 +174,43 @@ class Service:
                 raise
 
     async def _begin(
-        self, request: Request, body: Body, seat: Seat, stack: ExitStack, *, chat: bool
+        self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
     ) -> Response:
         """Queue the request and wait for its outputs; a stream takes over what `stack` holds."""
-        prepared = await self._prepare(body, chat)
+        parsed = await self._parse(body, chat)
         if self._ended:
             raise stopping()
-        seat.grow(prepared.num_completions)
-        asked, request_id = prepared.body, request.state.request_id
-        answer = Answer(
+        lease.grow(parsed.num_completions)
+        asked, request_id = parsed.body, request.state.request_id
+        response = OpenAIResponse(
             request_id,
             asked.model or self.settings.model_names[0],
             chat=chat,
-            params=prepared.params,
-            echoes=prepared.echoes,
+            params=parsed.params,
+            echoes=parsed.echoes,
         )
         generation = await self.engine.submit(
             request_id,
-            prepared.prompts,
-            prepared.params,
+            parsed.prompts,
+            parsed.params,
             cache_salt=asked.cache_salt,
             streams=asked.stream,
         )
         stack.callback(generation.close)
         if not asked.stream:
-            return JSONResponse(answer.whole(await generation.outputs()))
-        chunks = answer.chunks(generation, include_usage=asked.include_usage)
+            return JSONResponse(response.whole(await generation.outputs()))
+        chunks = response.chunks(generation, include_usage=asked.include_usage)
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
-    async def _prepare(self, body: Body, chat: bool) -> PreparedRequest:
+    async def _parse(self, body: Body, chat: bool) -> ParsedRequest:
         """Parse the body, and drop it: tokens are what a request goes on with."""
         loop = asyncio.get_running_loop()
 
-        def parse() -> PreparedRequest:
+        def parse() -> ParsedRequest:
             # the bytes are looked up here, so a call that waits for its turn does not keep those of
             # a client that has gone
-            return prepare(self.llm, self.settings, bytes(body.data), chat=chat)
+            return parse_request(self.llm, self.settings, bytes(body.data), chat=chat)
 
         try:
             return await loop.run_in_executor(self._parser, parse)

@@ -7,7 +7,7 @@ from types import TracebackType
 from spectral_paged.server.api_error import ApiError, no_room
 
 
-class Seats:
+class ConcurrencyLimit:
     """Counts completions that run or wait; of one event loop, so it needs no lock."""
 
     def __init__(self, total: int, retry_seconds: int) -> None:
@@ -15,15 +15,15 @@ class Seats:
         self.taken = 0
         self._retry_seconds = retry_seconds
 
-    def take(self) -> Seat:
-        """A request's first seat, to be used as a context.
+    def lease(self) -> Lease:
+        """Room for a request's first completion; a context that gives it back.
 
         Raises:
             ApiError: 429, there is none.
         """
-        seat = Seat(self)
-        seat.grow(1)
-        return seat
+        lease = Lease(self)
+        lease.grow(1)
+        return lease
 
     def move(self, count: int) -> None:
         if count > self.total - self.taken:
@@ -36,31 +36,31 @@ class Seats:
         self.taken += count
 
 
-class Seat:
+class Lease:
     """What one request holds; given back when its context ends."""
 
-    def __init__(self, seats: Seats) -> None:
-        self._seats = seats
+    def __init__(self, limit: ConcurrencyLimit) -> None:
+        self._limit = limit
         self._held = 0
 
     def grow(self, count: int) -> None:
-        """Hold `count` seats.
+        """Hold room for `count` completions.
 
         Raises:
             ApiError: 400, so many would never fit; 429, they do not fit now.
         """
-        if count > self._seats.total:
+        if count > self._limit.total:
             raise ApiError(
                 400,
                 f"the request asks for {count} completions (prompts times n); the server has room "
-                f"for {self._seats.total}: send fewer at once",
+                f"for {self._limit.total}: send fewer at once",
                 param="n",
                 code="too_many_completions",
             )
-        self._seats.move(count - self._held)
+        self._limit.move(count - self._held)
         self._held = count
 
-    def __enter__(self) -> Seat:
+    def __enter__(self) -> Lease:
         return self
 
     def __exit__(
@@ -69,5 +69,5 @@ class Seat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._seats.move(-self._held)
+        self._limit.move(-self._held)
         self._held = 0

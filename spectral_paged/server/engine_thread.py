@@ -101,7 +101,7 @@ class EngineThread:
             lambda: self._calls.put(lambda: self._abort(ids)),
         )
 
-        def answer(error: BaseException | None) -> None:
+        def report(error: BaseException | None) -> None:
             if not admitted.done():  # a client that has gone waits no more
                 admitted.set_result(None) if error is None else admitted.set_exception(error)
 
@@ -116,7 +116,7 @@ class EngineThread:
             except Exception as fault:
                 logger.exception("request %s could not be queued", request_id)
                 error = failed(fault)
-            self._tell(lambda: answer(error))
+            self._tell(lambda: report(error))
             if error is not None:
                 self._abort(ids)  # before a step: those of its prompts that were queued
 

@@ -14,8 +14,8 @@ from spectral_paged.server.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """`prompts`: token ids of each. `echoes`: the text of each, where the answer repeats it."""
+class ParsedRequest:
+    """`prompts`: token ids of each. `echoes`: the text of each, where the response repeats it."""
 
     body: OpenAIRequest
     prompts: list[list[int]]
@@ -27,7 +27,7 @@ class PreparedRequest:
         return len(self.prompts) * self.params.n
 
 
-def prepare(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> PreparedRequest:
+def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> ParsedRequest:
     """Parse and tokenize a body.
 
     Raises:
@@ -68,7 +68,7 @@ def prepare(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> Pr
     params = _with_room(llm, settings, body, prompts)
     for prompt in prompts:  # here already: the engine's thread would read every token of a long one
         check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
-    return PreparedRequest(body, prompts, params, echoes)
+    return ParsedRequest(body, prompts, params, echoes)
 
 
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:

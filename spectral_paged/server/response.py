@@ -1,4 +1,4 @@
-"""OpenAI's objects for one HTTP request: the whole answer, or the chunks of a stream."""
+"""OpenAI's objects for one HTTP request: the whole response, or the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.pending import Generation
 
 
-class Answer:
-    """Builds what one request is answered with.
+class OpenAIResponse:
+    """Builds the objects that respond to one request.
 
     Args:
         request_id: without the prefix that tells chat and text apart.
-        model: the name to answer with.
+        model: the name that the response gives.
         echoes: the text of each prompt, to stand before its completions; None: not asked for.
         params: how the request samples.
     """
@@ -41,7 +41,7 @@ class Answer:
         self._offsets: dict[int, int] = {}  # characters of tokens told, by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """The answer without a stream; choices are numbered through all prompts."""
+        """The response without a stream; choices are numbered through all prompts."""
         choices = []
         for place, output in enumerate(outputs):
             for completion in output.outputs:

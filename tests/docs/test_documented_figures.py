@@ -12,7 +12,7 @@ import pytest
 
 from spectral_paged import LLM, CacheOptions, PageFormat
 from spectral_paged.cache import Visibility
-from spectral_paged.metrics.readings import DURATIONS, FIGURES
+from spectral_paged.metrics.snapshot import DURATIONS, METRICS
 from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.pages import PRESETS
 from support.markdown_pages import PAGES, ROOT, read, rows
@@ -112,7 +112,7 @@ def test_families_of_the_quickstart_are_those_that_are_served():
 
 def test_every_metric_is_explained():
     spans = set(BY_NAME["docs/tuning.md"].spans)
-    assert {f.name for f in FIGURES} | set(DURATIONS) <= spans
+    assert {f.name for f in METRICS} | set(DURATIONS) <= spans
 
 
 def test_defaults_in_the_table_of_memory_are_those_of_the_llm():

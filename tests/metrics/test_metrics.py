@@ -22,7 +22,7 @@ from spectral_paged.engine.counters import FINISH_REASONS, Durations
 from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
 from spectral_paged.metrics import MetricsCollector, serving
 from spectral_paged.metrics.prometheus import parse
-from spectral_paged.metrics.readings import DURATIONS, FIGURES, read
+from spectral_paged.metrics.snapshot import DURATIONS, METRICS, take_snapshot
 from support.paths import ROOT
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
@@ -53,7 +53,7 @@ def pressed():
 
 def test_counters_are_what_the_outputs_say(pressed):
     llm, outputs = pressed
-    [reading] = scraped(llm)
+    [snapshot] = scraped(llm)
     completions = [c for o in outputs for c in o.outputs]
     want = {
         "prompt_tokens": sum(len(o.prompt_token_ids) for o in outputs),
@@ -65,21 +65,21 @@ def test_counters_are_what_the_outputs_say(pressed):
         "num_requests_running": 0,
         "num_requests_waiting": 0,
     }
-    assert {name: reading.value(name) for name in want} == want
+    assert {name: snapshot.value(name) for name in want} == want
     assert want["num_preemptions"] and want["recomputed_tokens"] and want["prefix_cache_hits"]
     ended = dict.fromkeys(FINISH_REASONS, 0.0)
     for completion in completions:
         ended[completion.finish_reason] += 1
-    assert reading.labels("request_success") == ended
+    assert snapshot.labels("request_success") == ended
 
 
 def test_pages_and_bytes_are_those_of_stats(pressed):
     llm, outputs = pressed
-    [reading], stats = scraped(llm), llm.stats()
+    [snapshot], stats = scraped(llm), llm.stats()
     for name in ("pages_sealed", "pages_attended", "compression_ratio"):
-        assert reading.value(name) == stats[name] > 0
-    assert reading.value("seal_time_seconds") == stats["seal_seconds"] > 0
-    assert reading.value("pages_sealed") == sum(o.metrics.num_pages_sealed for o in outputs) > 0
+        assert snapshot.value(name) == stats[name] > 0
+    assert snapshot.value("seal_time_seconds") == stats["seal_seconds"] > 0
+    assert snapshot.value("pages_sealed") == sum(o.metrics.num_pages_sealed for o in outputs) > 0
 
 
 def test_forks_count_the_pages_of_their_prompt_once():
@@ -135,12 +135,12 @@ def test_requests_that_end_badly_are_counted_by_how(monkeypatch):
     monkeypatch.setattr(llm.engine.runner, "forward", lambda *a: forward(*a) * float("nan"))
     with pytest.raises(SpectralPagedError):
         generate(llm, [[1, 2, 3, 4]])
-    [reading] = scraped(llm)
-    assert reading.labels("request_refused") == {"EmptyPromptError": 1, "PromptTooLongError": 1}
-    ended = reading.labels("request_success")
+    [snapshot] = scraped(llm)
+    assert snapshot.labels("request_refused") == {"EmptyPromptError": 1, "PromptTooLongError": 1}
+    ended = snapshot.labels("request_success")
     assert ended == {"stop": 0, "length": 1, "abort": 1, "error": 1}
-    assert reading.value("prompt_tokens") == 2, "only what was served"
-    assert reading.durations["e2e_request_latency_seconds"].count == 1
+    assert snapshot.value("prompt_tokens") == 2, "only what was served"
+    assert snapshot.durations["e2e_request_latency_seconds"].count == 1
 
 
 @pytest.mark.parametrize("bad", [{"prompt_token_ids": [1], "x": 1}, {"cache_salt": "a"}, "text"])
@@ -163,20 +163,20 @@ def test_conversations_that_are_refused_are_counted_and_logged(caplog):
 def test_without_prefix_caching_nothing_is_asked_for():
     llm = tiny_llm(enable_prefix_caching=False)
     generate(llm, [[1, 2, 3]])
-    [reading] = scraped(llm)
-    assert reading.value("prefix_cache_queries") == 0 and reading.value("prompt_tokens") == 3
+    [snapshot] = scraped(llm)
+    assert snapshot.value("prefix_cache_queries") == 0 and snapshot.value("prompt_tokens") == 3
 
 
 def test_what_is_scraped_is_what_was_read(pressed):
     llm, _ = pressed
-    [found], want = scraped(llm), read(llm)
+    [found], want = scraped(llm), take_snapshot(llm)
     assert (found.model_name, found.engine, found.values) == (
         want.model_name,
         want.engine,
         want.values,
     )
     assert found.durations == want.durations and set(found.durations) == set(DURATIONS)
-    assert {name for name, _ in found.values} == {f.name for f in FIGURES} - {"request_refused"}
+    assert {name for name, _ in found.values} == {f.name for f in METRICS} - {"request_refused"}
 
 
 def test_two_llms_are_told_apart_and_a_dropped_one_is_exported_no_more():

@@ -19,7 +19,7 @@ from spectral_paged.engine import Distribution
 from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.metrics import serving, top
 from spectral_paged.metrics.prometheus import parse
-from spectral_paged.metrics.readings import Reading, read
+from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
 from support.tiny_model import tiny_llm
 
 VALUES = {
@@ -39,11 +39,11 @@ VALUES = {
 }
 
 
-def reading(time=0.0, engine="0", **changes):
+def snapshot(time=0.0, engine="0", **changes):
     values = {(name, ""): float(x) for name, x in (VALUES | changes).items()}
     values |= {("request_success", "stop"): 11.0, ("request_refused", "EmptyPromptError"): 2.0}
     held = Distribution((0.1, 0.2), (50, 49, 1), 0.0)
-    return Reading(
+    return Snapshot(
         "a-model",
         engine,
         time,
@@ -70,7 +70,7 @@ def batch(monkeypatch, tmp_path):
 
 
 def test_every_figure_is_shown():
-    text = drawn(top.View(), [reading()], (5, 10))
+    text = drawn(top.View(), [snapshot()], (5, 10))
     for words in (
         "a-model [0]",
         "3 running, 4 waiting, 11 stop, 2 refused",
@@ -86,15 +86,15 @@ def test_every_figure_is_shown():
 
 def test_rates_are_of_the_last_seconds_and_of_one_engine():
     view = top.View()
-    assert "-/s generated" in drawn(view, [reading()]), "one reading makes no rate"
-    assert "50.0/s generated" in drawn(view, [reading(2.0, generation_tokens=2100)])
-    drawn(view, [reading(20.0, generation_tokens=2100)])
-    assert " 0.0/s generated" in drawn(view, [reading(22.0, generation_tokens=2100)])
-    assert "-/s generated" in drawn(view, [reading(22.0, "1", generation_tokens=9)])
+    assert "-/s generated" in drawn(view, [snapshot()]), "one snapshot makes no rate"
+    assert "50.0/s generated" in drawn(view, [snapshot(2.0, generation_tokens=2100)])
+    drawn(view, [snapshot(20.0, generation_tokens=2100)])
+    assert " 0.0/s generated" in drawn(view, [snapshot(22.0, generation_tokens=2100)])
+    assert "-/s generated" in drawn(view, [snapshot(22.0, "1", generation_tokens=9)])
 
 
 def test_what_has_no_number_is_said():
-    slow = reading()
+    slow = snapshot()
     slow.durations["time_to_first_token_seconds"] = Distribution((0.1, 80.0), (0, 0, 9), 0.0)
     slow.durations["inter_token_latency_seconds"] = Distribution((0.1,), (0, 0), 0.0)
     text = drawn(top.View(), [slow])
@@ -175,7 +175,7 @@ def test_another_process_sees_what_this_one_counts(capsys):
     with serving(0) as (collector, port):
         collector.add(llm)
         [found] = parse(top.fetch(f"http://127.0.0.1:{port}"))
-        assert found.values == read(llm).values
+        assert found.values == take_snapshot(llm).values
         assert main(["top", f"http://127.0.0.1:{port}"]) == 0
     out = capsys.readouterr()
     assert "LlamaForCausalLM [0]" in out.out and "one reading, and no updates" in out.err

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 
-from spectral_paged.server.parsing import prepare
+from spectral_paged.server.parsing import parse_request
 from support.served import LONG, VALUES, served_llm, serving, wait_until
 
 
@@ -62,7 +62,7 @@ def test_bodies_on_their_way_share_a_bound_and_give_it_back():
     with serving(served_llm(), **limits) as served, served.client() as client:
         room = served.service.bodies
         with upload(served, 100_000) as first, upload(served, 100_000) as second:
-            wait_until(lambda: served.service.seats.taken == 2)
+            wait_until(lambda: served.service.concurrency.taken == 2)
             assert room.taken == 0, "what is only announced takes no room"
             first.sendall(b" " * 90_000)
             wait_until(lambda: room.taken == 90_000)
@@ -87,7 +87,7 @@ def test_a_body_takes_no_room_while_its_completion_runs():
     with serving(served_llm()) as served, served.client() as client:
         stream = client.completions.create(prompt=LONG, max_tokens=400, stream=True, **VALUES)
         next(stream)
-        assert served.service.seats.taken == 1 and served.service.bodies.taken == 0
+        assert served.service.concurrency.taken == 1 and served.service.bodies.taken == 0
         stream.close()
         served.settle()
 
@@ -99,9 +99,9 @@ def test_a_client_that_goes_while_its_body_waits_for_the_parser_leaves_none_of_i
         sizes.append(len(raw))
         parsing.set()
         assert go_on.wait(30)
-        return prepare(llm, settings, raw, chat=chat)
+        return parse_request(llm, settings, raw, chat=chat)
 
-    monkeypatch.setattr("spectral_paged.server.app.prepare", slow)
+    monkeypatch.setattr("spectral_paged.server.app.parse_request", slow)
     with serving(served_llm()) as served, upload(served, 1000) as first:
         room = served.service.bodies
         first.sendall(b" " * 1000)

@@ -95,7 +95,7 @@ def test_a_client_that_goes_gives_its_seats_and_slots_back(stream):
             answer = client.completions.create(stream=True, **values)
             for _ in range(4):
                 next(answer)
-            assert served.service.seats.taken == 6
+            assert served.service.concurrency.taken == 6
             answer.close()
         else:
             with pytest.raises(openai.APITimeoutError):
@@ -176,7 +176,7 @@ def test_steps_that_keep_raising_answer_500_and_the_server_goes_on(monkeypatch):
 
 def test_a_bug_is_answered_500_and_told_to_the_log_alone(monkeypatch, caplog):
     with serving(served_llm()) as served, served.client() as client:
-        monkeypatch.setattr("spectral_paged.server.app.prepare", broken)
+        monkeypatch.setattr("spectral_paged.server.app.parse_request", broken)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(prompt="ab", **VALUES)
         assert caught.value.code == "internal" and "secret detail" not in str(caught.value)
@@ -294,7 +294,7 @@ def test_an_end_lets_requests_finish_while_there_is_grace(grace, finishes):
         thread = threading.Thread(target=whole)
         thread.start()
         next(stream)
-        wait_until(lambda: served.service.seats.taken == 2)
+        wait_until(lambda: served.service.concurrency.taken == 2)
         served.server.should_exit = True
         wait_until(lambda: served.service.stopping)
         with served.client() as late, pytest.raises(openai.APIError):
@@ -331,8 +331,8 @@ def test_who_takes_nothing_of_a_stream_gives_its_seats_back():
             sending = connection.transport.get_extra_info("socket")
             sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         raw.sendall(head + body)
-        wait_until(lambda: served.service.seats.taken == 4)
-        wait_until(lambda: served.service.seats.taken == 0)
+        wait_until(lambda: served.service.concurrency.taken == 4)
+        wait_until(lambda: served.service.concurrency.taken == 0)
         assert llm.stats()["generated_tokens"] > 0
         with served.client() as client:
             assert client.completions.create(prompt="ab", max_tokens=1, **VALUES).choices

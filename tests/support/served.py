@@ -60,7 +60,7 @@ class Served:
         """Wait until nothing is in work, then prove that nothing was lost."""
         deadline = time.monotonic() + seconds
         engine = self.service.llm.engine
-        while self.service.seats.taken or engine.has_unfinished():
+        while self.service.concurrency.taken or engine.has_unfinished():
             assert time.monotonic() < deadline, "requests are left behind"
             time.sleep(0.01)
         stats = self.service.llm.stats()

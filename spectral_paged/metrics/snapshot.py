@@ -1,4 +1,4 @@
-"""One reading of an LLM's figures: what the metrics export and the live view both show."""
+"""One snapshot of an LLM's figures: what the metrics export and the live view both show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = "spectral_paged:"
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class MetricSpec:
     """A figure of `llm.stats()` under the name that it is exported by, `PREFIX` in front.
 
     Names and meaning are vLLM's where vLLM has the figure. `label`: the figure is a dictionary, a
@@ -27,56 +27,58 @@ class Figure:
     label: str | None = None
 
 
-FIGURES = (
-    Figure("num_requests_running", "gauge", "running", "Sequences that run now."),
-    Figure("num_requests_waiting", "gauge", "waiting", "Sequences that wait for a seat."),
-    Figure("kv_cache_usage_perc", "gauge", "kv_cache_usage", "Cache in use; 1 is all of it."),
-    Figure(
+METRICS = (
+    MetricSpec("num_requests_running", "gauge", "running", "Sequences that run now."),
+    MetricSpec("num_requests_waiting", "gauge", "waiting", "Sequences that wait for a seat."),
+    MetricSpec("kv_cache_usage_perc", "gauge", "kv_cache_usage", "Cache in use; 1 is all of it."),
+    MetricSpec(
         "prefix_cache_queries",
         "counter",
         "prefix_query_tokens",
         "Prompt tokens looked up in the prefix cache when a request first ran.",
     ),
-    Figure(
+    MetricSpec(
         "prefix_cache_hits",
         "counter",
         "prefix_hit_tokens",
         "Prompt tokens found in the prefix cache when a request first ran.",
     ),
-    Figure("num_preemptions", "counter", "preemptions", "Sequences that had to give way."),
-    Figure("prompt_tokens", "counter", "prompt_tokens", "Prompt tokens of served requests."),
-    Figure("generation_tokens", "counter", "generated_tokens", "Tokens generated."),
-    Figure(
+    MetricSpec("num_preemptions", "counter", "preemptions", "Sequences that had to give way."),
+    MetricSpec("prompt_tokens", "counter", "prompt_tokens", "Prompt tokens of served requests."),
+    MetricSpec("generation_tokens", "counter", "generated_tokens", "Tokens generated."),
+    MetricSpec(
         "request_success",
         "counter",
         "finished",
         "Completions by how they ended.",
         "finished_reason",
     ),
-    Figure(
+    MetricSpec(
         "request_refused",
         "counter",
         "refused",
         "Requests never queued, by the error's name.",
         "error",
     ),
-    Figure(
+    MetricSpec(
         "recomputed_tokens",
         "counter",
         "recomputed_tokens",
         "Tokens computed a second time after a preemption.",
     ),
-    Figure("pages_sealed", "counter", "pages_sealed", "Pages written, counted layer by layer."),
-    Figure("pages_attended", "counter", "pages_attended", "Page reads, counted layer by layer."),
-    Figure("seal_time_seconds", "counter", "seal_seconds", "Device time spent on sealing."),
-    Figure(
+    MetricSpec("pages_sealed", "counter", "pages_sealed", "Pages written, counted layer by layer."),
+    MetricSpec(
+        "pages_attended", "counter", "pages_attended", "Page reads, counted layer by layer."
+    ),
+    MetricSpec("seal_time_seconds", "counter", "seal_seconds", "Device time spent on sealing."),
+    MetricSpec(
         "compression_ratio",
         "gauge",
         "compression_ratio",
         "Bytes at 2 an element over real bytes, of all sequences so far.",
     ),
-    Figure("bytes_per_token", "gauge", "bytes_per_token", "Real bytes of K and V a token."),
-    Figure(
+    MetricSpec("bytes_per_token", "gauge", "bytes_per_token", "Real bytes of K and V a token."),
+    MetricSpec(
         "sequence_capacity_tokens",
         "gauge",
         "capacity_tokens",
@@ -91,7 +93,7 @@ DURATIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Snapshot:
     """The figures of one LLM at one time.
 
     Attributes:
@@ -114,19 +116,19 @@ class Reading:
         return {label: x for (other, label), x in self.values.items() if other == name and label}
 
 
-def read(llm: LLM, engine: str = "0") -> Reading:
+def take_snapshot(llm: LLM, engine: str = "0") -> Snapshot:
     """The figures now; steps may run meanwhile, in another thread."""
     stats, counters = llm.stats(), llm.engine.counters
     values: dict[tuple[str, str], float] = {}
-    for figure in FIGURES:
-        found = stats[figure.key]
+    for spec in METRICS:
+        found = stats[spec.key]
         if isinstance(found, dict):
-            values |= {(figure.name, label): float(x) for label, x in found.items()}
+            values |= {(spec.name, label): float(x) for label, x in found.items()}
         else:
-            assert isinstance(found, int | float), f"{figure.key} is no number"
-            values[figure.name, ""] = float(found)
+            assert isinstance(found, int | float), f"{spec.key} is no number"
+            values[spec.name, ""] = float(found)
     held = (counters.time_to_first_token, counters.inter_token_latency, counters.request_latency)
     durations = {
         name: durations.distribution() for name, durations in zip(DURATIONS, held, strict=True)
     }
-    return Reading(llm.model_name, engine, time.monotonic(), values, durations)
+    return Snapshot(llm.model_name, engine, time.monotonic(), values, durations)

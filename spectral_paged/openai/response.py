@@ -1,4 +1,4 @@
-"""Pieces of OpenAI's answers: choices, log-probabilities and usage of what a request returned."""
+"""Pieces of OpenAI's responses: choices, log-probabilities and usage of what a request returned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectral_paged.sampling import SamplingParams
 
 
 def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Tokens of one answer's prompts and completions."""
+    """Tokens of one response's prompts and completions."""
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     generated = sum(len(c.token_ids) for o in outputs for c in o.outputs)
     return {
