@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.decode.pages_gpu import plan_pages
+from spectral_paged.kernels.decode.gpu import plan_pages
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.triton.exact import plan_exact
 from spectral_paged.kernels.launch.configs import DecodeConfig

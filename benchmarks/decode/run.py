@@ -25,10 +25,10 @@ from spectral_paged.benchmarks.decode.inputs import LANDMARKS, ExactPages, Pages
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.conformance.inputs import structured_blocks, toy_calibration
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.kernels.decode import pages_gpu as pages_op
+from spectral_paged.kernels.decode import gpu as pages_op
 from spectral_paged.kernels.decode.gpu import decode_attention
-from spectral_paged.kernels.decode.pages_reference import spectral_decode as twin
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.decode.reference import spectral_decode as twin
 from spectral_paged.kernels.decode.triton import exact as exact_op
 from spectral_paged.kernels.launch.configs import DecodeConfig, gpus_of, launch_table
 from spectral_paged.kernels.page.layout import UNIT_BYTES

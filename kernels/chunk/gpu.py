@@ -74,7 +74,7 @@ def chunk_attention(
     window: int | None = None,
     by: str | None = None,
 ) -> Tensor:
-    """`kernels.chunk_attention.chunk_attention` on a GPU: the same arguments; the result has q's
+    """`chunk.reference.chunk_attention` on a GPU: the same arguments; the result has q's
     dtype where a kernel for half precision runs.
 
     Args:

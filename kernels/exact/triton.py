@@ -40,7 +40,7 @@ def _append_kernel(
 
 
 def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
-    """`kernels.exact_pages.exact_append` in Triton: the same arguments; `k` and `v` may be rows of
+    """`exact.reference.exact_append` in Triton: the same arguments; `k` and `v` may be rows of
     a wider tensor (a fused projection), heads behind each other."""
     num_tokens, num_heads, dim = k.shape
     k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (k, v))

@@ -1,7 +1,6 @@
 """Arithmetic that several ops share: rotary embedding, scores, merging of partial results."""
 
 __all__ = [
-    "merge",
     "rotary",
     "scores",
 ]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk import gpu as chunk
-from spectral_paged.kernels.decode.gpu import decode_attention
-from spectral_paged.kernels.decode.pages_gpu import implementation, plan_pages
+from spectral_paged.kernels.decode.gpu import decode_attention, implementation, plan_pages
 from spectral_paged.kernels.decode.triton.exact import plan_exact
 from spectral_paged.kernels.exact.triton import exact_append
 from spectral_paged.kernels.launch.configs import decode_config

@@ -180,7 +180,7 @@ def spectral_rebuild(
     out: tuple[Tensor, Tensor] | None = None,
     compile_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.spectral_rebuild.spectral_rebuild` in Triton: the same arguments and results.
+    """`rebuild.reference.spectral_rebuild` in Triton: the same arguments and results.
 
     Args:
         compile_only: compile the kernel for these arguments; nothing is read or written.

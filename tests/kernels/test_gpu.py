@@ -33,8 +33,7 @@ from support.small_cache import feed, small_cache
 from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
-    from spectral_paged.kernels.decode.gpu import decode_attention
-    from spectral_paged.kernels.decode.pages_gpu import spectral_decode
+    from spectral_paged.kernels.decode.gpu import decode_attention, spectral_decode
     from spectral_paged.kernels.decode.triton.exact import exact_decode
     from spectral_paged.kernels.exact.triton import exact_append
     from spectral_paged.kernels.launch.configs import DecodeConfig

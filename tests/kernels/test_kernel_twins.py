@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
-from spectral_paged.kernels.decode.exact_reference import exact_decode
-from spectral_paged.kernels.decode.pages_reference import spectral_decode
+from spectral_paged.kernels.decode.reference import exact_decode, spectral_decode
 from spectral_paged.kernels.exact.reference import exact_append, exact_gather
-from spectral_paged.kernels.math.merge import merge
 from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.kernels.math.scores import merge
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages

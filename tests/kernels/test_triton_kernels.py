@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_paged.kernels.decode import pages_gpu as spectral_decode_gpu
-from spectral_paged.kernels.decode.gpu import decode_attention
-from spectral_paged.kernels.decode.pages_gpu import spectral_decode
-from spectral_paged.kernels.decode.pages_reference import spectral_decode as twin
+from spectral_paged.kernels.decode import gpu as spectral_decode_gpu
+from spectral_paged.kernels.decode.gpu import decode_attention, spectral_decode
+from spectral_paged.kernels.decode.reference import spectral_decode as twin
 from spectral_paged.kernels.decode.triton.exact import exact_decode
 from spectral_paged.kernels.exact.triton import exact_append
 from spectral_paged.kernels.launch.configs import DecodeConfig

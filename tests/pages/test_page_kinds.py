@@ -9,7 +9,7 @@ import torch
 from hypothesis import given as drawn, settings, strategies as st
 
 from spectral_paged.errors import FormatError
-from spectral_paged.kernels.decode.pages_reference import spectral_decode
+from spectral_paged.kernels.decode.reference import spectral_decode
 from spectral_paged.kernels.page.view import side_view, slot_tokens
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages

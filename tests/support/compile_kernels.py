@@ -19,10 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from spectral_paged.kernels.decode import (
-    gpu as decode_attention_gpu,
-    pages_gpu as spectral_decode_gpu,
-)
+from spectral_paged.kernels.decode import gpu
 from spectral_paged.kernels.decode.gluon import (
     apply as page_basis_gluon,
     attend as spectral_decode_gluon,
@@ -162,12 +159,12 @@ def launch_pages(format, group, **scores):
         **rows,
     }
     q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=torch.bfloat16)
-    spectral_decode_gpu.spectral_decode(
+    gpu.spectral_decode(
         q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
     )
     if format.name == "spectral-quality" and group == 4 and not scores:
         config = launch_configs.decode_config(format.layout, q.device)
-        decode_attention_gpu.decode_attention(
+        gpu.decode_attention(
             q,
             plane,
             table,

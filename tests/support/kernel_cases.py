@@ -6,9 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_paged.conformance.inputs import toy_calibration
-from spectral_paged.kernels.decode.exact_reference import exact_decode
-from spectral_paged.kernels.decode.pages_reference import spectral_decode
-from spectral_paged.kernels.decode.reference import decode_attention
+from spectral_paged.kernels.decode.reference import decode_attention, exact_decode, spectral_decode
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.kernels.math.rotary import stored_keys
 from spectral_paged.kernels.page.layout import exact_page_bytes

@@ -375,7 +375,7 @@ def attend_pages(
     options: ScoreOptions,
     config: DecodeConfig,
 ) -> Partials:
-    """`spectral_decode_triton.attend_pages` for layouts that `supports` names."""
+    """`triton.attend.attend_pages` for layouts that `supports` names."""
     heads, dim = layout.num_kv_heads, layout.head_dim
     width = group_sizes(q, layout)[1]
     k, v = layout.k, layout.v

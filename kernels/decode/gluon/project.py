@@ -228,7 +228,7 @@ def project_queries(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Projected:
-    """`query_projection_triton.project_queries` for layouts that `supports` names."""
+    """`triton.project.project_queries` for layouts that `supports` names."""
     heads, width = layout.num_kv_heads, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     splits = config.splits

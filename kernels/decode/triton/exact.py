@@ -164,7 +164,7 @@ def exact_decode(
     first_visible: Tensor | None = None,
     plan: DecodePlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.exact_decode.exact_decode` in Triton: the same arguments and results.
+    """`decode.reference.exact_decode` in Triton: the same arguments and results.
 
     Args:
         plan: `plan_exact` of this step, the same for all layers; made here where it is missing.
