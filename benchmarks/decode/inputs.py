@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_paged.kernels.decode.gpu import plan_pages
+from spectral_paged.kernels.decode import batch
+from spectral_paged.kernels.decode.batch import Basis
+from spectral_paged.kernels.decode.gpu import plan_pages, planned_pages
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.triton.exact import plan_exact
 from spectral_paged.kernels.launch.configs import DecodeConfig
+from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.page.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
@@ -128,3 +131,14 @@ class Pages:
     def plan(self, config: DecodeConfig | None = None) -> DecodePlan:
         """The items of a step, as kernels launched by `config` take them."""
         return plan_pages(self.format.layout, self.counts, max(self.num_pages, 1), config)
+
+    @property
+    def basis(self) -> Basis:
+        """The rows that all pages share, as ops that attend to all tiers take them."""
+        return Basis(self.rows.get("k_basis"), self.rows.get("v_basis"))
+
+    def planned(self, config: DecodeConfig | None = None) -> batch.Pages:
+        """The pages as such ops take them, launched by `config`."""
+        rotation = Rotation(self.rope.cos, self.rope.sin, LANDMARKS)
+        pages = batch.Pages(self.table, self.counts, self.format.layout, rotation, config=config)
+        return planned_pages(pages, max(self.num_pages, 1))

@@ -25,12 +25,13 @@ from spectral_paged.benchmarks.decode.inputs import LANDMARKS, ExactPages, Pages
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.conformance.inputs import structured_blocks, toy_calibration
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.kernels.decode import gpu as pages_op
+from spectral_paged.kernels.decode import batch as decode_batch, gpu as pages_op
+from spectral_paged.kernels.decode.batch import ExactTokens
 from spectral_paged.kernels.decode.gpu import decode_attention
-from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.reference import spectral_decode as twin
 from spectral_paged.kernels.decode.triton import exact as exact_op
 from spectral_paged.kernels.launch.configs import DecodeConfig, gpus_of, launch_table
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import UNIT_BYTES
 from spectral_paged.pages import PRESETS, PageFormat, encode_pages
 from spectral_paged.rope import RotaryTable
@@ -256,27 +257,20 @@ class Workload:
         pages = Pages.random(format, self.lengths, rope)
         exact = ExactPages.random([LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim)
         plane = torch.cat((pages.plane, exact.plane))
-        exact_table = exact.table + len(pages.plane) // UNIT_BYTES
-        plans: dict[DecodeConfig | None, DecodePlan] = {}
+        tokens = ExactTokens(
+            exact.table + len(pages.plane) // UNIT_BYTES,
+            exact.tokens,
+            self.heads,
+            torch.bfloat16,
+            plan=exact.plan,
+        )
+        scores = Scores(self.scale)
+        planned: dict[DecodeConfig | None, decode_batch.Pages] = {}
 
         def work(config: DecodeConfig | None = None) -> Tensor:
-            if config not in plans:
-                plans[config] = pages.plan(config)
-            return decode_attention(
-                self.q,
-                plane,
-                exact_table,
-                exact.tokens,
-                pages.table,
-                pages.counts,
-                num_kv_heads=self.heads,
-                scale=self.scale,
-                dtype=torch.bfloat16,
-                exact_plan=exact.plan,
-                page_plan=plans[config],
-                config=config,
-                **pages.options,
-            )
+            if config not in planned:
+                planned[config] = pages.planned(config)
+            return decode_attention(self.q, plane, tokens, planned[config], scores, pages.basis)
 
         return work, pages.num_bytes + exact.num_bytes
 

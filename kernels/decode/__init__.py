@@ -1,6 +1,7 @@
 """Attention of one query a sequence to its pages and exact tokens."""
 
 __all__ = [
+    "batch",
     "gluon",
     "gpu",
     "parts",

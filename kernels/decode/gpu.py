@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.decode.gluon import (
     apply as apply_gluon,
     attend as attend_gluon,
@@ -31,6 +33,7 @@ from spectral_paged.kernels.decode.triton import (
 from spectral_paged.kernels.decode.triton.exact import attend_exact, plan_exact
 from spectral_paged.kernels.decode.triton.finish import finish, merge_items
 from spectral_paged.kernels.launch.configs import DecodeConfig, decode_config
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import check_layout
 
@@ -220,81 +223,76 @@ def _begin(
     return join
 
 
+def planned_exact(exact: ExactTokens, max_pages: int) -> ExactTokens:
+    """`exact` with its items, which all layers share; `max_pages` bounds its pages together."""
+    return replace(exact, plan=plan_exact(exact.counts, max_pages, exact.num_kv_heads))
+
+
+def planned_pages(pages: Pages, max_entries: int) -> Pages:
+    """`pages` with its items and its launch, which all layers share; `max_entries` bounds its table
+    entries together."""
+    config = pages.config or decode_config(pages.layout, pages.counts.device)
+    plan = plan_pages(pages.layout, pages.counts, max_entries, config)
+    return replace(pages, plan=plan, config=config)
+
+
 def decode_attention(
     q: Tensor,
     plane: Tensor,
-    exact_table: Tensor,
-    num_tokens: Tensor,
-    page_table: Tensor | None,
-    num_pages: Tensor,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    dtype: torch.dtype,
-    layout: PageLayout | None,
-    first_position: int,
-    cos: Tensor,
-    sin: Tensor,
-    k_basis: Tensor | None = None,
-    v_basis: Tensor | None = None,
-    softcap: float | None = None,
-    first_exact: Tensor | None = None,
-    first_visible: Tensor | None = None,
-    exact_plan: DecodePlan | None = None,
-    page_plan: DecodePlan | None = None,
-    config: DecodeConfig | None = None,
+    exact: ExactTokens,
+    pages: Pages | None,
+    scores: Scores,
+    basis: Basis,
 ) -> Tensor:
     """`decode.reference.decode_attention` on a GPU: the same arguments and results.
 
-    Args:
-        exact_plan, page_plan: `plan_exact` and `plan_pages` of this step, the same for all layers;
-            made here where they are missing.
-        config: how kernels are launched; default what `launch_configs` has for the GPU.
+    What has no plan yet is planned here.
 
     Raises:
         ValueError: a layout that no kernel reads; the message says what to use instead.
     """
-    if exact_plan is None:
-        exact_plan = plan_exact(
-            num_tokens, exact_table.shape[0] * exact_table.shape[1], num_kv_heads
-        )
+    if exact.plan is None:
+        exact = planned_exact(exact, exact.table.numel())
+    exact_plan = exact.plan
+    assert exact_plan is not None
 
     def attend() -> Partials:
         return attend_exact(
             q,
             plane,
-            exact_table,
-            num_tokens,
-            num_kv_heads=num_kv_heads,
-            scale=scale,
-            dtype=dtype,
+            exact.table,
+            exact.counts,
+            num_kv_heads=exact.num_kv_heads,
+            scale=scores.scale,
+            dtype=exact.dtype,
             plan=exact_plan,
-            options=ScoreOptions(0, softcap, first_exact),
+            options=ScoreOptions(0, scores.softcap, exact.first_visible),
         )
 
-    if page_table is None or layout is None:
+    if pages is None:
         return merge_items(q, attend(), exact_plan.first_item, dtype=q.dtype)[0]
+    layout, rotation = pages.layout, pages.rotation
     check_layout(layout)
-    if config is None:
-        config = decode_config(layout, q.device)
-    if page_plan is None:
-        page_plan = plan_pages(layout, num_pages, page_table.shape[0] * page_table.shape[1], config)
+    if pages.plan is None or pages.config is None:
+        pages = planned_pages(pages, pages.table.numel())
+    plan, config = pages.plan, pages.config
+    assert plan is not None and config is not None
     join = _begin(attend, q.device, config.second_stream)
-    pages = attend_pages(
+    partials = attend_pages(
         q,
         plane,
-        page_table,
+        pages.table,
         layout=layout,
-        cos=cos,
-        sin=sin,
-        scale=scale,
-        k_basis=k_basis,
-        plan=page_plan,
+        cos=rotation.cos,
+        sin=rotation.sin,
+        scale=scores.scale,
+        k_basis=basis.k,
+        plan=plan,
         config=config,
-        options=ScoreOptions(first_position, softcap, first_visible),
+        options=ScoreOptions(rotation.first_position, scores.softcap, pages.first_visible),
     )
     beside = Beside(join(), exact_plan.first_item)
     out, _ = finish(
-        q, pages, layout=layout, basis=v_basis, plan=page_plan, beside=beside, dtype=q.dtype
+        q, partials, layout=layout, basis=basis.v, plan=plan, beside=beside, dtype=q.dtype
     )
     return out

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.rotary import block_rows, rotate
-from spectral_paged.kernels.math.scores import capped, merge
+from spectral_paged.kernels.math.scores import Scores, capped, merge
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, PageLayout
 from spectral_paged.kernels.page.view import gather_units, rebuild_side, side_view, slot_tokens
 
@@ -22,35 +23,17 @@ from spectral_paged.kernels.page.view import gather_units, rebuild_side, side_vi
 def decode_attention(
     q: Tensor,
     plane: Tensor,
-    exact_table: Tensor,
-    num_tokens: Tensor,
-    page_table: Tensor | None,
-    num_pages: Tensor,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    dtype: torch.dtype,
-    layout: PageLayout | None,
-    first_position: int,
-    cos: Tensor,
-    sin: Tensor,
-    k_basis: Tensor | None = None,
-    v_basis: Tensor | None = None,
-    softcap: float | None = None,
-    first_exact: Tensor | None = None,
-    first_visible: Tensor | None = None,
+    exact: ExactTokens,
+    pages: Pages | None,
+    scores: Scores,
+    basis: Basis,
 ) -> Tensor:
     """One query per sequence against its exact tokens and its sealed blocks.
 
     Args:
         q: `[N, Hq, D]`, after RoPE.
-        plane: uint8, one layer's plane; exact pages hold `dtype`.
-        exact_table, num_tokens: as `exact_decode` takes them.
-        page_table, num_pages, layout: as `spectral_decode` takes them; no table where no sequence
-            has pages, no layout where the format has none.
-        softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
-        first_exact, first_visible: of a sliding window, int `[N]`: the first token that each query
-            sees, counted in the sequence's exact pages, and as a position; None sees all.
+        plane: uint8, one layer's plane.
+        pages: None where no sequence has any.
 
     Returns:
         `[N, Hq, D]` in q's dtype; zeros for a sequence without tokens.
@@ -58,29 +41,29 @@ def decode_attention(
     out, lse = exact_decode(
         q,
         plane,
-        exact_table,
-        num_tokens,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        dtype=dtype,
-        softcap=softcap,
-        first_visible=first_exact,
+        exact.table,
+        exact.counts,
+        num_kv_heads=exact.num_kv_heads,
+        scale=scores.scale,
+        dtype=exact.dtype,
+        softcap=scores.softcap,
+        first_visible=exact.first_visible,
     )
-    if page_table is not None and layout is not None:
+    if pages is not None:
         other, other_lse = spectral_decode(
             q,
             plane,
-            page_table,
-            num_pages,
-            layout=layout,
-            first_position=first_position,
-            cos=cos,
-            sin=sin,
-            scale=scale,
-            softcap=softcap,
-            first_visible=first_visible,
-            k_basis=k_basis,
-            v_basis=v_basis,
+            pages.table,
+            pages.counts,
+            layout=pages.layout,
+            first_position=pages.rotation.first_position,
+            cos=pages.rotation.cos,
+            sin=pages.rotation.sin,
+            scale=scores.scale,
+            k_basis=basis.k,
+            v_basis=basis.v,
+            softcap=scores.softcap,
+            first_visible=pages.first_visible,
         )
         out = merge([out, other], [lse, other_lse])[0]
     return out.to(q.dtype)

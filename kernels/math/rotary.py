@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, TILE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """By what the keys of a sequence's pages are turned.
+
+    cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table; empty where layers turn
+        no key.
+    first_position: position of the first token of block 0 (the number of landmarks).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    first_position: int = 0
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a head that are turned."""
+        return 2 * self.cos.shape[-1]
+
+    def from_block(self, block: int) -> Rotation:
+        """The same where a table of pages begins with `block`."""
+        return replace(self, first_position=self.first_position + block * BLOCK_TOKENS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:

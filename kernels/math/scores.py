@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,24 @@ def check_softcap(softcap: float | None) -> None:
     """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: give a positive number, or None for no cap")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How products of queries and keys become scores.
+
+    scale: the softmax scale.
+    softcap: scores s become `softcap tanh(s / softcap)` (Gemma 2); None caps none.
+
+    Raises:
+        ValueError: a softcap that is not positive.
+    """
+
+    scale: float
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_softcap(self.softcap)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -29,8 +49,9 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge partial attention results by their log-sum-exp (Dao et al. 2022, online softmax).
 
-    Partials are `outs[i]` fp32 `[..., D]` with `lses[i]` fp32 `[...]`. An empty partial carries lse = -inf and gets weight zero; all partials empty gives zeros and
-    -inf, never NaN. Returns the merged output and its lse.
+    Partials are `outs[i]` fp32 `[..., D]` with `lses[i]` fp32 `[...]`. An empty one carries lse =
+    -inf and gets weight zero; all of them empty gives zeros and -inf, never NaN. Returns the merged
+    output and its lse.
     """
     lse = torch.stack(lses)
     top = lse.amax(dim=0)

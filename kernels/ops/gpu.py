@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk import gpu as chunk
-from spectral_paged.kernels.decode.gpu import decode_attention, implementation, plan_pages
-from spectral_paged.kernels.decode.triton.exact import plan_exact
+from spectral_paged.kernels.chunk.reference import ChunkSpans
+from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
+from spectral_paged.kernels.decode.gpu import (
+    decode_attention,
+    implementation,
+    planned_exact,
+    planned_pages,
+)
 from spectral_paged.kernels.exact.triton import exact_append
-from spectral_paged.kernels.launch.configs import decode_config
+from spectral_paged.kernels.math.rotary import Rotation
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops.protocol import SealKernel
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import check_layout
@@ -28,17 +33,80 @@ class GpuOps:
     ) -> None:
         exact_append(k, v, plane, positions, offsets)
 
-    def decode_attention(self, *args: Any, **options: Any) -> Tensor:
-        return decode_attention(*args, **options)
+    def decode_attention(
+        self,
+        q: Tensor,
+        plane: Tensor,
+        exact: ExactTokens,
+        pages: Pages | None,
+        scores: Scores,
+        basis: Basis,
+    ) -> Tensor:
+        return decode_attention(q, plane, exact, pages, scores, basis)
 
-    def spectral_rebuild(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        return spectral_rebuild(*args, **options)
+    def spectral_rebuild(
+        self,
+        plane: Tensor,
+        positions: Tensor,
+        *,
+        layout: PageLayout,
+        rotation: Rotation,
+        basis: Basis,
+        dtype: torch.dtype,
+        num_pages: int | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return spectral_rebuild(
+            plane,
+            positions,
+            layout=layout,
+            first_position=rotation.first_position,
+            cos=rotation.cos,
+            sin=rotation.sin,
+            dtype=dtype,
+            k_basis=basis.k,
+            v_basis=basis.v,
+            num_pages=num_pages,
+            out=out,
+        )
 
-    def compile_rebuild(self, *args: Any, **options: Any) -> None:
-        spectral_rebuild(*args, **options, compile_only=True)
+    def compile_rebuild(
+        self,
+        plane: Tensor,
+        positions: Tensor,
+        *,
+        layout: PageLayout,
+        rotation: Rotation,
+        basis: Basis,
+        dtype: torch.dtype,
+    ) -> None:
+        spectral_rebuild(
+            plane,
+            positions,
+            layout=layout,
+            first_position=rotation.first_position,
+            cos=rotation.cos,
+            sin=rotation.sin,
+            dtype=dtype,
+            k_basis=basis.k,
+            v_basis=basis.v,
+            num_pages=1,
+            compile_only=True,
+        )
 
-    def chunk_attention(self, *args: Any, **options: Any) -> Tensor:
-        return chunk.chunk_attention(*args, **options)
+    def chunk_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        spans: ChunkSpans,
+        scores: Scores,
+        window: int | None = None,
+    ) -> Tensor:
+        return chunk.chunk_attention(
+            q, k, v, spans=spans, scale=scores.scale, softcap=scores.softcap, window=window
+        )
 
     def eigenvectors(self, matrices: Tensor) -> Tensor:
         return eigenvectors(matrices)
@@ -49,17 +117,18 @@ class GpuOps:
     def check_layout(self, layout: PageLayout) -> None:
         check_layout(layout)
 
-    def exact_plan(self, num_tokens: Tensor, num_pages: int, heads: int) -> dict[str, Any]:
-        return {"exact_plan": plan_exact(num_tokens, num_pages, heads)}
+    def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
+        return planned_exact(exact, max_pages)
 
-    def page_plan(self, layout: PageLayout, num_blocks: Tensor, total: int) -> dict[str, Any]:
-        config = decode_config(layout, num_blocks.device)
-        return {"page_plan": plan_pages(layout, num_blocks, total, config), "config": config}
+    def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
+        return planned_pages(pages, max_entries)
 
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
     ) -> str:
         return "triton" if layout is None else implementation(layout, group, device, rotary_dim)
 
-    def prefill_backend(self, dtype: torch.dtype, dim: int, **scores: Any) -> str:
-        return chunk.backend(dtype, dim, **scores)
+    def prefill_backend(
+        self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
+    ) -> str:
+        return chunk.backend(dtype, dim, softcap=scores.softcap, window=window)

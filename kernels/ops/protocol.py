@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.chunk.reference import ChunkSpans
+from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
+from spectral_paged.kernels.math.rotary import Rotation
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import PageLayout
 
 
@@ -38,18 +42,55 @@ class PageOps(Protocol):
     ) -> None:
         """Store new keys and values in exact pages; `exact.reference.exact_append`."""
 
-    def decode_attention(self, *args: Any, **options: Any) -> Tensor:
+    def decode_attention(
+        self,
+        q: Tensor,
+        plane: Tensor,
+        exact: ExactTokens,
+        pages: Pages | None,
+        scores: Scores,
+        basis: Basis,
+    ) -> Tensor:
         """One query a sequence over all it has; `decode.reference.decode_attention`."""
         ...
 
-    def spectral_rebuild(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def spectral_rebuild(
+        self,
+        plane: Tensor,
+        positions: Tensor,
+        *,
+        layout: PageLayout,
+        rotation: Rotation,
+        basis: Basis,
+        dtype: torch.dtype,
+        num_pages: int | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """K and V of pages; `rebuild.reference.spectral_rebuild`."""
         ...
 
-    def compile_rebuild(self, *args: Any, **options: Any) -> None:
+    def compile_rebuild(
+        self,
+        plane: Tensor,
+        positions: Tensor,
+        *,
+        layout: PageLayout,
+        rotation: Rotation,
+        basis: Basis,
+        dtype: torch.dtype,
+    ) -> None:
         """Compile what `spectral_rebuild` with these arguments runs; nothing is read or written."""
 
-    def chunk_attention(self, *args: Any, **options: Any) -> Tensor:
+    def chunk_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        spans: ChunkSpans,
+        scores: Scores,
+        window: int | None = None,
+    ) -> Tensor:
         """Causal attention of prompt chunks; `chunk.reference.chunk_attention`."""
         ...
 
@@ -68,13 +109,14 @@ class PageOps(Protocol):
             ValueError: the message names the limit and what to use instead.
         """
 
-    def exact_plan(self, num_tokens: Tensor, num_pages: int, heads: int) -> dict[str, Any]:
-        """What `decode_attention` of all layers shares over exact pages: `num_tokens` int `[N]` in
-        `num_pages` of them together."""
+    def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
+        """`exact` with what `decode_attention` of all layers shares; `max_pages` bounds the pages
+        of its sequences together."""
         ...
 
-    def page_plan(self, layout: PageLayout, num_blocks: Tensor, total: int) -> dict[str, Any]:
-        """What it shares over pages: `num_blocks` int `[N]` table entries, `total` together."""
+    def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
+        """`pages` with what it shares; `max_entries` bounds the entries of its sequences
+        together."""
         ...
 
     def backend(
@@ -84,6 +126,8 @@ class PageOps(Protocol):
         fit."""
         ...
 
-    def prefill_backend(self, dtype: torch.dtype, dim: int, **scores: Any) -> str:
-        """What attends to prompt chunks: `torch`, or a kernel that takes `softcap` and `window`."""
+    def prefill_backend(
+        self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
+    ) -> str:
+        """What attends to prompt chunks: `torch`, or the library whose kernel takes them."""
         ...

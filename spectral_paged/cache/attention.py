@@ -11,8 +11,9 @@ from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.errors import FormatError
+from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.kernels.exact.reference import exact_gather
-from spectral_paged.kernels.math.scores import check_softcap
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
@@ -44,15 +45,13 @@ class PagedAttention:
         scale: float,
         softcap: float | None,
     ) -> None:
-        check_softcap(softcap)
         self._places = {
             layer: (place, group) for place, group in enumerate(groups) for layer in group.layers
         }
         self.basis = basis
         self.ops = ops
         self.num_q_heads = num_q_heads
-        self.scale = scale
-        self.softcap = softcap
+        self.scores = Scores(scale, softcap)
         self.dtype = groups[0].arena.dtype
 
     def _check(self, step: GroupStep, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
@@ -69,18 +68,15 @@ class PagedAttention:
     def warm_up(self, group: LayerGroup) -> None:
         """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
         nothing is written. An online calibration has yet to say what it is to do."""
-        if group.seals and not self.basis.is_waiting:
+        if group.layout is not None and not self.basis.is_waiting:
             layer = group.layers[0]
             self.ops.compile_rebuild(
                 group.plane(layer),
                 group.page_table.device[0, :1],
                 layout=group.layout,
-                first_position=self.basis.format.num_landmark_tokens,
-                cos=group.cos,
-                sin=group.sin,
+                rotation=group.rotation,
+                basis=self.basis.rows(layer),
                 dtype=self.dtype,
-                num_pages=1,
-                **self.basis.rows(layer),
             )
 
     def append(self, steps: Sequence[GroupStep], layer: int, k: Tensor, v: Tensor) -> None:
@@ -119,11 +115,11 @@ class PagedAttention:
         k, v = self._append(group, step, layer, k, v)
         q = group.in_halves(q)
         if step.decode is not None and step.decode_tokens is None:
-            return self._decode(group, step.decode, plane, q, shared)
+            return self._decode(step.decode, plane, q, shared)
         out = torch.empty_like(q)
         if step.decode is not None:
             places = step.decode_tokens
-            out[places] = self._decode(group, step.decode, plane, q[places], shared)
+            out[places] = self._decode(step.decode, plane, q[places], shared)
         for batch in step.chunks:
             tokens = slice(None) if batch.tokens is None else batch.tokens
             if batch.is_fresh:
@@ -135,44 +131,17 @@ class PagedAttention:
                 keys,
                 values,
                 spans=batch.spans,
-                scale=self.scale,
-                softcap=self.softcap,
+                scores=self.scores,
                 window=group.window,
             )
             out[tokens] = found.to(q.dtype)
         return out
 
-    def _decode(
-        self,
-        group: LayerGroup,
-        batch: DecodeBatch,
-        plane: Tensor,
-        q: Tensor,
-        shared: dict[str, Tensor],
-    ) -> Tensor:
-        return self.ops.decode_attention(
-            q,
-            plane,
-            batch.exact_table,
-            batch.exact,
-            batch.page_table if batch.has_pages else None,
-            batch.blocks,
-            num_kv_heads=self.basis.format.num_kv_heads,
-            scale=self.scale,
-            dtype=self.dtype,
-            layout=group.layout if batch.has_pages else None,
-            first_position=self.basis.format.num_landmark_tokens,
-            cos=group.cos,
-            sin=group.sin,
-            softcap=self.softcap,
-            first_exact=batch.first_exact,
-            first_visible=batch.first_visible,
-            **shared,
-            **batch.plans,
-        )
+    def _decode(self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: Basis) -> Tensor:
+        return self.ops.decode_attention(q, plane, batch.exact, batch.pages, self.scores, shared)
 
     def history(
-        self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: dict[str, Tensor]
+        self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: Basis
     ) -> tuple[Tensor, Tensor]:
         """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""
         heads, dim = self.basis.format.num_kv_heads, self.basis.format.head_dim
@@ -190,17 +159,15 @@ class PagedAttention:
                 if not run.sealed:
                     exact_gather(plane, entries, run.num_tokens, heads, dim, self.dtype, out=out)
                     continue
-                first = self.basis.format.num_landmark_tokens + run.start * BLOCK_TOKENS
+                assert group.layout is not None, "only groups with pages have sealed runs"
                 self.ops.spectral_rebuild(
                     plane,
                     entries,
                     layout=group.layout,
-                    first_position=first,
-                    cos=group.cos,
-                    sin=group.sin,
+                    rotation=group.rotation.from_block(run.start),
+                    basis=shared,
                     dtype=self.dtype,
                     num_pages=run.num_tokens // BLOCK_TOKENS,
                     out=out,
-                    **shared,
                 )
         return keys, values

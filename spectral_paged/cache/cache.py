@@ -434,11 +434,11 @@ class SpectralKVCache:
 
         Ratio and bytes per token are taken over sequences freed so far and those held now.
         """
-        ops, encoders, softcap = self.ops, self.sealer.encoders, self.attention.softcap
+        ops, encoders, scores = self.ops, self.sealer.encoders, self.attention.scores
         return {
             "format": self.format.name,
             "fingerprint": self.format.fingerprint,
-            **cache_stats.backends(ops, encoders, self.groups, self.num_q_heads, softcap),
+            **cache_stats.backends(ops, encoders, self.groups, self.num_q_heads, scores),
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.errors import FormatError
+from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, SharedBasis
 
 
@@ -69,7 +70,7 @@ class CacheBasis:
         self._device = device
         self.format = format
         self.bound: BoundBasis | None = None
-        self._rows: dict[str, Tensor] = {}
+        self._rows = [Basis()] * num_layers
         self._projections: dict[tuple[int, ...], dict[str, Tensor]] = {}
         bound = bind(calibration, format, num_layers, device)
         if bound is not None:
@@ -80,10 +81,8 @@ class CacheBasis:
         if self.format.basis == "shared":
             # kernels read fp16, which is what rows are rounded to
             dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-            self._rows = {
-                "k_basis": bound.k.rows.to(dtype),
-                "v_basis": bound.v.rows.to(dtype),
-            }
+            sides = bound.k.rows.to(dtype), bound.v.rows.to(dtype)
+            self._rows = [Basis(k, v) for k, v in zip(*sides, strict=True)]
 
     @property
     def is_waiting(self) -> bool:
@@ -99,9 +98,9 @@ class CacheBasis:
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
         self._use(basis.bind(self.format, self._device))
 
-    def rows(self, layer: int) -> dict[str, Tensor]:
-        """The layer's rows `[H, rank, D]` as arguments of page ops; none where pages have them."""
-        return {name: rows[layer] for name, rows in self._rows.items()}
+    def rows(self, layer: int) -> Basis:
+        """The rows that the layer's pages share; none where pages have their own."""
+        return self._rows[layer]
 
     def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """`BoundBasis.projections`, made once for a group of layers."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.kernels.exact.reference import read_blocks
-from spectral_paged.kernels.math.rotary import stored_keys
+from spectral_paged.kernels.math.rotary import Rotation, stored_keys
 from spectral_paged.kernels.ops import PageOps, SealKernel
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, PageLayout
 from spectral_paged.kernels.page.view import put_units
@@ -57,14 +57,13 @@ class BlockKind:
     layers: the model layers whose planes hold them.
     layout: of their pages.
     dtype: element type of their exact pages.
-    cos, sin: the layers' rotary table.
+    rotation: by what their keys are turned.
     """
 
     layers: list[int]
     layout: PageLayout
     dtype: torch.dtype
-    cos: Tensor
-    sin: Tensor
+    rotation: Rotation
 
     def read(self, planes: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
         """K after RoPE, pairs in halves, and V of blocks: `[B, L, H, 512, D]`."""
@@ -74,10 +73,10 @@ class BlockKind:
     def stored(self, k: Tensor, first: Tensor, rope: str) -> Tensor:
         """Keys `[B, L, H, 512, D]` as pages with `rope` store them: as they come where these layers
         turn no key."""
-        if rope == "post" or not self.cos.numel():
+        if rope == "post" or not self.rotation.cos.numel():
             return k
         rows = first.long().unsqueeze(-1) + torch.arange(BLOCK_TOKENS, device=first.device)
-        cos, sin = (x[rows][:, None, None] for x in (self.cos, self.sin))
+        cos, sin = (x[rows][:, None, None] for x in (self.rotation.cos, self.rotation.sin))
         return stored_keys(k, cos, sin, rope)
 
 
@@ -120,8 +119,8 @@ class KernelEncoder:
             first,
             layout=kind.layout,
             dtype=kind.dtype,
-            cos=kind.cos,
-            sin=kind.sin,
+            cos=kind.rotation.cos,
+            sin=kind.rotation.sin,
             k_projection=projections["k_projection"],
             v_projection=projections["v_projection"],
             compile_only=compile_only,

@@ -25,6 +25,7 @@ from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import ChunkSpans
+from spectral_paged.kernels.decode.batch import ExactTokens, Pages
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 
@@ -146,24 +147,11 @@ class StepIndex:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """N sequences with one new token each, as kernels take them.
+    """N sequences with one new token each, as kernels take them; `pages` is None where no sequence
+    has one."""
 
-    exact_table, page_table: their rows of the group's tables.
-    exact, blocks: int32 `[N]`, tokens and entries to read there.
-    plans: what `decode_attention` of all layers shares.
-    has_pages: False where no sequence of the batch has a page.
-    first_exact, first_visible: of a window, int32 `[N]`, the first token that a query sees, counted
-        in its sequence's exact pages, and as a position; None without.
-    """
-
-    exact_table: Tensor
-    page_table: Tensor
-    exact: Tensor
-    blocks: Tensor
-    plans: dict[str, Any]
-    has_pages: bool
-    first_exact: Tensor | None = None
-    first_visible: Tensor | None = None
+    exact: ExactTokens
+    pages: Pages | None
 
     @classmethod
     def of(
@@ -181,20 +169,25 @@ class DecodeBatch:
             max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
                 that there are no pages.
         """
-        plans = ops.exact_plan(rows.exact, max_exact_pages, group.arena.format.num_kv_heads)
-        if max_blocks and group.layout is not None:
-            plans |= ops.page_plan(group.layout, rows.blocks, max_blocks)
         slides = group.window is not None
-        return cls(
+        exact = ExactTokens(
             group.exact_table.device[rows.table_row],
-            group.page_table.device[rows.table_row],
             rows.exact,
-            rows.blocks,
-            plans,
-            max_blocks > 0,
+            group.arena.format.num_kv_heads,
+            group.arena.dtype,
             rows.first_exact if slides else None,
-            rows.first_visible if slides else None,
         )
+        pages = None
+        if max_blocks and group.layout is not None:
+            found = Pages(
+                group.page_table.device[rows.table_row],
+                rows.blocks,
+                group.layout,
+                group.rotation,
+                rows.first_visible if slides else None,
+            )
+            pages = ops.plan_pages(found, max_blocks)
+        return cls(ops.plan_exact(exact, max_exact_pages), pages)
 
 
 @dataclass(frozen=True, slots=True)

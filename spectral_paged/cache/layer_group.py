@@ -13,6 +13,7 @@ from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.retention import Retention
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.errors import PoolError
+from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena
@@ -57,8 +58,8 @@ class LayerGroup:
         self.layout = page_layout_of(arena.format, rope) if self.seals else None
         device, trash = arena.planes.device, arena.trash_unit
         empty = torch.zeros(0, 0, device=device)
-        self.cos = empty if rope is None else rope.cos
-        self.sin = empty if rope is None else rope.sin
+        table = (empty, empty) if rope is None else (rope.cos, rope.sin)
+        self.rotation = Rotation(*table, arena.format.num_landmark_tokens)
         self._places = {layer: i for i, layer in enumerate(layers)}
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)

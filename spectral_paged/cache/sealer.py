@@ -79,7 +79,7 @@ class Sealer:
         self.basis = basis
         self.timer = DeviceTimer(device)
         self._kinds = {
-            group: BlockKind(group.layers, group.layout, group.arena.dtype, group.cos, group.sin)
+            group: BlockKind(group.layers, group.layout, group.arena.dtype, group.rotation)
             for group in groups
             if group.layout is not None
         }

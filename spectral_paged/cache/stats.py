@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.pool.slot_pool import SlotKind
 
@@ -117,7 +118,7 @@ def backends(
     encoders: Mapping[LayerGroup, Encoder],
     groups: Sequence[LayerGroup],
     num_q_heads: int,
-    softcap: float | None,
+    scores: Scores,
 ) -> dict[str, object]:
     """What runs decode attention, attention of prompt chunks and sealing; all that do where groups
     differ."""
@@ -133,15 +134,12 @@ def backends(
     return {
         "backend": named(
             [
-                ops.backend(g.layout, num_queries, device, 2 * g.cos.shape[-1] or format.head_dim)
+                ops.backend(g.layout, num_queries, device, g.rotation.dim or format.head_dim)
                 for g in sealing
             ]
         ),
         "prefill_backend": named(
-            [
-                ops.prefill_backend(dtype, format.head_dim, softcap=softcap, window=g.window)
-                for g in groups
-            ]
+            [ops.prefill_backend(dtype, format.head_dim, scores, g.window) for g in groups]
         ),
         "seal_backend": named([e.backend for e in encoders.values()] or ["torch"]),
     }

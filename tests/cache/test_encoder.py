@@ -9,7 +9,7 @@ import torch
 
 from spectral_paged.cache import encoder as encoder_module
 from spectral_paged.cache.encoder import BlockKind, KernelEncoder, TorchEncoder, encoder_of
-from spectral_paged.kernels.math.rotary import stored_keys
+from spectral_paged.kernels.math.rotary import Rotation, stored_keys
 from spectral_paged.kernels.ops import TorchOps
 from spectral_paged.pages import encode_pages
 from support.kernel_cases import SealCase
@@ -18,7 +18,7 @@ NAMES = ("quality-64", "no-mean-no-gain", "no-slots")
 
 
 def encoder_for(case, dtype=torch.float32):
-    kind = BlockKind([0, 1], case.format.layout, dtype, case.rope.cos, case.rope.sin)
+    kind = BlockKind([0, 1], case.format.layout, dtype, Rotation(case.rope.cos, case.rope.sin))
     return TorchEncoder(kind, SimpleNamespace(format=case.format, bound=case.basis))
 
 
@@ -64,7 +64,8 @@ def test_nan_and_inf_are_counted_where_they_lie_and_spoil_no_other_page(side):
 
 def test_a_kernel_seals_the_layouts_it_takes_and_the_codec_all_others():
     case, ops = SealCase("quality-64"), TorchOps()
-    kind = BlockKind([0, 1], case.format.layout, torch.float32, case.rope.cos, case.rope.sin)
+    rotation = Rotation(case.rope.cos, case.rope.sin)
+    kind = BlockKind([0, 1], case.format.layout, torch.float32, rotation)
     for kernel, backend in ((None, "torch"), (lambda *places, **options: None, "triton")):
         ops.seal_kernel = lambda layout, found=kernel: found
         found = encoder_of(kind, None, ops)

@@ -18,6 +18,7 @@ from spectral_paged.pages import PageFormat
 from support.kernel_cases import (
     PAGES,
     append_both,
+    attend,
     attend_case,
     attend_error,
     captured_case,
@@ -207,7 +208,7 @@ def test_landmarks_pages_and_tail_are_one_softmax(name, group):
     args, options = attend_case(name, (0, 3, 1, 0, 2), (70, 0, 64, 0, 130), group=group)
     assert attend_error(decode_attention, args, options) < 2e-3
     args = (*args[:4], None, args[5] * 0)
-    assert attend_error(decode_attention, args, options | {"layout": None}) < 1e-4
+    assert attend_error(decode_attention, args, options) < 1e-4
 
 
 def test_attention_to_all_tiers_has_the_dtype_of_its_queries():
@@ -227,8 +228,9 @@ def test_a_window_over_all_tiers_hides_what_lies_before_it(name, softcap):
     visible = torch.tensor([0, 700, 2000, 5000, 600], dtype=torch.int32)
     scores = {"softcap": softcap, "first_exact": hidden, "first_visible": visible}
     assert attend_error(decode_attention, args, options | scores) < 2e-3
-    seen = decode_attention(*args, **options, **scores)
-    assert not torch.allclose(seen[1:], decode_attention(*args, **options)[1:], atol=1e-2)
+    seen = attend(decode_attention, args, options | scores)
+    whole = attend(decode_attention, args, options)
+    assert not torch.allclose(seen[1:], whole[1:], atol=1e-2)
 
 
 def test_pages_of_layers_without_rotation_need_no_table():

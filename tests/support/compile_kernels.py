@@ -41,7 +41,7 @@ from spectral_paged.kernels.seal.triton import (
     seal as seal_triton,
 )
 from spectral_paged.pages import PRESETS, PageFormat
-from support.kernel_cases import SealCase, exact_case
+from support.kernel_cases import SealCase, attend, exact_case
 from support.page_parts import toy_basis
 
 PORTABLE = (
@@ -164,19 +164,11 @@ def launch_pages(format, group, **scores):
     )
     if format.name == "spectral-quality" and group == 4 and not scores:
         config = launch_configs.decode_config(format.layout, q.device)
-        gpu.decode_attention(
-            q,
-            plane,
-            table,
-            torch.zeros(1).int(),
-            table,
-            torch.ones(1).int(),
-            num_kv_heads=format.num_kv_heads,
-            scale=0.1,
-            dtype=torch.bfloat16,
-            config=replace(config, second_stream=False),
-            **common,
-        )
+        tokens = torch.zeros(1).int()
+        args = (q, plane, table, tokens, table, torch.ones(1).int())
+        options = common | {"num_kv_heads": format.num_kv_heads, "scale": 0.1, "dtype": q.dtype}
+        config = replace(config, second_stream=False)
+        attend(gpu.decode_attention, args, options, config=config)
     if group == 4 and format.head_dim == 128:
         spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
 

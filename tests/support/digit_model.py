@@ -21,6 +21,7 @@ import torch
 
 from spectral_paged.cache import Visibility, pinned_blocks
 from spectral_paged.engine.requests import seed_of
+from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, UNIT_BYTES
 from spectral_paged.pages import PageFormat
@@ -253,9 +254,8 @@ class DigitRunner:
                 plane,
                 table,
                 layout=cache.format.layout,
-                first_position=cache.format.num_landmark_tokens,
-                cos=ROPE.cos.to(plane.device),
-                sin=ROPE.sin.to(plane.device),
+                rotation=cache.groups[0].rotation,
+                basis=Basis(),
                 dtype=cache.dtype,
                 num_pages=1,
             )

@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_paged.conformance.inputs import toy_calibration
+from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.decode.reference import decode_attention, exact_decode, spectral_decode
 from spectral_paged.kernels.exact.reference import exact_append
-from spectral_paged.kernels.math.rotary import stored_keys
+from spectral_paged.kernels.math.rotary import Rotation, stored_keys
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.page.view import slot_tokens
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
@@ -228,9 +230,22 @@ def attend_case(name, counts, tokens, *, group=3, heads=2, dtype=torch.float32, 
     return args, options | {"num_kv_heads": heads, "dtype": dtype}
 
 
-def attend_error(op, args, options, **more):
+def attend(op, args, options, *, config=None):
+    """`op`, a `decode_attention`, over what `attend_case` gives; options may add window and cap."""
+    q, plane, exact_table, tokens, table, counts = args
+    o = {"softcap": None, "first_exact": None, "first_visible": None} | options
+    exact = ExactTokens(exact_table, tokens, o["num_kv_heads"], o["dtype"], o["first_exact"])
+    pages = None
+    if table is not None:
+        rotation = Rotation(o["cos"], o["sin"], o["first_position"])
+        pages = Pages(table, counts, o["layout"], rotation, o["first_visible"], config=config)
+    basis = Basis(o.get("k_basis"), o.get("v_basis"))
+    return op(q, plane, exact, pages, Scores(o["scale"], o["softcap"]), basis)
+
+
+def attend_error(op, args, options):
     """Largest relative error against the twin; sequences with nothing must be exact."""
-    want, got = decode_attention(*args, **options), op(*args, **options, **more)
+    want, got = (attend(f, args, options) for f in (decode_attention, op))
     assert got.dtype == want.dtype == args[0].dtype
     empty = (args[3] == 0) & (args[5] == 0)
     assert not got[empty].any()

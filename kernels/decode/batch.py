@@ -1,0 +1,62 @@
+"""What N queries of a decode step attend to: the arguments that all layers of a group share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.launch.configs import DecodeConfig
+from spectral_paged.kernels.math.rotary import Rotation
+from spectral_paged.kernels.page.layout import PageLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ExactTokens:
+    """Exact tokens of N sequences: landmarks and tail, or all of them.
+
+    table: int `[N, max_pages]`, exact pages in 128-byte units; entries past the end are never read.
+    counts: int `[N]`, exact tokens of each sequence, the query's own among them.
+    dtype: their element type.
+    first_visible: int `[N]`, tokens before this one, counted in the sequence's exact pages, are not
+        seen (a sliding window); None sees all.
+    plan: how a GPU cuts the work; None lets the op cut it.
+    """
+
+    table: Tensor
+    counts: Tensor
+    num_kv_heads: int
+    dtype: torch.dtype
+    first_visible: Tensor | None = None
+    plan: DecodePlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Sealed blocks of N sequences.
+
+    table: int `[N, max_pages]`, pages in 128-byte units; a negative entry is a block held exactly
+        and is skipped, entries past `counts` are never read.
+    counts: int `[N]`, table entries to visit.
+    first_visible: int `[N]`, the first position that each query sees (a sliding window); None sees
+        all.
+    plan, config: how a GPU cuts the work and launches its kernels; None lets the op decide.
+    """
+
+    table: Tensor
+    counts: Tensor
+    layout: PageLayout
+    rotation: Rotation
+    first_visible: Tensor | None = None
+    plan: DecodePlan | None = None
+    config: DecodeConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Rows `[H, rank, D]` that all pages of a layer share; None where pages have their own."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
