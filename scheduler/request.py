@@ -13,7 +13,7 @@ class RequestStatus(Enum):
 
 
 class PreemptionReason(Enum):
-    """Why a running request had to give its slots back."""
+    """The reason why a running request had to give its slots back."""
 
     OLDER = "an older request needs its slots"
     OWN_TOKENS = "its own next tokens do not fit"
@@ -21,17 +21,18 @@ class PreemptionReason(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """There is no prefill phase and no decode phase: computed tokens catch up with `token_ids`.
+    """A sequence that waits, runs or has finished, with its token ids and counts.
 
-    `token_ids` is the prompt followed by what was generated so far; after a preemption all of it
-    is computed again, and `num_prompt_tokens` stays what it was.
+    A request has no prefill phase and no decode phase: its computed tokens catch up with
+    `token_ids`, the prompt followed by the tokens generated so far. After a preemption all of
+    them are computed again, and `num_prompt_tokens` stays the same.
 
     Attributes:
-        max_num_tokens: prompt and output together at most; the last one is never computed.
-        preemptions: why it was preempted, each time.
-        num_dropped_tokens: those it had stored when it was preempted, until it runs again.
-        num_recomputed_tokens: of the dropped ones, those that the prefix cache had no more.
-        num_pages_sealed: those of lives that a preemption ended.
+        max_num_tokens: most tokens of prompt and output together; the last one is never computed.
+        preemptions: the reason of each preemption.
+        num_dropped_tokens: tokens stored at the last preemption; 0 once the request runs again.
+        num_recomputed_tokens: dropped tokens that the prefix cache no longer had.
+        num_pages_sealed: pages sealed before preemptions.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
     """
@@ -56,7 +57,7 @@ class Request:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether its prompt was computed before: by itself, or by the one it could not fork."""
+        """True if the prompt was computed before, by this request or by one it could not fork."""
         return bool(self.preemptions) or len(self.token_ids) > self.num_prompt_tokens
 
     @property
@@ -65,6 +66,6 @@ class Request:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens to be computed so far."""
+        """The number of tokens that are to be computed so far, stored ones included."""
         longest = self.max_num_tokens
         return 0 if longest is not None and self.num_tokens >= longest else self.num_tokens

@@ -1,4 +1,4 @@
-"""Which requests run in a step and how many tokens each: first come, first served, by budgets."""
+"""The scheduler chooses the requests of a step and their tokens: first come, first served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS_UNTIL_RAISED = 16  # a lowered token budget is doubled after so many steps
 
 
 class Cache(Protocol):
-    """What the scheduler asks of a cache. `False` and `None` mean "not now"."""
+    """The methods of a cache that the scheduler calls. `False` and `None` mean "not now"."""
 
     def add_sequence(
         self,
@@ -40,7 +40,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Budgets of one step."""
+    """The budgets of one step: sequences, tokens and seals."""
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
@@ -54,7 +54,7 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """Plain data: new tokens by request id, in batch order, and who had to give way."""
+    """New tokens by request id, in batch order, and the ids of preempted requests."""
 
     new_tokens: dict[str, int] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
@@ -65,11 +65,11 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """Running requests in order of arrival and a queue of waiting ones.
+    """The scheduler keeps running requests in order of arrival and a queue of waiting ones.
 
-    Under pressure the newest running request is preempted: its slots are freed and it waits at
-    the head of the queue to be recomputed. The oldest is never preempted for a newer one, so some
-    request always makes progress.
+    When slots run out, the newest running request is preempted: its slots are freed, and it waits
+    at the head of the queue to be recomputed. The oldest request is never preempted for a newer
+    one, so some request always makes progress (decision 0025).
     """
 
     def __init__(self, cache: Cache, config: SchedulerConfig) -> None:
@@ -80,30 +80,30 @@ class Scheduler:
         self.preemptions: Counter[PreemptionReason] = Counter()
         self.num_recomputed_tokens = 0
         self.token_budget = config.max_num_batched_tokens
-        self._num_steps = 0  # with this budget
+        self._num_steps = 0  # since `token_budget` changed
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
     @property
     def has_seat(self) -> bool:
-        """Whether one more request may run."""
+        """True if one more request may run."""
         return len(self.running) < self.config.max_num_seqs
 
     def adopt(self, request: Request) -> None:
-        """Run a request whose sequence the cache holds already (a fork), in a seat that is free."""
+        """Run a request whose sequence the cache already has (a fork), in a free seat."""
         request.status = RequestStatus.RUNNING
         self.running.append(request)
 
     def requeue(self, request: Request) -> None:
-        """Let a request wait at the head of the queue."""
+        """Put a request at the head of the queue."""
         request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
 
     def finish(self, request: Request, *, forget: bool = False) -> None:
-        """Drop a request, wherever it is, and free what it holds.
+        """Drop a running or waiting request and free its slots.
 
-        With `forget` no later request finds what it stored.
+        With `forget` no later request finds the slots as a prefix.
         """
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
@@ -121,11 +121,11 @@ class Scheduler:
         return self.preemptions.total()
 
     def lower_budget(self, num_tokens: int) -> None:
-        """Let steps have at most `num_tokens` tokens for now; the budget comes back by and by."""
+        """Limit steps to `num_tokens` tokens; the budget doubles every `STEPS_UNTIL_RAISED`."""
         self.token_budget, self._num_steps = max(1, num_tokens), 0
 
     def stats(self) -> dict[str, object]:
-        """Requests now, and preemptions since construction by reason."""
+        """Numbers of requests now, and of preemptions since construction, by reason."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
@@ -138,7 +138,7 @@ class Scheduler:
     # ---- one step ------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Reserve slots for this step's tokens. Empty only when there is nothing to run."""
+        """Reserve slots for the next step's tokens; empty only when no request can run."""
         output = SchedulerOutput()
         self._num_steps += 1
         if self._num_steps > STEPS_UNTIL_RAISED:
@@ -149,18 +149,18 @@ class Scheduler:
         if not output.preempted:
             self._schedule_waiting(output, budget)
         if not output.new_tokens and self.waiting and not self.running:
-            # cached slots of others may be in the way of the only request that is left
+            # nothing runs, so only cached slots of other requests can be in the way
             self.cache.reset_prefix_cache()
             self._schedule_waiting(output, budget)
         return output
 
     def _schedule_running(self, output: SchedulerOutput, budget: _Budget) -> None:
-        # requests with one token to go come first: a long prompt never makes them wait
+        # requests with one token left come first, so that a long prompt never delays them
         order = [(self._remaining(request), request) for request in self.running]
         order.sort(key=lambda pair: pair[0] > 1)
         for remaining, request in order:
             if request.status is not RequestStatus.RUNNING:
-                continue  # preempted by an earlier one of this loop
+                continue  # an earlier request of this loop preempted it
             num_new, seals = self._chunk(request, remaining, budget)
             if num_new == 0:
                 continue
@@ -177,7 +177,7 @@ class Scheduler:
         while self.waiting and self.has_seat and budget.tokens:
             request = self.waiting[0]
             if request.num_pending:
-                return  # preempted while its token was on its way
+                return  # preempted before the host saw its last sampled token
             cached = self.cache.add_sequence(
                 request.request_id,
                 num_prompt_tokens=request.num_prompt_tokens,
@@ -193,7 +193,7 @@ class Scheduler:
                 num_new, seals = self._chunk(request, self._remaining(request), budget)
                 reserved = num_new > 0 and self.cache.try_reserve(request.request_id, num_new)
             finally:
-                if not reserved:  # not now, or something raised: it waits on
+                if not reserved:  # not now, or something raised: the request keeps waiting
                     self.cache.free(request.request_id)
             if not reserved:
                 return
@@ -213,8 +213,8 @@ class Scheduler:
         return max(0, request.num_to_compute - self.cache.num_tokens(request.request_id))
 
     def _chunk(self, request: Request, remaining: int, budget: _Budget) -> tuple[int, int]:
-        """Tokens of a request, of `remaining`, that this step may compute, and the seals that they
-        make due; no tokens: not in this step."""
+        """Tokens of a request, at most `remaining`, that this step may compute, and the seals that
+        they make due; 0 tokens mean "not in this step"."""
         seq_id = request.request_id
         num_new = min(remaining, self.cache.chunk_limit(seq_id), budget.tokens)
         seals = self.cache.seals_due(seq_id, num_new) if num_new else 0
@@ -228,7 +228,7 @@ class Scheduler:
         output: SchedulerOutput,
         budget: _Budget,
     ) -> None:
-        """Take the slots of `victim`, because `needy` cannot get those of `num_new` tokens."""
+        """Free the slots of `victim`, because `needy` finds none for `num_new` tokens."""
         reason = PreemptionReason.OWN_TOKENS if victim is needy else PreemptionReason.OLDER
         dropped = self.cache.num_tokens(victim.request_id)
         if victim.request_id in output.new_tokens:
@@ -269,7 +269,7 @@ class Scheduler:
 
 
 class _Budget:
-    """Tokens and seals left in a step."""
+    """The tokens and seals that are left in a step."""
 
     def __init__(self, tokens: int, seals: int) -> None:
         self.tokens = tokens
@@ -277,7 +277,8 @@ class _Budget:
         self._any_seal = False
 
     def allows_seals(self, seals: int) -> bool:
-        """A step's first sealing request always passes, or a small budget would stall it."""
+        """True if `seals` fit; a step's first request that seals always passes, because a small
+        budget would stall it."""
         return seals == 0 or seals <= self.seals or not self._any_seal
 
     def take(self, tokens: int, seals: int) -> None:

@@ -1,4 +1,4 @@
-"""The model's own rotary table, kept once and used for rotation and exact un-rotation."""
+"""A model's rotary table rotates keys and queries and undoes the rotation exactly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RotaryTable:
     """cos and sin for positions 0..max_positions-1, fp32 `[max_positions, rotary_dim / 2]`.
 
     Half-split convention: dimension i pairs with i + rotary_dim / 2; dimensions past rotary_dim
-    pass through. cos and sin may both carry the model's attention factor s (YaRN). With
-    `interleaved` dimension 2i pairs with 2i + 1 (Cohere).
+    pass through. With `interleaved`, dimension 2i pairs with 2i + 1 (Cohere). cos and sin may both
+    contain the model's attention factor s (YaRN).
     """
 
     cos: Tensor
@@ -34,7 +34,7 @@ class RotaryTable:
         interleaved: bool = False,
         device: torch.device | str = "cpu",
     ) -> RotaryTable:
-        """Table for inverse frequencies `[rotary_dim / 2]` (radians per token).
+        """A table for inverse frequencies `[rotary_dim / 2]` (radians per token).
 
         Raises:
             UnsupportedModelError: inverse frequencies are not a finite vector.
@@ -53,7 +53,7 @@ class RotaryTable:
     def from_theta(
         cls, theta: float, head_dim: int, *, max_positions: int, device: torch.device | str = "cpu"
     ) -> RotaryTable:
-        """Plain RoPE (Su et al. 2021) of base `theta` over the whole head."""
+        """A table of plain RoPE (Su et al. 2021) with base `theta` over the whole head."""
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return cls.from_inv_freq(theta**-exponent, max_positions=max_positions, device=device)
 
@@ -70,15 +70,15 @@ class RotaryTable:
         return RotaryTable(self.cos.to(device), self.sin.to(device), self.interleaved)
 
     def halves(self, x: Tensor) -> Tensor:
-        """`x` `[..., D]` in the half-split convention: where pairs are interleaved, first their
-        first members, then their second ones. Products of two that are so ordered are the same."""
+        """`x` `[..., D]` in the half-split convention. Interleaved pairs become two halves, first
+        members before second ones; products of a query and a key so ordered stay the same."""
         if not self.interleaved:
             return x
         turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
         return torch.cat((turned[..., ::2], turned[..., 1::2], rest), dim=-1)
 
     def pairs(self, x: Tensor) -> Tensor:
-        """What `halves` was given."""
+        """The inverse of `halves`: `x` `[..., D]` in the model's own order."""
         if not self.interleaved:
             return x
         half = self.rotary_dim // 2
@@ -91,9 +91,9 @@ class RotaryTable:
         return self.cos[flat].unsqueeze(1), self.sin[flat].unsqueeze(1)
 
     def apply(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """Rotate `x` `[T, H, D]`; fp32 out."""
+        """Rotate `x` `[T, H, D]`; the result is fp32."""
         return self.pairs(rotate(self.halves(x), *self.rows(position_ids)))
 
     def undo(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """Un-rotate `x` `[T, H, D]` exactly (to fp32 rounding); fp32 out."""
+        """Un-rotate `x` `[T, H, D]`, exactly up to fp32 rounding; the result is fp32."""
         return self.pairs(rotate(self.halves(x), *self.rows(position_ids), inverse=True))

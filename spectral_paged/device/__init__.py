@@ -1,6 +1,6 @@
-"""Talking to a device: transfers, timers and where to place a cache.
+"""Transfers to and from a device, timers, and the choice of device, dtype and memory.
 
-It knows kernels at most, and nothing of pages or sequences.
+The package may import kernels; it imports neither pages nor sequences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a model runs, in which dtype, and how much memory its cache gets."""
+"""The device a model runs on, its dtype, and the memory of its cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ DEFAULT_CPU_CACHE_BYTES = 1 << 30
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one.
+    """The torch device of that name; `auto` is CUDA where the machine has it, else the CPU.
 
     Raises:
-        InvalidRequestError: no such device, or none on this machine.
+        InvalidRequestError: the name is no device, or the machine has none of that name.
     """
     cuda = torch.cuda.is_available()
     if device == "auto":
@@ -32,10 +32,10 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is fp32 on the CPU and bf16 on CUDA.
+    """The dtype of that name; `auto` is fp32 on the CPU and bf16 on CUDA.
 
     Raises:
-        InvalidRequestError: a name that is no dtype of ours.
+        InvalidRequestError: the name is no supported dtype.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -55,15 +55,15 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def choose_cache_bytes(
     given: int | None, utilization: float, device: torch.device, reserved: int = 0
 ) -> int:
-    """Bytes of the arenas: those given, else what `utilization` leaves of the GPU, else 1 GiB.
+    """Bytes of the arenas: `given`, or the rest of the GPU's share, or 1 GiB on the CPU.
 
     Args:
-        utilization: share of the GPU's memory for all together: what is there already (weights,
-            other processes), the arenas, and `reserved` bytes for a step's activations.
+        utilization: share of the GPU's memory for everything together: memory in use already
+            (weights, other processes), the arenas, and `reserved` bytes for a step's activations.
 
     Raises:
-        InvalidRequestError: a share outside (0, 1].
-        CapacityError: nothing is left.
+        InvalidRequestError: the share lies outside (0, 1].
+        CapacityError: the share leaves nothing for the arenas.
     """
     if given is not None:
         return given

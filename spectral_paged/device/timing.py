@@ -1,4 +1,4 @@
-"""Clocks: a step's time by section, and how long a device works on something."""
+"""Clocks measure a step's seconds by section and the seconds that a device works."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SECTIONS = ("schedule", "commit", "model", "attention", "sample", "seal")
 
 
 class StepClock:
-    """Seconds by section, each without what runs in a section inside of it.
+    """Seconds by section; the time of an inner section does not count for the outer one.
 
     ```
     schedule -> commit -> model [ attention ... ] -> commit [ seal ] -> sample
     ```
 
     A clock that is off costs nothing. One that is on waits for the device at every border of a
-    section, so that work is counted where it was asked for; a run is slower for it. What a CUDA
-    graph replays is one piece: its attention counts as `model`.
+    section, so that work counts in the section that queued it; the run becomes slower. A replayed
+    CUDA graph is one piece: its attention counts as `model`.
 
     Args:
-        device: what to wait for; None measures nothing.
+        device: the device to wait for; None measures nothing.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -35,7 +35,7 @@ class StepClock:
         self._since = 0.0
 
     def section(self, name: str) -> AbstractContextManager[None]:
-        """Count what runs inside as `name`."""
+        """Count the time inside the `with` as section `name`."""
         return nullcontext() if self._device is None else self._counted(name)
 
     @contextmanager
@@ -49,7 +49,7 @@ class StepClock:
             self._open.pop()
 
     def _turn(self) -> None:
-        """Give the time since the last border to the innermost open section."""
+        """Add the time since the last border to the innermost open section."""
         if self._device is not None and self._device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return
@@ -61,14 +61,14 @@ class StepClock:
 
 
 class DeviceTimer:
-    """Adds up the seconds of what runs inside `with timer:`.
+    """A timer adds up the seconds of the work inside `with timer:`.
 
-    On CUDA events mark where it begins and ends on the stream, and are read once they have passed:
-    neither timing nor reading waits for the device. Another thread may read and sees what was known
-    last: asking an event there would break a CUDA graph that the timing thread captures meanwhile.
+    On CUDA, events mark the begin and the end on the stream, and are read once they have passed:
+    neither timing nor reading waits for the device. Another thread reads the last known sum,
+    because a query of an event there would break a CUDA graph that the timing thread captures.
 
     Args:
-        device: where the work runs.
+        device: the device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,7 +104,7 @@ class DeviceTimer:
 
     @property
     def seconds(self) -> float:
-        """What has ended so far."""
+        """The seconds of all work that has ended so far."""
         if threading.get_ident() == self._thread:
             self._take_passed()
         return self._seconds

@@ -1,4 +1,4 @@
-"""Small copies between host and device that do not stop either of them."""
+"""Small copies between host and device that stop neither of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def upload(
 ) -> Tensor:
     """`values` as a tensor on `device`.
 
-    To CUDA through pinned memory, queued behind what the stream has to do: a plain `torch.tensor(
-    ..., device="cuda")` waits until the stream is empty.
+    A copy to CUDA goes through pinned memory and is queued behind the stream's work, because a
+    plain `torch.tensor(..., device="cuda")` waits until the stream is empty.
     """
     if device.type != "cuda":
         return torch.as_tensor(values, dtype=dtype, device=device)
@@ -26,7 +26,7 @@ def upload(
 def upload_rows(rows: np.ndarray[Any, Any], device: torch.device) -> tuple[Tensor, ...]:
     """The rows of an int32 array `[R, N]` on `device`, in one copy.
 
-    Each starts at a multiple of 128 bytes: kernels are compiled anew for other alignments.
+    Each row starts at a multiple of 128 bytes, because Triton specialises on pointer alignment.
     """
     count = rows.shape[1]
     padded = np.zeros((len(rows), -(-count // 32) * 32), dtype=np.int32)
@@ -35,10 +35,10 @@ def upload_rows(rows: np.ndarray[Any, Any], device: torch.device) -> tuple[Tenso
 
 
 class Download:
-    """Tensors on their way to the host.
+    """A copy of tensors to the host, queued when the object is made.
 
-    On CUDA the copies are queued here and `get` waits for them alone, not for what was queued
-    since. Tensors may be overwritten on the device by later work of the same stream.
+    On CUDA, `get` waits for the copies only, not for work queued after them. Later work of the
+    same stream may overwrite the tensors on the device.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -55,11 +55,11 @@ class Download:
 
     @property
     def is_here(self) -> bool:
-        """True where there is nothing to wait for."""
+        """True if `get` need not wait."""
         return self._event is None
 
     def get(self) -> tuple[Tensor, ...]:
-        """The tensors, on the host."""
+        """The tensors on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._found

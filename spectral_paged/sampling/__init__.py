@@ -1,6 +1,6 @@
-"""Sampling: the parameters of a request, and token ids from logits on the device.
+"""Sampling turns logits into token ids on the device, by each request's parameters.
 
-It knows devices alone.
+The package imports `device` only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sampling parameters."""
+"""The sampling parameters of a request, checked when they are made."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ GREEDY_BELOW = 1e-5  # as in vLLM; logits over less would overflow fp32
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request samples. Names and meaning are vLLM's.
+    """The parameters by which a request samples; names and meaning are vLLM's.
 
     Args:
-        n: completions for the prompt.
-        temperature: 0 is greedy, and so is anything below 1e-5.
+        n: number of completions of the prompt.
+        temperature: values below 1e-5 sample greedily.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the smallest set whose probability reaches p.
         min_p: drop tokens below `min_p` times the highest probability.
-        repetition_penalty: > 1 lowers tokens of prompt and output (Keskar et al. 2019).
-        presence_penalty, frequency_penalty: subtracted for output tokens, once and per count.
-        seed: same seed, same tokens, whatever else is in the batch.
-        stop: strings that end a completion; not part of its text.
+        repetition_penalty: above 1 lowers logits of tokens in prompt and output (Keskar et al.
+            2019).
+        presence_penalty, frequency_penalty: subtracted from logits of output tokens, once and per
+            occurrence.
+        seed: the same seed gives the same tokens, whatever else is in the batch.
+        stop: strings that end a completion; its text does not contain them.
         stop_token_ids: ids that end a completion.
-        max_tokens, min_tokens: bounds on generated tokens; below min no stop applies.
-        ignore_eos: go on past the end-of-sequence token.
-        logprobs: log-probabilities of that many top tokens besides the chosen one.
+        max_tokens, min_tokens: bounds on generated tokens; below `min_tokens` nothing stops.
+        ignore_eos: continue past the end-of-sequence token.
+        logprobs: number of top tokens whose log-probabilities are returned besides the chosen
+            token's.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:

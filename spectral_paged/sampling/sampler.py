@@ -1,4 +1,4 @@
-"""The vectorised sampler: everything runs where the logits are, and results are fetched once."""
+"""The vectorised sampler runs where the logits are and fetches its results once a step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from spectral_paged.sampling.params import GREEDY_BELOW, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of a batch of logits: how to sample it and what came before.
+    """One row of a batch of logits: its parameters and the tokens before it.
 
-    `num_pending`: output tokens that are sampled but not known on the host yet.
+    num_pending: output tokens that are sampled but not known on the host yet.
     """
 
     params: SamplingParams
     seed: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    blocked_token_ids: Sequence[int] = ()  # not before min_tokens
+    blocked_token_ids: Sequence[int] = ()  # not allowed before min_tokens
     num_pending: int = 0
 
     @property
@@ -33,7 +33,7 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's result. `logprobs` maps token id to (log-probability, rank)."""
+    """The token sampled for one row; `logprobs` maps token id to (log-probability, rank)."""
 
     token_id: int
     logprob: float
@@ -44,14 +44,15 @@ class Sampled:
 class PendingTokens:
     """Input tokens that the device has sampled and the host has not seen.
 
-    ids: int64 `[N]` on the device; rows: for places in the flat batch, the element of `ids`.
+    ids: int64 `[N]` on the device.
+    rows: the index into `ids` of places in the flat batch.
     """
 
     ids: Tensor
     rows: dict[int, int]
 
     def sources(self, num_tokens: int) -> list[int]:
-        """For each place in a flat batch of `num_tokens`, the element of `ids` there; -1: none."""
+        """The index into `ids` for each place in a flat batch of `num_tokens`; -1 for none."""
         found = [-1] * num_tokens
         for place, row in self.rows.items():
             found[place] = row
@@ -61,8 +62,8 @@ class PendingTokens:
 def uniform_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     """Counter-based noise in (0, 1), fp32 `[N, vocab_size]`: a function of seed, step and token.
 
-    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter; no state, so a row's noise
-    depends on nothing else in the batch and survives a preemption.
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) runs over a counter. Without state, a row's
+    noise depends on nothing else in the batch and survives a preemption (decision 0008).
     """
     x = seeds.unsqueeze(-1) * -7046029254386353131 + steps.unsqueeze(-1) * -4658895280553007687
     x = x + torch.arange(vocab_size, device=seeds.device) * -7723592293110705685
@@ -78,14 +79,13 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 class SampledTokens:
-    """Tokens of a batch, sampled on the device from logits `[N, vocab]`; `get` brings them to the
-    host.
+    """Tokens of a batch, sampled on the device from logits `[N, vocab]`.
 
-    Order as in vLLM: log-probabilities of the raw logits, then penalties, then temperature, then
-    min-p, top-k and top-p, then a draw by the Gumbel maximum.
+    The order is vLLM's: log-probabilities of the raw logits, then penalties, then temperature, then
+    min-p, top-k and top-p, then a draw by the Gumbel maximum. `get` copies the results to the host.
 
     Attributes:
-        ids: int64 `[N]`, on the device, where the next step can take them from.
+        ids: int64 `[N]` on the device, where the next step reads them.
     """
 
     def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
@@ -107,7 +107,7 @@ class SampledTokens:
         self._download = Download(torch.cat(whole, dim=-1), torch.cat(real, dim=-1))
 
     def get(self) -> list[Sampled | None]:
-        """A result for each row; None where its logits have NaN or Inf."""
+        """The results, one a row; None where the row's logits have NaN or Inf."""
         whole, real = (x.tolist() for x in self._download.get())
         return [
             self._result(row.params, ints, reals) if ints[1] else None
@@ -145,7 +145,7 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _block(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Tokens that may not come yet."""
+    """`logits` with each row's blocked tokens set to -inf, in place."""
     at = [(i, token) for i, row in enumerate(rows) for token in row.blocked_token_ids]
     if at:
         row, token = upload(at, torch.long, logits.device).T
@@ -154,7 +154,7 @@ def _block(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Repetition, presence and frequency penalties for the rows that ask for them; a copy."""
+    """A copy of `logits` with repetition, presence and frequency penalties applied."""
     picked = [i for i, row in enumerate(rows) if row.params.has_penalties]
     logits = logits.clone()
     if not picked:
@@ -182,7 +182,7 @@ def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask what min-p, top-k and top-p leave out."""
+    """`logits` with the tokens that min-p, top-k and top-p leave out set to -inf."""
     device, vocab = logits.device, logits.shape[-1]
     if any(p.min_p > 0 for p in params):
         min_p = upload([p.min_p for p in params], torch.float32, device).unsqueeze(-1)
