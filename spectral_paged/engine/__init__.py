@@ -1,6 +1,6 @@
 """Continuous batching: requests, steps and outputs over a cache and a scheduler.
 
-It knows the cache, the sampler and the scheduler; a model is handed to it as a runner.
+It imports the cache, the sampler and the scheduler. The caller passes the model as a `Runner`.
 """
 
 from __future__ import annotations

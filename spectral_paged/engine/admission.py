@@ -1,4 +1,4 @@
-"""Which requests can be served at all."""
+"""The engine refuses requests that the cache or the model can never serve."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_request(
     """Refuse a request that could never be served.
 
     Raises:
-        EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the message says
-            what the limit is and how to get below it.
+        EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the message
+            states the limit and how to stay below it.
     """
     if not token_ids:
         raise EmptyPromptError("the prompt is empty: give at least one token")
@@ -57,7 +57,7 @@ def check_request(
 
 
 def stalled(scheduler: Scheduler) -> PoolError:
-    """The error of a scheduler that has requests and can run none of them."""
+    """Return the error of a scheduler that has requests and can run none of them."""
     return PoolError(
         f"no request can run: {len(scheduler.running)} running, {len(scheduler.waiting)} waiting; "
         "every sequence may hold slots that another caller of the same cache took"

@@ -1,4 +1,4 @@
-"""What an engine counts: tokens, requests by how they ended, and how long they took."""
+"""Counters of an engine: steps, tokens, requests by finish reason, and latencies in seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from spectral_paged.engine.requests import Completion
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-# seconds; vLLM's bounds, so that one dashboard reads both
+# seconds; the bounds are vLLM's, so that one dashboard reads both
 FIRST_TOKEN_BOUNDS = (
     0.001,
     0.005,
@@ -85,8 +85,12 @@ REQUEST_BOUNDS = (
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Durations by bucket: `counts[i]` of at most `bounds[i]` seconds (and above the bound
-    before), one more count for those above every bound; `total` seconds of all."""
+    """A histogram of durations in seconds.
+
+    counts: `counts[i]` durations are at most `bounds[i]` and above `bounds[i - 1]`; the last count
+        is of those above every bound.
+    total: the sum of all durations.
+    """
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -97,8 +101,10 @@ class Distribution:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:
-        """Seconds that `share` of the durations stay below, interpolated in a bucket; None where
-        there are none, infinity above the last bound."""
+        """Return the seconds that `share` of the durations stay below, interpolated in a bucket.
+
+        None: there are no durations. Infinity: the quantile lies above the last bound.
+        """
         below = np.cumsum(self.counts)
         if not below[-1]:
             return None
@@ -113,10 +119,10 @@ class Distribution:
 
 
 class Durations:
-    """Seconds, appended to a list and sorted into buckets only now and then.
+    """Durations in seconds, appended to a list and sorted into buckets once the list is long.
 
-    `append` is the list's own, all that a token pays; `fold` sorts in. A reader may be another
-    thread.
+    `append` is the list's own method, because the engine calls it for every token. Another thread
+    may read.
     """
 
     FOLD_AT = 4096
@@ -130,13 +136,13 @@ class Durations:
         self.append = self._fresh.append
 
     def fold_if_long(self) -> None:
-        """Keep the list short; called once a step."""
+        """Sort the list into buckets if it is long. The engine calls this once a step."""
         if len(self._fresh) >= self.FOLD_AT:
             self._fold()
 
     def _fold(self) -> None:
         with self._lock:
-            count = len(self._fresh)  # whatever is appended from here on stays for the next time
+            count = len(self._fresh)  # durations appended after this line wait for the next fold
             taken = np.array(self._fresh[:count])
             del self._fresh[:count]
             places = np.searchsorted(self._bounds, taken)
@@ -153,12 +159,12 @@ class Durations:
 class EngineCounters:
     """Totals since construction.
 
-    A request's prompt counts once, whatever `n`, when its first token is there: what a preempted
-    request computes or finds cached a second time is no prompt of anybody.
+    A request's prompt counts once, whatever `n`, when its first token arrives. Tokens that a
+    preempted request recomputes or finds cached again are not counted as prompt tokens.
     """
 
     steps: int = 0
-    lockstep_steps: int = 0  # whose tokens had to be fetched before the next was queued
+    lockstep_steps: int = 0  # steps whose tokens were fetched before the next step was queued
     steps_out_of_memory: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -171,7 +177,7 @@ class EngineCounters:
     request_latency: Durations = field(default_factory=lambda: Durations(REQUEST_BOUNDS))
 
     def count_token(self, completion: Completion, now: float) -> None:
-        """A completion gets a token at `now`, seconds of the metrics' clock."""
+        """Count a token that a completion gets at `now`, in seconds of the metrics' clock."""
         self.generated_tokens += 1
         if completion.token_time is not None:
             self.inter_token_latency.append(now - completion.token_time)
@@ -185,17 +191,17 @@ class EngineCounters:
             self.prompt_tokens += len(group.prompt_token_ids)
 
     def count_finished(self, seconds: float) -> None:
-        """A request ended by itself `seconds` after it came."""
+        """Count a request that ended, without error or abort, `seconds` after its arrival."""
         self.request_latency.append(seconds)
         self.request_latency.fold_if_long()
 
     def count_refusal(self, error: Exception) -> None:
-        """A request that can never be served."""
+        """Count a request that can never be served."""
         name = type(error).__name__
         self.refused[name] = self.refused.get(name, 0) + 1
 
     def stats(self) -> dict[str, object]:
-        """The counts; durations are read by themselves."""
+        """Return the counts without the durations, which `Durations.distribution` reads."""
         return {
             "steps": self.steps,
             "lockstep_steps": self.lockstep_steps,

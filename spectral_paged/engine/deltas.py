@@ -1,4 +1,4 @@
-"""What a running request has to show since it was last looked at."""
+"""Streaming: the text and tokens that a request got since its last piece."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from spectral_paged.outputs import RequestOutput, TextDelta
 
 
 class TextDeltas:
-    """Cuts the growing outputs of an engine's requests into pieces; text that a stop string could
-    still take back waits."""
+    """Cuts the growing outputs of an engine's requests into pieces.
+
+    Text that a later stop string could remove waits for a later piece.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # characters and tokens shown, by request and completion; -1 characters: it has ended
+        # characters and tokens yielded, by request and completion; -1 characters: it has ended
         self._shown: dict[tuple[str, int], tuple[int, int]] = {}
 
     def of(self, output: RequestOutput, place: int) -> Iterator[TextDelta]:
-        """Pieces of the completions that have news.
+        """Yield a piece of each completion that has new text, new tokens or an ending.
 
         Args:
-            place: the prompt's place among its caller's, for `prompt_index`.
+            place: the prompt's index in its caller's list, for `prompt_index`.
         """
         for completion in output.outputs:
             key = (output.request_id, completion.index)

@@ -1,4 +1,4 @@
-"""The engine: requests in, one step at a time, tokens and text out.
+"""The engine takes requests, runs one step at a time and returns tokens and text.
 
 ```
 schedule -> begin_step -> forward (append, attend) -> draw -> end_step (publish, seal) -> collect
@@ -39,7 +39,7 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class Runner(Protocol):
-    """What runs the model; see `models.runner.ModelRunner`."""
+    """Runs the model over a planned step; `models.runner.ModelRunner` is the one for LLMs."""
 
     def forward(
         self,
@@ -56,12 +56,12 @@ class Engine:
 
     Args:
         runner: runs the model over a planned step.
-        cache: holds K and V.
-        tokenizer: for string prompts and text; None serves token ids only.
+        cache: stores K and V of all sequences.
+        tokenizer: encodes string prompts and decodes tokens; None serves token ids only.
         eos_token_ids: ids that end a completion unless `ignore_eos`.
-        seed: base of the seeds of requests that name none.
-        async_scheduling: queue a step before the tokens of the one before are fetched. Penalties
-            need those tokens, so while a request has any, steps go in lockstep.
+        seed: base of the seeds of requests without a seed.
+        async_scheduling: queue a step before the tokens of the one before are fetched (decision
+            0020). Penalties need those tokens, so while a request has any, steps go in lockstep.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Engine:
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
-        self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be given out
-        self._siblings: deque[Completion] = deque()  # to be forked from their first
-        self._touched: dict[str, RequestGroup] = {}  # with news that no step has returned
+        self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be delivered
+        self._siblings: deque[Completion] = deque()  # to be forked from the first completion
+        self._touched: dict[str, RequestGroup] = {}  # changed since a step returned outputs
         self._groups: dict[str, RequestGroup] = {}
         self._by_sequence: dict[str, Completion] = {}
 
     def use_clock(self, clock: StepClock) -> None:
-        """Time the sections of steps, the cache's among them, by `clock` from now on."""
+        """Time the sections of steps, the cache's included, with `clock` from now on."""
         self.clock = self.cache.clock = clock
 
     # ---- requests ------------------------------------------------------------------------
@@ -112,11 +112,11 @@ class Engine:
 
         Args:
             cache_salt: requests with different salts never share cached tokens.
-            pinned_spans: `(start, end)` token positions of the prompt that are never sealed.
+            pinned_spans: `(start, end)` positions of prompt tokens that are never sealed.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
-                can never be served; nothing is queued.
+                can never be served. Nothing is queued.
         """
         params = params or SamplingParams()
         with counted_refusal(self.counters, request_id):
@@ -144,11 +144,11 @@ class Engine:
             )
             self._by_sequence[completion.request.request_id] = completion
         self._groups[request_id] = group
-        # the others fork from the first when its prompt is computed
+        # the other completions fork from the first when its prompt is computed
         self.scheduler.add(group.completions[0].request)
 
     def abort(self, request_id: str) -> None:
-        """End a request; what it produced so far stays in its output. Unknown ids are ignored."""
+        """End a request. Its output keeps the tokens so far. Unknown ids are ignored."""
         group = self._groups.get(request_id)
         if group is None:
             return
@@ -164,16 +164,16 @@ class Engine:
     # ---- one step ------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that got a token or ended.
+        """Run one step and return the outputs of the requests that got a token or ended.
 
         With `async_scheduling` a step is queued before the tokens of the one before are fetched,
-        so the device never waits for the host; a step's outputs then come with the next call.
+        so the device never waits for the host. A step's outputs then come with the next call.
 
-        A step that runs out of memory is dropped, and later ones get half its tokens; a request
-        that runs out of it with a single token fails. Steps that raise can be taken again.
+        A step that runs out of memory is dropped, and later steps get half its tokens. A request
+        that runs out of memory with a single token fails. `step` may be called again after errors.
 
         Raises:
-            PoolError: nothing can run and nothing was preempted: the pool is held from outside.
+            PoolError: nothing can run and nothing was preempted: another caller holds the pool.
         """
         try:
             self._step()
@@ -186,7 +186,7 @@ class Engine:
         self._scheduled = SchedulerOutput()
         if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
             self._collect()
-        if self.cache.has_late_failures:  # they are not to be scheduled
+        if self.cache.has_late_failures:  # so that failed sequences are not scheduled again
             self._fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
@@ -199,7 +199,7 @@ class Engine:
         launched = self._launch(scheduled.new_tokens)
         try:
             self._collect()
-        except BaseException:  # an interrupt comes where the host waits: in there
+        except BaseException:  # an interrupt arrives where the host waits: in `_collect`
             self.cache.abort_step()
             if launched is not None:
                 launched.withdraw()
@@ -208,7 +208,7 @@ class Engine:
         try:
             with clock.section("commit"):
                 report = self.cache.end_step()
-        except BaseException:  # what was not counted as stored is computed again
+        except BaseException:  # tokens that were not counted as stored are computed again
             self.cache.abort_step()
             raise
         self._fail_sequences(report.failed)
@@ -221,7 +221,7 @@ class Engine:
                 self._fail(self._by_sequence[seq_id], error)
 
     def _after_out_of_memory(self, error: BaseException) -> None:
-        """After a step that ran out of memory: fewer tokens a step, or one request less."""
+        """Halve the token budget after a step ran out of memory, or fail its only request."""
         self.counters.steps_out_of_memory += 1
         scheduled = self._scheduled.new_tokens
         num_tokens = self._scheduled.num_tokens or self.scheduler.token_budget
@@ -242,12 +242,12 @@ class Engine:
             self._fail(completion, unserved(completion, "a step of one token was run", error))
 
     def _outputs(self) -> list[RequestOutput]:
-        """Of every request that got a token or ended since the last call that returned."""
+        """Return the outputs of the requests that changed since the last call that returned."""
         touched, self._touched = self._touched, {}
         return [self._output(group) for group in touched.values()]
 
     def _must_wait(self) -> bool:
-        """Whether what is to be queued depends on tokens that are not on the host yet."""
+        """Return whether the next step depends on tokens that are not on the host yet."""
         assert self._in_flight is not None
         wait = self._in_flight.needs_results or any(
             group.params.has_penalties for group in self._groups.values()
@@ -256,7 +256,7 @@ class Engine:
         return wait
 
     def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
-        """Queue a step and the sampling of its tokens; None where it samples none."""
+        """Queue a step and the sampling of its tokens; return None if it samples none."""
         clock = self.clock
         self.counters.steps += 1
         plan = self.cache.plan(new_tokens)
@@ -292,11 +292,13 @@ class Engine:
             raise
 
     def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
-        """Sample for `ready`, a row of `logits` each; those whose row alone cannot be sampled
-        fail. None where that leaves nobody.
+        """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
+
+        If that raises, completions whose row raises when sampled separately fail, and the others
+        are sampled again. None: no completion is left.
 
         Raises:
-            Exception: what sampling raised, where no row or every one of several is to blame.
+            Exception: no single row raises, or the rows of all of several requests do.
         """
         try:
             return SampledStep.draw(ready, logits, self.eos_token_ids)
@@ -315,16 +317,16 @@ class Engine:
         return SampledStep.draw([ready[r] for r in rows], logits[rows], self.eos_token_ids)
 
     def _collect(self) -> None:
-        """Fetch the tokens of the step in flight and give them to their requests.
+        """Fetch the tokens of the step in flight and deliver them to their completions.
 
-        Whatever interrupts this, the next call goes on from there.
+        After an exception or an interrupt the next call resumes where this one stopped.
         """
         step = self._in_flight
         if step is not None:
             with self.clock.section("sample"):
                 results = step.tokens.get()
             self._arrived.extend(zip(step.completions, results, strict=True))
-            self._in_flight = None  # not before: a wait that was interrupted can be taken up again
+            self._in_flight = None  # not before `get`, which an interrupt may end early
         now = time.monotonic()
         while self._arrived:
             self._deliver(*self._arrived.popleft(), now)
@@ -333,7 +335,7 @@ class Engine:
         self.counters.inter_token_latency.fold_if_long()
 
     def _deliver(self, completion: Completion, result: Sampled | None, now: float) -> None:
-        """Give a completion its token; a request whose output cannot be processed fails alone."""
+        """Add a token to its completion. If that raises, only the completion's request fails."""
         group = completion.owner
         completion.request.num_pending -= 1
         if group.starting_siblings and completion is not group.completions[0]:
@@ -363,7 +365,7 @@ class Engine:
             self._finish(completion, *ending)
 
     def _start_sibling(self, completion: Completion) -> None:
-        """Fork a sampled sibling from the first completion, or let it wait and recompute."""
+        """Fork a sampled sibling from the first completion, or queue it to compute its prompt."""
         if completion.output.finish_reason is not None:
             return
         request = completion.request
@@ -410,7 +412,7 @@ class Engine:
 
     def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
         if completion.output.finish_reason is not None:
-            return  # it has all that it asked for, or another of its request failed before
+            return  # it has finished, or failed with another completion of its request
         error.request_id = completion.owner.request_id
         completion.owner.error = error
         self._touched[completion.owner.request_id] = completion.owner
@@ -433,13 +435,13 @@ class Engine:
         return group.result()
 
     def settled_text(self, request_id: str, index: int) -> str:
-        """Text of a running completion that no later stop string can take back."""
+        """Return the text of a running completion that no later stop string can remove."""
         return self._groups[request_id].completions[index].text.settled()
 
     def stats(self) -> dict[str, object]:
-        """The cache's figures, the runner's, the scheduler's and the requests'.
+        """Return the figures of the cache, the runner, the scheduler and the requests.
 
-        Another thread may ask while steps run.
+        Another thread may call this while steps run.
         """
         parts = (self.cache, self.runner, self.scheduler, self.counters)
         found: dict[str, object] = {"async_scheduling": self.async_scheduling}

@@ -1,4 +1,4 @@
-"""What a log says of single requests; the figures are fields of the record, by `extra`."""
+"""Log records of single requests, whose figures are fields of the record (`extra`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def counted_refusal(counters: EngineCounters, request_id: str) -> Iterator[None]:
-    """An error in here means that the request is never queued: it is counted, logged, and raised
-    on to the caller. Not to be nested, or a refusal counts twice."""
+    """Count and log an error raised inside as the request's refusal, and raise it again.
+
+    Do not nest this context: a refusal would count twice.
+    """
     try:
         yield
     except SpectralPagedError as error:
@@ -27,7 +29,7 @@ def counted_refusal(counters: EngineCounters, request_id: str) -> Iterator[None]
 
 
 def log_failure(group: RequestGroup, error: SpectralPagedError) -> None:
-    """A request that failed while it ran."""
+    """Log a request that failed while it ran."""
     fields = {
         "event": "failure",
         "request_id": group.request_id,

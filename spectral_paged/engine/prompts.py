@@ -1,4 +1,4 @@
-"""Prompts in the forms that callers give them, and their token ids."""
+"""Prompts as text, token ids or mappings, and their token ids."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt", "pinned_spans")
 
 
 def parts_of(prompt: Prompt) -> tuple[str | Sequence[int], str, Any]:
-    """Text or token ids of a prompt, its cache salt and its pinned spans.
+    """Return a prompt's text or token ids, its cache salt and its pinned spans.
 
     Raises:
-        InvalidRequestError: a mapping with unknown keys, or without a prompt.
+        InvalidRequestError: a mapping has unknown keys, or no prompt.
     """
     if not isinstance(prompt, Mapping):
         return prompt, "", ()
@@ -32,10 +32,10 @@ def parts_of(prompt: Prompt) -> tuple[str | Sequence[int], str, Any]:
 
 
 def check_salt(salt: object) -> str:
-    """A cache salt as it is.
+    """Return a cache salt unchanged.
 
     Raises:
-        InvalidRequestError: it is no string.
+        InvalidRequestError: the salt is no string.
     """
     if not isinstance(salt, str):
         raise InvalidRequestError(f"cache_salt is {salt!r:.80}; it must be a string")
@@ -43,11 +43,11 @@ def check_salt(salt: object) -> str:
 
 
 def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None) -> list[int]:
-    """The token ids of a prompt, text or ids already.
+    """Return the token ids of a prompt that is text or token ids.
 
     Raises:
-        InvalidRequestError: text without a tokenizer, not valid or refused by it, or what is no
-            token id of this vocabulary.
+        InvalidRequestError: there is no tokenizer for text, the text is not valid Unicode, the
+            tokenizer refuses it, or an element is no token id of this vocabulary.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -58,7 +58,7 @@ def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | 
             raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
         try:
             return list(tokenizer(prompt)["input_ids"]) if prompt else []
-        except Exception as error:  # of one prompt: others go on
+        except Exception as error:  # of any type, and must end no other request
             raise InvalidRequestError(f"the tokenizer refuses the prompt: {error!r}") from error
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
         raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
@@ -74,7 +74,7 @@ def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | 
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt (text, token ids or a mapping) or many, as a list of them."""
+    """Return one prompt (text, token ids or a mapping) or many as a list of prompts."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     items: list[Any] = list(prompts)
@@ -86,10 +86,10 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def params_list(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    """Sampling parameters for each of `count` prompts.
+    """Return sampling parameters for each of `count` prompts.
 
     Raises:
-        InvalidRequestError: some were given, but not one for each.
+        InvalidRequestError: `params` is a sequence of another length.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count

@@ -1,4 +1,4 @@
-"""A user's request while it runs: its completions, and what they have so far."""
+"""A user's request while it runs: its completions, and their tokens and text so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from spectral_paged.scheduler import Request
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """One of a request's `n` sequences. `token_time`: when its newest token came."""
+    """One of a request's `n` sequences.
+
+    token_time: when its newest token arrived, in seconds of the metrics' clock.
+    """
 
     request: Request
     owner: RequestGroup
@@ -36,10 +39,10 @@ class Completion:
         max_model_len: int,
         tokenizer: Any,
     ) -> tuple[str, str | int | None] | None:
-        """Add a sampled token; how the completion ends with it (finish and stop reason), or None.
+        """Add a sampled token; return the finish and stop reason if the completion ends with it.
 
         Args:
-            tokenizer: decodes tokens of the log-probabilities; None: no text.
+            tokenizer: decodes the tokens of log-probabilities; None: their text stays empty.
         """
         output, params = self.output, self.owner.params
         token = result.token_id
@@ -75,8 +78,8 @@ class Completion:
 class RequestGroup:
     """A user's request: `n` completions of one prompt.
 
-    forked: the first completion's prompt is computed, and all have sampled from it.
-    starting_siblings: the others have no sequence of their own yet.
+    forked: the first completion's prompt is computed, and all completions have sampled from it.
+    starting_siblings: the other completions have no sequence of their own yet.
     """
 
     request_id: str
@@ -99,7 +102,7 @@ class RequestGroup:
         cache_salt: str,
         pinned_spans: tuple[tuple[int, int], ...],
     ) -> Completion:
-        """The completion `index`, with nothing generated yet."""
+        """Add and return completion `index`, without generated tokens."""
         params, prompt = self.params, self.prompt_token_ids
         request = Request(
             f"{self.request_id}#{index}",
@@ -123,7 +126,7 @@ class RequestGroup:
         return all(c.output.finish_reason is not None for c in self.completions)
 
     def result(self) -> RequestOutput:
-        """What the request has so far."""
+        """Return the request's output so far."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -136,7 +139,7 @@ class RequestGroup:
 
 
 def unserved(completion: Completion, what: str, cause: BaseException) -> RequestFailedError:
-    """The error of a request that failed while `what` happened."""
+    """Return the error of a request that failed while `what` happened."""
     error = RequestFailedError(
         f"request {completion.owner.request_id!r} failed while {what}, after "
         f"{len(completion.request.token_ids)} tokens: {cause!r}"
@@ -146,7 +149,7 @@ def unserved(completion: Completion, what: str, cause: BaseException) -> Request
 
 
 def seed_of(params: SamplingParams, otherwise: str, index: int) -> int:
-    """The seed of completion `index`: from the request's own, or from the string `otherwise`."""
+    """Derive the seed of completion `index` from the request's seed or the string `otherwise`."""
     base = params.seed if params.seed is not None else otherwise
     digest = hashlib.sha256(f"{base}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -15,8 +15,9 @@ from spectral_paged.sampling import SampledTokens, SampleRow
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """Tokens on their way: a completion a row of `tokens`.
+    """The sampled tokens of a step that are still on the device.
 
+    completions: the completion of each row of `tokens`.
     starting: groups that sampled for the first time; their siblings are among the completions.
     """
 
@@ -28,8 +29,11 @@ class SampledStep:
     def draw(
         cls, ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
     ) -> SampledStep:
-        """Sample for completions, a row of `logits` each, and for siblings that start from the
-        same logits. Nothing has changed where this raises."""
+        """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
+
+        Siblings that start sample from the row of their first completion. If this raises, no
+        request has changed.
+        """
         picked = list(enumerate(ready))
         starting = [completion.owner for completion in ready if not completion.owner.forked]
         for row, completion in enumerate(ready):
@@ -47,11 +51,11 @@ class SampledStep:
 
     @property
     def needs_results(self) -> bool:
-        """Whether the next step cannot be queued before these tokens are known."""
+        """True if the next step cannot be queued before these tokens are on the host."""
         return any(c.owner.starting_siblings for c in self.completions)
 
     def withdraw(self) -> None:
-        """Take back what `draw` noted: the step is dropped and will be taken again."""
+        """Undo the changes of `draw` to its requests, because the step is dropped and run again."""
         for completion in self.completions:
             completion.request.num_pending -= 1
         for group in self.starting:
@@ -61,7 +65,7 @@ class SampledStep:
 def unsampled(
     ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
 ) -> dict[int, Exception]:
-    """Which of `ready` cannot be sampled even alone, and why: errors by row of `logits`."""
+    """Sample each of `ready` separately and return the errors by row of `logits`."""
     errors: dict[int, Exception] = {}
     for row, completion in enumerate(ready):
         try:
@@ -72,7 +76,7 @@ def unsampled(
 
 
 def sample_row(completion: Completion, eos_token_ids: Sequence[int]) -> SampleRow:
-    """How the next token of a completion is sampled."""
+    """Return the sampler's inputs for the next token of a completion."""
     params, pending = completion.owner.params, completion.request.num_pending
     blocked: tuple[int, ...] = ()
     if len(completion.generated) + pending < params.min_tokens:

@@ -9,10 +9,10 @@ from tokenizers.decoders import DecodeStream
 
 
 class OutputText:
-    """Decodes token by token; text past a stop string is never shown.
+    """Decodes a completion token by token and cuts its text at the first stop string.
 
     Args:
-        tokenizer: a fast transformers tokenizer, or None (no text at all).
+        tokenizer: a fast transformers tokenizer; None: the text stays empty.
         stop: strings that end the completion.
     """
 
@@ -25,14 +25,14 @@ class OutputText:
         self.text = ""
 
     def append(self, token_id: int, *, may_stop: bool = True) -> str | None:
-        """Add a token; the stop string that ended the text, if one did."""
+        """Add a token and return the stop string that ends the text with it, or None."""
         if self._backend is None:
             return None
         before = len(self.text)
         self.text += self._stream.step(self._backend, token_id) or ""
         if not may_stop:
             return None
-        # only what this token completes: an earlier hit was ignored while it might not stop
+        # only hits that this token completes: earlier ones came before `min_tokens`
         hits = [(self.text.find(s, max(0, before - len(s) + 1)), s) for s in self._stop]
         hits = [(at, s) for at, s in hits if at >= 0]
         if not hits:
@@ -42,7 +42,7 @@ class OutputText:
         return stop
 
     def settled(self) -> str:
-        """The text that no later stop string can take back."""
+        """Return the text that no later stop string can remove."""
         for length in range(max((len(s) for s in self._stop), default=1) - 1, 0, -1):
             tail = self.text[-length:]
             if any(s.startswith(tail) for s in self._stop):
