@@ -1,4 +1,4 @@
-"""Guards and shared builders."""
+"""Set-up that every test shares: import paths, the interpreter, seeds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-# The installed package is what is tested: with the repository root on the path, `import kernels`
-# would find the source folder under a wrong name.
+# Tests import the installed package: with the repository root on the path, `import kernels` would
+# find the source folder under a wrong name.
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported
 
-# for `make mutants`: that a test fails is enough, the smallest example is not wanted
+# `make mutants` only asks which tests fail, so examples are not shrunk.
 settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 

@@ -21,9 +21,8 @@ import torch
 SUPPORT = Path(__file__).resolve().parents[1] / "support" / "__init__.py"
 runpy.run_path(str(SUPPORT))["make_importable"]()
 
-# A row of the table: figures, and those of them that must be 0.
-Row = dict[str, int | float | str]
-PROBLEMS = ("lost", "stale", "wrong", "integrity", "failed", "leaks")
+Row = dict[str, int | float | str]  # the figures of one part
+PROBLEMS = ("lost", "stale", "wrong", "integrity", "failed", "leaks")  # figures that must be 0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(rows: dict[str, Row]) -> str:
-    """Figures by line, parts by column."""
+    """The table as text: a line for each figure, a column for each part."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *rows]]
     for name in names:
@@ -75,5 +74,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    logging.getLogger("spectral_paged").setLevel(logging.ERROR)  # preemptions are wanted here
+    logging.getLogger("spectral_paged").setLevel(logging.ERROR)  # preemptions warn, and are wanted
     sys.exit(main())

@@ -16,7 +16,7 @@ SMALLEST = {"exact": 340_000}
 
 
 def soak_engine(seconds, seed):
-    """(figures, examples of what went wrong) of engines of every format, one after another."""
+    """(figures, examples of faults) of engines of every format, one after another."""
     rng, start, total, examples = random.Random(seed), time.monotonic(), Counter(), []
     wrong = dict.fromkeys(("lost", "stale", "wrong", "integrity"), 0)
     names = itertools.cycle(formats())
@@ -47,7 +47,7 @@ def soak_engine(seconds, seed):
 
 
 def work(engine, rng, until):
-    """Random operations until the time is over, and every request to its end."""
+    """Do random operations until the time `until`, then run every request to its end."""
     bases = [[rng.randrange(VOCAB) for _ in range(1300)] for _ in range(3)]
     number = 0
     while time.monotonic() < until and not engine.problems:

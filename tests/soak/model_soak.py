@@ -22,10 +22,10 @@ CHECK_EVERY = 50  # steps between proofs of integrity
 
 
 def soak_model(seconds, seed, device, format):
-    """(figures, examples of what went wrong) of random requests for so long.
+    """(figures, examples of faults) of random requests for so many seconds.
 
-    `differing` counts greedy requests that said other tokens than the same request did before. On
-    the CPU it must be 0; a GPU's matrix products depend on the size of the batch.
+    `differing` counts greedy requests whose tokens differ from an earlier run of the same request.
+    On the CPU it must be 0; a GPU's matrix products depend on the size of the batch.
     """
     rng, start = random.Random(seed), time.monotonic()
     model, pages = tiny_model().to(device), tiny_format(format)
@@ -80,14 +80,14 @@ def memory_bytes(device):
 
 
 def growth_bytes(samples):
-    """From the second quarter of the samples (the first is warm-up) to the last."""
+    """Growth in bytes from the second quarter of the samples (the first is warm-up) to the last."""
     quarter = max(1, len(samples) // 4)
     before = samples[quarter : 2 * quarter] or samples
     return int(statistics.median(samples[-quarter:]) - statistics.median(before))
 
 
 class _Soak:
-    """Requests on their way, and what has come of others."""
+    """Random requests on an LLM: those that run, and the outcomes of those that ended."""
 
     def __init__(self, llm, rng):
         self.llm, self.rng = llm, rng

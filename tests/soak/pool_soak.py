@@ -1,4 +1,4 @@
-"""Random operations on block pools of many shapes."""
+"""Random operations on slot pools of many shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PER_POOL = 20_000  # operations before a pool of another shape takes over
 
 
 def soak_pool(num_operations, seed):
-    """(figures, examples of what went wrong) of so many operations, checked after each."""
+    """(figures, examples of faults) of so many operations, each followed by a check."""
     rng, start = random.Random(seed), time.monotonic()
     row = {"operations": 0, "integrity": 0, "evicted": 0, "moved": 0}
     examples = []

@@ -1,4 +1,4 @@
-"""The soak's parts run, say what they did, and fail where something is wrong."""
+"""Every part of the soak runs, reports its figures, and fails if something is wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def soak(monkeypatch):
 
 
 def figures(text):
-    """The printed table of one part."""
+    """Figures by name, read from the printed table of one part."""
     lines = [line.rsplit("  ", 1) for line in text.splitlines()[1:]]
     return {name.strip(): value.strip().replace(",", "") for name, value in lines}
 

@@ -1,7 +1,7 @@
-"""What tests share; README.md says which small world to take.
+"""Helpers that tests share, imported as `support`; README.md lists when to use which.
 
-Imported as `support`. The folder of tests is not on the path for that: its folders bear names
-(`kernels`, `scheduler`) under which others look for packages of their own.
+The folder of tests stays off the path, because its folders bear names (`kernels`, `scheduler`)
+under which libraries look for packages of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def make_importable() -> None:
-    """Let `import support` find this folder, wherever Python was started."""
+    """Make `import support` find this folder, wherever Python was started."""
     if "support" in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(

@@ -7,6 +7,6 @@ import sys
 from pathlib import Path
 
 runpy.run_path(str(Path(__file__).with_name("__init__.py")))["make_importable"]()
-sys.path.pop(0)  # this folder: its modules have one name each
+sys.path.pop(0)  # this folder, or its modules could be imported under two names
 del sys.argv[0]
 runpy.run_module(f"support.{sys.argv[0]}", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Drive a SpectralKVCache with deterministic tokens, and what it must answer."""
+"""Deterministic tokens for a SpectralKVCache, and the outputs that it must return."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(format=None, **kw):
 
 
 def slots_of(cache, seq_id, place=0):
-    """What a sequence holds in the group at `place`."""
+    """The slots of a sequence in the layer group at index `place`."""
     return cache._sequences.by_id[seq_id].slots[place]
 
 
@@ -58,7 +58,7 @@ class Feed:
 def drive(cache, feeds, prompts, totals, token_ids=None, pins=None):
     """Run sequences to their totals in one batch; outputs [layers, total, HQ, D] by name.
 
-    Those that the cache holds already go on.
+    Sequences that are in the cache already continue from their last token.
     """
     outs = {s: torch.full((LAYERS, totals[s], HQ, D), float("nan")) for s in feeds}
     for s in feeds:
@@ -103,6 +103,6 @@ def drive(cache, feeds, prompts, totals, token_ids=None, pins=None):
 
 
 def expected(feed, format, prompt, total, layer, basis=None, pins=()):
-    """What the queries must get, by the written rule; `basis`: a bound one."""
+    """Outputs `[T, HQ, D]` that the queries of a layer must get; `basis` is a bound one."""
     plain = PlainCache(format, ROPE, prompt, D**-0.5, basis, layer, pins)
     return plain.attend(feed.q[layer, :total], feed.k[layer, :total], feed.v[layer, :total])

@@ -15,9 +15,9 @@ class CheckedEngine:
     """Operations of an engine, each followed by the proof that nothing was lost or stale.
 
     Attributes:
-        count: how often what happened: steps, requests, finished, aborted, refused, ...
-        problems: what went wrong, by kind (`stale`, `lost`, `wrong`, `integrity`); `strict` raises
-            at the first instead.
+        count: the number of events by kind: steps, requests, finished, aborted, refused, ...
+        problems: descriptions of faults by kind (`stale`, `lost`, `wrong`, `integrity`); with
+            `strict` the first fault raises instead.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CheckedEngine:
             self._problem("integrity", str(error))
 
     def submit(self, request_id, prompt, params, salt="", pins=()):
-        """False where the engine says that it can never fit."""
+        """Add a request; False if the engine refuses it because it can never fit."""
         pins = tuple((a, min(b, len(prompt))) for a, b in pins if a < len(prompt))
         try:
             self.engine.add_request(request_id, prompt, params, cache_salt=salt, pinned_spans=pins)
@@ -90,7 +90,7 @@ class CheckedEngine:
         return True
 
     def step(self):
-        """One step; its outputs are what the scripts say."""
+        """Run one step and compare its outputs with the scripts."""
         for output in self.engine.step():
             if output.request_id not in self.running:
                 self._problem("wrong", f"{output.request_id} was returned after its end")
@@ -132,7 +132,7 @@ class CheckedEngine:
         self._check()
 
     def drain(self, limit=20_000):
-        """Step until every request has ended, and find the pool whole."""
+        """Step until every request has ended, and check that no slot is left in use."""
         for _ in range(limit):
             if not self.engine.has_unfinished():
                 break
@@ -145,7 +145,7 @@ class CheckedEngine:
             self._problem("integrity", f"nothing runs, but {left}")
 
     def figures(self):
-        """`count` with the figures of engine and cache that say what was exercised."""
+        """`count` with counters of engine and cache: preemptions, hits, evictions, pages, reads."""
         stats = self.engine.stats()
         names = ("preemptions", "prefix_hit_tokens", "slots_evicted", "slots_moved")
         sealed = ("pages_sealed", "pages_attended")

@@ -1,4 +1,4 @@
-"""A block pool beside a plain model of it, compared after every operation."""
+"""A slot pool beside a plain model of it, compared after every operation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from spectral_paged.pool.slot_pool import SlotKind, SlotPool
 
 
 class CheckedPool:
-    """References by owner, what each slot holds, and what each key should find.
+    """A `SlotPool`, and the references, contents and keys that it should have.
 
     Attributes:
         refs: a (slot, owner) pair for each reference.
-        content: the owner that wrote a slot; gone when the pool says that the slot became free.
+        content: the owner that wrote a slot; dropped when the pool reports the slot as free.
         released: published slots without references, the one used longest ago first.
         twins: slots in use whose key another slot carries.
     """
@@ -49,7 +49,7 @@ class CheckedPool:
         return {slot for slot, _ in self.refs if self.pool.kind_of(slot) == kind}
 
     def allocate(self, kind):
-        """None exactly when packed slabs would not hold one more."""
+        """Take a slot; the pool must refuse exactly if packed slabs have no room for one more."""
         pool, before = self.pool, dict(self.released)
         used = {k: len(self._in_use(k)) for k in SlotKind}
         used[kind] += 1
@@ -81,7 +81,7 @@ class CheckedPool:
         found = self.pool.is_published(slot)
         twin = self.twins.pop(slot, None) if last else None
         if twin is not None:
-            found = self.pool.lookup(twin) is None  # it takes the place of the one that is gone
+            found = self.pool.lookup(twin) is None  # the twin inherits the key of a slot that left
         if last and found:
             self.released[slot] = kind
         assert self.pool.release(slot) == (last and not found)
@@ -114,7 +114,7 @@ class CheckedPool:
         assert not self.pool.is_published(self.refs[index][0])
 
     def hit(self, key):
-        """A key finds what was published under it."""
+        """Look a key up and take a reference; the slot must have been published under that key."""
         slot = self.pool.lookup(key)
         if slot is not None:
             self.pool.acquire(slot)
@@ -135,7 +135,7 @@ class CheckedPool:
         assert self.pool.drop_cached() == count and not self.released
 
     def any_operation(self, rng):
-        """A random one; references are given back as fast as they are taken."""
+        """Do a random operation; references are released as fast as they are taken."""
         refs, what = len(self.refs), rng.random()
         if what < 0.35 or not refs:
             self.allocate(rng.choice(list(SlotKind)))

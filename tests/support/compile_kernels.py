@@ -1,7 +1,7 @@
-"""Compile every kernel that the presets launch for a Hopper GPU, without one.
+"""Every kernel that the presets launch, compiled for a Hopper GPU; no GPU is needed.
 
 Run outside of the interpreter: `python tests/support compile_kernels`. Prints a JSON line a
-kernel: name, what it was launched for, bytes of shared memory, registers spilled to memory.
+kernel: its name, the case that launched it, bytes of shared memory, bytes spilled to the stack.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def spilled(cubin: bytes) -> int:
-    """Bytes of the stack that the kernel uses."""
+    """Bytes of stack that the kernel uses, which are registers spilled to memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -86,7 +86,7 @@ def spilled(cubin: bytes) -> int:
 
 
 class Compiled:
-    """Stands in for a kernel: compiles what it is launched with, and runs nothing."""
+    """A stand-in for a kernel that compiles each launch and runs nothing."""
 
     label = ""
     seen: set[str] = set()
@@ -143,7 +143,7 @@ def stand_in():
 
 
 def launch_pages(format, group, **scores):
-    """Launch a decode over one empty page of `format`, and its rebuilding."""
+    """Launch the kernels of decode attention and rebuild over one empty page of `format`."""
     rows = {}
     if format.needs_calibration:
         basis = toy_basis(1, format.num_kv_heads, format.head_dim).bind(format)

@@ -1,4 +1,4 @@
-"""A replay that copies what it has read, texts for it, methods that spoil it by known amounts."""
+"""A replay that copies from its context, texts for it, and methods of known damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCAB = 160
 
 @dataclass(frozen=True)
 class Noise:
-    """A method that adds `damage` to logits, and forgets facts if that is over 1."""
+    """A method that adds noise of size `damage` to logits; above 1 the facts are lost too."""
 
     name: str
     damage: float
@@ -31,7 +31,7 @@ class Noise:
 
 
 class CopyingReplay:
-    """Completes a prompt by what followed it in the context."""
+    """A replay that completes a prompt with the text that follows it in the context."""
 
     def __init__(self):
         self.geometry = SimpleNamespace(head_dim=16, num_layers=2)
@@ -77,7 +77,7 @@ def quiet(_):
 
 
 class Characters:
-    """A tokenizer with a token a character and one before every text."""
+    """A tokenizer of one token a character, with one special token before every text."""
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}

@@ -8,7 +8,7 @@ BLOCK = 8  # tokens a slot of the counting cache
 
 
 class CountingCache:
-    """Slots of `BLOCK` tokens; a block seals at every multiple of `seal_every` tokens."""
+    """A cache of slots of `BLOCK` tokens that seals a block every `seal_every` tokens."""
 
     def __init__(self, num_slots, chunk=10**9, seal_every=10**9, seats=10**9):
         self.num_slots, self.chunk, self.seal_every, self.seats = (
@@ -21,7 +21,7 @@ class CountingCache:
         self.reserved: dict[str, int] = {}
         self.asked: dict[str, tuple] = {}
         self.resumed: dict[str, bool] = {}
-        self.forgotten: dict[str, bool] = {}  # by those that were freed
+        self.forgotten: dict[str, bool] = {}  # `forget` of each sequence that was freed
         self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
 
     def _used(self):

@@ -1,4 +1,4 @@
-"""Decision records: what their files say, and the index of them.
+"""Decision records, read from their files, and their index.
 
 `python tests/support decisions` writes the table of `docs/decisions/index.md` anew.
 """
@@ -39,12 +39,12 @@ class Decision:
 
     @property
     def row(self) -> str:
-        """Its line of the index."""
+        """The record's line in the index."""
         return f"| {self.number} | [{self.title}]({self.path.name}) | {self.status} | {self.date} |"
 
 
 def read(path: Path, text: str | None = None) -> Decision:
-    """Raises ValueError where the head is not that of a record."""
+    """Read a record; raises ValueError if its head has not the form of one."""
     text = path.read_text(encoding="utf-8") if text is None else text
     if not (head := HEAD.match(text)):
         raise ValueError(f"{path.name}: no number and title, status and date as the others have")

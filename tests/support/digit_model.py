@@ -1,6 +1,6 @@
 """A model of integers whose every token depends on every K and V that it reads back.
 
-A token's K and V are small integers ("digits"), so pages, which are lossy, give them back exactly.
+A token's K and V are small integers ("digits"), so that even lossy pages return them exactly.
 
 ```
 layer 0   digits(t) = f(token, position, salt, view)              view: the blocks t sees as pages
@@ -8,8 +8,8 @@ layer 1   digits(t) = f(everything layer 0 holds up to t, ...)    as a model's s
 next      token     = f(everything layer 1 holds up to t)
 ```
 
-One stale, lost or wrongly shared value anywhere changes the token. `Script` says the same from the
-token ids alone, without a cache.
+One stale, lost or wrongly shared value anywhere changes the token. `Script` computes the same
+tokens from the token ids, without a cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _WEIGHTS = np.random.default_rng(11).integers(
 
 
 def formats():
-    """By name: keys after RoPE, relative to frames, without landmarks or hot window, and exact."""
+    """Formats by name: keys after RoPE, relative to frames, no landmarks or hot tokens, exact."""
     full = {"k_bands": ((DIM, 8),), "v_bands": ((DIM, 8),), "prefill_segment": 512}
     fields = {
         "post": full | {"rope": "post"},
@@ -60,13 +60,13 @@ def scrambled(x):
 
 
 def sums(layer, start, digits):
-    """What a layer has read up to each of the tokens `start ...`, from their digits alone."""
+    """Weighted sums uint64 `[T]` of the digits of the tokens `start ...`, cumulative."""
     weights = _WEIGHTS[layer, start : start + len(digits)]
     return (digits.astype(np.uint64) * weights).sum(-1, dtype=np.uint64).cumsum(dtype=np.uint64)
 
 
 def digits_of(source, positions, view):
-    """uint64 `[T]` and positions to digits `[T, 2 * DIGITS]` in 0 ... 15."""
+    """Digits `[T, 2 * DIGITS]` in 0 ... 15 from `source`, uint64 `[T]`, and the positions."""
     word = scrambled(source + scrambled(positions.astype(np.uint64) + np.uint64(view)))
     return (word[:, None] >> _SHIFTS & np.uint64(15)).astype(np.int64)
 
@@ -87,10 +87,10 @@ def logits_of(likely, second):
 
 @dataclass
 class Script:
-    """What one sequence says and stores, from its prompt alone: the dictionary model.
+    """The tokens and digits of one sequence, computed from its prompt without a cache.
 
     Attributes:
-        ids: prompt and output, as far as it was asked for.
+        ids: the prompt, and the output as far as `speak` has extended it.
         digits: `[LAYERS, capacity, 2 * DIGITS]`, K and V of the tokens in `ids`.
     """
 
@@ -120,7 +120,7 @@ class Script:
         return [b for b in range(visible) if b not in self.pinned]
 
     def view(self, position):
-        """A number for what the query at `position` sees as pages, and for the salt."""
+        """A number that identifies the salt and the blocks that a query sees as pages."""
         blocks = sum(1 << b for b in self.shown(position))
         return (self._salt * 31 + blocks * 0x9E3779B97F4A7C15) % (1 << 64)
 
@@ -166,7 +166,7 @@ class Script:
 
 
 def scripts_of(format, request_id, prompt, params, salt, pins):
-    """A script for each completion, by the name of its sequence in the cache."""
+    """The scripts of a request's completions, by the names of their sequences in the cache."""
     return {
         f"{request_id}#{i}": Script(
             format, list(prompt), params, seed_of(params, f"0/{request_id}", i), salt, pins
@@ -176,13 +176,13 @@ def scripts_of(format, request_id, prompt, params, salt, pins):
 
 
 class DigitRunner:
-    """Runs the model of integers over a cache; the runner an engine takes.
+    """The runner of an engine over the model of integers.
 
     Every step reads back all K and V of the sequences it runs, through the block tables.
 
     Attributes:
-        scripts: what sequences must hold, by name; what is read is compared with it.
-        stale: descriptions of what was read and never stored there.
+        scripts: the expected content of sequences, by name; all digits read are compared with it.
+        stale: descriptions of values that were read but never stored there.
     """
 
     def __init__(self, cache):
@@ -242,7 +242,7 @@ class DigitRunner:
         return whole
 
     def _page(self, plane, position, block):
-        """Digits of the page at `position`; pages with the same bytes are decoded once."""
+        """Digits of the page at unit `position`; pages with the same bytes are decoded once."""
         cache = self.cache
         start = int(position) * UNIT_BYTES
         raw = plane[start : start + cache.format.page_bytes].cpu().numpy().tobytes()
@@ -279,5 +279,5 @@ class DigitRunner:
 
 
 def digits_read(k, v):
-    """K and V `[1, T, DIM]` as the cache gives them to digits `[T, 2 * DIGITS]`, not rounded."""
+    """Digits `[T, 2 * DIGITS]`, not rounded, from K and V `[1, T, DIM]` as the cache reads them."""
     return torch.cat((k[0, :, :DIGITS], v[0, :, :DIGITS]), dim=-1).double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Small random models of families whose layers differ, cap scores or rotate in another way."""
+"""Small random models of families with layers that differ, soft caps or other rotations."""
 
 from __future__ import annotations
 

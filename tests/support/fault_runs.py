@@ -1,4 +1,4 @@
-"""Requests served while something fails."""
+"""Requests of the tiny LLM, served through steps that raise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def queue(llm, prompts=PROMPTS, params=GREEDY):
 
 
 def serve(llm, tolerate=(), limit=600):
-    """Finished outputs by request; steps that raise `tolerate` are taken again."""
+    """Step to the end: finished outputs by request, and how many steps raised `tolerate`."""
     done, raised = {}, 0
     for _ in range(limit):
         if not llm.engine.has_unfinished():

@@ -1,4 +1,4 @@
-"""Inputs and checks for GPU kernels: the same in Triton's interpreter and on a GPU."""
+"""Inputs and checks for GPU kernels, the same in Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARED = {
     "band_rotation": True,
 }
 MANY_BANDS = {"k_bands": ((16, 8), (16, 4), (16, 3), (16, 2)), "v_bands": ((16, 4), (48, 3))}
-# head width, fields: what presets use and every feature beside it
+# (head width, fields of a format): the shapes of the presets, and every feature beside them
 PAGES = {
     "quality-64": (64, {"k_bands": ((32, 4), (32, 2)), "v_bands": ((64, 3),), **SHARED}),
     "quality-128": (128, {"k_bands": ((64, 4), (64, 2)), "v_bands": ((128, 3),), **SHARED}),
@@ -77,9 +77,9 @@ PAGES = {
 
 
 def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmarks=64, scale=0.2):
-    """Arguments of `spectral_decode` over pages at scattered places of a poisoned plane.
+    """Arguments of `spectral_decode` over pages at scattered units of a poisoned plane.
 
-    One sequence per count; where a sequence has three entries the second is held exactly (-1).
+    Each of `counts` is the number of pages of a sequence; of three, the second is exact (-1).
     """
     dim, fields = PAGES[name]
     format = PageFormat(name, heads, dim, num_landmark_tokens=landmarks, **fields)
@@ -119,8 +119,9 @@ def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmar
 
 
 def captured_case(name, *, device="cpu"):
-    """Arguments of `spectral_decode` over one page of a head with biased keys of a real model,
-    whose scores reach ten thousand; `tests/data/capture_qwen.py` made it."""
+    """Arguments of `spectral_decode` over one page of a real model's head with biased keys.
+
+    Its scores reach ten thousand; `tests/data/capture_qwen.py` made the data."""
     data = load_file(DATA / "qwen_biased_head.safetensors")
     q, k, v = (data[n].float() for n in "qkv")
     format = PageFormat(name, 1, 128, **PAGES[name][1])
@@ -148,7 +149,7 @@ def captured_case(name, *, device="cpu"):
 def page_error(op, args, options, *, scores=None, **more):
     """Largest relative error of out and lse against the twin; empty sequences must be exact.
 
-    `scores`: softcap and first_visible, which both take."""
+    `scores` (softcap, first_visible) goes to both, `more` only to `op`."""
     scores = scores or {}
     want = spectral_decode(*args, **options, **scores)
     got = op(*args, **options, **scores, **more)
@@ -173,7 +174,7 @@ def rebuild_error(op, args, options):
 
 
 def append_both(op, *, device="cpu", dtype=torch.float32):
-    """A plane after the twin's append and after `op`'s: 70 tokens of K, V in one wide tensor."""
+    """Planes after the twin's append and after `op`'s: 70 tokens, K and V in one wide tensor."""
     heads, dim, pages = 3, 24, 4
     wide = torch.randn(70, 2 * heads * dim, device=device).to(dtype)
     k, v = (x.unflatten(1, (heads, dim)) for x in wide.chunk(2, dim=1))
@@ -231,7 +232,9 @@ def attend_case(name, counts, tokens, *, group=3, heads=2, dtype=torch.float32, 
 
 
 def attend(op, args, options, *, config=None):
-    """`op`, a `decode_attention`, over what `attend_case` gives; options may add window and cap."""
+    """The output of `op`, a `decode_attention`, for the arguments of `attend_case`.
+
+    `options` may add a window and a soft cap."""
     q, plane, exact_table, tokens, table, counts = args
     o = {"softcap": None, "first_exact": None, "first_visible": None} | options
     exact = ExactTokens(exact_table, tokens, o["num_kv_heads"], o["dtype"], o["first_exact"])
@@ -244,7 +247,7 @@ def attend(op, args, options, *, config=None):
 
 
 def attend_error(op, args, options):
-    """Largest relative error against the twin; sequences with nothing must be exact."""
+    """Largest relative error against the twin; sequences without tokens must be exact."""
     want, got = (attend(f, args, options) for f in (decode_attention, op))
     assert got.dtype == want.dtype == args[0].dtype
     empty = (args[3] == 0) & (args[5] == 0)
@@ -258,7 +261,7 @@ SEALED = ("quality-64", "quality-128", "compact-128", "four-bits-128", "wide-256
 
 
 class SealCase:
-    """Blocks of two layers in scattered exact pages of one arena, and the twin's pages of them."""
+    """Blocks of two layers in scattered exact pages of one arena, to be sealed and compared."""
 
     def __init__(self, name, *, heads=2, blocks=2, device="cpu", dtype=torch.float32, change=None):
         dim, fields = PAGES[name]
@@ -297,17 +300,17 @@ class SealCase:
         }
 
     def seal(self, op, blocks=slice(None)):
-        """Counts of NaN and Inf; the arena has the pages."""
+        """Seal blocks into the arena's pages with `op`; returns its counts of NaN and Inf."""
         first = self.first.int().to(self.arena.device)[blocks]
         return op(self.arena, self.exact[blocks], self.pages[blocks], first, **self.options)
 
     def page(self, block):
-        """uint8 `[layers, page_bytes]`."""
+        """The bytes of a block's sealed pages, uint8 `[layers, page_bytes]`."""
         start = int(self.pages[block]) * 128
         return self.arena[:, start : start + self.format.page_bytes].contiguous()
 
     def errors(self, block):
-        """Errors of K and V of the sealed page, then those of the twin's, relative."""
+        """Relative errors of K and V: (sealed page, page of the torch encoder)."""
         span = slice(int(self.first[block]), int(self.first[block]) + 512)
         cos, sin = self.rope.cos[span], self.rope.sin[span]
         k = stored_keys(self.k[block], cos, sin, self.format.rope)

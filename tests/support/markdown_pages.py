@@ -1,4 +1,4 @@
-"""The pages that people read, taken apart: fenced blocks, code spans, headings and links."""
+"""Markdown pages of the repository, parsed: fenced blocks, code spans, headings and links."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Page:
 
     @property
     def links(self):
-        """Targets of links and pictures that are no addresses."""
+        """Targets of links and pictures, without those that are web addresses."""
         targets = re.findall(r"\]\(([^)\s]+)\)", self.prose)
         return [t for t in targets if not re.match(r"[a-z]+:", t)]
 
 
 def slug(heading):
-    """The anchor of a heading, as both MkDocs and code hosts make it."""
+    """The anchor of a heading, as both MkDocs and code hosts write it."""
     plain = re.sub(r"[`*]|\[|\]\([^)]*\)", "", heading)
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
 
@@ -77,7 +77,7 @@ def read(path, text=None):
 
 
 def commands(block):
-    """Lines of a block that call the command line, continued ones joined, comments cut."""
+    """Lines of a block that call `spectral-paged`: continued lines joined, comments cut."""
     text = re.sub(r"\\\n\s*", " ", block.text)
     lines = [re.sub(r"\s#.*", "", line).strip().removeprefix("$ ") for line in text.splitlines()]
     return [line for line in lines if line.startswith("spectral-paged ")]

@@ -1,4 +1,4 @@
-"""Small random models of the families whose layers are all alike, and their variants."""
+"""Small random models of families whose layers are all alike, by variant."""
 
 from __future__ import annotations
 

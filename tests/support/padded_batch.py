@@ -8,7 +8,7 @@ from spectral_paged.integrations.transformers_cache import SpectralPagedCache
 from support import families, model_variants
 from support.tiny_model import random_prompts, tiny_model
 
-LENGTHS = (5, 700, 64, 1300)  # alone in their landmarks, one page, one exact page, two pages
+LENGTHS = (5, 700, 64, 1300)  # landmarks only, one page, one exact page, two pages
 BUILDERS = {
     **dict.fromkeys(model_variants.VARIANTS, model_variants.build),
     **dict.fromkeys(families.FAMILIES, families.build),
@@ -16,7 +16,7 @@ BUILDERS = {
 
 
 def build(name):
-    """The model `name` of `BUILDERS`, with an attention of transformers'."""
+    """The model `name` of `BUILDERS`, with one of transformers' attentions."""
     return BUILDERS[name](name)
 
 
@@ -25,14 +25,14 @@ def batch(lengths=LENGTHS, seed=0):
 
 
 def attending_model(**changes):
-    """The tiny llama, attending as a `SpectralPagedCache` wants it."""
+    """The tiny llama with the attention that a `SpectralPagedCache` needs."""
     model = tiny_model(**changes)
     model.set_attn_implementation(ATTENTION_NAME)
     return model
 
 
 def paged_cache(model, kv_format="exact", **options):
-    """16 MiB of cache, poisoned on free."""
+    """A `SpectralPagedCache` of 16 MiB, poisoned on free."""
     defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 16, "debug_poison": True}
     return SpectralPagedCache(model, kv_format, **(defaults | options))
 

@@ -19,14 +19,14 @@ def toy_blocks(count, heads, dim, *, rank=6, seed=0, noise=0.1):
 
 
 def toy_metric(layers, heads, dim, seed=0):
-    """Second moments of something, `[layers, heads, dim, dim]`: symmetric, of mixed energies."""
+    """Second moments `[layers, heads, dim, dim]`: symmetric, of energies that differ by dim."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(layers, heads, 2 * dim, dim, generator=g) * torch.logspace(0.5, -0.5, dim)
     return x.mT @ x
 
 
 def toy_basis(layers, heads, dim, *, q=None, o=None, seed=0, model="toy"):
-    """A calibration from two random blocks a layer; moments of queries and outputs random too."""
+    """A calibration from two random blocks a layer, with random moments of queries and outputs."""
     accumulator = BasisAccumulator(layers, heads, dim)
     for i in range(2):
         pre, v = toy_blocks(layers, heads, dim, rank=dim, seed=100 + 2 * seed + i)

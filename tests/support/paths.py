@@ -1,4 +1,4 @@
-"""Where tests find the repository's files."""
+"""Paths of the repository's files that tests read."""
 
 from __future__ import annotations
 

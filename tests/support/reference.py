@@ -1,4 +1,4 @@
-"""A cache that stores every token and answers by the written rule, one query at a time."""
+"""A plain cache that stores every token and attends by the written rule, query by query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectral_paged.pages import decode_pages, encode_pages
 
 
 class PlainCache:
-    """All tokens of one sequence in one layer; fp32, no pools, no tables, no batching."""
+    """All tokens of one sequence in one layer, in fp32, without pools, tables or batching."""
 
     def __init__(self, fmt, rope, num_prompt_tokens, scale, basis=None, layer=0, pins=()):
         self.fmt, self.rope, self.prompt, self.scale = fmt, rope, num_prompt_tokens, scale

@@ -48,7 +48,7 @@ class TransformersRows:
 
 
 class PatchedRows:
-    """A tiny llama whose `forward` is what Unsloth's models of slow families get."""
+    """A tiny llama with the `forward` that patching gives Unsloth's models of slow families."""
 
     def __init__(self, format="exact", **options):
         self.model, self.past = tiny_model(), None

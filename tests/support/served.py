@@ -1,4 +1,4 @@
-"""A server on loopback over the tiny model, with a tokenizer of one character a token."""
+"""A server on loopback over the tiny model, with a tokenizer of one token a character."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spectral_paged.server.settings import ServerSettings
 from support.tiny_model import VOCAB, tiny_format, tiny_model
 
 LETTERS = [chr(c) for c in (*range(32, 127), *range(0xC0, 0x17F))][:VOCAB]
-VALUES = {"model": "tiny", "temperature": 0}  # of a request
+VALUES = {"model": "tiny", "temperature": 0}  # fields of a request
 LONG = "".join(chr(33 + i * 7 % 90) for i in range(720))  # a prompt with a page
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
@@ -57,7 +57,7 @@ class Served:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **options)
 
     def settle(self, seconds=30):
-        """Wait until nothing is in work, then prove that nothing was lost."""
+        """Wait until no request is in work, then check that no sequence or body is left."""
         deadline = time.monotonic() + seconds
         engine = self.service.llm.engine
         while self.service.concurrency.taken or engine.has_unfinished():
@@ -85,7 +85,7 @@ def serving(llm, **settings):
 
 
 def wait_until(true, seconds=30):
-    """Until `true()`."""
+    """Wait until `true()`, for at most `seconds`."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -93,7 +93,7 @@ def wait_until(true, seconds=30):
 
 
 def flaky(llm, monkeypatch, errors):
-    """Let the first forwards raise."""
+    """Make the first forwards raise `errors`, the last of the list first."""
     forward = llm.engine.runner.forward
 
     def raising(*args, **kwargs):

@@ -16,9 +16,9 @@ HEADS, DIM = 1, 64
 
 
 def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **changes):
-    """`changes` are fields of the format; `calibration` stands in for a toy one.
+    """A cache of 4 MiB for four sequences; `changes` are fields of its format.
 
-    Its blocks are sealed by `op` in place of what the device has, where one is given."""
+    `calibration` replaces a toy one, and `op` the seal kernel of the device."""
     fields = PAGES["quality-64"][1] | changes
     format = PageFormat("t", HEADS, DIM, num_landmark_tokens=64, **fields)
     if op is not None:
@@ -41,8 +41,10 @@ def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **
 
 
 def feed(cache, seq_ids, count, *, spoiled=""):
-    """Outputs by sequence after `count` tokens each, chunks as long as they may be until 1,200,
-    then one by one; and the sequences that failed. One key of `spoiled` is NaN."""
+    """Outputs by sequence of `count` tokens each, and the sequences that failed.
+
+    Chunks are as long as allowed up to token 1,200, then one token a step. One key of the sequence
+    `spoiled` is NaN."""
     outs, done, failed = {s: [] for s in seq_ids}, dict.fromkeys(seq_ids, 0), {}
     generator = torch.Generator().manual_seed(1)
     while any(done[s] < count and s not in failed for s in seq_ids):

@@ -1,7 +1,7 @@
-"""A world in which what the documentation shows runs in seconds: every model is a small one.
+"""A small model in place of every model, so that examples of the documentation run in seconds.
 
-Its heads are those of the embedded model (9 query heads over 3 KV heads of width 64), so formats
-and shapes that a page shows for one fit the other.
+It has the heads of the embedded model (9 query heads over 3 KV heads of width 64), so that formats
+and shapes that a page shows fit both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def model(**changes):
 
 
 def load_model(name, *, device, dtype, trust_remote_code=False):
-    """What `loader.load_model` returns, whatever the name is."""
+    """A stand-in for `loader.load_model` that returns the small model for every name."""
     made = model()
     return loader.LoadedModel(
         name, made.to(device, dtype), tokenizer(), ModelGeometry.from_config(made.config)
@@ -52,7 +52,7 @@ def load_model(name, *, device, dtype, trust_remote_code=False):
 
 
 def pretrained_model(*args, attn_implementation=None, **kwargs):
-    """What `AutoModelForCausalLM.from_pretrained` returns, whatever the name is."""
+    """A stand-in for `AutoModelForCausalLM.from_pretrained`, with the small model."""
     made = model()
     if attn_implementation is not None:
         made.set_attn_implementation(attn_implementation)
@@ -66,7 +66,7 @@ def pretrained_tokenizer(*args, padding_side="right", **kwargs):
 
 
 def enter(monkeypatch, folder):
-    """Let every way to load a model give the small one, and `folder` be where one works."""
+    """Make every way to load a model return the small one, and `folder` the working folder."""
     monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(folder.parent / "cache"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(llm, "load_model", load_model)
@@ -76,7 +76,7 @@ def enter(monkeypatch, folder):
 
 
 def names():
-    """What a page may use without saying where it comes from, as a reader would have it."""
+    """Names that a page may use without defining them, because its reader would have them."""
     prompts = ["The sea is", "Two and two make"]
     return {
         "__name__": "documentation",

@@ -23,7 +23,7 @@ def tiny_llm(format=None, **options):
 
 
 def raise_once(monkeypatch, owner, name, error, call):
-    """Let the `call`-th call of `owner.name` raise `error`, and no other."""
+    """Make the `call`-th call of `owner.name` raise `error`; all others pass."""
     before, calls = getattr(owner, name), []
 
     def flaky(*args, **kwargs):

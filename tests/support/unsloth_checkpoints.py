@@ -1,5 +1,7 @@
-"""Tiny checkpoints for Unsloth, prompts for them, and what they say; imports transformers late, so
-that Unsloth may come first."""
+"""Tiny checkpoints for Unsloth, prompts for them, and their tokens and logits.
+
+Functions import transformers, because Unsloth must be imported before it.
+"""
 
 from __future__ import annotations
 
@@ -60,20 +62,21 @@ def batch(lengths=LENGTHS, seed=0):
 
 
 def generate(model, inputs, max_new_tokens=6, **options):
-    """New tokens `[B, max_new_tokens]`, greedy unless said."""
+    """New tokens `[B, max_new_tokens]`, greedy unless `options` differ."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **(GREEDY | options))
     return out[:, inputs["input_ids"].shape[1] :]
 
 
 @torch.no_grad()
 def prompt_logits(model, inputs):
-    """Logits of all tokens that are no pads, fp32 `[T, vocab]`."""
+    """Logits `[T, vocab]` of all tokens that are no pads, fp32."""
     return model(**inputs, use_cache=True).logits[inputs["attention_mask"].bool()]
 
 
 def decode_logits(model, inputs, tokens=None):
-    """Logits of six steps, one after the other, `[6, B, vocab]`; with `tokens` `[B, n]` of n steps
-    that are fed those, for models whose own choice turns on the rounding."""
+    """Logits of six decode steps, `[6, B, vocab]`.
+
+    `tokens`, `[B, n]`, are fed to n steps instead, for models whose choice turns on rounding."""
     options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
     count, given = 6, inputs["input_ids"].shape[1]
     if tokens is not None:
@@ -88,7 +91,7 @@ def decode_logits(model, inputs, tokens=None):
 
 
 def distance(x, y):
-    """Relative error of `x`."""
+    """Relative error of `x` against `y`."""
     return float((x - y).norm() / y.norm())
 
 

@@ -1,5 +1,7 @@
-"""Unsloth's own model code on a CPU: what stands in for its GPU, its models, and a fixture that
-patches them. Import before anything of Unsloth; it stays in this process."""
+"""Unsloth's own model code on a CPU: stand-ins for its GPU, models, and a fixture to patch them.
+
+Import before anything of Unsloth; the stand-ins stay until the process ends.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMPILED = tempfile.TemporaryDirectory(prefix="unsloth-compiled-")  # or files lie about here
+# Unsloth would write its compiled files into the working folder.
+COMPILED = tempfile.TemporaryDirectory(prefix="unsloth-compiled-")
 os.environ |= {
     "UNSLOTH_ALLOW_CPU": "1",
     "UNSLOTH_COMPILE_DISABLE": "1",
@@ -23,7 +26,7 @@ os.environ |= {
 }
 
 # isort: off
-import unsloth  # noqa: E402, F401  before transformers, as it asks for
+import unsloth  # noqa: E402, F401  before transformers, as Unsloth demands
 from unsloth.models import llama  # noqa: E402
 import torch  # noqa: E402
 import pytest  # noqa: E402
@@ -37,7 +40,7 @@ CHECKPOINTS = tempfile.TemporaryDirectory(prefix="unsloth-")
 
 
 def everywhere(name, value):
-    """Set a global of that name in each of Unsloth's modules that has one."""
+    """Set the global `name` in each of Unsloth's modules that has it."""
     for module in list(sys.modules.values()):
         package = getattr(module, "__name__", "").partition(".")[0]
         if package in ("unsloth", "unsloth_zoo") and name in vars(module):
@@ -45,7 +48,7 @@ def everywhere(name, value):
 
 
 def rope(q, k, cos, sin, position_ids=None):
-    """What `fast_rope_embedding` computes; its Triton kernel takes seconds in the interpreter."""
+    """`fast_rope_embedding` in torch; its Triton kernel takes seconds in the interpreter."""
     rows = slice(q.shape[-2]) if position_ids is None else position_ids.long()
     cos, sin = cos.squeeze()[rows], sin.squeeze()[rows]
     if position_ids is not None:
@@ -55,7 +58,7 @@ def rope(q, k, cos, sin, position_ids=None):
 
 
 def norm(layernorm, x, gemma=False, **_):
-    """What `fast_rms_layernorm` computes, for the same reason."""
+    """`fast_rms_layernorm` in torch, for the same reason."""
     epsilon = getattr(layernorm, "variance_epsilon", None) or layernorm.eps
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + epsilon)
@@ -87,11 +90,11 @@ everywhere("verify_fp8_support_if_applicable", lambda *a, **k: None)
 everywhere("torch_gpu_device", lambda device: contextlib.nullcontext())
 everywhere("fast_rope_embedding", rope)
 everywhere("fast_rms_layernorm", norm)
-gc.freeze()  # loading collects garbage several times over all that is imported here
+gc.freeze()  # each load collects garbage several times, which would scan all these imports
 
 
 def load(folder, dtype=torch.float32):
-    """The model that Unsloth makes of a checkpoint, without adapters."""
+    """The model that Unsloth loads from a checkpoint, without adapters."""
     return load_fast(folder, dtype=dtype, max_seq_length=4096, device="cpu")
 
 
@@ -103,7 +106,7 @@ def model_of(family, **changes):
 
 @pytest.fixture
 def patched():
-    """Patch a model with a small poisoned pool; whatever a test leaves patched is undone."""
+    """A function that patches a model with a small poisoned pool; patches are undone at the end."""
     models = []
 
     def patch(model, **options):
@@ -122,7 +125,7 @@ def patched():
 
 
 def functions_now():
-    """What every reference to a function that is replaced holds, by name."""
+    """The present value of every reference to a function that patching replaces, by name."""
     return {
         f"{module.__name__}.{name}": vars(module).get(name)
         for module in fast_modules()
