@@ -1,6 +1,6 @@
-"""What a page is: formats, presets and the codec; tensors in, bytes out.
+"""Page formats, their presets, and the codec between tensors and page bytes.
 
-It knows kernels, and neither pools nor sequences.
+The package imports kernels; it imports neither pools nor sequences.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Encode blocks into pages: decompose, quantize, write.
+"""The codec encodes blocks into pages (decompose, quantize, write) and decodes them.
 
-Encoding is pure: a page's bytes depend on the block's own K and V (and weights of its tokens, where
-they are given), on the format and on the calibration it is bound to, never on what else is encoded
-beside it. Everything runs in fp32 and is batched over blocks, layers and heads.
+Encoding is pure: a page's bytes depend on the block's own K and V (and given weights of its
+tokens), on the format and on the calibration it is bound to, never on other blocks of the batch.
+Everything runs in fp32 and is batched over blocks, layers and heads.
 
 ```
-x        K or V of a block, page mean removed, brought near 1 by a power of two
+x        K or V of a block, page mean removed, scaled near 1 by a power of two
 y        x W                                            W: root of the calibrated metric, or 1
 C, B     y ~= C (B W)                                   basis of the page, or shared
 codes    C / gain / scale -> nearest levels             quantize.py
@@ -37,19 +37,19 @@ from spectral_paged.pages.quantize import INT8_MAX, Quantized, encode_values, qu
 from spectral_paged.pages.sections import Bands
 from spectral_paged.pages.shared_basis import BoundBasis, SideRows
 
-# CUDA libraries choose algorithms by batch size, and algorithms round differently: there, pages are
-# encoded in batches of one size, the last filled up with zeros (decision 0009).
+# CUDA libraries choose algorithms by batch size, and algorithms round differently. Pages are
+# therefore encoded in batches of one size there, the last padded with zeros (decision 0009).
 CUDA_BATCH = 32
 FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Projected:
-    """One side of a batch, ready to be quantized; N' = pages x heads."""
+    """K or V of a batch, projected and ready to be quantized; N' = pages x heads."""
 
     x: Tensor  # fp32 [N', 512, D], mean included
     coeff: Tensor  # fp32 [N', 512, rank]
-    unit: Tensor  # fp32 [N', rank], what multiplies a stored scale
+    unit: Tensor  # fp32 [N', rank], factor of a stored scale
     mean: Tensor | None  # fp16 [N', D]
     rows: list[Tensor]  # uint8 [N', count, D] a band: the page's own basis codes
 
@@ -61,15 +61,15 @@ def _project(
     token_weights: Tensor | None,
     rows: SideRows | None,
 ) -> _Projected:
-    """Coefficients of `x` fp32 `[N', 512, D]`; `rows` are the calibration's for each of N'."""
+    """Project `x` fp32 `[N', 512, D]` on its basis; `rows` are the calibration's for each of N'."""
     given, mean = x, None
     if format.mean:
-        # what fp16 cannot hold stays in the residual, where the basis takes it
-        # (divided before it is summed: the sum of 512 finite values need not be finite)
+        # The part of the mean that fp16 cannot hold stays in the residual, which the basis fits.
+        # Division comes before the sum, because a sum of 512 finite values may overflow.
         mean = (x / BLOCK_TOKENS).sum(dim=-2).clamp(-FP16_MAX, FP16_MAX).half()
         x = x - mean.float().unsqueeze(-2)
-    # A power of two per head, exact, brings the values near 1: squares of any finite block fit
-    # (decision 0006).
+    # A power of two per head scales the values near 1, exactly, so that squares of any finite block
+    # fit (decision 0006).
     _, exponent = torch.frexp(x.abs().amax(dim=(-2, -1), keepdim=True))
     power = torch.exp2(exponent.clamp(-100, 100).float())
     y = x / power
@@ -95,11 +95,11 @@ def _project(
 
 
 def _fitted(rows: Tensor, y: Tensor) -> Tensor:
-    """Coefficients `[N', 512, rank]` of `y` `[N', 512, D]` over `rows` `[N', rank, D]`, by least
-    squares: rounded rows are not quite orthonormal, and the fit absorbs what that does.
+    """Coefficients `[N', 512, rank]` of `y` `[N', 512, D]` over `rows` `[N', rank, D]`.
 
-    Rows are near enough to it that their products are positive definite; of those, a Cholesky
-    factor costs a CUDA host a fifth of what an LU factor does.
+    The fit is by least squares, because rounded rows are not quite orthonormal (decision 0005).
+    They are near enough to it that their products are positive definite, and a Cholesky factor
+    costs a CUDA host a fifth of an LU factor.
     """
     factor = torch.linalg.cholesky(rows @ rows.transpose(-1, -2))
     half = torch.linalg.solve_triangular(factor, rows @ y.transpose(-1, -2), upper=False)
@@ -110,7 +110,7 @@ def _fitted(rows: Tensor, y: Tensor) -> Tensor:
 def _round_rows(
     vectors: Tensor, format: PageFormat, bands: Bands
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Basis codes by band, the rows they stand for, and the rows' scales `[N', rank]`."""
+    """Basis codes by band, the rows that the codes represent, and row scales `[N', rank]`."""
     codes, rows, scales, first = [], [], [], 0
     for count, bits in bands:
         part = vectors[:, first : first + count]
@@ -131,10 +131,10 @@ def _round_rows(
 
 
 def _choose_slots(sides: list[tuple[_Projected, Quantized]], num_slots: int) -> Tensor:
-    """Tokens `[N', num_slots]`, ascending, whose coefficients of K and V come back worst.
+    """The outlier tokens `[N', num_slots]`, ascending: those with the largest coefficient errors.
 
-    What lies outside the basis does not count: choosing by it was measured to be worse.
-    A token's error counts relative to the mean error of its side.
+    A token's error counts relative to the mean error of its side. The error outside the basis does
+    not count, because choosing by it was measured to be worse.
     """
     total: Tensor | float = 0.0
     for projected, quantized in sides:
@@ -145,7 +145,7 @@ def _choose_slots(sides: list[tuple[_Projected, Quantized]], num_slots: int) -> 
 
 
 def _without(projected: _Projected, tokens: Tensor) -> Tensor:
-    """Coefficients with those of `tokens` `[N', slots]` zeroed: nothing reads them."""
+    """Coefficients with 0 for the outlier `tokens` `[N', slots]`, whose codes nothing reads."""
     index = tokens.unsqueeze(-1).expand(-1, -1, projected.coeff.shape[-1])
     return projected.coeff.scatter(-2, index, 0.0)
 
@@ -187,19 +187,18 @@ def encode_pages(
 
     Args:
         k, v: `[N, H, 512, D]`, any float dtype; keys as the format stores them
-            (turned back by `kernels.rotary.stored_keys`).
-        basis: what `SharedBasis.bind(format)` gave, for formats that need a calibration.
+            (turned back by `kernels.math.rotary.stored_keys`).
+        basis: the result of `SharedBasis.bind(format)`, for formats that need a calibration.
         layers: the layer of each of the N blocks, to find its rows in `basis`.
-        token_weights: `[N, H, 512]`, not negative: what a token's squared error counts in the
-            decomposition of a page's own basis; None counts all alike.
+        token_weights: `[N, H, 512]`, not negative: weights of the tokens' squared errors in the
+            decomposition of a page's own basis; None weighs all alike.
 
     Returns:
         uint8 `[N, page_bytes]`.
 
     Raises:
-        NonFiniteError: NaN or Inf in a block or its weights; `block_index` and the message say
-            where.
-        FormatError: wrong shape, weights for a basis that pages share, a format that needs a
+        NonFiniteError: NaN or Inf in a block or its weights; `block_index` names the block.
+        FormatError: wrong shape, weights for a basis that pages share, or a format that needs a
             calibration without its basis.
     """
     num_pages, dim = k.shape[0], format.head_dim
@@ -208,7 +207,7 @@ def encode_pages(
         raise FormatError(f"blocks are {list(k.shape)}; format {format.name!r} takes {want}")
     if v.shape != k.shape:
         raise FormatError(f"k is {list(k.shape)} but v is {list(v.shape)}")
-    # one memory layout: sums over other strides round differently, and bytes must not
+    # sums over other strides round differently, and equal blocks must give equal bytes
     k, v = k.float().contiguous(), v.float().contiguous()
     check_finite(K=k, V=v)
     if token_weights is not None:
@@ -299,7 +298,7 @@ def _encode_batch(
 
 
 def check_finite(**sides: Tensor) -> None:
-    """Refuse NaN and Inf in blocks `[N, H, ...]`, naming side, block and head."""
+    """Raise NonFiniteError for NaN or Inf in blocks `[N, H, ...]`, naming side, block and head."""
     for side, x in sides.items():
         bad = ~torch.isfinite(x).flatten(2).all(dim=-1)  # [N, H]
         if bool(bad.any()):

@@ -1,4 +1,4 @@
-"""Bases: what a block's tokens are projected on."""
+"""The decompositions that give a block's tokens a basis of few strong components."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectral_paged.pages.sections import Bands
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
 
-Eigenvectors = Callable[[Tensor], Tensor]  # `kernels.seal.eigenvectors`, or what a GPU runs
+Eigenvectors = Callable[[Tensor], Tensor]  # `kernels.seal.eigenvectors`, or its GPU kernel
 
 
 def gram_basis(x: Tensor, rank: int, eigenvectors: Eigenvectors) -> Tensor:
@@ -34,10 +34,10 @@ def leading_eigenvectors(gram: Tensor, rank: int, eigenvectors: Eigenvectors) ->
 
 
 def randomized_basis(x: Tensor, rank: int, *, seed: int) -> Tensor:
-    """Leading right singular vectors by randomized SVD: `[N, rank, D]`, fp32.
+    """Leading right singular vectors of `x` `[N, T, D]` by randomized SVD: `[N, rank, D]`, fp32.
 
     Halko, Martinsson, Tropp 2011, algorithm 4.4: Gaussian sketch with oversampling and power
-    iterations, re-orthogonalised each time. The sketch comes from `seed` alone.
+    iterations, re-orthogonalised each time. The sketch depends on `seed` only.
     """
     x = x.float()
     dim = x.shape[-1]
@@ -53,7 +53,7 @@ def randomized_basis(x: Tensor, rank: int, *, seed: int) -> Tensor:
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """A vector's sign is free; fix it so that equal inputs give equal bytes on every solver."""
+    """`basis` with each vector's largest entry positive, so that all solvers give equal bytes."""
     peak = basis.gather(-1, basis.abs().argmax(dim=-1, keepdim=True))
     return basis * torch.where(peak < 0, -1.0, 1.0)
 
@@ -66,9 +66,9 @@ def decompose(x: Tensor, rank: int, format: PageFormat, eigenvectors: Eigenvecto
 
 
 def orthogonal_mixer(size: int) -> Tensor:
-    """An orthogonal matrix with entries of like size, fp32 `[size, size]`.
+    """An orthogonal matrix with entries of similar size, fp32 `[size, size]`.
 
-    Hadamard by Sylvester's construction where `size` is a power of two, else the cosine transform
+    It is Sylvester's Hadamard matrix where `size` is a power of two, else the cosine transform
     DCT-II. Every output mixes every input, so variances even out and tails become Gaussian.
     """
     if size & (size - 1) == 0:
@@ -84,7 +84,7 @@ def orthogonal_mixer(size: int) -> Tensor:
 
 
 def rotate_bands(vectors: Tensor, bands: Bands) -> Tensor:
-    """Mix the rows `[..., rank, D]` of each band below 8 bits among themselves."""
+    """`vectors` `[..., rank, D]` with the rows of each band below 8 bits mixed among themselves."""
     parts, first = [], 0
     for count, bits in bands:
         part = vectors[..., first : first + count, :]
@@ -94,5 +94,5 @@ def rotate_bands(vectors: Tensor, bands: Bands) -> Tensor:
 
 
 def band_vectors(vectors: Tensor, bands: Bands, format: PageFormat) -> Tensor:
-    """`vectors` `[..., rank, D]`, mixed inside low bands where the format says so."""
+    """`vectors` `[..., rank, D]`, mixed inside low bands if the format has `band_rotation`."""
     return rotate_bands(vectors, bands) if format.band_rotation else vectors

@@ -1,9 +1,9 @@
-"""The page format: every choice that fixes a page's bytes and what they mean.
+"""The page format is every choice that fixes a page's bytes and their meaning.
 
-One page holds one sealed block (512 tokens) of one layer, all KV heads, K and V. `page_layout`
-draws its bytes. It holds no position: keys are stored before RoPE (`rope="pre"`), relative to their
-frame (`rope="frame"`) or as they came (`rope="post"`), so the same block gives the same bytes
-wherever the page lies in memory.
+One page holds one sealed block (512 tokens) of one layer, all KV heads, K and V. `sections.py`
+draws its bytes. A page contains no position: keys are stored before RoPE (`rope="pre"`), relative
+to their frame (`rope="frame"`) or after RoPE (`rope="post"`), so the same block gives the same
+bytes wherever the page lies in memory.
 
 A token's K or V is read as
 
@@ -46,38 +46,39 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class PageFormat:
-    """Everything that fixes a page's bytes and meaning. Frozen; two equal formats share pages.
+    """Everything that fixes a page's bytes and meaning; equal formats share pages.
 
     Args:
-        name: a label for reports; not part of the fingerprint.
+        name: a label for reports that is not part of the fingerprint.
         num_kv_heads, head_dim: geometry of the model's K and V.
         k_bands, v_bands: `((count, bits), ...)` in component order, counts multiples of 16, bits 8,
             4, 3 or 2; empty for the `exact` format, which never seals.
-        basis: `page`: every page carries its own; `shared`: one a layer and KV head, from a
+        basis: `page`: every page stores its own; `shared`: one a layer and KV head, from a
             calibration (`basis_id` names it once the format is bound to it).
         basis_bits: 8, or 4 to store the page's basis rows of bands of 4 bits and less in INT4.
         rope: keys stored before rotation (`pre`), after it (`post`), or turned relative to the
             middle of their frame of 128 tokens (`frame`), which keeps most of what makes keys
             compressible before rotation and lets a kernel turn the query instead of the keys.
         mean: subtract the page mean of K and of V before the decomposition and store it in fp16.
-        gain: an 8-bit logarithmic gain per token, head and side.
+        gain: store an 8-bit logarithmic gain per token, head and side.
         scale_tokens: tokens that share one scale a component: 512, 256, 128 or 64.
         levels: reconstruction levels of bands below 8 bits: `gaussian` (Lloyd-Max, with
             least-squares scales) or `uniform` (evenly spaced up to the largest value).
         band_rotation: rotate each band below 8 bits by a Hadamard matrix (a cosine transform where
             the count is no power of two), so that its components share energy and tails.
-        outlier_slots: tokens a head and page whose K and V are kept in fp16 beside the codes; a
-            gain of code 0 marks them for kernels.
-        num_landmark_tokens: first tokens of a sequence kept exact for ever; multiple of 64.
-        hot_tokens: newest tokens that are never sealed; multiple of 64.
-        prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512. 0:
-            those of one step, however many, for callers that cannot cut their steps; what queries
-            see then follows from how a prompt was cut.
-        decomposition: of a page basis: `gram` (eigenvectors of the D x D Gram matrix) or
-            `randomized` (Halko, Martinsson, Tropp 2011: Gaussian sketch with power iterations).
+        outlier_slots: outlier tokens a head and page, whose K and V are kept in fp16 beside the
+            codes; a gain of code 0 marks them for kernels.
+        num_landmark_tokens: first tokens of a sequence, which are never sealed; multiple of 64.
+        hot_tokens: newest tokens of a sequence, which are not sealed yet; multiple of 64.
+        prefill_segment: prompt tokens whose queries see each other exactly; multiple of 512. 0
+            means the tokens of one step, however many, for callers that cannot cut their steps;
+            the steps of a prompt then decide what its queries see.
+        decomposition: method for a page's own basis: `gram` (eigenvectors of the D x D Gram
+            matrix) or `randomized` (Halko, Martinsson, Tropp 2011: Gaussian sketch with power
+            iterations).
         dim_weighting: `calibrated` weighs K by the second moment of the queries and V by the output
-            projection before the decomposition, as the calibration saw them; `diagonal` takes the
-            energy of each dimension alone.
+            projection before the decomposition, as the calibration saw them; `diagonal` uses the
+            energy of each dimension only.
 
     Raises:
         FormatError: a value breaks the kernel contract; the message names it and the limit.
@@ -158,7 +159,7 @@ class PageFormat:
 
     @property
     def seals(self) -> bool:
-        """False for `exact`: blocks never become pages."""
+        """True if blocks become pages; False for `exact`."""
         return bool(self.k_bands)
 
     @property
@@ -171,13 +172,16 @@ class PageFormat:
 
     @property
     def needs_calibration(self) -> bool:
-        """True where pages are read or written with the basis or weights of a calibration."""
+        """True if pages are read or written with the basis or weights of a calibration."""
         return self.seals and (self.basis == "shared" or self.dim_weighting != "none")
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over every field but the name; enters every prefix hash."""
-        # `token_weighting` was a field once: results and prefixes keep the digest they had
+        """The format's digest: 16 hex digits over every field but the name.
+
+        Every prefix hash contains it.
+        """
+        # a former field, kept so that stored results and prefixes keep their digests
         fields = asdict(self) | {"token_weighting": "none"}
         del fields["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -186,7 +190,7 @@ class PageFormat:
 
     @cached_property
     def layout(self) -> PageLayout:
-        """Byte offsets for the kernels. Raises FormatError for `exact`, which has no pages."""
+        """The byte offsets of a page; raises FormatError for `exact`, which has no pages."""
         if not self.seals:
             raise FormatError("the exact format has no pages, so it has no page layout")
         return page_layout(

@@ -1,4 +1,4 @@
-"""Named formats and the bands they take by head width."""
+"""The presets are named page formats, with bands for every head width."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRESETS = (
 )
 AUTO = "spectral-quality"
 
-# What the mixed-bit presets have in common; decision 0010 has the share of each feature.
+# fields that the mixed-bit presets share; decision 0010 measures each of them
 MIXED = {"rope": "frame", "gain": True, "band_rotation": True, "outlier_slots": 4}
 CALIBRATED = {"basis": "shared", "dim_weighting": "calibrated"}
 IN_PAGE = {"basis": "page", "basis_bits": 4}  # a page that needs no calibration
@@ -48,7 +48,7 @@ MIXED_BANDS: dict[str, dict[int, tuple[Bands, Bands]]] = {
 
 
 def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
-    """Fields of `PageFormat` that preset `name` sets for heads of width `head_dim`.
+    """The fields of `PageFormat` that preset `name` sets for heads of width `head_dim`.
 
     Raises:
         FormatError: unknown preset, or a head width it has no bands for.
@@ -86,10 +86,10 @@ def _reference_ranks(name: str, head_dim: int) -> tuple[int, int]:
 
 
 def mixed_bands(name: str, head_dim: int) -> tuple[Bands, Bands]:
-    """Bands of K and V of a mixed-bit preset.
+    """The bands of K and V of a mixed-bit preset.
 
-    V needs every component, K nearly so; counts are those that kernels with explicit layouts read
-    at widths 64 and 128, where they were measured; 96 and 256 follow in proportion.
+    V needs every component, K nearly every one (decision 0011). Kernels with explicit layouts read
+    the counts of widths 64 and 128, which were measured; 96 and 256 follow in proportion.
     """
     known = MIXED_BANDS[name]
     if head_dim in known:

@@ -1,4 +1,4 @@
-"""Coefficients to codes: gains, scales and levels of one side of a batch of pages.
+"""Quantization turns coefficients into codes of levels, with scales and gains.
 
 Bands below 8 bits use the Lloyd-Max levels of a normal variable (Max 1960; Lloyd 1982) on
 coefficients divided by their token's gain, with scales refitted to the codes by least squares.
@@ -32,10 +32,12 @@ TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What a page stores of coefficients `[N, 512, rank]`.
+    """Coefficients `[N, 512, rank]` as a page stores them.
 
-    codes: uint8 `[N, 512, count]` a band; scale: bf16 `[N, groups, rank]`; gain: uint8 `[N, 512]`;
-    values: fp32 `[N, 512, rank]`, the coefficients that the codes stand for.
+    codes: uint8 `[N, 512, count]` a band.
+    scale: bf16 `[N, groups, rank]`.
+    gain: uint8 `[N, 512]`.
+    values: fp32 `[N, 512, rank]`, the coefficients that the codes represent.
     """
 
     codes: list[Tensor]
@@ -48,8 +50,8 @@ def quantize(coeff: Tensor, bands: Bands, format: PageFormat, unit: Tensor) -> Q
     """Quantize fp32 `coeff` `[N, 512, rank]`, components in band order.
 
     Args:
-        unit: fp32 `[N, rank]`, what a stored scale is multiplied with to give the scale of `coeff`
-            (the basis rows' own scales live in it); scales are rounded after the division.
+        unit: fp32 `[N, rank]`, the factor from a stored scale to the scale of `coeff` (it contains
+            the basis rows' own scales); scales are rounded after division by it.
     """
     gain_codes = _gains(coeff, bands) if format.gain else None
     gain = None if gain_codes is None else gain_values(gain_codes).unsqueeze(-1)
@@ -84,7 +86,7 @@ def _quantize_band(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, bf16 scales `[.., groups, 1, count]` and values of `x` `[.., groups, tokens, count]`.
 
-    `gain` `[.., groups, tokens, 1]` weighs the errors: `x` was divided by it.
+    `gain` `[.., groups, tokens, 1]` weighs the errors, because `x` was divided by it.
     """
     if bits == 8 or levels == "uniform":
         top = INT8_MAX if bits == 8 else LEVELS["uniform"][bits][-1]
@@ -92,7 +94,7 @@ def _quantize_band(
         codes = _nearest(x, step, bits, levels)
         return codes, scale, code_values(codes, bits, levels) * step
     weight = torch.ones_like(x[..., :1]) if gain is None else gain.square()
-    # refits only ever lower the error of what is stored, so the last one stands
+    # a refit never raises the error of the stored values, so the last one is kept
     energy = (weight * x.square()).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
     scale, step = _stored(energy.sqrt() / LEVEL_UNIT[bits], unit)
     codes = _nearest(x, step, bits, levels)
@@ -106,13 +108,13 @@ def _quantize_band(
 
 
 def _stored(scale: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale as the page stores it (bf16, in multiples of `unit`) and what it is read as."""
+    """A scale as the page stores it (bf16, in multiples of `unit`), and its value when read."""
     stored = (scale / unit).bfloat16()
     return stored, stored.float() * unit
 
 
 def _nearest(x: Tensor, step: Tensor, bits: int, levels: str) -> Tensor:
-    """Codes nearest to `x / step`; where the step is zero every code is read as zero."""
+    """Codes of the levels nearest to `x / step`; where `step` is zero, every code reads as zero."""
     return encode_values(x / torch.where(step == 0, torch.ones_like(step), step), bits, levels)
 
 
@@ -121,14 +123,14 @@ def encode_values(x: Tensor, bits: int, levels: str) -> Tensor:
     if bits == 8:
         return (x.round().clamp(-INT8_MAX, INT8_MAX) + COEFF_OFFSET).to(torch.uint8)
     table, reach = _code_table(bits, levels, x.device)
-    # levels are integers, so what lies between two is decided by halves: ceil(2 x) is enough
+    # levels are integers, so borders between two lie at multiples of 1/2: ceil(2 x) is enough
     index = ((2 * x).ceil_().clamp_(-reach, reach) + reach).to(torch.int32)
     return table.index_select(0, index.flatten()).view(x.shape)
 
 
 @cache
 def _code_table(bits: int, levels: str, device: torch.device) -> tuple[Tensor, int]:
-    """Code by `ceil(2 x) + reach`, uint8 `[2 reach + 1]`; a tie goes to the lower level."""
+    """The code of each `ceil(2 x) + reach`, uint8 `[2 reach + 1]`; ties go to the lower level."""
     integers = sorted(LEVELS[levels][bits])
     code_of = torch.tensor([LEVELS[levels][bits].index(x) for x in integers], dtype=torch.uint8)
     reach = 2 * integers[-1]
@@ -139,10 +141,10 @@ def _code_table(bits: int, levels: str, device: torch.device) -> tuple[Tensor, i
 
 
 def _gains(coeff: Tensor, bands: Bands) -> Tensor:
-    """Gain codes uint8 `[N, 512]`: each token's root mean square over the components of the low
-    bands, components whitened, by two alternating fits of gains and component energies.
+    """Gain codes uint8 `[N, 512]`: each token's root mean square over the low bands' components.
 
-    8-bit bands have bits to spare and do not vote, unless there is no other.
+    Components are whitened, by two alternating fits of gains and component energies. 8-bit bands
+    have bits to spare and count only if there are no others.
     """
     low = [bits < 8 for count, bits in bands for _ in range(count)]
     if any(low):

@@ -1,4 +1,4 @@
-"""Where everything lies in a page.
+"""The sections of a page and their byte offsets.
 
 ```
 page           | head 0 | head 1 | ...                                  page_bytes, multiple of 128
@@ -15,7 +15,7 @@ bytes          codes 8 bit: 512 count       4 bit: 512 count / 2     2 bit: 512 
 ```
 
 A band's codes are one plane over all 512 tokens, so that a tile of 128 tokens is one run of whole
-16-byte words whatever the band's width.
+16-byte words at every band width (decision 0013).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTION_BYTES = 16
 
 @dataclass(slots=True)
 class _Cursor:
-    """Hands out sections of a record, each on `SECTION_BYTES`."""
+    """A cursor over a record that places sections, each aligned to `SECTION_BYTES`."""
 
     at: int = 0
 
@@ -61,14 +61,14 @@ def page_layout(
     rope: str,
     levels: str,
 ) -> PageLayout:
-    """Byte offsets of a page of `num_kv_heads` heads of width `head_dim`.
+    """The byte offsets of a page of `num_kv_heads` heads of width `head_dim`.
 
     Args:
         k_bands, v_bands: `((count, bits), ...)`.
         page_basis: False where the basis is shared.
         low_basis_bits: 4 to store the basis rows of bands of 4 bits and less in INT4.
-        scale_groups: scales a component.
-        num_slots: outlier tokens a head.
+        scale_groups: number of scales a component.
+        num_slots: number of outlier tokens a head.
     """
     cursor = _Cursor()
 

@@ -1,10 +1,9 @@
-"""What a calibration knows of a model: a basis for every layer and KV head, and weights.
+"""A calibration is the statistics of a model from which formats get shared bases and weights.
 
-A calibration keeps statistics, not bases: the mean covariance of K and of V
-inside a block, and what an error costs: the second moment of the queries that will meet a key, and
-of the output projection that a value goes through. K is kept as formats store it: before RoPE,
-turned with its frame, after RoPE. A format binds to it: the eigenvectors of the
-covariance, weighted or not, become the rows that its pages share.
+The statistics are the mean covariances of K and of V inside a block, and the costs of an error: the
+second moments of the queries that meet a key, and of the output projection that a value passes. K
+has three covariances, as formats store it: before RoPE, turned with its frame, and after RoPE. When
+a format is bound, eigenvectors of a covariance, weighted or not, become the rows its pages share.
 
 The file is `spectral_basis.safetensors`, every tensor fp32 `[layers, H, D, D]`:
 
@@ -39,16 +38,16 @@ from spectral_paged.pages.sections import Bands
 
 BASIS_VERSION = "2"
 COVARIANCES, METRICS = ("k_pre", "k_frame", "k_post", "v"), ("q_pre", "q_post", "o")
-# An error that no calibrated query saw still costs this share of the mean one.
+# an error in a direction that no calibrated query has costs this share of the mean error
 METRIC_FLOOR = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class SideRows:
-    """One side of a bound basis; `[layers, H, ...]`, or `[N', ...]` after `of_layers`.
+    """K's or V's part of a bound basis; `[layers, H, ...]`, or `[N', ...]` after `of_layers`.
 
-    Tokens x are weighted, `y = x weight`, and projected on orthonormal `vectors`; coefficients
-    multiply `rows = vectors inverse`, rounded to what fp16 holds: kernels read them as fp16.
+    Tokens x are weighted, `y = x weight`, and projected on orthonormal `vectors`. Coefficients
+    multiply `rows = vectors inverse`, rounded to fp16 because kernels read them as fp16.
     """
 
     vectors: Tensor  # [.., rank, D]
@@ -63,7 +62,8 @@ class SideRows:
 
 
 def metric_root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root of `metric` `[..., D, D]` scaled to mean energy 1 and floored; its inverse."""
+    """The symmetric root of `metric` `[..., D, D]`, scaled to mean energy 1 and floored, and the
+    root's inverse."""
     energy = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     values, vectors = torch.linalg.eigh(metric / energy.clamp_min(1e-30))
     values = (values.clamp_min(0) + METRIC_FLOOR).sqrt().unsqueeze(-2)
@@ -73,7 +73,7 @@ def metric_root(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class BoundBasis:
-    """A calibration as one format uses it, on one device."""
+    """A calibration's rows and weights for one format, on one device."""
 
     format: PageFormat
     k: SideRows
@@ -83,8 +83,10 @@ class BoundBasis:
         return self.k if side == "k" else self.v
 
     def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:
-        """What takes tokens of `layers` to their coefficients, as arguments of `seal`: fp32
-        `[L, H, D, rank]` for K and V."""
+        """The matrices from tokens of `layers` to coefficients, as arguments of `seal`.
+
+        Both are fp32 `[L, H, D, rank]`, under `k_projection` and `v_projection`.
+        """
         index = torch.tensor(list(layers), device=self.k.vectors.device)
         found = {}
         for name in "kv":
@@ -98,7 +100,7 @@ class BoundBasis:
 
 @dataclass(frozen=True, slots=True)
 class SharedBasis:
-    """Statistics of one model; see the module's head for the tensors."""
+    """The statistics of one model; the module's docstring lists the tensors."""
 
     k_pre: Tensor
     k_frame: Tensor
@@ -112,14 +114,14 @@ class SharedBasis:
 
     @property
     def id(self) -> str:
-        """16 hex digits over every statistic; enters the fingerprint of formats bound to it."""
+        """16 hex digits over every statistic; fingerprints of bound formats contain them."""
         digest = hashlib.sha256(self.model_fingerprint.encode())
         for name in COVARIANCES + METRICS:
             digest.update(getattr(self, name).contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def bind(self, format: PageFormat, device: torch.device | str = "cpu") -> BoundBasis:
-        """The rows that pages of `format` share, with the format named after this calibration.
+        """The rows that pages of `format` share, and the format with `basis_id` set.
 
         Eigenvectors are computed in fp64 on the CPU, so that they are the same on every device.
 
@@ -137,7 +139,7 @@ class SharedBasis:
                 f"format {format.name!r} is bound to calibration {format.basis_id}, this one is "
                 f"{self.id}: pass the calibration it was made with"
             )
-        # a key inside its frame meets queries from the distances that one before RoPE meets
+        # a key turned with its frame meets queries from the same distances as one before RoPE
         keys, queries = {
             "pre": (self.k_pre, self.q_pre),
             "frame": (self.k_frame, self.q_pre),
@@ -168,7 +170,7 @@ class SharedBasis:
     # ---- file ----------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write the statistics to a safetensors file, through a temporary one beside it."""
+        """Write the statistics to a safetensors file, by way of a temporary file beside it."""
         names = COVARIANCES + METRICS
         tensors = {n: getattr(self, n).float().cpu().contiguous() for n in names}
         metadata = {
@@ -178,7 +180,7 @@ class SharedBasis:
             "num_tokens": str(self.num_tokens),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two may write at once
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may race
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -189,14 +191,14 @@ class SharedBasis:
 
     @classmethod
     def load(cls, path: Path, *, model_fingerprint: str | None = None) -> SharedBasis:
-        """Read a calibration.
+        """Read a calibration from a file.
 
         Args:
-            model_fingerprint: the model that will use it; None skips the check.
+            model_fingerprint: fingerprint of the model that will use it; None skips the check.
 
         Raises:
-            CorruptFileError: truncated, altered, or not a calibration.
-            FormatError: it was made from another model.
+            CorruptFileError: the file is truncated, altered, or no calibration.
+            FormatError: the calibration was made from another model.
         """
         try:
             check_file(path, MAX_CALIBRATION_BYTES, "a calibration")
@@ -235,10 +237,10 @@ class SharedBasis:
 
 
 class BasisAccumulator:
-    """Adds up what a calibration keeps, a batch of blocks at a time, in fp64.
+    """An accumulator sums a calibration's covariances, a batch of blocks at a time, in fp64.
 
-    Every block weighs the same: its covariance is divided by its energy before it is added, so that
-    no loud block decides the basis.
+    Each block's covariance is divided by its energy first, so that no block of large values decides
+    the basis.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
@@ -255,7 +257,7 @@ class BasisAccumulator:
         k_pre: Tensor | None = None,
         k_frame: Tensor | None = None,
     ) -> None:
-        """Add blocks `[len(layers), H, T, D]`, one a layer; without RoPE K has one form only."""
+        """Add blocks `[len(layers), H, T, D]`, one a layer; None adds nothing to that form of K."""
         sides = {"k_pre": k_pre, "k_frame": k_frame, "k_post": k_post, "v": v}
         for name, x in sides.items():
             if x is None:
@@ -270,7 +272,7 @@ class BasisAccumulator:
     def finish(
         self, *, q_pre: Tensor, q_post: Tensor, o: Tensor, model_fingerprint: str
     ) -> SharedBasis:
-        """The calibration; metrics as `SharedBasis` has them."""
+        """The calibration from all blocks added, with the given metrics."""
         covariances = {name: x.float() for name, x in self._sums.items()}
         return SharedBasis(
             **covariances,

@@ -1,7 +1,7 @@
-"""Who owns which slot, and which bytes a slot is: ids, an arena and block tables.
+"""The pool hands out slots by id, and knows the bytes of each: slot pool, arena and block tables.
 
-It knows page formats, devices and the page layout of kernels. `slot_pool` loads without torch, so
-nothing is imported here.
+The package imports page formats, devices and the page layout of kernels. `slot_pool` loads without
+torch, so this file imports nothing.
 """
 
 __all__ = [

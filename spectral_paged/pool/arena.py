@@ -26,9 +26,9 @@ MAX_SLOTS_PER_SLAB = 32
 
 
 def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
-    """Slab size that wastes least in either kind, with a small price on large slabs.
+    """The slab size in bytes that wastes least in either kind, with a small price on large slabs.
 
-    `page_bytes` 0 means an arena of exact pages only: a slab is then a single page.
+    `page_bytes` 0 means an arena of exact pages only, whose slabs are single exact pages.
     """
     if not page_bytes:
         return exact_bytes
@@ -47,14 +47,14 @@ def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
 
 
 class Arena:
-    """Memory of one layer group, and who owns its slots.
+    """The memory of one layer group, with the pool of its slots.
 
     Args:
         format: the page format; `exact_only` arenas ignore its pages.
         num_layers: layers that share one pair of block tables.
         dtype: element type of exact pages.
         budget_bytes: bytes the planes may take, all layers counted.
-        exact_only: True for exempt layers and for the `exact` format.
+        exact_only: True for layers whose blocks are never sealed.
         debug_poison: fill slots with 0xFF when they become free.
 
     Raises:
@@ -103,7 +103,7 @@ class Arena:
         return self.planes.numel()
 
     def plane(self, layer_index: int) -> Tensor:
-        """uint8 `[plane_bytes]` of one layer of the group."""
+        """The bytes of one layer of the group, uint8 `[plane_bytes]`."""
         return self.planes[layer_index]
 
     def slot_bytes(self, kind: SlotKind) -> int:

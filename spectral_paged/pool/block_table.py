@@ -1,4 +1,4 @@
-"""Where every sequence's slots lie, row by row, with a mirror on the device."""
+"""A block table lists the units of every sequence's slots, with a mirror on the device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from spectral_paged.device import upload
 
 
 class BlockTable:
-    """int32 `[num_rows, width]` of `Arena.unit`s; past a sequence's end they are the trash slot's.
+    """A table int32 `[num_rows, width]` of `Arena.unit`s, one row a sequence.
 
-    The host copy is written freely; `commit` sends only the rows that changed. On the CPU both
-    are one tensor.
+    Entries past a sequence's end name the trash slot. `write` changes the host copy, and `commit`
+    sends the changed rows to the device; on the CPU both copies are one tensor.
     """
 
     def __init__(self, num_rows: int, width: int, trash_unit: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""Who owns which slot. Pure Python on ids: no tensors, O(1) a slot.
+"""The slot pool allocates, shares and evicts slots by id, in pure Python and O(1) a slot.
 
 Memory is cut into slabs of equal size. A slab holds slots of one kind (exact pages or pages) and
-changes kind when nothing in it is in use, so the split between kinds follows the workload.
+may change kind when none of its slots is in use, so the split between kinds follows the workload.
 
 ```
 slot states      free ----allocate----> in use (ref_count >= 1)
@@ -11,8 +11,8 @@ slot states      free ----allocate----> in use (ref_count >= 1)
 ```
 
 Every slot of a slab with a kind is in exactly one state; slabs without a kind are empty. Cached
-slots are evicted in the order of their last use, whatever their kind: a chain that is released
-from its end keeps its beginning longest.
+slots of both kinds are evicted in the order of their last use: a chain that is released from its
+end keeps its beginning longest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spectral_paged.errors import PoolError
 
 
 class SlotKind(IntEnum):
-    """What a slot holds: an exact page (64 tokens) or a page (one sealed block)."""
+    """The kind of a slot: it holds an exact page (64 tokens) or a page (one sealed block)."""
 
     EXACT = 0
     PAGE = 1
@@ -45,11 +45,11 @@ class SlotPool:
 
     Args:
         num_slabs: slabs in the arena.
-        slots_per_slab: slots a slab holds, by kind; 0 where the pool has no such kind.
-        on_move: called with `[(kind, source, target), ...]` when slots in use are moved together
-            to free a slab; must copy the bytes and rename the ids wherever they are kept. Called
-            again where it was interrupted.
-        on_free: called with `(kind, slot)` when a slot's bytes stop meaning anything.
+        slots_per_slab: slots in a slab, by kind; a kind that is missing or 0 has no slots.
+        on_move: called with `[(kind, source, target), ...]` when slots in use move to free a slab.
+            The callback must copy the bytes and rename the ids wherever they are kept. The pool
+            calls it again if an exception interrupts it.
+        on_free: called with `(kind, slot)` when a slot's bytes are no longer needed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SlotPool:
         self._ref_count: dict[int, int] = {}
         self._key_of: dict[int, Hashable] = {}
         self._by_key: dict[Hashable, int] = {}
-        self._twin_key: dict[int, Hashable] = {}  # of slots whose key another slot carries
+        self._twin_key: dict[int, Hashable] = {}  # keys of slots in use that another slot carries
         self.num_in_use = dict.fromkeys(SlotKind, 0)
         self.num_evicted = 0
         self.num_moved = 0
@@ -84,7 +84,7 @@ class SlotPool:
     # ---- questions -----------------------------------------------------------------------
 
     def slab_and_index(self, slot: int) -> tuple[int, int]:
-        """A slot id is `slab * stride + index`."""
+        """The slab of a slot and its index there: a slot id is `slab * stride + index`."""
         return divmod(slot, self._stride)
 
     def kind_of(self, slot: int) -> SlotKind:
@@ -97,7 +97,7 @@ class SlotPool:
         return len(self._lru[kind])
 
     def slabs_needed(self, num_exact: int, num_pages: int) -> int:
-        """Slabs that hold so many slots of each kind when packed."""
+        """The fewest slabs that hold so many slots of each kind."""
         return sum(
             -(-count // self.slots_per_slab[kind]) if count else 0
             for kind, count in ((SlotKind.EXACT, num_exact), (SlotKind.PAGE, num_pages))
@@ -108,17 +108,17 @@ class SlotPool:
         return self._by_key.get(key)
 
     def is_published(self, slot: int) -> bool:
-        """True if some key finds the slot."""
+        """True if a key finds the slot."""
         return slot in self._key_of
 
     # ---- transitions ---------------------------------------------------------------------
 
     def allocate(self, kind: SlotKind) -> int | None:
-        """A slot with reference count 1, or None: not now.
+        """A slot with reference count 1; None means "not now".
 
-        In order: a free slot of the kind, an empty slab, what was used least recently (a cached
-        slot of the kind, or an idle slab of the other kind), and last a slab emptied by moving
-        slots together.
+        The pool tries in this order: a free slot of the kind, an empty slab, the least recently
+        used of the cached slots of the kind and the idle slabs of the other kind, and a slab that
+        it empties by moving slots together (decision 0004).
         """
         if not self.slots_per_slab.get(kind):
             return None
@@ -128,7 +128,7 @@ class SlotPool:
         return slot
 
     def _evict_oldest(self, kind: SlotKind) -> bool:
-        """Make room for a slot of `kind` from cached ones; False where none would help."""
+        """Evict cached slots until a slot of `kind` fits; False if no eviction would help."""
         slot, used = next(iter(self._lru[kind].items()), (None, self._clock + 1))
         for other in SlotKind:
             if other != kind and self._idle[other]:
@@ -181,7 +181,7 @@ class SlotPool:
         self.num_in_use[slab.kind] += 1
 
     def release(self, slot: int) -> bool:
-        """Drop a reference. True when the slot became free (its bytes mean nothing any more)."""
+        """Drop a reference; True if the slot became free, so that its bytes are lost."""
         count = self._ref_count.get(slot)
         if count is None:
             raise PoolError(f"slot {slot} is not in use: double free")
@@ -195,7 +195,7 @@ class SlotPool:
         self.num_in_use[slab.kind] -= 1
         twin_key = self._twin_key.pop(slot, None)
         if twin_key is not None and twin_key not in self._by_key:
-            self._by_key[twin_key] = slot  # the other is gone: this one takes its place
+            self._by_key[twin_key] = slot  # the other slot is gone, so this one takes its key
             self._key_of[slot] = twin_key
         if slot in self._key_of:
             slab.cached.add(slot)
@@ -208,7 +208,7 @@ class SlotPool:
         return True
 
     def touch(self, key: Hashable) -> None:
-        """Count the cached slot under `key`, where there is one, as used now."""
+        """Count the cached slot under `key`, if there is one, as used now."""
         slot = self._by_key.get(key)
         if slot is None or slot in self._ref_count:
             return
@@ -220,10 +220,10 @@ class SlotPool:
             self._idle[kind].move_to_end(slab_id)
 
     def publish(self, slot: int, key: Hashable) -> bool:
-        """Let `key` find a slot in use.
+        """Let `key` find a slot in use; False if another slot already carries the key.
 
-        False where another slot already carries the key. This one then stands in for it: the
-        other counts as used when this one is released, and is replaced by it where it is gone.
+        The slot is then the other's twin: its release counts as a use of the other slot, or gives
+        it the key if the other slot is gone.
         """
         if slot not in self._ref_count:
             raise PoolError(f"slot {slot} is not in use: it cannot be published")
@@ -238,7 +238,7 @@ class SlotPool:
         return True
 
     def unpublish(self, slot: int) -> None:
-        """Let no key find a slot in use, now or later; nothing happens where none does."""
+        """Take the key, also as a twin, from a slot in use; a slot without a key stays as it is."""
         if slot not in self._ref_count:
             raise PoolError(f"slot {slot} is not in use: it cannot be unpublished")
         self._twin_key.pop(slot, None)
@@ -247,7 +247,7 @@ class SlotPool:
             del self._by_key[key]
 
     def forget(self, key: Hashable) -> None:
-        """Let `key` find nothing; a cached slot under it becomes free."""
+        """Remove `key`; a cached slot under it becomes free."""
         slot = self._by_key.get(key)
         if slot is None:
             return
@@ -257,7 +257,7 @@ class SlotPool:
             self._evict(slot)
 
     def drop_cached(self) -> int:
-        """Evict every cached slot; returns how many."""
+        """Evict every cached slot; returns their number."""
         count = 0
         for lru in self._lru.values():
             while lru:
@@ -317,7 +317,7 @@ class SlotPool:
             if moves and self.on_move is not None:
                 try:
                     self.on_move(moves)
-                except BaseException:  # interrupted: the new names stand, so all bytes must follow
+                except BaseException:  # ids are renamed already, so every byte must follow
                     self.on_move(moves)
                     raise
             if self.on_free is not None:
@@ -351,7 +351,7 @@ class SlotPool:
         source = self._slabs[source_id]
         source.num_in_use -= 1
         self.num_moved += 1
-        # its bytes are still wanted: they are copied when every slot of the slab has its new place
+        # no `on_free` yet: the bytes are copied once every slot of the slab has its new id
         self._put_free(source_id, source, slot, notify=False)
         return target
 

@@ -1,4 +1,4 @@
-"""Methods that are called back without keeping their object alive."""
+"""A weak method is a callback that does not keep its object alive."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ R = TypeVar("R")
 
 
 class WeakMethod(Generic[P, R]):
-    """What calls a bound `method` for as long as somebody else holds its object.
+    """A callable that calls a bound `method` while its object is alive.
 
-    A part that calls back the owner it belongs to would otherwise hold it in a circle, and the
-    memory of both would stay taken until garbage is collected, which no full GPU brings about. A
-    copy of both calls the copied owner.
+    A part that kept a bound method of its owner would form a reference cycle with it. The memory
+    of both would stay allocated until Python collects garbage, which a full GPU does not trigger.
+    A copy of owner and part calls the copied owner.
 
     Raises:
         ReferenceError: when called after the object is gone.
