@@ -1,7 +1,7 @@
-"""Transformers' models as the engine runs them: loading, geometry, calibration, decode graphs.
+"""Transformers models run for the engine: loading, geometry, calibration, decode graphs.
 
-It knows the cache and the sampler, and no engine. Its modules are imported one by one, for some of
-them bring transformers.
+The package imports the cache and the sampler, and no engine. Its modules are imported separately,
+because some of them import transformers.
 """
 
 __all__ = [

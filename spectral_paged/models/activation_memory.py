@@ -1,4 +1,4 @@
-"""What a step needs besides weights and cache: measured by running the largest one."""
+"""The memory that a step needs besides weights and cache, measured by running the largest one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spectral_paged.models.attention_choice import register_attention, use_atten
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
 
-GRAPH_BYTES = 512 << 20  # what graphs and kernels' modules were seen to take, at most
+GRAPH_BYTES = 512 << 20  # the most that graphs and kernel modules were seen to take
 COMMON = SamplingParams(temperature=1.0, top_p=0.9)  # the sampler's largest temporaries
 
 
 def _pass_on(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """In place of attention: the queries themselves."""
+    """Return the queries in place of attention's output."""
     return query.transpose(1, 2), None
 
 
@@ -25,7 +25,7 @@ PASSING_ATTENTION = register_attention("spectral_paged_profile", _pass_on)
 
 
 def history_bytes(geometry: ModelGeometry, max_model_len: int, itemsize: int) -> int:
-    """The transient K and V that prompt chunks attend to, of one layer."""
+    """Return the bytes of the transient K and V that prompt chunks attend to, of one layer."""
     tokens = max(HISTORY_TOKENS, max_model_len)
     return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * itemsize
 
@@ -34,9 +34,9 @@ def history_bytes(geometry: ModelGeometry, max_model_len: int, itemsize: int) ->
 def activation_bytes(
     model: Any, geometry: ModelGeometry, *, num_tokens: int, num_rows: int, max_model_len: int
 ) -> int:
-    """Peak bytes of a step of `num_tokens` tokens that samples `num_rows`, on CUDA; 0 elsewhere.
+    """Return the peak bytes of a step of `num_tokens` tokens that samples `num_rows`, 0 off CUDA.
 
-    The step runs with attention left out; its history buffer and what CUDA graphs keep are added.
+    The step runs without attention. Its history buffer and the memory of CUDA graphs are added.
     """
     device = model.device
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Which attention a transformers model runs: functions by name, and another one for a while."""
+"""Attention functions of transformers models, registered by name and replaced temporarily."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 
 class FlatAttention(Protocol):
-    """What attends to the tokens of one flattened row: a cache, or a step of it."""
+    """Attends to the tokens of one flattened row: a cache, or a step of it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE; returns `[T, Hq, D]`."""
@@ -21,7 +21,7 @@ class FlatAttention(Protocol):
 def register_attention(
     name: str, attend: Callable[..., Any], mask: Callable[..., Any] | None = None
 ) -> str:
-    """Let every transformers model of this process attend by `attend`, under `name`.
+    """Register `attend` under `name` for every transformers model of this process.
 
     Args:
         mask: makes the mask that `attend` gets; None: transformers makes none.
@@ -38,15 +38,17 @@ def register_attention(
 def attend_heads(
     to: FlatAttention, layer: int, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """One flattened row in the model's shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns
-    `[1, T, Hq, D]`."""
+    """Attend for one flattened row in the model's shapes.
+
+    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns `[1, T, Hq, D]`.
+    """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return to.attend(layer, q, k, v).unsqueeze(0)
 
 
 @contextmanager
 def use_attention(model: Any, implementation: str) -> Iterator[None]:
-    """The transformers model attends by `implementation` inside, and as before afterwards."""
+    """Let a transformers model attend by `implementation` inside, and as before afterwards."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:

@@ -18,10 +18,10 @@ from spectral_paged.rope import RotaryTable
 def model_format(
     kv_format: str | PageFormat, geometry: ModelGeometry, *, prefill_segment: int = 2048
 ) -> PageFormat:
-    """The format that `kv_format` means: a preset's for this geometry, or the one given.
+    """Return a preset's format for this geometry, or the `PageFormat` given.
 
     Raises:
-        FormatError: neither a known preset nor a `PageFormat`.
+        FormatError: `kv_format` is neither a known preset nor a `PageFormat`.
     """
     if isinstance(kv_format, PageFormat):
         return kv_format
@@ -36,10 +36,10 @@ def model_format(
 
 
 def longest_sequence(geometry: ModelGeometry, max_model_len: int | None) -> int:
-    """`max_model_len`, by default all positions of the model.
+    """Return `max_model_len`, by default the number of positions of the model.
 
     Raises:
-        InvalidRequestError: more than the model has, or not 2.
+        InvalidRequestError: it is less than 2, or more than the model's positions.
     """
     longest = geometry.max_position_embeddings if max_model_len is None else max_model_len
     if not 1 < longest <= geometry.max_position_embeddings:
@@ -58,11 +58,10 @@ def model_cache(
     reserved_bytes: int = 0,
     ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SpectralKVCache:
-    """A `SpectralKVCache` on the model's device and in its dtype.
+    """Make a `SpectralKVCache` on the model's device and in its dtype.
 
-    What `options` leave open is taken from the model and its device: how long sequences are, how
-    much memory there is, and a calibration, found or made by running the model, where `format`
-    needs one.
+    The model and its device fill in what `options` leave open: the longest sequence, the bytes,
+    and a calibration where `format` needs one, which is found or made by running the model.
 
     Args:
         gpu_memory_utilization, reserved_bytes: as in `choose_cache_bytes`.
@@ -70,9 +69,9 @@ def model_cache(
             model's.
 
     Raises:
-        FormatError, CapacityError: as `SpectralKVCache`.
-        InvalidRequestError: as `longest_sequence`, `choose_cache_bytes` and `find_calibration`.
-        CorruptFileError: as `find_calibration`.
+        FormatError, CapacityError: as in `SpectralKVCache`.
+        InvalidRequestError: as in `longest_sequence`, `choose_cache_bytes` and `find_calibration`.
+        CorruptFileError: as in `find_calibration`.
     """
     geometry, model = loaded.geometry, loaded.model
     longest = longest_sequence(geometry, options.max_model_len)

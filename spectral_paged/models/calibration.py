@@ -1,4 +1,4 @@
-"""Calibrate a model: run it over text and keep the statistics that its pages can share."""
+"""Calibration runs a model over text and keeps the statistics that its pages share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spectral_paged.rope import RotaryTable
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_TOKENS = 64  # the first tokens of a window are attention sinks: pages never hold them
+SKIPPED_TOKENS = 64  # a span's first tokens are attention sinks, which pages never contain
 WINDOW_BLOCKS = 2
 WINDOW_TOKENS = SKIPPED_TOKENS + WINDOW_BLOCKS * BLOCK_TOKENS
 DEFAULT_WINDOWS = 8
@@ -38,9 +38,9 @@ MAX_DISTANCE = 16384
 
 
 def model_fingerprint(model: Any) -> str:
-    """16 hex digits that tell models apart: shapes, RoPE and a sample of the K and V projections.
+    """Return 16 hex digits of shapes, RoPE and a sample of the K and V projections' weights.
 
-    Weights are read in bf16, so the same checkpoint has one fingerprint in every dtype.
+    The sample is cast to bf16, so that a checkpoint has one fingerprint in every dtype.
     """
     config = model.config
     shape = (
@@ -64,20 +64,21 @@ def model_fingerprint(model: Any) -> str:
 
 
 def builtin_text() -> str:
-    """The calibration text that the package carries: prose, code, tables, notes and dialogue."""
+    """Return the package's calibration text: prose, code, tables, notes and dialogue."""
     return resources.files("spectral_paged.data").joinpath("calibration.txt").read_text("utf-8")
 
 
 def windows(
     token_ids: Sequence[int], max_windows: int | None, *, max_length: int = WINDOW_TOKENS
 ) -> Iterator[list[int]]:
-    """Spread-out spans of 64 + 1,024 tokens, or of as many whole blocks as there are.
+    """Yield evenly spaced spans of 64 + 1,024 tokens, or of 64 + 512 where text or model is short.
 
     Args:
-        max_length: positions that the model has.
+        max_windows: the most spans; None: as many as the text has.
+        max_length: number of positions of the model.
 
     Raises:
-        InvalidRequestError: text or model have not one block past the first 64 tokens.
+        InvalidRequestError: text or model is too short for one block after the first 64 tokens.
     """
     length = WINDOW_TOKENS
     if min(len(token_ids), max_length) < length:
@@ -101,7 +102,7 @@ def windows(
 
 @dataclass(slots=True)
 class Recorder:
-    """The attention function of a calibration: attends, and adds what it saw.
+    """The attention function of a calibration, which attends and accumulates statistics.
 
     ropes, windows, softcap: the model's, as `SpectralKVCache` takes them.
     moments: second moments of the queries before and after RoPE, fp64 `[2, layers, H, D, D]`.
@@ -114,7 +115,10 @@ class Recorder:
     moments: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`."""
+        """Attend to one span and add its statistics.
+
+        q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`.
+        """
         rope, heads = self.ropes[layer], k.shape[1]
         if rope is not None:
             q, k = rope.halves(q), rope.halves(k)
@@ -162,7 +166,7 @@ Forward = Callable[[Tensor, Recorder], None]
 
 
 def by_interface(model: Any) -> Forward:
-    """Through the attention interface of transformers."""
+    """Return a `Forward` that uses the attention interface of transformers."""
 
     def forward(ids: Tensor, recorder: Recorder) -> None:
         with use_attention(model, RECORDING_ATTENTION):
@@ -174,7 +178,10 @@ def by_interface(model: Any) -> Forward:
 
 
 def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Second moment of the output projection's rows, fp64 `[layers, H, D, D]`, groups added up."""
+    """Return the second moment of the output projection's rows, fp64 `[layers, H, D, D]`.
+
+    The moments of the query heads of one KV head are added.
+    """
     moments = []
     for layer in model.model.layers:
         weight = layer.self_attn.o_proj.weight.detach().double().cpu()
@@ -184,10 +191,10 @@ def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
 
 
 def averaged_over_distances(moment: Tensor, rope: RotaryTable | None) -> Tensor:
-    """The moment of queries as a key before RoPE meets them, averaged over distances.
+    """Average the second moment of queries, rotated by the distance to a key, over distances.
 
-    A query u (before RoPE), d tokens behind a key, scores R(d) u with it. Distances go in even
-    ratios from 1 to the end of `rope`. Where nothing is turned (None) the moment stays as it is.
+    A query u (before RoPE), d tokens behind a key k (before RoPE), scores (R(d) u) . k. Distances
+    are in even ratios from 1 to the end of `rope`. Without rotation (None) the moment is returned.
 
     Args:
         moment: second moment of u, fp64 `[..., D, D]`.
@@ -204,7 +211,7 @@ def averaged_over_distances(moment: Tensor, rope: RotaryTable | None) -> Tensor:
 
 
 def calibration_obstacle(loaded: LoadedModel) -> str | None:
-    """Why a model cannot be calibrated, and what to do; None where it can be."""
+    """Return the reason why a model cannot be calibrated and a remedy, or None if it can be."""
     if loaded.tokenizer is None:
         return (
             f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
@@ -221,7 +228,7 @@ def calibration_obstacle(loaded: LoadedModel) -> str | None:
 
 
 def calibrated_positions(geometry: ModelGeometry) -> int:
-    """Positions of the rotary tables of a calibration."""
+    """Return the number of positions of a calibration's rotary tables."""
     return min(MAX_DISTANCE, geometry.max_position_embeddings)
 
 
@@ -235,17 +242,17 @@ def calibrate(
     forward: Forward | None = None,
     ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SharedBasis:
-    """Statistics of a model over `texts`, in windows of two blocks behind 64 skipped tokens.
+    """Accumulate statistics of a model over spans of `texts`: two blocks after 64 skipped tokens.
 
     Args:
-        max_windows: stop after so many windows, spread over the texts; None takes all.
-        progress: show a bar where stderr is a terminal.
+        max_windows: the most spans, evenly spaced over the texts; None takes all.
+        progress: show a bar if stderr is a terminal.
         forward: runs a model that attends by code of its own; default `by_interface`.
         ropes: each layer's rotary table, of `calibrated_positions`, for a model that rotates by
             code of its own; default the model's.
 
     Raises:
-        InvalidRequestError: too little text, a model without a tokenizer, or quantized weights.
+        InvalidRequestError: there is too little text, no tokenizer, or the weights are quantized.
     """
     if (reason := calibration_obstacle(loaded)) is not None:
         raise InvalidRequestError(reason)
@@ -281,21 +288,21 @@ def calibrate(
 
 
 def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
-    """The model's calibration on the package's own text, made once and kept in the cache folder.
+    """Return the model's calibration on the package's text, made once and kept in a cache folder.
 
-    Where the folder cannot be written the calibration is used all the same, and made again.
+    If the folder cannot be written, the calibration is used, and the next start makes it again.
 
     Args:
         how: `forward` and `ropes` of `calibrate`.
 
     Raises:
-        InvalidRequestError: the model has no tokenizer.
+        InvalidRequestError: the model has no tokenizer, or its weights are quantized.
     """
     text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
     content = f"{BASIS_VERSION}/{fingerprint}/{loaded.model.dtype}/{text}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache_folder() / "calibrations" / f"{key}.safetensors"
-    if os.path.isfile(path):  # False as well where the folder cannot be read
+    if os.path.isfile(path):  # False, and no error, if the folder cannot be read
         try:
             return SharedBasis.load(path, model_fingerprint=fingerprint)
         except (CorruptFileError, FormatError) as error:
@@ -321,13 +328,15 @@ def _keep(basis: SharedBasis, path: Path) -> None:
 def find_calibration(
     given: SharedBasis | str | Path | None, format: PageFormat, loaded: LoadedModel
 ) -> SharedBasis | Literal["online"] | None:
-    """The calibration that `LLM(calibration=given)` means; None where `format` needs none, or none
-    is given.
+    """Resolve `LLM(calibration=given)`: a calibration, `online`, or None.
+
+    None: `format` needs no calibration, or none is given.
 
     Raises:
-        FormatError: it was made from another model.
+        FormatError: the calibration was made from another model.
         CorruptFileError: the file is damaged.
-        InvalidRequestError: there is no such file; or `auto` and a model without a tokenizer.
+        InvalidRequestError: there is no such file, or `auto` was given and the model cannot be
+            calibrated.
     """
     if not format.needs_calibration or given is None:
         return None

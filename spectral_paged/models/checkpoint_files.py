@@ -1,7 +1,8 @@
-"""Which files of a model may be read: safetensors only, and only files of the model itself.
+"""A checkpoint's files are checked before loading: safetensors only, and no path outside it.
 
-A checkpoint is somebody else's: pickled weights run code when they are loaded, and an index that
-names `../../x` would read what is no part of the model. Both are refused before anything is loaded.
+Checkpoints come from third parties. Pickled weights run code when they are loaded, and an index
+that names `../../x` would read a file outside the model. Both are refused before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ SIZES = {
 
 
 def find_file(where: str, name: str) -> Path | None:
-    """A file of a model by name: in its folder, or of a hub id, downloaded where it is not yet;
-    None where there is none or the hub cannot be reached."""
+    """Return the path of a model's file in its folder, or downloaded once from the hub.
+
+    None: there is no such file, or the hub cannot be reached.
+    """
     if Path(where).is_dir():
         path = Path(where) / name
         return path if path.is_file() else None
@@ -43,10 +46,10 @@ def find_file(where: str, name: str) -> Path | None:
 
 
 def check_sizes(where: str, *names: str) -> None:
-    """Refuse a model whose small files are no small files.
+    """Refuse a model whose config or tokenizer files are larger than their limits.
 
     Raises:
-        CorruptFileError: names the file and its limit.
+        CorruptFileError: a file is too large; the message states its limit.
     """
     for name in names or tuple(SIZES):
         if (path := find_file(where, name)) is not None:
@@ -54,10 +57,10 @@ def check_sizes(where: str, *names: str) -> None:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Refuse a path that is a weights file by itself.
+    """Refuse a path that names a weights file in place of a folder.
 
     Raises:
-        UnsupportedModelError: pickled weights, or a safetensors file without its folder.
+        UnsupportedModelError: the file is a pickle, or a safetensors file.
     """
     if path.suffix in PICKLES:
         raise UnsupportedModelError(_pickle_message(f"{path} is a pickle"))
@@ -80,11 +83,12 @@ def check_checkpoint(where: str, config: Any) -> None:
 
     Args:
         where: folder or hub id.
-        config: its transformers config, which may name the weights.
+        config: the model's transformers config, which may name the weights.
 
     Raises:
-        UnsupportedModelError: pickled weights only, or an adapter.
-        CorruptFileError: an index that is damaged, or names files that are no part of the model.
+        UnsupportedModelError: there are pickled weights only, or there is an adapter.
+        CorruptFileError: there are no weights, or their index is damaged or names a file outside
+            the model.
     """
     if find_file(where, "adapter_config.json") is not None:
         raise UnsupportedModelError(
@@ -112,10 +116,10 @@ def check_checkpoint(where: str, config: Any) -> None:
 
 
 def check_index(path: Path) -> None:
-    """Refuse a safetensors index that names anything but safetensors files beside it.
+    """Refuse a safetensors index that names anything but safetensors files in its folder.
 
     Raises:
-        CorruptFileError: says which name.
+        CorruptFileError: the index is damaged, or a name is refused; the message has the name.
     """
     check_file(path, MAX_INDEX_BYTES, "a safetensors index")
     try:
@@ -129,8 +133,10 @@ def check_index(path: Path) -> None:
 
 
 def _check_name(name: object, source: str, endings: tuple[str, ...]) -> None:
-    """A name inside a file that came with the model; links are not looked at: the hub's own cache
-    is made of them."""
+    """Check a file name that a model's file contains.
+
+    Links are not resolved, because the hub's cache consists of links.
+    """
     inside = isinstance(name, str) and not (
         PurePosixPath(name).is_absolute()
         or ".." in PurePosixPath(name).parts

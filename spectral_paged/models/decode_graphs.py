@@ -1,5 +1,7 @@
-"""Decode steps as CUDA graphs: static inputs, a graph for each size of batch, captured when first
-needed."""
+"""Decode steps run as CUDA graphs over static inputs.
+
+There is one graph for each batch size and number of page reads, captured when first needed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from spectral_paged.cache import DecodeRows, ReplayedSteps, SpectralKVCache, Ste
 from spectral_paged.sampling import PendingTokens
 
 NOWHERE = -1
-STAGING = 4  # copies in flight
+STAGING = 4  # host buffers, so that so many copies to the device may be in flight
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 Rows = TypeVar("Rows", np.ndarray, Tensor)
@@ -22,11 +24,11 @@ Column = TypeVar("Column")
 
 
 class TokenRows(NamedTuple, Generic[Column]):
-    """The new token of each sequence of a decode step, as all layers share it: int32 `[N]` each.
+    """The new token of each sequence of a decode step, int32 `[N]` each, shared by all layers.
 
-    ids: as the host knows them.
-    sources: the pending token that it is instead; negative: none.
-    positions: in its sequence.
+    ids: the token ids that the host has.
+    sources: the index of the pending token that replaces the id; negative: none.
+    positions: the token's place in its sequence.
     """
 
     ids: Column
@@ -34,14 +36,14 @@ class TokenRows(NamedTuple, Generic[Column]):
     positions: Column
 
 
-# What stands in the place of a sequence that a batch of fixed size does not have: a sequence
-# without tokens, whose new one is stored nowhere.
+# Graphs have a fixed batch size. These columns pad a batch with sequences that have no tokens and
+# whose new token is stored nowhere.
 NO_TOKEN = np.array([TokenRows(ids=0, sources=NOWHERE, positions=0)], np.int32).T
 NO_SEQUENCE = np.array([DecodeRows(NOWHERE, *[0] * (len(DecodeRows._fields) - 1))], np.int32).T
 
 
 class DecodeInputs(NamedTuple, Generic[Rows]):
-    """What a captured decode step reads: parts of one int32 array, or of a tensor.
+    """The inputs that a captured decode step reads: parts of one int32 array or tensor.
 
     ```
     tokens        ids, sources, positions                              [3, N]
@@ -50,7 +52,7 @@ class DecodeInputs(NamedTuple, Generic[Rows]):
     ```
 
     tokens: the columns of `TokenRows`.
-    groups: of each group, the columns of `DecodeRows`.
+    groups: the columns of `DecodeRows`, of each layer group.
     """
 
     tokens: Rows
@@ -62,19 +64,19 @@ class DecodeInputs(NamedTuple, Generic[Rows]):
 
     @classmethod
     def of(cls, rows: Rows) -> DecodeInputs[Rows]:
-        """The parts of an array or a tensor of `num_rows` rows."""
+        """Return the parts of an array or a tensor of `num_rows` rows, as views."""
         begin, step = len(NO_TOKEN), len(NO_SEQUENCE)
         return cls(rows[:begin], [rows[i : i + step] for i in range(begin, len(rows), step)])
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Sizes that graphs are captured for, close together where a row more costs little."""
+    """Return the batch sizes that graphs are captured for, up to `max_num_seqs`."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def graph_capacity(count: int) -> int:
-    """Page reads that a graph has room for when a step has `count`."""
+    """Return the page reads that a graph has room for when a step has `count`."""
     size = 64
     while size < count:
         size *= 16 if size < 1024 else 4
@@ -82,7 +84,7 @@ def graph_capacity(count: int) -> int:
 
 
 def graph_capacities(count: int) -> list[int]:
-    """Every value of `graph_capacity` up to that of `count`."""
+    """Return every value of `graph_capacity` up to that of `count`."""
     found = [0]
     while found[-1] < count:
         found.append(graph_capacity(found[-1] + 1))
@@ -99,7 +101,7 @@ def fill_inputs(
     """Write a decode step into `staging`, `DecodeInputs` of at least as many sequences.
 
     Args:
-        index: of each group; none where the step has no tokens.
+        index: the step's index of each layer group; empty if the step has no tokens.
     """
     count = len(token_ids)
     sources = [NOWHERE] * count if pending is None else pending.sources(count)
@@ -113,27 +115,27 @@ def fill_inputs(
 
 
 def known_tokens(ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
-    """`ids`, and where `sources` is not negative that element of `sampled`; int64."""
+    """Return `ids`, replaced by `sampled[sources]` where `sources` is not negative; int64 `[n]`."""
     return torch.where(sources < 0, ids.long(), sampled[sources.clamp_min(0)])
 
 
 class DecodeGraphs:
-    """Captures and replays decode steps.
+    """Captures and replays decode steps (decision 0019).
 
-    Inputs of all graphs lie in one static tensor; what a step needs is one copy from the host.
-    Graphs share their memory: they run one after the other.
+    Inputs of all graphs are in one static tensor, so a step needs one copy from the host. Graphs
+    share their memory, because they run one after the other.
 
     Args:
-        cache: its tables and arenas are what graphs read and write.
-        forward: logits `[n, vocab]` of input ids and positions, int64 `[n]`, whose attention goes
-            through `cache.attend`.
+        cache: graphs read and write its tables and arenas.
+        forward: returns logits `[n, vocab]` for input ids and positions, int64 `[n]`. Its attention
+            calls `cache.attend`.
     """
 
     def __init__(self, cache: SpectralKVCache, forward: Forward) -> None:
         self.cache = cache
         self.forward = forward
         self.sizes = batch_sizes(cache.max_num_seqs)
-        # rows start at a multiple of 128 bytes: kernels are compiled anew for other alignments
+        # rows start at multiples of 128 bytes, because Triton specialises on pointer alignment
         self.steps = ReplayedSteps(cache)
         shape = DecodeInputs.num_rows(self.steps.num_groups), -(-cache.max_num_seqs // 32) * 32
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=cache.device)
@@ -155,15 +157,17 @@ class DecodeGraphs:
     def run(
         self, token_ids: Sequence[int], positions: Sequence[int], pending: PendingTokens | None
     ) -> Tensor:
-        """Logits fp32 `[n, vocab]` of the cache's open step, a token a sequence; they hold until
-        the next call."""
+        """Run the cache's open step, one token a sequence, and return its logits.
+
+        fp32 `[n, vocab]`; the next call overwrites them.
+        """
         index = self.steps.index
         total = max(group.num_blocks for group in index)
         size = next(size for size in self.sizes if size >= len(token_ids))
         graph = self.prepare(size, graph_capacity(total))
         self._turn = (self._turn + 1) % STAGING
         staging = self._staging[self._turn]
-        self._copied[self._turn].synchronize()  # steps that sample nothing are never waited for
+        self._copied[self._turn].synchronize()  # a step that samples nothing has no other wait
         fill_inputs(staging.numpy(), token_ids, positions, pending, index)
         self._inputs.copy_(staging, non_blocking=True)
         self._copied[self._turn].record()
@@ -175,7 +179,7 @@ class DecodeGraphs:
         return self._logits[: len(token_ids)]
 
     def prepare(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
-        """The graph of a batch of `size` with up to `max_blocks` page reads, captured once."""
+        """Return the graph of `size` sequences and up to `max_blocks` page reads, captured once."""
         key = size, max_blocks
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
@@ -184,8 +188,8 @@ class DecodeGraphs:
     def _capture(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
         """Capture the step of a batch of `size` with up to `max_blocks` page reads.
 
-        It runs once before, with sequences that have no tokens, so that kernels are compiled and
-        loaded; nothing is stored.
+        The step runs once before the capture, so that kernels are compiled and loaded. Its
+        sequences have no tokens, so nothing is stored.
         """
         staging = torch.zeros_like(self._staging[0])
         fill_inputs(staging.numpy(), [], [], None, [])

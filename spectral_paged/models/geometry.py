@@ -1,4 +1,4 @@
-"""What the cache must know of a model, read from its config; refusals for what is not served."""
+"""A model's shapes, sliding windows and RoPE are read from its config, or the model is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES = (
 )
 INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
-ALL_SLIDE = ("mistral", "phi3")  # a window there is one of every layer, whatever layer_types say
+ALL_SLIDE = ("mistral", "phi3")  # all layers have the window, whatever layer_types contain
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INSTEAD = {
     "gemma3": "it is the model with images; its text model, of type gemma3_text, is served",
@@ -40,9 +40,9 @@ class ModelGeometry:
     """Shapes of a decoder: `num_layers` layers, grouped-query heads of width `head_dim`.
 
     Attributes:
-        windows: tokens that a query of each layer sees, its own among them; None: all before it.
-        rotates: whether each layer turns queries and keys.
-        softcap: of attention scores; None where they are not capped.
+        windows: tokens that a query of each layer sees, its own included; None: all before it.
+        rotates: True for each layer that rotates queries and keys.
+        softcap: the cap of attention scores; None: they are not capped.
     """
 
     num_layers: int
@@ -60,8 +60,9 @@ class ModelGeometry:
         """Read and check a transformers config.
 
         Raises:
-            UnsupportedModelError: another family, attention that looks ahead, scores capped where
-                transformers caps none, or a RoPE whose table depends on the sequence's length.
+            UnsupportedModelError: the family is not served, attention is not causal, scores are
+                capped where transformers caps none, or RoPE's table depends on the sequence's
+                length.
         """
         family = config.model_type
         if family not in FAMILIES:
@@ -104,7 +105,7 @@ class ModelGeometry:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The config's RoPE: one, or one for each type of layer."""
+    """Return the config's RoPE parameters: one set, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
     return nested or [rope]
@@ -118,24 +119,26 @@ def _slides(config: Any) -> list[bool]:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's window; one that no position reaches is none."""
+    """Return each layer's sliding window; None: the layer has none, or no position reaches it."""
     window = getattr(config, "sliding_window", None)
     reached = window is not None and window < config.max_position_embeddings
     return tuple(window if slides and reached else None for slides in _slides(config))
 
 
 def _rotates(config: Any) -> tuple[bool, ...]:
-    """Which layers turn queries and keys: all, but for two families."""
+    """Return True for each layer that rotates queries and keys; all do, but for two families."""
     if config.model_type == "smollm3":
         return tuple(bool(turned) for turned in config.no_rope_layers)
-    if config.model_type == "cohere2":  # those that slide
+    if config.model_type == "cohere2":  # layers with a sliding window
         return tuple(slides and config.sliding_window is not None for slides in _slides(config))
     return (True,) * config.num_hidden_layers
 
 
 def layer_ropes(model: Any, max_positions: int, device: torch.device) -> list[RotaryTable | None]:
-    """Each layer's rotary table, of the model's own inverse frequencies and attention factor; None
-    for a layer that turns nothing."""
+    """Return each layer's rotary table, or None for a layer without rotation.
+
+    The tables have the model's own inverse frequencies and attention factor.
+    """
     config, rotary = model.config, model.model.rotary_emb
     turns = ModelGeometry.from_config(config).rotates
     by_type = hasattr(rotary, "layer_types")
@@ -154,10 +157,10 @@ def layer_ropes(model: Any, max_positions: int, device: torch.device) -> list[Ro
 
 
 def rotary_table(model: Any, max_positions: int, device: torch.device) -> RotaryTable:
-    """The one table by which a model turns the keys of all its layers, pairs in halves.
+    """Return the one half-split rotary table that all layers of a model share.
 
     Raises:
-        UnsupportedModelError: its layers differ, or its pairs are interleaved.
+        UnsupportedModelError: the layers differ, or their pairs are interleaved.
     """
     tables = set(layer_ropes(model, max_positions, device))
     table = tables.pop()

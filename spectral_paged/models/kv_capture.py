@@ -1,4 +1,4 @@
-"""Real queries, keys and values of a model over real text."""
+"""Queries, keys and values of a model over text, captured by hooks on its projections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from spectral_paged.rope import RotaryTable
 
 @dataclass(frozen=True, slots=True)
 class CapturedKV:
-    """fp32, before RoPE: `q` `[layers, Hq, tokens, D]`, `k` and `v` `[layers, Hkv, tokens, D]`."""
+    """Queries, keys and values of every layer before RoPE, fp32.
+
+    `q` `[layers, Hq, tokens, D]`, `k` and `v` `[layers, Hkv, tokens, D]`; `scale`: of scores.
+    """
 
     q: Tensor
     k: Tensor
@@ -27,10 +30,10 @@ class CapturedKV:
 
 @torch.inference_mode()
 def capture(loaded: LoadedModel, text: str, num_tokens: int) -> CapturedKV:
-    """Run the model over the first `num_tokens` tokens of `text` and keep q, k and v.
+    """Run a model over the first `num_tokens` tokens of `text` and return q, k and v.
 
     Raises:
-        InvalidRequestError: the text is shorter.
+        InvalidRequestError: the text has fewer tokens.
     """
     ids = loaded.tokenizer(text)["input_ids"][:num_tokens]
     if len(ids) < num_tokens:
@@ -49,7 +52,7 @@ def capture(loaded: LoadedModel, text: str, num_tokens: int) -> CapturedKV:
     for layer in loaded.model.model.layers:
         attention = layer.self_attn
         for name in kept:
-            # qwen3 normalises q and k of a head between projection and rotation
+            # qwen3 normalises each head of q and k between projection and rotation
             last = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
             handles.append(last.register_forward_hook(keep(name)))
     try:

@@ -1,4 +1,4 @@
-"""Run a transformers model over a flattened batch, with attention in the cache."""
+"""The runner runs a transformers model over a flattened batch, with attention in the cache."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def spectral_attention(
     spectral_cache: FlatAttention,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`, post RoPE.
+    """Attend through the cache, as an attention function of transformers.
 
-    Heads arrive unexpanded; the batch is one flattened row, and the cache knows who sees what:
-    without a mask function of that name transformers makes no mask.
+    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]` after RoPE, KV heads not repeated. The batch is one
+    flattened row, and the cache's plan separates its sequences, so no mask is made.
     """
     return attend_heads(spectral_cache, module.layer_idx, query, key, value), None
 
 
-# Once, and for compiled models and others alike: all of a process look it up by this name. Compiled
-# layers need a graph break, for what attention does depends on the step, not on the layer's code.
+# All models of a process, compiled or not, look the function up by this name. Compiled layers need
+# a graph break, because attention depends on the step, not on the layer's code.
 PAGED_ATTENTION = register_attention("spectral_paged", torch.compiler.disable(spectral_attention))
 
 
 def compiled_parts(model: Any) -> list[Any]:
-    """The modules that `torch.compile` is for, one by one: all layers share their code."""
+    """Return the modules to compile separately (decision 0021), because layers share their code."""
     return [*model.model.layers, model.model.norm]
 
 
 def uncompile(model: Any) -> None:
-    """Let a model that a `ModelRunner` compiled run as it did before."""
+    """Undo the compilation of a model by a `ModelRunner`."""
     for part in compiled_parts(model):
         part._compiled_call_impl = None
 
 
 class _AttentionLease:
-    """A model that runners attend for: how it attended before, and how many they are."""
+    """The attention that a model had before its runners replaced it, and their number."""
 
     models: WeakKeyDictionary[Any, _AttentionLease] = WeakKeyDictionary()
 
@@ -71,7 +71,7 @@ class _AttentionLease:
 
     @classmethod
     def give_back(cls, reference: ref[Any]) -> None:
-        """One runner less; after the last the model runs as it did before."""
+        """Count one runner less; after the last one restore the model's attention and layers."""
         model = reference()
         if model is None:
             return
@@ -84,7 +84,7 @@ class _AttentionLease:
 
 
 class ModelRunner:
-    """A causal LM whose attention goes through a `SpectralKVCache`.
+    """Runs a causal LM whose attention goes through a `SpectralKVCache`.
 
     ```
                      CUDA                             CPU
@@ -94,7 +94,7 @@ class ModelRunner:
 
     Args:
         enforce_eager: no CUDA graphs and no `torch.compile`.
-        compile_layers: `torch.compile` the decoder layers around attention, for dynamic lengths.
+        compile_layers: `torch.compile` the decoder layers around attention, with dynamic lengths.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class ModelRunner:
         model.set_attn_implementation(PAGED_ATTENTION)
 
     def close(self) -> None:
-        """Drop the graphs; without another runner the model attends as it did before."""
+        """Drop the graphs; if no other runner is left, the model attends as it did before."""
         self.graphs = None
         self._give_back()
 
     def stats(self) -> dict[str, object]:
-        """How the model's step runs: `eager` or `compiled` layers, with or without graphs."""
+        """Return the kind of the model's step (eager or compiled layers) and figures of graphs."""
         how, graphs = "compiled" if self.compiles else "eager", self.graphs
         return {
             "model_step": how if graphs is None else f"{how} + cuda graphs",
@@ -135,10 +135,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, num_seqs: int, num_tokens: int) -> int:
-        """Compile what seals and rebuilds history, and capture the graphs of every size of batch up
-        to `num_seqs`, for any number of pages that sequences of up to `num_tokens` tokens have; how
-        many there are now. Others are captured when a step needs them; before an online
-        calibration, so are those with pages."""
+        """Compile the kernels that seal and rebuild, capture graphs, and return their number.
+
+        Graphs are captured for every batch size up to `num_seqs` and any number of pages that
+        sequences of up to `num_tokens` tokens have. Other graphs, and before an online calibration
+        those with pages, are captured when a step needs them.
+        """
         self.cache.warm_up()
         if self.graphs is None:
             return 0
@@ -160,14 +162,14 @@ class ModelRunner:
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
     ) -> Tensor:
-        """Logits fp32 `[len(logit_rows), vocab]` of a step between `begin_step` and `end_step`.
+        """Run a step between `begin_step` and `end_step` and return its logits.
 
-        They hold until the next step.
+        fp32 `[len(logit_rows), vocab]`; the next step overwrites them.
 
         Args:
             token_ids: the step's tokens, flattened in plan order.
-            logit_rows: places in the flat batch whose logits are wanted.
-            pending: tokens that only the device knows; `token_ids` has anything there.
+            logit_rows: indices into the flat batch whose logits are returned.
+            pending: tokens that are on the device only; `token_ids` has any value in their place.
         """
         whole = len(logit_rows) == len(token_ids)
         if self.graphs is not None and plan.is_decode:
