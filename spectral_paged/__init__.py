@@ -1,4 +1,4 @@
-"""Paged KV-cache block manager whose pages are spectral."""
+"""A paged KV cache whose pages are quantized spectral coefficients, with a batching engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`LLM` pulls in transformers; embedders of the cache alone do not wait for it."""
+    """Import `LLM` on first use, because it imports transformers, which embedders may not need."""
     if name == "LLM":
         from spectral_paged.llm import LLM
 

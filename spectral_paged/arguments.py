@@ -10,7 +10,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_bytes(text: str) -> int:
-    """`16GiB`, `512MiB`, `1.5G` or plain bytes; units are powers of 1024."""
+    """Read `16GiB`, `512MiB`, `1.5G` or plain bytes; units are powers of 1024."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
     try:
         if match is None:
@@ -26,7 +26,7 @@ def parse_bytes(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Read an integer of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -37,13 +37,13 @@ def positive(text: str) -> int:
 
 
 def port_number(text: str) -> int:
-    """A TCP port, 0 to 65535; 0 asks for any that is free."""
+    """Read a TCP port, 0 to 65535; 0 stands for any free port."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: write a number up to 65535")
     return int(text)
 
 
-# What a command takes of the arguments of `LLM`, and how it reads them.
+# Arguments of `LLM` as options of a command, with the keywords of `add_argument`.
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "--kv-format": {},
     "--device": {},
@@ -62,15 +62,15 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the cache and the engine; a command adds the model's own way.
+    """Add options of the cache and the engine to a command, which adds the model argument itself.
 
-    Without a default: what nobody gives is left to `LLM`.
+    The options have no defaults, so that `LLM` has the only ones.
     """
     for name, how in ENGINE_OPTIONS.items():
         parser.add_argument(name, default=argparse.SUPPRESS, **how)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `LLM` besides the model, as far as they were given; plain values all."""
+    """Return the keyword arguments of `LLM` that were given, without the model, as plain values."""
     names = [how.get("dest", name[2:].replace("-", "_")) for name, how in ENGINE_OPTIONS.items()]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -1,4 +1,4 @@
-"""Typed errors. Each message says what was wrong, the value, the limit, and what to do about it."""
+"""Typed errors, whose messages state the fault, the value, the limit and the remedy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class SpectralPagedError(Exception):
-    """Base of every error this package raises on purpose.
+    """The base of every error that this package raises on purpose.
 
     Attributes:
-        request_id: the request it belongs to, where there is one.
+        request_id: the id of the request that the error belongs to, if any.
         outputs: set by `LLM.generate`: the outputs of every request of the call, in prompt
-            order (`None` where a prompt was refused), so that nothing finished is lost.
-        param: the field of the request that is at fault, where one is.
+            order (`None` where a prompt was refused), so that no finished output is lost.
+        param: the field of the request that is at fault, if any.
     """
 
     request_id: str | None = None
@@ -26,7 +26,7 @@ class InvalidRequestError(SpectralPagedError, ValueError):
 
 
 class EmptyPromptError(InvalidRequestError):
-    """A prompt without a single token."""
+    """A prompt without tokens."""
 
 
 class PromptTooLongError(InvalidRequestError):
@@ -34,7 +34,7 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class CapacityError(InvalidRequestError):
-    """A request that can never fit the pool, even alone."""
+    """A request that can never fit the pool, even without other requests."""
 
 
 class SamplingParamsError(SpectralPagedError, ValueError):
@@ -42,8 +42,11 @@ class SamplingParamsError(SpectralPagedError, ValueError):
 
 
 class RequestFailedError(SpectralPagedError, RuntimeError):
-    """A request that failed while it ran by no fault of its own: memory ran out even for a step of
-    one token, or its sampling or the text of its output raised; `__cause__` is what did."""
+    """A valid request that failed while it ran.
+
+    Memory ran out even for a step of one token, or sampling or decoding its text raised.
+    `__cause__` is the exception.
+    """
 
 
 class UnknownModelError(SpectralPagedError, ValueError):
@@ -55,11 +58,11 @@ class UnsupportedModelError(SpectralPagedError, ValueError):
 
 
 class CorruptFileError(SpectralPagedError, ValueError):
-    """A model, basis or data file that is truncated or is not what its name says."""
+    """A model, basis or data file that is truncated, too large or of another type than expected."""
 
 
 class MissingPackageError(SpectralPagedError, ImportError):
-    """An option that needs a package which the base install does not bring."""
+    """An option that needs a package outside the base install."""
 
 
 class FormatError(SpectralPagedError, ValueError):
@@ -75,15 +78,15 @@ class NonFiniteError(SpectralPagedError, ArithmeticError):
 
 
 class ConformanceError(SpectralPagedError, AssertionError):
-    """A loop around the cache that breaks a rule of embedding it; see `docs/embedding.md`."""
+    """A serving loop that breaks a rule of embedding the cache; see `docs/embedding.md`."""
 
 
 class ClusterError(SpectralPagedError, RuntimeError):
-    """A cluster that did not do its part of a batch; what it finished is kept."""
+    """A cluster that did not finish its part of a batch. Finished records are kept."""
 
 
 class PatchError(SpectralPagedError, RuntimeError):
-    """A function in third-party code that cannot be replaced, or not restored, everywhere."""
+    """A third-party function that cannot be replaced or restored at every place that uses it."""
 
 
 class PoolError(SpectralPagedError, RuntimeError):
@@ -91,7 +94,7 @@ class PoolError(SpectralPagedError, RuntimeError):
 
 
 def attach_outputs(error: BaseException, outputs: Sequence[Any], what: str) -> None:
-    """Let `error.outputs` hold what finished, in prompt order, and a note say so."""
+    """Set `error.outputs` to `outputs`, in prompt order, and note how many of them finished."""
     error.outputs = list(outputs)  # type: ignore[attr-defined]
     done = sum(output is not None and output.error is None for output in outputs)
     error.add_note(f"{what}, {done} finished: their outputs are in error.outputs")

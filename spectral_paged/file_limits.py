@@ -1,7 +1,7 @@
-"""How large the files that are read may be, so that a wrong one is refused before it fills memory.
+"""Limits on the bytes of input files, so that a wrong file is refused before it fills memory.
 
-Paths that a user names are the user's own: links and `..` are followed. Names that stand inside a
-file are not (see `models.checkpoint_files`).
+Links and `..` in paths that a user gives are followed. File names inside a file are checked by
+`models.checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_TOKENIZER_BYTES = 1 << 30
 MAX_CALIBRATION_BYTES = 16 << 30  # seven fp32 [layers, H, D, D]: 0.5 GB for 126 layers of 8 x 128
 MAX_TEXT_BYTES = 1 << 30
-MAX_METRICS_BYTES = 16 << 20  # an answer of a metrics endpoint
+MAX_METRICS_BYTES = 16 << 20  # a response of a metrics endpoint
 
 
 def amount(num_bytes: int) -> str:
-    """`64 MiB`, or plain bytes where it is less than one."""
+    """Format bytes as `64 MiB`, or as plain bytes below 1 MiB."""
     return f"{num_bytes >> 20:,} MiB" if num_bytes >> 20 else f"{num_bytes} bytes"
 
 
 def check_file(path: Path, limit: int, what: str) -> None:
-    """Refuse what is no regular file (links are followed) or larger than `limit` bytes.
+    """Refuse a path that is no regular file (links are followed) or has more than `limit` bytes.
+
+    Args:
+        what: the kind of file, for the message.
 
     Raises:
-        CorruptFileError: says which; `what` names what the file should be.
-        OSError: there is no such file, or it may not be looked at.
+        CorruptFileError: the file is refused.
+        OSError: there is no such file, or it may not be read.
     """
     size = path.stat().st_size
     if not path.is_file():
@@ -44,8 +47,10 @@ def check_file(path: Path, limit: int, what: str) -> None:
 
 
 def bounded_lines(file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes) of each line. One of more than `limit` bytes comes cut to `limit` + 1
-    without an end (`is_cut` tells), and the rest of it is skipped."""
+    """Yield the number from 1 and the bytes of each line, line end included.
+
+    A line of more than `limit` bytes is cut to `limit` + 1 bytes without a line end (see `is_cut`).
+    """
     number = 0
     while raw := file.readline(limit + 1):
         number += 1
@@ -56,5 +61,5 @@ def bounded_lines(file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
 
 
 def is_cut(raw: bytes, limit: int) -> bool:
-    """Whether `bounded_lines` left out an end of this line."""
+    """True if `bounded_lines` cut this line."""
     return len(raw) > limit and not raw.endswith(b"\n")

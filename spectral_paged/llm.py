@@ -1,4 +1,4 @@
-"""LLM: the offline batch-generation API."""
+"""`LLM` is the offline API: batch generation, chat and streams over one model."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
-LOADING = ("device", "dtype", "trust_remote_code")  # what a model that is loaded has settled
+LOADING = ("device", "dtype", "trust_remote_code")  # options that a loaded model does not take
 
 
 @dataclass(slots=True, eq=False)
 class _Inbox:
-    """What one caller waits for, and the latest output of each request until it is taken."""
+    """A caller's running requests, and the latest output of each until the caller takes it."""
 
     running: set[str]
     latest: dict[str, RequestOutput] = field(default_factory=dict)
@@ -53,26 +53,27 @@ class LLM:
 
     Args:
         model: alias of the embedded default, hub id, local folder, path to a `.gguf` file, or a
-            `LoadedModel`, which brings its own device and dtype.
+            `LoadedModel`, which has its own device and dtype.
         kv_format: preset name, `exact`, or a `PageFormat`; `auto` needs no calibration file.
-        device: `auto` takes CUDA where there is one.
+        device: `auto` takes CUDA if it is available.
         dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
         gpu_memory_utilization: share of GPU memory for weights, cache and a step's activations,
-            which a step at the budgets' limit is run for.
-        max_num_batched_tokens: tokens that a step computes at most, as `max_num_seqs` is its budget
-            of sequences.
-        prefill_segment: prompt tokens whose queries see each other exactly (presets only).
-        enforce_eager: no CUDA graphs and no `torch.compile` (CUDA; the CPU is always eager).
-        compile_layers: `torch.compile` the model's layers; takes about 20 seconds at the start.
-        trust_remote_code: run Python code that comes with the model; without it such a model is
+            which are measured by running a step as large as the budgets allow.
+        max_num_batched_tokens: the most tokens that a step computes; `max_num_seqs` is the limit
+            on its sequences.
+        prefill_segment: number of prompt tokens whose queries see each other exactly (presets
+            only).
+        enforce_eager: use neither CUDA graphs nor `torch.compile` (the CPU uses neither anyway).
+        compile_layers: `torch.compile` the model's layers, which takes about 20 seconds at start.
+        trust_remote_code: run Python code that comes with the model; by default such a model is
             refused.
         async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
-        seed: base seed of requests without one.
+        seed: base of the seeds of requests without a seed.
         cache_options, **options: `CacheOptions`, or its fields by name (`kv_cache_bytes`,
             `max_num_seqs`, `max_model_len`, `exempt_layers`, `calibration`, ...).
 
     Raises:
-        TypeError: an option that does not exist.
+        TypeError: an option does not exist.
         UnknownModelError, UnsupportedModelError, CorruptFileError, FormatError, CapacityError.
     """
 
@@ -151,14 +152,13 @@ class LLM:
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LLM:
-        """An LLM over a transformers model that is loaded already; its attention is replaced.
+        """Make an LLM over a loaded transformers model, whose attention is replaced.
 
         Args:
-            options: as in the constructor, without those of loading.
+            options: those of the constructor, without `device`, `dtype` and `trust_remote_code`.
 
         Raises:
-            TypeError: an option that does not exist, or `device`, `dtype` or `trust_remote_code`:
-                a loaded model has its own.
+            TypeError: an option does not exist, or is one of loading.
         """
         if of_loading := [name for name in LOADING if name in options]:
             raise TypeError(f"from_model takes no {of_loading[0]}: the model is loaded already")
@@ -167,17 +167,21 @@ class LLM:
         return cls(loaded, **options)
 
     def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
-        """Compile what seals and what rebuilds history, and capture the decode graphs of up to
-        `num_seqs` sequences of up to `num_tokens` tokens, now instead of when a step first needs
-        them; how many graphs there are (0 on the CPU)."""
+        """Compile kernels and capture decode graphs now, instead of when a step first needs them.
+
+        Graphs are captured for up to `num_seqs` sequences of up to `num_tokens` tokens. Returns
+        the number of graphs (0 on the CPU).
+        """
         return self._runner.warm_up(
             min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
             min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
         )
 
     def close(self) -> None:
-        """End what is running, give back the memory of pages and graphs, and let the model run as
-        it did before. Using it afterwards is refused; closing it again does nothing."""
+        """Drop all requests, free pages and graphs, and restore the model's own attention.
+
+        Later use of the LLM raises `SpectralPagedError`. Closing it again does nothing.
+        """
         if "engine" not in vars(self):
             return
         self._runner.close()
@@ -203,18 +207,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete every prompt; outputs in prompt order.
+        """Complete every prompt and return the outputs in prompt order.
+
+        Any error raised here, an interrupt included, has the finished outputs as `error.outputs`,
+        in prompt order (None for the others).
 
         Args:
             prompts: one or many; text, token ids, or `{"prompt": ...}` /
                 `{"prompt_token_ids": ..., "cache_salt": ..., "pinned_spans": [(start, end)]}`;
-                pinned spans are token positions that stay exact, by whole blocks of 512.
+                pinned spans are positions of tokens that stay exact, by whole blocks of 512.
             sampling_params: one for all, or one for each prompt.
 
         Raises:
             SpectralPagedError: the first error of any request, after all others have finished.
-            Whatever is raised, an interrupt too, `error.outputs` holds the finished outputs in
-                prompt order (None for the others).
         """
         prompts = prompt_list(prompts)
         params = params_list(sampling_params, len(prompts))
@@ -247,7 +252,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete one conversation or many through the tokenizer's chat template."""
+        """Complete one conversation or many, formatted by the tokenizer's chat template."""
         many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         prompts: list[Prompt] = []
         for i, conversation in enumerate(many):
@@ -256,7 +261,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn."""
+        """Return the token ids of a conversation, up to the start of the assistant's turn."""
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 f"model {self.model_name!r} has no chat template: use generate with a prompt"
@@ -265,7 +270,7 @@ class LLM:
             encoded = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        except Exception as error:  # templates refuse roles and orders by errors of their own
+        except Exception as error:  # templates raise errors of any type for roles and orders
             raise InvalidRequestError(
                 f"the chat template of {self.model_name!r} refuses these messages: {error}"
             ) from error
@@ -276,9 +281,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[TextDelta]:
-        """Yield pieces of text as they settle, of all prompts as they come.
+        """Yield pieces of text of all prompts, once no later stop string can remove them.
 
-        Closing the iterator aborts what still runs. A refused prompt raises before any piece; a
+        Closing the iterator aborts running requests. A refused prompt raises before any piece. A
         request that fails while it runs yields a last piece with its error.
         """
         prompts = prompt_list(prompts)
@@ -289,10 +294,10 @@ class LLM:
             yield from deltas.of(output, places[output.request_id])
 
     def _outputs(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
-        """Run steps until the requests have finished; their outputs as they come.
+        """Run steps until the requests have finished and yield their outputs as they arrive.
 
-        Callers may take turns (two streams at once): a step serves all, and what it brings for
-        another caller waits in that caller's inbox. Leaving early aborts what still runs.
+        Callers may alternate (two streams at once). A step serves all of them, and another
+        caller's outputs wait in its inbox. Closing the iterator aborts running requests.
         """
         inbox = _Inbox(set(request_ids))
         self._inboxes.append(inbox)
@@ -319,7 +324,10 @@ class LLM:
         params: list[SamplingParams],
         errors: list[SpectralPagedError] | None,
     ) -> dict[str, int]:
-        """Queue prompts; place by request id. Refusals go to `errors`, or undo everything."""
+        """Queue prompts and return each one's index by request id.
+
+        Refusals are appended to `errors`. If that is None, a refusal aborts all and is raised.
+        """
         places: dict[str, int] = {}
         try:
             for i, (prompt, row) in enumerate(zip(prompts, params, strict=True)):
@@ -349,7 +357,7 @@ class LLM:
         return self._tokenizer
 
     def stats(self) -> dict[str, object]:
-        """Figures since construction: backend, capacity, bytes, pages, prefix hits, preemptions."""
+        """Return the backend, the capacity and counts since construction (pages, preemptions)."""
         return self.engine.stats()
 
 

@@ -1,4 +1,4 @@
-"""What a request returns."""
+"""Outputs of requests: completions, log-probabilities, metrics and streamed pieces of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spectral_paged.errors import SpectralPagedError
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Log-probability of a token, its rank among all (1 is the most probable) and its text."""
+    """The log-probability of a token, its rank among all (1 is the most probable) and its text."""
 
     logprob: float
     rank: int
@@ -18,8 +18,9 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion. `finish_reason`: stop, length, abort or error; None while it runs.
+    """One completion of a request.
 
+    `finish_reason` is stop, length, abort or error, and None while the completion runs.
     `stop_reason` is the stop string or stop token id that ended it, if one did.
     """
 
@@ -34,12 +35,12 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times are seconds of a monotonic clock; counts are of this request alone.
+    """Times and counts of one request. Times are seconds of a monotonic clock.
 
     `num_cached_tokens`: prompt tokens that the prefix cache had when the request began.
-    `num_pages_sealed`: over all completions and all their lives; what forks share counts once.
-    `preemption_reasons`: one for each preemption. `num_recomputed_tokens`: those that a preemption
-    dropped and the prefix cache had no more when the request went on.
+    `num_pages_sealed`: summed over all completions, preempted runs included; pages that forks
+    share count once. `preemption_reasons`: one for each preemption. `num_recomputed_tokens`:
+    tokens that a preemption dropped and the prefix cache no longer had on resumption.
     """
 
     arrival_time: float
@@ -56,7 +57,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's prompt, its completions so far, and its figures."""
+    """A request's prompt, its completions so far, and its metrics."""
 
     request_id: str
     prompt: str | None
@@ -69,8 +70,11 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of a streaming completion; `finish_reason` is set on its last piece. `logprobs`: a
-    table for each of its tokens, where the request asked for them."""
+    """A piece of a streaming completion.
+
+    `finish_reason` is set on the completion's last piece. `logprobs` has a table for each of
+    `token_ids` if the request asked for log-probabilities.
+    """
 
     request_id: str
     prompt_index: int

@@ -1,6 +1,6 @@
-"""OpenAI's forms: bodies read into requests, outputs written as choices.
+"""OpenAI's API formats: bodies are read into requests, and outputs are written as choices.
 
-It knows sampling parameters, prompts and outputs; it serves nothing.
+The package imports sampling parameters, prompts and outputs. It serves nothing.
 """
 
 from __future__ import annotations

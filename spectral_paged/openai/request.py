@@ -1,7 +1,7 @@
-"""The bodies of OpenAI's completions and chat completions, as a batch line or a server gets them.
+"""The bodies of OpenAI's completions and chat completions, from a batch line or a server.
 
-Fields and meaning are those of the API reference, vLLM's extra sampling fields included. What
-would change an answer and is not supported is refused; fields that only describe are ignored.
+Fields and meaning are those of the API reference, vLLM's extra sampling fields included. An
+unsupported field that would change the completion is refused. Descriptive fields are ignored.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
-# those that mean the same in a body as in `SamplingParams`
+# fields that mean the same in a body as in `SamplingParams`
 _SAME = tuple(name for name in SAMPLING_FIELDS if name not in ("max_tokens", "logprobs"))
-_MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the later one holds where both are given
+_MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the second wins if both are given
 _DESCRIBING = (
     "user",
     "metadata",
@@ -30,7 +30,7 @@ _DESCRIBING = (
     "prompt_cache_key",
     "prompt_cache_retention",
 )
-# values that ask for nothing, whatever the field
+# values that leave any field at its default
 _NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"}, ["text"], "none")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 Prompt = str | list[int]
@@ -38,9 +38,9 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True, slots=True)
 class OpenAIRequest:
-    """A body that was read: `messages` (chat) or `prompts` (completions) is set.
+    """A parsed body, with `messages` (chat) or `prompts` (completions) set.
 
-    names_max_tokens: the body says how many tokens at most; else `params` has the default.
+    names_max_tokens: the body has a limit of tokens; otherwise `params` has the default.
     """
 
     params: SamplingParams
@@ -55,15 +55,15 @@ class OpenAIRequest:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The JSON value of `raw`, UTF-8; every string in it can be encoded.
+    """Parse UTF-8 JSON, all of whose strings can be encoded.
 
     Raises:
-        InvalidRequestError: it is no JSON, or nested too deep, or has half a surrogate pair.
+        InvalidRequestError: `raw` is no JSON, is nested too deep, or has a lone surrogate.
     """
     try:
-        text = raw.decode("utf-8-sig")  # json itself would take UTF-16, and surrogates in UTF-8
+        text = raw.decode("utf-8-sig")  # json itself accepts UTF-16, and surrogates in UTF-8
         value = json.loads(text)
-        if "\\u" in text:  # an escaped lone surrogate is no text: nothing can encode it
+        if "\\u" in text:  # nothing can encode an escaped lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"a string is not valid Unicode: {error}") from None
@@ -76,7 +76,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     """Read a body of `/v1/chat/completions` (`chat`) or `/v1/completions`.
 
     Args:
-        defaults: sampling values where the body names none.
+        defaults: sampling values for fields that the body does not have.
 
     Raises:
         InvalidRequestError, SamplingParamsError: `error.param` names the field at fault.
@@ -124,7 +124,7 @@ def _refusal(message: str, param: str) -> InvalidRequestError:
 
 
 def _asks(value: object) -> bool:
-    """Whether a value asks for something; 0 does, though it equals False."""
+    """True if a value differs from those of `_NO_WISH`; 0 does, though it equals False."""
     return not any(type(value) is type(none) and value == none for none in _NO_WISH)
 
 
@@ -157,7 +157,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
 
 
 def _include_usage(options: object, stream: bool) -> bool:
-    """Whether a stream ends with its usage; options without a stream are OpenAI's error too."""
+    """True if a stream ends with its usage. As in OpenAI's API, options need a stream."""
     if options in (None, {}):
         return False
     if not isinstance(options, dict):
@@ -171,7 +171,7 @@ def _include_usage(options: object, stream: bool) -> bool:
 
 
 def _prompts(prompt: object) -> list[Prompt]:
-    """A string, token ids, or a list of either, as a list."""
+    """Return a string, token ids, or a list of either as a list of prompts."""
     prompts: Any = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if prompts and all(isinstance(p, str) or _is_ids(p) for p in prompts):
         return list(prompts)
@@ -218,7 +218,7 @@ def _message(message: object, where: str) -> Mapping[str, str]:
 
 
 def _content(content: object, where: str) -> str:
-    """Text, or text parts joined by line ends, as vLLM does for templates that take strings."""
+    """Return text, or text parts joined by line ends, as vLLM does for templates of strings."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:

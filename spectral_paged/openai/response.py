@@ -1,4 +1,4 @@
-"""Pieces of OpenAI's responses: choices, log-probabilities and usage of what a request returned."""
+"""Pieces of OpenAI's responses: choices, log-probabilities and usage of a request's outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectral_paged.sampling import SamplingParams
 
 
 def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Tokens of one response's prompts and completions."""
+    """Return the token counts of one response's prompts and completions."""
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     generated = sum(len(c.token_ids) for o in outputs for c in o.outputs)
     return {
@@ -21,13 +21,13 @@ def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """OpenAI's `usage`: counts, and how many prompt tokens the prefix cache had."""
+    """Return OpenAI's `usage`: token counts, and the prompt tokens that the prefix cache had."""
     cached = sum(o.metrics.num_cached_tokens for o in outputs)
     return token_counts(outputs) | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
-    """A choice of `chat.completion`."""
+    """Return a completion as a choice of `chat.completion`."""
     choice = _choice(completion, {"message": {"role": "assistant", "content": completion.text}})
     if completion.logprobs is not None:
         choice["logprobs"] = chat_logprobs(completion.token_ids, completion.logprobs, params)
@@ -35,7 +35,7 @@ def chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[st
 
 
 def text_choice(completion: CompletionOutput) -> dict[str, Any]:
-    """A choice of `text_completion`."""
+    """Return a completion as a choice of `text_completion`."""
     choice = _choice(completion, {"text": completion.text})
     if completion.logprobs is not None:
         choice["logprobs"] = text_logprobs(completion.token_ids, completion.logprobs)
@@ -49,7 +49,7 @@ def _choice(completion: CompletionOutput, content: dict[str, Any]) -> dict[str, 
 def chat_logprobs(
     token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], params: SamplingParams
 ) -> dict[str, Any]:
-    """One entry a token, each with as many top tokens as `params.logprobs` asks for."""
+    """Return `logprobs` of a chat choice: each token, with `params.logprobs` top tokens."""
     num_top = params.logprobs or 0
 
     def entry(found: Logprob, token_id: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def chat_logprobs(
         }
 
     def top(table: Mapping[int, Logprob]) -> list[dict[str, Any]]:
-        # the table has the drawn token too, whatever its rank
+        # the table also has the sampled token, whatever its rank
         ranked = sorted(table.items(), key=lambda item: item[1].rank)
         return [entry(found, token_id) for token_id, found in ranked[:num_top]]
 
@@ -74,17 +74,17 @@ def chat_logprobs(
 
 
 def _bytes_of(text: str) -> list[int] | None:
-    """UTF-8 of a token; None for a part of a character, whose bytes the text does not tell."""
+    """Return a token's UTF-8, or None for a part of a character, whose bytes are not known here."""
     return None if "\ufffd" in text else list(text.encode())
 
 
 def text_logprobs(
     token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], *, offset: int = 0
 ) -> dict[str, Any]:
-    """The columns of a text completion.
+    """Return `logprobs` of a text choice, as columns over its tokens.
 
     Args:
-        offset: characters of tokens before these ones.
+        offset: number of characters of the tokens before these ones.
     """
     pairs = list(zip(token_ids, tables, strict=True))
     tokens = [table[token_id].decoded_token for token_id, table in pairs]
