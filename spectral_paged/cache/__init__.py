@@ -1,6 +1,6 @@
-"""Sequences over the pool: `SpectralKVCache` and the plan and report of a step.
+"""The paged KV cache: sequences over the pool, `SpectralKVCache`, and a step's plan and report.
 
-It knows pools, pages, devices and kernels; it knows no model, no sampler and no scheduler.
+The package imports pools, pages, devices and kernels, but no model, sampler or scheduler.
 """
 
 from __future__ import annotations

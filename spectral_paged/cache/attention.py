@@ -1,4 +1,4 @@
-"""Append and attend for one layer of a step: which op reads which tier, and how they merge."""
+"""Paged attention appends a step's K and V to one layer and attends over everything stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 
 class PagedAttention:
-    """Attention over landmarks, pages and tail of a batch of sequences.
+    """Paged attention over landmarks, pages and tails of a batch of sequences.
 
     ```
     one new token   decode_attention (landmarks, tail and pages, merged)
@@ -29,8 +29,8 @@ class PagedAttention:
     Args:
         groups: the cache's layer groups; each layer is in one of them.
         basis: the cache's calibration and format.
-        ops: what runs on the cache's device.
-        num_q_heads: query heads of a layer.
+        ops: the page ops of the cache's device.
+        num_q_heads: number of query heads of a layer.
         scale: softmax scale.
         softcap: scores s become softcap tanh(s / softcap); None caps none.
     """
@@ -66,8 +66,11 @@ class PagedAttention:
             )
 
     def warm_up(self, group: LayerGroup) -> None:
-        """Compile what rebuilds history, which takes seconds that a first long prompt would wait;
-        nothing is written. An online calibration has yet to say what it is to do."""
+        """Compile the kernel that rebuilds history, so that the first long prompt need not wait.
+
+        Nothing is written. An online calibration that still waits compiles nothing, because it has
+        no basis yet.
+        """
         if group.layout is not None and not self.basis.is_waiting:
             layer = group.layers[0]
             self.ops.compile_rebuild(
@@ -83,10 +86,10 @@ class PagedAttention:
         """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`.
 
         Args:
-            steps: the step's index tensors, a group each.
+            steps: the step's index tensors, one item a group.
 
         Raises:
-            FormatError: k and v are not of the step's tokens and the cache's heads.
+            FormatError: the shapes differ from the step's tokens and the cache's heads.
         """
         place, group = self._places[layer]
         self._check(steps[place], k, v)
@@ -95,7 +98,7 @@ class PagedAttention:
     def _append(
         self, group: LayerGroup, step: GroupStep, layer: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both as they are stored."""
+        """Store k and v; returns them in the dtype and order in which they are stored."""
         k, v = group.in_halves(k.to(self.dtype)), v.to(self.dtype)
         self.ops.exact_append(k, v, group.plane(layer), step.append_units, step.append_offsets)
         return k, v
@@ -103,9 +106,9 @@ class PagedAttention:
     def run(
         self, steps: Sequence[GroupStep], layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Store k, v `[T, Hkv, D]` in the plane of model layer `layer`; q `[T, Hq, D]` attends.
+        """Store k, v `[T, Hkv, D]` of model layer `layer`, then attend with q `[T, Hq, D]`.
 
-        Returns `[T, Hq, D]` in q's dtype; raises as `append`, for q as well.
+        Returns `[T, Hq, D]` in q's dtype. Raises what `append` raises, for q as well.
         """
         place, group = self._places[layer]
         step = steps[place]
@@ -143,7 +146,7 @@ class PagedAttention:
     def history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: Basis
     ) -> tuple[Tensor, Tensor]:
-        """K and V `[Hkv, L, D]` of chunks behind each other, run by run: pages are rebuilt."""
+        """K and V `[Hkv, L, D]` of a batch's chunks, concatenated; pages are rebuilt."""
         heads, dim = self.basis.format.num_kv_heads, self.basis.format.head_dim
         keys, values = (
             plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""A cache's layer groups: which layers share a table, and how the arenas' bytes are divided."""
+"""The construction of a cache's layer groups: layers that are alike share an arena and tables."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def check(
     *,
     device: torch.device,
 ) -> None:
-    """Refuse a format that does not fit the model or the options, or that this cache cannot feed.
+    """Raise if the format does not fit the model, the options or the device's kernels.
 
     Raises:
         FormatError: names the value, the limit and the remedy.
-        TypeError: nobody said how much memory there is.
+        TypeError: `kv_cache_bytes` is missing.
     """
     if options.kv_cache_bytes is None:
         raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
@@ -62,10 +62,10 @@ def check(
 
 
 def _check_online(basis: CacheBasis, num_sealing: int) -> None:
-    """Refuse an online calibration where one seal does not show what all layers hold.
+    """Raise if an online calibration would see only some of the layers at the first seal.
 
     Raises:
-        FormatError: says what to use instead.
+        FormatError: several groups seal; the message names the alternatives.
     """
     if basis.is_waiting and num_sealing > 1:
         raise FormatError(
@@ -78,8 +78,10 @@ def _check_online(basis: CacheBasis, num_sealing: int) -> None:
 def _kinds(
     format: PageFormat, specs: Sequence[LayerSpec], exempt: Sequence[int]
 ) -> dict[tuple[Retention, RotaryTable | None], list[int]]:
-    """Layers of one kind, sealing ones first: the same window, and the same table where they
-    seal."""
+    """The layers of each retention and rotary table, sealing ones first.
+
+    The table counts only where blocks are sealed; elsewhere nothing turns keys back.
+    """
     kinds: dict[tuple[Retention, RotaryTable | None], list[int]] = {}
     for layer, spec in enumerate(specs):
         kept = retention_of(format, spec.window, exempt=layer in exempt)
@@ -95,16 +97,17 @@ def build_groups(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LayerGroup]:
-    """Allocate every arena: layers that seal and layers that do not, by window and rotary table.
+    """Make the layer groups and allocate their arenas; `capacity.divide` divides the memory.
 
-    `capacity.divide` says who gets how much of the memory.
+    Layers with the same retention, and the same rotary table where they seal, form a group
+    (decision 0033).
 
     Args:
-        options: with `kv_cache_bytes` and `max_model_len`.
+        options: `kv_cache_bytes` and `max_model_len` must be set.
 
     Raises:
         CapacityError: a group's share is too small for two slabs.
-        FormatError: several groups seal, and an online calibration would see one of them alone.
+        FormatError: several groups seal, and an online calibration would see only one of them.
     """
     format, max_model_len = basis.format, options.max_model_len
     assert options.kv_cache_bytes is not None and max_model_len is not None

@@ -1,9 +1,9 @@
-"""SpectralKVCache: the façade. Reserve, append and attend, seal, free; usable without an engine.
+"""SpectralKVCache reserves, stores, attends, seals and frees; it is usable without an engine.
 
 One step of a caller's loop:
 
 ```
-plan = cache.reserve({seq_id: new_tokens, ...})     None: not now (nothing is held)
+plan = cache.reserve({seq_id: new_tokens, ...})     None: not now (nothing is reserved)
 cache.begin_step(plan)
 for each layer: out = cache.attend(layer, q, k, v)  flattened [tokens, heads, D], plan order
 report = cache.end_step()                           publishes, seals what is due
@@ -40,16 +40,16 @@ from spectral_paged.pages import PageFormat
 
 
 class SpectralKVCache:
-    """Paged KV cache of one model.
+    """The paged KV cache of one model.
 
     Args:
         num_layers, num_q_heads, num_kv_heads, head_dim: the model's geometry.
-        rope: the model's rotary table, or one for each layer (None: it rotates nothing; the same
-            object where it is the same table); needed unless the format has `rope="post"`.
+        rope: the model's rotary table, or one for each layer (None: it rotates nothing). Layers
+            with the same table take the same object. Needed unless the format has `rope="post"`.
         format: a `PageFormat` or a preset name.
         device, dtype: where the arenas live, and the element type of exact pages.
-        sliding_windows: tokens that a query sees, its own among them: of all layers, or of each
-            (None: all before it). Windows up to 1,024 stay exact, longer ones are sealed.
+        sliding_windows: tokens that a query sees, its own included, for all layers or for each
+            (None: all tokens). Windows up to 1,024 stay exact, longer ones are sealed.
         softmax_scale: default `head_dim ** -0.5`.
         softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
         cache_options, **options: `CacheOptions`, or its fields by name; `kv_cache_bytes` is needed.
@@ -95,12 +95,12 @@ class SpectralKVCache:
         self.max_num_seqs, self.max_model_len = chosen.max_num_seqs, longest
         self.prefix_caching = chosen.enable_prefix_caching
         self.counters = cache_stats.CacheCounters()
-        self.clock = StepClock()  # times nothing; an engine puts its own
+        self.clock = StepClock()  # off; an engine replaces it
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.open_step: OpenStep | None = None
         self.replayed: Sequence[GroupStep] | None = None
-        self._late = StepReport()  # what no `end_step` has reported yet
+        self._late = StepReport()  # failures that no `end_step` has reported yet
         self.groups = build.build_groups(
             self._basis, self.layers, chosen, dtype=dtype, device=self.device
         )
@@ -133,19 +133,19 @@ class SpectralKVCache:
         return sum(group.arena.num_bytes for group in self.groups)
 
     def warm_up(self) -> None:
-        """Compile what seals and rebuilds history, instead of when a step first needs it; nothing
-        on the CPU, and before the first seal of an online calibration."""
+        """Compile the kernels that seal and rebuild history; nothing is compiled on the CPU, nor
+        before the first seal of an online calibration."""
         for group in self.groups:
             self.sealer.warm_up(group)
             self.attention.warm_up(group)
 
     def observe(self, observer: CacheObserver) -> AbstractContextManager[None]:
-        """Tell `observer` what happens here while the inside of a `with` runs."""
+        """Call `observer`'s methods at every event of the cache while a `with` block runs."""
         return self._observers.joined(observer)
 
     def concurrency(self, num_tokens: int) -> int:
-        """Sequences of `num_tokens` tokens that fit at once, all sealed that is due; prompts need a
-        little more until their last segment ends."""
+        """The number of sequences of `num_tokens` tokens that fit at once, with all due blocks
+        sealed; prompts need a little more until their last segment ends."""
         return capacity.concurrency(self.groups, num_tokens)
 
     def fits_alone(
@@ -171,19 +171,19 @@ class SpectralKVCache:
         pinned_spans: Spans = (),
         resumed: bool = False,
     ) -> int | None:
-        """Register a sequence and take what the prefix cache has of it.
+        """Register a sequence and attach its longest hit in the prefix cache.
 
         Args:
-            num_prompt_tokens: where generated tokens begin; stays the same after a resume.
-            token_ids: prompt and (after a resume) generated tokens; the caller may append to it
-                later. Needed for prefix caching.
+            num_prompt_tokens: the first generated token's position, the same after a resume.
+            token_ids: prompt and (after a resume) generated tokens; the caller may append to the
+                list later. Needed for prefix caching.
             cache_salt: sequences with different salts never share slots.
-            pinned_spans: `(start, end)` positions of the prompt that stay exact for ever, by whole
-                blocks.
-            resumed: its prompt was computed before; its hits are counted apart.
+            pinned_spans: `(start, end)` positions of the prompt whose blocks are never sealed
+                (decision 0014).
+            resumed: the prompt was computed before; prefix hits are counted separately.
 
         Returns:
-            Tokens that need no computing (0 without a hit); None when `max_num_seqs` are held.
+            Tokens that need no computing (0 without a hit); None if `max_num_seqs` are held.
         """
         state = self._sequences.add(
             seq_id,
@@ -198,7 +198,7 @@ class SpectralKVCache:
         return None if state is None else state.num_tokens
 
     def num_tokens(self, seq_id: str) -> int:
-        """Tokens stored of a sequence."""
+        """The number of tokens whose K and V are stored for a sequence."""
         return self._sequences.by_id[seq_id].num_tokens
 
     def __contains__(self, seq_id: str) -> bool:
@@ -212,9 +212,9 @@ class SpectralKVCache:
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
     ) -> bool:
-        """Make `child_id` a copy of `parent_id`; full slots are shared. False: not now.
+        """Make `child_id` a copy of `parent_id` that shares its full slots; False: not now.
 
-        With the child's own `token_ids`, its later spans can be found as prefixes.
+        With the child's own `token_ids`, other sequences can find its later tokens as a prefix.
         """
         parent = self._sequences.by_id[parent_id]
         child = self._sequences.fork(parent, child_id, token_ids=token_ids, cache_salt=cache_salt)
@@ -223,43 +223,43 @@ class SpectralKVCache:
         return child is not None
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
-        """Release a sequence. Published slots stay findable until they are evicted.
+        """Release a sequence; its published slots can be found until they are evicted.
 
-        `forget=True` lets no later sequence find them: their content is not to be trusted.
+        With `forget` no later sequence finds them, because their content is not to be trusted.
         """
         state = self._sequences.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {seq_id!r} is not held: double free")
-        # what is not to be trusted must not be found by others
+        # the checks decide whether the slots can be trusted
         self._note(self.sealer.failures_with(state))
         if state.ran:
             self.counters.count_freed(self.groups, state)
         self._sequences.remove(state, forget=forget or state.error is not None)
-        self._late.failed.pop(seq_id, None)  # another may take its name
+        self._late.failed.pop(seq_id, None)  # another sequence may take the id
         self._observers.freed(seq_id)
 
     def reset_prefix_cache(self) -> int:
-        """Forget every cached slot that nobody uses; returns how many."""
+        """Evict every cached slot; returns their number."""
         return sum(group.arena.slots.drop_cached() for group in self.groups)
 
     # ---- one step ------------------------------------------------------------------------
 
     def chunk_limit(self, seq_id: str) -> int:
-        """Most tokens of a sequence that one step may compute: queries of a step share one view,
-        and windows slide between steps."""
+        """The most tokens of a sequence that one step may compute: queries of a step share one view
+        (decision 0001), and windows slide between steps."""
         state = self._sequences.by_id[seq_id]
         end = self.visibility.chunk_end(state.num_tokens, state.num_prompt_tokens)
         segment = self.visibility.segment if self._slides else 0  # 0: none, the step is one
         return min(end - state.num_tokens, segment or end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
-        """Blocks that become due for sealing when `num_new` more tokens are stored."""
+        """The number of blocks that become due when `num_new` more tokens are stored."""
         state = self._sequences.by_id[seq_id]
         visible = self._visible_next(state, num_new)
         return max(len(slots.due(visible)) for slots in state.slots)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
-        """Hold slots for `num_new` more tokens and for the seals they make due. False: not now.
+        """Reserve slots for `num_new` more tokens and the seals they make due; False: not now.
 
         Raises:
             PoolError: unknown sequence, or one that failed.
@@ -277,7 +277,7 @@ class SpectralKVCache:
             raise CapacityError(
                 f"{seq_id!r} would hold {total} tokens; max_model_len is {self.max_model_len}"
             )
-        if num_new > 1 and num_new > self.chunk_limit(seq_id):  # a single one crosses nothing
+        if num_new > 1 and num_new > self.chunk_limit(seq_id):  # one token has one view
             raise ValueError(
                 f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
                 f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
@@ -285,10 +285,10 @@ class SpectralKVCache:
         return state.reserve(total, self._visible_next(state, num_new))
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
-        """Reserve a whole step; None (and nothing held) when it does not fit now.
+        """Reserve a whole step; None, with nothing reserved, if the step does not fit now.
 
-        An unknown sequence is added, its first tokens taken for its whole prompt; call
-        `add_sequence` first where that is not so. What `try_reserve` raises holds nothing either.
+        An unknown sequence is added with these tokens as its whole prompt; for a longer one call
+        `add_sequence` first. An error of `try_reserve` leaves nothing reserved either.
         """
         with ExitStack() as undo:
             for seq_id, num_new in new_tokens.items():
@@ -299,25 +299,25 @@ class SpectralKVCache:
                 if not self.try_reserve(seq_id, num_new):
                     return None
                 undo.callback(self.cancel_reservation, seq_id)
-            undo.pop_all()  # neither None nor an error: what is held stays
+            undo.pop_all()  # neither None nor an error, so every reservation stays
         return self.plan(new_tokens)
 
     def cancel_reservation(self, seq_id: str) -> None:
-        """Give back slots reserved for tokens that no step stored."""
+        """Release the slots reserved for tokens that no step stored."""
         self._sequences.by_id[seq_id].cancel()
 
     def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
-        """The step over sequences whose tokens are reserved already."""
+        """The plan of a step over sequences whose tokens are reserved already."""
         held = self._sequences.by_id
         return StepPlan(tuple(PlanEntry(s, held[s].num_tokens, n) for s, n in new_tokens.items()))
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Look up where the step's tokens go and commit the tables."""
+        """Open a step: find the slots of its tokens and commit the tables."""
         if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
         sequences = [self._sequences.by_id[entry.seq_id] for entry in plan.entries]
         overdue = [state for state in sequences if state.overdue]
-        if overdue:  # their queries are to see pages
+        if overdue:  # their next queries must see these blocks as pages
             self._seal_all(overdue)
         self.open_step = OpenStep(plan, sequences, self.groups, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
@@ -326,7 +326,7 @@ class SpectralKVCache:
         self._observers.planned(plan)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Append k and v of the step's tokens, then attend.
+        """Store k and v of the step's tokens, then attend.
 
         Args:
             q: `[T, Hq, D]`; k, v: `[T, Hkv, D]`; after RoPE, flattened in plan order.
@@ -340,13 +340,13 @@ class SpectralKVCache:
             return self.attention.run(steps, layer, q, k, v)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v of the step's tokens, as `attend` does, and attend to nothing."""
+        """Store k and v of the step's tokens, as `attend` does, without attention."""
         steps = self.replayed or self._step_for("append").steps
         self._observers.storing(layer, k, v)
         self.attention.append(steps, layer, k, v)
 
     def abort_step(self) -> None:
-        """Forget a step that failed before `end_step`; its tokens were never stored."""
+        """Drop a step that failed before `end_step`; its tokens do not count as stored."""
         step, self.open_step = self.open_step, None
         for state in step.sequences if step is not None else ():
             if not state.removed:
@@ -358,10 +358,10 @@ class SpectralKVCache:
         return self.open_step
 
     def end_step(self) -> StepReport:
-        """Count the step's tokens as stored, publish full pages, seal what is due.
+        """Count the step's tokens as stored, publish full pages, and seal due blocks.
 
-        Sequences of the plan may have been freed since `begin_step`. Where a kernel seals, NaN and
-        Inf are found while it runs, and reported by a later `end_step` (or by `settle`).
+        Sequences of the plan may have been freed since `begin_step`. A seal kernel finds NaN and
+        Inf while it runs, and a later `end_step` (or `settle`) reports them.
         """
         step = self._step_for("end_step")
         self.open_step = None
@@ -386,13 +386,13 @@ class SpectralKVCache:
             state.overdue = False
 
     def settle(self) -> StepReport:
-        """Wait for the checks of all that was sealed so far; what was not reported yet."""
+        """Wait for the checks of all blocks sealed so far; returns unreported failures."""
         self._note(self.sealer.failures())
         return self._take_report()
 
     @property
     def has_late_failures(self) -> bool:
-        """Whether failures were found that no step has reported: `settle` tells them."""
+        """True if failures are known that no step has reported; `settle` returns them."""
         return bool(self._late.failed)
 
     def _take_report(self) -> StepReport:
@@ -405,7 +405,7 @@ class SpectralKVCache:
                 state.error = self._late.failed[state.seq_id] = error
 
     def _seal(self, place: int, sequences: list[SequenceState]) -> None:
-        """Seal what is due after a step of these, in the group at `place`."""
+        """Seal the due blocks of these sequences, in the group at `place`."""
         group = self.groups[place]
         due = blocks_to_seal(sequences, place, self.visibility)
         self.sealer.seal(group, due)
@@ -420,19 +420,19 @@ class SpectralKVCache:
                 state.slots[place].publish_sealed(state.chain, self._visible_next(state))
 
     def _visible_next(self, state: SequenceState, num_new: int = 0) -> int:
-        """Blocks that the query after `num_new` more tokens sees as pages."""
+        """The number of blocks that the query after `num_new` more tokens sees as pages."""
         return self.visibility.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
 
     # ---- figures -------------------------------------------------------------------------
 
     def sequence_stats(self, seq_id: str) -> dict[str, float]:
-        """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of one."""
+        """A sequence's tokens, cached_tokens, pages_sealed, bytes_per_token, compression_ratio."""
         return cache_stats.sequence_figures(self.groups, self._sequences.by_id[seq_id])
 
     def stats(self) -> dict[str, object]:
-        """Plain figures; `compression_ratio` is against 2 bytes an element, all bytes counted.
+        """The cache's figures; `compression_ratio` counts all bytes, against 2 bytes an element.
 
-        Ratio and bytes per token are taken over sequences freed so far and those held now.
+        Ratio and bytes per token cover sequences freed so far and those held now.
         """
         ops, encoders, scores = self.ops, self.sealer.encoders, self.attention.scores
         return {

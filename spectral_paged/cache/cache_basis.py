@@ -1,4 +1,4 @@
-"""Where a cache's calibration comes from: given, or taken from the first blocks it seals."""
+"""A cache's calibration is given, or taken online from the first blocks that the cache seals."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def bind(
     num_layers: int,
     device: torch.device,
 ) -> BoundBasis | None:
-    """The calibration as `format` uses it; None where it needs none, or takes it online.
+    """The calibration bound to `format`; None if the format needs none or takes it online.
 
     Raises:
-        FormatError: it is needed and missing, is for other heads or layers, or cannot be taken
+        FormatError: the calibration is missing, is for other heads or layers, or cannot be taken
             online.
     """
     if not format.needs_calibration:
@@ -48,15 +48,16 @@ def bind(
 
 
 class CacheBasis:
-    """The calibration of one cache: given at once, or taken online.
+    """The calibration of one cache, given at construction or taken online.
 
-    Online, the blocks due at the first seal decide the basis. Pages then depend on what the cache
-    saw first. Its id enters the fingerprint, so no page is ever read with another basis; two caches
-    need not agree.
+    Online, the blocks due at the first seal decide the basis, so pages depend on the first blocks
+    that the cache sees, and two caches may differ. The fingerprint contains the basis's id, so no
+    page is read with another basis.
 
     Attributes:
-        format: the page format; it carries the id of the basis once there is one.
-        bound: the rows that pages share; None without, and online before the first seal.
+        format: the page format, with the id of the basis once there is one.
+        bound: the rows that pages share; None if the format needs none, and before the first seal
+            of an online calibration.
     """
 
     def __init__(
@@ -79,27 +80,27 @@ class CacheBasis:
     def _use(self, bound: BoundBasis) -> None:
         self.bound, self.format = bound, bound.format
         if self.format.basis == "shared":
-            # kernels read fp16, which is what rows are rounded to
+            # rows are rounded to fp16 already, which kernels read
             dtype = torch.float16 if self._device.type == "cuda" else torch.float32
             sides = bound.k.rows.to(dtype), bound.v.rows.to(dtype)
             self._rows = [Basis(k, v) for k, v in zip(*sides, strict=True)]
 
     @property
     def is_waiting(self) -> bool:
-        """True before the first seal of an online calibration."""
+        """True if an online calibration has no basis yet."""
         return self.format.needs_calibration and self.bound is None
 
     def accumulator(self) -> BasisAccumulator:
         return BasisAccumulator(*self._shape)
 
     def freeze(self, accumulator: BasisAccumulator) -> None:
-        """Use what was accumulated from now on."""
+        """Bind the format to the basis of `accumulator`, for all later seals and reads."""
         plain = torch.eye(self._shape[-1]).expand(*self._shape, -1)
         basis = accumulator.finish(q_pre=plain, q_post=plain, o=plain, model_fingerprint="online")
         self._use(basis.bind(self.format, self._device))
 
     def rows(self, layer: int) -> Basis:
-        """The rows that the layer's pages share; none where pages have their own."""
+        """The basis rows that the layer's pages share; empty if pages have their own."""
         return self._rows[layer]
 
     def projections(self, layers: Sequence[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What fits: how long a sequence may be, and how many tokens the arenas hold."""
+"""The capacity of a cache: bytes a group, the longest sequence, tokens and sequences that fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOT_TOKENS = {SlotKind.EXACT: EXACT_PAGE_TOKENS, SlotKind.PAGE: BLOCK_TOKENS}
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A group that wants a part of the memory."""
+    """A layer group to which `divide` gives a part of the memory."""
 
     num_layers: int
     retention: Retention
@@ -32,12 +32,12 @@ def divide(
     max_num_seqs: int,
     max_model_len: int,
 ) -> list[int]:
-    """Bytes of each group.
+    """The bytes of each group.
 
-    Without windows by what a token costs, so that all groups run full at the same length. What a
-    sequence takes of a window has an end, so with windows it depends on the length: first, every
-    group gets what one sequence of `max_model_len` needs (if there is so much), and the rest is
-    divided so that `max_num_seqs` sequences of one length fill it.
+    Without windows, bytes are divided by the cost of a token, so that all groups run full at the
+    same length. With windows the cost depends on the length, because a window has an end. Every
+    group then first gets the bytes that one sequence of `max_model_len` needs (if there are so
+    many), and the rest is divided so that `max_num_seqs` sequences of one length fill it.
     """
 
     slot_bytes = {
@@ -77,7 +77,7 @@ def divide(
 
 
 def slabs_for(group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()) -> int:
-    """Slabs that a sequence of `num_tokens` needs at its peak when it has the group to itself."""
+    """The slabs of `group` that a single sequence of `num_tokens` needs at its peak."""
     need = group.retention.at_peak(num_tokens, pinned)
     return group.arena.slots.slabs_needed(need.num_exact, need.num_pages)
 
@@ -88,18 +88,20 @@ def fits_alone(groups: Sequence[LayerGroup], num_tokens: int, pinned: tuple[int,
 
 
 def longest_sequence(groups: Sequence[LayerGroup], max_model_len: int) -> int:
-    """Longest single sequence that fits, at most `max_model_len` tokens."""
+    """The length of the longest single sequence that fits, at most `max_model_len` tokens."""
     return _largest(max_model_len, lambda tokens: fits_alone(groups, tokens))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `most` that fits; 0 always does."""
+    """The largest number up to `most` that fits; 0 always fits."""
     return bisect_right(range(1, most + 1), False, key=lambda number: not fits(number))
 
 
 def capacity_tokens(groups: Sequence[LayerGroup]) -> int:
-    """Tokens of long sequences that the arenas hold (sealed; tails not counted); what layers with
-    windows hold counts only where all layers have one."""
+    """The number of tokens of long sequences that the arenas hold (sealed, tails not counted).
+
+    Layers with windows count only if all layers have one.
+    """
 
     def of(group: LayerGroup) -> int:
         slots, kind = group.arena.slots, group.retention.bulk
@@ -109,9 +111,9 @@ def capacity_tokens(groups: Sequence[LayerGroup]) -> int:
 
 
 def concurrency(groups: Sequence[LayerGroup], num_tokens: int, num_prompt_tokens: int = 0) -> int:
-    """Sequences of `num_tokens` tokens that the arenas hold at once, all sealed that is due.
+    """The number of sequences of `num_tokens` tokens that fit at once, with due blocks sealed.
 
-    A little more is needed while prompts come in: their last segment is exact until it ends.
+    Prompts need a little more memory, because their last segment is exact until it ends.
     """
 
     def of(group: LayerGroup) -> int:

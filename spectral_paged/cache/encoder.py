@@ -1,4 +1,4 @@
-"""What turns blocks of a group into pages: the seal kernel, or the codec.
+"""An encoder turns blocks of a layer group into pages, by the seal kernel or by the codec.
 
 ```
 planes   uint8 [L, plane_bytes]      exact pages are read there, pages are written there
@@ -8,7 +8,7 @@ first    int32 [B]                   position of each block's first token
 bad      int32 [B, L, H, 2]          elements of K and of V that are NaN or Inf
 ```
 
-A page whose block has any is written and means nothing.
+A block with NaN or Inf is written as well, but its page means nothing.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ BLOCKS_AT_ONCE = 8  # bounds torch's fp32 working set; encoding is pure: batchin
 
 
 class Encoder(Protocol):
-    """Encodes blocks where they lie."""
+    """An encoder reads blocks from a group's planes and writes their pages there."""
 
     @property
     def backend(self) -> str:
-        """What encodes, as `stats()` says it."""
+        """The encoder's name in `stats()`."""
         ...
 
     def warm_up(self, planes: Tensor) -> None:
-        """Compile what `seal` will run; nothing is written."""
+        """Compile the kernels that `seal` runs; nothing is written."""
 
     def seal(self, planes: Tensor, exact: Tensor, pages: Tensor, first: Tensor) -> Tensor:
         """Write the pages of B blocks; returns `bad`."""
@@ -52,12 +52,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlockKind:
-    """What all blocks of a group have in common.
+    """The properties that all blocks of a group share.
 
-    layers: the model layers whose planes hold them.
-    layout: of their pages.
-    dtype: element type of their exact pages.
-    rotation: by what their keys are turned.
+    layers: model layers whose planes hold the blocks.
+    layout: layout of the blocks' pages.
+    dtype: element type of the exact pages.
+    rotation: rotation of the keys.
     """
 
     layers: list[int]
@@ -71,8 +71,8 @@ class BlockKind:
         return read_blocks(planes, exact, heads, dim, self.dtype)
 
     def stored(self, k: Tensor, first: Tensor, rope: str) -> Tensor:
-        """Keys `[B, L, H, 512, D]` as pages with `rope` store them: as they come where these layers
-        turn no key."""
+        """Keys `[B, L, H, 512, D]` as pages with `rope` store them; unchanged in layers that rotate
+        nothing."""
         if rope == "post" or not self.rotation.cos.numel():
             return k
         rows = first.long().unsqueeze(-1) + torch.arange(BLOCK_TOKENS, device=first.device)
@@ -81,13 +81,13 @@ class BlockKind:
 
 
 def count_non_finite(k: Tensor, v: Tensor) -> Tensor:
-    """`bad` of K and V `[B, L, H, 512, D]`."""
+    """The numbers of NaN or Inf in K and V `[B, L, H, 512, D]`: int32 `[B, L, H, 2]`."""
     sides = [(~torch.isfinite(x)).sum((-2, -1), dtype=torch.int32) for x in (k, v)]
     return torch.stack(sides, dim=-1)
 
 
 class KernelEncoder:
-    """Encodes by a seal kernel; `basis` is decided before the first seal."""
+    """An encoder by a seal kernel; `basis` must be decided before the first seal."""
 
     backend = "triton"
 
@@ -128,7 +128,7 @@ class KernelEncoder:
 
 
 class TorchEncoder:
-    """Encodes by the codec, which makes pages of every format; `basis` as above."""
+    """An encoder by the codec, for every format; `basis` must be decided before the first seal."""
 
     backend = "torch"
 
@@ -161,13 +161,13 @@ class TorchEncoder:
 
 
 def replace_encoders(cache: SpectralKVCache, choose: Callable[[Encoder], Encoder]) -> None:
-    """Let `choose(encoder)` make the pages of a group of `cache` where `encoder` did: for
-    measurements that need pages faster than they are encoded."""
+    """Replace every encoder of `cache` by `choose(encoder)`, for measurements that need pages
+    faster than they are encoded."""
     encoders = cache.sealer.encoders
     encoders.update({group: choose(encoder) for group, encoder in encoders.items()})
 
 
 def encoder_of(kind: BlockKind, basis: CacheBasis, ops: PageOps) -> Encoder:
-    """What seals a group's blocks: a kernel where `ops` has one for their layout."""
+    """The encoder of a group's blocks: a kernel if `ops` has one for their layout, or the codec."""
     kernel = ops.seal_kernel(kind.layout)
     return TorchEncoder(kind, basis) if kernel is None else KernelEncoder(kernel, kind, basis)

@@ -1,4 +1,4 @@
-"""What the queries of an open step see, as K and V: for attention that is not ours."""
+"""The history of an open step is the K and V that its queries see, for other attention code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from spectral_paged.errors import PoolError
 
 
 def read_history(cache: SpectralKVCache, layer: int) -> list[tuple[Tensor, Tensor]]:
-    """K and V of one layer of each sequence of the open step, pages rebuilt.
+    """K and V of one layer for each sequence of the open step, with pages rebuilt.
 
-    Both are `[Hkv, tokens, D]` in the cache's dtype, the step's own tokens (appended already) at
-    the end; with a window what left it is missing at the start. Keys are after RoPE.
+    Both are `[Hkv, tokens, D]` in the cache's dtype, with the step's own tokens (appended already)
+    at the end. With a window, tokens that left it are missing at the start. Keys are after RoPE.
 
     Raises:
         PoolError: no step is open.

@@ -1,11 +1,11 @@
-"""Index tensors of an open step: where a group's kernels write new tokens and what they read.
+"""The index of an open step gives the places where a group's kernels write and read tokens.
 
 ```
 StepPlan  ->  StepIndex (host: where tokens go, who reads what)  ->  GroupStep (the device's)
 ```
 
-A step in which every sequence has one new token needs no more than a `DecodeBatch` of fixed shape,
-which is what a CUDA graph replays.
+A step in which every sequence has one new token needs only a `DecodeBatch` of fixed shape, which
+CUDA graphs replay.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single o
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sequence with more than one new token: a span of the flat batch and where its K, V are."""
+    """A sequence with more than one new token: its span of the flat batch and its K, V runs."""
 
     flat_start: int
     num_new: int
     row: int
-    runs: tuple[TokenRun, ...]  # its keys, behind each other
+    runs: tuple[TokenRun, ...]  # of its keys, in the order in which they are concatenated
 
     @property
     def num_keys(self) -> int:
@@ -54,22 +54,22 @@ class Chunk:
 
     @property
     def is_fresh(self) -> bool:
-        """The chunk is all there is: it attends to itself alone."""
+        """True if nothing is stored before the chunk, so that it attends to itself only."""
         return self.num_keys == self.num_new
 
 
 class DecodeRows(NamedTuple, Generic[Column]):
-    """Sequences with one new token each, as a group's kernels are told of them: int32 `[N]` each.
+    """The columns of a decode step, int32 `[N]` each: N sequences with one new token each.
 
-    The one declaration of the columns of a decode step: the host's index, the inputs of a CUDA
-    graph and `DecodeBatch` take them from here, in this order.
+    The host's index, the inputs of a CUDA graph and `DecodeBatch` all take the columns from here,
+    in this order.
 
-    append_unit, append_offset: of the new token, its exact page (in units of 128 bytes; negative:
-        it is stored nowhere) and its place in that page.
-    table_row: row of the group's tables.
-    exact, blocks: exact tokens (the new one among them) and page table entries to read.
-    first_exact, first_visible: the first token that the query sees, counted in its sequence's exact
-        pages, and as a position; 0 without a window.
+    append_unit, append_offset: the new token's exact page (its unit; negative: the token is not
+        stored) and its place in that page.
+    table_row: the sequence's row of the group's tables.
+    exact, blocks: numbers of exact tokens (the new one included) and of page table entries to read.
+    first_exact, first_visible: the first token that the query sees, as a count of tokens in its
+        sequence's exact pages, and as a position; 0 without a window.
     """
 
     append_unit: Column
@@ -83,13 +83,12 @@ class DecodeRows(NamedTuple, Generic[Column]):
 
 @dataclass(slots=True)
 class StepIndex:
-    """Where a group's tables say that a plan's tokens go; on the host.
+    """The places of a plan's tokens by a group's tables, on the host.
 
-    append: int32 `[2, T]`, of each new token its exact page (in units of 128 bytes) and its place
-        in that page.
+    append: int32 `[2, T]`, each new token's exact page (its unit) and its place in that page.
     decode: int32 `[7, N]`, the `DecodeRows` of sequences with one new token.
-    tokens: their places in the flat batch.
-    num_blocks: page table entries that they read together; 0 where none has a page.
+    tokens: places of those N tokens in the flat batch.
+    num_blocks: page table entries that those sequences read together; 0 if none has a page.
     chunks: the other sequences.
     pages_attended: pages that a layer of the group reads in this step.
     """
@@ -103,16 +102,16 @@ class StepIndex:
 
     @classmethod
     def of(cls, group: LayerGroup, plan: StepPlan, held: Sequence[SequenceSlots]) -> StepIndex:
-        """Look up where the plan's tokens go in the group's tables; `held` by its sequences."""
+        """The index of `plan` in `group`; `held` are the slots of the plan's sequences."""
         table, window = group.exact_table.host.numpy(), group.window
         tokens: list[int] = []
         chunks: list[Chunk] = []
-        places: list[Array] = []  # where the chunks' tokens go
+        places: list[Array] = []  # units and offsets of each chunk's tokens
         columns: DecodeRows[list[int]] = DecodeRows([], [], [], [], [], [], [])
         units, offsets, table_rows, exact, blocks, first_exact, first_visible = columns
         flat = num_pages = visible = hidden = 0
         for entry, slots in zip(plan.entries, held, strict=True):
-            first = entry.start - slots.tail_start  # its place in what exact pages hold
+            first = entry.start - slots.tail_start  # place of the token among the exact ones
             if entry.num_new == 1:
                 if window is not None:
                     visible = max(0, entry.start + 1 - window)
@@ -147,8 +146,8 @@ class StepIndex:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """N sequences with one new token each, as kernels take them; `pages` is None where no sequence
-    has one."""
+    """N sequences with one new token each, as kernels take them; `pages` is None if no sequence
+    has a page."""
 
     exact: ExactTokens
     pages: Pages | None
@@ -163,11 +162,11 @@ class DecodeBatch:
         max_blocks: int,
         ops: PageOps,
     ) -> DecodeBatch:
-        """From rows on the device; nothing here asks the device for a value.
+        """The batch of `rows` on the device, made without reading a value back from it.
 
         Args:
-            max_exact_pages, max_blocks: bounds on what all sequences together read; 0 blocks means
-                that there are no pages.
+            max_exact_pages, max_blocks: bounds on the exact pages and page table entries that all
+                sequences read together; 0 blocks means that there are no pages.
         """
         slides = group.window is not None
         exact = ExactTokens(
@@ -205,12 +204,12 @@ class ChunkBatch:
 
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """Index tensors of a step for one group; T new tokens.
+    """The index tensors of a step for one group; T new tokens.
 
-    append_units, append_offsets: int32 `[T]`, exact pages in units of 128 bytes, places in them.
-    decode: sequences with one new token; None without.
-    decode_tokens: int64 `[N]`, their places in the flat batch; None: the batch is nothing else.
-    chunks: the other sequences, a few at a time.
+    append_units, append_offsets: int32 `[T]`, units of exact pages, and places in those pages.
+    decode: sequences with one new token; None if there are none.
+    decode_tokens: int64 `[N]`, their places in the flat batch; None if they are the whole batch.
+    chunks: the other sequences, in batches.
     """
 
     append_units: Tensor
@@ -221,7 +220,7 @@ class GroupStep:
 
     @classmethod
     def of(cls, group: LayerGroup, index: StepIndex, ops: PageOps) -> GroupStep:
-        """The step as `index` has it."""
+        """The index tensors of `index` on the group's device."""
         device = group.exact_table.device.device
         num_tokens = index.append.shape[1]
         decode = tokens = None
@@ -244,7 +243,7 @@ class GroupStep:
 
 
 def chunk_batches(chunks: list[Chunk], num_tokens: int, device: torch.device) -> list[ChunkBatch]:
-    """Cut chunks so that each batch's history fits the transient buffer of `HISTORY_TOKENS`."""
+    """Batches of chunks whose history fits the transient buffer of `HISTORY_TOKENS`."""
     batches: list[list[Chunk]] = []
     held = 0
     for chunk in chunks:
@@ -268,9 +267,9 @@ class OpenStep:
     """A step between `begin_step` and `end_step`.
 
     Attributes:
-        plan: what it computes.
-        sequences: of the plan's entries.
-        index: where its tokens go, a group each.
+        plan: the sequences and tokens of the step.
+        sequences: states of the plan's entries.
+        index: the places of the step's tokens, one item a group.
     """
 
     def __init__(
@@ -291,7 +290,7 @@ class OpenStep:
 
     @property
     def steps(self) -> list[GroupStep]:
-        """The index tensors, made when a layer first asks: a replayed graph never does."""
+        """The index tensors, made at the first access; a replayed graph never needs them."""
         if self._steps is None:
             groups, ops = self._args
             self._steps = [
