@@ -1,4 +1,4 @@
-"""What `spectral-paged bench` runs; it knows everything but the command line and the server."""
+"""The benchmarks of `spectral-paged bench`, over every package but `cli` and `server`."""
 
 __all__ = [
     "capacity",

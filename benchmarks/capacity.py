@@ -1,7 +1,7 @@
 """`spectral-paged bench capacity`: how much context a memory holds, by format.
 
-Predicted by arithmetic over slabs; measured by storing sequences (K and V are made up) until one
-more does not fit, and by what the allocator says was taken. Speed and quality are not its business.
+The prediction is arithmetic over slabs. The measurement stores sequences with made-up K and V until
+one more does not fit, and reads the allocator's count. Speed and quality are not measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ STEP_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One format. Tokens are of sealed contexts; sequences have `context` tokens each."""
+    """The capacity of one format.
+
+    Tokens are those of sealed contexts; sequences have `context` tokens each."""
 
     format: str
     fingerprint: str
@@ -46,13 +48,12 @@ class Row:
     capacity_tokens: int
     predicted_sequences: int
     stored_sequences: int
-    allocated_bytes: int  # by the arenas and all that the cache keeps beside them
+    allocated_bytes: int  # arenas, and all else that the cache allocates
     peak_bytes: int | None  # while storing and sealing; None without a GPU
 
 
 def store(tokens: MadeUpTokens, name: str, num_tokens: int) -> bool:
-    """A whole sequence, in steps of at most `STEP_TOKENS`; False, and nothing held, where it does
-    not fit."""
+    """Store a sequence in steps of at most `STEP_TOKENS`; False if it did not fit and is freed."""
     cache = tokens.cache
     if cache.add_sequence(name, num_prompt_tokens=num_tokens) is None:
         return False
@@ -77,7 +78,7 @@ def measure(
     max_num_seqs: int,
     device: torch.device,
 ) -> Row:
-    """Fill a cache of `memory` bytes with contexts until no more fits."""
+    """Fill a cache of `memory` bytes with sequences of `context` tokens until no more fits."""
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     format = PageFormat.preset(name, num_kv_heads=heads, head_dim=dim)
     cuda = device.type == "cuda"
@@ -136,7 +137,7 @@ def main(
     """Measure, print a table and write `capacity-<model>.json`.
 
     Raises:
-        InvalidRequestError: a context that the model does not take.
+        InvalidRequestError: `context` is longer than the model takes.
     """
     where = choose_device(device)
     config = random_config(model) if is_random(model) else load_config(model)

@@ -1,4 +1,4 @@
-"""The arguments of `spectral-paged bench ...`, and which benchmark they run."""
+"""The arguments of `spectral-paged bench ...`, and the benchmarks that they run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _add_formats(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_benches(bench: argparse.ArgumentParser) -> None:
-    """One subcommand a benchmark."""
+    """Add one subcommand a benchmark to the parser of `bench`."""
     benches = bench.add_subparsers(dest="bench", required=True)
     _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
     seal = benches.add_parser("seal", help="what sealing a block costs beside its prefill")
@@ -201,11 +201,11 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_decode(args: argparse.Namespace) -> int:
-    """Run the decode benchmark; Triton is imported for it alone."""
+    """Run the decode benchmark, which imports Triton."""
     from spectral_paged.device import choose_device
 
     if not args.report_only:
-        choose_device("cuda")  # says what is missing
+        choose_device("cuda")  # refuses with a remedy if there is no GPU
     from spectral_paged.benchmarks.decode import run as decode
 
     return decode.main(
@@ -219,25 +219,25 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 
 def bench_tune(args: argparse.Namespace) -> int:
-    """Time launches of kernels on this machine's GPU."""
+    """Find the kernels' fastest launches on this machine's GPU."""
     from spectral_paged.device import choose_device
 
-    choose_device("cuda")  # says what is missing
+    choose_device("cuda")  # refuses with a remedy if there is no GPU
     from spectral_paged.benchmarks.decode import tune
 
     return tune.main(output=args.output)
 
 
 def bench_unsloth(args: argparse.Namespace) -> int:
-    """Generate with Unsloth, patched and not; or ask it for needles.
+    """Time Unsloth's generation with and without the patch, or ask its model for needles.
 
     Raises:
-        InvalidRequestError: an option of `--needles` without it.
+        InvalidRequestError: an option of `--needles` is given without it.
     """
     from spectral_paged.benchmarks.unsloth import run as unsloth
     from spectral_paged.device import choose_device
 
-    choose_device("cuda")  # says what is missing
+    choose_device("cuda")  # refuses with a remedy if there is no GPU
     arguments = {"enforce_eager": args.enforce_eager, "output_dir": args.output_dir}
     package = "spectral_paged.benchmarks"
     if args.needles:
@@ -259,10 +259,10 @@ def bench_unsloth(args: argparse.Namespace) -> int:
 
 
 def bench_steps(args: argparse.Namespace) -> int:
-    """Time decode steps, and say where their time goes."""
+    """Time decode steps and report where their time goes."""
     from spectral_paged.device import choose_device
 
-    choose_device("cuda")  # says what is missing
+    choose_device("cuda")  # refuses with a remedy if there is no GPU
     from spectral_paged.benchmarks import steps
 
     return steps.main(
@@ -278,7 +278,7 @@ def bench_steps(args: argparse.Namespace) -> int:
 
 
 def bench_capacity(args: argparse.Namespace) -> int:
-    """Fill a memory with contexts."""
+    """Fill caches of one size with contexts, by format."""
     from spectral_paged.benchmarks import capacity
 
     return capacity.main(
@@ -293,7 +293,7 @@ def bench_capacity(args: argparse.Namespace) -> int:
 
 
 def bench_throughput(args: argparse.Namespace) -> int:
-    """Generate, and say how fast."""
+    """Generate offline and report the throughput."""
     from spectral_paged.benchmarks.throughput import run, suites, workload
 
     if args.suite:

@@ -1,7 +1,7 @@
-"""What sealing costs: blocks of all layers of an 8B-shaped model against their own prefill.
+"""`spectral-paged bench seal`: the time to seal a block beside the time of its prefill.
 
-K and V are made up: this measures speed, counts operations and compares the kernel with its twin;
-it says nothing about quality.
+The blocks are those of all layers of an 8B-shaped model, with made-up K and V. The benchmark
+measures speed, counts operations and compares the kernel with its twin; quality is not measured.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ SHAPE_8B = {
     "vocab_size": 128256,
 }
 BATCHES = (1, 8, 32)
-WORST_RATIO = 1.02  # of the kernel's error to the twin's
+WORST_RATIO = 1.02  # the kernel's error over the twin's
 PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One format, encoder and batch; times of a block of all layers."""
+    """The measurement of one format, encoder and batch; times are of a block in all layers."""
 
     format: str
     fingerprint: str
-    encoder: str  # triton: the seal kernel; torch: codec.encode_pages
+    encoder: str  # triton: the seal kernel; torch: `encode_pages`
     blocks: int
     ms_per_block: float
     gflop_per_block: float  # of matrix products
@@ -62,7 +62,7 @@ class Row:
 
 
 def product_operations(format: PageFormat) -> int:
-    """Floating-point operations of the batched products that encode a block of all layers."""
+    """Floating-point operations of the batched products that encode a block in all layers."""
     dim, total = format.head_dim, 0
     for rank in (format.k_rank, format.v_rank):
         weight = 2 * BLOCK_TOKENS * dim * dim if format.dim_weighting != "none" else 0
@@ -73,7 +73,7 @@ def product_operations(format: PageFormat) -> int:
 
 
 def prefill_operations() -> int:
-    """Of the linear layers for one block of tokens."""
+    """Floating-point operations of the linear layers for one block of tokens."""
     s = SHAPE_8B
     attention = 2 * s["hidden_size"] * HEAD_DIM * (s["num_attention_heads"] + NUM_KV_HEADS)
     layer = attention + 3 * s["hidden_size"] * s["intermediate_size"]
@@ -132,13 +132,13 @@ class Blocks:
         return k, v
 
     def stored(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
-        """What the page is to hold: fp32 `[1, H, 512, D]` twice."""
+        """K and V of a block as the page should represent them, fp32 `[1, H, 512, D]` each."""
         k, v = (x.float().unsqueeze(0) for x in self.block(layer, block))
         span = slice(int(self.first[block]), int(self.first[block]) + BLOCK_TOKENS)
         return stored_keys(k, self.rope.cos[span], self.rope.sin[span], self.format.rope), v
 
     def kernel(self, op: SealKernel, **options: Any) -> Callable[[], Tensor]:
-        """Seals all blocks where they lie; `options` are what this kernel takes besides."""
+        """A call that seals all blocks in the arena with `op`; `options` are further arguments."""
         assert self.bound is not None
         options |= self.bound.projections(range(NUM_LAYERS))
         return lambda: op(
@@ -154,7 +154,7 @@ class Blocks:
         )
 
     def twin(self) -> Callable[[], Tensor]:
-        """Encodes all blocks with torch; reading, turning and writing them is not counted."""
+        """A call that encodes all blocks with torch, without reading, rotating and writing them."""
         layers = list(range(NUM_LAYERS)) * self.count
         sides = [
             self.stored(layer, block) for block in range(self.count) for layer in range(NUM_LAYERS)
@@ -163,7 +163,7 @@ class Blocks:
         return lambda: encode_pages(k, v, self.format, basis=self.bound, layers=layers)
 
     def error_ratio(self, page: Callable[[int, int], Tensor]) -> float:
-        """Largest error of `page(layer, block)` over that of the twin's, over some blocks."""
+        """Largest ratio of the error of `page(layer, block)` to the twin's, over two blocks."""
         worst = 0.0
         for layer, block in {(0, 0), (NUM_LAYERS - 1, self.count - 1)}:
             given = self.stored(layer, block)
@@ -178,7 +178,7 @@ class Blocks:
         return worst
 
     def sealed(self, layer: int, block: int) -> Tensor:
-        """The page that lies in the arena, uint8 `[1, page_bytes]`."""
+        """The bytes of a block's page in the arena, uint8 `[1, page_bytes]`."""
         start = self.start + block * self.format.page_bytes
         return self.arena[layer : layer + 1, start : start + self.format.page_bytes].contiguous()
 
@@ -202,7 +202,7 @@ class Blocks:
 
 
 def measure(name: str, count: int, device: torch.device, repeats: int) -> list[Row]:
-    """Rows of preset `name` for `count` blocks of every layer: the kernel, and alone the twin."""
+    """Rows of preset `name` for `count` blocks a layer: the kernel, and for one block the twin."""
     format = PageFormat.preset(name, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
     op, rows = page_ops(device).seal_kernel(format.layout), []
     if count > 1 and op is None:

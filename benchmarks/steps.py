@@ -1,15 +1,14 @@
-"""What a decode step is made of: `spectral-paged bench steps`.
+"""`spectral-paged bench steps`: where the time of a decode step goes.
 
-A step of so many sequences, each with one new token, in its steady state: contexts are made up (see
-`throughput.filling`), and few are long enough to be sealed while steps are counted. The floor of a
-step is what reading every weight once takes at the bandwidth of a device copy. What kernels do
-comes from the profiler, in steps that are counted apart from those that are timed:
+Every sequence of a step has one new token. Contexts are made up (see `throughput.filling`), and few
+blocks fall due while steps are counted. The floor of a step is the time to read every weight once
+at the bandwidth of a device copy. The profiler traces kernels in other steps than those timed:
 
     step  [ copy of inputs | graph: products, attention, the rest | sampling ] wait [ ...
 
-The layers between the products run compiled, as they are written in transformers, or with
-liger-kernel's norms, rotary embedding and activation (Hsu et al., arXiv:2410.10989); each inside
-CUDA graphs.
+The operations between the products run compiled, as transformers writes them, or with
+liger-kernel's norms, rotary embedding and activation (Hsu et al., arXiv:2410.10989), all in CUDA
+graphs.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS
 from spectral_paged.sampling import SamplingParams
 
-LAYERS = ("compiled", "eager", "liger")  # what runs between the products
+LAYERS = ("compiled", "eager", "liger")  # ways to run the operations between the products
 FORMATS = ("exact", "spectral-quality")
 WARM, TIMED, TRACED = 6, 32, 10  # steps
-ROOM = 96  # tokens a sequence grows by at most: steps, and while others are filled
+ROOM = 96  # most tokens that a sequence grows by: in steps, and while others are filled
 GRAPH_GAP_US = 5.0  # kernels of a graph follow each other faster than the host can launch
 MAX_ERROR = 0.1  # of logits, relative: bf16 in another order is 0.06 off after 32 random layers
 KINDS = (  # the first that a kernel's name matches
@@ -57,12 +56,13 @@ Span = tuple[float, float]  # microseconds from, to
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A step; milliseconds, and shares of the traced time.
+    """The measurement of one step: milliseconds, and shares of the traced time.
 
-    idle: nothing runs, in all and in gaps longer than those between kernels of a graph.
-    pages_sealed: in the steps that are timed.
-    kernels_per_step: copies and fills among them.
-    kinds: milliseconds of kernels by kind; those that overlap count each.
+    idle_share: the share in which the GPU is idle.
+    idle_between_steps_share: the same, in gaps longer than those between kernels of a graph.
+    pages_sealed: pages sealed in the timed steps.
+    kernels_per_step: kernels, copies and fills.
+    kinds: milliseconds of kernels by kind; kernels that overlap count each.
     """
 
     format: str
@@ -82,12 +82,12 @@ class Row:
 
 
 def kind_of(kernel: str) -> str:
-    """Which of `KINDS` a kernel belongs to."""
+    """The kind, one of `KINDS`, of a kernel by its name."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, kernel))
 
 
 def gaps(spans: Sequence[Span]) -> list[float]:
-    """Microseconds between spans in which none of them runs, each gap once."""
+    """Lengths in microseconds of the gaps that no span covers."""
     found, until = [], None
     for begin, end in sorted(spans):
         if until is not None and begin > until:
@@ -97,7 +97,7 @@ def gaps(spans: Sequence[Span]) -> list[float]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Of all weights that a step reads whole; rows of a table of embeddings are looked up."""
+    """Bytes of the weights that a step reads whole, so without an untied embedding table."""
     looked_up = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is looked_up
     return sum(p.nbytes for p in model.parameters() if tied or p is not looked_up)
@@ -109,7 +109,7 @@ def with_liger(model: Any) -> None:
 
     Raises:
         InvalidRequestError: liger-kernel has no such family, or is not installed.
-        ArithmeticError: the model says something else than before.
+        ArithmeticError: the logits differ by more than `MAX_ERROR`.
     """
     family = model.config.model_type
     try:
@@ -130,7 +130,7 @@ def with_liger(model: Any) -> None:
 
 
 def _decoding(llm: LLM, batch: int, context: int) -> None:
-    """Bring `batch` sequences of `context` tokens to where all of them decode."""
+    """Add `batch` requests of `context` tokens and step until all of them decode."""
     params = SamplingParams(temperature=0.0, max_tokens=ROOM, ignore_eos=True)
     for i in range(batch):
         prompt = [3 + (i + j) % 97 for j in range(context)]
@@ -145,7 +145,7 @@ def _decoding(llm: LLM, batch: int, context: int) -> None:
 
 
 def _counts(llm: LLM) -> tuple[int, int]:
-    """Tokens made and pages sealed so far."""
+    """Tokens generated and pages sealed so far."""
     stats: dict[str, Any] = llm.stats()
     return stats["generated_tokens"], stats["pages_sealed"]
 
@@ -164,7 +164,7 @@ def _seconds(llm: LLM, count: int) -> float:
 
 
 def _trace(llm: LLM, count: int) -> list[tuple[str, Span]]:
-    """Kernels and copies of `count` steps: name, and when."""
+    """Name and span of every kernel and copy in `count` steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         _steps(llm, count)
         torch.cuda.synchronize()
@@ -187,8 +187,8 @@ def measure(
     """Time and trace steps of one engine.
 
     Args:
-        bandwidth: of a device copy, bytes a second.
-        options: of `LLM`.
+        bandwidth: bytes a second of a device copy.
+        options: further arguments of `LLM`.
 
     Raises:
         CapacityError: not all of the sequences decoded in every step, timed or traced.
@@ -241,7 +241,7 @@ def measure(
 
 
 def line(row: Row) -> str:
-    """A row as the terminal shows it."""
+    """The text of a row on the terminal."""
     kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.kinds.items() if ms)
     return (
         f"{row.format:18} {row.layers:8} {row.batch:3} x {row.context:6}: {row.step_ms:7.2f} ms "
@@ -261,11 +261,11 @@ def main(
     output_dir: Path,
     **options: Any,
 ) -> int:
-    """Measure on this machine's GPU; print a line each and write `steps-<model>.json`.
+    """Measure on this machine's GPU, print a line a row and write `steps-<model>.json`.
 
     Raises:
-        InvalidRequestError: of `with_liger`, or an unknown value of `layers` or `formats`.
-        CapacityError: of `measure`.
+        InvalidRequestError: an unknown value of `layers` or `formats`, or see `with_liger`.
+        CapacityError: see `measure`.
     """
     for option, given, known in (
         ("layers", layers, LAYERS),
@@ -277,14 +277,14 @@ def main(
     loaded = load_either(model, device=device, dtype=choose_dtype("auto", device))
     bandwidth = copy_bandwidth()
     rows: list[Row] = []
-    output_dir.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so now
+    output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     result = {
         "environment": environment() | {"device": "cuda", "dtype": str(loaded.model.dtype)},
         "model": model_label(model),
         "copy_bytes_per_second": bandwidth,
         "weight_bytes": weight_bytes(loaded.model),
     }
-    # liger-kernel's come last: a model does not get its own back
+    # liger-kernel's layers come last, because a model's own cannot be restored
     for how in sorted(set(layers), key=LAYERS.index):
         if how == "liger":
             with_liger(loaded.model)

@@ -1,4 +1,4 @@
-"""Decode attention alone, against bf16 kernels, and the tuning of its launches."""
+"""Benchmarks of decode attention: speed against bf16 kernels, and the tuning of its launches."""
 
 __all__ = [
     "flashinfer",

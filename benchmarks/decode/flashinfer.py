@@ -1,7 +1,7 @@
 """FlashInfer's paged decode as a baseline of `bench decode`, where it is installed.
 
-Each element type at its best of page sizes and of plain and tensor-core kernels. A way whose
-answer is not that of the fp32 reference is not timed.
+Each element type runs at its fastest page size, with plain or tensor-core kernels. Runs whose
+output differs from the fp32 reference are not timed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 PAGE_TOKENS = (16, 32, 64)
 WORKSPACE_BYTES = 256 << 20
-# queries of a KV head that its plain kernels are built for; with others they end the process
+# queries a KV head that FlashInfer's plain kernels are built for; others end the process
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 8)
-# element type, its name, and the largest relative error against fp32 over what was stored
+# element type, its name, and the largest relative error against fp32 over the stored elements
 KINDS = ((torch.bfloat16, "bf16", 1e-2), (torch.float8_e4m3fn, "fp8", 2e-2))
 
 
@@ -52,7 +52,7 @@ class PagedBatch:
         self.last = torch.tensor(last, dtype=torch.int32, device=device)
 
     def reference(self, q: Tensor, sequence: int) -> Tensor:
-        """fp32 attention of one sequence's query `[Hq, D]`."""
+        """Attention output `[Hq, D]` in fp32 of one sequence's query `[Hq, D]`."""
         start, end = self.indptr[sequence : sequence + 2].tolist()
         pages = self.kv[self.indices[start:end].long()].float()
         k, v = pages.transpose(0, 1).flatten(1, 2)[:, : self.lengths[sequence]].transpose(1, 2)
@@ -63,7 +63,7 @@ class PagedBatch:
 
 
 def planned(q: Tensor, batch: PagedBatch, tensor_cores: bool) -> Callable[[], Tensor]:
-    """FlashInfer's decode of `q` `[N, Hq, D]` over `batch`, planned once."""
+    """A call of FlashInfer's decode of `q` `[N, Hq, D]` over `batch`, planned in advance."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
@@ -92,9 +92,9 @@ def planned(q: Tensor, batch: PagedBatch, tensor_cores: bool) -> Callable[[], Te
 def best_ways(
     q: Tensor, lengths: Sequence[int], heads: int, time_ms: Callable[[Callable[[], Tensor]], float]
 ) -> Iterator[tuple[str, float, int]]:
-    """`(name, ms, bytes read)` of each element type at its fastest right way.
+    """`(name, ms, bytes read)` of each element type at its fastest correct run.
 
-    Empty sequences are refused by FlashInfer, so batches that have some give nothing.
+    FlashInfer refuses empty sequences, so a batch with one yields nothing.
     """
     if not installed() or min(lengths) < 1:
         return

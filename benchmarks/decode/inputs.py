@@ -1,4 +1,4 @@
-"""What `bench decode` attends to: random exact pages and random pages of a format, on the GPU."""
+"""Inputs of `bench decode`: random exact pages and random pages of a format, on the GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LANDMARKS = 64
 
 
 def random_pages(format: PageFormat, count: int) -> Tensor:
-    """A plane of pages of random codes with plausible scales."""
+    """A plane of `count` pages with random codes and plausible scales."""
     plane = torch.randint(256, (count * format.page_bytes,), dtype=torch.uint8, device="cuda")
     pages = plane.view(count, -1)
     for side in "kv":
@@ -46,7 +46,7 @@ def random_pages(format: PageFormat, count: int) -> Tensor:
 
 
 def shuffled_table(lengths: Sequence[int], page_tokens: int, page_size: int) -> Tensor:
-    """int32 `[N, most pages]`: every sequence's pages at random places of one plane."""
+    """A block table, int32 `[N, most pages]`, with all pages at random units of one plane."""
     counts = [-(-n // page_tokens) for n in lengths]
     order = torch.randperm(sum(counts), device="cuda").to(torch.int32) * (page_size // UNIT_BYTES)
     table = torch.zeros(len(counts), max(*counts, 1), dtype=torch.int32, device="cuda")
@@ -59,7 +59,7 @@ def shuffled_table(lengths: Sequence[int], page_tokens: int, page_size: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class ExactPages:
-    """Random exact pages at random places of `plane`; `num_bytes` are those of their tokens."""
+    """Random exact pages at random units of `plane`; `num_bytes` are those of their tokens."""
 
     plane: Tensor
     table: Tensor
@@ -69,7 +69,7 @@ class ExactPages:
 
     @classmethod
     def random(cls, lengths: Sequence[int], heads: int, dim: int) -> ExactPages:
-        """Of sequences of `lengths` tokens of bf16."""
+        """Exact pages of sequences of `lengths` tokens, bf16."""
         size = exact_page_bytes(heads, dim, 2)
         pages = max(sum(-(-n // EXACT_PAGE_TOKENS) for n in lengths), 1)
         tokens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
@@ -84,7 +84,7 @@ class ExactPages:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Pages of random codes, at random places of `plane`, and what attends to them."""
+    """Pages of random codes at random units of `plane`, and the arguments of ops over them."""
 
     format: PageFormat
     plane: Tensor
@@ -96,7 +96,7 @@ class Pages:
 
     @classmethod
     def random(cls, format: PageFormat, lengths: Sequence[int], rope: RotaryTable) -> Pages:
-        """Of sequences of `lengths` tokens, what does not fill a page left out."""
+        """Pages of sequences of `lengths` tokens; tokens that do not fill a page are left out."""
         counts = [n // BLOCK_TOKENS for n in lengths]
         rows = {}
         if format.basis == "shared":
@@ -119,7 +119,7 @@ class Pages:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every op over pages takes."""
+        """Arguments of `spectral_decode` for these pages: layout, positions, rotation and rows."""
         return {
             "layout": self.format.layout,
             "first_position": LANDMARKS,
@@ -129,16 +129,16 @@ class Pages:
         }
 
     def plan(self, config: DecodeConfig | None = None) -> DecodePlan:
-        """The items of a step, as kernels launched by `config` take them."""
+        """The work items of a step for kernels launched by `config`."""
         return plan_pages(self.format.layout, self.counts, max(self.num_pages, 1), config)
 
     @property
     def basis(self) -> Basis:
-        """The rows that all pages share, as ops that attend to all tiers take them."""
+        """The rows that all pages share, for ops that attend to all tiers."""
         return Basis(self.rows.get("k_basis"), self.rows.get("v_basis"))
 
     def planned(self, config: DecodeConfig | None = None) -> batch.Pages:
-        """The pages as such ops take them, launched by `config`."""
+        """The pages for ops that attend to all tiers, launched by `config`."""
         rotation = Rotation(self.rope.cos, self.rope.sin, LANDMARKS)
         pages = batch.Pages(self.table, self.counts, self.format.layout, rotation, config=config)
         return planned_pages(pages, max(self.num_pages, 1))

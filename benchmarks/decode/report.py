@@ -17,7 +17,7 @@ HEAD = (
 
 
 def kl_text(kl: dict[str, float] | None) -> str:
-    """KL by model, as a table's cell."""
+    """The table cell of KL by model."""
     return ", ".join(f"{model} {value:.4f}" for model, value in (kl or {}).items()) or "-"
 
 
@@ -49,7 +49,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """`decode-bandwidth.png` and `decode-kl.png` of the first shape."""
+    """Draw `decode-bandwidth.png` and `decode-kl.png` of the first shape; returns their paths."""
     from matplotlib.figure import Figure
 
     shape = result["rows"][0]["shape"]
@@ -92,10 +92,10 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result of `bench decode`.
+    """Read a result of `bench decode`.
 
     Raises:
-        CorruptFileError: there is none, or it is damaged.
+        CorruptFileError: the file is missing or damaged.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -109,12 +109,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write_rows(result: dict[str, Any], folder: Path) -> Path:
-    """`decode.json` alone; written workload by workload, so a time limit loses nothing."""
+    """Write `decode.json` only, after each workload, so that a time limit loses nothing."""
     return write_result(folder, "decode", result)
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """`decode.json`, `decode.md` and the pictures."""
+    """Write `decode.json`, `decode.md` and the pictures; returns their paths."""
     raw, text = write_rows(result, folder), folder / "decode.md"
     text.write_text(markdown(result), encoding="utf-8")
     return [raw, text, *draw(result, folder)]

@@ -1,9 +1,8 @@
-"""`spectral-paged bench decode`: a decode step's attention over pages, against bf16 at its best.
+"""`spectral-paged bench decode`: speed of decode attention over pages against the best of bf16.
 
-Random bytes in pages of the right layout: this measures speed. A format's row is printed only if
-its pages, written by the codec, are read to within `MAX_ERROR` of the fp32 twin on this device, and
-it carries the KL that `bench quality` found for it (a format never judged has no row). Times are
-those of replayed CUDA graphs.
+Timed pages have the right layout and random bytes. A format gets a row only if this device reads
+pages that the codec wrote to within `MAX_ERROR` of the fp32 twin. The row carries the KL that
+`bench quality` measured; a format never judged has no row. Times are of replayed CUDA graphs.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ SHAPES = {  # query heads, KV heads, head width
     "mha-64": (16, 16, 64),
 }
 WORK = ((64, 16384), (32, 8192), (8, 8192), (1, 32768))
-MORE_WORK = ((128, 2048), (8, 32768), (1, 131072))  # of the first shape
+MORE_WORK = ((128, 2048), (8, 32768), (1, 131072))  # for the first shape only
 MIXED = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 0)
 MAX_ERROR = 5e-3
 TAIL = 384  # exact tokens behind the pages: 64 to 639
@@ -54,7 +53,7 @@ ROPE_THETA = 500000.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measured operation."""
+    """The measurement of one operation."""
 
     shape: str
     work: str
@@ -92,8 +91,9 @@ def graph_ms(work: Callable[[], object], *, replays: int = 20) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a device copy, read and written bytes counted: a memcpy node of a graph,
-    or an elementwise kernel, whichever is faster."""
+    """Bytes per second that a device copy reads and writes.
+
+    The faster of a memcpy node of a graph and an elementwise kernel counts."""
     source = torch.zeros(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     ways = (lambda: target.copy_(source), lambda: torch.add(source, 1.0, out=target))
@@ -104,8 +104,10 @@ def copy_bandwidth() -> float:
 
 
 def judged(format: PageFormat, results: Path) -> dict[str, float]:
-    """KL of a format by model, from the results of `bench quality`: every field but the number of
-    heads and the calibration must be the same, and no token weighed by attention."""
+    """KL of a format by model, from the results of `bench quality` in the folder `results`.
+
+    Every field but name, number of heads, calibration and `prefill_segment` must be the same, and
+    tokens must not be weighed by attention."""
     skipped = ("name", "num_kv_heads", "basis_id", "prefill_segment")
     found = {}
     for file in sorted(results.glob("quality-*.json")):
@@ -126,7 +128,7 @@ def judged(format: PageFormat, results: Path) -> dict[str, float]:
 
 
 def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> float:
-    """Largest relative error against the twin over ragged, scattered, poisoned pages."""
+    """Largest relative error against the twin over ragged block tables of a poisoned plane."""
     k, v = structured_blocks(6, format, "cuda")
     given: dict[str, Any] = {}
     rows: dict[str, Tensor] = {}
@@ -171,7 +173,7 @@ def worst_error(format: PageFormat, num_q_heads: int, rope: RotaryTable) -> floa
 
 
 class Workload:
-    """One shape and batch: queries, and timings of every way to attend."""
+    """The queries of one shape and batch, and the timing of every kernel on them."""
 
     def __init__(self, shape: str, lengths: Sequence[int], name: str, bandwidth: float) -> None:
         self.shape, self.name, self.lengths, self.bandwidth = shape, name, lengths, bandwidth
@@ -197,7 +199,7 @@ class Workload:
         )
 
     def baselines(self) -> list[Row]:
-        """bf16 kernels; the fastest is what speedups are against."""
+        """Time the bf16 and fp8 kernels; speedups are against the fastest in bf16."""
         found = []
         exact = ExactPages.random(self.lengths, self.heads, self.dim)
 
@@ -232,7 +234,7 @@ class Workload:
     def page_op(
         self, format: PageFormat, rope: RotaryTable
     ) -> tuple[Callable[[], tuple[Tensor, Tensor]], int]:
-        """`spectral_decode` over `lengths` tokens, and the bytes of the pages."""
+        """A call of `spectral_decode` over `lengths` tokens, and the bytes of the pages."""
         pages = Pages.random(format, self.lengths, rope)
         plan = pages.plan()
 
@@ -252,8 +254,9 @@ class Workload:
     def attend_op(
         self, format: PageFormat, rope: RotaryTable
     ) -> tuple[Callable[[DecodeConfig | None], Tensor], int]:
-        """`decode_attention` over pages, landmarks and a tail as a function of how kernels are
-        launched, and the bytes of all."""
+        """A call of `decode_attention` over pages, landmarks and tail, and the bytes of all.
+
+        The call takes the launch of its kernels; None stands for the table's."""
         pages = Pages.random(format, self.lengths, rope)
         exact = ExactPages.random([LANDMARKS + TAIL] * len(self.lengths), self.heads, self.dim)
         plane = torch.cat((pages.plane, exact.plane))
@@ -275,7 +278,7 @@ class Workload:
         return work, pages.num_bytes + exact.num_bytes
 
     def pages(self, format: PageFormat, rope: RotaryTable, error: float, **about: Any) -> list[Row]:
-        """The page part alone, and with landmarks and tail, over `lengths` tokens."""
+        """Time the pages without and with landmarks and tail, over `lengths` tokens."""
         about = {"error": error, "fingerprint": format.fingerprint, **about}
         op, num_bytes = self.page_op(format, rope)
         rows = [self._row(format.name, "pages", graph_ms(op), num_bytes, **about)]
@@ -288,7 +291,7 @@ class Workload:
 
 
 def with_quality(result: dict[str, Any], results: Path) -> dict[str, Any]:
-    """`result` with the KL that `results` have now for the formats of its rows."""
+    """`result` with the present KL of its formats, from the folder `results`."""
     for row in result["rows"]:
         name = row["what"].split(" (")[0]
         if row["error"] is not None:
@@ -300,7 +303,7 @@ def with_quality(result: dict[str, Any], results: Path) -> dict[str, Any]:
 
 
 def formats_of(shape: str, names: Sequence[str]) -> list[PageFormat]:
-    """The presets as a shape takes them."""
+    """The presets `names`, by default all, for the heads of a shape."""
     _, heads, dim = SHAPES[shape]
     chosen = [n for n in names or PRESETS if n != "exact"]
     return [PageFormat.preset(n, num_kv_heads=heads, head_dim=dim) for n in chosen]
@@ -317,8 +320,12 @@ def main(
 ) -> int:
     """Measure, print a table, write `decode.json` and its report.
 
-    `unjudged` measures formats without a KL too; the report leaves them out until there is one.
-    `report_only` writes the report of an earlier result anew, with the KL known by now.
+    `unjudged` measures formats without a KL too; the report leaves them out until they have one.
+    `report_only` writes the report of an earlier result again, with the present KL.
+
+    Raises:
+        InvalidRequestError: an unknown shape.
+        CorruptFileError: `report_only` without an earlier result.
     """
     if report_only:
         earlier = decode_report.read(output_dir / "decode.json")
@@ -366,7 +373,7 @@ def main(
                 )
             found += rows
             torch.cuda.empty_cache()
-            # written workload by workload: what was measured survives a time limit
+            # written after each workload, so that a time limit loses nothing
             result = result_of(found, bandwidth)
             decode_report.write_rows(result, output_dir)
     print(*decode_report.write(result, output_dir), sep="\n")
@@ -374,7 +381,7 @@ def main(
 
 
 def result_of(rows: Sequence[Row], bandwidth: float) -> dict[str, Any]:
-    """What `decode.json` holds."""
+    """The content of `decode.json`."""
     return {
         "environment": environment(),
         "gpu": torch.cuda.get_device_name(),

@@ -1,7 +1,7 @@
-"""`spectral-paged bench tune`: which launch of the kernels is fastest on this GPU.
+"""`spectral-paged bench tune`: the fastest launch of the kernels on this GPU.
 
-From the table's entry on, one field at a time over a few candidates, by the geometric mean over
-workloads; the result is the table that the kernels read (`kernels/launch/configs.json`).
+The search starts at the table's entry and tries candidates one field at a time, by the geometric
+mean over workloads. It writes the table that kernels read (`kernels/launch/configs.json`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
 WORK = ((64, 16384), (32, 8192), (1, 32768))
-# shape, preset: a case each
+# (shape, preset) of each case
 CASES = (
     ("llama-3-8b", "spectral-quality"),
     ("llama-3-8b", "spectral-int8"),
@@ -49,14 +49,14 @@ DECODE_CANDIDATES: dict[str, Sequence[int | None]] = {
     "second_stream": (False, True),
 }
 SEAL_CANDIDATES: dict[str, Sequence[int | None]] = {"warps": (4, 8), "rows": (32, 64)}
-NOISE = 0.99  # a candidate must be this much faster to replace the default
+NOISE = 0.99  # a candidate must take less than this share of the best time to replace it
 
 
 C = TypeVar("C", DecodeConfig, SealConfig)
 
 
 def best(config: C, candidates: dict[str, Sequence[int | None]], cost: Callable[[C], float]) -> C:
-    """The fastest of what one changed field after the other gives."""
+    """The config of least cost (ms), found by changing one field after the other."""
     least = cost(config)
     for name, values in candidates.items():
         for value in values:
@@ -93,7 +93,7 @@ def tune_decode(shape: str, preset: str) -> tuple[str, DecodeConfig]:
 
 
 def tune_seal() -> tuple[str, SealConfig]:
-    """The same for `seal`, eight blocks of an 8B shape."""
+    """The case and the fastest launch of `seal` for it, over eight blocks of an 8B shape."""
     device = torch.device("cuda")
     format = PageFormat.preset("spectral-quality", num_kv_heads=8, head_dim=128)
     blocks = Blocks(format, 8, device)
@@ -107,13 +107,13 @@ def tune_seal() -> tuple[str, SealConfig]:
 
 
 def changed(config: DecodeConfig | SealConfig) -> dict[str, Any]:
-    """Fields that are not the default's."""
+    """The fields of `config` that differ from the default."""
     plain = asdict(type(config)())
     return {name: value for name, value in asdict(config).items() if value != plain[name]}
 
 
 def main(*, output: Path | None) -> int:
-    """Measure, print, and write this GPU's part of the table to `output`, default the package's."""
+    """Measure, and write this GPU's entries to the table `output`, by default the package's."""
     path = output or Path(str(files("spectral_paged.kernels.launch") / TABLE))
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found: dict[str, dict[str, Any]] = {"decode": {}, "seal": {}}

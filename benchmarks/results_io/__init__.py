@@ -1,4 +1,4 @@
-"""Result files: the machine they are of, and how they are written."""
+"""Result files of benchmarks: their names, their content on disk, and the machine behind them."""
 
 __all__ = [
     "environment",

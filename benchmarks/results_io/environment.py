@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine, commit and versions that a result was measured with."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import transformers
 
 
 def environment() -> dict[str, object]:
-    """Machine, commit and versions, for the head of a result file."""
+    """Date, commit, machine and versions, for the head of a result file."""
     commit = os.environ.get("SPECTRAL_PAGED_COMMIT", "")  # a copy of the tree has no history
     try:
         commit = (
             commit
             or subprocess.run(
                 ["git", "describe", "--always", "--dirty"],
-                cwd=Path(__file__).resolve().parent,  # of this code, wherever it is called from
+                cwd=Path(__file__).resolve().parent,  # this code's repository, not the caller's
                 capture_output=True,
                 text=True,
                 check=True,

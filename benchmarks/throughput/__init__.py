@@ -1,4 +1,4 @@
-"""Whole workloads through the engine and what users would run instead."""
+"""Benchmarks of whole workloads: the engine beside transformers' own generation."""
 
 __all__ = [
     "run",

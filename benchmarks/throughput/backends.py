@@ -1,4 +1,4 @@
-"""What serves the requests of a throughput run: this engine by format, and transformers."""
+"""Backends that serve the requests of a throughput run: this engine, and transformers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from spectral_paged.outputs import RequestOutput
 from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 
-FITTING = 0.97  # of the sequences that fit when all prompts are done
-CONTINUOUS_BLOCK = 256  # tokens of a page of transformers' continuous batching, its default
+FITTING = 0.97  # share taken of the sequences that fit once all prompts are sealed
+CONTINUOUS_BLOCK = 256  # tokens of a block in transformers' continuous batching, its default
 
 
 @dataclass(slots=True)
 class Served:
-    """What a backend did, every token of every job; times in seconds from the start of the run.
+    """The outcome of a run that generated every token of every job; times in seconds.
 
-    jobs: what was served.
-    first, gaps: until each request's first token, and between its tokens; empty where a backend
-        does not tell.
+    elapsed: from the first request to the last token.
+    jobs: the requests that were served.
+    first, gaps: until each request's first token, and between its tokens; empty if the backend
+        does not report them.
     decode_rate: tokens a second while every request decodes.
     """
 
@@ -63,14 +64,14 @@ def _peak(device: torch.device) -> int | None:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what a backend before held."""
+    """Free the memory of an earlier backend."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> LLM:
-    """This engine over a model; one with random weights gets a made-up calibration."""
+    """An LLM over a model; one with random weights gets a made-up calibration."""
     geometry = loaded.geometry
     format = PageFormat.preset(
         kv_format, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
@@ -82,7 +83,7 @@ def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> L
 
 @dataclass(slots=True)
 class _Times:
-    """When each request got which of its tokens."""
+    """Times, in seconds from the start of a run, at which requests got their tokens."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
@@ -113,8 +114,9 @@ class _Times:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second while every request decodes: from the last first token to the first
-        end; None where there is no such time."""
+        """Tokens a second while every request decodes, or None if there is no such time.
+
+        That time is from the last first token to the first end of a request."""
         begin, end = max(self.first.values()), min(self.finished)
         inside = [(at, count) for at, count in self.steps if begin < at <= end]
         if len(inside) < 2:
@@ -132,13 +134,16 @@ def serve_with_pages(
     decode_only: bool = False,
     fit: bool = False,
 ) -> Served:
-    """All requests at once into this engine; greedy, no token ends a request early.
+    """Serve all jobs with this engine, added at once; greedy, no token ends a request early.
 
     Args:
-        options: of `LLM`.
-        profile: measure where the time goes; the run is slower for it.
-        decode_only: prompts are not computed, K and V are made up (see `filling`).
-        fit: only as many of the jobs as the cache holds at once.
+        options: further arguments of `LLM`.
+        profile: measure where the time goes, which slows the run down.
+        decode_only: store made-up K and V instead of computing prompts (see `filling`).
+        fit: serve only as many jobs as the cache holds at once.
+
+    Raises:
+        ArithmeticError: a request ended with tokens missing.
     """
     device = loaded.model.device
     forget(device)
@@ -148,7 +153,7 @@ def serve_with_pages(
     if fit:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
         room = llm.cache.concurrency(longest)
-        # some room is left for the last segments of prompts, which are exact until they end
+        # some room is left for the last segments of prompts, whose blocks are exact until they end
         jobs = jobs[: max(1, min(int(FITTING * room), llm.cache.max_num_seqs))]
     _warm_up(llm, jobs)
     if profile:
@@ -172,13 +177,13 @@ def serve_with_pages(
     stats = llm.stats() | {"most_running": most}
     seconds = dict(llm.engine.clock.seconds) if profile else {}
     peak = _peak(device)
-    llm.close()  # whoever comes next has the model as transformers has it
+    llm.close()  # the next backend needs the model with transformers' own attention
     rate, first, gaps = times.decode_rate, list(times.first.values()), times.gaps
     return Served(elapsed, jobs, first, gaps, seconds, stats, peak, rate)
 
 
 def _warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
-    """Compile what the run will need, and capture its graphs."""
+    """Compile the kernels that the run will need, and capture its graphs."""
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     longest = max(len(job.prompt_token_ids) for job in jobs)
     for length in sorted({3, min(longest, 2 * BLOCK_TOKENS), min(longest, 4 * BLOCK_TOKENS + 5)}):
@@ -193,9 +198,10 @@ def _warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
 def serve_with_generate(
     loaded: LoadedModel, jobs: Sequence[Job], *, batch_size: int, attention: str = "sdpa"
 ) -> Served:
-    """transformers `generate` over static batches, left-padded, sorted by length so that little is
-    padded; a batch runs until its longest output is done, tokens past a request's own length do
-    not count."""
+    """Serve all jobs with transformers' `generate`, in static, left-padded batches.
+
+    Jobs are sorted by length so that little is padded. A batch runs until its longest output is
+    done; tokens past a request's own length do not count."""
     model, device = loaded.model, loaded.model.device
     forget(model.device)
     order = sorted(jobs, key=lambda job: (len(job.prompt_token_ids), job.output_len))
@@ -225,12 +231,13 @@ def serve_with_continuous_batching(
     kv_cache_bytes: int | None = None,
     attention: str = "sdpa",
 ) -> Served:
-    """transformers' continuous batching: all requests at once, each to its own length, with the
-    paged form of `attention`, with this engine's budgets of cache and of tokens a step.
+    """Serve all jobs with transformers' continuous batching, added at once.
+
+    It uses the paged form of `attention` and the engine's budgets of cache and tokens a step.
 
     Args:
-        max_num_batched_tokens: of a step.
-        kv_cache_bytes: None lets transformers choose.
+        max_num_batched_tokens: most tokens of a step.
+        kv_cache_bytes: size of the cache; None lets transformers choose.
 
     Raises:
         ArithmeticError: a request came back with an error or with another number of tokens.

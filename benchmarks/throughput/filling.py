@@ -1,7 +1,6 @@
-"""Contexts without their prefill: K and V are stored and sealed as prompts would be, but made up.
+"""Contexts without their prefill: made-up K and V, stored and sealed as a prompt's would be.
 
-Long contexts can so be decoded without paying for hours of prefill; what is timed is the decode
-phase alone.
+A benchmark of the decode phase reaches long contexts this way without hours of prefill.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from spectral_paged.engine import Engine, Runner
 from spectral_paged.kernels.page.view import gather_units, put_units
 from spectral_paged.sampling import PendingTokens
 
-FILL_TOKENS = 65_536  # of a step that only stores
+FILL_TOKENS = 65_536  # most tokens of a step that only stores
 
 
 class CopyingEncoder:
-    """Writes the first page that `encoder` makes wherever a block is sealed: for formats that no
-    kernel seals, whose encoding would take hours at the size of a benchmark. Pages of their own
-    places, so reading them costs what it costs."""
+    """An encoder that writes a copy of the first page of `encoder` for every block.
+
+    It serves formats that no kernel seals, whose encoding would take hours at the size of a
+    benchmark. Each block has a page in its own slot, so reads cost as much as of real pages."""
 
     backend = "copy"
 
@@ -47,7 +47,7 @@ class CopyingEncoder:
 
 
 def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
-    """Let an engine's prompts be stored and sealed, and its decode steps run."""
+    """Make an engine store made-up K and V for prompts and compute its decode steps only."""
     cache = engine.cache
     engine.runner = FillingRunner(engine.runner, cache, vocab_size)
     page_bytes = cache.format.page_bytes
@@ -57,9 +57,9 @@ def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
 
 
 class FillingRunner:
-    """Runs decode steps by `runner`; other steps store made-up K and V and the model is left out.
+    """A runner that passes decode steps to `runner` and stores made-up K and V in all others.
 
-    Sequences of a step that mixes both get made-up tokens, so no text of such a run means anything.
+    Sequences that decode in a mixed step get made-up tokens, so the text of a run means nothing.
     """
 
     def __init__(self, runner: Runner, cache: SpectralKVCache, vocab_size: int) -> None:

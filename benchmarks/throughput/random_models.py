@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights: for speed alone, their text means nothing."""
+"""Models of known shapes with random weights, to measure speed; their text means nothing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def random_config(name: str) -> Any:
 
 
 def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The model `random:<shape>`; errors as `random_config` has them."""
+    """The model `random:<shape>`; raises as `random_config` does."""
     config = random_config(name)
     model_type = SHAPES[name.removeprefix(PREFIX)][1]
     before = torch.get_default_dtype()
@@ -120,6 +120,6 @@ def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> Loade
 
 
 def load_either(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """`random:<shape>`, or a model with weights; errors as `load_random` or `load_model`."""
+    """The model `random:<shape>`, or one with weights; raises as `load_random` or `load_model`."""
     load = load_random if is_random(name) else load_model
     return load(name, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Run a throughput benchmark: backends in turn, a table, JSON with vLLM's keys, plots."""
+"""`spectral-paged bench throughput`: backends in turn, a table, JSON with vLLM's keys, plots."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ BACKENDS = ("exact", "auto", GENERATE, CONTINUOUS)
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of the command.
+    """Arguments of `bench throughput`.
 
     backends: presets of this engine, `transformers` (static batches of `generate`), or
         `transformers-continuous` (its continuous batching, which chooses its batches itself).
-    max_num_seqs: one run a value; of `transformers`, the batch size.
+    max_num_seqs: one run a value; for `transformers`, the batch size.
     input_lens: one run a value, in place of the workload's own.
-    rounds: of the requests only so many for each of `max_num_seqs`.
-    fit: of the requests only as many as the cache holds at once, a backend at a time.
-    decode_only: this engine's contexts are made up instead of computed.
-    name: of the result's files; default the model's.
+    rounds: serve only `rounds * max_num_seqs` of the requests.
+    fit: serve only as many of the requests as a backend's cache holds at once.
+    decode_only: make up this engine's contexts instead of computing them.
+    name: stem of the result's files; default the model's.
     """
 
     model: str
@@ -64,7 +64,7 @@ class Options:
 
 
 def latency(values: Sequence[float]) -> dict[str, float | None] | None:
-    """Milliseconds: mean, median, p99 and the largest; None without values."""
+    """Mean, median, p99 and maximum in milliseconds of `values` in seconds; None without any."""
     if not values:
         return None
     ms = [1e3 * value for value in values]
@@ -77,7 +77,7 @@ def latency(values: Sequence[float]) -> dict[str, float | None] | None:
 
 
 def row_of(backend: str, max_num_seqs: int, served: Served) -> dict[str, Any]:
-    """One run, keys of vLLM's throughput benchmark first."""
+    """The row of one run, with the keys of vLLM's throughput benchmark first."""
     jobs = served.jobs
     outputs = sum(job.output_len for job in jobs)
     total = outputs + sum(len(job.prompt_token_ids) for job in jobs)
@@ -101,7 +101,7 @@ def row_of(backend: str, max_num_seqs: int, served: Served) -> dict[str, Any]:
 
 
 def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o: Options) -> Served:
-    """Run one backend."""
+    """Serve `jobs` with one backend."""
     if backend == GENERATE:
         return serve_with_generate(loaded, jobs, batch_size=batch)
     if backend == CONTINUOUS:
@@ -132,7 +132,7 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as the terminal shows it."""
+    """The text of a row on the terminal."""
     first, gaps = row["ttft_ms"], row["itl_ms"]
     text = (
         f"{row['backend']:20} batch {row['max_num_seqs']:4}: {row['elapsed_time']:8.2f} s, "
@@ -162,7 +162,7 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     """Measure, print, write `throughput-<model>.json` and, over several batches, a plot.
 
     Args:
-        loaded: the model, where it is there already.
+        loaded: the model, if it is loaded already.
 
     Raises:
         InvalidRequestError: no backend, or a workload that the model does not take.
@@ -193,7 +193,7 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "rows": rows,
     }
-    options.output_dir.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so now
+    options.output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     stem = f"throughput-{options.name or file_stem(options.model)}"
     for backend in options.backends:
         for length, batch in product(lengths, options.max_num_seqs):
@@ -215,8 +215,9 @@ AXES = {"max_num_seqs": "requests at once", "input_len": "tokens of a prompt"}
 
 
 def draw(result: dict[str, Any], path: Path, over: str = "max_num_seqs") -> Path:
-    """Output tokens per second over one of `AXES`, a line for each backend and value of the
-    other."""
+    """Draw output tokens per second over one of `AXES`; returns `path`.
+
+    Each backend and value of the other axis has a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))

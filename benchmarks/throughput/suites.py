@@ -1,4 +1,4 @@
-"""Workloads that belong together, run over one loaded model."""
+"""Suites of `bench throughput`: workloads that run over one loaded model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def _decode_only(context: int, output_len: int, requests: int = 256) -> Options:
-    """Outputs are long enough for the first context filled to go on until the last one is."""
+    """A workload that times decode steps over made-up contexts.
+
+    Outputs must be so long that the first sequence still decodes when the last one is filled."""
     return Options(
         MODEL_8B,
         WorkloadOptions(num_prompts=requests, input_len=context, output_len=output_len),
@@ -45,10 +47,10 @@ def _whole(input_len: int, output_len: int, requests: int, ratio: float = 0.0) -
 MIXED = _whole(256, 1024, 64, 0.5)
 
 SUITES: dict[str, dict[str, Options]] = {
-    # one H200; names say context or prompt, and what is bounded
+    # for one H200; a name is the length of context or prompt, and the limit
     "8b": {
         "32k-full": _decode_only(32_768, 192),
-        # of 141 GB a common card has 24
+        # 0.17 of 141 GB are 24 GB, as a common card has
         "8k-24gb": replace(
             _decode_only(8192, 96, 64), gpu_memory_utilization=0.17, max_num_batched_tokens=2048
         ),
@@ -70,7 +72,7 @@ SUITES: dict[str, dict[str, Options]] = {
 
 
 def main(name: str, *, only: Sequence[str], output_dir: Path) -> int:
-    """Run the workloads of a suite, a result each.
+    """Run the workloads of a suite and write a result for each.
 
     Raises:
         InvalidRequestError: no such suite or workload.

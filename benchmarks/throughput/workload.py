@@ -1,4 +1,4 @@
-"""Requests of a throughput run: token ids and output lengths, by a seed."""
+"""Requests of a throughput run: token ids and output lengths, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from spectral_paged.errors import InvalidRequestError
 
 DATASETS = ("random", "sharegpt", "prefix_repetition")
-SHORTEST_PROMPT, SHORTEST_OUTPUT = 4, 4  # of a conversation that is worth timing
+SHORTEST_PROMPT, SHORTEST_OUTPUT = 4, 4  # tokens; shorter conversations are left out
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: so many tokens are generated whatever they are."""
+    """One request; exactly `output_len` tokens are generated, whatever they are."""
 
     prompt_token_ids: list[int]
     output_len: int
@@ -25,13 +25,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """Arguments of the command, named as vLLM names them."""
+    """Arguments of a workload, named as in vLLM."""
 
     dataset: str = "random"
     dataset_path: Path | None = None
     num_prompts: int = 64
     input_len: int = 1024
-    output_len: int | None = None  # default 128; of `sharegpt`, as long as the answer was
+    output_len: int | None = None  # default 128; for `sharegpt`, as long as the answer was
     range_ratio: float = 0.0
     num_prefixes: int = 4
     prefix_len: int = 512
@@ -86,8 +86,10 @@ def _synthetic(options: WorkloadOptions, rng: random.Random, vocab_size: int) ->
 
 
 def _conversations(options: WorkloadOptions, tokenizer: Any, max_model_len: int) -> Iterator[Job]:
-    """Lines `{"conversations": [{"value": ..}, {"value": ..}]}` or `{"prompt": .., "answer": ..}`;
-    too short and too long ones are passed over, as vLLM does."""
+    """Jobs of the conversations in a JSONL file; short and long ones are left out, as in vLLM.
+
+    A line is `{"conversations": [{"value": ..}, {"value": ..}]}` or
+    `{"prompt": .., "answer": ..}`."""
     path = options.dataset_path
     if path is None or not path.is_file():
         raise InvalidRequestError(

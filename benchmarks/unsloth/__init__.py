@@ -1,4 +1,4 @@
-"""Unsloth's models with and without the patch."""
+"""Benchmarks of Unsloth's models with and without the patch."""
 
 __all__ = [
     "models",

@@ -1,9 +1,9 @@
-"""Needles asked of an Unsloth model: `spectral-paged bench unsloth --needles`.
+"""`spectral-paged bench unsloth --needles`: needles that an Unsloth model recalls, by format.
 
-Real weights and real text; what is hidden and how it is asked is that of `bench quality`. The
-unpatched model gets the questions of a context as one left-padded batch. A patched one gets context
-and question in two turns, a question at a time: a context's length is such that all of its blocks
-are pages when its turn ends, so nothing that hides a fact is exact when the question is read.
+Weights and text are real; facts and questions are those of `bench quality`. The unpatched model
+gets all questions about a context in one left-padded batch. A patched one gets context and question
+in two turns, a question at a time. A context has a length at which all of its blocks are pages when
+its turn ends, so no fact lies in exact tokens when the question is read.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ MAX_ROUNDS = 16
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Needles by one format.
+    """The numbers of needles that one format recalls.
 
-    known, recalled_of_known: those that the unpatched model recalls, and which of them this does.
-    same_tokens: answers that are token for token what the unpatched model said.
+    known, recalled_of_known: needles that the unpatched model recalls, and those of them that the
+        format recalls too.
+    same_tokens: answers that are token for token those of the unpatched model.
     """
 
     format: str
@@ -53,7 +54,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said to a question, and whether that was right."""
+    """The tokens with which a model answered a question; `right` if they are the answer."""
 
     token_ids: list[int]
     right: bool
@@ -68,7 +69,7 @@ GREEDY: dict[str, Any] = {
 
 
 def _said_at_once(model: Any, probe: Probe) -> list[list[int]]:
-    """Tokens said to each question, all of them in one left-padded batch."""
+    """The tokens of the answer to each question, all in one left-padded batch."""
     rows = [[*probe.context, *question.prompt] for question in probe.questions]
     inputs = left_padded(rows, model.device)
     out = model.generate(**inputs, **GREEDY)
@@ -77,7 +78,7 @@ def _said_at_once(model: Any, probe: Probe) -> list[list[int]]:
 
 
 def _said_in_turns(model: Any, probe: Probe) -> list[list[int]]:
-    """Tokens said to each question, which comes when its context is stored and sealed."""
+    """The tokens of the answer to each question, asked once its context is stored and sealed."""
     context = torch.tensor([probe.context], device=model.device)
     said = []
     for question in probe.questions:
@@ -98,7 +99,7 @@ def _said_in_turns(model: Any, probe: Probe) -> list[list[int]]:
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, probe: Probe, *, in_turns: bool) -> list[Answer]:
-    """What the model says to every question of a probe."""
+    """The model's answers to every question of a probe."""
     said = (_said_in_turns if in_turns else _said_at_once)(model, probe)
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     return [
@@ -110,13 +111,13 @@ def answers(model: Any, tokenizer: Any, probe: Probe, *, in_turns: bool) -> list
 def ask(
     model: Any, tokenizer: Any, probes: Sequence[Probe], format: str, **options: Any
 ) -> tuple[list[Answer], int]:
-    """Answers to all questions, patched with `format` or as Unsloth runs; and pages read.
+    """Answers to all questions, patched with `format` or unpatched, and the number of pages read.
 
     Args:
-        options: of `patch_unsloth_attention`.
+        options: further arguments of `patch_unsloth_attention`.
 
     Raises:
-        ArithmeticError: a format of pages was asked, and no page was read.
+        ArithmeticError: the format has pages, and none was read.
     """
     from spectral_paged.integrations.unsloth import patch_unsloth_attention
 
@@ -143,7 +144,7 @@ def ask(
 
 
 def recall(format: str, found: Sequence[Answer], own: Sequence[Answer], attended: int) -> Recall:
-    """Answers of a format beside the unpatched model's `own`."""
+    """Compare the answers `found` of a format with the unpatched model's `own`."""
     pairs = list(zip(found, own, strict=True))
     return Recall(
         format,
@@ -157,7 +158,7 @@ def recall(format: str, found: Sequence[Answer], own: Sequence[Answer], attended
 
 
 def probes_of(hay: Haystack, lengths: Sequence[int], count: int) -> list[Probe]:
-    """Rounds of `needle_probes` until `count` needles are asked, or there are no more."""
+    """Rounds of `needle_probes` with at least `count` needles, at most `MAX_ROUNDS` of them."""
     probes: list[Probe] = []
     for round in range(MAX_ROUNDS):
         probes += needle_probes(hay, lengths, round)
@@ -176,14 +177,15 @@ def main(
     output_dir: Path,
     **options: Any,
 ) -> int:
-    """Ask `count` needles or a few more of the unpatched model and of every format, on this
-    machine's GPU; print a line each and write `unsloth-needles-<model>.json`.
+    """Ask the unpatched model and every format for `count` needles or a few more, on this GPU.
+
+    Prints a line each and writes `unsloth-needles-<model>.json`.
 
     Args:
         model: alias, folder or GGUF file.
         formats: presets; `unpatched` may be among them, and is asked once.
         lengths: tokens of a context.
-        options: of `patch_unsloth_attention`.
+        options: further arguments of `patch_unsloth_attention`.
 
     Raises:
         FormatError: an unknown preset.
@@ -194,7 +196,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(model, device=where, dtype=choose_dtype(dtype, where))
         tokenizer, geometry = loaded.tokenizer, loaded.geometry
-        for name in formats:  # an unknown one is refused before anything is asked
+        for name in formats:  # an unknown preset is refused before any work
             PageFormat.preset(name, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim)
         loaded.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

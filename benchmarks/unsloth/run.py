@@ -1,8 +1,8 @@
-"""Generation of an Unsloth model with and without the cache: `spectral-paged bench unsloth`.
+"""`spectral-paged bench unsloth`: speed of an Unsloth model with and without the cache.
 
-A model of a known shape with random weights, so its text means nothing. Rates are of `generate`
-itself: the time of a long generation less that of a short one. Attention time is the GPU's, from
-the profiler: kernels of a one-token step after the prompt, less those after a prompt of 64 tokens.
+The model has a known shape and random weights, so its text means nothing. Rates come from the time
+of a long `generate` less that of a short one. Attention time is GPU time from the profiler: kernels
+of a one-token step after the prompt, less those after a prompt of 64 tokens.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PageFormat
 
 CASES = ((1, 2462), (16, 8192))  # rows, prompt tokens
-UNPATCHED = "unpatched"  # a model as Unsloth runs it, beside names of formats
+UNPATCHED = "unpatched"  # in place of a format: the model as Unsloth runs it
 FORMATS = (UNPATCHED, "exact", "spectral-int8", "spectral-quality")
-SHORT_CONTEXT = 64  # what a step costs without attention
-SHORT, LONG = 8, 136  # new tokens: their difference is timed
+SHORT_CONTEXT = 64  # tokens of a prompt whose step stands for one without attention
+SHORT, LONG = 8, 136  # new tokens of two generations, whose difference is timed
 PROFILED_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One format at one size; times in seconds unless they say milliseconds."""
+    """The measurement of one format at one size."""
 
     num_rows: int
     prompt_tokens: int
@@ -67,7 +67,7 @@ def _prompt(model: Any, num_rows: int, length: int) -> dict[str, Tensor]:
 
 
 def _generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> tuple[float, Tensor]:
-    """Seconds, and the new tokens `[B, new_tokens]`."""
+    """Generate; returns the seconds, and the new tokens `[B, new_tokens]`."""
     start = _clock(model.device)
     out = model.generate(
         **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -77,7 +77,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> tuple[f
 
 @torch.inference_mode()
 def _kernel_ms(model: Any, inputs: dict[str, Tensor]) -> float | None:
-    """Milliseconds that the GPU computes in a one-token step after the prompt; None on a CPU."""
+    """Milliseconds of GPU kernels in a one-token step after the prompt; None on a CPU."""
     if model.device.type != "cuda":
         return None
     ids, mask = inputs.values()
@@ -111,7 +111,7 @@ def measure(
     long: int = LONG,
     **options: Any,
 ) -> Row:
-    """Time `model` as Unsloth runs it, or patched with `format`."""
+    """Time `model`, patched with `format` or not, on `num_rows` prompts of `length` tokens."""
     from spectral_paged.integrations.unsloth import patch_unsloth_attention
 
     inputs = _prompt(model, num_rows, length)
@@ -126,7 +126,7 @@ def measure(
             **options,
         )
     try:
-        _generate(model, inputs, short)  # kernels are compiled and loaded
+        _generate(model, inputs, short)  # compiles and loads kernels
         first, _ = _generate(model, inputs, 1)
         brief, _ = _generate(model, inputs, short)
         whole, tokens = _generate(model, inputs, long)
@@ -150,7 +150,7 @@ def measure(
 
 
 def write(rows: Sequence[Row], model: str, *, enforce_eager: bool, output_dir: Path) -> Path:
-    """`unsloth-<model>.json` of the rows so far."""
+    """Write `unsloth-<model>.json` of the rows so far; returns its path."""
     versions = {name: importlib.import_module(name).__version__ for name in ("unsloth", "triton")}
     result = {
         "environment": environment() | versions | {"device": "cuda"},
@@ -185,7 +185,7 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
                     pages, LoadedModel(model, fast, None, geometry)
                 )
             rows.append(measure(fast, format, num_rows, length, **options))
-            # written row by row: what was measured survives an error
+            # written after each row, so that an error loses nothing
             path = write(rows, model, enforce_eager=enforce_eager, output_dir=output_dir)
             torch.cuda.empty_cache()
             row = rows[-1]
@@ -200,9 +200,10 @@ def main(*, model: str, formats: Sequence[str], enforce_eager: bool, output_dir:
 
 
 def run_apart(module: str, arguments: dict[str, Any]) -> int:
-    """`main(**arguments)` of a module of this package, in a process of its own that imports Unsloth
-    before all else, as Unsloth asks for; `output_dir` becomes a path again. The exit code is that
-    of the command line: 2 for a typed error, which is told in a line.
+    """Run `main(**arguments)` of a module in a new process, which imports Unsloth first.
+
+    Unsloth must be imported before transformers. `output_dir` becomes a path again. The exit code
+    is that of the command line: 2 for a typed error, which is printed as one line.
 
     Raises:
         MissingPackageError: unsloth is not installed.
