@@ -1,6 +1,6 @@
-"""Batch files: JSONL lines in, one record a line out, resumable.
+"""Batch files: a run reads JSONL lines, writes a record for each, and can be resumed.
 
-It knows the LLM and OpenAI's forms.
+The package imports the LLM and OpenAI's formats.
 """
 
 __all__ = [

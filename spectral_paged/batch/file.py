@@ -1,4 +1,4 @@
-"""JSONL batches: lines in, requests out, records back; what is finished survives a kill.
+"""The input and output files of a JSONL batch; finished records survive a kill of the process.
 
 ```
 in    {"prompt": "..."} | "..." | {"messages": [...]} | an OpenAI batch line (custom_id, url, body)
@@ -49,7 +49,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One line of input. `messages` or `prompt` is set, or `error` says why neither is."""
+    """One line of input, with `messages` or `prompt` set, or else `error`.
+
+    digest: 16 hex digits of SHA-256 over the line's bytes.
+    """
 
     number: int
     digest: str
@@ -63,10 +66,10 @@ class BatchLine:
 
 
 def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
-    """Lines of a JSONL file, blank ones skipped; a bad line carries its error.
+    """Yield the lines of a JSONL file that are not blank. A bad line has its error as `error`.
 
     Args:
-        defaults: sampling values for lines that name none.
+        defaults: sampling values for fields that a line does not have.
     """
     seen: dict[str, int] = {}
     for number, raw in _raw_lines(path):
@@ -89,7 +92,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def count_lines(path: Path) -> int:
-    """Lines that are not blank."""
+    """Return the number of lines that are not blank."""
     return sum(1 for _ in _raw_lines(path))
 
 
@@ -98,7 +101,7 @@ def _digest(raw: bytes) -> str:
 
 
 def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLine:
-    """A bad line keeps its id and url, so that its error record can be told to whom it belongs."""
+    """Read one line. A bad one keeps its id and url, so that its error record can be assigned."""
     digest, value = _digest(raw), None
     try:
         value = _json_object(raw)
@@ -220,7 +223,7 @@ def _params(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
-    """The record of a line that could not be served."""
+    """Return the record of a line that could not be served."""
     detail = {"type": type(error).__name__, "message": str(error), "line": line.number}
     record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
     if line.custom_id is not None:
@@ -232,7 +235,7 @@ def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
 
 
 def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
-    """The record of a finished line: OpenAI's shape for a batch line, ours for a plain one."""
+    """Return the record of a finished line, in OpenAI's format for an OpenAI batch line."""
     record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
     if line.custom_id is not None:
         record["custom_id"] = line.custom_id
@@ -271,16 +274,16 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
 
 
 class OutputFile:
-    """Appends records and knows which lines an earlier run finished.
+    """The output file of a batch, with the lines that an earlier run finished.
 
-    Opening drops a torn last line (a kill in the middle of a write). A line whose hash differs
-    from the input's means another input file. With `overwrite` the earlier content goes when the
-    first record comes, so a run that never starts costs nothing. While it is open no other may be:
-    it would take a record that is being written for a torn one, and serve lines twice.
+    Opening drops a torn last line, which a kill during a write leaves. A record whose hash differs
+    from the input line's belongs to another input file. With `overwrite` the first record replaces
+    the earlier content, so that a run that never starts loses none. The file is locked, because a
+    second run would drop a record that is being written as torn, and serve lines twice.
 
     Raises:
-        CorruptFileError: a line of the file is not a record of ours.
-        InvalidRequestError: another run writes to it.
+        CorruptFileError: a line of the file is not a record of this program.
+        InvalidRequestError: another run writes to the file.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
@@ -298,7 +301,7 @@ class OutputFile:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the file is closed
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file unlocks it
         except BlockingIOError:
             raise InvalidRequestError(
                 f"another run writes to {self.path}: wait until it ends, or name another --output"
@@ -312,7 +315,7 @@ class OutputFile:
         end = 0
         with self.path.open("rb") as file:
             for number, raw in bounded_lines(file, MAX_RECORD_BYTES):
-                if is_cut(raw, MAX_RECORD_BYTES):  # no torn end: what follows must not be dropped
+                if is_cut(raw, MAX_RECORD_BYTES):  # not a torn end: later lines must not be dropped
                     raise CorruptFileError(
                         f"{self.path}, line {number}: more than {amount(MAX_RECORD_BYTES)}, so no "
                         "record of this program; name another --output"
@@ -332,7 +335,7 @@ class OutputFile:
         os.truncate(self.path, end)
 
     def check(self, source: Path) -> None:
-        """Refuse, before anything is served or written, an output that answers another input.
+        """Refuse an output file that belongs to another input, before anything is served.
 
         Raises:
             InvalidRequestError: a record's line is not in `source`, or has other content there.
@@ -351,10 +354,10 @@ class OutputFile:
         )
 
     def has(self, line: BatchLine) -> bool:
-        """True if the line is done.
+        """True if the line has a record.
 
         Raises:
-            InvalidRequestError: the file holds that line's number for other content.
+            InvalidRequestError: the record of that line number is of other content.
         """
         digest = self.finished.get(line.number)
         if digest is not None and digest != line.digest:
@@ -362,7 +365,7 @@ class OutputFile:
         return digest is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; after this returns a kill of the process does not lose it."""
+        """Append one record. A kill of the process after this returns does not lose it."""
         if self._stale:
             self._file.truncate(0)
             self._stale = False

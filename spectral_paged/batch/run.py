@@ -1,4 +1,4 @@
-"""Run a JSONL batch through an LLM: bounded queue, records as lines finish, resume."""
+"""A batch run serves the lines of a JSONL file with an LLM and writes records as they finish."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spectral_paged.outputs import RequestOutput
 
 @dataclass(frozen=True, slots=True)
 class LineResult:
-    """The record of one line. `failed`: it is an error's."""
+    """The record of one line; `failed`: it is an error record."""
 
     record: dict[str, Any]
     failed: bool
@@ -35,7 +35,7 @@ class LineResult:
 
 @dataclass(slots=True)
 class BatchSummary:
-    """Lines by outcome: `skipped` ones were finished by an earlier run."""
+    """The number of lines by outcome; an earlier run finished the `skipped` ones."""
 
     done: int = 0
     failed: int = 0
@@ -44,21 +44,21 @@ class BatchSummary:
 
     @property
     def num_lines(self) -> int:
-        """Lines that have a record."""
+        """The number of lines that have a record."""
         return self.done + self.failed + self.skipped
 
     def count(self, result: LineResult) -> None:
-        """One more line has its record."""
+        """Count a line that got its record."""
         self.failed += result.failed
         self.done += not result.failed
         self.generated_tokens += result.num_tokens
 
 
 def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, None, None]:
-    """Results in the order in which lines finish; fewer than `2 * max_num_seqs` are in flight.
+    """Yield results in the order in which lines finish, with up to `2 * max_num_seqs` in flight.
 
-    A line that cannot be served becomes an error record. Closing the iterator, or an error in it,
-    aborts what still runs.
+    A line that cannot be served yields an error record. Closing the iterator, or an error in it,
+    aborts running requests.
     """
     limit = 2 * llm.engine.scheduler.config.max_num_seqs
     in_flight: dict[str, BatchLine] = {}
@@ -76,7 +76,7 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
                     yield LineResult(error_record(line, error), failed=True)
             for output in llm.engine.step() if in_flight else ():
                 line = in_flight.pop(output.request_id, None) if output.finished else None
-                if line is not None:  # else it goes on, or is not of this run
+                if line is not None:  # else it still runs, or belongs to another caller
                     yield _result(line, output, llm.model_name)
     finally:
         for request_id in in_flight:
@@ -84,7 +84,7 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
 
 
 def _submit(llm: LLM, line: BatchLine) -> str:
-    """Queue a line; its request id."""
+    """Queue a line and return its request id."""
     request_id = f"line-{line.number}"
     with counted_refusal(llm.engine.counters, request_id):
         if line.error is not None:
@@ -105,9 +105,9 @@ def _result(line: BatchLine, output: RequestOutput, model_name: str) -> LineResu
 
 
 class BatchRun:
-    """Serves the lines of a file that its output does not hold yet.
+    """Serves the lines of a file that have no record in its output file.
 
-    An error record counts as finished, so a resume does not try its line again.
+    An error record counts as finished, so a resumed run does not serve its line again.
     """
 
     def __init__(self, llm: LLM, source: Path, output: OutputFile) -> None:
@@ -118,10 +118,10 @@ class BatchRun:
         self.total = 0
 
     def run(self, defaults: Mapping[str, Any], *, quiet: bool = False) -> BatchSummary:
-        """Serve every line that the output file does not hold yet.
+        """Serve every line that has no record in the output file.
 
         Args:
-            defaults: sampling values for lines that name none.
+            defaults: sampling values for fields that a line does not have.
 
         Raises:
             InvalidRequestError: the output file belongs to another input.
@@ -142,14 +142,14 @@ class BatchRun:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Lines that have a record, and lines in all (0 before `run`)."""
+        """The number of lines that have a record, and of all lines (0 before `run`)."""
         return self.summary.num_lines, self.total
 
 
 def unfinished_lines(
     source: Path, output: OutputFile, defaults: Mapping[str, Any], summary: BatchSummary
 ) -> Iterator[BatchLine]:
-    """Lines that `output` has no record of; the others are counted as skipped.
+    """Yield the lines that have no record in `output`, and count the others as skipped.
 
     Raises:
         InvalidRequestError: the output file belongs to another input.

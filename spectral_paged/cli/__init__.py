@@ -1,4 +1,4 @@
-"""The command line; it knows everything."""
+"""The command line, which may import every other package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m spectral_paged.cli`."""
+"""`python -m spectral_paged.cli` runs the command line."""
 
 from spectral_paged.cli import main
 

@@ -121,7 +121,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Run a batch file; 0 when every line got a record, bad lines included."""
+    """Run a batch file; return 0 if every line got a record, bad lines included."""
     from spectral_paged.batch.file import OutputFile
     from spectral_paged.sampling import SamplingParams
 
@@ -165,7 +165,7 @@ def generate(args: argparse.Namespace) -> int:
 def _generate_here(
     args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
 ) -> tuple[BatchSummary, float, str]:
-    """With one LLM in this process; the summary, seconds, and what else there is to print."""
+    """Serve the file with one LLM in this process; return the summary, seconds and figures."""
     from spectral_paged.batch.run import BatchRun
     from spectral_paged.llm import LLM
 
@@ -191,7 +191,7 @@ def _generate_here(
 def _generate_on_ray(
     args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
 ) -> tuple[BatchSummary, float, str]:
-    """With workers of a cluster; the seconds are those of loading too."""
+    """Serve the file with workers of a Ray cluster; the seconds include loading."""
     from spectral_paged.integrations.ray import run_batch
 
     begin = time.monotonic()
@@ -209,7 +209,7 @@ def _generate_on_ray(
 
 
 def _can_show() -> bool:
-    """Whether `--top` has a terminal; says so where it has none."""
+    """Return whether `--top` has a terminal, and print a note if it has none."""
     from spectral_paged.metrics import top
 
     if not top.can_show():
@@ -226,7 +226,7 @@ def _view(llm: LLM, run: BatchRun) -> AbstractContextManager[None]:
 
 @contextmanager
 def _exporting(args: argparse.Namespace) -> Iterator[Callable[[LLM], object]]:
-    """Serve metrics inside where a port is given; yields what adds an LLM to them."""
+    """Serve metrics inside if a port is given; yield the function that adds an LLM to them."""
     if args.metrics_port is None:
         yield lambda llm: None
         return
@@ -245,7 +245,7 @@ def top(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print a model's figures for every preset; needs its config, not its weights."""
+    """Print a model's figures for every preset, read from its config without its weights."""
     from spectral_paged.cli.info import model_report
     from spectral_paged.models.geometry import ModelGeometry
     from spectral_paged.models.loader import load_config
@@ -258,7 +258,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Run a model over text and write its calibration; prints what it saw."""
+    """Run a model over text, write its calibration and print a summary."""
     from spectral_paged.device import choose_device, choose_dtype
     from spectral_paged.models import calibration
     from spectral_paged.models.loader import load_model
@@ -297,8 +297,10 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 2 for a typed error or an unusable file (the message goes to stderr), 130
-    after an interrupt."""
+    """Run a command and return its exit status.
+
+    2: a typed error or an unusable file, whose message goes to stderr. 130: an interrupt.
+    """
     args = build_parser().parse_args(argv)
     commands = {
         "generate": generate,

@@ -1,4 +1,4 @@
-"""What a model needs and gets: bytes a token, pages and capacity, format by format."""
+"""The report of `spectral-paged info`: bytes a token, pages and capacity of a model, by format."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ REPORTED_LENGTHS = (8192, 32768, 131072)
 
 @dataclass(frozen=True, slots=True)
 class FormatReport:
-    """Bytes of all layers; `bytes_at` and `ratio_at` are of one sequence of so many tokens, its
-    landmarks, tail and padding counted."""
+    """The bytes of a format in all layers of a model.
+
+    `bytes_at` and `ratio_at` are of one sequence, by its number of tokens. They include its
+    landmarks, tail and padding.
+    """
 
     name: str
     page_bytes: int
@@ -32,8 +35,10 @@ class FormatReport:
 
 
 def sequence_bytes(format: PageFormat, windows: Sequence[int | None], num_tokens: int) -> int:
-    """Bytes that a generating sequence of `num_tokens` holds, 2 bytes an exact element; `windows`
-    has an entry a layer."""
+    """Return the bytes of a generating sequence of `num_tokens`, at 2 bytes an exact element.
+
+    windows: the sliding window of each layer, or None.
+    """
     return sum(
         count
         * retention_of(format, window).while_generating(num_tokens).num_bytes(format, ITEMSIZE)
@@ -42,8 +47,11 @@ def sequence_bytes(format: PageFormat, windows: Sequence[int | None], num_tokens
 
 
 def report_format(format: PageFormat, geometry: ModelGeometry, memory_bytes: int) -> FormatReport:
-    """Figures of one format; capacity is of sealed tokens (exact ones for `exact`), in layers
-    without a window where there are any."""
+    """Return the figures of one format.
+
+    The capacity counts sealed tokens (exact ones for `exact`), in the layers without a sliding
+    window if there are any.
+    """
     layers = geometry.windows.count(None) or geometry.num_layers
     plain = geometry.num_kv_heads * geometry.head_dim * 2 * ITEMSIZE
     if format.seals:
@@ -68,7 +76,7 @@ def report_format(format: PageFormat, geometry: ModelGeometry, memory_bytes: int
 
 
 def model_report(name: str, geometry: ModelGeometry, memory_bytes: int) -> str:
-    """A table of every preset for a model, ready to print.
+    """Return a table of every preset for a model, as text.
 
     Raises:
         FormatError: no preset fits the model's heads.

@@ -1,6 +1,6 @@
-"""How the command line writes what the package logs: text with `key=value`, or JSON lines.
+"""The command line writes the package's log records as text with `key=value`, or as JSON lines.
 
-A record's fields are what its `extra=` gave: `event`, `request_id`, `reason` and counts.
+A record's fields come from its `extra=`: `event`, `request_id`, `reason` and counts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What `extra=` gave to a record; names with a `_` before are other packages' (Ray marks every
-    record of a process that imports it)."""
+    """Return the fields that `extra=` gave to a record.
+
+    Names that begin with `_` are left out: Ray marks every record of a process that imports it.
+    """
     found = vars(record).items()
     return {k: v for k, v in found if k not in _STANDARD and not k.startswith("_")}
 
 
 class TextFormatter(logging.Formatter):
-    """`time LEVEL logger: message key=value ...`; values that are no single word are quoted."""
+    """Formats `time LEVEL logger: message key=value ...`; values of several words are quoted."""
 
     def format(self, record: logging.LogRecord) -> str:
         words = [_time(record), record.levelname, f"{record.name}:", record.getMessage()]
@@ -35,7 +37,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, then the record's fields."""
+    """Formats one JSON object a line: time, level, logger, message, and the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         found = {
@@ -64,7 +66,7 @@ def _word(value: object) -> str:
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at that time: a live view puts its own there."""
+    """Writes to the current `sys.stderr`, because a live view replaces it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -80,8 +82,10 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def logging_to_stderr(format: str, level: str) -> Iterator[None]:
-    """Show the package's own log records inside, and those of the HTTP server that it runs; other
-    packages' are left as they are."""
+    """Write the log records of the package and of its HTTP server to stderr inside.
+
+    Logging of other packages does not change.
+    """
     loggers = [logging.getLogger(name) for name in ("spectral_paged", "uvicorn.error")]
     handler, before = _StderrHandler(), [logger.level for logger in loggers]
     handler.setFormatter({"text": TextFormatter, "json": JsonFormatter}[format]())
