@@ -30,8 +30,8 @@ QUESTIONS = (
     "List two uses of a paper clip.",
 )
 
-# (file, first character, characters, question); the third shares its text with the first, and so
-# finds it in the prefix cache
+# (file, first character, characters, question); the third shares its text with the first, so its
+# prompt hits the prefix cache
 READINGS = (
     ("sherlock_holmes.txt", 0, 7000, "Who is Irene Adler to Sherlock Holmes?"),
     ("alice.txt", 0, 8000, "What did Alice see by the river?"),
@@ -45,7 +45,7 @@ READINGS = (
 
 
 def conversations() -> list[tuple[str, str]]:
-    """(title, user message) of every prompt, long and short ones mixed."""
+    """Return (title, user message) of every prompt, long and short ones mixed."""
     long = []
     for name, start, count, question in READINGS:
         passage = (TEXTS / name).read_text(encoding="utf-8")[start : start + count]
@@ -64,7 +64,7 @@ def conversations() -> list[tuple[str, str]]:
 def run(
     llm: LLM, prompts: list[tuple[str, str]], max_tokens: int
 ) -> tuple[list[RequestOutput], list[dict[str, object]]]:
-    """Drive the engine to the end; outputs in prompt order and the cache's figures per step."""
+    """Run the engine to the end; return outputs in prompt order and its figures after each step."""
     engine = llm.engine
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     for i, (_, message) in enumerate(prompts):
@@ -84,7 +84,7 @@ def run(
 
 
 def print_table(prompts: list[tuple[str, str]], outputs: list[RequestOutput]) -> None:
-    """One line a request; ratios count landmarks, tail, scales, basis and padding."""
+    """Print one line a request; ratios count landmarks, tail, scales, basis and padding."""
     print(
         f"\n{'prompt':44} {'tokens':>6} {'sealed':>6} {'cached':>6} {'tok/s':>6} "
         f"{'B/token':>8} {'ratio':>6}"
@@ -100,7 +100,7 @@ def print_table(prompts: list[tuple[str, str]], outputs: list[RequestOutput]) ->
 
 
 def print_summary(outputs: list[RequestOutput], stats: dict[str, object], seconds: float) -> None:
-    """Totals of the run; both ratios are against 2 bytes an element."""
+    """Print totals of the run; both ratios are against 2 bytes an element."""
     read = sum(len(o.prompt_token_ids) for o in outputs)
     written = sum(len(o.outputs[0].token_ids) for o in outputs)
     print(
@@ -121,7 +121,7 @@ def print_summary(outputs: list[RequestOutput], stats: dict[str, object], second
 
 
 def plot_occupancy(history: list[dict[str, object]], path: Path) -> None:
-    """Pool occupancy over the run."""
+    """Plot the pool's occupancy after each step of the run."""
     import matplotlib
 
     matplotlib.use("Agg")

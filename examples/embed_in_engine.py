@@ -1,7 +1,7 @@
-"""The cache in a serving loop of one's own: no LLM, no Engine, no scheduler of the package.
+"""A serving loop of its own uses the cache without the package's LLM, Engine and scheduler.
 
-The forward pass is written out over a llama's weights; the loop admits, cuts prompts into chunks,
-decodes, ends sequences and preempts the newest. `docs/embedding.md` says what it may rely on.
+The forward pass is written out over a llama's weights. The loop admits requests, cuts prompts into
+chunks, decodes, ends sequences and preempts the newest. `docs/embedding.md` has the contract.
 """
 
 import sys
@@ -21,7 +21,10 @@ def rms_norm(module, x):
 
 
 def llama_logits(model, table, cache, token_ids, positions, rows):
-    """`[len(rows), vocab]` of the cache's open step; token_ids and positions: int64 `[T]`."""
+    """Return logits `[len(rows), vocab]` of the cache's open step.
+
+    token_ids, positions: int64 `[T]`; rows: indices of the tokens whose logits are returned.
+    """
     x = model.model.embed_tokens(token_ids)
     for number, layer in enumerate(model.model.layers):
         heads, mlp, h = layer.self_attn, layer.mlp, rms_norm(layer.input_layernorm, x)
@@ -37,7 +40,7 @@ def llama_logits(model, table, cache, token_ids, positions, rows):
 @dataclass
 class Request:
     num_prompt_tokens: int
-    token_ids: list[int]  # the cache reads it too: tokens are only ever appended
+    token_ids: list[int]  # only ever appended to, because the cache reads the same list
     max_length: int
     preempted: bool = False
 
@@ -68,7 +71,7 @@ class ServingLoop:
         self.num_started, self.num_preempted, self.crowded = 0, 0, False
 
     def start(self, prompt, max_tokens=None):
-        """Queue token ids; returns the name of the request and of its sequence in the cache."""
+        """Queue token ids; return the request's name, which its sequence has in the cache too."""
         longest = self.cache.max_sequence_tokens
         length = longest if max_tokens is None else len(prompt) + max_tokens
         if not 0 < len(prompt) < length <= longest:
@@ -78,7 +81,7 @@ class ServingLoop:
         return name
 
     def release(self, name, *, forget=False):
-        """End a request in whatever state; `forget`: nobody shall find it as a prefix."""
+        """End a request in any state; `forget`: keep its tokens out of the prefix cache."""
         self.waiting.pop(name, None)
         if self.running.pop(name, None):
             self.cache.free(name, forget=forget)
@@ -86,7 +89,7 @@ class ServingLoop:
 
     @torch.inference_mode()
     def step(self):
-        """New token ids by name, or the error of a request that failed and is gone."""
+        """Run one step; return new token ids by name, or the error of a request that failed."""
         plan = self._reserve()
         if not plan.entries:
             return {}
@@ -106,7 +109,7 @@ class ServingLoop:
             self.cache.abort_step()  # none of its tokens count as stored
             raise
         failed = self.cache.end_step().failed
-        finite = logits.isfinite().all(-1).tolist()  # the cache checks nothing but what it seals
+        finite = logits.isfinite().all(-1).tolist()  # the cache checks only tokens that it seals
         drawn = zip(ready, logits.argmax(-1).tolist(), finite, strict=True)
         results = {name: [token] if ok else NonFiniteError(name) for name, token, ok in drawn}
         for name, found in (results := results | failed).items():
@@ -120,7 +123,7 @@ class ServingLoop:
         return results
 
     def _reserve(self):
-        """The next plan: running requests, then as many waiting ones as there is room for."""
+        """Return the next plan: running requests, then as many waiting ones as there is room."""
         budget, wanted = self.max_step_tokens, {}
         for name in [*self.running, *self.waiting]:
             if budget and (name in self.running or self._admit(name)):
@@ -128,7 +131,7 @@ class ServingLoop:
                 wanted[name] = min(due, budget, self.cache.chunk_limit(name))
                 budget -= wanted[name]
         while (plan := self.cache.reserve(wanted)) is None:
-            name, request = self.running.popitem()  # the newest; the oldest alone always fits
+            name, request = self.running.popitem()  # the newest; the oldest always fits
             self.cache.free(name)
             wanted.pop(name, None)
             self.waiting = {name: request, **self.waiting}
@@ -138,11 +141,11 @@ class ServingLoop:
 
     def _admit(self, name):
         new = self.waiting[name]
-        if self.crowded and self.running:  # until one ends it would be preempted at once
+        if self.crowded and self.running:  # before another ends, it would be preempted at once
             return False
         known = {"token_ids": new.token_ids, "resumed": new.preempted}
         if self.cache.add_sequence(name, num_prompt_tokens=new.num_prompt_tokens, **known) is None:
-            return False  # max_num_seqs are held
+            return False  # the cache has max_num_seqs sequences
         self.running[name] = self.waiting.pop(name)
         return True
 

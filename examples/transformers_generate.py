@@ -1,4 +1,4 @@
-"""transformers' own generate over spectral pages: a batch, streamed text, and a second turn."""
+"""transformers' `generate` runs over spectral pages: a batch, streamed text, and a second turn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
     for question in ("Who was Isaac Newton?", "When was he born?"):
         turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         new = tokenizer(turn, return_tensors="pt")["input_ids"]
-        tokens = torch.cat([tokens, new], dim=1)  # all so far: generate computes what is new
+        tokens = torch.cat([tokens, new], dim=1)  # all tokens; generate computes only new ones
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True)
         tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
     print(cache)

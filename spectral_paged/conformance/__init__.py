@@ -1,6 +1,6 @@
-"""A kit that certifies somebody else's loop around the cache.
+"""A kit of checks for an embedder's serving loop around the cache.
 
-It knows the LLM and what lies below it.
+The package imports the LLM and its dependencies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Somebody else's loop around the cache, as the conformance kit drives and watches it."""
+"""Adapters let the conformance kit drive and observe an embedder's loop around the cache."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from spectral_paged.errors import ConformanceError
 from spectral_paged.pages import PageFormat
 
 Result = Sequence[int] | Exception
-STALLED_STEPS = 1000  # without a token for anybody
+STALLED_STEPS = 1000  # steps without a token for any request
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What a check wants served.
+    """The model, cache and limits that a check asks an adapter for.
 
     Attributes:
-        model: a transformers causal LM in fp32, not to be changed.
-        format: the cache's page format; it needs no calibration.
-        cache_options: those of its `SpectralKVCache`.
-        max_step_tokens: most tokens that a step computes; prompts are cut to it.
+        model: a transformers causal LM in fp32, which the adapter must not change.
+        format: the cache's page format, which needs no calibration.
+        cache_options: the options of its `SpectralKVCache`.
+        max_step_tokens: the most tokens that a step computes; longer prompts are cut in chunks.
     """
 
     model: Any
@@ -34,27 +34,31 @@ class AdapterConfig:
 
 
 class Adapter(Protocol):
-    """A loop as the kit drives it. Decoding is greedy and knows no end of sequence: a request runs
-    until the kit releases it."""
+    """A serving loop with the methods that the kit calls.
+
+    Decoding is greedy and ignores end-of-sequence tokens. A request runs until the kit releases it.
+    """
 
     @property
     def cache(self) -> SpectralKVCache:
-        """The one cache that the loop uses."""
+        """The only cache that the loop uses."""
 
     def start(self, prompt: Sequence[int], /) -> str:
-        """Queue token ids; the id that the cache knows, or will know, the sequence by."""
+        """Queue token ids and return the id that the sequence has, or will have, in the cache."""
 
     def step(self) -> Mapping[str, Result]:
-        """Run one step; each sequence's new token ids, or the error of one that has failed. What
-        has failed is freed and heard of no more."""
+        """Run one step and return each sequence's new token ids, or the error of a failed one.
+
+        The loop frees a failed sequence and does not return it again.
+        """
 
     def release(self, handle: str, /) -> None:
-        """End a request in whatever state it is, and free what it holds."""
+        """End a request in any state, and free its sequence."""
 
 
 @dataclass(slots=True)
 class Evidence:
-    """What happened while a check ran: a check in which nothing did proves little."""
+    """Counts of events during a check, without which a check proves little."""
 
     steps: int = 0
     preemptions: int = 0
@@ -67,10 +71,10 @@ class Evidence:
 
 @dataclass
 class Traffic:
-    """Requests on their way through an adapter.
+    """The requests that a check sends through an adapter.
 
     Args:
-        num_tokens: that each of them generates before it is released.
+        num_tokens: the tokens that each request generates before it is released.
     """
 
     adapter: Adapter
@@ -85,7 +89,7 @@ class Traffic:
         """Queue a prompt.
 
         Raises:
-            ConformanceError: the adapter gave a handle twice.
+            ConformanceError: the adapter returned a handle twice.
         """
         handle = self.adapter.start(prompt)
         if handle in self.handles:
@@ -96,15 +100,15 @@ class Traffic:
         return handle
 
     def release(self, handle: str) -> None:
-        """End a request before it has what it wants."""
+        """End a request before it has all its tokens."""
         self._made.pop(handle, None)
         self.adapter.release(handle)
 
     def finish(self) -> list[Result]:
-        """Steps until every request has ended; their tokens or errors in order of arrival.
+        """Run steps until every request has ended; return tokens or errors in order of arrival.
 
         Raises:
-            ConformanceError: nobody gets a token any more, or somebody unknown does.
+            ConformanceError: no request gets a token any more, or an unknown one does.
         """
         idle = 0
         while self._made:
@@ -117,17 +121,17 @@ class Traffic:
         return [self.results[handle] for handle in self.handles]
 
     def num_made(self, handle: str) -> int:
-        """Tokens of a request so far.
+        """Return the number of tokens of a request so far.
 
         Raises:
-            ConformanceError: it got none in so many steps, or failed.
+            ConformanceError: the request failed, or more than `STALLED_STEPS` steps have run.
         """
         if self.evidence.steps > STALLED_STEPS or isinstance(self.results.get(handle), Exception):
             raise ConformanceError(f"{handle!r} got no further: {self.results.get(handle)!r}")
         return len(self._made.get(handle, self.results.get(handle, ())))  # type: ignore[arg-type]
 
     def step(self) -> bool:
-        """One step; True where somebody got a token or failed."""
+        """Run one step; return True if a request got a token or failed."""
         self.evidence.steps += 1
         calls = Calls()
         with self.adapter.cache.observe(calls):
@@ -157,11 +161,11 @@ class Traffic:
         return bool(found)
 
     def check_empty(self) -> None:
-        """Note the cache's figures.
+        """Check that the cache is empty, and add its figures to the evidence.
 
         Raises:
-            PoolError: its books do not agree.
-            ConformanceError: something in it is still in use.
+            PoolError: the cache's bookkeeping is inconsistent.
+            ConformanceError: a sequence or page is still in use.
         """
         self.adapter.cache.check_integrity()
         stats: dict[str, Any] = self.adapter.cache.stats()
@@ -180,11 +184,11 @@ class Traffic:
 
 
 class Calls(CacheObserver):
-    """What a loop adds to the cache and frees while this is its observer.
+    """Records the sequences that a loop adds to the cache and frees.
 
     Attributes:
-        prompts: `num_prompt_tokens` of each sequence that was added.
-        gone: the sequences that were freed, in order.
+        prompts: `num_prompt_tokens` of each added sequence.
+        gone: the ids of freed sequences, in order.
     """
 
     def __init__(self) -> None:
@@ -199,7 +203,7 @@ class Calls(CacheObserver):
 
 
 class Squatters:
-    """Sequences that hold all that is free of a cache while the inside runs."""
+    """Sequences that take all free memory of a cache while the context is open."""
 
     def __init__(self, cache: SpectralKVCache) -> None:
         self._cache = cache
@@ -209,7 +213,7 @@ class Squatters:
         return self
 
     def take(self) -> None:
-        """Hold what is free now, and what is cached."""
+        """Take the memory that is free or only cached now."""
         num_tokens = 512
         while num_tokens >= 64:
             name = f"squatter-{len(self._held)}"
@@ -224,7 +228,7 @@ class Squatters:
 
 
 class Spoiled(CacheObserver):
-    """Writes NaN into one key of the sequence `victim`, of every layer, before it is stored."""
+    """Writes NaN into one key of the sequence `victim` in every layer, before it is stored."""
 
     def __init__(self, *, position: int) -> None:
         self._position = position

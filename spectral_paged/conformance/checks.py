@@ -1,6 +1,6 @@
-"""Whether somebody else's loop around `SpectralKVCache` does what the cache is made for.
+"""Checks that an embedder's loop around `SpectralKVCache` uses the cache correctly.
 
-An embedder writes an adapter of four methods around the own loop and runs, say under pytest:
+An embedder writes an adapter of four methods around the loop and runs the checks, say in pytest:
 
 ```python
 kit = Conformance(make_adapter)          # make_adapter(AdapterConfig) -> Adapter
@@ -10,8 +10,8 @@ def test_my_loop(check):
     getattr(kit, check)()                # raises ConformanceError, or returns Evidence
 ```
 
-Every check serves greedy requests over one small random model and compares tokens: with those of
-transformers, of this package's own engine, or of the same loop under other circumstances.
+Every check serves greedy requests over one small random model and compares tokens with those of
+transformers, of this package's own engine, or of the same loop under other conditions.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 
-NUM_TOKENS = 8  # that a request generates
-GROWN_TOKENS = 80  # and where it is to outgrow a pool
+NUM_TOKENS = 8  # tokens that a request generates
+GROWN_TOKENS = 80  # tokens of a request that outgrows the pool
 AROUND_PAGES = (1, 2, 63, 64, 65, 127, 128, 129)
-AROUND_BLOCKS = (511, 512, 513, 575, 576, 577, 632, 639, 640, 641)  # 640: the first page is seen
-SEALED = (700, 1087, 1088, 1147, 1152, 1153, 1217)  # from 1152 on there are two
+AROUND_BLOCKS = (511, 512, 513, 575, 576, 577, 632, 639, 640, 641)  # one page is visible from 640
+SEALED = (700, 1087, 1088, 1147, 1152, 1153, 1217)  # two pages are visible from 1152
 
 
 @dataclass
 class Conformance:
-    """The checks. Each raises `ConformanceError`, saying what differs and where to look.
+    """The checks, each of which raises `ConformanceError` with the difference and its likely cause.
 
     Args:
-        make: builds an adapter; asked for a fresh one many times.
-        model: a transformers causal LM in fp32 without an end of sequence; `small_llama()`.
+        make: builds a new adapter; called many times.
+        model: a transformers causal LM in fp32 without an end of sequence; default `small_llama()`.
     """
 
     make: Callable[[AdapterConfig], Adapter]
@@ -74,13 +74,13 @@ class Conformance:
         self._geometry = ModelGeometry.from_config(self.model.config)
         heads = self._geometry.num_kv_heads, self._geometry.head_dim
         self.exact = PageFormat("exact", *heads, prefill_segment=512)
-        # pages far from exact: who sees a page where it should not, or the reverse, is found out
+        # pages far from exact, so that seeing a page too early or too late changes tokens
         bands = ((16, 2),)
         self.coarse = PageFormat("coarse", *heads, bands, bands, rope="frame", prefill_segment=512)
         self._alone: dict[tuple[int, ...], list[int]] = {}
 
     def run(self) -> dict[str, Evidence]:
-        """Every check in turn; what happened in each."""
+        """Run every check and return the evidence of each."""
         return {check: getattr(self, check)() for check in self.CHECKS}
 
     # ---- the checks ------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Conformance:
         return evidence
 
     def sealed_tokens_are_those_of_the_engine(self) -> Evidence:
-        """With pages, around every length at which a query begins to see one."""
+        """With pages, tokens are the engine's, around the lengths where a page becomes visible."""
         prompts = self._prompts(AROUND_BLOCKS + SEALED)
         llm = LLM.from_model(
             copy.deepcopy(self.model),  # its attention is replaced
@@ -131,14 +131,14 @@ class Conformance:
         return evidence
 
     def batch_mates_change_nothing(self) -> Evidence:
-        """All at once, arriving one a step, against each alone."""
+        """Requests that arrive one a step and run together give the tokens of separate runs."""
         prompts = self._prompts((64, 513, 640, 700, 1152, 3))
         found, evidence = self._serve(self._config(), prompts, stagger=True)
         self._compare_alone(prompts, found, "the order of q, k and v: that of plan.entries")
         return evidence
 
     def chunk_sizes_change_nothing(self) -> Evidence:
-        """Steps of 48 tokens and of 1,000."""
+        """Steps of 48 tokens and of 1,000 give the same tokens."""
         prompts, evidence = self._prompts((65, 577, 700, 1153)), Evidence()
         for budget in (48, 1000):
             found, seen = self._serve(self._config(max_step_tokens=budget), prompts)
@@ -147,7 +147,7 @@ class Conformance:
         return evidence
 
     def preemption_changes_nothing(self) -> Evidence:
-        """While all generate, somebody else takes what is free of the pool."""
+        """Tokens stay the same if another holder takes all free memory while requests decode."""
         prompts, evidence = self._prompts((600, 577, 63, 590, 620, 640)), Evidence()
         for format in (self.coarse, self.exact):
             for caching in (False, True):
@@ -163,7 +163,7 @@ class Conformance:
                     traffic.step()
                 with Squatters(traffic.adapter.cache) as squatters:
                     while traffic.evidence.preemptions == 0:
-                        squatters.take()  # again: a seal gives back more than it takes
+                        squatters.take()  # again, because a seal frees more than it takes
                         if not traffic.step():
                             break
                     found = traffic.finish()
@@ -180,7 +180,7 @@ class Conformance:
         return evidence
 
     def prefix_hits_change_nothing(self) -> Evidence:
-        """A second wave whose prompts begin as those of the first."""
+        """Prompts that share prefixes with earlier ones give the tokens of separate runs."""
         first = self._prompts((1200, 700))
         again = [p[:n] + p[:9] for p in first for n in (640, 576, len(p) - 1)] + first
         traffic = Traffic(self.make(self._config()), NUM_TOKENS)
@@ -195,7 +195,7 @@ class Conformance:
         return traffic.evidence
 
     def released_sequences_leave_nothing(self) -> Evidence:
-        """Ended while they wait, in the middle of a prompt, and while they decode."""
+        """Requests released while waiting, in prefill or in decode leave the cache empty."""
         adapter = self.make(self._config(max_num_seqs=3, max_step_tokens=64))
         traffic = Traffic(adapter, NUM_TOKENS)
         handles = [traffic.start(p) for p in self._prompts((700, 30, 90, 65))]
@@ -205,13 +205,13 @@ class Conformance:
             traffic.step()
         for handle in handles[:3]:
             traffic.release(handle)
-        for _ in range(4):  # nothing of them comes back
+        for _ in range(4):  # released requests must return no tokens
             traffic.step()
         traffic.check_empty()
         return traffic.evidence
 
     def nan_fails_its_own_sequence(self) -> Evidence:
-        """NaN in a key of one prompt fails that one by name; nobody finds what it stored."""
+        """NaN in a key of a prompt fails its sequence only, whose tokens are never prefix hits."""
         prompts = self._prompts((700, 640, 90))
         traffic = Traffic(self.make(self._config()), NUM_TOKENS)
         spoiled = Spoiled(position=100)
@@ -236,13 +236,13 @@ class Conformance:
         traffic.check_empty()
         return traffic.evidence
 
-    # ---- how they run ----------------------------------------------------------------------
+    # ---- running them ----------------------------------------------------------------------
 
     def _prompts(self, lengths: Sequence[int]) -> list[list[int]]:
         return random_prompts(lengths, vocab_size=self._geometry.vocab_size)
 
     def _bytes(self, num_tokens: int) -> int:
-        """What so many tokens take when all are exact."""
+        """Return the bytes of `num_tokens` exact tokens."""
         g = self._geometry
         return num_tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * 4
 
@@ -253,7 +253,7 @@ class Conformance:
         max_step_tokens: int = 512,
         **changes: Unpack[CacheOptionsDict],
     ) -> AdapterConfig:
-        """What to serve; `changes` are of options that no sequence notices."""
+        """Return an adapter's config; `changes` are cache options that must not change tokens."""
         roomy = CacheOptions(
             kv_cache_bytes=self._bytes(20_000),
             max_num_seqs=16,
@@ -272,8 +272,10 @@ class Conformance:
         stagger: bool = False,
         num_tokens: int = NUM_TOKENS,
     ) -> tuple[list[Result], Evidence]:
-        """Results of the prompts through an adapter of their own, which must end empty; with
-        `stagger` one arrives a step."""
+        """Serve the prompts through a new adapter, whose cache must end empty.
+
+        stagger: one prompt arrives a step.
+        """
         traffic = Traffic(self.make(config), num_tokens)
         for prompt in prompts:
             traffic.start(prompt)
@@ -292,7 +294,7 @@ class Conformance:
         format: PageFormat | None = None,
         num_tokens: int = NUM_TOKENS,
     ) -> None:
-        """Against each prompt served with nobody else, in large steps and with no cached prefix."""
+        """Compare with each prompt served separately, in large steps and without prefix caching."""
         format = format or self.coarse
         config = self._config(format, max_step_tokens=512, enable_prefix_caching=False)
         for prompt, tokens in zip(prompts, found, strict=True):

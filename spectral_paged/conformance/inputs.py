@@ -1,4 +1,4 @@
-"""Made-up K and V for speed and arithmetic. Random data says nothing about quality."""
+"""Synthetic K and V for tests of speed and arithmetic; they do not measure quality."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, Share
 def structured_blocks(
     count: int, format: PageFormat, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Blocks with a decaying spectrum, an offset and loud tokens, fp32 `[count, H, 512, D]`
-    twice."""
+    """Return K and V with a decaying spectrum, an offset and outlier tokens.
+
+    Both are fp32 `[count, H, 512, D]`.
+    """
     generator = torch.Generator(device=device).manual_seed(1)
     shape = (2, count, format.num_kv_heads, BLOCK_TOKENS, format.head_dim)
     decay = torch.logspace(0.5, -1.5, format.head_dim, device=device)
@@ -29,9 +31,9 @@ def structured_blocks(
 
 
 class MadeUpTokens:
-    """K and V that are stored in place of a model's: for what depends on no value of them.
+    """Stores synthetic K and V in place of a model's, for measurements that need no real values.
 
-    Layers get the same, from a few blocks over and over.
+    All layers get the same few blocks, repeated.
     """
 
     def __init__(self, cache: SpectralKVCache) -> None:
@@ -54,8 +56,10 @@ def toy_basis(
     *,
     num_layers: int,
 ) -> SharedBasis:
-    """A calibration of `num_layers` alike layers from the first of `blocks` (default structured
-    ones), plain metrics."""
+    """Return a calibration of `num_layers` equal layers from the first of `blocks`.
+
+    The default is a structured block. The moments of queries and outputs are identities.
+    """
     heads, dim = format.num_kv_heads, format.head_dim
     k, v = structured_blocks(1, format, "cpu") if blocks is None else blocks
     accumulator = BasisAccumulator(num_layers, heads, dim)
@@ -67,12 +71,12 @@ def toy_basis(
 
 
 def toy_calibration(format: PageFormat, k: Tensor, v: Tensor, *, num_layers: int = 1) -> BoundBasis:
-    """The same, bound to `format` on the device of `k`."""
+    """Return a `toy_basis` bound to `format` on the device of `k`."""
     return toy_basis(format, (k, v), num_layers=num_layers).bind(format, k.device)
 
 
 def random_calibration(format: PageFormat, loaded: LoadedModel) -> SharedBasis | str:
-    """A basis of made-up K and V for formats that need one."""
+    """Return a calibration from synthetic K and V, or `auto` for formats that need none."""
     if not format.needs_calibration:
         return "auto"
     basis = toy_basis(format, num_layers=loaded.geometry.num_layers)

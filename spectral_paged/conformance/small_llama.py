@@ -1,4 +1,4 @@
-"""A llama small enough for tests that still says different things to different prompts."""
+"""A random llama, small enough for tests, whose output depends on the prompt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ VOCAB_SIZE = 199
 
 
 def small_llama(**changes: Any) -> LlamaForCausalLM:
-    """A random llama in fp32: two layers, four query heads over two KV heads of width 16; weights
-    are scaled up so that greedy continuations vary and depend on far tokens.
+    """Return a random llama in fp32 with two layers and four query over two KV heads of width 16.
+
+    Weights are scaled up, so that greedy completions vary and depend on distant tokens.
 
     Args:
         changes: fields of its `LlamaConfig`.
@@ -47,6 +48,6 @@ def small_llama(**changes: Any) -> LlamaForCausalLM:
 def random_prompts(
     lengths: Sequence[int], seed: int = 0, *, vocab_size: int = VOCAB_SIZE
 ) -> list[list[int]]:
-    """Token ids of these lengths, from a generator of their own."""
+    """Return random token ids of these lengths, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
