@@ -1,4 +1,4 @@
-"""A set of layers that share an arena and its block tables: where kernels find their tokens."""
+"""A layer group is a set of layers that share an arena, its block tables and a rotation."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from spectral_paged.rope import RotaryTable
 
 
 class LayerGroup:
-    """Arena, tables and rotation of `layers`; a row of the tables is a sequence's.
+    """The arena, block tables and rotation of `layers`; each sequence has a row of the tables.
 
     Args:
-        layers: the model's layers, by number.
-        arena: their memory, and who owns its slots.
-        retention: what is kept of a sequence.
-        rope: what turns the layers' keys; None where nothing does, or where blocks are never sealed
-            and nobody has to know.
-        max_rows, max_exact_pages, max_pages: the sizes of the tables.
+        layers: numbers of the model's layers in the group.
+        arena: memory of the layers and the pool of its slots.
+        retention: the tokens that the layers keep of a sequence, and their form.
+        rope: rotary table of the layers' keys; None if they rotate nothing, or if blocks are never
+            sealed and the rotation does not matter.
+        max_rows, max_exact_pages, max_pages: sizes of the tables.
 
     Attributes:
-        seals, window: of `retention`.
-        layout: of the group's pages; None where blocks are never sealed.
+        seals, window: the fields of `retention`.
+        layout: layout of the group's pages; None if blocks are never sealed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LayerGroup:
         arena.slots.on_move = WeakMethod(self._follow_moves)
 
     def plane(self, layer: int) -> Tensor:
-        """uint8 `[plane_bytes]` of model layer `layer`."""
+        """The bytes of model layer `layer`, uint8 `[plane_bytes]`."""
         return self.arena.plane(self._places[layer])
 
     def in_halves(self, x: Tensor) -> Tensor:
@@ -75,19 +75,19 @@ class LayerGroup:
         return x if self.rope is None else self.rope.halves(x)
 
     def commit(self) -> None:
-        """Send the rows of the tables that changed to the device."""
+        """Copy the changed rows of both tables to the device."""
         self.exact_table.commit()
         self.page_table.commit()
 
     def take_row(self, row: int, pinned: tuple[int, ...] = ()) -> SequenceSlots:
-        """A new sequence without slots yet; its `pinned` blocks stay exact."""
+        """A new sequence in `row`, without slots yet; its `pinned` blocks are never sealed."""
         slots = self._held[row] = SequenceSlots(
             row, self.retention, self.arena, self.exact_table, self.page_table, pinned
         )
         return slots
 
     def free_row(self, row: int, chain: PrefixChain | None = None) -> None:
-        """Release what the sequence of a row holds; nothing happens where there is none."""
+        """Release the slots of the sequence in `row`, if there is one."""
         slots = self._held.pop(row, None)
         if slots is not None:
             slots.free(chain)
@@ -117,5 +117,5 @@ class LayerGroup:
 
 
 def page_layout_of(format: PageFormat, rope: RotaryTable | None) -> PageLayout:
-    """Pages of layers that turn no key hold them as they come, as a `post` format's do."""
+    """The layout of pages by `format`; layers that rotate nothing store keys as `post` formats."""
     return format.layout if rope is not None else replace(format.layout, rope="post")

@@ -1,4 +1,4 @@
-"""How layers of one model may differ to the cache: their rotation, and how far back they see."""
+"""A layer's spec is its rotation and its window, by which layers of one model may differ."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Windows = int | Sequence[int | None] | None
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer. `rope` turns its queries and keys, None none; `window` is how many tokens a query
-    sees, its own among them (None: all before it)."""
+    """One layer's rotary table (None: it rotates nothing) and its window, the number of tokens that
+    a query sees, its own included (None: all tokens)."""
 
     rope: RotaryTable | None
     window: int | None = None
@@ -33,12 +33,13 @@ def layer_specs(
     max_model_len: int | None,
     device: torch.device,
 ) -> tuple[list[LayerSpec], int]:
-    """Every layer's spec, with tables on `device`, and the longest sequence: by default the
-    shortest table's length.
+    """Every layer's spec, with tables on `device`, and the longest sequence in tokens.
+
+    That length is `max_model_len`, or by default the shortest table's length.
 
     Raises:
-        FormatError: no table where keys are to be turned back, a table that is too short, a list
-            that has not one entry a layer, or a window without tokens.
+        FormatError: the format turns keys back but there is no table, a table is too short, a list
+            does not have one entry a layer, or a window has no tokens.
     """
     if rope is None and format.seals and format.rope != "post":
         raise FormatError(

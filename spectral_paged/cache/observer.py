@@ -1,4 +1,4 @@
-"""CacheObserver: what a cache tells those who watch it."""
+"""A cache observer's methods are called at the events of one cache."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from spectral_paged.cache.plan import StepPlan, StepReport
 
 
 class CacheObserver:
-    """Watches one cache inside `with cache.observe(observer):`; a base for what wants to know.
+    """A base class of observers, active inside `with cache.observe(observer):`.
 
     Each method is called on the thread that drives the cache, and does nothing until it is
-    overridden. A replayed CUDA graph stores without telling.
+    overridden. A replayed CUDA graph stores K and V without calling `storing`.
     """
 
     def added(self, seq_id: str, num_prompt_tokens: int) -> None:
-        """A sequence was added, by its name or by `reserve`."""
+        """A sequence was added, by `add_sequence` or by `reserve`."""
 
     def freed(self, seq_id: str) -> None:
         """A sequence was freed."""
 
     def planned(self, plan: StepPlan) -> None:
-        """A step begins: `plan` is what it computes."""
+        """A step with this plan begins."""
 
     def storing(self, layer: int, k: Tensor, v: Tensor) -> None:
         """K and V `[T, Hkv, D]` of a step, in plan order, are about to be stored and attended to.
 
-        They are the caller's tensors: what is written into them now is what the cache gets.
+        They are the caller's tensors, so values written into them now reach the cache.
         """
 
     def sealed(self, seq_id: str, block: int, layers: Sequence[int]) -> None:
-        """A block of a sequence was made a page in each of these layers; later queries see it."""
+        """A block of a sequence became a page in each of these layers, for later queries."""
 
     def ended(self, plan: StepPlan, report: StepReport) -> None:
-        """The tokens of `plan` are stored, and what was due is sealed."""
+        """The tokens of `plan` are stored, and due blocks are sealed."""
 
 
 class Observers(CacheObserver):
-    """Those who watch a cache now; each is told in the order in which they came."""
+    """The observers of a cache, each called in the order in which they joined."""
 
     def __init__(self) -> None:
         self._watching: list[CacheObserver] = []
 
     @contextmanager
     def joined(self, observer: CacheObserver) -> Iterator[None]:
-        """Tell `observer` too while the inside runs."""
+        """Call `observer` as well while the `with` block runs."""
         self._watching.append(observer)
         try:
             yield

@@ -1,8 +1,8 @@
-"""The options of a cache, said once: whoever makes one takes `CacheOptions`, or its fields by name.
+"""The options of a cache, declared once; callables that make one take them by name or as an object.
 
 ```
 LLM(model, max_num_seqs=64)                                  by name
-LLM(model, cache_options=CacheOptions(max_num_seqs=64))      as an object, which doors may share
+LLM(model, cache_options=CacheOptions(max_num_seqs=64))      as an object, for several callables
 ```
 """
 
@@ -20,24 +20,24 @@ from spectral_paged.pages import SharedBasis
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """What a cache may hold, and how; the same in `LLM`, `SpectralKVCache` and the integrations.
+    """The options of a cache, the same in `LLM`, `SpectralKVCache` and the integrations.
 
     Attributes:
-        kv_cache_bytes: bytes of all arenas together, allocated once. Default what
-            `gpu_memory_utilization` leaves of the GPU, or 1 GiB on the CPU; a `SpectralKVCache`
-            that is made by itself must be told.
-        max_num_seqs: sequences (rows of a batch) held at a time; default 256.
+        kv_cache_bytes: bytes of all arenas together, allocated once. The default is the part of
+            `gpu_memory_utilization` that is free on the GPU, or 1 GiB on the CPU.
+            `SpectralKVCache` has no default.
+        max_num_seqs: most sequences in the cache at a time; default 256.
         max_model_len: longest sequence, tokens; default all positions of the model, or of the
             rotary tables.
         exempt_layers: numbers of the layers that stay exact; default none.
-        calibration: what formats with a shared basis or calibrated weights need. `auto`, the
-            default, calibrates a model on the package's own text once and keeps the result in the
-            cache folder; a `SharedBasis`; the path of a file that `spectral-paged calibrate`
+        calibration: the calibration for formats with a shared basis or calibrated weights. `auto`,
+            the default, calibrates a model on the package's own text once and keeps the result in
+            the cache folder; a `SharedBasis`; the path of a file that `spectral-paged calibrate`
             wrote; `online` takes the basis from the first blocks that are sealed (formats with
-            `dim_weighting="none"`, so none of the presets). A `SpectralKVCache` that is made by
-            itself has no model to run: it takes a `SharedBasis` or `online`.
-        enable_prefix_caching: share slots between sequences with a common beginning; default True.
-            Not where `prefill_segment` is 0.
+            `dim_weighting="none"`, so none of the presets). `SpectralKVCache` has no model to run,
+            so it takes a `SharedBasis` or `online`.
+        enable_prefix_caching: share slots between sequences with a common prefix; default True.
+            Must be False if `prefill_segment` is 0.
         debug_poison: fill freed slots with NaN bytes, so that a stale read shows; default False.
     """
 
@@ -57,13 +57,13 @@ class CacheOptions:
         named: Mapping[str, Any],
         **fixed: Any,
     ) -> CacheOptions:
-        """The options that a call of `door` means: those named, else those given, else defaults.
+        """The options of a call of `door`: values in `named`, else in `given`, else defaults.
 
         Args:
-            fixed: options that `door` decides by itself, so nobody may name them.
+            fixed: options that `door` sets, which a caller may not name.
 
         Raises:
-            TypeError: a name that `door` does not take; the message lists those it does.
+            TypeError: a name that `door` does not take; the message lists the names it takes.
         """
         own = [field.name for field in fields(cls) if field.name not in fixed]
         unknown = [name for name in named if name not in own]

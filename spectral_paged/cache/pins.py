@@ -1,4 +1,4 @@
-"""Spans of a prompt that a caller wants exact for ever."""
+"""Pinned spans are tokens of a prompt whose blocks are never sealed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_PINNED_BLOCKS = 8  # tables have room for the exact pages of so many
 
 
 def spans_of(value: Any) -> tuple[tuple[int, int], ...]:
-    """What a caller gave as pinned spans, checked for its form; None is no span.
+    """A caller's pinned spans as pairs, checked for their form; None gives no span.
 
     Raises:
-        InvalidRequestError: not a list of pairs of integers.
+        InvalidRequestError: `value` is no list of pairs of integers.
     """
     if value is None:
         return ()
@@ -40,11 +40,12 @@ def _no_spans(value: Any) -> InvalidRequestError:
 
 
 def pinned_blocks(format: PageFormat, spans: Spans, num_prompt_tokens: int) -> tuple[int, ...]:
-    """Blocks that `spans` (`(start, end)`, token positions, end not included) touch, ascending.
+    """The blocks that `spans` touch, ascending; a span is `(start, end)` in token positions, end
+    not included.
 
     Raises:
-        InvalidRequestError: not spans, one outside the prompt or empty, or more blocks than a
-            sequence pins.
+        InvalidRequestError: a span is malformed, empty or outside the prompt, or the spans touch
+            more blocks than a sequence may pin.
     """
     blocks: set[int] = set()
     for start, end in spans_of(spans):

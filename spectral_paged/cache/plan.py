@@ -1,4 +1,4 @@
-"""What one step is to compute, and what came of it."""
+"""The plan of a step lists its sequences and tokens; the report lists failed sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PlanEntry:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes, in the order in which q, k and v are flattened."""
+    """The tokens that one step computes, in the order in which q, k and v are flattened."""
 
     entries: tuple[PlanEntry, ...]
 
@@ -28,12 +28,12 @@ class StepPlan:
 
     @property
     def is_decode(self) -> bool:
-        """Every sequence has one new token."""
+        """True if every sequence has one new token."""
         return all(e.num_new == 1 for e in self.entries)
 
 
 @dataclass(slots=True)
 class StepReport:
-    """What `end_step` did. Sequences in `failed` hold NaN or Inf; free them."""
+    """The result of `end_step`: sequences in `failed` have NaN or Inf, and are to be freed."""
 
     failed: dict[str, NonFiniteError] = field(default_factory=dict)

@@ -11,16 +11,16 @@ from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 
 
 class PrefixChain:
-    """Digests of a sequence's full 64-token spans; each covers everything before it.
+    """The digests of a sequence's full spans of 64 tokens, each over the whole prefix.
 
-    A span's K and V depend on what its queries saw. Prompt tokens see by segment, generated tokens
-    by position (DESIGN of the format), so a span that holds generated tokens also carries the
-    prompt's length in its digest: a resumed request finds it, another prompt does not.
+    A span's K and V depend on the pages that its queries saw: prompt tokens see by segment,
+    generated tokens by position. The digest of a span with generated tokens therefore contains the
+    prompt's length: a resumed request finds the span, another prompt does not (decision 0003).
 
     Args:
-        root: fingerprint of the format (and anything else that must separate caches).
-        num_prompt_tokens: where generated tokens begin.
-        generated_differ: False where a token's view is the same in prompt and output (`exact`).
+        root: fingerprint of the format, and anything else that must separate prefixes.
+        num_prompt_tokens: position of the first generated token.
+        generated_differ: False if a token's view is the same in prompt and output (`exact`).
     """
 
     def __init__(self, root: str, num_prompt_tokens: int, *, generated_differ: bool) -> None:
@@ -30,7 +30,7 @@ class PrefixChain:
         self._generated_differ = generated_differ
 
     def extend(self, token_ids: Sequence[int], num_tokens: int) -> None:
-        """Hash the full spans among the first `num_tokens` of `token_ids`."""
+        """Add the digests of full spans among the first `num_tokens` of `token_ids`."""
         for i in range(len(self._digests), num_tokens // EXACT_PAGE_TOKENS):
             start, end = i * EXACT_PAGE_TOKENS, (i + 1) * EXACT_PAGE_TOKENS
             digest = hashlib.sha256(self._digests[-1] if self._digests else self._root)

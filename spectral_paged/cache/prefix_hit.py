@@ -1,4 +1,4 @@
-"""How much of a new sequence the cache has already."""
+"""A prefix hit is the part of a new sequence that the cache already stores."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def longest_hit(
     chain: PrefixChain,
     num_prompt_tokens: int,
 ) -> tuple[int, int]:
-    """(tokens, blocks seen as pages) of the longest hit that leaves one token to compute.
+    """The tokens of the longest hit that leaves one to compute, and its blocks seen as pages.
 
-    The first new query must find exactly what a cold run would show it: pages for the blocks
-    that it sees as pages, and exact pages for everything else before it. So each span of
-    positions with one view is tried with that view. Layers with a window need no more than what it
-    shows.
+    The first new query must see exactly what it would see in a cold run: pages for the blocks that
+    it sees as pages, and exact pages for every other token before it (decision 0002). So each span
+    of positions with one view is tried with that view. Layers with a window need only the tokens
+    inside it.
 
     Args:
-        slots: the sequence's, one a group, with nothing in them yet.
+        slots: the sequence's slots, one item a group, still empty.
         chain: keys of the sequence's full exact pages, its last token left out.
-        num_prompt_tokens: where generated tokens begin.
+        num_prompt_tokens: position of the first generated token.
     """
     whole = [held for held in slots if held.retention.window is None]
     sliding = [held for held in slots if held.retention.window is not None]
@@ -56,7 +56,7 @@ def prefix_chain(
 ) -> PrefixChain:
     """The chain of a sequence, as far as a hit may reach: all but its last token.
 
-    What queries see behind a pinned block differs, so pins separate chains as salts do.
+    Pinned blocks change the view of later queries, so pins separate chains as salts do.
     """
     root = repr((format.fingerprint, cache_salt, pinned))  # no salt can spell another's pins
     chain = PrefixChain(root, num_prompt_tokens, generated_differ=format.seals)
@@ -65,9 +65,9 @@ def prefix_chain(
 
 
 def _seen_run(slots: list[SequenceSlots], chain: PrefixChain, visible: int, run: int) -> int:
-    """The most exact pages up to `run` behind which all that a window shows is there."""
+    """The largest number of exact pages up to `run` whose windows are cached in every group."""
     found = -1
-    while run and found != run:  # until no group wants less than another
+    while run and found != run:  # until every group agrees
         found = run
         for held in slots:
             while run and (missing := _missing(held, chain, visible, run)) is not None:
@@ -76,8 +76,11 @@ def _seen_run(slots: list[SequenceSlots], chain: PrefixChain, visible: int, run:
 
 
 def _missing(slots: SequenceSlots, chain: PrefixChain, visible: int, run: int) -> int | None:
-    """None where the window behind `run` exact pages is there; else the last page that lacks, which
-    every longer run lacks too, or 0 where every run lacks some."""
+    """The last exact page that the window after `run` exact pages lacks; None if it lacks none.
+
+    Every run between the result and `run` lacks that page too. The result is 0 if a block's page is
+    missing, because every run lacks it.
+    """
     first = slots.retention.first_page(run * EXACT_PAGE_TOKENS)
     sealed = slots.retention.num_sealed(visible)
     if _lacks_page(slots, chain, range(slots.block_of(first), sealed)):
@@ -89,7 +92,7 @@ def _missing(slots: SequenceSlots, chain: PrefixChain, visible: int, run: int) -
 
 
 def _cached_run(slots: SequenceSlots, chain: PrefixChain, visible: int, last: int) -> int:
-    """Exact pages (of 64 tokens) covered without a gap when `visible` blocks are pages."""
+    """The number of exact pages cached without a gap when `visible` blocks are pages."""
     sealed = slots.retention.num_sealed(visible)
     if _lacks_page(slots, chain, range(sealed)):
         return 0

@@ -1,4 +1,4 @@
-"""ReplayedSteps: a cache's decode steps with their index in static tensors, as CUDA graphs read it.
+"""Replayed steps are decode steps whose index lies in static tensors, as CUDA graphs read it.
 
 ```
 index        begin_step found where the step's tokens go     host, one StepIndex a group
@@ -20,29 +20,30 @@ from spectral_paged.cache.layer_group import LayerGroup
 
 
 class ReplayedSteps:
-    """Decode steps of one cache whose index lies in static tensors."""
+    """The decode steps of one cache whose index lies in static tensors (decision 0019)."""
 
     def __init__(self, cache: SpectralKVCache) -> None:
         self._cache = cache
 
     @property
     def num_groups(self) -> int:
-        """Layer groups; each has an index of its own."""
+        """The number of layer groups, each with an index of its own."""
         return len(self._cache.groups)
 
     @property
     def index(self) -> Sequence[StepIndex]:
-        """Where the tokens of the open step go; one a group."""
+        """The index of the open step, one item a group."""
         assert self._cache.open_step is not None, "between begin_step and end_step"
         return self._cache.open_step.index
 
     @contextmanager
     def reading(self, rows: Sequence[Tensor], max_blocks: int) -> Iterator[None]:
-        """Let `attend` inside read what `rows` hold when it runs, instead of the open step's index.
+        """Let `attend` read the index from `rows` inside the `with`, not from the open step.
 
         Args:
-            rows: `DecodeRows` of each group, int32 `[7, N]`.
-            max_blocks: a bound on the page table entries that a group reads.
+            rows: `DecodeRows` of each group, int32 `[7, N]`; kernels read their values when they
+                run.
+            max_blocks: bound on the page table entries that a group reads.
         """
         self._cache.replayed = [
             self._step(group, part, max_blocks)

@@ -1,6 +1,6 @@
-"""What the layers of a group keep of a sequence: every token exactly, or old blocks as pages.
+"""Retention decides what layers keep of a sequence: every token exactly, or old blocks as pages.
 
-Both kinds may have a window, behind which nothing is kept.
+Both kinds may have a window; tokens that have left it are not kept.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ EXACT_WINDOW = 1024  # tokens: a window up to here is a few pages, which sealing
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What sequences hold in a layer: exact pages and pages."""
+    """The numbers of exact pages and of pages that a sequence holds in a layer."""
 
     num_exact: int
     num_pages: int
 
     def num_bytes(self, format: PageFormat, itemsize: int) -> int:
-        """Bytes of a layer, with `itemsize`-byte elements of exact pages."""
+        """The bytes in one layer, with `itemsize`-byte elements in exact pages."""
         exact = self.num_exact * format.exact_page_bytes(itemsize)
         return exact + self.num_pages * format.page_bytes
 
 
 @dataclass(frozen=True)
 class Retention(ABC):
-    """What a group keeps of each sequence.
+    """The rule by which a layer group keeps tokens of each sequence.
 
     Args:
-        visibility: which blocks queries see as pages where blocks are sealed.
-        window: tokens that a query sees, its own among them; None: all before it.
+        visibility: rule for the blocks that queries see as pages, where blocks are sealed.
+        window: number of tokens that a query sees, its own included; None means all tokens.
     """
 
     visibility: Visibility
     window: int | None = None
     seals: ClassVar[bool]
-    bulk: ClassVar[SlotKind]  # what a long sequence is held in for the most part
+    bulk: ClassVar[SlotKind]  # the kind of most slots of a long sequence
 
     @property
     def reach(self) -> int:
-        """Tokens that a query sees, its own among them."""
+        """The number of tokens that a query sees, its own included; `NEVER` without a window."""
         return NEVER if self.window is None else self.window
 
     @property
@@ -57,23 +57,22 @@ class Retention(ABC):
 
     @abstractmethod
     def num_sealed(self, visible_blocks: int) -> int:
-        """Blocks held as pages when queries see `visible_blocks` as pages."""
+        """The number of blocks held as pages when queries see `visible_blocks` as pages."""
 
     @abstractmethod
     def first_page(self, num_tokens: int) -> int:
-        """Spans of 64 tokens that no query from position `num_tokens` on sees."""
+        """The number of spans of 64 tokens that no query from position `num_tokens` on sees."""
 
     @abstractmethod
     def at_peak(self, num_tokens: int, pinned: tuple[int, ...] = ()) -> Need:
-        """The most that a sequence holds until it has `num_tokens`; blocks `pinned` (ascending)
-        are exact pages from first to last.
+        """The most pages of each kind that a sequence holds until it has `num_tokens` tokens.
 
-        A step stores at most a segment in front of a window before what left it is given back:
-        everything, where each step is a segment.
+        Blocks in `pinned` (ascending) stay exact. A step stores up to a segment (without segments,
+        the whole sequence) beyond the window before tokens that left the window are released.
         """
 
     def while_generating(self, num_tokens: int, num_prompt_tokens: int = 0) -> Need:
-        """What a sequence of `num_tokens` holds, all sealed that is due."""
+        """The pages that a sequence of `num_tokens` tokens holds when all due blocks are sealed."""
         visible = self.visibility.visible_blocks(num_tokens, num_prompt_tokens)
         places = TokenPlaces(
             self.num_landmark_pages,
@@ -83,12 +82,12 @@ class Retention(ABC):
         return Need(places.num_exact(num_tokens), places.num_sealed_pages)
 
     def _span(self, num_tokens: int) -> int:
-        """Most tokens of a sequence of `num_tokens` that are in front of the window's start."""
+        """The most tokens of a sequence of `num_tokens` from the start of its window on."""
         return self.reach + (self.visibility.segment or num_tokens)
 
 
 class ExactRetention(Retention):
-    """Every token in an exact page."""
+    """Retention of every token in an exact page."""
 
     seals = False
     bulk = SlotKind.EXACT
@@ -100,13 +99,13 @@ class ExactRetention(Retention):
         return max(0, num_tokens + 1 - self.reach) // EXACT_PAGE_TOKENS
 
     def at_peak(self, num_tokens: int, pinned: tuple[int, ...] = ()) -> Need:
-        ends = 2 * EXACT_PAGE_TOKENS - 3  # of the span, in pages that it has a part of
+        ends = 2 * EXACT_PAGE_TOKENS - 3  # the span may cover only parts of its end pages
         in_span = (self._span(num_tokens) + ends) // EXACT_PAGE_TOKENS
         return Need(min(-(-num_tokens // EXACT_PAGE_TOKENS), in_span), 0)
 
 
 class SealedRetention(Retention):
-    """Blocks that queries see as pages in pages, all else in exact pages."""
+    """Retention of the blocks that queries see as pages in pages, of other tokens exactly."""
 
     seals = True
     bulk = SlotKind.PAGE
@@ -115,7 +114,8 @@ class SealedRetention(Retention):
         return visible_blocks
 
     def first_page(self, num_tokens: int) -> int:
-        """Whole blocks past the landmarks, for a block is sealed as a whole."""
+        """As in `Retention`, but past the landmarks only whole blocks count, because a block is
+        sealed as a whole."""
         index = max(0, num_tokens + 1 - self.reach) // EXACT_PAGE_TOKENS
         past = index - self.num_landmark_pages
         return index - past % PAGES_PER_BLOCK if past > 0 else index
@@ -130,8 +130,8 @@ class SealedRetention(Retention):
 
 
 def retention_of(format: PageFormat, window: int | None, *, exempt: bool = False) -> Retention:
-    """What is kept in layers with `window`: those up to `EXACT_WINDOW`, and `exempt` ones, stay
-    exact pages."""
+    """The retention of a layer with `window`; `exempt` layers and windows up to `EXACT_WINDOW`
+    keep every token exactly."""
     exact = ExactRetention(Visibility.of(format), window)
     if exempt or not format.seals or exact.reach <= EXACT_WINDOW:
         return exact

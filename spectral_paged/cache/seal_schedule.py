@@ -1,7 +1,7 @@
-"""When blocks are sealed: at the latest when queries see them as pages, and evenly before that.
+"""The seal schedule spreads seals over the steps before queries see their blocks as pages.
 
 A block is complete `hot_tokens` tokens before it is visible. Sequences of one length complete
-theirs in the same step; sealed there and then, that step would take many times as long as others.
+blocks in the same step; if they sealed at once, that step would take many times as long as others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spectral_paged.cache.visibility import Visibility
 
 @dataclass(frozen=True, slots=True)
 class DueBlock:
-    """A block to seal: whose it is, and its slots in the group; a page slot is held for it."""
+    """A block to seal, with its sequence and that sequence's slots, which include its page's."""
 
     sequence: SequenceState
     slots: SequenceSlots
@@ -26,8 +26,10 @@ class DueBlock:
 def blocks_to_seal(
     sequences: Iterable[SequenceState], place: int, visibility: Visibility
 ) -> list[DueBlock]:
-    """Blocks to seal after a step of these sequences, in the group at `place` of their slots.
-    Sequences with an error are left out, and only while they generate do blocks go ahead."""
+    """The blocks to seal after a step of these sequences, in the group at `place` of their slots.
+
+    Sequences with an error are left out. Blocks are sealed ahead only while a sequence generates.
+    """
     due: list[DueBlock] = []
     complete: dict[str, DueBlock] = {}
     waiting = []
@@ -47,15 +49,15 @@ def blocks_to_seal(
 
 
 def sealed_ahead(waiting: Iterable[tuple[int, str, int]]) -> list[tuple[str, int]]:
-    """Of complete blocks those to seal in this step.
+    """The complete blocks to seal ahead in this step, as `(sequence, block)`.
 
-    The fewest that keep every later step as small: with the blocks in order of their deadline, the
-    i-th of them (from 1) needs i of its `slack` steps, so a step takes the largest `i / slack`,
-    rounded up.
+    They are the fewest that let every later step seal no more. With blocks in order of deadline,
+    the first i must be sealed in the `slack` steps of the i-th, so a step takes the largest
+    `i / slack`, rounded up.
 
     Args:
-        waiting: `(slack, sequence, block)`, `slack` the steps that are left until it is visible;
-            a sequence's next block alone, so hot windows over 512 tokens are evened out less.
+        waiting: `(slack, sequence, block)`, `slack` the number of steps until the block is visible;
+            only a sequence's next block, so hot windows over 512 tokens are evened out less.
     """
     ordered = sorted(waiting)
     rate = max((-(-i // max(slack, 1)) for i, (slack, _, _) in enumerate(ordered, 1)), default=0)

@@ -1,4 +1,4 @@
-"""Seal blocks of the tail: decide the basis if need be, encode, and learn which held NaN or Inf."""
+"""The sealer encodes due blocks into pages and checks them for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Failures = dict[SequenceState, NonFiniteError]
 
 
 class SealCheck:
-    """Whether blocks that were sealed held NaN or Inf.
+    """A check of sealed blocks for NaN and Inf, whose result may still be on the device.
 
     Args:
-        due: the blocks.
-        bad: int32 `[B, L, H, 2]`, elements of K and of V of each that are NaN or Inf.
-        layers: the model layers that `bad` is of.
+        due: the sealed blocks.
+        bad: int32 `[B, L, H, 2]`, numbers of elements of K and of V that are NaN or Inf.
+        layers: model layers of `bad`'s second dimension.
     """
 
     def __init__(self, due: Sequence[DueBlock], bad: Tensor, layers: Sequence[int]) -> None:
-        self._blocks = [([item.sequence], item.block) for item in due]  # who holds it, which
+        self._blocks = [([item.sequence], item.block) for item in due]  # holders, block
         self._bad = Download(bad)
         self._layers = layers
         self.sequences = {item.sequence for item in due}
 
     @property
     def is_known(self) -> bool:
-        """True where `failed` has nothing to wait for."""
+        """True if `failed` need not wait."""
         return self._bad.is_here
 
     def failed(self) -> Failures:
@@ -52,7 +52,7 @@ class SealCheck:
         return found
 
     def forked(self, parent: SequenceState, child: SequenceState) -> None:
-        """`child` holds what `parent` does: it is told too, whoever is freed meanwhile."""
+        """Report failures of blocks of `parent` for `child` too, even if `parent` is freed."""
         for holders, _ in self._blocks:
             if parent in holders:
                 holders.append(child)
@@ -60,13 +60,13 @@ class SealCheck:
 
 
 class Sealer:
-    """Encodes due blocks of a group; pages are written but not shown yet.
+    """A sealer writes the pages of a group's due blocks; the page table shows them later.
 
     Args:
-        groups: every group of the cache; those with pages get an encoder each.
-        basis: the cache's calibration, decided here at the first seal where it is taken online.
-        ops: what runs on the cache's device.
-        device: of the cache.
+        groups: every group of the cache; each group with pages gets an encoder.
+        basis: the cache's calibration; an online one is decided here, at the first seal.
+        ops: the page ops of the cache's device.
+        device: the cache's device.
     """
 
     def __init__(
@@ -89,36 +89,38 @@ class Sealer:
         self._checks: list[SealCheck] = []
 
     def warm_up(self, group: LayerGroup) -> None:
-        """Compile what seals, which takes seconds that a first seal would cost; nothing is
-        written. An online calibration has yet to say what it is to do."""
+        """Compile the kernels that seal, so that the first seal need not wait; nothing is written.
+
+        An online calibration that still waits compiles nothing, because it has no basis yet.
+        """
         if group in self.encoders and not self.basis.is_waiting:
             self.encoders[group].warm_up(group.arena.planes)
 
     def seal(self, group: LayerGroup, due: list[DueBlock]) -> None:
-        """Write the pages of `due` blocks; later calls of `failures` tell which are bad."""
+        """Write the pages of `due` blocks; later calls of `failures` report bad ones."""
         if due:
             with self.timer:
                 self._checks.append(self._encode(group, due))
 
     def forked(self, parent: SequenceState, child: SequenceState) -> None:
-        """What is found in blocks of `parent` later is a failure of its copy too."""
+        """Let failures found later in blocks of `parent` count for its copy `child` too."""
         for check in self._checks:
             check.forked(parent, child)
 
     def failures(self) -> Failures:
-        """Sequences found with NaN or Inf that no call has told yet; waits for all checks."""
+        """Sequences with NaN or Inf that no call has returned yet; waits for all checks."""
         return self._take(self._checks)
 
     def failures_with(self, sequence: SequenceState) -> Failures:
-        """Those of `failures` that are known once the checks of `sequence` are; waits for these."""
+        """The failures known once the checks of `sequence` are; waits for those checks."""
         return self._take([check for check in self._checks if sequence in check.sequences])
 
     def known_failures(self) -> Failures:
-        """Those of `failures` that are known now."""
+        """The failures known now; waits for nothing."""
         return self._take([])
 
     def _take(self, waited: Sequence[SealCheck]) -> Failures:
-        """What known checks and those of `waited` have found; the others are kept."""
+        """The failures of known checks and of those in `waited`; other checks are kept."""
         found: Failures = {}
         kept = []
         for check in self._checks:
@@ -142,14 +144,14 @@ class Sealer:
             )
         )
         bad = self._decide_basis(group, exact, first) if self.basis.is_waiting else None
-        # without a basis still, every block due has NaN or Inf, and is only to be refused
+        # with no basis even now, every due block has NaN or Inf and gets no page
         if bad is None or not self.basis.is_waiting:
             bad = self.encoders[group].seal(planes, exact, pages, first)
         return SealCheck(due, bad, group.layers)
 
     def _decide_basis(self, group: LayerGroup, exact: Tensor, first: Tensor) -> Tensor:
-        """Let blocks decide the basis; those with NaN or Inf are left out, and where there are no
-        others nothing is decided. Returns their `bad`."""
+        """Decide the basis from the blocks without NaN or Inf, if there are any; returns `bad` of
+        all blocks."""
         kind, accumulator, found = self._kinds[group], self.basis.accumulator(), []
         for block in range(len(exact)):
             k, v = kind.read(group.arena.planes, exact[block : block + 1])

@@ -1,4 +1,4 @@
-"""The slots that one sequence holds in one layer group: grow, seal, slide, share, give back.
+"""The slots of one sequence in one layer group grow, are sealed, slide, are shared and released.
 
 ```
 spectral group   exact: [landmark pages | tail pages]      pages: [block 0, block 1, ...]
@@ -6,9 +6,9 @@ exact group      exact: [every page of the sequence]       pages: []
 with a window    the same without what no later query sees
 ```
 
-Blocks that a caller pinned are never sealed. Their exact pages stay between landmarks and tail, and
-their entry in the page table is negative: a hole that page ops skip. So is that of a block that has
-left the window.
+Pinned blocks are never sealed. Their exact pages stay between landmarks and tail, and their entry
+in the page table is a hole: a negative number that page ops skip. Blocks that have left the window
+are holes as well (decision 0034).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ HOLE = -1  # page table entry of a pinned block, or of one that has left the win
 
 
 class SequenceSlots(TokenPlaces):
-    """One sequence's slots in one group, oldest first, and its row in the group's tables.
+    """One sequence's slots in one group, oldest first, and its row of the group's tables.
 
     Attributes:
-        row: of the tables.
-        retention: what the group keeps of a sequence.
-        exact, pages: slots held; pages past the sealed blocks are reserved for seals due.
+        row: the sequence's row of the tables.
+        retention: the group's retention.
+        exact, pages: slots held; page slots past the sealed blocks are reserved for due seals.
     """
 
     __slots__ = (
@@ -65,22 +65,22 @@ class SequenceSlots(TokenPlaces):
         self._arena = arena
         self._exact_table = exact_table
         self._page_table = page_table
-        self._num_published = 0  # full exact pages looked at so far, in sequence order
+        self._num_published = 0  # full exact pages that `publish_exact` has passed
         self._num_encoded = 0  # blocks whose pages are written, shown or not
-        self._num_attached = 0  # blocks that a prefix hit brought as pages
-        # blocks below have had pages ahead that made room: they wait until they are due
+        self._num_attached = 0  # blocks attached as pages by a prefix hit
+        # blocks below it lost pages written ahead, and are sealed again only when due
         self._num_dropped = 0
 
-    # ---- hold and give back --------------------------------------------------------------
+    # ---- hold and release ----------------------------------------------------------------
 
     def hold(self, num_tokens: int, visible_blocks: int) -> bool:
-        """Hold slots for `num_tokens` tokens and for the pages of `visible_blocks` blocks; False
-        (and unchanged): not now."""
+        """Hold slots for `num_tokens` tokens and the pages of `visible_blocks` blocks; False, with
+        nothing changed: not now."""
         num_pages = self.num_pages(self.retention.num_sealed(visible_blocks))
         return self._grow(self.num_exact(num_tokens), num_pages)
 
     def _grow(self, num_exact: int, num_pages: int) -> bool:
-        """Hold at least so many exact pages and page slots; False (and unchanged): not now."""
+        """Hold at least so many exact pages and pages; False, with nothing changed: not now."""
         before = len(self.exact), len(self.pages)
         if before[0] >= num_exact and before[1] >= num_pages:
             return True
@@ -97,27 +97,27 @@ class SequenceSlots(TokenPlaces):
         return grown
 
     def _allocate(self, held: list[int], wanted: int, kind: SlotKind) -> bool:
-        """Let `held` have at least `wanted` slots; False where the pool has no more."""
+        """Extend `held` to `wanted` slots; False if the pool has no more."""
         while len(held) < wanted:
             slot = self._arena.slots.allocate(kind)
             if slot is None:
                 return False
-            held.append(slot)  # at once: the pool may move slots while allocating the next one
+            held.append(slot)  # at once, because the next allocation may move slots
         return True
 
     def shrink(self, num_exact: int, num_pages: int) -> None:
-        """Give back slots past the counts (a reservation that was not used)."""
+        """Release slots past the counts, which were reserved and not used."""
         for held, wanted in ((self.exact, num_exact), (self.pages, num_pages)):
             while len(held) > wanted:
                 self._arena.slots.release(held.pop())
         self._write_rows(num_exact)
 
     def cancel(self, num_tokens: int) -> None:
-        """Give back what was reserved for tokens past `num_tokens`."""
+        """Release the slots reserved for tokens past `num_tokens`."""
         self.shrink(self.num_exact(num_tokens), self.num_pages(self._num_written))
 
     def slide(self, num_tokens: int) -> None:
-        """Give back what no query from position `num_tokens` on sees."""
+        """Release the slots that no query from position `num_tokens` on sees."""
         first = self.retention.first_page(num_tokens)
         if first <= self.first_page:
             return
@@ -130,11 +130,11 @@ class SequenceSlots(TokenPlaces):
         self._write_rows(0)
 
     def free(self, chain: PrefixChain | None = None) -> None:
-        """Release everything, the end of the sequence first and its landmarks last.
+        """Release every slot, the end of the sequence first and its landmarks last.
 
-        So chains are evicted from their ends: what begins one is of use without what follows, and
-        never the other way round. Exact pages that pages replaced were released when they were,
-        oldest first; with the sequence's `chain` they get their place here.
+        Chains are then evicted from their ends, because a hit needs everything before its end.
+        Exact pages that pages replaced were released earlier, oldest first; with the sequence's
+        `chain` they move to their place in this order.
         """
         slots = self._arena.slots
         num_landmarks = max(0, self.num_landmark_pages - self.first_page)
@@ -152,8 +152,8 @@ class SequenceSlots(TokenPlaces):
         self._page_table.write(self.row, 0, [])
 
     def share(self, parent: SequenceSlots, num_tokens: int) -> bool:
-        """Hold what `parent` holds of `num_tokens` tokens: full slots are shared, the partial exact
-        page is copied. False: not now, and what is held is to be freed."""
+        """Hold the slots of `parent` for `num_tokens` tokens: full ones are shared, a partial exact
+        page is copied. False: not now; the caller then frees the slots held so far."""
         slots = self._arena.slots
         self._num_published, self.num_sealed = parent._num_published, parent.num_sealed
         self._num_encoded, self.first_page = parent._num_encoded, parent.first_page
@@ -173,7 +173,7 @@ class SequenceSlots(TokenPlaces):
         return True
 
     def rename(self, names: dict[SlotKind, dict[int, int]]) -> None:
-        """Follow slots that the pool moved, from their old names to their new ones."""
+        """Replace the ids of slots that the pool moved; `names` has new ids by kind and old id."""
         self.exact[:] = [names[SlotKind.EXACT].get(s, s) for s in self.exact]
         self.pages[:] = [names[SlotKind.PAGE].get(s, s) for s in self.pages]
         self._write_rows(0)
@@ -181,8 +181,8 @@ class SequenceSlots(TokenPlaces):
     # ---- tables --------------------------------------------------------------------------
 
     def chunk_runs(self, num_tokens: int) -> tuple[TokenRun, ...]:
-        """Where `num_tokens` tokens are, in the order in which a chunk's keys are laid out: by
-        position where a window cuts them, else pages first."""
+        """The runs of `num_tokens` tokens in the order of a chunk's keys: by position with a
+        window, which cuts by position, else pages first."""
         by_position = self.retention.window is not None
         return self.runs(num_tokens) if by_position else self.runs_by_kind(num_tokens)
 
@@ -191,12 +191,12 @@ class SequenceSlots(TokenPlaces):
         self._page_table.write(self.row, 0, self._page_row())
 
     def _exact_row(self, first_exact: int) -> list[int]:
-        """Units of the exact pages from the place `first_exact` on."""
+        """The units of the exact pages from index `first_exact` on."""
         unit = self._arena.unit
         return [unit(slot, SlotKind.EXACT) for slot in self.exact[first_exact:]]
 
     def _page_row(self) -> list[int]:
-        """Units of the sealed blocks, oldest first; a hole for a pinned one."""
+        """The units of the sealed blocks, oldest first; holes for pinned or gone ones."""
         pages, pinned, first = iter(self.pages), set(self.pinned), self.first_block
         return [
             HOLE
@@ -206,7 +206,7 @@ class SequenceSlots(TokenPlaces):
         ]
 
     def check_rows(self, name: str) -> None:
-        """Raise PoolError unless the tables' rows are what sequence `name` holds."""
+        """Raise PoolError unless the tables' rows match the slots of sequence `name`."""
         for table, held, kind in (
             (self._exact_table, self._exact_row(0), "EXACT"),
             (self._page_table, self._page_row(), "PAGE"),
@@ -218,19 +218,19 @@ class SequenceSlots(TokenPlaces):
     # ---- prefix --------------------------------------------------------------------------
 
     def cached_exact(self, chain: PrefixChain, index: int) -> int | None:
-        """Slot of the exact page with tokens `64 index ...`, if it is known."""
+        """The published slot of the exact page with tokens `64 index ...`, or None."""
         return self._arena.slots.lookup((SlotKind.EXACT, chain[index]))
 
     def cached_page(self, chain: PrefixChain, block: int) -> int | None:
-        """Slot of the page of `block`, if it is known."""
+        """The published slot of the page of `block`, or None."""
         last = self.last_index(block)
         if last >= len(chain):
             return None
         return self._arena.slots.lookup((SlotKind.PAGE, chain[last]))
 
     def attach(self, chain: PrefixChain, num_tokens: int, visible_blocks: int) -> None:
-        """Take references on every slot of a prefix hit of `num_tokens` tokens, whose next query
-        sees `visible_blocks` blocks as pages."""
+        """Acquire every slot of a prefix hit of `num_tokens` tokens, whose next query sees
+        `visible_blocks` blocks as pages."""
         sealed = self.retention.num_sealed(visible_blocks)
         self.first_page = self.retention.first_page(num_tokens)
         for block in self.unpinned(range(self.first_block, sealed)):
@@ -248,10 +248,10 @@ class SequenceSlots(TokenPlaces):
         held.append(slot)
 
     def publish_exact(self, chain: PrefixChain, num_tokens: int) -> None:
-        """Let full exact pages be found by their prefix.
+        """Publish full exact pages under the keys of their prefix.
 
-        Those that a page replaced or that left the window are gone where token ids came late. A
-        fork's may have been published by another.
+        If token ids came late, some pages were replaced by then or have left the window; those are
+        skipped. Pages of a fork may have been published by another sequence.
         """
         full = min(num_tokens // EXACT_PAGE_TOKENS, len(chain))
         for index in range(max(self._num_published, self.first_page), full):
@@ -260,11 +260,11 @@ class SequenceSlots(TokenPlaces):
         self._num_published = max(self._num_published, full)
 
     def _publish(self, slot: int, kind: SlotKind, digest: bytes) -> None:
-        if not self._arena.slots.is_published(slot):  # else by a fork that shares it
+        if not self._arena.slots.is_published(slot):  # a fork may have published a shared slot
             self._arena.slots.publish(slot, (kind, digest))
 
     def forget(self, chain: PrefixChain | None) -> None:
-        """Let nobody find what the sequence stored, what its pages replaced included."""
+        """Unpublish all slots of the sequence, and exact pages that its pages replaced."""
         for slot in (*self.exact, *self.pages):
             self._arena.slots.unpublish(slot)
         if chain is None:
@@ -277,11 +277,11 @@ class SequenceSlots(TokenPlaces):
 
     @property
     def _num_written(self) -> int:
-        """Blocks that need no sealing any more."""
+        """The number of leading blocks that need no sealing any more."""
         return max(self.num_sealed, self._num_encoded, self.first_block)
 
     def due(self, visible_blocks: int) -> list[int]:
-        """Blocks that must be sealed before a query sees `visible_blocks` as pages."""
+        """The blocks that must be sealed before a query sees `visible_blocks` as pages."""
         until = self.retention.num_sealed(visible_blocks)
         if until <= self.num_sealed:  # as in nearly every step
             return []
@@ -300,8 +300,8 @@ class SequenceSlots(TokenPlaces):
         return self._grow(len(self.exact), self.num_pages(block) + 1)
 
     def drop_ahead(self) -> bool:
-        """Give back pages of blocks that no query sees as pages yet; False where there are none.
-        They are written again, the same, when they are due."""
+        """Release pages of blocks that no query sees as pages yet; False if there are none. They
+        are written again, byte for byte, when they are due."""
         if self._num_encoded <= self.num_sealed:
             return False
         self._num_dropped, self._num_encoded = self._num_encoded, self.num_sealed
@@ -309,27 +309,27 @@ class SequenceSlots(TokenPlaces):
         return True
 
     def _block_slots(self, block: int) -> list[int]:
-        """The eight exact pages of a block in the tail."""
+        """The slots of the eight exact pages of a block in the tail."""
         start = self.exact_place(self.first_index(block))
         return self.exact[start : start + PAGES_PER_BLOCK]
 
     def _page_slot(self, block: int) -> int:
-        """The page that holds a block, or is reserved for it."""
+        """The slot of a block's page, written or reserved."""
         return self.pages[self.num_pages(block)]
 
     def block_units(self, block: int) -> tuple[list[int], int]:
-        """Units of a tail block's eight exact pages and of the page reserved for it."""
+        """The units of a tail block's eight exact pages and of its reserved page."""
         exact = [self._arena.unit(slot, SlotKind.EXACT) for slot in self._block_slots(block)]
         return exact, self._arena.unit(self._page_slot(block), SlotKind.PAGE)
 
     def note_encoded(self, block: int) -> bool:
-        """The page of `block` is written; False where it was written before."""
+        """Record that the page of `block` is written; False if it was written before."""
         self._num_encoded = max(self._num_encoded, block + 1)
         return block >= self._num_dropped
 
     def publish_sealed(self, chain: PrefixChain | None, visible_blocks: int) -> None:
-        """Show the pages of `visible_blocks` blocks in the table and free the exact pages they
-        replace."""
+        """Show the pages of `visible_blocks` blocks in the table, and release the exact pages that
+        they replace."""
         num_sealed = self.retention.num_sealed(visible_blocks)
         if num_sealed == self.num_sealed:
             return

@@ -1,4 +1,4 @@
-"""The sequences a cache holds: a row of the block tables, tokens, and slots in every group."""
+"""The sequences of a cache: each has a row of the block tables, tokens, and slots in each group."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spectral_paged.errors import NonFiniteError, PoolError
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One sequence. `slots` has an entry a group; `num_tokens` counts tokens whose K and V are
-    stored."""
+    """One sequence of a cache; `slots` has one item a group, and `num_tokens` counts the tokens
+    whose K and V are stored."""
 
     seq_id: str
     row: int
@@ -28,16 +28,19 @@ class SequenceState:
     num_tokens: int = 0
     pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
-    num_pages_sealed: int = 0  # for this sequence: a fork's parent keeps its own count
+    num_pages_sealed: int = 0  # a fork starts at 0
     resumed: bool = False
     ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one
-    removed: bool = False  # its id may be another's by now
-    overdue: bool = False  # the step that was to seal its blocks raised
+    removed: bool = False  # another sequence may have its id by now
+    overdue: bool = False  # an error interrupted the seals of its last step
     error: NonFiniteError | None = None
 
     def reserve(self, num_tokens: int, visible_blocks: int) -> bool:
-        """Hold, in every group, slots for `num_tokens` tokens and for the pages of `visible_blocks`
-        blocks, if need be in place of pages written ahead. False (and unchanged): not now."""
+        """Hold slots for `num_tokens` tokens and the pages of `visible_blocks` blocks in every
+        group; False: not now.
+
+        If there are too few slots, pages written ahead are released and the attempt is repeated.
+        """
         if self._hold(num_tokens, visible_blocks):
             return True
         dropped = [slots.drop_ahead() for slots in self.slots]
@@ -53,13 +56,13 @@ class SequenceState:
         return True
 
     def cancel(self) -> None:
-        """Give back what was reserved for tokens that no step stored."""
+        """Release the slots reserved for tokens that no step stored."""
         for slots in self.slots:
             slots.cancel(self.num_tokens)
 
     def store(self, num_new: int) -> None:
-        """Count `num_new` more tokens as stored, let full exact pages be found, and give back what
-        has left a window."""
+        """Count `num_new` more tokens as stored, publish full exact pages, and release slots that
+        have left a window."""
         self.num_tokens += num_new
         self.ran = True
         if self.chain is not None and self.token_ids is not None:
@@ -72,14 +75,14 @@ class SequenceState:
 
 
 class SequenceTable:
-    """Sequences by id; a row of the block tables each.
+    """The sequences of a cache by id, and the rows of the block tables that are free.
 
     Args:
         groups: the cache's layer groups.
-        basis: the cache's calibration and format: a prefix is found in the same format alone.
-        visibility: which blocks queries see as pages.
-        max_num_seqs: rows.
-        prefix_caching: False lets no sequence find another's slots.
+        basis: the cache's calibration and format; the format separates prefixes.
+        visibility: rule for the blocks that queries see as pages.
+        max_num_seqs: number of rows.
+        prefix_caching: False lets no sequence find slots of another one.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class SequenceTable:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def all(self) -> list[SequenceState]:
-        """Every sequence held now; another thread may free some while the list is read."""
+        """A list of every sequence held now; another thread may free some while it is read."""
         return list(self.by_id.values())
 
     def add(
@@ -113,7 +116,7 @@ class SequenceTable:
         pinned: tuple[int, ...],
         resumed: bool,
     ) -> SequenceState | None:
-        """A new sequence with its prefix hit attached; None when every row is taken."""
+        """A new sequence with its prefix hit attached; None if every row is taken."""
         row = self._take_row(seq_id)
         if row is None:
             return None
@@ -168,14 +171,14 @@ class SequenceTable:
             num_cached_tokens=parent.num_tokens,
             pinned=parent.pinned,
             overdue=parent.overdue,
-            ran=True,  # it asked the prefix cache for nothing
+            ran=True,  # a fork does not search the prefix cache
         )
         child.chain = self._chain(child, cache_salt)
         self.by_id[child_id] = child
         return child
 
     def remove(self, state: SequenceState, *, forget: bool) -> None:
-        """Release a sequence's slots and row; `forget` lets nobody find what it stored."""
+        """Release a sequence's slots and row; with `forget` no later sequence finds the slots."""
         del self.by_id[state.seq_id]
         state.removed = True
         if forget:
@@ -189,7 +192,7 @@ class SequenceTable:
         return self._free_rows.pop() if self._free_rows else None
 
     def _free_row(self, row: int, chain: PrefixChain | None = None) -> None:
-        """Give back a row and what a sequence, whole or not, holds in it."""
+        """Release a row and the slots that a sequence, complete or not, holds in it."""
         for group in self._groups:
             group.free_row(row, chain)
         self._free_rows.append(row)

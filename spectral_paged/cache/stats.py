@@ -1,4 +1,4 @@
-"""Figures of a cache: what was sealed, attended and hit, and what a token costs."""
+"""The figures of a cache: pages sealed and attended, prefix hits, and the bytes of a token."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from spectral_paged.pool.slot_pool import SlotKind
 
 @dataclass(slots=True)
 class CacheCounters:
-    """Totals since construction."""
+    """A cache's totals since its construction."""
 
     pages_sealed: int = 0
-    pages_attended: int = 0  # page reads, layer by layer
+    pages_attended: int = 0  # page reads, summed over layers
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     resumed_query_tokens: int = 0
     resumed_hit_tokens: int = 0
     freed_tokens: int = 0  # of sequences freed so far
-    freed_token_bytes: int = 0  # theirs at 2 bytes an element
-    freed_held_bytes: int = 0  # what they held, exact bytes counted at 2 an element
+    freed_token_bytes: int = 0  # their K and V at 2 bytes an element
+    freed_held_bytes: int = 0  # bytes that they held, exact ones at 2 an element
 
     def count_prefix(self, state: SequenceState) -> None:
-        """Tokens of a sequence that runs for the first time, and those found cached.
+        """Count the tokens of a sequence that runs for the first time, and its cached ones.
 
-        As vLLM does, preempted sequences that go on are counted apart: they find themselves. So do
-        siblings that could not be forked: their prompt was asked for by the first of them.
+        As in vLLM, resumed sequences are counted separately, because they find their own slots.
+        Siblings that could not be forked are counted with them: the first one counts the prompt.
         """
         if state.ran or state.chain is None or state.token_ids is None:
             return
@@ -44,15 +44,17 @@ class CacheCounters:
             self.prefix_hit_tokens += min(found, state.num_prompt_tokens)
 
     def count_freed(self, groups: Sequence[LayerGroup], state: SequenceState) -> None:
-        """What a sequence held when it was freed."""
+        """Count the tokens and bytes that a sequence holds when it is freed."""
         self.freed_tokens += state.num_tokens
         self.freed_token_bytes += token_bytes(groups, state.num_tokens)
         self.freed_held_bytes += held_bytes(groups, state)
 
 
 def token_bytes(groups: Sequence[LayerGroup], num_tokens: int) -> int:
-    """K and V of `num_tokens` tokens at 2 bytes an element, whatever dtype the run has; of layers
-    with a window, of what it shows alone."""
+    """The bytes of K and V of `num_tokens` tokens at 2 bytes an element, whatever the dtype.
+
+    Layers with a window count only the tokens inside it.
+    """
     return sum(
         len(g.layers)
         * min(num_tokens, g.retention.reach)
@@ -62,7 +64,7 @@ def token_bytes(groups: Sequence[LayerGroup], num_tokens: int) -> int:
 
 
 def held_bytes(groups: Sequence[LayerGroup], state: SequenceState) -> int:
-    """Bytes a sequence holds (shared slots counted whole), exact ones at 2 an element."""
+    """The bytes that a sequence holds (shared slots counted whole), exact ones at 2 an element."""
     return sum(
         len(group.layers)
         * (
@@ -74,7 +76,7 @@ def held_bytes(groups: Sequence[LayerGroup], state: SequenceState) -> int:
 
 
 def sequence_figures(groups: Sequence[LayerGroup], state: SequenceState) -> dict[str, float]:
-    """tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio of a sequence."""
+    """A sequence's tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio."""
     held = held_bytes(groups, state)
     plain = token_bytes(groups, state.num_tokens)
     return {
@@ -89,12 +91,12 @@ def sequence_figures(groups: Sequence[LayerGroup], state: SequenceState) -> dict
 def cost_figures(
     groups: Sequence[LayerGroup], sequences: Sequence[SequenceState], counters: CacheCounters
 ) -> dict[str, object]:
-    """What a token costs, over sequences freed so far and those held now, what was sealed, and
-    what the arenas hold."""
+    """The bytes of a token over sequences freed so far and held now, the counters, and the pool's
+    figures."""
     plain, held = counters.freed_token_bytes, counters.freed_held_bytes
     num_tokens = counters.freed_tokens
     for state in sequences:
-        if state.removed:  # by the engine's thread while another one asks: it is counted as freed
+        if state.removed:  # meanwhile, by the engine's thread: `counters` has it as freed
             continue
         held += held_bytes(groups, state)
         plain += token_bytes(groups, state.num_tokens)
@@ -120,8 +122,8 @@ def backends(
     num_q_heads: int,
     scores: Scores,
 ) -> dict[str, object]:
-    """What runs decode attention, attention of prompt chunks and sealing; all that do where groups
-    differ."""
+    """The backends in use for decode attention, prompt chunks and sealing; names are joined where
+    groups differ."""
     arena = groups[0].arena
     format, dtype, device = arena.format, arena.dtype, arena.planes.device
     num_queries = num_q_heads // format.num_kv_heads
@@ -129,7 +131,7 @@ def backends(
     def named(names: list[str]) -> str:
         return " and ".join(sorted({part for name in names for part in name.split(" and ")}))
 
-    # an exact group reads pages of one kind alone, whatever else runs
+    # groups that never seal read exact pages only, so they count only if no group seals
     sealing = [g for g in groups if g.seals] or groups[:1]
     return {
         "backend": named(
@@ -146,7 +148,7 @@ def backends(
 
 
 def pool_stats(groups: Sequence[LayerGroup]) -> dict[str, object]:
-    """Slots of all groups, counted as pages of one layer each, and the share of bytes in use."""
+    """The slots of all groups, counted once a layer, and the share of bytes in use."""
     arenas = [g.arena for g in groups]
 
     def in_use(kind: SlotKind) -> int:

@@ -1,4 +1,4 @@
-"""Where a sequence's tokens lie in the slots that it holds in one layer group.
+"""The places of a sequence's tokens in the slots that it holds in one layer group.
 
 ```
 64 tokens      0 ... | landmarks | block 0 | block 1 | block 2 (pinned) | block 3 | tail
@@ -20,7 +20,7 @@ PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """Tokens behind each other in one table: entries `start` to `stop`, blocks or exact pages."""
+    """Consecutive tokens in entries `start` to `stop` of one table, blocks or exact pages."""
 
     sealed: bool
     start: int
@@ -30,11 +30,11 @@ class TokenRun:
 
 @dataclass(slots=True, eq=False)
 class TokenPlaces:
-    """Places of a sequence's tokens among its exact pages and pages, both oldest first.
+    """The places of a sequence's tokens among its exact pages and pages, both oldest first.
 
-    `num_sealed` counts blocks that queries see as pages or, where pinned or out of the window, as
-    holes. `first_page` counts spans of 64 tokens that no query sees any more; where blocks are
-    sealed it stands among the landmarks or at the start of a block.
+    `num_sealed` counts blocks in the page table: pages, and holes for blocks that are pinned or out
+    of the window. `first_page` counts spans of 64 tokens that no query sees any more; where blocks
+    are sealed it lies among the landmarks or at the start of a block.
     """
 
     num_landmark_pages: int
@@ -43,25 +43,25 @@ class TokenPlaces:
     num_sealed: int = 0  # blocks shown in the page table
 
     def first_index(self, block: int) -> int:
-        """The first span of 64 tokens of `block`."""
+        """The index of the first span of 64 tokens in `block`."""
         return self.num_landmark_pages + block * PAGES_PER_BLOCK
 
     def last_index(self, block: int) -> int:
-        """The last span of 64 tokens of `block`."""
+        """The index of the last span of 64 tokens in `block`."""
         return self.num_landmark_pages + (block + 1) * PAGES_PER_BLOCK - 1
 
     def block_of(self, index: int) -> int:
-        """The block with the span `index` of 64 tokens; 0 also for landmarks."""
+        """The block that contains span `index` of 64 tokens; 0 for landmarks too."""
         return max(0, index - self.num_landmark_pages) // PAGES_PER_BLOCK
 
     @property
     def first_block(self) -> int:
-        """Blocks below have left the window."""
+        """The first block that has not left the window."""
         return self.block_of(self.first_page)
 
     def num_pages(self, num_blocks: int) -> int:
-        """Pages held for the first `num_blocks` blocks: those neither pinned nor out of the window
-        (a block's own page stands at this place of `pages`)."""
+        """The number of pages for the first `num_blocks` blocks, without pinned ones and those out
+        of the window; also the index of block `num_blocks` in `pages`."""
         first = self.first_block
         if num_blocks <= first:
             return 0
@@ -73,21 +73,21 @@ class TokenPlaces:
         return self.num_pages(self.num_sealed)
 
     def unpinned(self, blocks: range) -> list[int]:
-        """Those of `blocks` that are not pinned."""
+        """The blocks in `blocks` that are not pinned."""
         return [block for block in blocks if block not in self.pinned]
 
     def is_sealed(self, index: int) -> bool:
-        """True if a page stands, or stood, for the span `index` of 64 tokens."""
+        """True if span `index` of 64 tokens lies in a sealed block, in the window or not."""
         return self.is_hidden(index, self.num_sealed)
 
     def is_hidden(self, index: int, num_sealed: int) -> bool:
-        """`is_sealed` as it would be with `num_sealed` blocks sealed."""
+        """True if span `index` would lie in a sealed block with `num_sealed` blocks sealed."""
         block = self.block_of(index)
         return index >= self.num_landmark_pages and block < num_sealed and block not in self.pinned
 
     def exact_place(self, index: int) -> int:
-        """Where the exact page with tokens `64 index ...` stands in `exact`; with those of a sealed
-        block, where the block would begin."""
+        """The index in `exact` of the exact page with tokens `64 index ...`; for tokens of a sealed
+        block, the index at which the block would begin."""
         block = self.block_of(index)
         if self.is_sealed(index):
             index = self.first_index(block)
@@ -95,16 +95,19 @@ class TokenPlaces:
         return index - self.first_page - num_pages * PAGES_PER_BLOCK
 
     def num_exact(self, num_tokens: int) -> int:
-        """Exact pages that hold what is neither sealed nor gone of `num_tokens` tokens."""
+        """The number of exact pages for the tokens of `num_tokens` that are not sealed or gone."""
         return -(-(num_tokens - self.tail_start) // EXACT_PAGE_TOKENS)
 
     @property
     def tail_start(self) -> int:
-        """Tokens before the tail that are not in exact pages: a position less that is its place."""
+        """The number of tokens before the tail that are not in exact pages.
+
+        A tail token's place among the exact tokens is its position minus this number.
+        """
         return self.first_page * EXACT_PAGE_TOKENS + self.num_sealed_pages * BLOCK_TOKENS
 
     def exact_before(self, position: int) -> int:
-        """Exact tokens held of positions before `position`."""
+        """The number of tokens in exact pages whose positions are before `position`."""
         index, rest = divmod(position, EXACT_PAGE_TOKENS)
         if index < self.first_page:
             return 0
@@ -112,9 +115,9 @@ class TokenPlaces:
         return self.exact_place(index) * EXACT_PAGE_TOKENS + rest
 
     def runs(self, num_tokens: int) -> tuple[TokenRun, ...]:
-        """What is held of `num_tokens` tokens, by position; holes are left out."""
+        """The runs of `num_tokens` tokens by position; holes are left out."""
         found: list[TokenRun] = []
-        at = self.first_page  # spans of 64 tokens told so far
+        at = self.first_page  # the next span of 64 tokens
         for block in range(self.first_block, self.num_sealed):
             if block in self.pinned:
                 continue
@@ -134,7 +137,7 @@ class TokenPlaces:
         return TokenRun(False, start, start - (-num_tokens // EXACT_PAGE_TOKENS), num_tokens)
 
     def runs_by_kind(self, num_tokens: int) -> tuple[TokenRun, ...]:
-        """What is held of `num_tokens` tokens, pages first, which takes fewer reads."""
+        """The runs of `num_tokens` tokens, pages first, which takes fewer reads."""
         sealed, exact = self.num_sealed_pages * BLOCK_TOKENS, num_tokens - self.tail_start
         pages = TokenRun(True, 0, self.num_sealed, sealed)
         tail = TokenRun(False, 0, -(-exact // EXACT_PAGE_TOKENS), exact)

@@ -1,4 +1,4 @@
-"""Which blocks a query sees as pages."""
+"""Visibility decides which blocks a query sees as pages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NEVER = 1 << 62  # a position that no sequence reaches
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """What a query sees as pages: a function of its position and of its prompt's length alone.
+    """The rule for what a query sees as pages, by its position and its prompt's length only.
 
     Args:
-        landmarks: first tokens of a sequence that are never in a page; a multiple of 64.
-        hot: newest tokens that are not seen as pages; a multiple of 64, `NEVER` where no block
-            ever is.
-        segment: prompt tokens whose queries see each other exactly; a multiple of 512. 0: those of
-            one step, however many.
+        landmarks: number of first tokens that are never in a page; a multiple of 64.
+        hot: number of newest tokens that are not seen as pages; a multiple of 64, or `NEVER` if no
+            block is ever seen as a page.
+        segment: prompt tokens whose queries see each other exactly; a multiple of 512. 0 means the
+            tokens of one step, however many.
     """
 
     landmarks: int
@@ -28,16 +28,16 @@ class Visibility:
 
     @classmethod
     def of(cls, format: PageFormat) -> Visibility:
-        """The visibility that a format's fields ask for."""
+        """The visibility of a format's landmarks, hot tokens and segment."""
         hot = format.hot_tokens if format.seals else NEVER
         return cls(format.num_landmark_tokens, hot, format.prefill_segment)
 
     def visible_blocks(self, position: int, num_prompt_tokens: int) -> int:
-        """Number of leading blocks that the query at `position` sees as pages.
+        """The number of leading blocks that the query at `position` sees as pages.
 
         Block b counts if and only if `s(t) >= landmarks + 512 (b + 1) + hot`, with s(t) = t for
         a generated token and the start of the token's segment for a prompt token. Where each step
-        is a segment (`segment=0`), ask for the step's first position.
+        is a segment (`segment=0`), `position` must be the step's first one.
         """
         past = position - self.landmarks
         if position < num_prompt_tokens and self.segment:
@@ -45,13 +45,14 @@ class Visibility:
         return max(0, (past - self.hot) // BLOCK_TOKENS)
 
     def visible_from(self, block: int) -> int:
-        """Position of the first generated token whose query sees `block` as a page."""
+        """The position of the first generated token whose query sees `block` as a page."""
         return self.landmarks + BLOCK_TOKENS * (block + 1) + self.hot
 
     def chunk_end(self, start: int, num_prompt_tokens: int) -> int:
-        """First position after `start` whose query sees another number of pages than `start`.
+        """The first position after `start` whose query sees another number of pages than `start`'s.
 
-        Queries of one step stay inside `[start, chunk_end)`, so that one step has one view.
+        Queries of one step stay inside `[start, chunk_end)`, so that one step has one view
+        (decision 0001).
         """
         if not self.segment:
             return NEVER
@@ -68,7 +69,7 @@ class Visibility:
         return end
 
     def most_exact_tokens(self, num_tokens: int) -> int:
-        """Most tokens of a sequence of `num_tokens` that are ever not in pages."""
+        """The most tokens that a sequence of `num_tokens` ever has outside pages."""
         if not self.segment:  # all of them may come in one step
             return num_tokens
         return min(num_tokens, self.landmarks + BLOCK_TOKENS + self.hot + self.segment)
