@@ -1,7 +1,7 @@
 """Figures of a running LLM: snapshots, Prometheus metrics, a live view.
 
-It knows the LLM and what lies below it. Metrics and view need packages of their own, so they are
-imported when they are asked for.
+The package imports the LLM and its dependencies. Prometheus metrics and the view need packages
+outside the base install, so they are imported on first use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["MetricsCollector", "prometheus", "serving", "snapshot", "top"]
 
 
 def __getattr__(name: str) -> object:
-    """What needs `prometheus-client` is imported when it is first asked for."""
+    """Import `MetricsCollector` and `serving` on first use; they need `prometheus-client`."""
     if name in ("MetricsCollector", "serving"):
         from spectral_paged.metrics import prometheus
 

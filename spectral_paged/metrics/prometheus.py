@@ -9,7 +9,7 @@ MetricsCollector(llm, registry=registry)       # or several: MetricsCollector(a,
 start_http_server(9100, addr="127.0.0.1", registry=registry)
 ```
 
-Nothing is pushed: figures are read when somebody scrapes, so a step pays nothing for it.
+Figures are read when a scrape arrives, so a step does no work for them.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ LABELS = ("model_name", "engine")
 
 
 class MetricsCollector(Collector):
-    """Metrics of one LLM or several, told apart by the labels `model_name` and `engine`.
+    """Exports metrics of one LLM or several, with the labels `model_name` and `engine`.
 
-    An LLM is not kept alive: one that nobody holds any more is exported no more.
+    The collector has weak references: an LLM without other references is no longer exported.
 
     Args:
-        llms: `engine` is their place: 0, 1, ...
+        llms: the LLMs; the label `engine` is the index, 0, 1, ...
         registry: where the collector registers itself; prometheus-client's own by default. A
-            registry takes one collector: `add` further LLMs to it.
+            registry takes one collector, to which further LLMs are added with `add`.
     """
 
     def __init__(self, *llms: LLM, registry: CollectorRegistry = REGISTRY) -> None:
@@ -66,13 +66,13 @@ class MetricsCollector(Collector):
         registry.register(self)
 
     def add(self, llm: LLM) -> str:
-        """Export another LLM; its `engine` label."""
+        """Export another LLM and return its `engine` label."""
         engine = str(next(self._numbers))
         self._llms[engine] = weakref.ref(llm)
         return engine
 
     def describe(self) -> Iterable[Metric]:
-        """The families without samples: a registry asks when the collector registers."""
+        """Return the families without samples, which a registry reads at registration."""
         return _families([])
 
     def collect(self) -> Iterable[Metric]:
@@ -109,8 +109,9 @@ def _families(snapshots: list[Snapshot]) -> Iterator[Metric]:
 
 @contextmanager
 def serving(port: int, host: str = "127.0.0.1") -> Iterator[tuple[MetricsCollector, int]]:
-    """Answer scrapes at `http://host:port/metrics` inside; yields the collector, to add LLMs to,
-    and the port (0 asks for any).
+    """Serve metrics at `http://host:port/metrics` inside; yield the collector and the port.
+
+    The collector has no LLMs yet. Port 0 takes any free port.
 
     Raises:
         OSError: the port is taken or may not be used.
@@ -132,10 +133,10 @@ def serving(port: int, host: str = "127.0.0.1") -> Iterator[tuple[MetricsCollect
 
 
 def parse(text: str) -> list[Snapshot]:
-    """The snapshots of an exposition, one an LLM, in order of their `engine` labels.
+    """Parse an exposition into snapshots, one for each LLM, in order of their `engine` labels.
 
     Raises:
-        CorruptFileError: it is no exposition, or not one of ours.
+        CorruptFileError: the text is no exposition, or has none of this package's metrics.
     """
     values: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     buckets: dict[tuple[str, str], dict[str, dict[float, float]]] = defaultdict(
@@ -175,7 +176,7 @@ def parse(text: str) -> list[Snapshot]:
 
 
 def _distribution(below: dict[float, float], total: float) -> Distribution:
-    """From an exposition's buckets, each of which counts those below it too."""
+    """Return a distribution from an exposition's buckets, whose counts are cumulative."""
     bounds = sorted(below)
     counts = np.diff([below[b] for b in bounds], prepend=0.0) if bounds else [0]
     return Distribution(tuple(bounds[:-1]), tuple(int(count) for count in counts), total)

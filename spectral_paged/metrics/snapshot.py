@@ -1,4 +1,4 @@
-"""One snapshot of an LLM's figures: what the metrics export and the live view both show."""
+"""A snapshot of an LLM's figures, which the metrics export and the live view both show."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PREFIX = "spectral_paged:"
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """A figure of `llm.stats()` under the name that it is exported by, `PREFIX` in front.
+    """A figure of `llm.stats()` (`key`), exported under `PREFIX` and `name`.
 
-    Names and meaning are vLLM's where vLLM has the figure. `label`: the figure is a dictionary, a
-    sample for each key under this label.
+    Names and meaning are vLLM's where vLLM has the figure. With a `label` the figure is a
+    dictionary, whose keys become values of this label, one sample each.
     """
 
     name: str
@@ -112,12 +112,12 @@ class Snapshot:
         return self.values.get((name, label), 0.0)
 
     def labels(self, name: str) -> dict[str, float]:
-        """A labelled figure's values by label."""
+        """Return a labelled figure's values by label value."""
         return {label: x for (other, label), x in self.values.items() if other == name and label}
 
 
 def take_snapshot(llm: LLM, engine: str = "0") -> Snapshot:
-    """The figures now; steps may run meanwhile, in another thread."""
+    """Read an LLM's figures now. Steps may run in another thread meanwhile."""
     stats, counters = llm.stats(), llm.engine.counters
     values: dict[tuple[str, str], float] = {}
     for spec in METRICS:

@@ -33,7 +33,7 @@ REFRESHES_PER_SECOND = 4
 
 
 class View:
-    """Draws snapshots; token rates are of the last five seconds."""
+    """Draws snapshots, with token rates over the last five seconds."""
 
     def __init__(self) -> None:
         self._seen: dict[str, deque[Snapshot]] = {}
@@ -54,7 +54,7 @@ class View:
     def draw(
         self, snapshots: list[Snapshot], progress: tuple[int, int] | None = None
     ) -> RenderableType:
-        """A panel for each snapshot, and a bar where `progress` is (lines done, lines in all)."""
+        """Return a panel for each snapshot, and a bar if `progress` is (lines done, all lines)."""
         parts: list[RenderableType] = []
         for snapshot in snapshots:
             self._note(snapshot)
@@ -129,16 +129,16 @@ def _percentiles(snapshot: Snapshot, name: str) -> list[str]:
 
 
 def can_show() -> bool:
-    """Whether stdout is a terminal that a view can be kept up to date on."""
+    """True if stdout is a terminal on which a view can be redrawn."""
     return Console().is_terminal and not Console().is_dumb_terminal
 
 
 @contextmanager
 def showing(llm: LLM, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
-    """Keep the figures of `llm` on stdout while the inside runs; a thread redraws them.
+    """Show the figures of `llm` on stdout inside; a thread redraws them.
 
     Args:
-        progress: lines done, and lines in all.
+        progress: returns the lines done and the number of all lines.
     """
     view = View()
     with Live(
@@ -150,10 +150,10 @@ def showing(llm: LLM, progress: Callable[[], tuple[int, int]]) -> Iterator[None]
 
 
 def fetch(url: str) -> str:
-    """The text of a metrics endpoint; `/metrics` where the URL names no path.
+    """Fetch the text of a metrics endpoint, at `/metrics` if the URL has no path.
 
     Raises:
-        InvalidRequestError: no http(s) URL, no answer, or one of more than 16 MiB.
+        InvalidRequestError: `url` is no http(s) URL, gives no response, or more than 16 MiB.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -173,10 +173,11 @@ def fetch(url: str) -> str:
 
 
 def watch(url: str, interval: float) -> int:
-    """Show the endpoint's figures until it is gone or Ctrl-C; once where stdout is no terminal.
+    """Show an endpoint's figures until it is gone or Ctrl-C, or once if stdout is no terminal.
 
     Raises:
-        InvalidRequestError, CorruptFileError: the first answer is none, or none of ours.
+        InvalidRequestError, CorruptFileError: the first fetch fails, or has none of this package's
+            metrics.
     """
     from spectral_paged.metrics.prometheus import parse
 

@@ -1,6 +1,7 @@
-"""An HTTP server that speaks OpenAI's API.
+"""An HTTP server with OpenAI's API.
 
-It knows the LLM, OpenAI's forms and the metrics; fastapi and uvicorn are imported when it starts.
+The package imports the LLM, OpenAI's formats and the metrics. fastapi and uvicorn are imported when
+the server starts.
 """
 
 __all__ = [

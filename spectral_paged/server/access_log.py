@@ -1,4 +1,4 @@
-"""Every HTTP request gets an id, is counted, and leaves a line in the log: never what it said."""
+"""Every HTTP request gets an id, is counted and logged, without its content."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """ASGI middleware.
+    """ASGI middleware that counts and logs HTTP requests.
 
     Args:
-        registry: where `http_requests_total` and `http_requests_in_progress` go.
+        registry: gets `http_requests_total` and `http_requests_in_progress`.
     """
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
@@ -50,7 +50,7 @@ class AccessLog:
         with self._in_progress.track_inprogress():
             try:
                 await self._app(scope, receive, watched)
-            except Exception:  # answered 500 by who called this
+            except Exception:  # the caller responds 500
                 found["ended"] = True
                 raise
             finally:

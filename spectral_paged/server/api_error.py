@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ApiError(Exception):
     """A response that is an error.
 
     Args:
-        status: of HTTP; 4xx is the client's to mend, 5xx is not.
+        status: the HTTP status; 4xx is the client's fault, 5xx is not.
     """
 
     def __init__(
@@ -55,24 +55,24 @@ class ApiError(Exception):
 
 
 def refused(error: SpectralPagedError) -> ApiError:
-    """A request that can never be served."""
+    """Return the error of a request that can never be served (400)."""
     code, param = _CODES.get(type(error), ("invalid_value", None))
     return ApiError(400, str(error), param=error.param or param, code=code)
 
 
 def failed(error: BaseException) -> ApiError:
-    """A request that was taken and came to nothing."""
+    """Return the error of an accepted request that failed (500)."""
     return ApiError(500, str(error) or repr(error), type=SERVER, code="generation_failed")
 
 
 def no_room(message: str, *, code: str, retry_seconds: int, **headers: str) -> ApiError:
-    """A request for which there is no room now."""
+    """Return the error of a request for which there is no room now (429)."""
     headers = {"Retry-After": str(retry_seconds)} | headers
     return ApiError(429, message, type="rate_limit_error", code=code, headers=headers)
 
 
 def stopping() -> ApiError:
-    """What comes, or is not done yet, when the server stops."""
+    """Return the error of requests that arrive or run while the server stops (503)."""
     return ApiError(
         503,
         "the server is shutting down: send the request to another, or again later",
@@ -83,5 +83,5 @@ def stopping() -> ApiError:
 
 
 def disconnected() -> ApiError:
-    """For the log alone: nobody is there to read it."""
+    """Return the error of a client that has disconnected (499), which only the log shows."""
     return ApiError(499, "the client has gone", code="client_disconnected")

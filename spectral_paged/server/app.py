@@ -1,4 +1,4 @@
-"""The HTTP routes."""
+"""The service: HTTP routes over an LLM, and the responses to its errors."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from spectral_paged.server.settings import ServerSettings
 
 
 class Service:
-    """An LLM behind HTTP; `app` is the ASGI application.
+    """Serves an LLM over HTTP; `app` is the ASGI application.
 
-    The LLM belongs to it while the application runs.
+    No other code may use the LLM while the application runs.
     """
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
@@ -55,9 +55,9 @@ class Service:
         )
         self.stopping = self._ended = False
         self._created = int(time.time())
-        if llm.get_tokenizer() is not None:  # a first call sets it up, which threads must not share
+        if llm.get_tokenizer() is not None:  # the first call sets it up, which is not thread-safe
             llm.get_tokenizer()("a")
-        # one thread: parsing and tokenizing disturb neither the event loop nor the engine's steps
+        # a thread of its own, so that parsing delays neither the event loop nor the engine's steps
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
         registry = CollectorRegistry()
         MetricsCollector(llm, registry=registry)
@@ -96,11 +96,11 @@ class Service:
             self._parser.shutdown(cancel_futures=True)
 
     def begin_to_stop(self) -> None:
-        """Take no more requests; those in work go on."""
+        """Accept no more requests; running ones continue."""
         self.stopping = True
 
     def end_all(self) -> None:
-        """Abort what is in work; clients are told that the server stops."""
+        """Abort running requests, whose clients get a 503."""
         self._ended = True
         self.engine.end_all(stopping)
 
@@ -169,14 +169,14 @@ class Service:
             try:
                 return await while_connected(request.receive, work)
             except ApiError as error:
-                if chat and error.param == "prompt":  # made from the messages
+                if chat and error.param == "prompt":  # the prompt was made from the messages
                     error.param = "messages"
                 raise
 
     async def _begin(
         self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
     ) -> Response:
-        """Queue the request and wait for its outputs; a stream takes over what `stack` holds."""
+        """Queue the request and return its response; a stream takes over the exits of `stack`."""
         parsed = await self._parse(body, chat)
         if self._ended:
             raise stopping()
@@ -204,12 +204,12 @@ class Service:
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
     async def _parse(self, body: Body, chat: bool) -> ParsedRequest:
-        """Parse the body, and drop it: tokens are what a request goes on with."""
+        """Parse the body and drop it, because the request continues with its tokens only."""
         loop = asyncio.get_running_loop()
 
         def parse() -> ParsedRequest:
-            # the bytes are looked up here, so a call that waits for its turn does not keep those of
-            # a client that has gone
+            # the bytes are read here, so that a queued call does not keep those of a client that
+            # has disconnected
             return parse_request(self.llm, self.settings, bytes(body.data), chat=chat)
 
         try:
@@ -235,7 +235,7 @@ async def _refusal(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """No such route, or not with this method."""
+    """Respond to an unknown route or method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path:.200}: {error.detail}"
     code = HTTPStatus(error.status_code).name.lower()
@@ -245,7 +245,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    """A bug; what it was goes to the log alone."""
+    """Respond to an unexpected error, which only the log shows."""
     return await _error(
         request, ApiError(500, "the server failed on this request", type=SERVER, code="internal")
     )

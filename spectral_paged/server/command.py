@@ -1,4 +1,4 @@
-"""`spectral-paged serve`."""
+"""`spectral-paged serve` reads its options, loads the model and runs the server."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
-    """The settings of a command line and its environment.
+    """Return the settings of a command line and its environment.
 
     Raises:
-        InvalidRequestError: an empty key, a negative time, or limits that exclude one another.
+        InvalidRequestError: a key is not valid, a time is negative, or limits contradict.
     """
     keys = tuple(args.api_key or ())
     if not keys and os.environ.get(API_KEY_VARIABLE):
@@ -106,8 +106,10 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; 0 after an orderly end, 1 where the engine's thread died."""
-    from spectral_paged.server.app import Service  # says what to install where it cannot
+    """Serve until SIGINT or SIGTERM; return 0, or 1 if the engine's thread died."""
+    from spectral_paged.server.app import (
+        Service,
+    )  # first, because it raises if a package is missing
     from spectral_paged.server.http_server import HttpServer
 
     settings = settings_of(args)
@@ -128,7 +130,7 @@ def serve(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address, before a model is loaded for nothing; it listens later."""
+    """Bind a socket that listens later, so that a taken port fails before the model is loaded."""
     with contextlib.ExitStack() as stack:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

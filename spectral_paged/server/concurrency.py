@@ -1,4 +1,4 @@
-"""How many completions may be in the server at once."""
+"""The limit on the number of completions that run or wait in the server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from spectral_paged.server.api_error import ApiError, no_room
 
 
 class ConcurrencyLimit:
-    """Counts completions that run or wait; of one event loop, so it needs no lock."""
+    """Counts completions that run or wait. Only one event loop uses it, so it needs no lock."""
 
     def __init__(self, total: int, retry_seconds: int) -> None:
         self.total = total
@@ -16,10 +16,10 @@ class ConcurrencyLimit:
         self._retry_seconds = retry_seconds
 
     def lease(self) -> Lease:
-        """Room for a request's first completion; a context that gives it back.
+        """Take room for a request's first completion, in a context that frees the request's room.
 
         Raises:
-            ApiError: 429, there is none.
+            ApiError: 429, there is no room.
         """
         lease = Lease(self)
         lease.grow(1)
@@ -37,17 +37,17 @@ class ConcurrencyLimit:
 
 
 class Lease:
-    """What one request holds; given back when its context ends."""
+    """The room that one request has taken, freed when its context ends."""
 
     def __init__(self, limit: ConcurrencyLimit) -> None:
         self._limit = limit
         self._held = 0
 
     def grow(self, count: int) -> None:
-        """Hold room for `count` completions.
+        """Take room for `count` completions in all.
 
         Raises:
-            ApiError: 400, so many would never fit; 429, they do not fit now.
+            ApiError: 400, so many never fit; 429, they do not fit now.
         """
         if count > self._limit.total:
             raise ApiError(

@@ -1,5 +1,7 @@
-"""The engine in a thread of its own; an event loop talks to it by calls that it takes between
-steps."""
+"""The engine runs in a thread of its own, and makes the event loop's calls between steps.
+
+Decision 0028 has the alternatives.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,17 @@ from spectral_paged.server.pending import Generation, News
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; a step that raised can be taken again
-PROBE_SECONDS = 5.0  # between a step that raised and a try, where nobody asks for anything
+PROBE_SECONDS = 5.0  # between a step that raised and a probe, if no request arrives
 PROBE_ID = "probe"  # the ids of requests are longer
 
 
 class EngineThread:
-    """Runs steps while there are requests and sends what they bring to the event loop.
+    """Runs steps while there are requests and sends their outputs to the event loop.
 
-    Nobody else may use the LLM meanwhile: an engine belongs to one thread.
+    No other thread may use the LLM meanwhile.
 
     Attributes:
-        died: its thread ended by an error.
+        died: True after an error ended the thread.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -52,26 +54,26 @@ class EngineThread:
     # ---- the event loop ------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin; the running event loop is the one that hears of results."""
+        """Start the thread, which sends results to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """Abort what still runs, telling those who wait that the server stops; then join."""
+        """Abort running requests with a 503, and wait until the thread has ended."""
         with self._lock:
             self._stopped = True
-        self._calls.put(lambda: None)  # wakes it
+        self._calls.put(lambda: None)  # wakes the thread
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
 
     @property
     def problem(self) -> str | None:
-        """Why requests are not answered; None while all is well.
+        """The reason why requests get no response, or None.
 
-        Steps that raise are a problem until one brings an output that is no error: a client's, or
-        a probe's.
+        Steps that raise are a problem until a step returns an output without an error, of a client
+        or of a probe.
         """
-        failure = self._failure  # once: its thread may forget it meanwhile
+        failure = self._failure  # read once, because the thread may reset it
         if failure is not None:
             return f"engine steps raise: {failure!r}"
         if self._loop is not None and not self._thread.is_alive():
@@ -102,7 +104,7 @@ class EngineThread:
         )
 
         def report(error: BaseException | None) -> None:
-            if not admitted.done():  # a client that has gone waits no more
+            if not admitted.done():  # it is done if the client has disconnected
                 admitted.set_result(None) if error is None else admitted.set_exception(error)
 
         def add() -> None:
@@ -118,7 +120,7 @@ class EngineThread:
                 error = failed(fault)
             self._tell(lambda: report(error))
             if error is not None:
-                self._abort(ids)  # before a step: those of its prompts that were queued
+                self._abort(ids)  # prompts that were queued before the error, before a step runs
 
         with self._lock:
             if self._stopped:
@@ -126,17 +128,17 @@ class EngineThread:
             self._calls.put(add)
         try:
             await admitted
-        except BaseException:  # refused, or the client has gone: none of the prompts goes on
+        except BaseException:  # refused, or the client has disconnected: no prompt continues
             generation.close()
             raise
         return generation
 
     def count_refusal(self, error: SpectralPagedError) -> None:
-        """A request that was refused before the engine saw it is counted among the others."""
+        """Count a request that was refused before it reached the engine."""
         self._calls.put(lambda: self.llm.engine.counters.count_refusal(error))
 
     def end_all(self, reason: Callable[[], ApiError]) -> None:
-        """Abort every request; whoever waits gets `reason()`."""
+        """Abort every request; their clients get the error `reason()`."""
         self._calls.put(lambda: self._end_all(reason))
 
     # ---- the thread ----------------------------------------------------------------------
@@ -163,12 +165,12 @@ class EngineThread:
         except Exception:
             logger.exception("what was in work could not be aborted")
         self._generations.clear()
-        self._take_calls(wait=False)  # those who wait for their admission get an answer too
+        self._take_calls(wait=False)  # so that requests that wait for admission get an error
 
     def _take_calls(self, *, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):
             if wait:
-                # after steps that raised a probe is due, whether or not anybody calls
+                # after a step that raised, the wait ends in time for a probe
                 self._calls.get(timeout=None if self._failure is None else PROBE_SECONDS)()
             while True:
                 self._calls.get_nowait()()
@@ -194,13 +196,16 @@ class EngineThread:
 
     def _end_all(self, reason: Callable[[], ApiError]) -> None:
         waiting = set(self._generations.values())
-        self._tell(lambda: _fail(waiting, reason))  # first: a broken engine may not even abort
+        self._tell(lambda: _fail(waiting, reason))  # first, because the engine's abort may raise
         self._abort(list(self._generations))
 
     def _probe(self) -> None:
-        """A request of one token, whose answer nobody reads. A balancer that `/health` has told of
-        steps that raise sends no requests, so none of them would show that steps go again."""
-        self._probe_time = time.monotonic() + PROBE_SECONDS  # one that ends in an error comes again
+        """Queue a request of one token, whose output is dropped.
+
+        A load balancer sends no requests while `/health` reports steps that raise, so only a probe
+        shows that steps run again.
+        """
+        self._probe_time = time.monotonic() + PROBE_SECONDS  # of the next one, if this one fails
         generation = Generation([PROBE_ID], None, lambda: None)
         self._add(generation, [PROBE_ID], [[0]], SamplingParams(max_tokens=1), "")
 
@@ -215,7 +220,7 @@ class EngineThread:
                 self._end_all(partial(failed, error))
             return
         self._failed_steps = 0
-        # a step that was only queued may yet raise, and one whose requests fail shows nothing
+        # a queued step may still raise, and a step whose requests fail does not prove recovery
         if any(output.error is None for output in outputs):
             self._failure = None
         self._send(outputs)
@@ -237,7 +242,7 @@ class EngineThread:
 
     def _tell(self, call: Callable[[], None]) -> None:
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop has closed, so no client waits
             self._loop.call_soon_threadsafe(call)
 
 

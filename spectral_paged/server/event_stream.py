@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI sends them: `data: {...}` and, at the end, `data: [DONE]`."""
+"""Server-sent events in OpenAI's format: `data: {...}` and, at the end, `data: [DONE]`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Sends lists of chunks as they come.
+    """Sends lists of chunks as they arrive.
 
     Args:
-        chunks: its error becomes the last event, for the status has been sent.
-        on_end: called once, however it ends.
-        seconds: a client that takes nothing for so long, with all buffers full, counts as gone.
+        chunks: an `ApiError` of the iterator becomes the last event, because the status is sent.
+        on_end: called once, also after an error.
+        seconds: a client that receives nothing for so long, with all buffers full, counts as
+            disconnected.
     """
 
     media_type = "text/event-stream"
@@ -43,7 +44,7 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send(self._in_time(send)))
         except (ApiError, TimeoutError):
-            pass  # the client has gone; `on_end` aborts what it asked for
+            pass  # the client has disconnected; `on_end` aborts its request
         finally:
             self._on_end()
 
@@ -65,7 +66,7 @@ class EventStream(Response):
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    # ASCII: some clients take U+2028 and its like for line ends
+    # ASCII, because some clients take U+2028 and similar characters for line ends
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 

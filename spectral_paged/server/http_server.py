@@ -1,4 +1,4 @@
-"""uvicorn, with an end in two steps: requests may finish, then they are aborted."""
+"""uvicorn with a shutdown in two phases: requests may finish, then they are aborted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ except ImportError as error:
         "the server needs the package uvicorn: pip install 'spectral-paged[server]'"
     ) from error
 
-BACKSTOP_SECONDS = 5  # for answers to leave after the grace time; then connections are cut
+BACKSTOP_SECONDS = 5  # for responses to leave after the grace time, before connections are closed
 
 
 class HttpServer(uvicorn.Server):
-    """Serves one `Service`.
+    """Serves one `Service` until SIGINT or SIGTERM.
 
-    SIGINT and SIGTERM end it: it stops to listen, requests in work go on for
-    `settings.grace_seconds`, what is left is aborted and answered 503. A second signal aborts
-    at once. No signal is raised again, so the process ends by itself.
+    After the signal the server stops listening. Running requests continue for
+    `settings.grace_seconds`, then they are aborted with a 503. A second signal aborts them at
+    once. Signals are not raised again, so that the process returns its exit status.
 
     Args:
-        on_ready: called when requests are answered.
+        on_ready: called when the server accepts requests.
     """
 
     def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -62,7 +62,7 @@ class HttpServer(uvicorn.Server):
             ending.cancel()
 
     async def _end_all(self) -> None:
-        """Abort what is left when the grace time is over, or at a second signal."""
+        """Abort running requests after the grace time, or at a second signal."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._grace
         while loop.time() < deadline and len(self._captured_signals) < 2:

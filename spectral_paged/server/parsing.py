@@ -1,4 +1,4 @@
-"""A body as the engine takes it: token ids and sampling values within the server's limits."""
+"""Request bodies are parsed into token ids and sampling values within the server's limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from spectral_paged.server.settings import ServerSettings
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """`prompts`: token ids of each. `echoes`: the text of each, where the response repeats it."""
+    """A parsed and tokenized body.
+
+    prompts: the token ids of each prompt.
+    echoes: the text of each prompt, if the response repeats it.
+    """
 
     body: OpenAIRequest
     prompts: list[list[int]]
@@ -31,10 +35,10 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
     """Parse and tokenize a body.
 
     Raises:
-        SpectralPagedError: it can never be served.
-        ApiError: 404, another model's; 400, over a limit of the server.
+        SpectralPagedError: the request can never be served.
+        ApiError: 404, the model is not served; 400, the request exceeds a limit of the server.
     """
-    # without a wish, a conversation goes on as long as there is room, as OpenAI's does
+    # by default a chat completion may use all the room there is, as OpenAI's may
     defaults = {"max_tokens": llm.cache.max_model_len} if chat else {}
     body = parse_body(parse_json(raw), chat=chat, defaults=defaults)
     if body.model is not None and body.model not in settings.model_names:
@@ -66,7 +70,7 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
             raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
         echoes = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompts]
     params = _with_room(llm, settings, body, prompts)
-    for prompt in prompts:  # here already: the engine's thread would read every token of a long one
+    for prompt in prompts:  # here, because the engine's thread would read each token of a long one
         check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
     return ParsedRequest(body, prompts, params, echoes)
 
@@ -117,11 +121,11 @@ def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
 def _with_room(
     llm: LLM, settings: ServerSettings, body: OpenAIRequest, prompts: list[list[int]]
 ) -> SamplingParams:
-    """The parameters, with as many tokens as there is room for where the body names no number."""
+    """Return the parameters, with `max_tokens` from the room there is if the body has no limit."""
     if body.names_max_tokens:
         return body.params
     most = body.params.max_tokens if settings.max_tokens is None else settings.max_tokens
     if body.messages is not None:
         most = min(most, llm.cache.max_sequence_tokens - len(prompts[0]))
-    # without any room the engine says so
+    # 1 without any room, so that the engine refuses the request
     return replace(body.params, max_tokens=max(1, min(body.params.max_tokens, most)))

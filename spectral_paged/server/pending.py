@@ -1,4 +1,4 @@
-"""What one HTTP request gets from the engine's thread."""
+"""The outputs that one HTTP request gets from the engine's thread while it runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ News = TextDelta | RequestOutput
 
 
 class Generation:
-    """The prompts of one request while they run. Iterating yields lists of news, what came since
-    the last: pieces of text if it streams, and the output of each prompt that has finished.
+    """The running prompts of one HTTP request.
 
-    Its iterator raises the error that the request ended with.
+    Iterating yields lists of what arrived since the last one: pieces of text if the request
+    streams, and the output of each finished prompt. The iterator raises the request's error.
 
     Attributes:
-        places: the prompt's place by its request id in the engine.
-        deltas: cuts outputs into pieces; None: only finished outputs are wanted.
+        places: the prompt's index by its request id in the engine.
+        deltas: cuts outputs into pieces; None: only finished outputs are yielded.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Generation:
     # ---- the engine's thread -------------------------------------------------------------
 
     def news_of(self, output: RequestOutput) -> list[News]:
-        """What is to be told of an output, nothing of which changes any more."""
+        """Return the pieces and the finished output to send, none of which changes later."""
         place = self.places[output.request_id]
         found: list[News] = [] if self.deltas is None else list(self.deltas.of(output, place))
         return [*found, output] if output.finished else found
@@ -48,7 +48,7 @@ class Generation:
         self._something.set()
 
     def fail(self, error: BaseException) -> None:
-        """End the request; what came before is still told."""
+        """End the request with an error, after the pieces that arrived before it."""
         self._error = self._error or error
         self._something.set()
 
@@ -64,10 +64,10 @@ class Generation:
                 raise self._error
 
     async def outputs(self) -> list[RequestOutput]:
-        """The finished outputs, in prompt order.
+        """Wait for the finished outputs and return them in prompt order.
 
         Raises:
-            ApiError: one of them failed, or the server stops.
+            ApiError: a prompt failed, or the server stops.
         """
         found: dict[int, RequestOutput] = {}
         async for news in self:
@@ -77,5 +77,5 @@ class Generation:
         return [found[place] for place in sorted(found)]
 
     def close(self) -> None:
-        """Abort what still runs; may be called more than once."""
+        """Abort running prompts; may be called more than once."""
         self._on_close()

@@ -1,4 +1,4 @@
-"""Reading a request's body: within its limit, in time, and only while somebody is there."""
+"""A request's body is read within limits of bytes and time, while its client is connected."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class BodyRoom:
-    """Counts the bytes of all bodies that arrive or wait for the parser; of one event loop, so it
-    needs no lock.
+    """Counts the bytes of all bodies that arrive or wait for the parser.
+
+    Only one event loop uses it, so it needs no lock.
 
     Args:
-        limit: most bytes of one body.
-        total: most bytes of all of them.
+        limit: the most bytes of one body.
+        total: the most bytes of all bodies.
     """
 
     def __init__(self, limit: int, total: int, retry_seconds: int) -> None:
@@ -29,15 +30,18 @@ class BodyRoom:
 
 
 class Body:
-    """One body. What has come takes room, not what is announced: else a few clients that send
-    nothing would hold all of it."""
+    """The received bytes of one body.
+
+    Received bytes take room, and announced ones do not, because a few clients that announce much
+    and send nothing would take all of it.
+    """
 
     def __init__(self, room: BodyRoom) -> None:
         self.room = room
         self.data = bytearray()
 
     def add(self, part: bytes) -> None:
-        """One more part.
+        """Append a part.
 
         Raises:
             ApiError: 413, the body is too long; 429, there is no room now.
@@ -56,28 +60,29 @@ class Body:
         self.data += part
 
     def drop(self) -> None:
-        """Give the bytes and their room back; may be called more than once."""
+        """Free the bytes and their room; may be called more than once."""
         self.room.taken -= len(self.data)
-        self.data = bytearray()  # a new one: the parser's thread may be reading the old
+        self.data = bytearray()  # a new one, because the parser's thread may read the old one
 
 
 async def read_body(receive: Receive, headers: Any, body: Body, *, seconds: float) -> None:
     """Read a JSON body.
 
     Args:
-        headers: of the request, lower-case names.
-        seconds: for all of it: a client that sends a byte now and then has no more.
+        headers: the request's headers, with lower-case names.
+        seconds: the time for the whole body, also of a client that sends a byte now and then.
 
     Raises:
-        ApiError: 413, 415, 429, or 408.
+        ApiError: 408, it takes too long; 413, it is too long; 415, it is no JSON by its type; 429,
+            there is no room now; 499, the client has disconnected.
     """
     limit = body.room.limit
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another site cannot send this unasked
+    if kind != "application/json":  # which browsers let no other site send without permission
         raise ApiError(415, f"content-type is {kind!r:.80}; use application/json")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
-        if "expect" not in headers:  # else nothing comes before it is asked for
+        if "expect" not in headers:  # such a client sends nothing before a 100 Continue
             await _discard(receive, limit)
         raise _too_long(limit)
     try:
@@ -90,7 +95,7 @@ async def read_body(receive: Receive, headers: Any, body: Body, *, seconds: floa
                 try:
                     body.add(message.get("body", b""))
                 except ApiError:
-                    body.drop()  # now: others need the room
+                    body.drop()  # before the rest is discarded, because others need the room
                     if more:
                         await _discard(receive, limit)
                     raise
@@ -103,13 +108,16 @@ async def read_body(receive: Receive, headers: Any, body: Body, *, seconds: floa
 
 
 async def _discard(receive: Receive, most: int) -> None:
-    """Take what is on its way, up to `most` bytes and for a second: a client that writes all before
-    it reads would find the connection broken instead of an answer."""
+    """Receive and drop up to `most` bytes, for a second.
+
+    A client that sends its whole body before it reads would otherwise get a broken connection
+    instead of the response.
+    """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_SECONDS):
             while most > 0:
                 message = await receive()
-                if not message.get("more_body"):  # the end, or nobody is there
+                if not message.get("more_body"):  # the end, or the client has disconnected
                     return
                 most -= len(message.get("body", b""))
 
@@ -124,10 +132,10 @@ def _too_long(limit: int) -> ApiError:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes.
+    """Return the result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ApiError: 499, it has gone.
+        ApiError: 499, the client has disconnected.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))

@@ -16,10 +16,10 @@ class OpenAIResponse:
     """Builds the objects that respond to one request.
 
     Args:
-        request_id: without the prefix that tells chat and text apart.
-        model: the name that the response gives.
-        echoes: the text of each prompt, to stand before its completions; None: not asked for.
-        params: how the request samples.
+        request_id: the id without the prefix `chatcmpl` or `cmpl`.
+        model: the model's name in the response.
+        params: the request's sampling parameters.
+        echoes: the text of each prompt, put before its completions; None: no echo.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class OpenAIResponse:
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets: dict[int, int] = {}  # characters of tokens told, by choice
+        self._offsets: dict[int, int] = {}  # characters of tokens sent, by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """The response without a stream; choices are numbered through all prompts."""
+        """Return the response without a stream; choices are numbered across all prompts."""
         choices = []
         for place, output in enumerate(outputs):
             for completion in output.outputs:
@@ -59,7 +59,7 @@ class OpenAIResponse:
     async def chunks(
         self, generation: Generation, *, include_usage: bool
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """The chunks of a stream, by what came together."""
+        """Yield the chunks of a stream, in lists of those that arrived together."""
         outputs = []
         yield [self._chunk(c, include_usage) for c in self._beginnings(len(generation.places))]
         async for news in generation:
@@ -79,7 +79,7 @@ class OpenAIResponse:
         return chunk | {"usage": None} if with_usage else chunk
 
     def _beginnings(self, num_prompts: int) -> list[dict[str, Any]]:
-        """What stands before the first token: the role, or the echo."""
+        """Return the choices before the first token: the role in chat, or the echo."""
         choices = range(num_prompts * self._num_choices)
         if self._chat:
             return [self._delta(i, {"role": "assistant", "content": ""}) for i in choices]

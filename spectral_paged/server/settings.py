@@ -1,4 +1,4 @@
-"""What a server allows."""
+"""The settings of a server: model names, API keys and limits."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ class ServerSettings:
     """Names, keys and limits of a server.
 
     Args:
-        model_names: what requests may call the model; answers use the first.
-        api_keys: bearer tokens that open `/v1`; none: it is open to all.
-        max_num_requests: completions (prompts times `n`) that run or wait at once; more are
-            answered 429.
-        max_body_bytes: longest body.
-        max_total_body_bytes: of all bodies that arrive or wait to be parsed; more are answered 429.
-        max_tokens: most tokens that one completion may ask for; None: as many as fit.
-        max_stops: most stop strings, and stop token ids, of a request; each is looked for after
-            every token.
-        max_stop_chars: longest stop string.
-        max_salt_chars: longest cache salt; every completion holds and hashes it.
-        body_seconds: how long a body may take to arrive.
-        send_seconds: how long a client may take nothing of its stream before it counts as gone.
-        grace_seconds: how long requests may go on after the server was told to stop.
-        retry_seconds: what `Retry-After` says where there is no room.
+        model_names: names of the model in requests; responses use the first.
+        api_keys: bearer tokens for `/v1`; none: it is open to all.
+        max_num_requests: the most completions (prompts times `n`) that run or wait at once; more
+            get a 429.
+        max_body_bytes: the most bytes of a body.
+        max_total_body_bytes: the most bytes of all bodies that arrive or wait to be parsed; more
+            get a 429.
+        max_tokens: the most tokens that one completion may ask for; None: as many as fit.
+        max_stops: the most stop strings, and stop token ids, of a request, because each is searched
+            after every token.
+        max_stop_chars: the most characters of a stop string.
+        max_salt_chars: the most characters of a cache salt, which every completion stores and
+            hashes.
+        body_seconds: the time in which a body must arrive.
+        send_seconds: the time after which a client that receives nothing of its stream counts as
+            disconnected.
+        grace_seconds: the time for which requests continue after the signal to stop.
+        retry_seconds: the value of `Retry-After` in a 429.
 
     Raises:
-        InvalidRequestError: the longest body would never fit among all of them.
+        InvalidRequestError: `max_body_bytes` exceeds `max_total_body_bytes`.
     """
 
     model_names: tuple[str, ...]
