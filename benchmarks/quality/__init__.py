@@ -1,4 +1,4 @@
-"""How good pages are: divergence, needles, errors by layer, against peers."""
+"""Benchmarks of quality: divergence, needles and errors by layer of pages and of their peers."""
 
 __all__ = [
     "run",

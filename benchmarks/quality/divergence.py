@@ -1,15 +1,15 @@
-"""How far two sets of logits lie apart, in fp64, a few tokens of the vocabulary at a time."""
+"""The distance between two sets of logits, in fp64, a few tokens at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-CHUNK = 32  # tokens whose log-probabilities are held at a time: 39 MB at a vocabulary of 152,000
+CHUNK = 32  # tokens at a time, whose log-probabilities are 39 MB at a vocabulary of 152,000
 
 
 def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact || other) in nats of each token, fp64; both `[tokens, vocab]` logits."""
+    """KL(exact || other) in nats of each token, fp64 `[tokens]`, of logits `[tokens, vocab]`."""
     parts = []
     for a, b in zip(exact.split(CHUNK), other.split(CHUNK), strict=True):
         log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
@@ -18,7 +18,7 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
 
 
 def target_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of each target: `[tokens, vocab]`, `[tokens]`."""
+    """Negative log-likelihood in nats of `targets` `[tokens]` under logits `[tokens, vocab]`."""
     parts = []
     for rows, ids in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
         log_p = rows.double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Experiments: groups of format variants set side by side on the same windows."""
+"""Experiments: groups of format variants, judged side by side on the same windows of text."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ NOTHING: dict[str, Any] = {  # a page of codes and basis alone, sealed from the 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """One comparison of the report."""
+    """A group of methods that the report compares in one table."""
 
     title: str
     text: str
     methods: tuple[Method, ...]
 
     def described(self, length: int) -> dict[str, Any]:
-        """The group as `summary.aggregate` takes it."""
+        """The group in the form that `summary.aggregate` takes."""
         names = [m.name for m in self.methods]
         return {"title": self.title, "text": self.text, "methods": names, "length": length}
 
 
 def present(*methods: Method | None) -> tuple[Method, ...]:
-    """Methods that exist, one a name."""
+    """The methods that are not None, one a name."""
     return tuple(unique(m for m in methods if m is not None))
 
 
 def ranks(methods: MethodSet) -> Experiment:
-    """INT8 pages with their own basis at several ranks."""
+    """The experiment of INT8 pages with their own basis at several ranks."""
     reference = methods.preset(REFERENCE)
     rows: list[Method | None] = []
     for k_rank, v_rank in rank_grid(reference.head_dim):
@@ -68,7 +68,7 @@ def ranks(methods: MethodSet) -> Experiment:
 
 
 def reference(methods: MethodSet) -> Experiment:
-    """The reference format without what surrounds its ranks."""
+    """The experiment that varies landmarks, mean and weighting of the reference format."""
     format = methods.preset(REFERENCE)
     name = format.name
     return Experiment(
@@ -87,12 +87,12 @@ def reference(methods: MethodSet) -> Experiment:
 
 
 def has_low_bands(format: PageFormat) -> bool:
-    """Whether some components have fewer than 8 bits."""
+    """True if some components have fewer than 8 bits."""
     return any(bits < 8 for _, bits in format.k_bands + format.v_bands)
 
 
 def ablation(methods: MethodSet) -> Experiment:
-    """The base preset with one feature changed at a time."""
+    """The experiment that changes one feature of the base preset at a time."""
     base = methods.base()
 
     def changed(what: str, **changes: Any) -> Method | None:
@@ -122,7 +122,7 @@ def ablation(methods: MethodSet) -> Experiment:
 
 
 def basis(methods: MethodSet) -> Experiment:
-    """Where the base preset's basis comes from."""
+    """The experiment of the base preset with bases of the page, of a calibration and online."""
     base = methods.base()
     name, page = base.name, {"basis": "page", "basis_bits": 8}
     shared, plain = {"basis": "shared"}, {"dim_weighting": "none"}
@@ -148,7 +148,7 @@ def basis(methods: MethodSet) -> Experiment:
 
 
 def weighting_pair(methods: MethodSet) -> tuple[Method, ...]:
-    """The reference ranks on a page basis, tokens alike and weighed by attention mass."""
+    """The reference ranks on a page basis, with tokens weighed alike and by attention mass."""
     page = replace(methods.preset(REFERENCE), basis="page")
     return present(
         methods.method(page),
@@ -157,7 +157,7 @@ def weighting_pair(methods: MethodSet) -> tuple[Method, ...]:
 
 
 def weighting(methods: MethodSet) -> Experiment:
-    """Tokens of a page basis weighed by attention mass, or not."""
+    """The experiment of a page basis with tokens weighed by attention mass, or alike."""
     base = methods.base()
     name = base.name if base.basis == "page" else f"{base.name}, page basis"
     page = replace(base, name=name, basis="page")
@@ -182,7 +182,7 @@ def _numbers(methods: MethodSet, format: PageFormat, field: str, what: str) -> t
 
 
 def landmarks(methods: MethodSet) -> Experiment:
-    """The first tokens kept exact."""
+    """The experiment of how many of the first tokens stay exact."""
     return Experiment(
         "Landmarks",
         "The first 0, 64 or 128 tokens kept exact; the same blocks before the same continuation.",
@@ -191,7 +191,7 @@ def landmarks(methods: MethodSet) -> Experiment:
 
 
 def hot(methods: MethodSet) -> Experiment:
-    """The newest tokens never sealed."""
+    """The experiment of how many of the newest tokens stay exact."""
     return Experiment(
         "Hot window",
         "The newest 0, 64 or 128 tokens kept exact, at the moment a block has just been sealed "
@@ -214,7 +214,7 @@ EXPERIMENTS: dict[str, Callable[[MethodSet], Experiment]] = {
 def refitted(hay: Haystack, window: Window, landmarks: int, hot: int) -> Window:
     """The same continuation behind as many blocks, with other numbers of exact tokens.
 
-    A context of `continuation_windows` has 64 landmarks and 64 hot tokens; this one begins earlier
+    A context of `continuation_windows` has 64 landmarks and 64 hot tokens. This one begins earlier
     or later, so that exactly `hot` tokens follow the last block whatever the landmarks.
     """
     more = landmarks + hot - LANDMARKS - HOT
@@ -235,7 +235,7 @@ def judge_experiments(
     journal: Journal,
     progress: Progress = print,
 ) -> None:
-    """Every method of every experiment over every window; results are in the journal."""
+    """Judge every method of every experiment on every window; results go to the journal."""
     groups: dict[tuple[int, int], list[Method]] = {}
     for method in unique(m for e in experiments for m in e.methods):
         groups.setdefault((method.num_landmark_tokens, method.hot_tokens), []).append(method)

@@ -17,7 +17,7 @@ from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS, BoundBasis, PageFormat, SharedBasis
 
-BASE = "spectral-quality"  # what experiments change one thing of, where the preset exists
+BASE = "spectral-quality"  # the preset whose variants most experiments judge, where it exists
 REFERENCE = "spectral-int8"
 
 
@@ -40,7 +40,7 @@ def unique(methods: Iterable[Method]) -> list[Method]:
 
 
 class MethodSet:
-    """Formats of one model as methods.
+    """The formats and peers of a run, as methods of one model.
 
     Args:
         names: presets to judge; empty for all.
@@ -49,7 +49,7 @@ class MethodSet:
 
     Attributes:
         ours, peers: the methods of the main tables.
-        formats: every format that was made a method, by name, for the result file.
+        formats: fields of every format that became a method, by name, for the result file.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class MethodSet:
 
     @property
     def basis(self) -> SharedBasis | None:
-        """The calibration, if a format has needed it."""
+        """The calibration, or None if no format has needed one so far."""
         return self._basis
 
     def base(self) -> PageFormat:
-        """The preset that experiments start from."""
+        """The preset whose variants experiments judge."""
         return self.preset(BASE if BASE in PRESETS else PRESETS[-1])
 
     def preset(self, name: str) -> PageFormat:
@@ -87,11 +87,11 @@ class MethodSet:
         )
 
     def preset_method(self, name: str) -> Method:
-        """Raises FormatError for a name that is no preset."""
+        """The preset `name` as a method; raises FormatError for an unknown name."""
         return self.method(self.preset(name))
 
     def method(self, format: PageFormat) -> Method:
-        """`format` as a method, bound to the calibration where it needs one."""
+        """`format` as a method, bound to the calibration if it needs one."""
         if not format.seals:
             return Exact()
         format, bound = self._bound(format)
@@ -99,7 +99,7 @@ class MethodSet:
         return SpectralMethod(format, bound)
 
     def weighted(self, format: PageFormat, name: str) -> Method:
-        """`format`, called `name`, its tokens weighed by the attention of their block's queries."""
+        """`format` under `name`, with tokens weighed by the attention of their block's queries."""
         format, bound = self._bound(replace(format, name=name))
         self.formats[name] = {**asdict(format), "token_weighting": "attention"}
         return WeightedMethod(format, bound)
@@ -120,12 +120,12 @@ class MethodSet:
         return format, bound
 
     def variant(self, format: PageFormat, name: str, **changes: Any) -> Method | None:
-        """`format` with `changes`, called `name`; None if they change nothing."""
+        """`format` with `changes`, under `name`; None if they change nothing."""
         changed = replace(format, name=name, **changes)
         return None if changed.fingerprint == format.fingerprint else self.method(changed)
 
     def online(self, format: PageFormat, name: str) -> Method:
-        """`format` with a basis shared from the first sealed block on."""
+        """`format` under `name`, with a basis learnt from the first sealed block."""
         changed = replace(format, name=name, basis="shared", dim_weighting="none")
         self.formats[name] = {**asdict(changed), "calibration": "online"}
         return OnlineMethod(changed)

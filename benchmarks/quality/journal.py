@@ -1,4 +1,4 @@
-"""Finished work on disk, one JSON line each, so that a rerun goes on where the last one stopped."""
+"""A journal of finished work, a JSON line each, so that a rerun resumes where the last stopped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-BASELINE = "baseline"  # the model without a compressed cache, computed once a context
+BASELINE = "baseline"  # the method name of the model without a compressed cache
 
 
 def digest(*parts: object) -> str:
-    """A short name for what `parts` say."""
+    """A short hash of `parts`, 24 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def plain(value: Any) -> Any:
-    """`value` for JSON: numbers that are not finite become None."""
+    """`value` in a form that JSON has; numbers that are not finite become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
 
 
 def kind_of(record: Record) -> tuple[Any, ...]:
-    """What units with the same methods have in common."""
+    """The task, length and segment of a record; units of work of one kind have the same methods."""
     return tuple(str(record.get(key)) for key in ("task", "length", "segment"))
 
 
@@ -40,7 +40,7 @@ class Journal:
 
     Args:
         path: the file, made when the first record is written; None keeps records in memory.
-        model: name of model, precision and device that results may be shared under.
+        model: name of model, precision and device; records of others are ignored.
     """
 
     def __init__(self, path: Path | None, model: str) -> None:
@@ -49,7 +49,7 @@ class Journal:
         self._used: dict[str, None] = {}
         if path is not None and path.is_file():
             self._records = {r["key"]: r for r in read_records(path) if r["model"] == model}
-            if not path.read_bytes().endswith(b"\n"):  # a crash cut the last line off: end it
+            if not path.read_bytes().endswith(b"\n"):  # a crash cut the last line off
                 with open(path, "a", encoding="utf-8") as file:
                     file.write("\n")
 
@@ -57,15 +57,15 @@ class Journal:
         return len(self._records)
 
     def used(self) -> list[Record]:
-        """Records that this run has found or written; older work of the file is left out."""
+        """Records that this run has found or written, without older work of the file."""
         return [self._records[key] for key in self._used]
 
     def use_all(self) -> int:
-        """Count every record of the model as used, but for units that were cut off.
+        """Count every record of the model as used, except in units of work that were cut off.
 
         Work is cut off at its end: the last unit of a kind is left out if it lacks methods that
-        the one before it has. Where a unit has a method twice (its code changed), the last one
-        counts. Returns how many units are left out.
+        the unit before it has. If a unit has a method twice, because its code changed, the last
+        record counts. Returns the number of units left out.
         """
         kinds: dict[tuple[Any, ...], dict[str, dict[str, str]]] = defaultdict(dict)
         for key, record in self._records.items():
@@ -88,7 +88,7 @@ class Journal:
         return self._records.get(key)
 
     def write(self, unit: str, method: str, record: Mapping[str, Any]) -> Record:
-        """Keep a record and put it on disk at once."""
+        """Add a record and write it to disk at once; returns it."""
         key = digest(self.model, unit, method)
         line: Record = plain({"key": key, "model": self.model, "unit": unit, **record})
         self._records[key] = line
@@ -101,7 +101,7 @@ class Journal:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a file; a last line cut off by a crash is left out."""
+    """All records of a file, without a last line that a crash cut off."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -112,5 +112,5 @@ def read_records(path: Path) -> list[Record]:
 
 
 def merged(paths: Sequence[Path]) -> list[Record]:
-    """Records of several files, later ones of the same key in the place of earlier ones."""
+    """Records of several files; a later one replaces an earlier one of the same key."""
     return list({r["key"]: r for path in paths for r in read_records(path)}.values())

@@ -37,16 +37,16 @@ Progress = Callable[[str], None]
 
 
 def method_key(method: Method) -> str:
-    """What a method's results are kept under: name and fingerprint, or all fields of a dataclass.
+    """The journal key of a method: name and fingerprint, or all fields of a dataclass.
 
-    A change of code is not seen: start a new journal after one.
+    It does not notice a change of code: start a new journal after one.
     """
     told = getattr(method, "fingerprint", None) or (repr(method) if is_dataclass(method) else "")
     return f"{method.name}/{digest(str(told))}"
 
 
 def about(method: Method, head_dim: int) -> dict[str, Any]:
-    """The head of a record; the ratio is against 2 bytes an element."""
+    """The fields of a record that describe its method; the ratio is against 2 bytes an element."""
     size = float(method.bytes_per_token(head_dim))
     return {
         "method": method.name,
@@ -58,12 +58,12 @@ def about(method: Method, head_dim: int) -> dict[str, Any]:
 
 
 def num_sealed(num_tokens: int, landmarks: int, hot: int = HOT) -> int:
-    """Blocks that are pages once `num_tokens` are there."""
+    """The number of blocks that are pages in a context of `num_tokens`."""
     return max(0, num_tokens - landmarks - hot) // BLOCK_TOKENS
 
 
 def exact_context(replay: Replay, ids: Sequence[int], methods: Sequence[Method]) -> Context:
-    """The exact context, with its queries where one of `methods` wants them."""
+    """The exact context of `ids`, with its queries if one of `methods` needs them."""
     wanted = any(isinstance(m, WantsQueries) for m in methods)
     return replay.prefill(list(ids), keep_queries=wanted)
 
@@ -76,10 +76,10 @@ def judge_window(
     segment: int | None = None,
     task: str = "continuation",
 ) -> list[Record]:
-    """One window under every method, records found in the journal not computed again.
+    """Judge one window under every method; records found in the journal are not computed again.
 
-    With `segment` the later part of the context is itself computed over pages, as a prefill by
-    segments of that many tokens does it; without, the whole context is prefilled exactly.
+    With `segment`, later parts of the context are themselves computed over pages, as in a prefill
+    by segments of that many tokens. Without, the whole context is prefilled exactly.
     """
     unit = digest(task, window.context, window.continuation, segment)
     found = [journal.find(unit, name) for name in (BASELINE, *map(method_key, methods))]
@@ -147,7 +147,7 @@ def judge_continuation(
 
 
 def is_answer(text: str, answer: str) -> bool:
-    """Whether a completion begins with exactly `answer`, spaces before it aside."""
+    """True if a completion begins with exactly `answer`, spaces before it aside."""
     text = text.lstrip()
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
@@ -167,7 +167,9 @@ def ask(
 def judge_probe(
     replay: Replay, methods: Sequence[Method], probe: Probe, journal: Journal, tokenizer: Any
 ) -> list[Record]:
-    """One context with facts under every method; only what the exact cache recalls is asked."""
+    """Judge one context with facts under every method.
+
+    Methods get only the questions that the exact cache answers."""
     asked = [(q.prompt, q.answer, q.start) for q in probe.questions]
     unit = digest("probe", probe.family, probe.context, asked)
     found = [journal.find(unit, name) for name in (BASELINE, *map(method_key, methods))]
@@ -230,7 +232,7 @@ def judge_probes(
     max_rounds: int,
     progress: Progress = print,
 ) -> dict[str, Any]:
-    """Whole rounds of probes until the exact cache recalled `target` facts, or `max_rounds`."""
+    """Judge rounds of probes until the exact cache has recalled `target` facts, or `max_rounds`."""
     records: list[Record] = []
     recalled = 0
     for round in range(max_rounds):
@@ -283,7 +285,7 @@ def judge_tasks(
     seed: int = 0,
     progress: Progress = print,
 ) -> dict[str, Any]:
-    """Question answering, signatures, kept results and summaries with exact answers."""
+    """Tasks with exact answers under every method: questions, signatures, results, summaries."""
     return judge_probes(
         replay,
         methods,
@@ -299,10 +301,10 @@ def judge_tasks(
 def generate_sealing(
     replay: Replay, prompt: Sequence[int], method: Method | None, num_tokens: int
 ) -> list[int]:
-    """`num_tokens` greedy tokens; blocks that become due on the way are sealed.
+    """`num_tokens` greedy tokens; blocks that fall due on the way are sealed.
 
-    Where that happens the text so far is prefilled again exactly, so only the pages' own error
-    is judged, not what earlier pages did to the keys of generated tokens.
+    When one does, the text so far is prefilled again exactly. So the error is that of the pages
+    themselves, without the effect of earlier pages on the keys of generated tokens.
     """
     done: list[int] = []
     while len(done) < num_tokens:
@@ -328,7 +330,7 @@ def judge_generation(
     num_tokens: int = 192,
     progress: Progress = print,
 ) -> dict[str, Any]:
-    """Free greedy generation: how long it says what the exact cache says, how it repeats."""
+    """Free greedy generation: tokens equal to the exact cache's, and repetition."""
     records: list[Record] = []
     for prompt in prompts:
         unit = digest("generation", prompt.context, num_tokens)

@@ -1,4 +1,4 @@
-"""Pictures by layer."""
+"""Pictures of errors, attention heads and spectra by layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectral_paged.benchmarks.quality.plots import figure
 
 
 def layer_errors(table: Mapping[str, Any], path: Path) -> None:
-    """Relative error of K and of V by layer; dashed: random matrices."""
+    """Draw the relative errors of K and of V by layer; dotted lines are random matrices."""
     drawing, axes = figure(12, 5, 1, 2)
     for ax, side in zip(axes[0], ("k", "v"), strict=True):
         for i, (name, m) in enumerate(table.items()):
@@ -32,7 +32,7 @@ def layer_errors(table: Mapping[str, Any], path: Path) -> None:
 def head_maps(
     table: Mapping[str, Sequence[Sequence[float | None]]], path: Path, columns: int = 3
 ) -> None:
-    """A map head x layer for every method, one scale of colours for all."""
+    """Draw a map of heads by layers for every method, all with one scale of colours."""
     rows = -(-len(table) // columns)
     drawing, axes = figure(4 * columns, 2.4 * rows, rows, columns)
     cells = [ax for row in axes for ax in row]
@@ -53,7 +53,7 @@ def head_maps(
 
 
 def spectra(sides: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Share of energy by component, a line a layer, dark ones first."""
+    """Draw the share of energy by component, a line a layer; first layers are dark."""
     from matplotlib import colormaps
 
     drawing, axes = figure(5 * len(sides), 4.5, 1, len(sides))

@@ -1,4 +1,4 @@
-"""Sections on what lies behind the logits: K and V, attention heads, single layers."""
+"""Sections of the report below the logits: K and V, attention heads, single layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectral_paged.benchmarks.quality.tables import (
 
 
 def average(values: Sequence[float | None]) -> str:
-    """The mean, or that one was not finite."""
+    """The mean as text, or `not finite` if one value is None."""
     good = [x for x in values if x is not None]
     return number(sum(good) / len(good), 3) if good and len(good) == len(values) else "not finite"
 
@@ -43,8 +43,8 @@ def reconstruction(results: Results) -> Section | None:
 def proposed_exempt(layers: Sequence[float | None]) -> tuple[list[int], float]:
     """Layers worth keeping exact, worst first, and their share of the summed KL.
 
-    Worth it is a layer that costs more than three times the mean, at most three of them: each
-    takes 1 / layers of the memory back to 2 bytes an element.
+    These are at most three layers that cost more than three times the mean, because each puts
+    1 / layers of the memory back to 2 bytes an element.
     """
     costs = [max(x or 0.0, 0.0) for x in layers]
     total = sum(costs)
@@ -108,7 +108,7 @@ def attention_heads(results: Results) -> Section | None:
 
 
 def heads_of(method: Mapping[str, Any]) -> list[list[float | None]]:
-    """Errors `[layers][query heads]`; empty where a context had one block only."""
+    """Errors `[layers][query heads]`; empty if the context had only one block."""
     return [row for row in method.get("attention") or [] if row]
 
 

@@ -1,4 +1,4 @@
-"""Layer by layer: what a method does to K and V, and how much each layer matters alone."""
+"""Errors of K, V and attention by layer, and the KL of sealing one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class OneLayer:
-    """A method in one layer, exact blocks in all others."""
+    """A method that seals the blocks of one layer and leaves those of all others exact."""
 
     inner: Method
     layer: int
@@ -91,8 +91,8 @@ def judge_reconstruction(
 ) -> dict[str, Any]:
     """Errors of K, V and attention in every layer, on the window's blocks and on random matrices.
 
-    Random matrices have the shapes, the moments and no structure: their error is a warning what a
-    benchmark on random data would say, nothing more.
+    Random matrices have the blocks' shape and deviation but no structure. Their error only warns
+    of what a benchmark on random data would report.
     """
     unit = digest("reconstruction and attention", window.context)
     waiting = [m for m in methods if journal.find(unit, method_key(m)) is None]
@@ -110,15 +110,17 @@ def judge_reconstruction(
 
 
 def whole_blocks(context: Context, landmarks: int = LANDMARKS) -> tuple[int, int]:
-    """First token and end of the whole blocks behind the landmarks."""
+    """The first token and the end of the whole blocks behind the landmarks."""
     blocks = (context.num_tokens - landmarks) // BLOCK_TOKENS
     return landmarks, landmarks + blocks * BLOCK_TOKENS
 
 
 @torch.inference_mode()
 def reconstruction_errors(replay: Replay, method: Method, context: Context) -> dict[str, Any]:
-    """`k`, `v`, `random_k`, `random_v`: a relative error a layer, K after RoPE; `attention`: a
-    list of query heads a layer, empty with fewer than two blocks."""
+    """Relative errors of a method over the blocks of a context.
+
+    `k`, `v`, `random_k` and `random_v` have one error a layer, of K after RoPE. `attention` has a
+    list over query heads a layer, which is empty with fewer than two blocks."""
     generator = torch.Generator(device=context.k.device).manual_seed(0)
     scale = replay.softmax_scale
     errors: dict[str, Any] = {k: [] for k in ("k", "v", "random_k", "random_v", "attention")}
@@ -135,7 +137,7 @@ def reconstruction_errors(replay: Replay, method: Method, context: Context) -> d
             errors[f"{prefix}k"].append(relative_error(new_k, k))
             errors[f"{prefix}v"].append(relative_error(new_v, part.v))
             if part is blocks and blocks.q is not None:
-                later = blocks.q[1:]  # what the next block's queries read
+                later = blocks.q[1:]  # each block is read by the queries of the next one
                 read = attention_errors(later, (k, part.v), (new_k, new_v), scale)
                 errors["attention"].append(read)
     return errors
@@ -144,7 +146,7 @@ def reconstruction_errors(replay: Replay, method: Method, context: Context) -> d
 def attention_errors(
     q: Tensor, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], scale: float
 ) -> list[float]:
-    """Relative error of what `q[n]` reads from block n alone, by query head, blocks averaged.
+    """Relative error of attention from `q[n]` to block n only, by query head, mean over blocks.
 
     Args:
         q: `[N, H, G, Q, D]` after RoPE.

@@ -1,9 +1,9 @@
-"""Ways to store a sealed block of 512 tokens behind one face; the peers (ours: `page_methods`).
+"""Methods to store a sealed block of 512 tokens: their interface, and the peers of our formats.
 
-A method gets keys before RoPE and gives back what attention would read: keys after RoPE, values as
-stored. Everything is fp32 and elementwise (or a sum in a fixed order) over a block, so a block
-alone and a block in a batch come back the same to the bit on every device. Byte counts are those
-of a packed cache: codes, scales, zeros and means, nothing rounded away.
+A method gets keys before RoPE and returns the K and V that attention would read: keys after RoPE,
+values as stored. The arithmetic is fp32 and elementwise (or a sum in a fixed order) over a block,
+so a single block and a block in a batch are the same to the bit on every device. Byte counts are
+those of a packed cache: codes, scales, zeros and means, nothing rounded away.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KIVI_GROUP = 32
 
 
 class Method(Protocol):
-    """What the replay asks of a way to store blocks.
+    """A way to store sealed blocks, as the replay calls it.
 
     Attributes:
         name: label in reports, unique.
@@ -54,7 +54,7 @@ class Method(Protocol):
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the method stores of blocks; a function of each block alone.
+        """Keys and values as attention reads them from stored blocks; blocks are independent.
 
         Args:
             k, v: fp32 `[N, H, 512, D]`, keys before RoPE.
@@ -68,12 +68,12 @@ class Method(Protocol):
 
 @runtime_checkable
 class ManyLayers(Protocol):
-    """A method that takes blocks of many layers in one call, which a GPU needs to be busy."""
+    """A method that takes blocks of many layers in one call, to keep a GPU busy."""
 
     def rebuild_layers(
         self, layers: Sequence[int], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Method.rebuild`, `layers` naming the layer of each of the N blocks."""
+        """The same as `Method.rebuild`; `layers` are those of the N blocks."""
         ...
 
 
@@ -87,13 +87,13 @@ class WantsQueries(Protocol):
     def rebuild_with(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Method.rebuild`; `queries` `[N, H, G, num_queries, D]` after RoPE."""
+        """The same as `Method.rebuild`, with `queries` `[N, H, G, num_queries, D]` after RoPE."""
         ...
 
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """A method that must see keys and values of another text once."""
+    """A method that needs keys and values of another text once, before it is used."""
 
     def calibrate(self, k: Tensor, v: Tensor) -> None:
         """Learn from keys after RoPE and values `[layers, H, tokens, D]`."""
@@ -106,8 +106,8 @@ class Calibrated(Protocol):
 def quantized(x: Tensor, bits: int) -> Tensor:
     """`x` `[..., group]` rounded to `2**bits` even levels between the group's ends.
 
-    Asymmetric, with scale and zero (the minimum) in fp16, as KIVI and QuaRot store them. Codes
-    are made with the rounded scale and zero, so what fp16 loses costs at most a clamp.
+    Scale and zero (the minimum) are fp16, as KIVI and QuaRot store them. Codes are computed with
+    the rounded scale and zero, so the rounding to fp16 costs at most a clamp.
     """
     top = (1 << bits) - 1
     low, high = x.aminmax(dim=-1, keepdim=True)
@@ -123,10 +123,10 @@ def rounded_fp8(x: Tensor, scale: float) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of the last dimension; its own inverse.
+    """Orthonormal Walsh-Hadamard transform of the last dimension; it is its own inverse.
 
-    Butterflies rather than a product with the matrix: libraries choose products by batch size,
-    and a block must not depend on its batch mates.
+    It takes butterflies rather than a product with the matrix, because libraries choose products by
+    batch size, and a block must not depend on the others of its batch.
 
     Raises:
         FormatError: the width is no power of two.
@@ -144,7 +144,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def check_power_of_two(head_dim: int) -> None:
-    """Refuse widths that the Walsh-Hadamard transform does not exist for."""
+    """Raise FormatError for a width without a Walsh-Hadamard transform."""
     if head_dim < 1 or head_dim & (head_dim - 1):
         raise FormatError(
             f"head_dim is {head_dim}; the Hadamard rotation needs a power of two: leave the "
@@ -153,9 +153,9 @@ def check_power_of_two(head_dim: int) -> None:
 
 
 def block_mean(x: Tensor) -> Tensor:
-    """Mean over the tokens of `x` `[N, H, 512, D]`, `[N, H, 1, D]`, as fp16 keeps it.
+    """Mean over the tokens of `x` `[N, H, 512, D]`, rounded to fp16: `[N, H, 1, D]`.
 
-    Halves are added to halves: the same order of sums at any batch size.
+    Halves are added to halves, which is the same order of sums at any batch size.
     """
     count = x.shape[-2]
     total = x
@@ -169,7 +169,7 @@ def block_mean(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Exact:
-    """Blocks as they came, 2 bytes an element."""
+    """The method that leaves blocks as they are, at 2 bytes an element."""
 
     name: str = "exact"
     family: str = "exact"
@@ -189,8 +189,8 @@ class Exact:
 class Fp8:
     """e4m3, post-RoPE, one scale a layer and side: 1 ("unit"), or calibrated as vLLM's k_scale.
 
-    A calibrated scale is the largest value of another text over 448; what lies beyond saturates.
-    Scales are per layer, so they cost no bytes a token.
+    A calibrated scale is the largest value of another text over 448; larger values saturate. Scales
+    are per layer, so they cost no bytes a token.
     """
 
     calibrated: bool = False
@@ -207,7 +207,7 @@ class Fp8:
         return 2.0 * head_dim
 
     def calibrate(self, k: Tensor, v: Tensor) -> None:
-        """Scales from keys after RoPE and values `[layers, H, tokens, D]`; nothing for unit."""
+        """Set scales from keys after RoPE and values `[layers, H, tokens, D]`, unless unit."""
         if self.calibrated:
             peaks = [x.abs().amax(dim=(1, 2, 3)).float().clamp_min(1e-12) for x in (k, v)]
             k_peaks, v_peaks = ((p / FP8_MAX).tolist() for p in peaks)
@@ -323,7 +323,7 @@ class Rotated:
 
 
 def peer_methods(num_landmark_tokens: int = LANDMARKS) -> list[Method]:
-    """Every peer, widest first; `fp8-calibrated` wants `Replay.calibrate` before use."""
+    """Every peer, widest first; `fp8-calibrated` needs `Replay.calibrate` before use."""
     marks = num_landmark_tokens
     return [
         Fp8(num_landmark_tokens=marks),

@@ -1,4 +1,4 @@
-"""What weighing tokens by attention does to a fact's own tokens: a synthetic needle, real ones."""
+"""Errors at a fact's own tokens, weighed by attention or not: synthetic needles and real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 NUM_NEEDLES = 8
-BACKGROUND_DECAY = 0.85  # of a singular value to the next one
+BACKGROUND_DECAY = 0.85  # ratio of a singular value to the one before it
 GROUP = 2
 SHARPNESS = 8.0  # score of the needle's key under a query that looks for it
 
@@ -27,8 +27,8 @@ SHARPNESS = 8.0  # score of the needle's key under a query that looks for it
 def synthetic(num_heads: int, head_dim: int, device: torch.device) -> tuple[Blocks, Tensor]:
     """Blocks with a decaying spectrum and one token a block in a direction of its own.
 
-    Every second query looks for that token. Keys need no rotation. Returns the blocks and where
-    the needles are, bool `[NUM_NEEDLES, 512]`.
+    Every second query looks for that token. Keys need no rotation. Returns the blocks and a mask of
+    the needles, bool `[NUM_NEEDLES, 512]`.
     """
     g = torch.Generator().manual_seed(0)
     shape = (NUM_NEEDLES, num_heads, BLOCK_TOKENS, head_dim)
@@ -58,8 +58,9 @@ def synthetic(num_heads: int, head_dim: int, device: torch.device) -> tuple[Bloc
 def errors(
     method: Method, layer: int, blocks: Blocks, is_needle: Tensor, q: Tensor, scale: float
 ) -> dict[str, float]:
-    """Relative errors of K and V at the tokens of `is_needle` bool `[N, 512]` and of all tokens,
-    and of what `q` reads (see `attention_errors`)."""
+    """Relative errors of K and V at needles and at all tokens, and of attention from `q`.
+
+    `is_needle` is bool `[N, 512]`; `read` is the mean of `attention_errors`."""
     new_k, new_v = blocks.stored_by(method, layer)
     k = rotate(blocks.k, blocks.cos, blocks.sin)
     found = {}
@@ -85,10 +86,10 @@ def judge_needle_tokens(
     journal: Journal,
     progress: Progress = print,
 ) -> dict[str, Any]:
-    """Every method on synthetic needles, and on a real context with eight facts in it.
+    """Judge every method on synthetic needles, and on a real context with eight facts in it.
 
-    `read` of synthetic needles is what queries that look for a block's needle read from it; of the
-    real context what the next block's queries read, mean over layers and heads.
+    `read` is an error of attention to a block: from the queries that look for its needle if
+    synthetic, from the next block's queries in the real context, mean over layers and heads.
     """
     probe = next(p for p in needle_probes(hay, [length], 0) if len(p.questions) == NUM_NEEDLES)
     unit = digest("needle tokens", probe.context)

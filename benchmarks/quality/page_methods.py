@@ -1,4 +1,4 @@
-"""Our own page formats as methods: encoded and decoded by the codec."""
+"""The package's page formats as methods, encoded and decoded by the codec."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def through_pages(
     sin: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks `[N, H, 512, D]` of `layers` there and back; keys come before RoPE, go after it."""
+    """Encode and decode blocks `[N, H, 512, D]` of `layers`; returns keys after RoPE, and values.
+
+    `k` are keys before RoPE; `options` go to `encode_pages`."""
     keys = stored_keys(rotate(k, cos, sin), cos, sin, format.rope)
     pages = encode_pages(keys, v, format, basis=basis, layers=layers, **options)
     new_k, new_v = decode_pages(pages, format, basis=basis, layers=layers)
@@ -41,14 +43,14 @@ def through_pages(
 
 
 def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
-    """Token weights: the attention mass that each token gets from the block's own last queries.
+    """Weights of a block's tokens: the attention mass that its last queries give to each.
 
     Args:
         queries: `[N, G, Q, D]`, post-RoPE queries of the block's last Q tokens.
         keys: `[N, 512, D]`, post-RoPE.
 
     Returns:
-        fp32 `[N, 512]`, mean 1, never below a tenth: a token that those queries ignore still
+        fp32 `[N, 512]`, mean 1, at least 0.1, because a token that those queries ignore still
         matters to later ones.
     """
     scores = queries.float() @ keys.float().unsqueeze(1).transpose(-1, -2) * scale
@@ -63,10 +65,10 @@ def attention_mass(queries: Tensor, keys: Tensor, *, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PageMethod:
-    """One of our formats.
+    """The common part of methods that store pages of one format.
 
-    `basis` is what `SharedBasis.bind` gave for formats that need a calibration; `format` is then
-    the one bound to it.
+    For a format that needs a calibration, `basis` is the result of `SharedBasis.bind`, and `format`
+    is the one bound to it.
     """
 
     format: PageFormat
@@ -105,13 +107,13 @@ class SpectralMethod(PageMethod):
     def rebuild_layers(
         self, layers: Sequence[int], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `ManyLayers`."""
+        """Rebuild blocks of many layers; see `ManyLayers`."""
         return through_pages(self.format, self.basis, layers, k, v, cos, sin)
 
 
 @dataclass(frozen=True)
 class WeightedMethod(PageMethod):
-    """Pages with own bases, a block's tokens weighed by what its last queries attend to."""
+    """Pages with own bases, with tokens weighed by the attention of the block's last queries."""
 
     num_queries: int = NUM_QUERIES
 
@@ -127,7 +129,7 @@ class WeightedMethod(PageMethod):
     def rebuild_with(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, queries: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `WantsQueries`."""
+        """Rebuild blocks with the weights of their last queries; see `WantsQueries`."""
         mass = attention_mass(
             queries.flatten(0, 1), rotate(k, cos, sin).flatten(0, 1), scale=k.shape[-1] ** -0.5
         )
@@ -137,9 +139,9 @@ class WeightedMethod(PageMethod):
 
 @dataclass(frozen=True)
 class OnlineMethod(PageMethod):
-    """A shared basis accumulated from the first sealed block of the context itself.
+    """Pages with a shared basis, learnt from the first sealed block of the context itself.
 
-    For `Replay.seal` only, which hands over all blocks of a layer at once, the first one first.
+    It works with `Replay.seal` only, which passes all blocks of a layer at once, in order.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures of a results value, drawn without a screen. matplotlib is needed here only."""
+"""Pictures of a results value, drawn by matplotlib without a screen."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 
 
 def pareto(methods: Mapping[str, Any], path: Path) -> None:
-    """Ratio against KL, every method labelled; what no other beats in both is joined."""
+    """Draw KL over ratio, every method labelled; a line joins those that no other beats."""
     drawing, axes = figure(9, 6)
     pareto_panel(axes[0][0], methods)
     drawing.savefig(path, dpi=130)
 
 
 def pareto_of_models(results: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
-    """A panel for each `(model, methods)`, all on one pair of axes' scales."""
+    """Draw a panel of `pareto` for each `(model, methods)`, all with one scale of KL."""
     drawing, axes = figure(7.5 * len(results), 6, 1, len(results))
     for ax, (model, methods) in zip(axes[0], results, strict=True):
         pareto_panel(ax, methods)
@@ -87,7 +87,7 @@ def pareto_panel(ax: Any, methods: Mapping[str, Any]) -> None:
 
 
 def beats(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether point `a` is as good as `b` in ratio and KL and better in one."""
+    """True if point `a` is as good as `b` in ratio and KL and better in one."""
     return a[0] >= b[0] and a[1] <= b[1] and a[:2] != b[:2]
 
 
@@ -98,7 +98,7 @@ def lines(
     ylabel: str,
     path: Path,
 ) -> None:
-    """One line a name over `at`, log y; None leaves a gap."""
+    """Draw one line a name over `at`, with a logarithmic y axis; None leaves a gap."""
     drawing, axes = figure(9, 5.5)
     ax = axes[0][0]
     for name, values in series.items():
@@ -117,7 +117,7 @@ def lines(
 def depth_grid(
     by_length: Tallies, depths: Sequence[str], lengths: Sequence[str]
 ) -> list[list[float]]:
-    """Share recalled as `[depths, lengths]`; NaN where nothing was asked."""
+    """The share of facts recalled, `[depths, lengths]`; NaN where none was asked."""
 
     def recalled(depth: str, length: str) -> float:
         right, asked = by_length.get(length, {}).get(depth, (0, 0))
@@ -127,7 +127,7 @@ def depth_grid(
 
 
 def needle_maps(summary: Mapping[str, Any], path: Path, columns: int = 4) -> None:
-    """A map depth x length for every method, all families of needles together."""
+    """Draw a map of depths by lengths for every method, all families of needles together."""
     methods = list(summary["methods"].items())
     rows = max(1, -(-len(methods) // columns))
     drawing, axes = figure(3.2 * columns, 2.6 * rows, rows, columns)

@@ -1,9 +1,9 @@
-"""Dense replay: any way to store blocks, through the same attention at the same points.
+"""Dense replay: a model over contexts whose blocks are sealed by any method.
 
-A `Context` is a prefilled text whose keys and values lie in the model's dtype as a cache would
-hold them. Sealing replaces its full blocks, between the landmarks and the hot window, by what a
-method stores of them; the model then goes on over that, with any number of continuations over one
-context (see `shared_attention`).
+A `Context` is a prefilled text, with keys and values in the model's dtype, as a cache would store
+them. Sealing replaces the full blocks between the landmarks and the hot tokens by the K and V that
+a method stores. The model then continues one context in any number of ways (see
+`shared_attention`), and every method goes through the same attention.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.rope import RotaryTable
 
 CHUNK_TOKENS = 2048
-LAYER_BLOCKS = 64  # blocks that a method of many layers gets at once
-PROJECTED_ROWS = 256  # rows of logits alive at once where only single log-probabilities are wanted
+LAYER_BLOCKS = 64  # most blocks that a method of many layers gets in one call
+PROJECTED_ROWS = 256  # rows of logits in memory at once where only log-probabilities are returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Context:
     """Keys after RoPE and values of a text, `[layers, H, tokens, D]`, in the model's dtype.
 
     The first `num_sealed` blocks past the landmarks are as `method` (its name) stores them. `q` are
-    the queries after RoPE, `[layers, Hq, tokens, D]`, where they were asked for.
+    the queries after RoPE, `[layers, Hq, tokens, D]`, if they were kept.
     """
 
     k: Tensor
@@ -54,7 +54,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """N whole blocks of one layer, fp32, for `Method.rebuild`.
+    """N whole blocks of one layer, fp32, the input of `Method.rebuild`.
 
     `k` (before RoPE) and `v` `[N, H, 512, D]`, `cos` and `sin` `[N, 1, 512, rotary_dim / 2]`,
     `q` (after RoPE) `[N, H, G, 512, D]` or None.
@@ -67,7 +67,7 @@ class Blocks:
     q: Tensor | None
 
     def stored_by(self, method: Method, layer: int) -> tuple[Tensor, Tensor]:
-        """What `method` makes of them: keys after RoPE and values."""
+        """The blocks as `method` stores them: keys after RoPE, and values."""
         if not isinstance(method, WantsQueries):
             return method.rebuild(layer, self.k, self.v, self.cos, self.sin)
         if self.q is None:
@@ -79,7 +79,7 @@ class Blocks:
 
 
 def _stored(method: Method, layers: Sequence[int], blocks: list[Blocks]) -> tuple[Tensor, Tensor]:
-    """What `method` makes of the blocks of each of `layers`, in their order."""
+    """The blocks of `layers` as `method` stores them, in the order of the layers."""
     if len(layers) == 1 or not isinstance(method, ManyLayers):
         (alone,) = blocks
         return alone.stored_by(method, layers[0])
@@ -91,7 +91,7 @@ def _stored(method: Method, layers: Sequence[int], blocks: list[Blocks]) -> tupl
 
 
 class Replay:
-    """A causal LM over contexts. It takes the model's attention over."""
+    """A causal LM that prefills, seals and continues contexts, with its attention replaced."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.model = loaded.model
@@ -111,11 +111,11 @@ class Replay:
         return context
 
     def prefill_through(self, ids: Sequence[int], method: Method, segment: int) -> Context:
-        """A context whose later tokens were computed over sealed blocks, as the engine does it.
+        """A context whose later tokens were computed over sealed blocks, as in the engine.
 
-        Segments of `segment` tokens count from the landmarks. A block is sealed before a segment
-        that starts at s if `s >= landmarks + 512 (b + 1) + hot`, and at the end those that the
-        first generated token may see as pages.
+        Segments of `segment` tokens count from the landmarks. Block b is sealed before a segment
+        that starts at s if `s >= landmarks + 512 (b + 1) + hot`. At the end, the blocks are sealed
+        that the first generated token may see as pages.
 
         Raises:
             InvalidRequestError: `segment` is no multiple of 512.
@@ -131,7 +131,7 @@ class Replay:
         return self._seal_until(context, method, len(ids))
 
     def seal(self, context: Context, method: Method) -> Context:
-        """A new context in which all blocks between landmarks and hot window are `method`'s.
+        """A new context with all blocks between landmarks and hot tokens sealed by `method`.
 
         Raises:
             InvalidRequestError: blocks of `context` are sealed already.
@@ -144,7 +144,7 @@ class Replay:
         return self._seal_until(copy, method, context.num_tokens)
 
     def calibrate(self, methods: Iterable[Method], ids: Sequence[int]) -> None:
-        """Show keys and values of a text to every method that wants calibration."""
+        """Calibrate every method that needs it on the keys and values of a text."""
         waiting = [m for m in methods if isinstance(m, Calibrated)]
         if waiting:
             context = self.prefill(ids)
@@ -169,7 +169,7 @@ class Replay:
         return Context(empty(g.num_kv_heads), empty(g.num_kv_heads), q)
 
     def _fill(self, context: Context, ids: Sequence[int], start: int, end: int) -> None:
-        """Compute tokens [start, end) of `context`, in chunks; what lies before is read."""
+        """Compute tokens [start, end) of `context`, in chunks, over the tokens before them."""
         for begin in range(start, end, CHUNK_TOKENS):
             stop = min(begin + CHUNK_TOKENS, end)
             own_k, own_v = (x[:, None, :, begin:stop] for x in (context.k, context.v))
@@ -179,7 +179,7 @@ class Replay:
             self._run(tokens, begin, step)
 
     def blocks(self, context: Context, layer: int, start: int, end: int) -> Blocks:
-        """Tokens [start, end) of one layer, whole blocks, as methods take them."""
+        """Tokens [start, end) of one layer, which are whole blocks, as the input of methods."""
         if self._rope is None or self._rope.max_positions < end:
             self._rope = rotary_table(self.model, end, self.model.device)
         rows = (self._rope.cos[start:end], self._rope.sin[start:end])
@@ -236,15 +236,17 @@ class Replay:
         return logits.view(*hidden.shape[:-1], -1) / scaling
 
     def logits(self, context: Context, ids: Tensor, *, logits_from: int = 0) -> Tensor:
-        """fp32 `[B, n - logits_from, vocab]`, teacher forced: row i predicts `ids[:, i + 1]`.
+        """Teacher-forced logits, fp32 `[B, n - logits_from, vocab]`.
 
-        `ids` `[B, n]` are independent continuations. Memory is that of the result; where single
-        log-probabilities will do take `token_log_probs`, or `hidden` and `project` by rows.
+        Row i predicts `ids[:, i + 1]`; `ids` `[B, n]` are independent continuations. The result may
+        be large: `token_log_probs`, or `hidden` and `project` by rows, need less memory.
         """
         return self.project(self.hidden(context, ids)[:, logits_from:])
 
     def token_log_probs(self, context: Context, ids: Tensor, *, logits_from: int = 0) -> Tensor:
-        """fp32 `[B, n - 1 - logits_from]`: log p of `ids[:, i + 1]` for i from `logits_from`."""
+        """Log-probabilities of `ids[:, i + 1]` for i from `logits_from` on.
+
+        fp32 `[B, n - 1 - logits_from]`."""
         rows = self.hidden(context, ids)[:, logits_from:-1].flatten(0, 1)
         targets = ids[:, logits_from + 1 :].to(rows.device)
         chosen = [
@@ -263,9 +265,12 @@ class Replay:
         max_tokens: int,
         eos: int | Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations of ragged `prompts`, all over one context, decoded as a batch.
+        """Greedy continuations of ragged `prompts` over one context, decoded as a batch.
 
         Each has at most `max_tokens` tokens and ends with the first `eos` token, if there is one.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or `max_tokens` is below 1.
         """
         if not all(prompts) or max_tokens < 1:
             raise InvalidRequestError("prompts must not be empty, max_tokens at least 1")
@@ -296,7 +301,7 @@ class Replay:
 
     @torch.inference_mode()
     def _run(self, ids: Tensor, positions: int | Tensor, replay_pass: Pass) -> Tensor:
-        """Last hidden states of `ids` `[B, n]`; `positions` of the first token, or `[B, n]`."""
+        """Last hidden states of `ids` `[B, n]` at `positions`, `[B, n]` or that of the first."""
         take_over(self.model)
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + ids.shape[1], device=ids.device)[None]

@@ -1,4 +1,4 @@
-"""From a results value to Markdown and pictures."""
+"""The report of `bench quality`: Markdown and pictures from a results value."""
 
 from __future__ import annotations
 

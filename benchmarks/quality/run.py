@@ -1,4 +1,4 @@
-"""`spectral-paged bench quality`: from a model and a list of formats to one report."""
+"""`spectral-paged bench quality`: judges the formats of one model and writes a report."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ QUICK_WINDOWS, FULL_WINDOWS = 4, 16
 QUICK_NEEDLES, FULL_NEEDLES = 16, 64
 SEGMENTS = (512, 2048, 8192)
 SEGMENT_WINDOWS, SENSITIVITY_WINDOWS = 4, 2
-COMPANIONS = ("fp8-unit", "kivi3")  # peers that write free text beside our formats
-CALIBRATION_TOKENS = 2048  # that calibrated peers see, of texts that are never judged
+COMPANIONS = ("fp8-unit", "kivi3")  # peers in the section of free generation
+CALIBRATION_TOKENS = 2048  # tokens for calibrated peers, of texts that are never judged
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run was asked for; None and empty mean the default of a quick or a full run."""
+    """Arguments of `bench quality`; None and empty stand for the default, quick or full."""
 
     model: str = "smollm2-135m"
     device: str = "auto"
@@ -75,21 +75,21 @@ class Options:
     journal: Path | None = None
     output_dir: Path = Path("benchmarks/results")
     time_limit: float | None = None
-    report_only: bool = False  # write what the journal holds, judge nothing
+    report_only: bool = False  # write a report of the journal, judge nothing
 
     @property
     def label(self) -> str:
-        """The model in file names; names have dots of their own (Qwen2.5-0.5B)."""
+        """The model's name in file names, which may have dots (Qwen2.5-0.5B)."""
         return Path(self.model).name.removesuffix(".gguf")
 
 
 class OutOfTime(Exception):
-    """The time limit is reached; what is finished is in the journal."""
+    """The time limit is reached; finished work is in the journal."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Prints what is finished, with the elapsed seconds, and ends a run out of time.
+    """Prints each finished unit of work with the elapsed seconds; raises OutOfTime at the limit.
 
     It is called after whole units of work, so no context is judged under half of the methods.
     """
@@ -105,7 +105,7 @@ class Progress:
 
 
 class Run:
-    """One model under all methods: a method a section, and the results value of what they did."""
+    """A run over one model: a Python method for each section, and the results of all."""
 
     def __init__(self, options: Options, loaded: LoadedModel) -> None:
         if loaded.tokenizer is None:
@@ -154,11 +154,11 @@ class Run:
 
     @property
     def base_length(self) -> int:
-        """The length that experiments and layer by layer sections use."""
+        """The context length of experiments and of sections by layer."""
         return 2048 if 2048 in self.lengths else self.lengths[0]
 
     def windows(self, length: int, count: int | None = None) -> list[Window]:
-        """The first `count` windows of the length: the same ones in every section."""
+        """The first `count` windows of a length, the same ones in every section."""
         count = self.num_windows if count is None else min(count, self.num_windows)
         tokens = self.options.continuation_tokens
         return continuation_windows(self.hay, length, self.num_windows, tokens)[:count]
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def num_facts(self) -> int:
-        """Needles, and answers of tasks, that the exact cache has to recall."""
+        """The number of needles, and of task answers, that the exact cache has to recall."""
         return self.options.needles or (QUICK_NEEDLES if self.options.quick else FULL_NEEDLES)
 
     def needles(self) -> None:
@@ -199,7 +199,7 @@ class Run:
         )
 
     def compare(self) -> None:
-        """All experiments at once: a context is prefilled once for all their formats."""
+        """Judge all experiments at once, so that a context is prefilled once for all formats."""
         windows = self.windows(self.base_length)
         judge_experiments(self.replay, self.experiments, windows, self.hay, **self.shared)
 
@@ -213,7 +213,7 @@ class Run:
         judge_needle_tokens(self.replay, pair, self.hay, self.base_length, **self.shared)
 
     def segments(self) -> None:
-        """Our formats alone: computing a prompt over pages is our cache's rule, not the peers'."""
+        """Judge prefill over pages, for our formats only, because the peers have no such rule."""
         length = max(self.lengths)
         windows = self.windows(length, SEGMENT_WINDOWS)
         judge_continuation(self.replay, self.methods.ours, windows, **self.shared)
@@ -237,7 +237,7 @@ class Run:
     # ---- the whole -----------------------------------------------------------------------
 
     def judge(self) -> None:
-        """Every chosen section, until the time limit."""
+        """Judge every chosen section, until the time limit."""
         if any(m.name == "fp8-calibrated" for m in self.methods.peers):
             text = "\n\n".join(t.text for t in text_sources.calibration_texts())
             limit = min(CALIBRATION_TOKENS, self.hay.max_tokens)
@@ -257,7 +257,7 @@ class Run:
                 return
 
     def results(self) -> dict[str, Any]:
-        """What this run found or made, as one value."""
+        """The results value of the records that this run found or made."""
         geometry = self.loaded.geometry
         basis = self.methods.basis
         return aggregate(

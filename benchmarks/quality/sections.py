@@ -1,4 +1,4 @@
-"""The sections of a report, each made from a results value where its data exist.
+"""The sections of a report, each built from a results value if its data exist.
 
 A section is a title, a paragraph, a table and perhaps a picture. To add one, write a function
 from results to `Section | None` and name it in `SECTIONS`.
@@ -73,7 +73,7 @@ def divergence(results: Results) -> Section | None:
 
 
 def comparisons(results: Results) -> list[Section]:
-    """Groups of methods that the run set side by side: ranks, ablation, hot window and others."""
+    """A section for each experiment: ranks, ablation, hot tokens and others."""
     sections = []
     for group in results.get("comparisons") or []:
         if chosen := group["summary"]:
@@ -224,7 +224,7 @@ def generation(results: Results) -> Section | None:
 
 
 def storage(results: Results) -> Section | None:
-    """Arithmetic, not measurement: what exact landmarks and tail cost at each length."""
+    """Ratios of whole sequences by length, with exact landmarks and tail, by arithmetic only."""
     head_dim = results.get("head_dim")
     if not head_dim or not results["methods"]:
         return None

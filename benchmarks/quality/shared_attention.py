@@ -1,8 +1,8 @@
 """Attention of many continuations over one shared context, by torch's fused kernels.
 
-It has parts, merged by their log-sum-exp: the shared context, which every query reads without a
-mask, and each row's new tokens among themselves. So the context is neither copied nor expanded,
-and no mask of its length is ever made.
+Two parts are merged by their log-sum-exp: attention to the shared context, which every query reads
+without a mask, and attention of each row's new tokens among themselves. So the context is neither
+copied nor expanded, and no mask of its length is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def attend_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log-sum-exp of its scores, by torch's fused kernels.
 
-    `q` `[B, H, n, D]`, `k` and `v` `[B, H, m, D]`, equally many heads; causal needs n = m.
+    `q` is `[B, H, n, D]`, `k` and `v` are `[B, H, m, D]`; causal needs n = m.
     Returns `[B, H, n, D]` in q's dtype and fp32 `[B, H, n]`.
     """
     aten = torch.ops.aten
@@ -54,14 +54,15 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 @dataclass(slots=True)
 class Pass:
-    """What the attention function needs of one forward pass.
+    """The shared context and the rows' own K and V of one forward pass.
 
     Attributes:
         k, v: the shared context `[layers, Hkv, tokens, D]`; its first `past` tokens are read.
-        own_k, own_v: `[layers, B, Hkv, slots, D]`, where new keys and values are kept, or None.
+        own_k, own_v: `[layers, B, Hkv, slots, D]`, which new keys and values are written to, or
+            None.
         slots: None, or `[B]`: the one new token of each row goes to its slot, and reads the slots
             up to it among the first `used`. With None new tokens fill the slots from 0 on.
-        own_q: None, or `[layers, B, Hq, slots, D]`, where new queries are kept too.
+        own_q: None, or `[layers, B, Hq, slots, D]`, which new queries are written to.
     """
 
     k: Tensor
@@ -74,7 +75,7 @@ class Pass:
     own_q: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`q` `[B, Hq, n, D]`, `k` and `v` `[B, Hkv, n, D]` to `[B, Hq, n, D]`."""
+        """Outputs `[B, Hq, n, D]` of `q` `[B, Hq, n, D]` and new `k`, `v` `[B, Hkv, n, D]`."""
         if self.own_q is not None:
             self.own_q[layer, :, :, : q.shape[2]] = q
         parts = [self._new_part(layer, q, k, v, scale)]
@@ -85,7 +86,9 @@ class Pass:
     def _context_part(
         self, layer: int, q: Tensor, num_kv_heads: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Rows and the query heads of a group become queries of one sequence: no copy, no mask."""
+        """Attention to the context, with rows and query heads of a group as one sequence's queries.
+
+        This needs no copy of the context, and no mask."""
         batch, num_heads, length, dim = q.shape
         rows = q.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)  # [Hkv, B, G, n, D]
         keys, values = (x[layer : layer + 1, :, : self.past] for x in (self.k, self.v))
@@ -131,18 +134,18 @@ def replay_attention(
     replay_pass: Pass,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; keys arrive after RoPE, heads unexpanded."""
+    """The attention function for transformers; keys arrive after RoPE, heads unexpanded."""
     out = replay_pass.attend(module.layer_idx, query, key, value, scaling)
     return out.transpose(1, 2), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """A pass knows who sees what."""
+    """No mask, because a pass knows which tokens a query sees."""
     return None
 
 
 def take_over(model: Any) -> None:
-    """Let every attention layer of a transformers model go through the pass it is handed."""
+    """Make every attention layer of a transformers model use the `Pass` of its forward call."""
     if model.config._attn_implementation != ATTENTION_NAME:
         AttentionInterface.register(ATTENTION_NAME, replay_attention)
         AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

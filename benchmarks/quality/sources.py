@@ -1,6 +1,6 @@
-"""Which version of the code made a result.
+"""Digests of the code that made a result.
 
-Comments and docstrings do not count, so results outlive their rewording.
+Comments and docstrings do not count, so that results stay valid when they are reworded.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BENCH = "spectral_paged.benchmarks.quality"
-HARNESS = (  # what every number depends on
+HARNESS = (  # modules that every number depends on
     *(f"{BENCH}.{name}" for name in ("divergence", "methods", "replay", "shared_attention")),
     "spectral_paged.kernels.math.rotary",
 )
-CODEC = (  # what the numbers of our formats depend on as well
+CODEC = (  # modules that the numbers of our formats depend on as well
     *(f"spectral_paged.pages.{name}" for name in ("codec", "decompose", "sections", "quantize")),
     *("spectral_paged.pages.shared_basis", f"{BENCH}.page_methods"),
     *(f"spectral_paged.kernels.page.{name}" for name in ("bit_packing", "layout", "view")),
@@ -25,7 +25,7 @@ CODEC = (  # what the numbers of our formats depend on as well
 
 
 def code_of(source: str) -> str:
-    """The syntax tree of `source` without comments and docstrings."""
+    """A dump of the syntax tree of `source`, without comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -34,7 +34,7 @@ def code_of(source: str) -> str:
 
 
 def sources_digest(names: Sequence[str]) -> str:
-    """16 hex digits over the code of modules, found by name and not imported."""
+    """A digest of 16 hex digits of the code of modules, which are found but not imported."""
     digest = hashlib.sha256()
     for name in names:
         spec = find_spec(name)
@@ -45,11 +45,11 @@ def sources_digest(names: Sequence[str]) -> str:
 
 @functools.cache
 def harness_digest() -> str:
-    """Of the replay and the peers: journals are kept under it."""
+    """The digest of the replay and the peers, which is part of a journal's name."""
     return sources_digest(HARNESS)
 
 
 @functools.cache
 def codec_digest() -> str:
-    """Of the codec: results of our formats are kept under it, so the peers' outlive its changes."""
+    """The digest of the codec, in the key of our formats only, so that the peers' results last."""
     return sources_digest(CODEC)

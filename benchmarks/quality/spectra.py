@@ -1,4 +1,4 @@
-"""Singular-value decay of real keys and values."""
+"""The decay of singular values of real keys and values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SIDES = ("k_pre", "k_post", "v")
 
 
 def decay(x: Tensor) -> dict[str, Any]:
-    """How the energy of blocks `[N, H, 512, D]` spreads, block mean removed.
+    """The energy of blocks `[N, H, 512, D]` by component, with the block mean removed.
 
-    `left[r]` is the share of energy beyond r components; `effective_rank` the exponential of the
-    spectrum's entropy (Roy and Vetterli 2007); `spectrum` the mean share of every component.
+    `left[r]` is the share of energy beyond r components, `effective_rank` the exponential of the
+    spectrum's entropy (Roy and Vetterli 2007), `spectrum` the mean share of every component.
     """
     x = x.double()
     x = x - x.mean(dim=-2, keepdim=True)
@@ -42,7 +42,7 @@ def decay(x: Tensor) -> dict[str, Any]:
 def judge_spectra(
     replay: Replay, window: Window, *, journal: Journal, progress: Progress = print
 ) -> dict[str, Any]:
-    """Decay of every layer: keys before and after RoPE, values."""
+    """The decay in every layer, of keys before and after RoPE and of values."""
     unit = digest("spectra", window.context)
     if (record := journal.find(unit, BASELINE)) is None:
         context = replay.prefill(list(window.context))

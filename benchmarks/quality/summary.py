@@ -1,4 +1,4 @@
-"""From journal records to one results value: means, percentiles, counts. No model, no torch."""
+"""Summaries of journal records as one results value: means, percentiles, counts; no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectral_paged.benchmarks.quality.journal import BASELINE, Record
 
 SCHEMA = 1
 ASIDE = ("sensitivity", "needle-tokens")  # tasks whose methods are not those of the main tables
-REFITTED = "refitted"  # the task of windows cut for other landmarks or another hot window
+REFITTED = "refitted"  # the task of windows cut for other numbers of landmarks or hot tokens
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -19,13 +19,13 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value that `share` of all values do not pass (nearest rank)."""
+    """The smallest value that at least `share` of all values do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; windows are, the tokens of one are not."""
+    """The standard error of the mean of independent values; tokens of one window are not."""
     if len(values) < 2:
         return None
     middle = sum(values) / len(values)
@@ -47,15 +47,16 @@ def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def described(record: Record) -> dict[str, Any]:
-    """The part of a record that says what its method is."""
+    """The fields of a record that describe its method."""
     return {k: record[k] for k in ("family", "landmarks", "bytes_per_token", "ratio")}
 
 
 def continuation_summary(records: Iterable[Record]) -> dict[str, Any]:
-    """KL(exact || method) in nats a token, its p99 and standard error over windows, top-1
-    agreement, perplexities; only windows that both the baseline and the method finished count.
+    """Divergence, top-1 agreement and perplexity of every method.
 
-    A method whose logits were not finite somewhere has `kl` None and says in how many tokens.
+    Divergence is KL(exact || method) in nats a token, with its p99 and its standard error over
+    windows. Only windows that both the baseline and the method finished count. A method whose
+    logits were not finite in some tokens has `kl` None and their number in `tokens_not_finite`.
     """
     records = unique(records)
     base = {r["unit"]: r["result"] for r in records if r["method"] == BASELINE}
@@ -99,13 +100,13 @@ def continuation_summary(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def tally(answers: Iterable[bool]) -> list[int]:
-    """[right, asked]."""
+    """The numbers of answers, `[right, asked]`."""
     answers = list(answers)
     return [sum(answers), len(answers)]
 
 
 def grouped(answers: Sequence[Record], *keys: str) -> dict[str, Any]:
-    """Tallies of answers by one key inside the other."""
+    """Tallies of answers by the values of `keys`, nested in their order."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for answer in answers:
         groups[str(answer[keys[0]])].append(answer)
@@ -115,10 +116,10 @@ def grouped(answers: Sequence[Record], *keys: str) -> dict[str, Any]:
 
 
 def probe_summary(records: Iterable[Record]) -> dict[str, Any]:
-    """Recall as [right, asked] by kind of probe, length, depth and kind.
+    """Recall as `[right, asked]` by family of probes, length, depth and kind.
 
-    A method was asked only what the exact cache recalled. Facts outside of its sealed blocks
-    are counted in `tail` and nowhere else.
+    Methods were asked only for facts that the exact cache recalled. Facts outside of sealed blocks
+    count only in `tail`.
     """
     records = unique(records)
 
@@ -157,7 +158,7 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(ids: Sequence[int], n: int) -> float:
-    """Share of different n-grams among all (distinct-n, Li et al., arXiv:1510.03055)."""
+    """The share of different n-grams among all (distinct-n, Li et al., arXiv:1510.03055)."""
     grams = ngrams(ids, n)
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -170,8 +171,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def generation_summary(records: Iterable[Record]) -> dict[str, Any]:
-    """By method and prompt length: repetition (share of 4-grams seen before), distinct-2 and -3,
-    tokens said before the first one that differs from the exact cache's."""
+    """Repetition and agreement of free generation by method and prompt length.
+
+    These are the share of 4-grams seen before, distinct-2 and -3, and the number of tokens before
+    the first that differs from the exact cache's."""
     records = unique(records)
     base = {r["unit"]: r["result"] for r in records if r["method"] == BASELINE}
 
@@ -208,7 +211,7 @@ def layer_table(records: Iterable[Record], task: str) -> dict[str, Any]:
 
 
 def sensitivity_table(records: Iterable[Record]) -> dict[str, Any]:
-    """By method: mean KL with only layer i sealed, layers in order."""
+    """Mean KL with only layer i sealed, by method, layers in order."""
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         if r["task"] == "sensitivity" and r["method"] != BASELINE:
@@ -221,8 +224,10 @@ def sensitivity_table(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def continuation_cells(rows: Sequence[Record]) -> list[dict[str, Any]]:
-    """A summary for every segment and length; those of a segment also say, in `exact_prefill`,
-    what the methods have on the same windows after an exact prefill."""
+    """Summaries of windows by segment and length.
+
+    Those of a segment also have `exact_prefill`: the methods on the same windows after an exact
+    prefill."""
     groups: dict[tuple[int, int], list[Record]] = defaultdict(list)
     for row in rows:
         groups[row["segment"] or 0, row["length"]].append(row)
@@ -238,7 +243,7 @@ def continuation_cells(rows: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def compared(records: Sequence[Record], group: Mapping[str, Any]) -> dict[str, Any]:
-    """`group` with the summary of its methods, in its order, over the windows of its length."""
+    """`group` with a summary of its methods, in their order, over the windows of its length."""
     wanted = [BASELINE, *group["methods"]]
     summary = continuation_summary(
         r
@@ -258,12 +263,12 @@ def aggregate(
     comparisons: Sequence[Mapping[str, Any]] = (),
     **head: Any,
 ) -> dict[str, Any]:
-    """One results value of all records of one model.
+    """The results value of all records of one model.
 
     Args:
         main: methods of the main tables; None for all.
-        comparisons: groups `{title, text, methods, length}` to set side by side apart from those.
-        head: environment, texts, notes, geometry; put before the rest.
+        comparisons: groups `{title, text, methods, length}`, each for a table of its own.
+        head: environment, texts, notes and geometry, placed before the rest.
     """
     records = unique(records)
     compare = [compared(records, group) for group in comparisons]

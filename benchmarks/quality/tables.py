@@ -1,4 +1,4 @@
-"""What sections of a report are made of: cells, rows, titles."""
+"""Parts of a report's sections: titles, rows and cells as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KL_DIGITS = 5
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of the report; `plot` writes a picture to the path it is given."""
+    """One section of the report; `plot` writes its picture to a path."""
 
     title: str
     text: str
@@ -23,7 +23,7 @@ class Section:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Fixed digits; what was not finite is said."""
+    """`value` with fixed digits; None, which was not finite, becomes `not finite`."""
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
@@ -32,12 +32,12 @@ def times(value: float | None) -> str:
 
 
 def share(pair: Sequence[int] | None) -> str:
-    """`[right, asked]` as right/asked."""
+    """`[right, asked]` as the text right/asked."""
     return f"{pair[0]}/{pair[1]}" if pair and pair[1] else "-"
 
 
 def by_ratio(methods: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Methods from the widest to the narrowest."""
+    """Methods in order of their ratio, the largest pages first."""
     return sorted(methods.items(), key=lambda item: (item[1].get("ratio") or 0.0, item[0]))
 
 

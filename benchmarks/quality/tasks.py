@@ -1,8 +1,8 @@
-"""What a compressed cache is asked: continuations of real text, needles, small exact tasks.
+"""Tasks for a compressed cache: continuations of real text, needles, small exact tasks.
 
 Every question comes after the context and is unknown when its pages are sealed. Facts lie in the
-part that is sealed under the default rule (64 landmarks, 64 hot tokens). All answers are checked
-on greedy completions of raw text, without a chat template, so base models can be judged too.
+part that is sealed under the default rule (64 landmarks, 64 hot tokens). Answers are greedy
+completions of raw text, without a chat template, so base models can be judged too.
 Needles in a haystack: G. Kamradt, 2023; several at once and exact checking as in RULER
 (Hsieh et al., arXiv:2404.06654).
 """
@@ -30,9 +30,9 @@ from spectral_paged.benchmarks.quality.words import (
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
-WINDOW_SLACK = 128  # tokens before the first window of a genre, for methods that keep more exact
-QUESTION_ROOM = 96  # tokens of a question and its answer, kept free below the model's limit
-BREAK_SEARCH = 48  # tokens looked back for the end of a sentence or line to put a fact after
+WINDOW_SLACK = 128  # tokens before a genre's first window, for methods with more exact tokens
+QUESTION_ROOM = 96  # tokens for a question and its answer, kept free below the model's limit
+BREAK_SEARCH = 48  # most tokens searched backwards for the end of a sentence to put a fact after
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,15 @@ class Window:
     """A context and the text that follows it."""
 
     genre: str
-    length: int  # nominal; `len(context)` is what it has
-    start: int  # in the tokens of the genre
+    length: int  # nominal; the context has `len(context)` tokens
+    start: int  # index in the tokens of the genre
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A statement to hide and how to ask for it."""
+    """A statement to hide, and the prompt and answer that ask for it."""
 
     kind: str
     statement: str
@@ -61,7 +61,7 @@ class Question:
     """One question over a context; its fact lies at tokens `start` to `end`."""
 
     kind: str
-    depth: float  # where the fact was meant to lie, 0 to 1 of the sealed part
+    depth: float  # intended place of the fact, 0 to 1 of the sealed part
     start: int
     end: int
     prompt: tuple[int, ...]
@@ -86,7 +86,7 @@ class Haystack:
 
     texts: Sequence[Text]
     tokenizer: Any
-    max_tokens: int  # the longest context and question the model takes
+    max_tokens: int  # most tokens of context and question that the model takes
     _ids: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -95,7 +95,7 @@ class Haystack:
 
     @property
     def prefix(self) -> list[int]:
-        """What the tokenizer puts before every text, often one token."""
+        """The tokens that the tokenizer puts before every text, often one."""
         return list(self.tokenizer("")["input_ids"])
 
     def encode(self, text: str) -> list[int]:
@@ -108,7 +108,11 @@ class Haystack:
         return self._ids[genre]
 
     def sealed_length(self, length: int) -> int:
-        """Tokens of a context of nominally `length`: whole blocks, landmarks and hot window."""
+        """Tokens of a context of nominally `length`: landmarks, whole blocks and hot tokens.
+
+        Raises:
+            InvalidRequestError: `length` is below a block, or above the model's limit.
+        """
         blocks = length // BLOCK_TOKENS
         if length > self.max_tokens or not blocks:
             raise InvalidRequestError(
@@ -130,10 +134,13 @@ class Haystack:
 def continuation_windows(
     hay: Haystack, length: int, count: int = 16, num_continuation: int = 256
 ) -> list[Window]:
-    """`count` windows over the genres in turn, spread evenly over each genre's tokens; each
-    judges `num_continuation` tokens and holds one more, the last target.
+    """`count` windows over the genres in turn, spread evenly over each genre's tokens.
 
-    Genres too short for one window are left out.
+    A continuation has `num_continuation` tokens to judge and one more, the last target. Genres too
+    short for one window are left out.
+
+    Raises:
+        InvalidRequestError: all genres are too short.
     """
     num_context = hay.sealed_length(length)
     num_context = min(num_context, hay.max_tokens - num_continuation - 1)
@@ -160,8 +167,8 @@ def plant(
 ) -> tuple[list[int], list[Question]]:
     """A context of real text with `facts` at their depths, and the questions about them.
 
-    Depth 0 is just behind the landmarks, 1 just before the hot window; a fact goes behind the
-    nearest end of a sentence before its place. `start` picks the text (cyclic).
+    Depth 0 is just behind the landmarks, 1 just before the hot tokens. A fact follows the nearest
+    end of a sentence before its place. `start` is the first token of the genre's text (cyclic).
     """
     total = hay.sealed_length(length)
     ordered = sorted(facts, key=lambda pair: pair[0])
@@ -221,8 +228,10 @@ def needle_facts(style: str, count: int, rng: random.Random) -> list[Fact]:
 def needle_probes(
     hay: Haystack, lengths: Sequence[int], round: int, num_depths: int = 8, seed: int = 0
 ) -> Iterator[Probe]:
-    """One round: per length a context with a needle at every depth at once, and one context with
-    a single needle, its depth moving with the round. Style and genre move with the round too.
+    """The needle probes of one round, two contexts a length.
+
+    One context has a needle at every depth, the other a single needle, whose depth changes with the
+    round. Style and genre change with the round too.
     """
     style = STYLES[round % len(STYLES)]
     genre = hay.genres[(round + round // len(STYLES)) % len(hay.genres)]
@@ -239,7 +248,7 @@ def needle_probes(
 
 
 def qa_facts(rng: random.Random) -> list[tuple[float, Fact]]:
-    """One fact at the beginning, one in the middle and one at the end."""
+    """Three facts for questions: at the beginning, in the middle and at the end."""
     names, cities = rng.sample(NAMES, 4), rng.sample(CITIES, 2)
     choices = [
         ("Where did {0} the {3} open a workshop?", "{0} the {3} opened a workshop in", cities[0]),
@@ -260,9 +269,9 @@ def qa_facts(rng: random.Random) -> list[tuple[float, Fact]]:
 
 
 def signature_facts(rng: random.Random) -> list[tuple[float, Fact]]:
-    """Function definitions whose parameters must come back exactly.
+    """Function definitions whose parameters must be recalled exactly.
 
-    The prompt ends before the bracket: some tokenizers join it with the first letters behind it.
+    The prompt ends before the bracket, because some tokenizers join it with the letters behind it.
     """
     names = rng.sample([f"{v}_{n}" for v in VERBS for n in NOUNS], 4)
     words = rng.sample(WORDS, 3 * len(names))
@@ -276,7 +285,7 @@ def signature_facts(rng: random.Random) -> list[tuple[float, Fact]]:
 
 
 def step_facts(rng: random.Random) -> list[tuple[float, Fact]]:
-    """Intermediate results to be kept."""
+    """Intermediate results of five steps, to be recalled by name."""
     facts = []
     for i, name in enumerate(rng.sample(NOUNS, 5)):
         line, value = f"Step {i + 1} result: {name} =", str(rng.randrange(10_000, 100_000))
@@ -285,7 +294,7 @@ def step_facts(rng: random.Random) -> list[tuple[float, Fact]]:
 
 
 def summary_facts(rng: random.Random) -> list[tuple[float, Fact]]:
-    """A fact sheet in one place, asked line by line as a summary would say it."""
+    """A fact sheet in one place, asked for line by line as in a summary."""
     company = f"{rng.choice(NOUNS).title()} {rng.choice(WORDS).title()}"
     founder, head = rng.sample(NAMES, 2)
     seat, branch = rng.sample(CITIES, 2)
@@ -314,7 +323,7 @@ TASKS = {  # name -> (facts, genres it reads best in)
 def task_probes(
     hay: Haystack, lengths: Sequence[int], round: int, seed: int = 0
 ) -> Iterator[Probe]:
-    """One round: every task once at every length."""
+    """The task probes of one round: every task once at every length."""
     for length in lengths:
         for name, (build, genres) in TASKS.items():
             rng = random.Random(f"{seed}/{name}/{length}/{round}")

@@ -1,7 +1,6 @@
-"""Texts by genre that a machine has anyway: books of the repository, Python's own sources and
-language reference, licences; two hub data sets where a hub answers.
+"""Texts by genre to judge on, without downloads: books, Python's sources and reference, licences.
 
-Two books are kept for calibration and never judged on.
+Two hub data sets join where a hub answers. Two books are for calibration and never judged on.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MODULES: tuple[ModuleType, ...] = (
     shutil,
 )
 LICENCES = ("GPL-3", "MPL-2.0", "LGPL-2.1", "Apache-2.0", "GFDL-1.3", "GPL-2", "Artistic")
-MIN_CHARS = 6000  # a shorter file gives no context worth judging
+MIN_CHARS = 6000  # least size of a licence; a shorter one gives no context worth judging
 HUB_CHARS = 400_000
 HUB_SETS = {  # genre -> (data set, configuration, split), read in streaming mode
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -51,7 +50,7 @@ HUB_SETS = {  # genre -> (data set, configuration, split), read in streaming mod
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Text:
-    """One text; `name` says where it came from."""
+    """One text; `name` is its source."""
 
     genre: str
     name: str
@@ -63,7 +62,7 @@ class Text:
 
 
 def book_folder() -> Path:
-    """`examples/texts` of the working folder, else of the checkout this file lies in."""
+    """The folder `examples/texts` of the working folder, else of this file's checkout."""
     here = Path("examples/texts")
     return here if here.is_dir() else Path(__file__).resolve().parents[2] / "examples" / "texts"
 
@@ -89,7 +88,7 @@ def stdlib_sources() -> list[Text]:
 
 
 def language_reference() -> list[Text]:
-    """What `help()` prints of the language reference, topics in alphabetical order."""
+    """The language reference that `help()` prints, topics in alphabetical order."""
     topics = pydoc_data.topics.topics
     text = "\n\n".join(re.sub(r"\n{3,}", "\n\n", topics[t]).strip() for t in sorted(topics))
     return [Text("reference", "pydoc_data.topics", text)]
@@ -110,10 +109,10 @@ def licences() -> list[Text]:
 
 
 def named(argument: str) -> Text:
-    """`FILE` or `GENRE=FILE`.
+    """The text that an argument `FILE` or `GENRE=FILE` names.
 
     Raises:
-        InvalidRequestError: no such file, or it is too short.
+        InvalidRequestError: the file is missing or empty.
     """
     genre, equals, file = argument.partition("=")
     if not equals:
@@ -127,7 +126,7 @@ def named(argument: str) -> Text:
 
 
 def judged_texts(given: Sequence[str] | None = None) -> list[Text]:
-    """The texts to judge on: those named, else every genre this machine has.
+    """The texts to judge on: those in `given`, else every genre that this machine has.
 
     Raises:
         InvalidRequestError: a named file cannot be read.
@@ -138,7 +137,7 @@ def judged_texts(given: Sequence[str] | None = None) -> list[Text]:
 
 
 def calibration_texts() -> list[Text]:
-    """Two books, else a source, that are never judged on."""
+    """Texts for calibration that are never judged on: two books, else a Python source."""
     found = books(CALIBRATION)
     if found:
         return found
@@ -149,9 +148,9 @@ def calibration_texts() -> list[Text]:
 
 
 def hub_texts() -> tuple[list[Text], list[str]]:
-    """WikiText-2 and C4 if the `datasets` package and a hub are there.
+    """WikiText-2 and C4, if the `datasets` package and a hub are available.
 
-    Returns the texts and, for each set that was not read, a line that says why.
+    Returns the texts, and a note for each set that was not read with the reason.
     """
     try:
         import datasets
@@ -168,7 +167,7 @@ def hub_texts() -> tuple[list[Text], list[str]]:
                 size += len(parts[-1])
                 if size >= HUB_CHARS:
                     break
-        except Exception as error:  # any failure of a network or a hub means the same: not run
+        except Exception as error:  # every failure of a network or a hub means: not run
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             notes.append(f"{genre}: not run ({reason[0][:160]})")
             continue
@@ -185,7 +184,7 @@ def by_genre(texts: Sequence[Text]) -> dict[str, list[Text]]:
 
 
 def manifest(texts: Sequence[Text]) -> list[dict[str, object]]:
-    """What was read, for the head of a result file."""
+    """Genre, name, size and hash of each text, for the head of a result file."""
     return [
         {"genre": t.genre, "name": t.name, "chars": len(t.text), "sha256": t.sha256} for t in texts
     ]

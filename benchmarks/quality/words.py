@@ -1,4 +1,4 @@
-"""Words that facts are made of, and the sentences of needles."""
+"""Words for facts, and the sentences of needles."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NOUNS = listed(
 )
 TRADES = listed("clockmaker baker printer weaver potter tailor brewer glazier saddler carpenter")
 VERBS = listed("compute estimate resolve merge encode balance restore filter predict calibrate")
-STYLES = ("mixed", "code", "mixed", "passphrase")  # of needles, round by round
-SENTENCES = (  # beginning of a needle, what completes it
+STYLES = ("mixed", "code", "mixed", "passphrase")  # styles of needles, round by round
+SENTENCES = (  # (beginning of a needle, kind of its answer)
     ("The secret access code for {city} is", "number"),
     ("The serial number of the {word} is", "number"),
     ("The phone number of {name} is", "number"),
