@@ -107,9 +107,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 def serve(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return 0, or 1 if the engine's thread died."""
-    from spectral_paged.server.app import (
-        Service,
-    )  # first, because it raises if a package is missing
+    from spectral_paged.server.app import Service  # first: raises if a package is missing
     from spectral_paged.server.http_server import HttpServer
 
     settings = settings_of(args)
