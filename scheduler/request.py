@@ -1,4 +1,4 @@
-"""One sequence as the scheduler sees it: token ids and counts."""
+"""A request is one sequence of the scheduler: token ids, counts and a status."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ class SpectralKVCache:
         (decision 0001), and windows slide between steps."""
         state = self._sequences.by_id[seq_id]
         end = self.visibility.chunk_end(state.num_tokens, state.num_prompt_tokens)
-        segment = self.visibility.segment if self._slides else 0  # 0: none, the step is one
+        segment = self.visibility.segment if self._slides else 0  # 0: no further limit
         return min(end - state.num_tokens, segment or end)
 
     def seals_due(self, seq_id: str, num_new: int) -> int:

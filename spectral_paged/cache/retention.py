@@ -105,7 +105,7 @@ class ExactRetention(Retention):
 
 
 class SealedRetention(Retention):
-    """Retention of the blocks that queries see as pages in pages, of other tokens exactly."""
+    """Retention in pages for blocks that queries see as pages, and exactly for other tokens."""
 
     seals = True
     bulk = SlotKind.PAGE

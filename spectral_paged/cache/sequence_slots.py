@@ -80,7 +80,7 @@ class SequenceSlots(TokenPlaces):
         return self._grow(self.num_exact(num_tokens), num_pages)
 
     def _grow(self, num_exact: int, num_pages: int) -> bool:
-        """Hold at least so many exact pages and pages; False, with nothing changed: not now."""
+        """Hold at least so many slots of each kind; False, with nothing changed: not now."""
         before = len(self.exact), len(self.pages)
         if before[0] >= num_exact and before[1] >= num_pages:
             return True
@@ -181,8 +181,8 @@ class SequenceSlots(TokenPlaces):
     # ---- tables --------------------------------------------------------------------------
 
     def chunk_runs(self, num_tokens: int) -> tuple[TokenRun, ...]:
-        """The runs of `num_tokens` tokens in the order of a chunk's keys: by position with a
-        window, which cuts by position, else pages first."""
+        """The runs of `num_tokens` tokens in the order of a chunk's keys: by position if a window
+        cuts them, else pages first."""
         by_position = self.retention.window is not None
         return self.runs(num_tokens) if by_position else self.runs_by_kind(num_tokens)
 

@@ -20,7 +20,7 @@ PAGES_PER_BLOCK = BLOCK_TOKENS // EXACT_PAGE_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """Consecutive tokens in entries `start` to `stop` of one table, blocks or exact pages."""
+    """The tokens in entries `start` to `stop` of one table, blocks or exact pages."""
 
     sealed: bool
     start: int

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from spectral_paged.errors import SamplingParamsError
 
 MAX_N = 1024
-MAX_FACTOR = 1e6  # what fp32 logits can be scaled by without overflow
+MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
 MAX_LOGPROBS = 20
-GREEDY_BELOW = 1e-5  # as in vLLM; logits over less would overflow fp32
+GREEDY_BELOW = 1e-5  # as in vLLM; logits divided by less would overflow fp32
 
 
 @dataclass(frozen=True)
