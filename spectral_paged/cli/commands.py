@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | serve | top | info | calibrate | bench`."""
+"""The command line: `spectral-paged generate | serve | top | info | calibrate | cache | bench`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from spectral_paged.arguments import (
     port_number,
     positive,
 )
+from spectral_paged.cli.kept import add_cache, cache
 from spectral_paged.cli.logs import FORMATS, LEVELS, logging_to_stderr
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     top.add_argument("url", help="such as http://localhost:9100")
     top.add_argument("--interval", type=positive, default=1, help="seconds; default 1")
+    add_cache(commands.add_parser("cache", help="list or delete what is kept between runs"))
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     _add_bench(bench)
     for one in (info, calibrate):
@@ -308,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "top": top,
         "info": info,
         "calibrate": calibrate,
+        "cache": cache,
         "bench": bench,
     }
     try:

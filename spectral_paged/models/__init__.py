@@ -12,6 +12,8 @@ __all__ = [
     "checkpoint_files",
     "decode_graphs",
     "geometry",
+    "gguf",
+    "kept_files",
     "kv_capture",
     "loader",
     "runner",

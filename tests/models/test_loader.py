@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
-import gguf
 import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import CorruptFileError, UnknownModelError, UnsupportedModelError
-from spectral_paged.models import loader
+from spectral_paged.models import kept_files, loader
+from spectral_paged.models.gguf import conversion
+from support.gguf_files import write_gguf
 from support.tiny_model import tiny_model
-
-
-def write_gguf(path, arch="llama"):
-    """A complete little GGUF file: two layers, a byte-level tokenizer."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    tokens = [*bytes_to_unicode().values(), "he", "ll", "<end>"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 258 + [3])
-    writer.add_token_merges(["h e", "l l"])
-    writer.add_bos_token_id(258)
-    writer.add_eos_token_id(258)
-    shapes = {"token_embd": (259, 64), "output_norm": (64,), "output": (259, 64)}
-    for layer in range(2):
-        for name, shape in {
-            "attn_q": (64, 64),
-            "attn_k": (32, 64),
-            "attn_v": (32, 64),
-            "attn_output": (64, 64),
-            "ffn_gate": (48, 64),
-            "ffn_up": (48, 64),
-            "ffn_down": (64, 48),
-            "attn_norm": (64,),
-            "ffn_norm": (64,),
-        }.items():
-            shapes[f"blk.{layer}.{name}"] = shape
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -74,14 +33,14 @@ def test_a_gguf_file_generates_and_its_conversion_is_made_once(tmp_path, own_cac
     params = SamplingParams(temperature=0.0, max_tokens=5)
     on_cpu = {"kv_format": "exact", "device": "cpu"}
     first = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
-    assert first[0].prompt_token_ids[:2] == [256, 257]
+    assert first[0].prompt_token_ids[:2] == [256, 257]  # he, ll
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf")
     ids = torch.tensor([first[0].prompt_token_ids])
     want = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
     assert first[0].outputs[0].token_ids == want[0, ids.shape[1] :].tolist()
     (folder,) = own_cache.iterdir()
     written = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
-    monkeypatch.setattr(loader, "check_gguf", lambda path: pytest.fail("read a second time"))
+    monkeypatch.setattr(conversion, "GGUFFile", lambda path: pytest.fail("read a second time"))
     again = LLM(path, **on_cpu).generate("hello there", params, use_tqdm=False)
     assert again[0].outputs[0].text == first[0].outputs[0].text
     assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == written
@@ -103,9 +62,46 @@ def test_a_gguf_file_that_changed_is_converted_again(tmp_path, own_cache):
     path = write_gguf(tmp_path / "small.gguf")
     before = loader.resolve(str(path))
     torch.manual_seed(1)
-    write_gguf(path)
-    os.utime(path, ns=(1, 1))
+    write_gguf(path, seed=1)
     assert loader.resolve(str(path)) != before
+
+
+def test_a_conversion_is_known_by_the_files_content(tmp_path, own_cache):
+    """Neither name nor size nor time says what is in a file."""
+    first, second = write_gguf(tmp_path / "a.gguf"), write_gguf(tmp_path / "b.gguf", seed=1)
+    os.utime(first, ns=(1, 1))
+    before = loader.resolve(str(first))
+    os.replace(second, first)
+    os.utime(first, ns=(1, 1))
+    after = loader.resolve(str(first))
+    assert after != before and len(list(own_cache.iterdir())) == 2
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert loader.resolve(str(shutil.copy(first, elsewhere / "a.gguf"))) == after
+
+
+def test_conversions_of_earlier_versions_are_not_read(tmp_path, own_cache, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf")
+    stat = path.stat()
+    content = f"{path}/{stat.st_size}/{stat.st_mtime_ns}"  # as they were named once
+    old = own_cache / f"a-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    first = loader.resolve(str(path))
+    assert Path(first) != old
+    monkeypatch.setattr(conversion, "CONVERTER_VERSION", conversion.CONVERTER_VERSION + 1)
+    monkeypatch.setattr(kept_files, "CONVERTER_VERSION", kept_files.CONVERTER_VERSION + 1)
+    assert loader.resolve(str(path)) != first
+
+
+def test_a_conversion_that_was_not_finished_is_made_again(tmp_path, own_cache, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf")
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "write_weights", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loader.resolve(str(path))
+    assert list(own_cache.iterdir()) == []
+    assert (Path(loader.resolve(str(path))) / "config.json").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 3, 23, 24, 100, 2000, 0.5, 0.99, -1])
