@@ -1,4 +1,4 @@
-"""Imports run one way, what is private stays so, files stay small, and nothing is called utils."""
+"""Imports run one way, private names stay private, files stay small, and none is called utils."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`spectral-paged bench`: what its subcommands hand over, write and refuse."""
+"""`spectral-paged bench`: subcommands pass their arguments on, write results and refuse misuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `bench decode`: no speed without quality, and nothing that was not measured."""
+"""The report of `bench decode` shows no speed without a KL, and nothing that was not measured."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""FlashInfer as a baseline: its pages and tables are right, and a wrong answer is not timed.
+"""FlashInfer as a baseline gets correct pages and tables, and a wrong output is not timed.
 
-The library itself needs a GPU; a stand-in with its interface reads what it would be given.
+The library needs a GPU, so a stand-in with its interface reads the same arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The judge counts what it should, once, over a replay that copies what it has read."""
+"""The judge counts every result once, over a replay that copies from its context."""
 
 from __future__ import annotations
 

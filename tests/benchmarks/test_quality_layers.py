@@ -1,4 +1,4 @@
-"""Errors by layer and head, spectra, and methods that look at more than a block's K and V."""
+"""Errors by layer and head, spectra, and methods that need more than a block's K and V."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers round as their bits say, cost the bytes they claim, and look at one block alone."""
+"""Peers round to their number of bits, cost the bytes they claim, and treat each block alone."""
 
 from __future__ import annotations
 

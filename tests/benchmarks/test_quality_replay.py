@@ -1,4 +1,4 @@
-"""The dense replay says what the stock model says, and seals by the rule."""
+"""The dense replay has the logits of transformers' own model, and seals blocks by the rule."""
 
 from __future__ import annotations
 

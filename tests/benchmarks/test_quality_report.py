@@ -1,4 +1,4 @@
-"""The report shows the sections it has data for, and no others."""
+"""The report of `bench quality` shows the sections that it has data for, and no others."""
 
 from __future__ import annotations
 

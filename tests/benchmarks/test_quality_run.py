@@ -1,4 +1,4 @@
-"""The driver of the quality benchmark: what it runs, what it keeps, what it writes."""
+"""`bench quality` runs the chosen sections, resumes from its journal and writes its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts, windows and facts of the quality benchmark: nothing unread, nothing in the wrong place."""
+"""Texts, windows and facts of `bench quality` are complete and lie at their intended places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of a decode step: what it makes of a trace, of weights and of liger-kernel."""
+"""`bench steps` reads traces, counts the bytes of weights and checks liger-kernel's layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The throughput benchmark: its requests, its figures, and the clock of a step."""
+"""`bench throughput`: its requests, its figures, and the clock of a step."""
 
 from __future__ import annotations
 

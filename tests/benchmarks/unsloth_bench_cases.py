@@ -1,4 +1,4 @@
-"""`bench unsloth` on Unsloth's own code; `test_unsloth.py` runs this in a process of its own."""
+"""`bench unsloth` on Unsloth's own code; `test_unsloth.py` runs this file in a new process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""SpectralKVCache as a state machine: any order of operations, always the written answer.
+"""SpectralKVCache as a state machine: any order of operations gives the outputs of the rule.
 
-K and V of a token are a function of its id and position, so sequences with a common beginning
-really share content, and every answer can be computed from the token ids alone. Freed slots are
-poisoned: a stale read turns the answer into NaN.
+K and V of a token are a function of its id and position. So sequences with a common prefix really
+share content, and every output can be computed from the token ids. Freed slots are poisoned: a
+stale read turns the output into NaN.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much fits: predicted, stored, and what is left of a GPU for it."""
+"""The capacity of a cache: predicted tokens, stored tokens, and the GPU memory left for it."""
 
 from __future__ import annotations
 

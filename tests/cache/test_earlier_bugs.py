@@ -1,6 +1,6 @@
-"""Bugs that a spectral cache has had before, each with the property that rules it out.
+"""Bugs that an earlier spectral cache had, each with the property that rules it out.
 
-Two more, functions captured by closures and brought by wildcard imports, are in `test_patching`.
+Two more, of functions in closures and from wildcard imports, are in `test_patching`.
 """
 
 from __future__ import annotations

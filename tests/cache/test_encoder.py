@@ -1,4 +1,4 @@
-"""Blocks sealed by the codec where they lie: what the seal kernel's twin writes and counts."""
+"""Blocks sealed in place by the codec: the pages and counts of the seal kernel's twin."""
 
 from __future__ import annotations
 

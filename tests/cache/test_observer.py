@@ -1,4 +1,4 @@
-"""Whoever observes a cache is told what happens in it, and nobody else is."""
+"""Observers of a cache get the events of that cache, and of no other."""
 
 from __future__ import annotations
 

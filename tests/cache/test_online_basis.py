@@ -1,4 +1,4 @@
-"""A cache whose pages share a basis: given by a calibration, or taken from its first blocks."""
+"""A cache whose pages share a basis, from a calibration or learnt from its first blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of a cache: said once, taken by name or as an object wherever somebody makes a cache."""
+"""Options of a cache are defined once, and taken by name or as an object wherever one is made."""
 
 from __future__ import annotations
 

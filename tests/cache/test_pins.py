@@ -1,4 +1,4 @@
-"""Pinned spans: the blocks they touch stay exact for ever, whatever else happens."""
+"""The blocks that a pinned span touches stay exact, whatever else happens."""
 
 from __future__ import annotations
 

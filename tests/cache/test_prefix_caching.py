@@ -1,4 +1,4 @@
-"""The prefix cache: what is found, what is evicted first, who shares, what is counted."""
+"""The prefix cache: hits, the order of eviction, sharing between sequences, and counters."""
 
 from __future__ import annotations
 

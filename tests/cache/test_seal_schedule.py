@@ -1,4 +1,4 @@
-"""Blocks sealed ahead of their deadline: in time, evenly, and without changing a token."""
+"""Blocks are sealed ahead of their deadline, evenly over steps, and without changing a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks a query sees as pages, and where a step must end."""
+"""The blocks that a query sees as pages, and the token at which a step must end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sliding windows: what a sequence holds of them, who finds it, and what graphs are given."""
+"""Sliding windows: the slots of a sequence, prefix hits on them, and the inputs of graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: batch files, resume, bad lines, figures, exit codes."""
+"""The command line: batch files, resumption, bad lines, figures and exit codes."""
 
 from __future__ import annotations
 

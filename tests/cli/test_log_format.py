@@ -1,4 +1,4 @@
-"""What happened to a request can be read by a program: fields, not prose."""
+"""A program can read the log of a request: records have fields, not prose."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Makes `qwen_biased_head.safetensors`: K, V and queries of a head of Qwen2.5-Coder-1.5B whose keys
-have a large bias, for tests of kernels on scores of hundreds.
+"""A script that writes `qwen_biased_head.safetensors`, for kernel tests on scores of hundreds.
 
-`python capture_qwen.py MODEL TEXT`: the first block behind 64 landmarks, post-RoPE keys, and the
-queries of the tokens that follow it, fp16.
+`python capture_qwen.py MODEL TEXT` captures a head of Qwen2.5-Coder-1.5B whose keys have a large
+bias: the first block behind 64 landmarks, post-RoPE keys and V, and the queries of the tokens that
+follow it, fp16.
 """
 
 from __future__ import annotations

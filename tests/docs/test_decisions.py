@@ -1,4 +1,4 @@
-"""Decision records have one form, are all in the index, and exist where they are cited."""
+"""Decision records have one form, are all in the index, and exist if they are cited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documentation shows runs, and what it names exists."""
+"""Examples in the documentation run, and the names in it exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that the documentation states are those of the code: bytes, ratios, positions."""
+"""Figures in the documentation are those of the code: bytes, ratios, positions."""
 
 from __future__ import annotations
 

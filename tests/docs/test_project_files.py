@@ -1,4 +1,4 @@
-"""Files for contributors: the guide, the forms, the hooks and the licence say what is so."""
+"""Files for contributors, such as guide, forms, hooks and licence, agree with the repository."""
 
 from __future__ import annotations
 

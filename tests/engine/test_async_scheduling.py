@@ -1,4 +1,4 @@
-"""Steps queued before the tokens of the one before are known: the same tokens, the same endings."""
+"""Steps queued before the previous one's tokens are known give the same tokens and endings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Cases with a name: each beside a control run in `exact`, in poisoned memory.
+"""Named cases of serving, each beside a control run in `exact`, in poisoned memory.
 
-The tiny model's own greedy continuation is the control of `exact`; of pages it is what the same
-request says alone in a roomy pool without a prefix cache.
+The control of `exact` is the tiny model's own greedy continuation. The control of pages is the same
+request alone, in a roomy pool without a prefix cache.
 """
 
 from __future__ import annotations

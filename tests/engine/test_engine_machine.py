@@ -1,8 +1,8 @@
 """The whole engine as a state machine over a model that notices every wrong byte it reads.
 
-Any order of requests, steps, aborts, resets, forks and preemptions gives the tokens that the
-scripts of `digit_model` say, K and V read back are those that were stored, and the pool is whole
-after every operation. Freed memory is poisoned throughout.
+Any order of requests, steps, aborts, resets, forks and preemptions gives the tokens of the scripts
+of `digit_model`. K and V read back are those that were stored, and the pool is whole after every
+operation. Freed memory is poisoned throughout.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Memory that is not there, and seals that fail: the rest finishes, the pool is whole, and the
-error names the request that it is about."""
+"""Requests finish and the pool stays whole if an allocation or a seal fails for another.
+
+The error names the request that it is about.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of a growing completion: multibyte characters, stop strings, what may be shown."""
+"""The text of a growing completion: multibyte characters, stop strings, and held-back ends."""
 
 from __future__ import annotations
 

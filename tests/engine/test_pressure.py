@@ -1,4 +1,4 @@
-"""Admission and pressure: refused at once or served, never stuck, and every preemption is told."""
+"""Under pressure a request is refused at once or served, and every preemption is reported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""NaN, an exception of one request's own, interrupts: the rest finishes or goes on, and the error
-names the request that it is about."""
+"""Other requests finish after NaN, an exception of one request, or an interrupt.
+
+The error names the request that it is about.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replacing a function in somebody else's code: every reference, exactly, or not at all."""
+"""A function in another library is replaced at every reference, exactly, or not at all."""
 
 from __future__ import annotations
 

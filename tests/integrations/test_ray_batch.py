@@ -1,4 +1,4 @@
-"""A batch file over a Ray cluster: the records are those of one process, whoever dies meanwhile."""
+"""A batch file over a Ray cluster gives the records of one process, even if workers die."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Rows of a batch over a cache: copies, steps that fail, and what does not fit, by both `generate`
-integrations; and any order of operations on `RowBatch` itself."""
+"""Rows of a batch over a cache: copies, steps that fail, and lack of room.
+
+Both `generate` integrations run them, and `RowBatch` itself any order of operations.
+"""
 
 from __future__ import annotations
 

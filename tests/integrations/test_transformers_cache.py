@@ -1,4 +1,4 @@
-"""`SpectralPagedCache` in transformers' own generate: `exact` is what a DynamicCache gives."""
+"""`SpectralPagedCache` in transformers' `generate` gives, in `exact`, a DynamicCache's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SpectralPagedCache` with formats that seal: pages are made, attended to, and close to exact."""
+"""`SpectralPagedCache` with formats that seal makes pages, attends to them, and is near exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `SpectralPagedCache` refuses, and that it says what to do; nothing is broken afterwards."""
+"""Refusals of `SpectralPagedCache` name a remedy and leave the cache usable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unsloth's own code over the cache, in a process that does nothing else."""
+"""Unsloth's own code over the cache, in processes of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration of Unsloth's models by Unsloth's own attention; `test_unsloth.py` runs this."""
+"""Calibration of Unsloth's models by Unsloth's own attention; `test_unsloth.py` runs this file."""
 
 from __future__ import annotations
 

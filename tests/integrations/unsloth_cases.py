@@ -1,5 +1,7 @@
-"""Unsloth's own prompts and one-token steps over the cache; `test_unsloth.py` runs this in a
-process of its own, because importing Unsloth changes transformers for good."""
+"""Unsloth's own prompts and one-token steps over the cache.
+
+`test_unsloth.py` runs this file in a new process, because importing Unsloth changes transformers.
+"""
 
 from __future__ import annotations
 

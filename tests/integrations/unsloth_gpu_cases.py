@@ -1,4 +1,4 @@
-"""Unsloth on a GPU, where it is installed: `pytest tests/integrations/unsloth_gpu_cases.py`."""
+"""Unsloth's own code over the cache on a GPU: `pytest tests/integrations/unsloth_gpu_cases.py`."""
 
 from __future__ import annotations
 

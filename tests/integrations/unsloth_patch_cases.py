@@ -1,5 +1,7 @@
-"""Patching and unpatching Unsloth's models: side by side, options, refusals, training;
-`test_unsloth.py` runs this as it runs `unsloth_cases.py`."""
+"""Patching and unpatching Unsloth's models: side by side, options, refusals, training.
+
+`test_unsloth.py` runs this file in a new process, as it runs `unsloth_cases.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What vLLM's own planner and block manager make of our pages: the claims of docs/vllm.md.
+"""vLLM's own planner and block manager, run on spectral pages to check docs/vllm.md.
 
-Run by `make vllm`, which fetches the release (a wheel of 340 MB; no GPU is needed) into build/vllm.
-Two groups a layer, as that page describes: exact blocks of 64 tokens and pages of 512, in one pool.
-What vLLM imports for its servers and parsers is left out; the classes used here are unchanged.
+`make vllm` runs it, and fetches the release (a wheel of 340 MB; no GPU is needed) into build/vllm.
+A layer has two groups, as that page describes: exact blocks of 64 tokens and pages of 512, in one
+pool. vLLM's imports for servers and parsers are left out; the classes used here are unchanged.
 """
 
 from __future__ import annotations

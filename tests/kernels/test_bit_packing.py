@@ -1,4 +1,4 @@
-"""Codes of 8, 4, 3 and 2 bits in bytes: what goes in comes out, and lies where the drawing says."""
+"""Codes of 8, 4, 3 and 2 bits survive packing, and lie in the bytes that the drawing shows."""
 
 from __future__ import annotations
 

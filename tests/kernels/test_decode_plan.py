@@ -1,4 +1,4 @@
-"""How a decode step's work is cut into items."""
+"""The division of a decode step's work into items."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Eigenvectors of many small matrices: the Triton kernel, in the interpreter and on a GPU, and its
-twin."""
+"""Eigenvectors of many small matrices: the Triton kernel and its torch twin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same answers on a CUDA device; run with `pytest -m gpu`."""
+"""Kernels, caches and engines give the CPU's results on a CUDA device; run with `pytest -m gpu`."""
 
 from __future__ import annotations
 

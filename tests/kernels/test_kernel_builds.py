@@ -1,4 +1,4 @@
-"""Every kernel that a preset launches compiles for Hopper and fits it: CI has no GPU to show it."""
+"""Every kernel that a preset launches compiles for Hopper and fits it, checked without a GPU."""
 
 from __future__ import annotations
 

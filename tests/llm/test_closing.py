@@ -1,4 +1,4 @@
-"""A model that an LLM borrowed is given back as it was, and so is the memory."""
+"""A closed LLM restores the model that it borrowed, and frees its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cache, engine and LLM refuse, each with its remedy, and what their integrity notices."""
+"""Refusals of cache, engine and LLM name a remedy, and integrity checks notice corruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics say what the outputs say, cost a step nothing, and tell LLMs apart."""
+"""Metrics agree with the outputs, cost a step nothing, and distinguish LLMs."""
 
 from __future__ import annotations
 

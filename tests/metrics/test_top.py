@@ -1,4 +1,4 @@
-"""The live view shows what the figures say, and says so where it cannot be live."""
+"""The live view shows the figures of metrics, and reports when it cannot be live."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibrating a model: the embedded one on real text, and where an LLM finds its calibration."""
+"""Calibration of the embedded model on real text, and the files in which an LLM finds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph of a decode step is given; the graphs themselves run in test_gpu.py."""
+"""Inputs of CUDA graphs of a decode step; the graphs themselves run in `test_gpu.py`."""
 
 from __future__ import annotations
 

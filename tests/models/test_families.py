@@ -1,4 +1,4 @@
-"""Families whose layers differ, cap scores or rotate in another way, against transformers."""
+"""Families with layers that differ, soft caps or other rotations, against transformers."""
 
 from __future__ import annotations
 

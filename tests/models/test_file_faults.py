@@ -1,4 +1,4 @@
-"""Processes that are killed while they write, and files that are cut or altered."""
+"""Files survive processes killed while they write; files cut or altered are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No pickle, no code of a model's own, no file outside it, nothing too large, no silent audit."""
+"""Loading runs no pickle or model code and reads no file outside or too large; audits are loud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a name to a model: GGUF files, folders, names; each refusal says what to do."""
+"""Models load from GGUF files, folders and names, and each refusal names a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of every served family against transformers' own generate, and what is refused."""
+"""Models of every served family against transformers' own `generate`; others are refused."""
 
 from __future__ import annotations
 

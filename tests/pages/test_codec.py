@@ -1,4 +1,4 @@
-"""Codec: decomposition against the full SVD on real K and V, purity, bytes, weights, refusals."""
+"""The codec: decomposition against the full SVD on real K and V, purity, bytes and refusals."""
 
 from __future__ import annotations
 

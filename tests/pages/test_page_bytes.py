@@ -1,4 +1,4 @@
-"""Pages of every kind, byte by byte: a reader in numpy with literal offsets against the codec."""
+"""Pages of every kind byte by byte: a numpy reader with literal offsets against the codec."""
 
 from __future__ import annotations
 

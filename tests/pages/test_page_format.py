@@ -1,4 +1,4 @@
-"""PageFormat: bytes and refusals."""
+"""`PageFormat`: bytes, presets, fingerprints and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of page: purity, outlier slots, rotation inside bands, magnitudes, attention."""
+"""Pages of every kind: purity, outlier tokens, rotation inside bands, magnitudes, attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coefficients to codes: how large the error is, what gains and refits buy, extremes."""
+"""Quantization of coefficients: its error, the benefit of gains and refits, and extremes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibrations: files that are kept and refused, and what a format gets when it is bound."""
+"""Calibrations: files that are read and refused, and the basis that a format is bound to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys as pages store them: before RoPE, with their frame, after RoPE."""
+"""Keys as pages store them: before RoPE, relative to a frame, or after RoPE."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Memory is free as soon as nobody holds a cache, without a run of the garbage collector: a GPU
-that is full starts none."""
+"""A cache's memory is free once no reference is left, without the garbage collector.
+
+A GPU that runs out of memory starts no collection.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SlotPool against a plain model, and its refusals."""
+"""`SlotPool` against a plain model of it, and its refusals."""
 
 from __future__ import annotations
 

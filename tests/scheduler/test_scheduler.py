@@ -1,4 +1,4 @@
-"""Scheduler over a cache made of counters: order, budgets, preemption, progress."""
+"""The scheduler over a cache made of counters: order, budgets, preemption, progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests while they arrive and wait to be parsed: their time, and the room for all."""
+"""Request bodies have limits of time and total size while they arrive and wait for parsing."""
 
 from __future__ import annotations
 

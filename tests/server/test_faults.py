@@ -1,5 +1,7 @@
-"""Clients that go, requests that fail, steps that raise, and the end: each answers its own client,
-and the pool is whole afterwards."""
+"""Each client gets its own answer when others leave, requests or steps fail, or the server ends.
+
+The pool is whole afterwards.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `/health` says after steps that raised: a server is well again once a token shows it."""
+"""`/health` reports steps that raised, until a new token shows that the engine works again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server does not do is refused in OpenAI's form, with the field at fault."""
+"""A server refuses unsupported requests in OpenAI's form and names the field at fault."""
 
 from __future__ import annotations
 

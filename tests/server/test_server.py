@@ -1,4 +1,4 @@
-"""The server answers OpenAI's clients with what the LLM itself would say."""
+"""The server gives OpenAI's clients the text that the LLM itself generates."""
 
 from __future__ import annotations
 
