@@ -1,4 +1,4 @@
-"""GGUF files: each key and each tensor is used, changes nothing, or is refused by name."""
+"""Each key and tensor of a GGUF file is used, changes nothing, or is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows, scales, caps and RoPE of GGUF files, against what llama.cpp computes."""
+"""Windows, scales, caps and RoPE of GGUF files, against llama.cpp's own."""
 
 from __future__ import annotations
 

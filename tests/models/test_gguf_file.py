@@ -1,4 +1,4 @@
-"""The GGUF container: bounded, and damage is a typed error."""
+"""The GGUF container is read within bounds, and damage is a typed error."""
 
 from __future__ import annotations
 

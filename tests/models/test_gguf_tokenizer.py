@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files, beside llama.cpp's rules written plainly."""
+"""Tokenizers of GGUF files, against llama.cpp's rules written plainly."""
 
 from __future__ import annotations
 

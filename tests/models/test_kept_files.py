@@ -1,4 +1,4 @@
-"""What is kept between runs is listed and deleted, and nothing else is."""
+"""Files kept between runs are listed and deleted, and no others are."""
 
 from __future__ import annotations
 

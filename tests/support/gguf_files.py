@@ -1,4 +1,4 @@
-"""Little GGUF files of every architecture that is read, as llama.cpp's converter writes them."""
+"""Small GGUF files of every supported architecture, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
 
 def sentencepiece_keys() -> dict[str, Any]:
-    """A vocabulary with scores: bytes, words, letters, and special tokens at the end."""
+    """Keys of a vocabulary with scores: bytes, words, letters, and special tokens at the end."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *WORDS]
     scores = [0.0] * 259 + [-1.0 - k for k in range(len(WORDS))]
     types = [2, 3, 3] + [6] * 256 + [1] * len(WORDS)
@@ -43,7 +43,7 @@ def sentencepiece_keys() -> dict[str, Any]:
 
 
 def byte_level_keys() -> dict[str, Any]:
-    """A vocabulary of bytes with two merges, and special tokens at the end."""
+    """Keys of a vocabulary of bytes with two merges, and special tokens at the end."""
     tokens = [*bytes_to_unicode().values(), "he", "ll", *SPECIAL]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -57,7 +57,7 @@ def byte_level_keys() -> dict[str, Any]:
 
 
 def model_keys(arch: str) -> dict[str, Any]:
-    """Shapes of a model, and what its architecture has of its own."""
+    """Keys of a model: its shapes, and those that only its architecture has."""
     keys = {
         "context_length": CONTEXT,
         "embedding_length": HIDDEN,
@@ -128,13 +128,13 @@ def write_gguf(
     tied: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a whole little model.
+    """Write a small model to `path`; returns `path`.
 
     Args:
-        tokenizer: its keys; default those of bytes.
+        tokenizer: keys of the tokenizer; default `byte_level_keys`.
         keys: changes to all keys; None removes one.
         drop: tensors to leave out; extra: tensors to add or replace.
-        dtype: of matrices: f32, f16, bf16 or q8_0.
+        dtype: type of matrices: f32, f16, bf16 or q8_0.
     """
     tokenizer = byte_level_keys() if tokenizer is None else tokenizer
     num_tokens = len(tokenizer["tokenizer.ggml.tokens"])
@@ -154,7 +154,7 @@ def write_gguf(
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """A key of the type that llama.cpp's converter gives such a value."""
+    """Add a key with the type that llama.cpp's converter gives such a value."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -179,14 +179,14 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, value: np.ndarray, dtype: str
 
 @functools.cache
 def whole_files() -> dict[str, Path]:
-    """A file of each architecture; tests change what was read of it, never the file."""
+    """A file of each architecture; tests change the metadata read from it, never the file."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {arch: write_gguf(folder / f"{arch}.gguf", arch) for arch in ARCHITECTURES}
 
 
 def plan_of(arch: str, keys: Mapping[str, Any]) -> Plan:
-    """The plan of a whole file whose keys are changed; None removes one."""
+    """The plan of a file of `arch` with changed keys; None removes one."""
     file = GGUFFile(whole_files()[arch])
     file.metadata |= keys
     file.metadata = {key: value for key, value in file.metadata.items() if value is not None}

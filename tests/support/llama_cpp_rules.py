@@ -1,7 +1,7 @@
-"""llama.cpp's rules for text -> token ids, written plainly from their description.
+"""llama.cpp's rules from text to token ids, written plainly from their description.
 
-Independent of the `tokenizers` library: a list of symbols, of which the best neighbours are joined
-until none can be. It takes quadratic time, which is no matter for the texts of tests.
+They do not use the `tokenizers` library: in a list of symbols, the best neighbours are joined until
+none can be. This takes quadratic time, which does not matter for the short texts of tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ids = dict[str, int]
 
 
 def fragments(text: str, special: Sequence[str]) -> list[tuple[bool, str]]:
-    """Cut text at special tokens, the longest token first; (is special, piece)."""
+    """Pieces `(is special, piece)` of text cut at special tokens, the longest token first."""
     pieces = [(False, text)]
     for token in sorted(special, key=lambda token: -len(token.encode())):
         cut = []
@@ -46,7 +46,7 @@ def joined(symbols: list[str], worth: Callable[[str, str], float | None]) -> lis
 def sentencepiece_ids(
     text: str, ids: Ids, scores: Sequence[float], special: Sequence[str], *, space_prefix: bool
 ) -> list[int]:
-    """Ids of the "llama" model: unions by score, bytes for what is no token."""
+    """Ids of the "llama" model: unions by score, and bytes for symbols that are no token."""
 
     def worth(left: str, right: str) -> float | None:
         token = ids.get(left + right)
@@ -69,7 +69,7 @@ def sentencepiece_ids(
 
 
 def words(text: str, expressions: Sequence[str]) -> list[str]:
-    """Cut text by each expression in turn; matches and what lies between them are words."""
+    """Words of text cut by each expression in turn: the matches and the text between them."""
     pieces = [text]
     for expression in expressions:
         cut = []
