@@ -131,10 +131,13 @@ def test_a_fork_shares_full_slots_and_copies_the_partial_page():
     cache.check_integrity()
 
 
-def test_nan_fails_its_own_sequence_only_and_names_the_place():
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_fails_its_own_sequence_only_and_names_the_place(side, value):
+    """In K or in V alone: each is looked at."""
     cache = make()
     feeds = {"bad": Feed(1, 640), "good": Feed(2, 640)}
-    feeds["bad"].k[1, 300, 1, 3] = float("nan")
+    getattr(feeds["bad"], side)[1, 300, 1, 3] = float(value)
     for s in feeds:
         cache.add_sequence(s, num_prompt_tokens=640)
     outs = {}
@@ -156,7 +159,8 @@ def test_nan_fails_its_own_sequence_only_and_names_the_place():
             outs[layer] = cache.attend(layer, q, k, v)
         report = cache.end_step()
     assert list(report.failed) == ["bad"]
-    assert "layer 1, head 1, block 0" in str(report.failed["bad"])
+    where = f"{side.upper()} of sequence 'bad' has NaN or Inf in layer 1, head 1, block 0"
+    assert str(report.failed["bad"]).startswith(where)
     with pytest.raises(PoolError, match="failed"):
         cache.try_reserve("bad", 1)
     cache.free("bad")
