@@ -32,7 +32,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_tokens(
     owner, name = {
         "forward": (llm.engine.runner, "forward"),
         "draw": (sampled_step, "SampledTokens"),
-        "seal": (llm.cache.sealer, "seal"),
+        "seal": (llm.cache, "_seal_all"),
         "begin_step": (llm.cache, "begin_step"),
         "end_step": (llm.cache, "end_step"),
         "append": (llm.cache.attention, "run"),
