@@ -102,6 +102,10 @@ class Keys:
             )
         return found
 
+    def below(self, prefix: str) -> list[str]:
+        """The keys that begin with `prefix`, a whole name."""
+        return [key for key in self._metadata if key.startswith(prefix)]
+
     def is_list(self, key: str) -> bool:
         return isinstance(self._metadata.get(self._full(key)), np.ndarray)
 

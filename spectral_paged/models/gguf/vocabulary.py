@@ -257,10 +257,7 @@ def _ends(tokens: list[str], kinds: list[Kind], ids: dict[str, int]) -> tuple[in
 def _templates(keys: Keys) -> dict[str, str]:
     """Chat templates by name."""
     prefix = "tokenizer.chat_template"
-    found = {}
-    if prefix in keys:
-        found["default"] = keys.string(prefix)
-    for name in keys.strings("tokenizer.chat_templates") or []:
-        if f"{prefix}.{name}" in keys:
-            found[name] = keys.string(f"{prefix}.{name}")
-    return found
+    keys.skip("tokenizer.chat_templates")  # names of those that follow
+    found = {"default": keys.string(prefix)} if prefix in keys else {}
+    named = keys.below(f"{prefix}.")
+    return found | {key.removeprefix(f"{prefix}."): keys.string(key) for key in named}
