@@ -255,12 +255,10 @@ def test_a_chat_begins_with_one_bos_where_texts_do(tmp_path, adds, named):
     assert text.count("<|begin|>") == (adds or bool(named))
 
 
-def test_named_chat_templates_are_kept():
-    keys = byte_level_keys() | {
-        "tokenizer.chat_template": "a",
-        "tokenizer.chat_templates": ["tool_use"],
-        "tokenizer.chat_template.tool_use": "b",
-    }
+@pytest.mark.parametrize("listed", [{}, {"tokenizer.chat_templates": ["tool_use"]}])
+def test_named_chat_templates_are_kept(listed):
+    keys = byte_level_keys() | listed
+    keys |= {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
     tokenizer = build_tokenizer(PATH, read(keys))
     assert tokenizer.chat_template == {"default": "a", "tool_use": "b"}
 
