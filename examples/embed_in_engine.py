@@ -21,10 +21,7 @@ def rms_norm(module, x):
 
 
 def llama_logits(model, table, cache, token_ids, positions, rows):
-    """Return logits `[len(rows), vocab]` of the cache's open step.
-
-    token_ids, positions: int64 `[T]`; rows: indices of the tokens whose logits are returned.
-    """
+    """Return logits `[len(rows), vocab]` of the open step; token_ids, positions: int64 `[T]`."""
     x = model.model.embed_tokens(token_ids)
     for number, layer in enumerate(model.model.layers):
         heads, mlp, h = layer.self_attn, layer.mlp, rms_norm(layer.input_layernorm, x)

@@ -23,7 +23,7 @@ from spectral_paged.kernels.decode.gluon import (
     project as project_gluon,
     project_shared as project_shared_gluon,
 )
-from spectral_paged.kernels.decode.parts import Beside, Partials, ScoreOptions
+from spectral_paged.kernels.decode.parts import ExactPartials, Partials, ScoreOptions
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.triton import (
     apply as apply_triton,
@@ -291,7 +291,7 @@ def decode_attention(
         config=config,
         options=ScoreOptions(rotation.first_position, scores.softcap, pages.first_visible),
     )
-    beside = Beside(join(), exact_plan.first_item)
+    beside = ExactPartials(join(), exact_plan.first_item)
     out, _ = finish(
         q, partials, layout=layout, basis=basis.v, plan=plan, beside=beside, dtype=q.dtype
     )

@@ -98,7 +98,7 @@ class Partials:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class ExactPartials:
     """Items over exact pages of the same sequences, to be merged with those over pages.
 
     partials: vectors `[items, H, P, D]`, P not padded to 4.

@@ -287,7 +287,7 @@ def calibrate(args: argparse.Namespace) -> int:
     basis = calibration.calibrate(
         loaded,
         texts or [calibration.builtin_text()],
-        max_windows=max(1, args.max_tokens // calibration.WINDOW_TOKENS),
+        max_spans=max(1, args.max_tokens // calibration.SPAN_TOKENS),
         progress=True,
     )
     basis.save(args.output)

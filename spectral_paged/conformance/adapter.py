@@ -70,7 +70,7 @@ class Evidence:
 
 
 @dataclass
-class Traffic:
+class RequestDriver:
     """The requests that a check sends through an adapter.
 
     Args:
@@ -202,14 +202,14 @@ class Calls(CacheObserver):
         self.gone.append(seq_id)
 
 
-class Squatters:
+class FilledPool:
     """Sequences that take all free memory of a cache while the context is open."""
 
     def __init__(self, cache: SpectralKVCache) -> None:
         self._cache = cache
         self._held: list[str] = []
 
-    def __enter__(self) -> Squatters:
+    def __enter__(self) -> FilledPool:
         return self
 
     def take(self) -> None:
@@ -227,7 +227,7 @@ class Squatters:
             self._cache.free(name)
 
 
-class Spoiled(CacheObserver):
+class NaNInjector(CacheObserver):
     """Writes NaN into one key of the sequence `victim` in every layer, before it is stored."""
 
     def __init__(self, *, position: int) -> None:

@@ -28,10 +28,10 @@ from spectral_paged.conformance.adapter import (
     Adapter,
     AdapterConfig,
     Evidence,
+    FilledPool,
+    NaNInjector,
+    RequestDriver,
     Result,
-    Spoiled,
-    Squatters,
-    Traffic,
 )
 from spectral_paged.conformance.small_llama import random_prompts, small_llama
 from spectral_paged.errors import ConformanceError
@@ -157,17 +157,17 @@ class Conformance:
                     max_num_seqs=64,
                     enable_prefix_caching=caching,
                 )
-                traffic = Traffic(self.make(config), GROWN_TOKENS)
-                handles = [traffic.start(prompt) for prompt in prompts]
-                while traffic.num_made(handles[-1]) < GROWN_TOKENS // 2:
-                    traffic.step()
-                with Squatters(traffic.adapter.cache) as squatters:
-                    while traffic.evidence.preemptions == 0:
-                        squatters.take()  # again, because a seal frees more than it takes
-                        if not traffic.step():
+                driver = RequestDriver(self.make(config), GROWN_TOKENS)
+                handles = [driver.start(prompt) for prompt in prompts]
+                while driver.num_made(handles[-1]) < GROWN_TOKENS // 2:
+                    driver.step()
+                with FilledPool(driver.adapter.cache) as filled:
+                    while driver.evidence.preemptions == 0:
+                        filled.take()  # again, because a seal frees more than it takes
+                        if not driver.step():
                             break
-                    found = traffic.finish()
-                traffic.check_empty()
+                    found = driver.finish()
+                driver.check_empty()
                 self._compare_alone(
                     prompts,
                     found,
@@ -176,50 +176,50 @@ class Conformance:
                     format=format,
                     num_tokens=GROWN_TOKENS,
                 )
-                evidence += traffic.evidence
+                evidence += driver.evidence
         return evidence
 
     def prefix_hits_change_nothing(self) -> Evidence:
         """Prompts that share prefixes with earlier ones give the tokens of separate runs."""
         first = self._prompts((1200, 700))
         again = [p[:n] + p[:9] for p in first for n in (640, 576, len(p) - 1)] + first
-        traffic = Traffic(self.make(self._config()), NUM_TOKENS)
+        driver = RequestDriver(self.make(self._config()), NUM_TOKENS)
         for wave in (first, again):
             for prompt in wave:
-                traffic.start(prompt)
-            found = traffic.finish()
-        traffic.check_empty()
+                driver.start(prompt)
+            found = driver.finish()
+        driver.check_empty()
         self._compare_alone(
             first + again, found, "token_ids given to add_sequence, and where num_tokens goes on"
         )
-        return traffic.evidence
+        return driver.evidence
 
     def released_sequences_leave_nothing(self) -> Evidence:
         """Requests released while waiting, in prefill or in decode leave the cache empty."""
         adapter = self.make(self._config(max_num_seqs=3, max_step_tokens=64))
-        traffic = Traffic(adapter, NUM_TOKENS)
-        handles = [traffic.start(p) for p in self._prompts((700, 30, 90, 65))]
-        traffic.step()
-        traffic.release(handles[3])
+        driver = RequestDriver(adapter, NUM_TOKENS)
+        handles = [driver.start(p) for p in self._prompts((700, 30, 90, 65))]
+        driver.step()
+        driver.release(handles[3])
         for _ in range(4):
-            traffic.step()
+            driver.step()
         for handle in handles[:3]:
-            traffic.release(handle)
+            driver.release(handle)
         for _ in range(4):  # released requests must return no tokens
-            traffic.step()
-        traffic.check_empty()
-        return traffic.evidence
+            driver.step()
+        driver.check_empty()
+        return driver.evidence
 
     def nan_fails_its_own_sequence(self) -> Evidence:
         """NaN in a key of a prompt fails its sequence only, whose tokens are never prefix hits."""
         prompts = self._prompts((700, 640, 90))
-        traffic = Traffic(self.make(self._config()), NUM_TOKENS)
-        spoiled = Spoiled(position=100)
-        with traffic.adapter.cache.observe(spoiled):
-            spoiled.victim = traffic.start(prompts[0])
+        driver = RequestDriver(self.make(self._config()), NUM_TOKENS)
+        spoiled = NaNInjector(position=100)
+        with driver.adapter.cache.observe(spoiled):
+            spoiled.victim = driver.start(prompts[0])
             for prompt in prompts[1:]:
-                traffic.start(prompt)
-            found = traffic.finish()
+                driver.start(prompt)
+            found = driver.finish()
         if not spoiled.done:
             raise ConformanceError(
                 "no NaN could be placed: the loop does not call adapter.cache.attend"
@@ -230,11 +230,11 @@ class Conformance:
                 "end_step().failed and settle().failed name, and check logits with isfinite"
             )
         self._compare_alone(prompts[1:], found[1:], "what a failing sequence takes with it")
-        traffic.start(prompts[0])
-        again = traffic.finish()[-1:]
+        driver.start(prompts[0])
+        again = driver.finish()[-1:]
         self._compare_alone(prompts[:1], again, "free(seq_id, forget=True) of what has failed")
-        traffic.check_empty()
-        return traffic.evidence
+        driver.check_empty()
+        return driver.evidence
 
     # ---- running them ----------------------------------------------------------------------
 
@@ -276,14 +276,14 @@ class Conformance:
 
         stagger: one prompt arrives a step.
         """
-        traffic = Traffic(self.make(config), num_tokens)
+        driver = RequestDriver(self.make(config), num_tokens)
         for prompt in prompts:
-            traffic.start(prompt)
+            driver.start(prompt)
             if stagger:
-                traffic.step()
-        found = traffic.finish()
-        traffic.check_empty()
-        return found, traffic.evidence
+                driver.step()
+        found = driver.finish()
+        driver.check_empty()
+        return found, driver.evidence
 
     def _compare_alone(
         self,

@@ -30,9 +30,9 @@ from spectral_paged.rope import RotaryTable
 logger = logging.getLogger(__name__)
 
 SKIPPED_TOKENS = 64  # a span's first tokens are attention sinks, which pages never contain
-WINDOW_BLOCKS = 2
-WINDOW_TOKENS = SKIPPED_TOKENS + WINDOW_BLOCKS * BLOCK_TOKENS
-DEFAULT_WINDOWS = 8
+SPAN_BLOCKS = 2
+SPAN_TOKENS = SKIPPED_TOKENS + SPAN_BLOCKS * BLOCK_TOKENS
+DEFAULT_SPANS = 8
 SAMPLE_STRIDE = 97
 NUM_DISTANCES = 64
 MAX_DISTANCE = 16384
@@ -69,19 +69,19 @@ def builtin_text() -> str:
     return resources.files("spectral_paged.data").joinpath("calibration.txt").read_text("utf-8")
 
 
-def windows(
-    token_ids: Sequence[int], max_windows: int | None, *, max_length: int = WINDOW_TOKENS
+def text_spans(
+    token_ids: Sequence[int], max_spans: int | None, *, max_length: int = SPAN_TOKENS
 ) -> Iterator[list[int]]:
     """Yield evenly spaced spans of 64 + 1,024 tokens, or of 64 + 512 where text or model is short.
 
     Args:
-        max_windows: the most spans; None: as many as the text has.
+        max_spans: the most spans; None: as many as the text has.
         max_length: number of positions of the model.
 
     Raises:
         InvalidRequestError: text or model is too short for one block after the first 64 tokens.
     """
-    length = WINDOW_TOKENS
+    length = SPAN_TOKENS
     if min(len(token_ids), max_length) < length:
         length = SKIPPED_TOKENS + BLOCK_TOKENS
     if max_length < length:
@@ -95,7 +95,7 @@ def windows(
             f"the calibration text has {len(token_ids)} tokens; at least {length} are needed: "
             "name more files with --data"
         )
-    taken = count if max_windows is None else min(count, max_windows)
+    taken = count if max_spans is None else min(count, max_spans)
     for i in range(taken):
         start = i * count // taken * length
         yield list(token_ids[start : start + length])
@@ -238,7 +238,7 @@ def calibrate(
     loaded: LoadedModel,
     texts: Sequence[str],
     *,
-    max_windows: int | None = None,
+    max_spans: int | None = None,
     progress: bool = False,
     forward: Forward | None = None,
     ropes: Sequence[RotaryTable | None] | None = None,
@@ -246,7 +246,7 @@ def calibrate(
     """Accumulate statistics of a model over spans of `texts`: two blocks after 64 skipped tokens.
 
     Args:
-        max_windows: the most spans, evenly spaced over the texts; None takes all.
+        max_spans: the most spans, evenly spaced over the texts; None takes all.
         progress: show a bar if stderr is a terminal.
         forward: runs a model that attends by code of its own; default `by_interface`.
         ropes: each layer's rotary table, of `calibrated_positions`, for a model that rotates by
@@ -267,7 +267,7 @@ def calibrate(
     )
     recorder = Recorder(accumulator, ropes, geometry.windows, geometry.softcap, moments.double())
     run = by_interface(model) if forward is None else forward
-    chosen = list(windows(ids, max_windows, max_length=geometry.max_position_embeddings))
+    chosen = list(text_spans(ids, max_spans, max_length=geometry.max_position_embeddings))
     bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
     for window in bar:
         run(torch.tensor([window], device=model.device), recorder)
@@ -282,7 +282,7 @@ def calibrate(
         "model": loaded.name,
         "model_fingerprint": basis.model_fingerprint,
         "num_tokens": basis.num_tokens,
-        "num_windows": len(chosen),
+        "num_spans": len(chosen),
     }
     logger.info("calibrated %s on %d tokens", loaded.name, basis.num_tokens, extra=done)
     return basis
@@ -311,7 +311,7 @@ def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
             logger.warning("making a damaged calibration again: %s", error)
     start = {"event": "calibration", "model": loaded.name, "reason": "no kept calibration"}
     logger.info("calibrating %s on the built-in text (once)", loaded.name, extra=start)
-    basis = calibrate(loaded, [text], max_windows=DEFAULT_WINDOWS, progress=True, **how)
+    basis = calibrate(loaded, [text], max_spans=DEFAULT_SPANS, progress=True, **how)
     _keep(basis, path)
     return basis
 

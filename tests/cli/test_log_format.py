@@ -198,7 +198,7 @@ def test_a_calibration_is_told_with_its_tokens(tmp_path, capsys):
     assert main([*argv, "--log-level", "info"]) == 0
     [event] = [e for e in events(capsys.readouterr().err) if e["event"] == "calibrated"]
     assert event["model"] == "smollm2-135m" and event["num_tokens"] == 1024
-    assert event["num_windows"] == 1 and len(event["model_fingerprint"]) == 16
+    assert event["num_spans"] == 1 and len(event["model_fingerprint"]) == 16
 
 
 @pytest.mark.parametrize("extra", [["--log-format", "xml"], ["--log-level", "loud"]])

@@ -43,7 +43,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documentation") / "work"
     folder.mkdir()
     loaded = small_world.load_model("any", device="cpu", dtype=torch.float32)
-    basis = calibration.calibrate(loaded, [calibration.builtin_text()], max_windows=1)
+    basis = calibration.calibrate(loaded, [calibration.builtin_text()], max_spans=1)
     basis.save(folder / "spectral_basis.safetensors")
     return folder
 

@@ -139,7 +139,7 @@ def test_relative_paths_begin_where_the_driver_runs(folder, tmp_path, monkeypatc
     place.mkdir(), elsewhere.mkdir()
     (place / "tiny").symlink_to(folder)
     loaded = load_model(str(folder), device=torch.device("cpu"), dtype=torch.float32)
-    calibrate(loaded, [builtin_text()], max_windows=1).save(place / "basis.safetensors")
+    calibrate(loaded, [builtin_text()], max_spans=1).save(place / "basis.safetensors")
     lines = [LINES[0], LINES[17]]
     (place / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shared = ["--kv-format", "spectral-quality", "--calibration", "basis.safetensors"]

@@ -33,7 +33,7 @@ from spectral_paged.models.loader import LoadedModel
 for folder in map(Path, sys.argv[2:]):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     loaded = LoadedModel("t", model, Letters(), ModelGeometry.from_config(model.config))
-    calibrate(loaded, [builtin_text()], max_windows=1).save(folder / "basis.safetensors")
+    calibrate(loaded, [builtin_text()], max_spans=1).save(folder / "basis.safetensors")
 """
 
 
@@ -66,7 +66,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "DEFAULT_WINDOWS", 1)
+    monkeypatch.setattr(calibration, "DEFAULT_SPANS", 1)
 
 
 def served(folder):

@@ -18,7 +18,7 @@ from spectral_paged.models.calibration import (
     find_calibration,
     model_fingerprint,
     output_moment,
-    windows,
+    text_spans,
 )
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
@@ -45,24 +45,24 @@ def by_letter(prompt):
 # ---- text --------------------------------------------------------------------------------
 
 
-def test_windows_are_whole_blocks_spread_over_the_text():
+def test_spans_are_whole_blocks_spread_over_the_text():
     ids = list(range(10 * 1088 + 700))
-    got = list(windows(ids, 3))
+    got = list(text_spans(ids, 3))
     assert [w[0] // 1088 for w in got] == [0, 3, 6] and all(len(w) == 1088 for w in got)
     assert all(w == list(range(w[0], w[0] + 1088)) for w in got)
-    assert [w[0] for w in windows(ids, None)] == [1088 * i for i in range(10)]
-    assert len(list(windows(ids, 99))) == 10
+    assert [w[0] for w in text_spans(ids, None)] == [1088 * i for i in range(10)]
+    assert len(list(text_spans(ids, 99))) == 10
 
 
 @pytest.mark.parametrize("count, sizes", [(576, [576]), (1087, [576]), (1088, [1088])])
 def test_a_short_text_gives_what_whole_blocks_it_has(count, sizes):
-    assert [len(w) for w in windows(range(count), None)] == sizes
+    assert [len(w) for w in text_spans(range(count), None)] == sizes
 
 
 @pytest.mark.parametrize("count", [0, 1, 575])
 def test_a_text_without_a_whole_block_is_refused_with_the_number(count):
     with pytest.raises(InvalidRequestError, match=f"has {count} tokens; at least 576 .*--data"):
-        list(windows(range(count), None))
+        list(text_spans(range(count), None))
 
 
 def test_the_package_carries_enough_text():
@@ -194,14 +194,14 @@ def test_a_calibration_is_taken_as_given_or_from_its_file(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Calibration windows of every built-in calibration made, each of which takes one only."""
+    """Calibration spans of every built-in calibration made, each of which takes one only."""
     made = []
 
-    def one_window(loaded, texts, *, max_windows, progress):
-        made.append(max_windows)
-        return calibrate(loaded, texts, max_windows=1)
+    def one_span(loaded, texts, *, max_spans, progress):
+        made.append(max_spans)
+        return calibrate(loaded, texts, max_spans=1)
 
-    monkeypatch.setattr(calibration, "calibrate", one_window)
+    monkeypatch.setattr(calibration, "calibrate", one_span)
     return made
 
 
@@ -258,12 +258,12 @@ def test_several_may_calibrate_at_once(tmp_path, monkeypatch, quick):
     assert SharedBasis.load(path).id == first.id and len(quick) == 2
 
 
-def test_a_model_with_few_positions_is_calibrated_on_short_windows():
+def test_a_model_with_few_positions_is_calibrated_on_short_spans():
     model = tiny_model(max_position_embeddings=700)
     loaded = LoadedModel("short", model, by_letter, ModelGeometry.from_config(model.config))
-    assert calibrate(loaded, ["x" * 2000], max_windows=2).num_tokens == 1024
+    assert calibrate(loaded, ["x" * 2000], max_spans=2).num_tokens == 1024
     with pytest.raises(InvalidRequestError, match="has 500 positions; .* needs 576: use kv_format"):
-        list(windows(range(2000), 1, max_length=500))
+        list(text_spans(range(2000), 1, max_length=500))
 
 
 # ---- the embedded model ------------------------------------------------------------------
@@ -271,12 +271,12 @@ def test_a_model_with_few_positions_is_calibrated_on_short_windows():
 
 @pytest.fixture(scope="module")
 def calibrated():
-    return calibrate(smollm2(), [text("alice")[:6000]], max_windows=1)
+    return calibrate(smollm2(), [text("alice")[:6000]], max_spans=1)
 
 
 @pytest.mark.model
 def test_calibrating_again_gives_the_same_calibration(calibrated):
-    again = calibrate(smollm2(), [text("alice")[:6000]], max_windows=1)
+    again = calibrate(smollm2(), [text("alice")[:6000]], max_spans=1)
     assert again.id == calibrated.id
     assert calibrated.num_tokens == 1024
     assert calibrated.model_fingerprint == model_fingerprint(smollm2().model)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode.parts import Beside, Partials, group_sizes
+from spectral_paged.kernels.decode.parts import ExactPartials, Partials, group_sizes
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.launch.configs import dependent_launch
 from spectral_paged.kernels.page.layout import PageLayout
@@ -169,7 +169,7 @@ def merge_items(
     partials: Partials,
     first_item: Tensor,
     *,
-    beside: Beside | None = None,
+    beside: ExactPartials | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The items of each sequence merged: `[N, Hq, n]` in `dtype`, n as `partials` have it, and lse
@@ -178,7 +178,7 @@ def merge_items(
     heads, width, size = partials.vectors.shape[1:]
     out = torch.empty(num_seqs, num_q_heads, size, dtype=dtype, device=q.device)
     lse = torch.empty(num_seqs, num_q_heads, dtype=torch.float32, device=q.device)
-    more = beside or Beside(partials, first_item)
+    more = beside or ExactPartials(partials, first_item)
     _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
         first_item,
         partials.vectors,
@@ -210,7 +210,7 @@ def finish(
     layout: PageLayout,
     basis: Tensor | None,
     plan: DecodePlan,
-    beside: Beside | None = None,
+    beside: ExactPartials | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Items merged by sequence: out `[N, Hq, D]` in `dtype`, lse fp32 `[N, Hq]`.
