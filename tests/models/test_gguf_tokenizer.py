@@ -190,6 +190,13 @@ def test_every_rule_for_words_cuts_as_it_says_and_loses_no_text(pre):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
+@pytest.mark.parametrize("pre, warns", [(None, True), ("default", True), ("gpt-2", False)])
+def test_a_file_that_does_not_say_how_words_are_cut_is_warned_of(caplog, pre, warns):
+    keys = byte_level_keys() | {"tokenizer.ggml.pre": pre}
+    build_tokenizer(PATH, read({k: v for k, v in keys.items() if v is not None}))
+    assert ("tokenizer.ggml.pre" in caplog.text) is warns
+
+
 @pytest.mark.parametrize("merges", [["h e", "x"], ["h zz"], ["h i"]])
 def test_merges_that_make_no_token_are_refused(merges):
     with pytest.raises(CorruptFileError, match="does not join two tokens"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from spectral_paged.errors import CorruptFileError, UnsupportedModelError
 from spectral_paged.models.gguf.keys import REMEDY, shown
 from spectral_paged.models.gguf.pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from spectral_paged.models.gguf.vocabulary import FOUND_FIRST, SPECIAL, Kind, Vocabulary
+
+logger = logging.getLogger(__name__)
 
 SPACE = "▁"
 KEEPS_BLANKS = ("<unk>", "<s>", "<|endoftext|>")  # of Phi 3, whose other special tokens strip
@@ -67,6 +70,12 @@ def _byte_level(path: Path, vocabulary: Vocabulary) -> Tokenizer:
         raise UnsupportedModelError(
             f"{path}: tokenizer.ggml.pre is {shown(vocabulary.pre)}; words are cut by "
             f"{', '.join(PRE_TOKENIZERS)}: {REMEDY}"
+        )
+    if vocabulary.pre == "default":
+        logger.warning(
+            "%s does not say how its tokenizer cuts text into words (tokenizer.ggml.pre); they are "
+            "cut as llama.cpp does then, which may not be how the model was trained",
+            path,
         )
     ids = {text: i for i, text in enumerate(vocabulary.tokens)}
     merges = []
