@@ -21,6 +21,7 @@ try:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 
     from spectral_paged.metrics import MetricsCollector
     from spectral_paged.server.access_log import AccessLog
@@ -76,7 +77,15 @@ class Service:
                 Exception: _fault,
             },
         )
-        app.add_middleware(AccessLog, registry=registry)
+        if self.settings.allowed_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=self.settings.allowed_origins,
+                allow_methods=("*",),
+                allow_headers=("*",),
+                expose_headers=("Retry-After", "X-Request-Id"),
+            )
+        app.add_middleware(AccessLog, registry=registry)  # around it: preflights are logged too
         keyed = [Depends(self._check_key)]
         app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self._scrape)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from spectral_paged.arguments import (
     add_engine_options,
@@ -47,6 +48,13 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="what requests call the model; answers use the first; default the model argument",
+    )
+    http.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="pages of these origins may call the server from a browser (CORS): such as "
+        "https://chat.example, '*' for all, or a JSON list; default none",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -97,6 +105,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     return ServerSettings(
         model_names=tuple(args.served_model_name or (args.model,)),
         api_keys=keys,
+        allowed_origins=_origins(args.allowed_origins or ()),
         max_num_requests=args.max_num_requests,
         max_body_bytes=args.max_body_bytes,
         max_total_body_bytes=args.max_total_body_bytes,
@@ -105,13 +114,27 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     )
 
 
+def _origins(given: Sequence[str]) -> tuple[str, ...]:
+    """Read several origins, or one JSON list of them as vLLM's option takes it."""
+    if len(given) != 1 or not given[0].lstrip().startswith("["):
+        return tuple(given)
+    try:
+        listed = json.loads(given[0])
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"--allowed-origins {given[0]!r:.80} is no JSON list ({error}): write the origins "
+            "behind each other instead"
+        ) from None
+    return tuple(str(origin) for origin in listed)
+
+
 def serve(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return 0, or 1 if the engine's thread died."""
     from spectral_paged.server.app import Service  # first: raises if a package is missing
     from spectral_paged.server.http_server import HttpServer
 
     settings = settings_of(args)
-    with _bound(args.host, args.port) as listener:
+    with bound(args.host, args.port) as listener:
         from spectral_paged.llm import LLM
 
         llm = LLM(args.model, **engine_options(args))
@@ -127,12 +150,16 @@ def serve(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def bound(host: str, port: int) -> Iterator[socket.socket]:
     """Bind a socket that listens later, so that a taken port fails before the model is loaded."""
     with contextlib.ExitStack() as stack:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            # asyncio sets TCP_NODELAY where the protocol is TCP by its number; without it the
+            # second packet of an answer waits 40 ms for the client's delayed ACK
+            listener = stack.enter_context(
+                socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            )
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except OSError as error:

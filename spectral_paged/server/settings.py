@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from spectral_paged.errors import InvalidRequestError
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*,A-Z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +17,8 @@ class ServerSettings:
     Args:
         model_names: names of the model in requests; responses use the first.
         api_keys: bearer tokens for `/v1`; none: it is open to all.
+        allowed_origins: origins of pages whose scripts may read answers (CORS), as browsers send
+            them; `*`: all.
         max_num_requests: the most completions (prompts times `n`) that run or wait at once; more
             get a 429.
         max_body_bytes: the most bytes of a body.
@@ -32,11 +37,13 @@ class ServerSettings:
         retry_seconds: the value of `Retry-After` in a 429.
 
     Raises:
-        InvalidRequestError: `max_body_bytes` exceeds `max_total_body_bytes`.
+        InvalidRequestError: an origin is none that a browser sends, or `max_body_bytes` exceeds
+            `max_total_body_bytes`.
     """
 
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_num_requests: int = 1024
     max_body_bytes: int = 8 << 20
     max_total_body_bytes: int = 256 << 20
@@ -50,6 +57,13 @@ class ServerSettings:
     retry_seconds: int = 1
 
     def __post_init__(self) -> None:
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise InvalidRequestError(
+                    f"allowed origin {origin!r:.80} is none that a browser sends: write "
+                    "scheme://host or scheme://host:port, in small letters and without a path, "
+                    "several behind each other; 'null' for local files, or '*' for all"
+                )
         if self.max_total_body_bytes < self.max_body_bytes:
             raise InvalidRequestError(
                 f"--max-total-body-bytes is {self.max_total_body_bytes}, less than "

@@ -332,6 +332,12 @@ def test_each_of_the_keys_opens(locked):
         (["--grace-seconds", "-1"], "must be >= 0"),
         (["--grace-seconds", "inf"], "and finite"),
         (["--max-body-bytes", "512MiB"], "the longest body would never fit"),
+        (["--allowed-origins", "http://localhost:3000/"], "and without a path"),
+        (["--allowed-origins", "http://a.example,http://b.example"], "behind each other"),
+        (["--allowed-origins", "http://*.example"], "'http://*.example' is none"),
+        (["--allowed-origins", "localhost"], "scheme://host"),
+        (["--allowed-origins", '["*"'], "is no JSON list"),
+        (["--allowed-origins", "[1]"], "'1' is none"),
         (["--host", "no.such.host.invalid"], "name another --port or --host"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spectral_paged import LLM
 from spectral_paged.server.app import Service
+from spectral_paged.server.command import bound
 from spectral_paged.server.http_server import HttpServer
 from spectral_paged.server.settings import ServerSettings
 from support.tiny_model import VOCAB, tiny_format, tiny_model
@@ -72,12 +72,14 @@ class Served:
 @contextmanager
 def serving(llm, **settings):
     service = Service(llm, ServerSettings(**({"model_names": ("tiny", "alias")} | settings)))
-    server = HttpServer(service)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    ready = threading.Event()
+    server = HttpServer(service, ready.set)
+    with bound("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
+            assert ready.wait(30)
             yield Served(service, server, url)
         finally:
             server.should_exit = True
