@@ -1,7 +1,8 @@
-"""Attention ops over pages, with their fp32 twins. A leaf: tensors and integers, nothing else.
+"""Attention ops over pages, with their fp32 twins in torch.
 
-Each op has a folder: `reference` is the twin, `triton` and `gluon` what a GPU runs. The twin of the
-seal kernel encodes by the codec, which a leaf may not know: it is the cache's `TorchEncoder`.
+The package is a leaf: it takes tensors and integers, and imports no other package of the project.
+Each op has a folder: `reference` is the twin, and a GPU runs `triton` and `gluon`. The twin of the
+seal kernel is the cache's `TorchEncoder`, because it needs the codec, which a leaf may not import.
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Arithmetic that several ops share: rotary embedding, scores, merging of partial results."""
+"""Arithmetic that several ops share: rotary embedding, scores, and merging of partial results."""
 
 __all__ = [
     "rotary",

@@ -12,7 +12,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS, TILE_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """By what the keys of a sequence's pages are turned.
+    """The rotary embedding of the keys in a sequence's pages.
 
     cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's own table; empty where layers turn
         no key.
@@ -25,16 +25,16 @@ class Rotation:
 
     @property
     def dim(self) -> int:
-        """Dimensions of a head that are turned."""
+        """The number of a head's dimensions that RoPE turns."""
         return 2 * self.cos.shape[-1]
 
     def from_block(self, block: int) -> Rotation:
-        """The same where a table of pages begins with `block`."""
+        """The same rotation for a table of pages that begins with `block`."""
         return replace(self, first_position=self.first_position + block * BLOCK_TOKENS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotate the first `2 * cos.shape[-1]` dimensions of `x` `[..., D]`, in fp32.
+    """Turn the first `2 * cos.shape[-1]` dimensions of `x` `[..., D]` by RoPE, in fp32.
 
     `cos` and `sin` are `[..., rotary_dim / 2]` and broadcast against `x`. Where the model scales
     both by s (YaRN, longrope), the inverse divides by s^2 = cos^2 + sin^2, so that
@@ -50,13 +50,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
 
 
 def turned_with(first: Tensor, rope: str) -> Tensor:
-    """Positions that a block's stored keys are turned back by: int64 `[..., 512]`.
+    """The positions by which a block's keys are turned back before storing, int64 `[..., 512]`.
 
     Args:
         first: int `[...]`, position of each block's first token.
-        rope: `pre`: every key by its own position. `frame`: by the middle of its frame of 128
-            tokens, so that inside a frame keys are turned only relative to each other: a query is
-            turned back once a frame, and no key ever.
+        rope: `pre`: a key by its own position. `frame`: a key by the middle of its frame of 128
+            tokens, so that keys of a frame are turned only relative to each other. Decode then
+            turns a query back once a frame, and no key.
     """
     place = torch.arange(BLOCK_TOKENS, device=first.device)
     if rope == "frame":
@@ -65,7 +65,7 @@ def turned_with(first: Tensor, rope: str) -> Tensor:
 
 
 def stored_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
-    """Keys of whole blocks after RoPE as pages store them, fp32.
+    """The keys of whole blocks in the form in which pages store them, fp32 `[..., 512, D]`.
 
     Args:
         k: `[..., 512, D]`, after RoPE.
@@ -75,7 +75,7 @@ def stored_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
 
 
 def read_keys(k: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
-    """Keys after RoPE of what `stored_keys` stored; arguments as there."""
+    """The keys after RoPE of stored keys `k`: the inverse of `stored_keys`."""
     return _turned(k, cos, sin, rope, inverse=False)
 
 

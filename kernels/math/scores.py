@@ -1,4 +1,4 @@
-"""Scores between their product and the softmax, and partial results of a softmax merged."""
+"""Soft-capping of attention scores, and merging of partial results of a softmax."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Refuse a cap that is no cap.
+    """Refuse a softcap that is not positive; None is no cap.
 
     Raises:
-        ValueError: zero or less; None is no cap.
+        ValueError: the cap is zero, negative or NaN.
     """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: give a positive number, or None for no cap")
@@ -20,7 +20,7 @@ def check_softcap(softcap: float | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How products of queries and keys become scores.
+    """The factor and the cap that turn products of queries and keys into scores.
 
     scale: the softmax scale.
     softcap: scores s become `softcap tanh(s / softcap)` (Gemma 2); None caps none.
@@ -37,7 +37,9 @@ class Scores:
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """`softcap tanh(scores / softcap)`: scores stay inside (-softcap, softcap). Gemma 2, 2024.
+    """Soft-capped scores, `softcap tanh(scores / softcap)`, inside (-softcap, softcap).
+
+    Gemma 2, 2024. None caps none.
 
     Raises:
         ValueError: a softcap that is not positive.
@@ -49,8 +51,8 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge partial attention results by their log-sum-exp (Dao et al. 2022, online softmax).
 
-    Partials are `outs[i]` fp32 `[..., D]` with `lses[i]` fp32 `[...]`. An empty one carries lse =
-    -inf and gets weight zero; all of them empty gives zeros and -inf, never NaN. Returns the merged
+    Partials are `outs[i]` fp32 `[..., D]` with `lses[i]` fp32 `[...]`. An empty one has lse = -inf
+    and weight zero. Where all are empty the result is zeros and -inf, never NaN. Returns the merged
     output and its lse.
     """
     lse = torch.stack(lses)

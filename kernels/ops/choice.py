@@ -1,4 +1,4 @@
-"""Which ops run on a device. Nothing else decides, and nothing falls back."""
+"""The choice of the ops for a device. It depends on the device only: no op falls back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectral_paged.kernels.ops.reference import TorchOps
 
 @cache
 def page_ops(device: torch.device) -> PageOps:
-    """The ops that run on `device`; Triton is imported only where kernels run."""
+    """The ops that run on `device`; Triton is imported only for CUDA."""
     if device.type != "cuda":
         return TorchOps()
     from spectral_paged.kernels.ops.gpu import GpuOps

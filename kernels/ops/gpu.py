@@ -1,4 +1,4 @@
-"""The ops by kernels: Triton, and Gluon where a layout and the GPU allow."""
+"""The ops on a GPU: Triton kernels, and Gluon kernels where a layout and the GPU allow them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spectral_paged.kernels.seal.triton.eigenvectors import eigenvectors
 
 
 class GpuOps:
-    """Every op by its kernels."""
+    """The ops over pages, each by its GPU kernels."""
 
     def exact_append(
         self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor

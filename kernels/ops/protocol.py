@@ -1,4 +1,4 @@
-"""What every device can do with pages; the torch twins say what each op means."""
+"""The ops that every device has for pages; the torch twins define their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectral_paged.kernels.page.layout import PageLayout
 
 
 class SealKernel(Protocol):
-    """Encodes blocks where they lie; see `seal.triton.seal`."""
+    """A kernel that encodes blocks of exact pages into spectral pages; see `seal.triton.seal`."""
 
     def __call__(
         self,
@@ -35,12 +35,12 @@ class SealKernel(Protocol):
 
 
 class PageOps(Protocol):
-    """Ops with one signature on every device."""
+    """The ops over pages, with the same signatures on every device."""
 
     def exact_append(
         self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor
     ) -> None:
-        """Store new keys and values in exact pages; `exact.reference.exact_append`."""
+        """Store new keys and values in exact pages: `exact.reference.exact_append`."""
 
     def decode_attention(
         self,
@@ -51,7 +51,7 @@ class PageOps(Protocol):
         scores: Scores,
         basis: Basis,
     ) -> Tensor:
-        """One query a sequence over all it has; `decode.reference.decode_attention`."""
+        """Attention of one query a sequence to its tokens: `decode.reference.decode_attention`."""
         ...
 
     def spectral_rebuild(
@@ -66,7 +66,7 @@ class PageOps(Protocol):
         num_pages: int | None = None,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """K and V of pages; `rebuild.reference.spectral_rebuild`."""
+        """K and V of pages, rebuilt: `rebuild.reference.spectral_rebuild`."""
         ...
 
     def compile_rebuild(
@@ -79,7 +79,7 @@ class PageOps(Protocol):
         basis: Basis,
         dtype: torch.dtype,
     ) -> None:
-        """Compile what `spectral_rebuild` with these arguments runs; nothing is read or written."""
+        """Compile the kernels of `spectral_rebuild` for these arguments, without running them."""
 
     def chunk_attention(
         self,
@@ -91,43 +91,47 @@ class PageOps(Protocol):
         scores: Scores,
         window: int | None = None,
     ) -> Tensor:
-        """Causal attention of prompt chunks; `chunk.reference.chunk_attention`."""
+        """Causal attention of prompt chunks: `chunk.reference.chunk_attention`."""
         ...
 
     def eigenvectors(self, matrices: Tensor) -> Tensor:
-        """Of many small symmetric matrices; `seal.eigenvectors.eigenvectors`."""
+        """Eigenvectors of small symmetric matrices: `seal.eigenvectors.eigenvectors`."""
         ...
 
     def seal_kernel(self, layout: PageLayout) -> SealKernel | None:
-        """The kernel that makes pages of `layout`; None where torch encodes them."""
+        """The kernel that encodes pages of `layout`; None where torch encodes them."""
         ...
 
     def check_layout(self, layout: PageLayout) -> None:
-        """Refuse a layout that no op here reads.
+        """Refuse a layout that these ops do not read.
 
         Raises:
             ValueError: the message names the limit and what to use instead.
         """
 
     def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
-        """`exact` with what `decode_attention` of all layers shares; `max_pages` bounds the pages
-        of its sequences together."""
+        """`exact` with the DecodePlan that all layers share, where the device needs one.
+
+        `max_pages` bounds the number of exact pages of all sequences together.
+        """
         ...
 
     def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
-        """`pages` with what it shares; `max_entries` bounds the entries of its sequences
-        together."""
+        """`pages` with the DecodePlan that all layers share, where the device needs one.
+
+        `max_entries` bounds the number of table entries of all sequences together.
+        """
         ...
 
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
     ) -> str:
-        """What decodes, as `stats()` says it: `torch`, `triton`, or `gluon` where explicit layouts
-        fit."""
+        """The name in `stats()` of the decode backend: `torch`, `triton`, `gluon` where explicit
+        layouts fit, or `gluon and triton`."""
         ...
 
     def prefill_backend(
         self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
     ) -> str:
-        """What attends to prompt chunks: `torch`, or the library whose kernel takes them."""
+        """The name of the prefill backend: `torch`, or the library whose kernel attends."""
         ...

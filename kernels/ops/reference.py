@@ -1,4 +1,4 @@
-"""The ops by torch, in fp32: what runs on a CPU, and what kernels are compared with."""
+"""The ops in torch and fp32: a CPU runs them, and tests compare kernels with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectral_paged.kernels.seal.eigenvectors import eigenvectors
 
 
 class TorchOps:
-    """Every op by its twin; there is nothing to plan and nothing to compile."""
+    """The ops over pages, each by its torch twin; none plans or compiles."""
 
     def exact_append(
         self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor

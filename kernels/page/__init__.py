@@ -1,4 +1,4 @@
-"""Where the bytes of a page lie, and how they are read."""
+"""The places of a page's bytes, and the functions that read and write them."""
 
 __all__ = [
     "bit_packing",

@@ -1,11 +1,11 @@
-"""Codes of 8, 4, 3 and 2 bits to and from bytes, in the order that `BandLayout` draws."""
+"""Packing of codes of 8, 4, 3 and 2 bits into bytes and back, in the order of `BandLayout`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-WORD_CODES = 32  # whose third bits share a word, where codes lie by component
+WORD_CODES = 32  # codes whose third bits share a word, where codes lie by component
 
 
 def pack(codes: Tensor, bits: int, *, by_component: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -39,7 +39,7 @@ def _interleaved(thirds: Tensor) -> Tensor:
 
 
 def _in_order(bits: Tensor) -> Tensor:
-    """What `_interleaved` interleaved."""
+    """Third bits in the order of their codes: the inverse of `_interleaved`."""
     words = bits.unflatten(-1, (-1, WORD_CODES // 4, 2, 2))  # [.., i, a, b]
     return words.transpose(-3, -2).flatten(-4)
 

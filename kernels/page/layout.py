@@ -1,26 +1,29 @@
-"""Integers that tell a kernel where the bytes of a page are. Filled in by `PageFormat.layout`."""
+"""Byte offsets and sizes of the parts of a page, as kernels take them.
+
+`PageFormat.layout` computes them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 512
-TILE_TOKENS = 128  # what a kernel takes at once; V's codes are packed along the tokens of a tile
+TILE_TOKENS = 128  # a kernel takes so many at once; V's codes are packed along a tile's tokens
 EXACT_PAGE_TOKENS = 64
 UNIT_BYTES = 128
 COEFF_OFFSET = 128
 
-# A gain code g means 2 ** ((g - GAIN_OFFSET) / GAIN_STEPS): steps of 4.4 % from 2 ** -8 to 2 ** 8.
+# A gain code g means 2 ** ((g - GAIN_OFFSET) / GAIN_STEPS): from 2 ** -8 to 2 ** 8, 4.4 % apart.
 # Code 0 marks an outlier token, whose other codes mean nothing.
 GAIN_SKIPPED = 0
 GAIN_OFFSET = 128
 GAIN_STEPS = 16
 
 # Reconstruction levels by code, as INT8 integers. `gaussian`: the Lloyd-Max quantizer of a normal
-# variable (Max 1960, table 1), rounded to integers of 1 / LEVEL_UNIT standard deviations; a
-# byte permute is a table of eight of them. Of 16, codes n and n + 8 have one sign (bit 2): two
-# permutes, of which each gives zeros or ones where the other one answers, then make an XOR.
-# `uniform`: evenly spaced, scaled to the largest value.
+# variable (Max 1960, table 1), rounded to integers of 1 / LEVEL_UNIT standard deviations. A GPU's
+# byte permute looks up eight levels. Of the 16 levels of 4 bits, those of codes n and n + 8 have
+# the same sign (bit 2), so that the XOR of two permutes looks them up: each permute gives zeros or
+# ones where the other one has the level. `uniform`: evenly spaced, scaled to the largest value.
 LEVELS: dict[str, dict[int, tuple[int, ...]]] = {
     "gaussian": {
         2: (-120, -36, 36, 120),
@@ -38,11 +41,11 @@ LEVEL_UNIT = {2: 79.47, 3: 58.0, 4: 46.0}
 
 @dataclass(frozen=True, slots=True)
 class BandLayout:
-    """Codes of `count` components from `first` on, and their basis rows.
+    """The place of the codes of `count` components from `first` on, and of their basis rows.
 
-    K's codes lie token by token, `n` codes of a row being the components of one token. V's lie
-    component by component within tiles of 128 tokens, the `n` = 128 codes of a row being one
-    component's: what a product sums over lies in one word.
+    K's codes lie token by token: the `n` codes of a row are the components of one token. V's codes
+    lie component by component within tiles of 128 tokens: the `n` = 128 codes of a row are those of
+    one component. In both, the codes that a product sums over lie in one word.
 
     ```
              K [512, row bytes]      V [4, count, row bytes]
@@ -67,7 +70,7 @@ class BandLayout:
 
 @dataclass(frozen=True, slots=True)
 class SideLayout:
-    """One side (K or V) of one head inside a page; byte offsets count from the head's start.
+    """The places of one side (K or V) of one head inside a page, in bytes from the head's start.
 
     Absent parts have offset -1.
 
@@ -96,10 +99,10 @@ class SideLayout:
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """A page is `num_kv_heads` head records of `head_bytes` each.
+    """The layout of a page: `num_kv_heads` head records of `head_bytes` each.
 
-    `rope` says what keys are stored as: `pre` before RoPE; `frame` turned with their frame of 128
-    tokens, relative to its middle; `post` as attention reads them.
+    `rope` is the form in which keys are stored: `pre`, before RoPE; `frame`, turned relative to the
+    middle of their frame of 128 tokens; `post`, after RoPE, as attention reads them.
 
     A record is `k`, `v`, then `index_offset`: uint16 `[num_slots]`, the outlier tokens of the head
     (0 to 511, ascending, no repeats), the same for K and V.
@@ -118,5 +121,5 @@ class PageLayout:
 
 
 def exact_page_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one exact page `[num_kv_heads, 2 (K|V), 64, head_dim]` of `itemsize`-byte values."""
+    """The bytes of an exact page `[num_kv_heads, 2 (K|V), 64, head_dim]` of `itemsize`-byte values."""
     return num_kv_heads * 2 * EXACT_PAGE_TOKENS * head_dim * itemsize

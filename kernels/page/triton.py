@@ -1,7 +1,7 @@
-"""Triton helpers that find and read the codes of a page; what every page kernel shares.
+"""Triton functions that all page kernels share: they find and read the codes of a page.
 
-Bands come as a constexpr tuple of `(first, count, bits, offset, high_offset, basis_offset,
-basis_bits)`, so that every `if` on them is decided while compiling.
+A band is a constexpr tuple `(first, count, bits, offset, high_offset, basis_offset, basis_bits)`,
+so that every `if` on it is decided while compiling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BandTuple = tuple[int, int, int, int, int, int, int]
 
 
 def band_tuples(side: SideLayout) -> tuple[BandTuple, ...]:
-    """The bands of a side as kernels take them."""
+    """The bands of a side as the constexpr tuples that kernels take."""
     return tuple(
         (b.first, b.count, b.bits, b.offset, b.high_offset, b.basis_offset, b.basis_bits)
         for b in side.bands
@@ -29,21 +29,21 @@ def band_tuples(side: SideLayout) -> tuple[BandTuple, ...]:
 
 @cache
 def level_table(levels: str, device: torch.device) -> Tensor:
-    """fp32 `[28]`: the levels of 2, 3 and 4 bits behind each other, at 0, 4 and 12."""
+    """The levels of 2, 3 and 4 bits behind each other, fp32 `[28]`: from 0, 4 and 12 on."""
     values = [x for bits in (2, 3, 4) for x in LEVELS[levels][bits]]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def padded(n: int, low: int = 16) -> int:
-    """The power of two that a tile of `n` takes."""
+    """The size of a tile that has room for `n`: a power of two, at least `low`."""
     return max(low, triton.next_power_of_2(n))
 
 
 def check_layout(layout: PageLayout) -> None:
-    """Refuse what no kernel reads.
+    """Refuse a layout that no decode kernel reads.
 
     Raises:
-        ValueError: keys before RoPE, or more than one scale a component.
+        ValueError: keys are stored before RoPE, or a component has more than one scale.
     """
     if layout.rope == "pre":
         raise ValueError(
@@ -54,10 +54,10 @@ def check_layout(layout: PageLayout) -> None:
 
 
 def check_scales(layout: PageLayout) -> None:
-    """Refuse scales of fewer tokens than a page.
+    """Refuse a layout whose scales cover fewer tokens than a page.
 
     Raises:
-        ValueError: more than one scale a component.
+        ValueError: a component has more than one scale.
     """
     if layout.k.scale_groups != 1:
         raise ValueError("GPU kernels take scale_tokens=512 (one scale a component and page)")
@@ -65,7 +65,10 @@ def check_scales(layout: PageLayout) -> None:
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):
-    """With `launch_configs.dependent_launch`: nothing may be read or written before this."""
+    """Wait for the kernel before, where `dependent_launch` let this one start early (`PDL`).
+
+    A kernel must not read or write before this call.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -73,15 +76,17 @@ def after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def halves(x):
-    """fp32 as two fp16, as good as fp32 in a sum of products of values near 1."""
+    """fp32 split into two fp16, as exact as fp32 in a sum of products of values near 1."""
     first = x.to(tl.float16)
     return first, (x - first.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def times_rows(x, rows):
-    """fp32 `x` `[n, rank]` of any size times fp16 `rows` `[rank, m]`: two parts of one side are
-    enough where the other is fp16."""
+    """The product of fp32 `x` `[n, rank]`, of any magnitude, and fp16 `rows` `[rank, m]`.
+
+    Only `x` is split into two fp16, because `rows` are fp16 already.
+    """
     largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)[:, None]
     first, rest = halves(x / largest)
     return tl.dot(rest, rows, tl.dot(first, rows)) * largest
@@ -89,14 +94,14 @@ def times_rows(x, rows):
 
 @triton.jit
 def capped(scores, cap):
-    """`cap tanh(scores / cap)`, both in bits (base 2)."""
+    """Soft-capped scores, `cap tanh(scores / cap)`; both are in bits (base 2)."""
     twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)
     return cap * (1.0 - 2.0 / (tl.exp2(twice) + 1.0))
 
 
 @triton.jit
 def _value(code, bits, levels_ptr, mask):
-    """fp32 integers that `code` of `bits` (tensors) stand for."""
+    """The levels, fp32 integers, of `code`s of `bits` bits (both tensors)."""
     start = tl.where(bits == 2, 0, tl.where(bits == 3, 4, 12))
     low = tl.load(levels_ptr + start + code, mask=mask & (bits < 8), other=0.0)
     return tl.where(bits == 8, code.to(tl.float32) - 128.0, low)
@@ -113,10 +118,11 @@ def load_values(
     BY_COMPONENT: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """fp32 integers of a tile of 128 tokens; `tokens` and `comps` broadcast to its shape.
+    """The levels, fp32 integers, of the codes of a tile of 128 tokens.
 
-    `record` points at a head of a page. One byte is loaded for every code, so bytes come several
-    times, from the cache; this is the portable way, not the fast one.
+    `tokens` and `comps` broadcast to the tile's shape, and `record` points at a head of a page. A
+    byte is loaded for every code, so the same byte is loaded several times, from the GPU's cache.
+    This is portable, not fast.
     """
     mask = (comps < RANK) & (tokens >= 0)
     bits = tl.zeros_like(comps)
@@ -157,8 +163,10 @@ def load_values(
 def load_rows(
     record, levels_ptr, comps, dims, BANDS: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr
 ):
-    """fp32 integers of the page's own basis rows; `comps` and `dims` broadcast. INT4 rows have
-    the `gaussian` levels, whatever the format's are: `levels_ptr` must be that table."""
+    """The basis rows that lie in the page, as fp32 integers; `comps` and `dims` broadcast.
+
+    INT4 rows have `gaussian` levels in every format, so `levels_ptr` must be that table.
+    """
     mask = (comps < RANK) & (dims < DIM)
     bits = tl.zeros_like(comps)
     row = tl.zeros_like(comps)

@@ -1,4 +1,4 @@
-"""Typed views into page bytes: the one place that turns a `PageLayout` into tensors."""
+"""Typed tensor views into the bytes of pages, by their `PageLayout`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from spectral_paged.kernels.page.layout import (
 
 @dataclass(frozen=True, slots=True)
 class BandView:
-    """Writable bytes of one band of `N` pages with `H` heads, and how to read them.
+    """Writable bytes of one band of `N` pages with `H` heads, and their layout.
 
     Rows are tokens `[512]`, or components of tiles `[4, count]` where codes lie by component.
     """
@@ -37,7 +37,7 @@ class BandView:
     basis: Tensor | None  # uint8 [N, H, count, bytes a row], page bases only
 
     def codes(self) -> Tensor:
-        """uint8 `[N, H, 512, count]`."""
+        """The codes of the band, uint8 `[N, H, 512, count]`."""
         rows = unpack(self.plane, self.high, self.layout.bits, by_component=self.by_component)
         return rows.transpose(-1, -2).flatten(-3, -2) if self.by_component else rows
 
@@ -51,11 +51,11 @@ class BandView:
             self.high.copy_(high)
 
     def values(self, levels: str) -> Tensor:
-        """fp32 integers `[N, H, 512, count]` that the codes stand for."""
+        """The levels of the codes, fp32 integers `[N, H, 512, count]`."""
         return code_values(self.codes(), self.layout.bits, levels)
 
     def basis_values(self) -> Tensor:
-        """fp32 integers `[N, H, count, D]` of the page's own basis rows; scales not applied."""
+        """The basis rows that lie in the page, fp32 integers `[N, H, count, D]`, not scaled."""
         assert self.basis is not None, "the basis is shared"
         bits = self.layout.basis_bits
         return code_values(unpack(self.basis, None, bits), bits, "gaussian")
@@ -74,7 +74,7 @@ class SideView:
     slots: Tensor | None  # fp16  [N, H, slots, D]
 
     def coefficients(self) -> Tensor:
-        """fp32 `[N, H, 512, rank]`, scales and gain applied."""
+        """The coefficients, fp32 `[N, H, 512, rank]`: levels times scales and gains."""
         integers = torch.cat([band.values(self.levels) for band in self.bands], dim=-1)
         groups = integers.unflatten(-2, (self.layout.scale_groups, -1))
         scaled = (groups * self.scale.float().unsqueeze(-2)).flatten(-3, -2)
@@ -83,7 +83,7 @@ class SideView:
         return scaled * gain_values(self.gain).unsqueeze(-1)
 
     def basis(self, shared: Tensor | None) -> Tensor:
-        """fp32 rows `[N or 1, H, rank, D]`: the page's own integers, or `shared`'s."""
+        """The basis rows, fp32 `[N or 1, H, rank, D]`: the page's own integers, or `shared`."""
         if self.layout.shared_basis:
             assert shared is not None, "this format's basis is not in the page"
             return shared if shared.dim() == 4 else shared.unsqueeze(0)
@@ -96,7 +96,7 @@ def _level_table(bits: int, levels: str, device: torch.device) -> Tensor:
 
 
 def code_values(codes: Tensor, bits: int, levels: str) -> Tensor:
-    """fp32 integers that uint8 `codes` stand for."""
+    """The levels, fp32 integers, of uint8 `codes` of `bits` bits."""
     if bits == 8:
         return codes.float() - COEFF_OFFSET
     table = _level_table(bits, levels, codes.device)
@@ -104,7 +104,7 @@ def code_values(codes: Tensor, bits: int, levels: str) -> Tensor:
 
 
 def gain_values(codes: Tensor) -> Tensor:
-    """fp32 gains of uint8 codes."""
+    """The gains of uint8 gain codes, fp32."""
     return torch.exp2((codes.float() - GAIN_OFFSET) / GAIN_STEPS)
 
 
@@ -156,7 +156,7 @@ def side_view(pages: Tensor, layout: PageLayout, side: str) -> SideView:
 
 
 def slot_tokens(pages: Tensor, layout: PageLayout) -> Tensor:
-    """Writable view of the outlier tokens of `pages`, int16 `[N, H, slots]`, 0 to 511."""
+    """A writable view of the outlier tokens of `pages`, int16 `[N, H, slots]` of 0 to 511."""
     heads = pages.view(-1, layout.num_kv_heads, layout.head_bytes)
     start = layout.index_offset
     return heads[..., start : start + 2 * layout.num_slots].view(torch.int16)
@@ -171,7 +171,7 @@ def put_slots(x: Tensor, pages: Tensor, layout: PageLayout, slots: Tensor) -> Te
 def rebuild_side(
     pages: Tensor, layout: PageLayout, side: str, shared: Tensor | None = None
 ) -> Tensor:
-    """fp32 `[N, H, 512, D]`: mean + C B, keys as they were stored (pre or post RoPE).
+    """K or V of whole pages, mean + C B, fp32 `[N, H, 512, D]`; keys in the form of `layout.rope`.
 
     `shared`: the layer's basis `[H, rank, D]` (or one a page, `[N, H, rank, D]`) where the format
     has it outside the page.
