@@ -1,4 +1,4 @@
-"""Attention of prompt chunks on a GPU: kept kernels over variable lengths, none of our own.
+"""Attention of prompt chunks on a GPU, by kernels of libraries for variable lengths.
 
 ```
 xformers   where it is installed: fmha with a block-diagonal mask, causal from the bottom right
@@ -22,12 +22,12 @@ from spectral_paged.kernels.chunk import reference as twin
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
-MAX_DIM = 256  # what FlashAttention takes
+MAX_DIM = 256  # the widest head that FlashAttention takes
 
 
 @cache
 def has_xformers() -> bool:
-    """Whether xformers is there with an operator for this GPU: some of its wheels have none."""
+    """Return whether xformers has an operator for this GPU; some of its wheels have none."""
     if importlib.util.find_spec("xformers") is None:
         return False
     one = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device="cuda")
@@ -53,7 +53,7 @@ def _varlen_slides() -> bool:
 def backend(
     dtype: torch.dtype, dim: int, *, softcap: float | None = None, window: int | None = None
 ) -> str:
-    """What attends to chunks of `dtype` and head width `dim`."""
+    """The name of the backend that attends to chunks of `dtype` and head width `dim`."""
     if softcap is not None:
         return "math"
     if dtype not in HALF_TYPES or dim > MAX_DIM or dim % 8:
@@ -78,10 +78,10 @@ def chunk_attention(
     dtype where a kernel for half precision runs.
 
     Args:
-        by: `xformers`, `varlen`, `sdpa` or `math`; None takes what `backend` says.
+        by: `xformers`, `varlen`, `sdpa` or `math`; None takes the choice of `backend`.
 
     Raises:
-        ValueError: soft-capped scores by a kernel that caps none.
+        ValueError: `softcap` with a kernel that has no cap.
     """
     name = by or backend(q.dtype, q.shape[-1], softcap=softcap, window=window)
     if name in ("sdpa", "math"):
@@ -96,7 +96,7 @@ def chunk_attention(
 
 @cache
 def _varlen_causal(window: int | None) -> dict[str, Any]:
-    """How this torch's `varlen_attn` is asked for a causal mask and for grouped heads."""
+    """The arguments with which this torch's `varlen_attn` masks causally and groups heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters
@@ -124,7 +124,7 @@ def _varlen(
     return found if isinstance(found, Tensor) else found[0]
 
 
-@lru_cache(maxsize=8)  # all layers of a step ask for the same
+@lru_cache(maxsize=8)  # the same for all layers of a step
 def _block_diagonal(
     q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], device: str, window: int | None
 ) -> Any:

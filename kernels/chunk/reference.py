@@ -1,4 +1,4 @@
-"""Attention of prompt chunks over their history and themselves."""
+"""Causal attention of prompt chunks to their history and their own tokens, in torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUERY_TILE = 256
 
 @dataclass(frozen=True, slots=True)
 class ChunkSpans:
-    """Where each chunk's queries and keys lie in a flattened batch.
+    """The place of each chunk's queries and keys in a flattened batch.
 
     ```
     queries   |  chunk 0  |chunk 1|      q_ends (0, 12, 20)
@@ -35,10 +35,10 @@ class ChunkSpans:
 
     @classmethod
     def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> ChunkSpans:
-        """Of lengths, chunk by chunk.
+        """The spans of chunks with as many queries and keys.
 
         Raises:
-            ValueError: a chunk with more queries than keys.
+            ValueError: a chunk has more queries than keys.
         """
         if any(q > k for q, k in zip(queries, keys, strict=True)):
             raise ValueError(f"chunks of {list(queries)} queries have {list(keys)} keys")
@@ -78,8 +78,8 @@ def chunk_attention(
         k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other; the last of a
             chunk's keys are its own tokens.
         softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
-        window: tokens that a query sees, its own among them; keys are then of positions behind each
-            other. None sees all before it.
+        window: tokens that a query sees, its own among them; the keys must then be those of
+            consecutive positions. None sees all before it.
 
     Returns:
         `[T, Hq, D]`, fp32.
@@ -99,8 +99,11 @@ def _attend(
     window: int | None,
     out: Tensor,
 ) -> None:
-    """One chunk. Grouped-query heads ride as extra query rows, so K and V are never expanded;
-    queries go in tiles, so the mask stays small."""
+    """Attend to one chunk, and write the result into `out`.
+
+    The heads of a query group are extra query rows, so that K and V are never expanded. Queries go
+    in tiles, so that the mask stays small.
+    """
     num_tokens, num_q_heads, dim = q.shape
     num_kv_heads, length, _ = k.shape
     group = num_q_heads // num_kv_heads

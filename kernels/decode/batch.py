@@ -1,4 +1,4 @@
-"""What N queries of a decode step attend to: the arguments that all layers of a group share."""
+"""The tokens that N queries of a decode step attend to, shared by all layers of a layer group."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from spectral_paged.kernels.page.layout import PageLayout
 
 @dataclass(frozen=True, slots=True)
 class ExactTokens:
-    """Exact tokens of N sequences: landmarks and tail, or all of them.
+    """Exact tokens of N sequences: landmarks and tail, or all their tokens.
 
     table: int `[N, max_pages]`, exact pages in 128-byte units; entries past the end are never read.
     counts: int `[N]`, exact tokens of each sequence, the query's own among them.
-    dtype: their element type.
-    first_visible: int `[N]`, tokens before this one, counted in the sequence's exact pages, are not
-        seen (a sliding window); None sees all.
-    plan: how a GPU cuts the work; None lets the op cut it.
+    dtype: the element type of exact pages.
+    first_visible: int `[N]`, the first token that each query sees, counted in the sequence's exact
+        pages (a sliding window); None sees all.
+    plan: the items into which a GPU cuts the work; None lets the op cut it.
     """
 
     table: Tensor
@@ -42,7 +42,8 @@ class Pages:
     counts: int `[N]`, table entries to visit.
     first_visible: int `[N]`, the first position that each query sees (a sliding window); None sees
         all.
-    plan, config: how a GPU cuts the work and launches its kernels; None lets the op decide.
+    plan: the items into which a GPU cuts the work; None lets the op cut it.
+    config: the launch parameters of a GPU's kernels; None lets the op choose them.
     """
 
     table: Tensor
@@ -56,7 +57,7 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """Rows `[H, rank, D]` that all pages of a layer share; None where pages have their own."""
+    """Basis rows `[H, rank, D]` that a layer's pages share; None where pages have their own."""
 
     k: Tensor | None = None
     v: Tensor | None = None

@@ -1,8 +1,8 @@
-"""Decode attention on a GPU: which kernel does which part, and what runs beside what.
+"""Decode attention on a GPU: the choice of a kernel for each part, and the order of their launches.
 
-The portable Triton kernels read every layout that `check_layout` lets pass. Where a layout fits and
-the GPU has INT8 tensor cores, kernels with explicit layouts (Gluon) take over a part. The choice is
-by layout and capability alone, never by what went wrong.
+The portable Triton kernels read every layout that `check_layout` lets pass. A Gluon kernel with
+explicit layouts replaces one of them where it supports the layout and the GPU has INT8 tensor
+cores. The choice depends on layout and capability only, so no kernel falls back after an error.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan_pages(
     Args:
         num_pages: int `[N]`, table entries to visit.
         max_entries: a bound on their sum.
-        config: default what `launch_configs` has for the GPU.
+        config: launch parameters; the default is `decode_config` of the GPU.
     """
     if config is None:
         config = decode_config(layout, num_pages.device)
@@ -67,7 +67,7 @@ def plan_pages(
 
 
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether kernels with explicit layouts run here: sm_80 or newer, not the interpreter."""
+    """Return whether `device` runs Gluon kernels: it is sm_80 or newer, and not interpreted."""
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -76,8 +76,11 @@ def has_tensor_cores(device: torch.device) -> bool:
 def _explicit_parts(
     layout: PageLayout, group: int, rotary_dim: int
 ) -> tuple[tuple[ModuleType, bool], ...]:
-    """What has explicit layouts for projection, attention and the application of page bases, and
-    whether it fits; what does not run counts as it does."""
+    """The Gluon module of each part, and whether it supports the layout.
+
+    Parts are projection, attention and the application of page bases. A part that never runs
+    (page bases, where the basis is shared) counts as supported.
+    """
     projection = project_shared_gluon if layout.k.shared_basis else project_gluon
     return (
         (projection, projection.supports(layout, rotary_dim)),
@@ -89,8 +92,8 @@ def _explicit_parts(
 def implementation(
     layout: PageLayout, group: int, device: torch.device, rotary_dim: int | None = None
 ) -> str:
-    """What reads pages of `layout`, as `stats()` reports it: `gluon`, `triton`, or
-    `gluon and triton` where only some parts have explicit layouts."""
+    """The decode backend of `layout` as `stats()` reports it: `gluon`, `triton`, or
+    `gluon and triton` where Gluon supports only some parts."""
     parts = _explicit_parts(layout, group, rotary_dim or layout.head_dim)
     fits = [fit for _, fit in parts]
     if not has_tensor_cores(device) or not any(fits[:2]):
@@ -113,7 +116,7 @@ def attend_pages(
     options: ScoreOptions,
     explicit: bool | None = None,
 ) -> Partials:
-    """The items of `plan`, not yet merged: what `finish` takes; see `spectral_decode`."""
+    """Partial results of the items of `plan`, which `finish` merges; see `spectral_decode`."""
     group = q.shape[1] // layout.num_kv_heads
     able = has_tensor_cores(q.device) if explicit is None else explicit
     parts = _explicit_parts(layout, group, 2 * cos.shape[-1])
@@ -167,11 +170,12 @@ def spectral_decode(
 
     Args:
         plan: `plan_pages` of this step, the same for all layers; made here where it is missing.
-        explicit: kernels with explicit layouts; None where they fit.
-        config: how kernels are launched; default what `launch_configs` has for the GPU.
+        explicit: True takes Gluon kernels where they support the layout, and False takes Triton's.
+            None is True where `has_tensor_cores`, else False.
+        config: launch parameters; the default is `decode_config` of the GPU.
 
     Raises:
-        ValueError: a layout that no kernel reads; the message says what to use instead.
+        ValueError: no kernel reads the layout; the message names one to use instead.
     """
     check_layout(layout)
     if config is None:
@@ -203,10 +207,10 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def _begin(
     attend: Callable[[], Partials], device: torch.device, second_stream: bool
 ) -> Callable[[], Partials]:
-    """Queue `attend`; what is returned gives its result to what is queued later.
+    """Queue `attend`, on a second stream if asked; the function returned joins it to the first.
 
-    Memory of the second stream is used there alone until the join, and again only behind the next
-    fork, which waits for what the first has queued: nothing is overwritten while it is read.
+    No memory is overwritten while it is read: only the second stream uses its memory until the
+    join, and uses it again only behind the next fork, which waits for the work queued on the first.
     """
     if not second_stream:
         found = attend()
@@ -224,13 +228,18 @@ def _begin(
 
 
 def planned_exact(exact: ExactTokens, max_pages: int) -> ExactTokens:
-    """`exact` with its items, which all layers share; `max_pages` bounds its pages together."""
+    """`exact` with its DecodePlan, which all layers share.
+
+    `max_pages` bounds the number of exact pages of all sequences together.
+    """
     return replace(exact, plan=plan_exact(exact.counts, max_pages, exact.num_kv_heads))
 
 
 def planned_pages(pages: Pages, max_entries: int) -> Pages:
-    """`pages` with its items and its launch, which all layers share; `max_entries` bounds its table
-    entries together."""
+    """`pages` with its DecodePlan and launch parameters, which all layers share.
+
+    `max_entries` bounds the number of table entries of all sequences together.
+    """
     config = pages.config or decode_config(pages.layout, pages.counts.device)
     plan = plan_pages(pages.layout, pages.counts, max_entries, config)
     return replace(pages, plan=plan, config=config)
@@ -246,10 +255,10 @@ def decode_attention(
 ) -> Tensor:
     """`decode.reference.decode_attention` on a GPU: the same arguments and results.
 
-    What has no plan yet is planned here.
+    A DecodePlan that `exact` or `pages` lacks is made here.
 
     Raises:
-        ValueError: a layout that no kernel reads; the message says what to use instead.
+        ValueError: no kernel reads the layout; the message names one to use instead.
     """
     if exact.plan is None:
         exact = planned_exact(exact, exact.table.numel())

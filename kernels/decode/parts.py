@@ -1,4 +1,4 @@
-"""What the steps of decode from pages hand to each other; the same for every implementation.
+"""The tensors that the parts of decode from pages hand on, the same in Triton and in Gluon.
 
 ```
 project   per page: q turned back with every frame, times B and the scales -> two INT8 digits
@@ -8,8 +8,8 @@ finish    items of a sequence merged, those over its exact pages among them, tim
 ```
 
 Scores and weights never leave the chip; K and V are never rebuilt. The query is an integer of two
-digits of base 128 and the codes are integers, so products are exact, whatever unit makes them. V's
-basis is applied once a sequence where it is shared, once a page where the page has its own.
+digits of base 128 and the codes are integers, so products are exact on any hardware. V's basis is
+applied once a sequence where it is shared, and once a page where the page has its own.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ MAX_GROUP = 16
 
 @dataclass(frozen=True, slots=True)
 class Projected:
-    """Queries as pages meet them; S table entries, padded group P (a power of two, at least 4).
+    """Queries in the rank space of every page.
+
+    S is the number of table entries. P is the padded size of a query group: a power of two, at
+    least 4.
 
     digits: int8 `[S, H, 4 tiles, 2 P, rank]`, rows 2g and 2g + 1 the high and the low digit of
         query g.
-    affine: fp32 `[S, H, 4 tiles, 2, P]`, what a unit of the product is worth, and what the page's
-        mean adds; both for scores in bits (base 2).
+    affine: fp32 `[S, H, 4 tiles, 2, P]`, the score of a product of 1, and the score that the page's
+        mean adds; both in bits (base 2).
     slots: fp32 `[S, H, num_slots, P]`, the scores of the outlier tokens in bits.
     """
 
@@ -47,7 +50,7 @@ class Projected:
 
     @classmethod
     def empty(cls, entries: int, layout: PageLayout, width: int, device: torch.device) -> Projected:
-        """For `entries` table entries and `width` padded queries a head."""
+        """Uninitialized tensors for `entries` table entries and `width` padded queries a head."""
 
         def part(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(entries, layout.num_kv_heads, *shape, dtype=dtype, device=device)
@@ -61,13 +64,13 @@ class Projected:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """What parts of a sequence gave: weighted codes (not yet times V's basis) and sums.
+    """Partial results of decode attention: weighted codes, before V's basis, and sums of weights.
 
-    A part is an item where the basis is shared, a table entry where pages have their own. With
-    page bases and no outlier slots, V's means are left to whoever applies the basis.
+    A part is an item where the basis is shared, and a table entry where pages have their own. With
+    page bases and no outlier tokens, the kernel that applies the basis adds V's means.
 
-    vectors: fp32 `[parts, H, P, rank + D]`: in rank space, then what means and outlier tokens add;
-        `[parts, H, P, rank]` where that is left out.
+    vectors: fp32 `[parts, H, P, rank + D]`: in rank space, then the sum that means and outlier
+        tokens add; `[parts, H, P, rank]` where that is left out.
     sums: fp32 `[parts, H, 2, P]`, the largest score in bits and the sum of weights.
     """
 
@@ -78,7 +81,7 @@ class Partials:
     def empty(
         cls, plan: DecodePlan, layout: PageLayout, width: int, device: torch.device
     ) -> Partials:
-        """Of attention, for `width` padded queries a head."""
+        """Uninitialized results of the attend part, for `width` padded queries a head."""
         shared = layout.v.shared_basis
         parts = plan.num_items if shared else plan.max_entries
         size = layout.v.rank + (layout.head_dim if adds_values(layout) else 0)
@@ -88,7 +91,7 @@ class Partials:
     def sized(
         cls, parts: int, layout: PageLayout, width: int, size: int, device: torch.device
     ) -> Partials:
-        """`parts` of vectors of `size`, for `width` padded queries a head."""
+        """Uninitialized results of `parts` parts of `width` padded queries a head."""
         return cls(
             *(
                 torch.empty(parts, layout.num_kv_heads, *shape, dtype=torch.float32, device=device)
@@ -99,10 +102,10 @@ class Partials:
 
 @dataclass(frozen=True, slots=True)
 class ExactPartials:
-    """Items over exact pages of the same sequences, to be merged with those over pages.
+    """Partial results over exact pages of the same sequences, merged with those over pages.
 
     partials: vectors `[items, H, P, D]`, P not padded to 4.
-    first_item: int32 `[N + 1]` of their plan.
+    first_item: int32 `[N + 1]`, `DecodePlan.first_item` of these items.
     """
 
     partials: Partials
@@ -111,10 +114,10 @@ class ExactPartials:
 
 @dataclass(frozen=True, slots=True)
 class ScoreOptions:
-    """What happens to scores before their softmax; see the twin.
+    """The cap and the mask of scores before their softmax; see `decode.reference.spectral_decode`.
 
     Raises:
-        ValueError: a softcap that is not positive.
+        ValueError: the softcap is not positive.
     """
 
     first_position: int
@@ -134,24 +137,24 @@ class ScoreOptions:
 
     @property
     def cap(self) -> float:
-        """In bits; any number where scores are not capped."""
+        """The softcap in bits; any positive number where scores are not capped."""
         return (self.softcap or 1.0) * LOG2_E
 
     def visible(self, other: Tensor) -> Tensor:
-        """`first_visible`, or `other` to stand in for a pointer that nothing reads."""
+        """`first_visible`, or `other` in its place, a pointer that the kernel does not read."""
         return other if self.first_visible is None else self.first_visible
 
 
 def adds_values(layout: PageLayout) -> bool:
-    """Whether partial vectors have room for what means and outlier tokens add."""
+    """Return whether partial vectors have room for the sum that means and outlier tokens add."""
     return layout.v.shared_basis or layout.num_slots > 0
 
 
 def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:
-    """Query heads of a KV head, and what they are padded to: a power of two, at least 4.
+    """The size of a query group, and its padded size: a power of two, at least 4.
 
     Raises:
-        ValueError: more than `MAX_GROUP`.
+        ValueError: more than `MAX_GROUP` query heads share a KV head.
     """
     group = q.shape[1] // layout.num_kv_heads
     if group > MAX_GROUP:
@@ -163,7 +166,7 @@ def group_sizes(q: Tensor, layout: PageLayout) -> tuple[int, int]:
 
 
 def projection_constants(q: Tensor, layout: PageLayout) -> dict[str, Any]:
-    """What every kernel that projects queries is compiled for; places are those of K."""
+    """The constexpr arguments of all kernels that project queries; byte offsets are those of K."""
     group, width = group_sizes(q, layout)
     side = layout.k
     return {

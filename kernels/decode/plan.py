@@ -1,4 +1,4 @@
-"""Who attends to which pages: the work of a decode step cut into items of like size."""
+"""The work of decode attention in a step, cut into items of about equal size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Items of consecutive table entries of one sequence.
+    """Items of decode attention, each a run of consecutive table entries of one sequence.
 
-    Splits go by work, not by sequence: a long sequence has many items, a short one has one, and no
-    item is longer than a common limit; a sequence's items differ by one at most. All lives on the
-    device and is computed there, so a captured graph replays it for other lengths; only the number
-    of item slots is fixed.
+    Items are cut by work: a long sequence has many, a short one has one, and no item is longer than
+    a common limit. The items of a sequence differ by one entry at most. All tensors are computed on
+    the device, so that a captured graph replays them for other lengths. Only the length of
+    `item_seq` is fixed.
 
     ```
     sequence     0            1      2 (empty)   3
@@ -26,12 +26,12 @@ class DecodePlan:
     ```
 
     Attributes:
-        item_seq: int32 `[num_items]`, the sequence of each item; N for a slot without work.
-        item_start, item_end: int32 `[num_items]`, its table entries.
+        item_seq: int32 `[num_items]`, the sequence of each item; N for an item without work.
+        item_start, item_end: int32 `[num_items]`, the table entries of each item.
         first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
         first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
-        entry_seq: int32 `[max_entries]`, the sequence of each of these, N past the last; None where
-            nobody goes by entries.
+        entry_seq: int32 `[max_entries]`, the sequence of each numbered entry, N past the last; None
+            where no kernel goes by entries.
         max_entries: most entries that all sequences may have together.
     """
 
@@ -61,8 +61,8 @@ class DecodePlan:
 
         Args:
             max_entries: a bound on their sum, known on the host.
-            grain: items have as many entries, if half of `target_items` of them are left then.
-            by_entry: say whose each entry is, too.
+            grain: entries of an item, if that leaves at least half of `target_items` items.
+            by_entry: compute `entry_seq`, too.
         """
         counts = num_entries.to(torch.int32)
         num_seqs = counts.shape[0]

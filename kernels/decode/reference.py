@@ -1,4 +1,4 @@
-"""Decode attention over all that a sequence has, in fp32: the torch twins.
+"""Decode attention to a sequence's exact tokens and sealed blocks, in fp32: the torch twins.
 
 ```
 exact_decode       landmarks and tail, or the whole sequence in `exact`
@@ -28,7 +28,7 @@ def decode_attention(
     scores: Scores,
     basis: Basis,
 ) -> Tensor:
-    """One query per sequence against its exact tokens and its sealed blocks.
+    """Attention of one query per sequence to its exact tokens and its sealed blocks.
 
     Args:
         q: `[N, Hq, D]`, after RoPE.
@@ -81,7 +81,7 @@ def exact_decode(
     softcap: float | None = None,
     first_visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One query per sequence against its exact tokens.
+    """Attention of one query per sequence to its exact tokens.
 
     Args:
         q: `[N, Hq, D]`, after RoPE.
@@ -89,8 +89,8 @@ def exact_decode(
         table: int `[N, max_pages]` in 128-byte units; entries past the end are never read.
         num_tokens: int `[N]`, exact tokens of each sequence, the query's own among them.
         softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
-        first_visible: int `[N]`, tokens before this one, counted in the sequence's exact pages, are
-            not seen (a sliding window); None sees all.
+        first_visible: int `[N]`, the first token that each query sees, counted in the sequence's
+            exact pages (a sliding window); None sees all.
 
     Returns:
         out fp32 `[N, Hq, D]` and lse fp32 `[N, Hq]`; zeros and -inf for a sequence without tokens.
@@ -130,11 +130,11 @@ def spectral_decode(
     softcap: float | None = None,
     first_visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One query per sequence against its sealed blocks.
+    """Attention of one query per sequence to its sealed blocks.
 
-    K post-RoPE: q is projected into rank space once per page, then only coefficients are read.
-    Else keys are rebuilt and turned, by their own position (`pre`) or with their frame. V always:
-    P C in rank space, then B once a page.
+    Keys stored after RoPE: q is projected into rank space once a page, and only coefficients are
+    read. Other keys are rebuilt and turned, by their own position (`pre`) or with their frame.
+    Values in every format: P C in rank space, then B once a page.
 
     Args:
         q: `[N, Hq, D]`, after RoPE.
@@ -190,7 +190,7 @@ def spectral_decode(
 def _scores_in_rank_space(
     query: Tensor, pages: Tensor, layout: PageLayout, shared: Tensor | None
 ) -> Tensor:
-    """Scores `[P, H, G, 512]` of scaled queries `[H, G, D]` against keys stored after RoPE."""
+    """Scores `[P, H, G, 512]` of scaled queries `[H, G, D]` and keys stored after RoPE."""
     view = side_view(pages, layout, "k")
     projected = query @ view.basis(shared).transpose(-1, -2)
     scores = projected @ view.coefficients().transpose(-1, -2)
@@ -219,5 +219,5 @@ def _weighted_values(
 
 
 def _slot_index(pages: Tensor, layout: PageLayout, like: Tensor) -> Tensor:
-    """The outlier tokens `[P, H, slots]`, expanded over the query rows of `like`."""
+    """The outlier tokens `[P, H, slots]`, expanded over the query heads of `like`."""
     return slot_tokens(pages, layout).long().unsqueeze(-2).expand_as(like)

@@ -1,4 +1,4 @@
-"""Exact pages: appending to them and reading them."""
+"""Writing and reading of exact pages."""
 
 __all__ = [
     "reference",

@@ -1,4 +1,4 @@
-"""Write new keys and values into exact pages."""
+"""Writing of new keys and values into exact pages, and reading of them, in torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets
 
     Args:
         plane: uint8, one layer's plane.
-        positions: int `[T]`, the page of each token in 128-byte units; negative ones are places
-            of a padded batch without a token, and nothing is stored.
+        positions: int `[T]`, the page of each token in 128-byte units; a negative one is padding of
+            a batch, for which nothing is stored.
         offsets: int `[T]`, the token's place in its page, 0 to 63.
     """
     num_heads, dim = k.shape[1:]
@@ -45,8 +45,10 @@ def exact_gather(
     dtype: torch.dtype,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Copy the first `num_tokens` tokens of a list of exact pages: k, v `[H, num_tokens, D]`, into
-    `out` where it is given."""
+    """Copy the first `num_tokens` tokens of a list of exact pages: k, v `[H, num_tokens, D]`.
+
+    The copies are written into `out` where it is given.
+    """
     num_pages = -(-num_tokens // EXACT_PAGE_TOKENS)
     page_bytes = exact_page_bytes(num_heads, dim, dtype.itemsize)
     raw = gather_units(plane, positions[:num_pages], page_bytes).view(dtype)
@@ -59,7 +61,7 @@ def exact_gather(
 def read_blocks(
     planes: Tensor, exact: Tensor, num_heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """K and V `[B, L, H, 512, D]` of whole blocks.
+    """Read K and V of whole blocks, `[B, L, H, 512, D]`, from their exact pages.
 
     Args:
         planes: uint8 `[L, plane_bytes]`.

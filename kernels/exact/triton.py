@@ -1,4 +1,4 @@
-"""Write new keys and values into exact pages, in Triton."""
+"""Writing of new keys and values into exact pages, in Triton."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def _append_kernel(
 
 
 def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
-    """`exact.reference.exact_append` in Triton: the same arguments; `k` and `v` may be rows of
-    a wider tensor (a fused projection), heads behind each other."""
+    """`exact.reference.exact_append` in Triton: the same arguments.
+
+    `k` and `v` may be slices of a wider tensor (a fused projection), with heads behind each other.
+    """
     num_tokens, num_heads, dim = k.shape
     k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (k, v))
     _append_kernel[(num_tokens, num_heads)](

@@ -1,9 +1,9 @@
-"""How kernels are launched on a GPU: a small measured table, and what holds where it has no entry.
+"""Launch parameters of kernels on a GPU: a small measured table, and defaults without an entry.
 
-`launch_configs.json` has `{gpu: {op: {case: fields}}}`: a GPU is its name (`NVIDIA H200`) or, for
-all of a kind, its compute capability (`sm_90`); a case says where the basis is, how keys are
-turned, the head width and the ranks of K and V (`shared-frame-128-128-128`). `spectral-paged bench
-tune` writes it. Nothing is tuned while serving.
+`configs.json` has `{gpu: {op: {case: fields}}}`. A GPU is its name (`NVIDIA H200`) or, for all of
+its kind, its compute capability (`sm_90`). A case names the place of the basis, the stored form of
+keys, the head width and the ranks of K and V (`shared-frame-128-128-128`). `spectral-paged bench
+tune` writes the table. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TABLE = "configs.json"
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Of `spectral_decode`.
+    """Launch parameters of `spectral_decode`.
 
-    programs: about how many programs attend; items are cut to give so many.
+    programs: the approximate number of programs that attend, to which items are cut.
     splits: programs that share the projection of an item, where pages have their own basis.
-    project_programs: programs that project, where they share one.
+    project_programs: programs that project, where pages share a basis.
     project_registers, attend_registers, apply_registers: most registers a thread may take in the
         projection, in attention and in the application of page bases; None leaves it to the
         compiler. Fewer let more programs run at once.
-    second_stream: `decode_attention` reads exact pages beside pages, not before them.
+    second_stream: `decode_attention` reads exact pages at the same time as pages, not before them.
     """
 
     programs: int = 792
@@ -47,21 +47,21 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SealConfig:
-    """Of `seal`: warps of a program, tokens that a pass takes at once."""
+    """Launch parameters of `seal`: warps of a program, and tokens that a pass takes at once."""
 
     warps: int = 4
     rows: int = 64
 
 
 def case_of(layout: PageLayout) -> str:
-    """The case that a layout is."""
+    """The case of a layout, a key of the table: `shared-frame-128-128-128`."""
     where = "shared" if layout.k.shared_basis else "page"
     return f"{where}-{layout.rope}-{layout.head_dim}-{layout.k.rank}-{layout.v.rank}"
 
 
 @cache
 def gpus_of(device: torch.device) -> tuple[str, ...]:
-    """What the table may call a GPU, the closest first; nothing where kernels are interpreted."""
+    """The table's names of a GPU, the closest first; none for a CPU, which interprets kernels."""
     if device.type != "cuda":
         return ()
     major, minor = torch.cuda.get_device_capability(device)
@@ -70,9 +70,11 @@ def gpus_of(device: torch.device) -> tuple[str, ...]:
 
 @cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments of a launch whose programs take their places while the kernel before drains, and
-    wait for its end there (programmatic dependent launch, sm_90 and newer). The kernels of a layer
-    are short: their starts would show."""
+    """Launch arguments for programmatic dependent launch, on sm_90 and newer.
+
+    Programs start while the kernel before drains, and wait for its end in `after_previous`. The
+    kernels of a layer are so short that their starts would take a visible share of the time.
+    """
     able = (
         device.type == "cuda"
         and os.environ.get("TRITON_INTERPRET") != "1"
@@ -84,15 +86,15 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
 def launcher(
     kernel: Any, grid: tuple[int, ...], *, compile_only: bool = False
 ) -> Callable[..., object]:
-    """What launches `kernel`; `compile_only` builds what a launch needs, and launches nothing."""
+    """A function that launches `kernel`, or with `compile_only` only builds it for its launch."""
     if not compile_only:
         launch: Callable[..., object] = kernel[grid]
         return launch
 
     def build(*args: Any, **options: Any) -> object:
         built = kernel.warmup(*args, grid=grid, **options)
-        # `run` is what a C compiler makes of the launch itself, a third of a second; where
-        # kernels are interpreted nothing is built
+        # `run` has a C compiler build the launch itself, a third of a second; where kernels are
+        # interpreted nothing is built
         return built and built.run
 
     return build
@@ -100,7 +102,7 @@ def launcher(
 
 @cache
 def launch_table() -> dict[str, Any]:
-    """The whole table."""
+    """The table of launch parameters, `{gpu: {op: {case: fields}}}`."""
     text = (files("spectral_paged.kernels.launch") / TABLE).read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
@@ -115,10 +117,10 @@ def _fields(op: str, layout: PageLayout, device: torch.device) -> dict[str, Any]
 
 
 def decode_config(layout: PageLayout, device: torch.device) -> DecodeConfig:
-    """How pages of `layout` are read on `device`."""
+    """The launch parameters of decode from pages of `layout` on `device`."""
     return DecodeConfig(**_fields("decode", layout, device))
 
 
 def seal_config(layout: PageLayout, device: torch.device) -> SealConfig:
-    """How pages of `layout` are made on `device`."""
+    """The launch parameters of sealing to pages of `layout` on `device`."""
     return SealConfig(**_fields("seal", layout, device))

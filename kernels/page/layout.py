@@ -121,5 +121,5 @@ class PageLayout:
 
 
 def exact_page_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """The bytes of an exact page `[num_kv_heads, 2 (K|V), 64, head_dim]` of `itemsize`-byte values."""
+    """Bytes of an exact page, `[num_kv_heads, 2 (K|V), 64, head_dim]` of `itemsize`-byte values."""
     return num_kv_heads * 2 * EXACT_PAGE_TOKENS * head_dim * itemsize

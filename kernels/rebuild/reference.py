@@ -1,4 +1,4 @@
-"""Rebuild history K and V from pages into a transient buffer, for chunked prefill."""
+"""Rebuilding of K and V from pages into a transient buffer, for chunked prefill, in torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def spectral_rebuild(
     num_pages: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K (after RoPE) and V of one sequence's pages, `[H, tokens, D]` in `dtype`.
+    """Rebuild K (after RoPE) and V of one sequence's pages, `[H, tokens, D]` in `dtype`.
 
     Args: as in `spectral_decode`, for the pages at `positions` (int `[num_pages]`; negative ones
-        are blocks held exactly and give no tokens). `num_pages`: how many are not negative, which
-        a GPU would have to be asked; None counts them. `out`: K and V `[H, tokens, D]` to write
+        are blocks held exactly and give no tokens). `num_pages`: the number of those that are not
+        negative; None counts them, which waits for a GPU. `out`: K and V `[H, tokens, D]` to write
         to, tokens behind each other.
     """
     blocks = (positions >= 0).nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""Rebuild history K and V from pages in Triton, for chunked prefill."""
+"""Rebuilding of K and V from pages, for chunked prefill, in Triton."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _half_rows(
     RANK: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Basis rows at some dimensions, times the page's scales, as two fp16 that add up to fp32."""
+    """Basis rows at some dimensions times the page's scales, fp32 split into two fp16."""
     if SHARED:
         at = basis_ptr + (head * RANK + comp)[:, None] * DIM + dims[None, :]
         rows = tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -45,7 +45,7 @@ def _half_rows(
     return halves(rows * scale[:, None])
 
 
-# a sequence's row of the table begins anywhere: one build is to serve them all
+# not specialized, because a sequence's pages begin anywhere in the table: one build serves all
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rebuild_kernel(
     plane_ptr,
@@ -76,7 +76,7 @@ def _rebuild_kernel(
     HALF_PAD: tl.constexpr,
     RANK_PAD: tl.constexpr,
 ):
-    """One tile of 128 tokens of one side. `TURN`: 0 not at all, 1 with the frame, 2 each token."""
+    """Rebuild a tile of 128 tokens of one side. `TURN` keys: 0 none, 1 by frame, 2 by token."""
     entry, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions_ptr + entry)
     if position >= 0:
@@ -183,10 +183,10 @@ def spectral_rebuild(
     """`rebuild.reference.spectral_rebuild` in Triton: the same arguments and results.
 
     Args:
-        compile_only: compile the kernel for these arguments; nothing is read or written.
+        compile_only: compile the kernel for these arguments, without running it.
 
     Raises:
-        ValueError: more than one scale a component.
+        ValueError: a component has more than one scale.
     """
     check_scales(layout)
     present = positions >= 0

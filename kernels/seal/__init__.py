@@ -1,4 +1,4 @@
-"""Encoding of blocks where they lie, and the eigenvectors it takes."""
+"""Encoding of blocks into spectral pages on a GPU, and eigenvectors for page bases."""
 
 __all__ = [
     "eigenvectors",

@@ -1,4 +1,4 @@
-"""Eigenvectors of many small symmetric matrices: the torch twin."""
+"""Eigenvectors of many small symmetric matrices, in torch: the twin of the Triton kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of positive semidefinite matrices `[N, D, D]`, fp32 or fp64, as
-    rows, strongest first: `[N, D, D]`. Signs are free."""
+    """Orthonormal eigenvectors of positive semidefinite matrices `[N, D, D]`, fp32 or fp64.
+
+    They are the rows of the result `[N, D, D]`, that of the largest eigenvalue first. Their signs
+    are arbitrary.
+    """
     _, columns = torch.linalg.eigh(matrices)  # ascending
     return columns.flip(-1).transpose(-1, -2).contiguous()

@@ -1,8 +1,8 @@
-"""Parts of decode from pages times the basis of V that each page has, with explicit layouts.
+"""Application of V's page bases to partial results, with explicit layouts (Gluon).
 
-A program is one warp: it takes 64 dimensions of the pages of one item. Rows of the first operand
-are the queries twice, rounded to fp16 and what that left; a thread's wide load of basis bytes
-becomes fp16 by two byte permutes and a subtraction.
+A program is one warp: it takes 64 dimensions of the pages of one item. The first operand has each
+query in two rows: its fp16 rounding, and the rest. Two byte permutes and a subtraction turn a
+thread's wide load of basis bytes into fp16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spectral_paged.kernels.page.layout import PageLayout
 
 @gluon.constexpr_function
 def _basis_layout(rank):
-    """`[rank, 64]`: eight consecutive dimensions of a quarter of the components."""
+    """`[rank, 64]`: a thread has eight consecutive dimensions of a quarter of the components."""
     regs = [[0, 1], [0, 2], [0, 4]] + [[1 << i, 0] for i in range((rank // 4).bit_length() - 1)]
     lanes = [[rank // 4, 0], [rank // 2, 0], [0, 8], [0, 16], [0, 32]]
     return gl.DistributedLinearLayout(regs, lanes, [], [], [rank, 64])
@@ -140,7 +140,7 @@ def _apply_kernel(
 
 
 def supports(layout: PageLayout) -> bool:
-    """Whether this implementation applies the bases of `layout`; the portable one does others."""
+    """Return whether this kernel applies the page bases of `layout`; Triton's applies others."""
     side = layout.v
     return (
         not side.shared_basis
@@ -161,7 +161,7 @@ def apply_bases(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Partials:
-    """`page_basis_triton.apply_bases` for layouts that `supports` names."""
+    """`triton.apply.apply_bases` for the layouts of `supports`: the same arguments and results."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     width = group_sizes(q, layout)[1]
     # a limit that fits rows of 8 queries would spill with those of 16

@@ -1,17 +1,16 @@
-"""The attend step of decode from pages with explicit layouts (Gluon), for Hopper and Ampere.
+"""The attend part of decode from pages with explicit layouts (Gluon), for Hopper and Ampere.
 
-One program reads the pages of one item for one KV head, 128 tokens at a time. Every byte of codes
-goes from global memory to the register of the thread whose tensor-core operand it becomes, and is
-turned into INT8 levels there by byte permutes: no shared memory, no shuffle, no float.
+A program reads the pages of one item for one KV head, 128 tokens at a time. Every byte of codes is
+loaded from global memory into the register of the thread whose tensor-core operand it becomes. Byte
+permutes turn it into INT8 levels there: no shared memory, no shuffle, no float.
 
 ```
 scores   [128 tokens, 2 P] += codes of K [128 tokens, rank]    x digits of the query [rank, 2 P]
 ranks    [rank, 2 P]       += codes of V [rank, 128 tokens]    x digits of weights   [128, 2 P]
 ```
 
-Columns 2g and 2g + 1 are the high and low digit (base 128) of query g: two columns that one thread
-holds, so that digits are put together in registers. See `gluon_operands` for how bytes become
-operands.
+Columns 2g and 2g + 1 are the high and low digit (base 128) of query g. One thread has both columns,
+so that digits are joined in registers. `gluon.operands` turns bytes into operands.
 """
 
 from __future__ import annotations
@@ -108,7 +107,10 @@ def _attend_kernel(
     WINDOW: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
+    """Attend to the pages of one item for one KV head.
+
+    `PER_PAGE`: a part is a page, not an item. `VALUES`: `adds_values` of the layout.
+    """
     after_previous(PDL)
     item, head = gl.program_id(0), gl.program_id(1)
     seq = gl.load(item_seq_ptr + item)
@@ -173,7 +175,7 @@ def _attend_kernel(
             entry = start + step // 4
             here = position
             slot = (first_entry + entry).to(gl.int64) * HEADS + head
-            # the next tile's bytes are on their way while this one is computed
+            # the next tile's bytes arrive while this one is computed
             next_entry = gl.minimum(start + (step + 1) // 4, end - 1)
             position = gl.where(tile == 3, following, position)
             following = gl.load(row + gl.minimum(next_entry + 1, end - 1))
@@ -228,7 +230,7 @@ def _attend_kernel(
             safe = gl.where(new_top == float("-inf"), 0.0, new_top)
             shrink = gl.exp2(top - safe)
             top = new_top
-            weights = gl.exp2(scores - safe[None, :])  # gains of V are in them
+            weights = gl.exp2(scores - safe[None, :])  # times the gains of V
             plain = weights
             if V_GAIN >= 0:
                 plain = weights * gl.exp2(-octaves)[:, None]
@@ -349,7 +351,7 @@ NO_BAND = (0, 0, 8, 0, 0, 0, 0)
 
 
 def supports(layout: PageLayout, group: int) -> bool:
-    """Whether this implementation reads pages of `layout`; the portable one reads the others."""
+    """Return whether this kernel reads pages of `layout`; Triton's reads the others."""
     k, v = layout.k, layout.v
     return (
         layout.head_dim in (64, 128)
@@ -375,7 +377,7 @@ def attend_pages(
     options: ScoreOptions,
     config: DecodeConfig,
 ) -> Partials:
-    """`triton.attend.attend_pages` for layouts that `supports` names."""
+    """`triton.attend.attend_pages` for the layouts of `supports`: the same arguments."""
     heads, dim = layout.num_kv_heads, layout.head_dim
     width = group_sizes(q, layout)[1]
     k, v = layout.k, layout.v

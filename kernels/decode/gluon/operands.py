@@ -1,9 +1,9 @@
 """Codes, digits and weights as tensor-core operands in registers (Gluon).
 
-An `m16n8k32` operand wants four consecutive steps of the sum in a register of INT8. A thread takes
-a run of consecutive codes of its row, and the order of the sum is whatever the bytes give: digits
-of the query and weights, the small operands, are put into that order. In the comments j is the
-thread of four that shares a row, i the byte of a register, h the register of two that a step has.
+An `m16n8k32` operand takes four consecutive terms of the sum in a register of INT8. A thread loads
+a run of consecutive codes of its row, so the order of the bytes gives the order of the sum. Digits
+of the query and weights, the small operands, are put into that order. In the comments j is one of
+the four threads that share a row, i a byte of a register, and h one of a step's two registers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def _word(values: list[int]) -> int:
     return int.from_bytes(bytes(x & 0xFF for x in values), "little")
 
 
-@cache  # launched with, a layer at a time
+@cache  # every layer's launch takes them
 def level_words() -> tuple[int, ...]:
     """The level tables as words that a byte permute takes: of 4 bits (4 words), 3 (2) and 2 (1).
 
-    A permute answers bit 3 of a selector with the sign of the byte it found, eight times. Of 4 bits
-    codes n and n + 8 have levels of one sign, so of two permutes each gives zeros or ones where the
-    other answers; the first table holds negative levels inverted, and an XOR puts both together.
+    Where bit 3 of a selector is set, a permute gives eight copies of the sign of the byte it found.
+    Codes n and n + 8 of 4 bits have levels of the same sign, so each of two permutes gives zeros or
+    ones where the other finds the level. The first table has negative levels inverted, so that an
+    XOR joins both.
     """
     table = LEVELS["gaussian"]
     first = [~x if x < 0 else x for x in table[4][:8]]
@@ -101,7 +102,7 @@ OUT8 = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 20))
 
 @gluon.jit
 def after_previous(PDL: gl.constexpr):
-    """`triton_page.after_previous` where layouts are explicit."""
+    """`page.triton.after_previous` in Gluon."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -114,13 +115,13 @@ def mma():
 
 @gluon.constexpr_function
 def _row_regs(rows):
-    """Rows that a thread holds beside its own: 8 on, and 64 on where there are 128."""
+    """Offsets of a thread's other rows: 8, and 64 where there are 128 rows."""
     return [[8], [64]] if rows == 128 else [[8]]
 
 
 @gluon.constexpr_function
 def _words_layout(rows, words):
-    """`[rows, 4 threads, words]`: a thread's consecutive words of its rows."""
+    """`[rows, 4 threads, words]`: a thread has consecutive words of its rows."""
     regs = [[0, 0, 1 << i] for i in range(words.bit_length() - 1)]
     regs += [[r[0], 0, 0] for r in _row_regs(rows)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
@@ -129,7 +130,7 @@ def _words_layout(rows, words):
 
 @gluon.constexpr_function
 def score_layout(rows, p):
-    """`[rows, P]`: what is left of an accumulator `[rows, 2 P]` when digits are put together."""
+    """`[rows, P]`: the layout of an accumulator `[rows, 2 P]` once its digits are joined."""
     regs = [[r[0], 0] for r in _row_regs(rows)]
     regs += [[0, 4 << i] for i in range((p // 4).bit_length() - 1)]
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
@@ -138,7 +139,7 @@ def score_layout(rows, p):
 
 @gluon.constexpr_function
 def _column_layout(columns, run):
-    """`[columns, 4 threads, run]`: the second operand, a thread's consecutive words or bytes."""
+    """`[columns, 4 threads, run]`: the second operand; a thread has consecutive words or bytes."""
     regs = [[0, 0, 1 << i] for i in range(run.bit_length() - 1)]
     regs += [[8 << i, 0, 0] for i in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
@@ -173,7 +174,7 @@ def index_of(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
 
 @gluon.jit
 def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
-    """int32 `[ROWS, 4, ROW_WORDS / 4]` of rows of `ROW_WORDS` words that follow each other."""
+    """Load rows of `ROW_WORDS` words that follow each other, int32 `[ROWS, 4, ROW_WORDS / 4]`."""
     WORDS: gl.constexpr = ROW_WORDS // 4
     LAYOUT: gl.constexpr = _words_layout(ROWS, WORDS)
     row = index_of(ROWS, LAYOUT, 0)
@@ -184,7 +185,7 @@ def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
 
 @gluon.jit
 def load_half_words(base, ROWS: gl.constexpr):
-    """int32 `[ROWS, 4, 1]` of rows of four int16 that follow each other: 8 codes of 2 bits each."""
+    """Load consecutive rows of four int16, int32 `[ROWS, 4, 1]`: 8 codes of 2 bits each."""
     LAYOUT: gl.constexpr = _words_layout(ROWS, 1)
     row = index_of(ROWS, LAYOUT, 0)
     lane = index_of(4, LAYOUT, 1)
@@ -193,7 +194,7 @@ def load_half_words(base, ROWS: gl.constexpr):
 
 @gluon.jit
 def _by_bytes(word, ROWS: gl.constexpr):
-    """A word `[ROWS, 4]` as the four bytes it becomes see it, `[ROWS, 4, 1]`; costs nothing."""
+    """A word `[ROWS, 4]` as `[ROWS, 4, 1]` in the layout of its four bytes; no data moves."""
     LAYOUT: gl.constexpr = _byte_layout(ROWS)
     return gl.expand_dims(gl.convert_layout(word, gl.SliceLayout(2, LAYOUT)), 2)
 
@@ -206,7 +207,7 @@ def _widened(word, ROWS: gl.constexpr):
 
 @gluon.jit
 def _four(word, tables, ROWS: gl.constexpr):
-    """Both registers of a word of 8 codes of 4 bits."""
+    """The two registers of levels of a word of 8 codes of 4 bits."""
     return gl.inline_asm_elementwise(
         ASM4,
         OUT2,
@@ -219,7 +220,7 @@ def _four(word, tables, ROWS: gl.constexpr):
 
 @gluon.jit
 def _step(r0, r1, ROWS: gl.constexpr, MMA: gl.constexpr):
-    """Registers `[ROWS, j, i]` of one step of 32 codes as a first operand `[ROWS, 32]`."""
+    """The two registers `[ROWS, j, i]` of a step of 32 codes as a first operand `[ROWS, 32]`."""
     x = gl.join(r0, r1)  # [rows, j, i, h]
     x = gl.reshape(gl.permute(x, (0, 3, 1, 2)), (ROWS, 32))
     return gl.convert_layout(x, gl.DotOperandLayout(0, MMA, 4))
@@ -245,7 +246,7 @@ def _each_word(words, ROWS: gl.constexpr):
 
 @gluon.jit
 def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.constexpr):
-    """First operands, one a step of 32 codes, of `load_words`; `high` for 3 bits only."""
+    """First operands, one a step of 32 codes, from `load_words`; `high` has the third bits."""
     each = _each_word(words, ROWS)
     registers = ()
     if BITS == 8:
@@ -297,7 +298,7 @@ def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.
 
 @gluon.jit
 def load_digits(base, COLUMNS: gl.constexpr, RANK: gl.constexpr, COUNT: gl.constexpr):
-    """Digits of the query for one band, int32 `[COLUMNS, 4, COUNT / 16]`, four in a word."""
+    """Load the query's digits for one band, int32 `[COLUMNS, 4, COUNT / 16]`, four in a word."""
     WORDS: gl.constexpr = COUNT // 16
     LAYOUT: gl.constexpr = _column_layout(COLUMNS, WORDS)
     column = index_of(COLUMNS, LAYOUT, 0)
@@ -323,7 +324,7 @@ def _digit_bytes(word):
 
 @gluon.jit
 def _digit_step(w0, w1, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
-    """The second operand `[32, COLUMNS]` of two words of every thread."""
+    """The second operand `[32, COLUMNS]` from two words of every thread."""
     if EVEN_FIRST:
         even = gl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [w0, w1], gl.int32, True, 1
@@ -339,7 +340,7 @@ def _digit_step(w0, w1, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def digit_steps(x, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
-    """Second operands `[32, COLUMNS]` of `load_digits`, one a step of 32 components."""
+    """Second operands `[32, COLUMNS]` from `load_digits`, one a step of 32 components."""
     COLUMNS: gl.constexpr = x.shape[0]
     if x.shape[2] == 2:
         w0, w1 = gl.split(x)
@@ -353,7 +354,7 @@ def digit_steps(x, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.constexpr_function
 def weight_layout(columns):
-    """`[columns, 128 tokens]`: a thread's 32 consecutive tokens of its columns."""
+    """`[columns, 128 tokens]`: a thread has 32 consecutive tokens of its columns."""
     regs = [[0, 1 << i] for i in range(5)]
     regs += [[8 << i, 0] for i in range((columns // 8).bit_length() - 1)]
     lanes = [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]]
@@ -362,9 +363,10 @@ def weight_layout(columns):
 
 @gluon.jit
 def weight_steps(x, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
-    """Second operands `[32, COLUMNS]` of weights int8 `[COLUMNS, 128]`, one a step of 32 tokens.
+    """Second operands `[32, COLUMNS]` from weights int8 `[COLUMNS, 128]`, one a step of 32 tokens.
 
-    Tokens come as the codes of V leave a permute: of 2 and 3 bits, the even of every eight first.
+    Tokens have the order in which a permute gives the codes of V: for 2 and 3 bits, the even ones
+    of every eight first.
     """
     COLUMNS: gl.constexpr = x.shape[0]
     if EVEN_FIRST:
@@ -381,7 +383,7 @@ def weight_steps(x, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def merged(acc, P: gl.constexpr, LAYOUT: gl.constexpr):
-    """Both digits of an accumulator int32 `[rows, 2 P]` put together: int32 `[rows, P]`."""
+    """The two digits of an accumulator int32 `[rows, 2 P]` joined: int32 `[rows, P]`."""
     ROWS: gl.constexpr = acc.shape[0]
     high, low = gl.split(gl.reshape(acc, (ROWS, P, 2)))
     return gl.convert_layout((high << 7) + low, LAYOUT)
@@ -389,7 +391,7 @@ def merged(acc, P: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def capped(scores, cap):
-    """`cap tanh(scores / cap)`, both in bits (base 2)."""
+    """Soft-capped scores, `cap tanh(scores / cap)`; both are in bits (base 2)."""
     twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)
     return cap * (1.0 - 2.0 / (gl.exp2(twice) + 1.0))
 
@@ -399,7 +401,7 @@ def capped(scores, cap):
 
 @gluon.constexpr_function
 def dims_layout(rows, dims):
-    """`[rows, dims]`: a thread's consecutive quarter of the dimensions of rows r, r + 8, ..."""
+    """`[rows, dims]`: a thread has a consecutive quarter of the dimensions of rows r, r + 8, ..."""
     regs = [[0, 1 << i] for i in range((dims // 4).bit_length() - 1)]
     regs += [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
     lanes = [[0, dims // 4], [0, dims // 2], [1, 0], [2, 0], [4, 0]]
@@ -432,5 +434,5 @@ ASM_HALVES = gl.constexpr("""{
 
 @gluon.jit
 def half_integers(x):
-    """The integers of a page's own basis rows, uint8 value + 128, as fp16."""
+    """The integers of basis rows in a page, stored as uint8 value + 128, as fp16."""
     return gl.inline_asm_elementwise(ASM_HALVES, "=r,=r,r", [x], gl.float16, True, 4)

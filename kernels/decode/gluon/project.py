@@ -1,9 +1,9 @@
-"""Queries in the rank space of pages that have their own basis, with explicit layouts (Gluon).
+"""The project part of decode from pages with their own basis, with explicit layouts (Gluon).
 
-A program is one warp and takes 16 rows (frames x queries of a KV head) of a page at a time. A
-thread of four that share a row takes a quarter of the dimensions, consecutive ones, of the query
-and of the basis alike: the order of a sum is free, so operands come in wide loads straight from
-memory. Products need nothing of the page, its scales and exact vectors arrive meanwhile.
+A program is one warp and takes 16 rows (frames x queries of a KV head) of a page at a time. Each of
+the four threads that share a row takes a consecutive quarter of the dimensions, both of the query
+and of the basis. The order of a sum is free, so operands come in wide loads straight from memory.
+A page's scales and exact vectors, which the products do not need, arrive meanwhile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 32  # components that one product makes at a time
 
 @gluon.constexpr_function
 def _rows_layout():
-    """`[16, 32]`: a thread holds eight components in a row, one 8-byte store of digits."""
+    """`[16, 32]`: a thread has eight consecutive components, one 8-byte store of digits."""
     regs = [[0, 1], [0, 2], [0, 4], [8, 0]]
     return gl.DistributedLinearLayout(
         regs, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [16, 32]
@@ -39,15 +39,17 @@ def _rows_layout():
 
 @gluon.jit
 def _in_order(acc, R: gl.constexpr):
-    """An accumulator `[16, 32]` whose column 8 n + 2 j + e stands for component 8 j + 2 n + e:
-    its components in order, for which no thread needs another's values."""
+    """The components of an accumulator `[16, 32]` in order; no data moves between threads.
+
+    Column 8 n + 2 j + e of the accumulator is component 8 j + 2 n + e.
+    """
     acc = gl.permute(gl.reshape(acc, (16, 4, 4, 2)), (0, 2, 1, 3))
     return gl.convert_layout(gl.reshape(acc, (16, 32)), R, assert_trivial=True)
 
 
 @gluon.jit
 def _parts(x, MMA: gl.constexpr):
-    """fp32 as two fp16 operands, as good as fp32 in a sum of products."""
+    """fp32 split into two fp16 operands, as exact as fp32 in a sum of products."""
     first = x.to(gl.float16)
     rest = (x - first.to(gl.float32)).to(gl.float16)
     return from_dims(first, 0, MMA), from_dims(rest, 0, MMA)
@@ -133,7 +135,7 @@ def _project_kernel(
         for entry in range(begin, end, STEP):
             position = gl.load(row_table + entry)
             record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
-            # what the page holds: scales, outlier keys and the mean, on their way meanwhile
+            # scales, outlier keys and the mean arrive while the query is turned
             scales = ()
             for i in gl.static_range(RANK // 32):
                 scales = scales + (gl.load(bf16_ptr + record + SCALE_AT // 2 + i * 32 + comp),)
@@ -174,7 +176,7 @@ def _project_kernel(
             inverse = 16256.0 / top
             to = digits_ptr + ((slot * 4 + r_tile) * 2 * P + 2 * r_group)[:, None] * RANK
             for i in gl.static_range(RANK // 32):
-                # the sum rounds to an integer, which then is the low bits of the fp32
+                # adding 1.5 * 2 ** 23 rounds to an integer, which is in the low bits of the fp32
                 sums = products[i] * inverse[:, None] + 12582912.0
                 whole = sums.to(gl.int32, bitcast=True)
                 digits = to + (i * 32 + comp)[None, :]
@@ -201,7 +203,7 @@ def _project_kernel(
 
 
 def supports(layout: PageLayout, rotary_dim: int) -> bool:
-    """Whether this implementation projects for `layout`; the portable one does the others."""
+    """Return whether this kernel projects for `layout`; Triton's projects for the others."""
     own = layout.k.bands
     return (
         layout.head_dim in (64, 128)
@@ -228,7 +230,7 @@ def project_queries(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Projected:
-    """`triton.project.project_queries` for layouts that `supports` names."""
+    """`triton.project.project_queries` for the layouts of `supports`: the same arguments."""
     heads, width = layout.num_kv_heads, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     splits = config.splits

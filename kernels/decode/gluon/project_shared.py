@@ -1,10 +1,10 @@
-"""Queries in the rank space of pages that share a basis, with explicit layouts (Gluon).
+"""The project part of decode from pages that share a basis, with explicit layouts (Gluon).
 
 A program keeps the basis of a KV head in shared memory. Each of its four warps takes the 16 rows
-(frames x queries of the head) of a page of its own. A thread of four that share a row turns four of
-every 16 dimensions, and has then what the product wants of it: the order of a sum is free, and the
-basis lies in that order. Entries are taken as all sequences number them, four at a time, so short
-sequences cost no more than long ones.
+(frames x queries of the head) of another page. Each of the four threads that share a row turns four
+of every 16 dimensions, and these are its part of the operand: the order of a sum is free, and the
+basis lies in that order. A program takes four of the numbered entries of all sequences at a time,
+so short sequences cost no more than long ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _sixteens(half):
 
 @gluon.constexpr_function
 def _rows_layout(half):
-    """`[4 pages, 16, half]`: two rows of a thread, of 16 dimensions in a row four."""
+    """`[4 pages, 16, half]`: a thread has two rows, and four of every 16 dimensions."""
     regs = [[0, 0, 1], [0, 0, 2], *_sixteens(half), [0, 8, 0]]
     lanes = [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0]], [], [4, 16, half])
@@ -43,7 +43,7 @@ def _rows_layout(half):
 
 @gluon.constexpr_function
 def _vectors_layout(half):
-    """`[4 pages, 8, half]`: the same of a page's vectors."""
+    """`[4 pages, 8, half]`: a thread has a vector of a page, and four of every 16 dimensions."""
     regs = [[0, 0, 1], [0, 0, 2], *_sixteens(half)]
     lanes = [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     return gl.DistributedLinearLayout(regs, lanes, [[1, 0, 0], [2, 0, 0]], [], [4, 8, half])
@@ -51,7 +51,7 @@ def _vectors_layout(half):
 
 @gluon.constexpr_function
 def _found_layout(chunk):
-    """`[4 pages, 16, chunk]`: a thread's components are consecutive, one store of digits a row."""
+    """`[4 pages, 16, chunk]`: a thread has consecutive components, one store of digits a row."""
     own = chunk // 4
     regs = [[0, 0, 1 << i] for i in range(own.bit_length() - 1)] + [[0, 8, 0]]
     lanes = [[0, 0, own], [0, 0, 2 * own], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
@@ -60,13 +60,13 @@ def _found_layout(chunk):
 
 @gluon.constexpr_function
 def _basis_shared(half):
-    """Basis rows so that neither stores nor matrix loads meet in a bank."""
+    """Basis rows in shared memory, without bank conflicts of stores or matrix loads."""
     return gl.SwizzledSharedLayout(8, 128 // (2 * half), half // 8, order=[1, 0])
 
 
 @gluon.jit
 def _in_steps(x):
-    """`[n, dims]` in the order of a sum whose step of 16 takes dimensions 4 j .. 4 j + 3 from
+    """`x` `[n, dims]` in the order of a sum that takes, of every 16 dimensions, 4 j .. 4 j + 3 from
     thread j of four."""
     N: gl.constexpr = x.shape[0]
     DIMS: gl.constexpr = x.shape[1]
@@ -83,7 +83,7 @@ def _first(x, MMA: gl.constexpr):
 
 @gluon.jit
 def _by_page(x, INDEX: gl.constexpr, PAGES: gl.constexpr):
-    """fp16 vectors `[4, n, dims]` as an operand of products a page each."""
+    """fp16 vectors `[4, n, dims]` as an operand of a batch of products, one a page."""
     N: gl.constexpr = x.shape[1]
     DIMS: gl.constexpr = x.shape[2]
     x = gl.reshape(_in_steps(gl.reshape(x, (4 * N, DIMS))), (4, N, DIMS))
@@ -94,8 +94,10 @@ def _by_page(x, INDEX: gl.constexpr, PAGES: gl.constexpr):
 
 @gluon.jit
 def _in_order(acc, R: gl.constexpr):
-    """An accumulator `[64, C]` whose column 8 n + 2 j + e stands for component C j / 4 + 2 n + e:
-    its components in order, for which no thread needs another's values."""
+    """The components of an accumulator `[64, C]` in order; no data moves between threads.
+
+    Column 8 n + 2 j + e of the accumulator is component C j / 4 + 2 n + e.
+    """
     C: gl.constexpr = acc.shape[1]
     acc = gl.permute(gl.reshape(acc, (4, 16, C // 8, 4, 2)), (0, 1, 3, 2, 4))
     return gl.convert_layout(gl.reshape(acc, (4, 16, C)), R, assert_trivial=True)
@@ -116,7 +118,7 @@ ASM_DIGITS = gl.constexpr("""{
 
 @gluon.jit
 def _found_at(table_ptr, entry_seq_ptr, first_entry_ptr, table_width, entry, total):
-    """Sequence, place in it and page of entries of all sequences; -1 for the page past them."""
+    """Sequence, place in its table and page of numbered entries; past the last the page is -1."""
     seq = gl.load(entry_seq_ptr + gl.minimum(entry, total - 1))
     place = gl.minimum(entry, total - 1) - gl.load(first_entry_ptr + seq)
     position = gl.load(table_ptr + seq * table_width + place, mask=entry < total, other=-1)
@@ -137,7 +139,7 @@ def _fetch_ahead(
     HEAD_BYTES: gl.constexpr,
     SCALE_AT: gl.constexpr,
 ):
-    """Bring 2 KB of each page from its scales on, all that a program reads of it, to L2."""
+    """Fetch 2 KB of each page, from its scales on, into L2: all that a program reads of it."""
     AHEAD: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     place = gl.arange(0, 8, layout=gl.SliceLayout(1, AHEAD))
     line = gl.arange(0, 16, layout=gl.SliceLayout(0, AHEAD))
@@ -245,7 +247,7 @@ def _project_kernel(
                 total,
             )
             r_entry, m_entry = first + index_of(4, R, 0), first + index_of(4, PAGES, 0)
-            # what pages hold: scales, outlier keys and the mean, on their way meanwhile
+            # scales, outlier keys and the mean arrive while the query is turned
             _, _, r_position = _found_at(
                 table_ptr, entry_seq_ptr, first_entry_ptr, table_width, r_entry, total
             )
@@ -323,7 +325,7 @@ def _project_kernel(
             inverse = 16256.0 / top
             to = digits_ptr + ((r_slot * 4 + r_tile) * 2 * P + 2 * r_group) * RANK
             for i in gl.static_range(RANK // CHUNK):
-                # the sum rounds to an integer, which then is the low bits of the fp32
+                # adding 1.5 * 2 ** 23 rounds to an integer, which is in the low bits of the fp32
                 whole = (products[i] * inverse + 12582912.0).to(gl.int32, bitcast=True)
                 high_digit, low_digit = gl.inline_asm_elementwise(
                     ASM_DIGITS, "=r,=r,r,r,r,r", [whole], (gl.int8, gl.int8), True, 4
@@ -335,7 +337,7 @@ def _project_kernel(
 
 
 def supports(layout: PageLayout, rotary_dim: int) -> bool:
-    """Whether this implementation projects for `layout`; the portable one does the others."""
+    """Return whether this kernel projects for `layout`; Triton's projects for the others."""
     return (
         layout.head_dim in (64, 128)
         and layout.k.shared_basis
@@ -359,7 +361,7 @@ def project_queries(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Projected:
-    """`triton.project.project_queries` for layouts that `supports` names."""
+    """`triton.project.project_queries` for the layouts of `supports`: the same arguments."""
     heads, width = layout.num_kv_heads, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     parts = width // 4  # programs that share a page's frames

@@ -1,4 +1,4 @@
-"""Tiles of 128 tokens of a page as tensor-core operands, and storing of partials."""
+"""Loading of tiles of 128 tokens of a page, and storing of partial results (Gluon)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARPS = 4
 def v_band(
     record, tile, COUNT: gl.constexpr, BITS: gl.constexpr, AT: gl.constexpr, HIGH: gl.constexpr
 ):
-    """Words of one band of V and, for 3 bits, the words of its third bits."""
+    """Load the words of one band of V and, for 3 bits, the words of its third bits."""
     PLANE: gl.constexpr = 2 if BITS == 3 else BITS
     words = load_words(record + AT // 4 + tile * (COUNT * 4 * PLANE), COUNT, 4 * PLANE)
     if BITS == 3:  # noqa: SIM108 (decided while compiling)
@@ -33,7 +33,7 @@ def v_band(
 
 @gluon.jit
 def k_band(record, short, tile, BAND: gl.constexpr):
-    """Words of one band of K; `record` counts int32, `short` int16."""
+    """Load the words of one band of K; `record` points to int32, `short` to int16."""
     COUNT: gl.constexpr = BAND[1]
     BITS: gl.constexpr = BAND[2]
     if COUNT * BITS == 64:
@@ -65,7 +65,7 @@ def load_tile(
     VA: gl.constexpr,
     VB: gl.constexpr,
 ):
-    """Everything that one tile reads, in registers."""
+    """Load into registers everything that attention to one tile reads."""
     unit = gl.maximum(position, 0).to(gl.int64)
     record = plane_ptr + (unit * 32 + head * (HEAD_BYTES // 4))
     short = short_ptr + (unit * 64 + head * (HEAD_BYTES // 2))
@@ -126,7 +126,7 @@ def store(
     VB: gl.constexpr,
     VALUES: gl.constexpr,
 ):
-    """What one part gave; see `Partials`."""
+    """Store the partial result of one part; see `Partials`."""
     SIZE: gl.constexpr = RANK + DIM if VALUES else RANK
     store_vectors(vectors_ptr + part * P * SIZE + VA[0], ranks_a, SIZE)
     if VB[1] > 0:
@@ -140,7 +140,7 @@ def store(
 
 @gluon.jit
 def store_vectors(to, x, SIZE: gl.constexpr):
-    """`[n, P]` to n consecutive places of P rows of `SIZE`."""
+    """Store `x` `[n, P]` at n consecutive places of P rows of `SIZE`."""
     place = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
     group = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
     gl.store(to + group[None, :] * SIZE + place[:, None], x)

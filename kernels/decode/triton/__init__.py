@@ -1,4 +1,4 @@
-"""The parts of decode attention in portable Triton."""
+"""The parts of decode attention in Triton, for every GPU that Triton supports."""
 
 __all__ = [
     "apply",

@@ -1,4 +1,4 @@
-"""Parts of decode from pages times the basis of V that each page has, in portable Triton."""
+"""Application of V's page bases to partial results of decode from pages, in portable Triton."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _apply_kernel(
     RANK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The pages of one item: vectors in rank space times each page's basis, merged."""
+    """Multiply one item's vectors in rank space by the bases of their pages, and merge them."""
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -102,7 +102,7 @@ def apply_bases(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Partials:
-    """Partials by page, in rank space -> by item: vectors fp32 `[items, H, P, D]` and sums."""
+    """Partial results by item, vectors fp32 `[items, H, P, D]`, of those by page in rank space."""
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     width = group_sizes(q, layout)[1]
     out = Partials.sized(plan.num_items, layout, width, dim, q.device)

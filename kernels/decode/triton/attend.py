@@ -1,4 +1,4 @@
-"""The attend step of decode from pages, in portable Triton; see `decode_parts`."""
+"""The attend part of decode from pages, in portable Triton; see `decode.parts`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ def _attend_kernel(
     CAPPED: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """`PER_PAGE`: a page is a part, not an item; `VALUES`: there is room for them."""
+    """Attend to the pages of one item for one KV head.
+
+    `PER_PAGE`: a part is a page, not an item. `VALUES`: `adds_values` of the layout.
+    """
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -256,7 +259,7 @@ def attend_pages(
     options: ScoreOptions,
     config: DecodeConfig,
 ) -> Partials:
-    """Every part's scores, weights and sums in rank space; see `Partials`."""
+    """The weighted codes of every part, in rank space, and their sums; see `Partials`."""
     heads, dim = layout.num_kv_heads, layout.head_dim
     group, width = group_sizes(q, layout)
     k, v = layout.k, layout.v

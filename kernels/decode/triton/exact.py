@@ -1,4 +1,4 @@
-"""Decode attention over exact pages in Triton: the bf16 baseline, and tails and landmarks."""
+"""Decode attention to exact pages in Triton, for format `exact`, and for landmarks and tails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page.triton import after_previous, capped, padded
 
 PROGRAMS = 2112  # about what keeps a GPU of 132 multiprocessors busy: 16 programs each
-GRAIN = 4  # pages that a program should have, so that loads of the next hide
+GRAIN = 4  # pages that a program should have, so that it loads one while it computes another
 WARPS, STAGES = 4, 3
 
 
@@ -94,7 +94,7 @@ def _exact_kernel(
 
 
 def plan_exact(num_tokens: Tensor, max_entries: int, num_kv_heads: int) -> DecodePlan:
-    """The items of a decode step over exact pages of 64 tokens."""
+    """The DecodePlan of a step over exact pages of 64 tokens."""
     counts = (num_tokens.to(torch.int32) + EXACT_PAGE_TOKENS - 1) // EXACT_PAGE_TOKENS
     target = max(1, PROGRAMS // num_kv_heads)
     return DecodePlan.of(counts, max_entries=max_entries, target_items=target, grain=GRAIN)
@@ -112,7 +112,7 @@ def attend_exact(
     plan: DecodePlan,
     options: ScoreOptions,
 ) -> Partials:
-    """The items of `plan`: vectors fp32 `[items, H, P, D]` and their sums, not yet merged."""
+    """Partial results of the items of `plan`: vectors fp32 `[items, H, P, D]`, and their sums."""
     num_seqs, num_q_heads, dim = q.shape
     group = num_q_heads // num_kv_heads
     width = padded(group, 1)

@@ -1,4 +1,4 @@
-"""Items of decode from pages put together, in Triton; see `decode_parts`."""
+"""The finish part of decode attention, which merges items, in Triton; see `decode.parts`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectral_paged.kernels.launch.configs import dependent_launch
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import after_previous, padded, times_rows
 
-COLUMNS, ITEMS = 64, 32  # what a program merges at once
+COLUMNS, ITEMS = 64, 32  # a program merges so many columns of so many items at once
 APPLY_COLUMNS = 32
 
 
@@ -34,9 +34,9 @@ def _add_items(
     SIZE: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """The items of one query of one sequence, many at once, added to what is merged already.
+    """Merge the items of one query of one sequence, `ITEMS` at once, into a running result.
 
-    `dim` are columns of their vectors of `SIZE`; what lies outside counts as zero.
+    `dim` are columns of the items' vectors of `SIZE`; a column outside counts as zero.
     """
     first = tl.load(first_item_ptr + seq)
     num_items = tl.load(first_item_ptr + seq + 1) - first
@@ -79,8 +79,10 @@ def _reduce_kernel(
     ITEMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query of one sequence; some of the vectors' columns. Vectors of items beside are the
-    last columns of those of the others."""
+    """Merge all items of one query of one sequence, for some columns of their vectors.
+
+    The vectors of items `BESIDE` are the last columns of those of the other items.
+    """
     after_previous(PDL)
     seq, query = tl.program_id(0), tl.program_id(1)
     head, group = query // GROUP, query % GROUP
@@ -144,7 +146,10 @@ def _apply_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Vectors in rank space times V's shared basis, and what lies beside them; one KV head."""
+    """Multiply merged vectors in rank space by V's shared basis, and add their last D columns.
+
+    A program takes one KV head.
+    """
     after_previous(PDL)
     head = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -172,8 +177,11 @@ def merge_items(
     beside: ExactPartials | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The items of each sequence merged: `[N, Hq, n]` in `dtype`, n as `partials` have it, and lse
-    fp32 `[N, Hq]`; those `beside` have vectors of the last columns alone."""
+    """Merge the items of each sequence: `[N, Hq, n]` in `dtype` and lse fp32 `[N, Hq]`.
+
+    n is the size of the vectors of `partials`. Those of `beside` may be shorter: they are the last
+    columns.
+    """
     num_seqs, num_q_heads = q.shape[:2]
     heads, width, size = partials.vectors.shape[1:]
     out = torch.empty(num_seqs, num_q_heads, size, dtype=dtype, device=q.device)
@@ -213,17 +221,17 @@ def finish(
     beside: ExactPartials | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Items merged by sequence: out `[N, Hq, D]` in `dtype`, lse fp32 `[N, Hq]`.
+    """Merge partial results by sequence: out `[N, Hq, D]` in `dtype`, lse fp32 `[N, Hq]`.
 
     Args:
-        partials: an item each; in rank space with a shared `basis`, which is applied here.
-        beside: items of the same sequences that are not in rank space (exact pages).
+        partials: one for each item; in rank space with a shared `basis`, which is applied here.
+        beside: partial results over exact pages of the same sequences, not in rank space.
     """
     if basis is None:
         return merge_items(q, partials, plan.first_item, beside=beside, dtype=dtype)
     group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
-    # columns behind the rank are those of D that no basis multiplies
+    # the first `rank` columns are in rank space; the basis does not multiply the D behind them
     mixed, lse = merge_items(q, partials, plan.first_item, beside=beside)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     rows = 64 if q.shape[0] * group > 16 else 16

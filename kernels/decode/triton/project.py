@@ -1,4 +1,4 @@
-"""Queries in the rank space of pages, in portable Triton; see `decode_parts`."""
+"""The project part of decode from pages, in portable Triton; see `decode.parts`."""
 
 from __future__ import annotations
 
@@ -59,8 +59,11 @@ def _project_kernel(
     PAGES: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
-    """Rows are `[PAGES, 4 tiles, P]`. What is exact in a page (mean, outlier tokens) rides along as
-    `EXTRA` columns a page beside the basis; a row keeps its own page's."""
+    """Project the queries of one item for one KV head; rows are `[PAGES, 4 tiles, P]`.
+
+    A page's exact vectors (mean, outlier tokens) are `EXTRA` columns beside the basis. A row keeps
+    the products with its own page's columns.
+    """
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -72,7 +75,7 @@ def _project_kernel(
         comp = tl.arange(0, RANK_PAD)
         column = tl.arange(0, PAGES * EXTRA)
         column_page, part = column // EXTRA, column % EXTRA
-        # Dimensions in two halves, a pair of RoPE in one place of both; the rest is paired anyhow.
+        # Two halves of the dimensions, where a RoPE pair has one place; the rest pairs arbitrarily.
         place = tl.arange(0, HALF_PAD)
         low_dim = tl.where(place < HALF, place, place + HALF)
         high_dim = tl.where(place < HALF, place + HALF, place + DIM // 2)
@@ -102,7 +105,7 @@ def _project_kernel(
                 turned = low_q * cos + high_q * sin
                 high_q = high_q * cos - low_q * sin
                 low_q = turned
-            # fp16 in two parts: the dots below are as good as fp32
+            # two fp16 parts make the dots below as exact as fp32
             low_a, low_b = halves(low_q)
             high_a, high_b = halves(high_q)
             if not SHARED:
@@ -185,7 +188,7 @@ def project_queries(
     plan: DecodePlan,
     config: DecodeConfig,
 ) -> Projected:
-    """Queries in the rank space of every page and frame; see `Projected`."""
+    """Project queries into the rank space of every page, turned back by frame; see `Projected`."""
     side, width = layout.k, group_sizes(q, layout)[1]
     out = Projected.empty(plan.max_entries, layout, width, q.device)
     _project_kernel[(plan.num_items, layout.num_kv_heads)](

@@ -1,3 +1,3 @@
-"""The seal op in Triton: fits, codes and eigenvectors."""
+"""The seal op in Triton: fits, codes, outlier tokens and eigenvectors."""
 
 __all__ = ["codes", "eigenvectors", "exact_tokens", "fit", "outliers", "seal"]

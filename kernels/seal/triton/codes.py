@@ -1,4 +1,4 @@
-"""Codes of a seal in Triton, and where their bits go in the page; `BandLayout` draws it."""
+"""Codes of a seal in Triton, and their packing into the page in the order of `BandLayout`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def band_codes(
     COUNT_PAD: tl.constexpr,
     RANK_PAD: tl.constexpr,
 ):
-    """Codes int32 `[tokens, COUNT_PAD]` of a band, by the scales that the page holds."""
+    """Codes int32 `[tokens, COUNT_PAD]` of a band, by the scales as the page stores them."""
     part = tl.arange(0, COUNT_PAD)
     inside = part < BANDS[B][1]
     step = tl.load(scale_ptr + BANDS[B][0] + part, mask=inside, other=0.0).to(tl.float32) * inverse
@@ -45,7 +45,7 @@ def band_codes(
 
 @triton.jit
 def _words(codes, shift, COUNT: tl.constexpr, WIDTH: tl.constexpr, PER: tl.constexpr):
-    """`PER` codes of a row of `WIDTH` in an int32; bits do not meet, so a sum joins them."""
+    """Words of `PER` codes each, from rows of `WIDTH`; a sum joins bits that do not overlap."""
     parts = tl.reshape(codes << shift[None, :], (COUNT, WIDTH // PER, PER))
     return tl.sum(parts, axis=2)
 
@@ -61,7 +61,7 @@ def write_codes(
     COUNT_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Pack codes int32 `[ROWS, COUNT_PAD]` of tokens from `start` on into a band's planes."""
+    """Pack codes int32 `[ROWS, COUNT_PAD]` of tokens from `start` on into a band of the page."""
     count: tl.constexpr = BANDS[B][1]
     bits: tl.constexpr = BANDS[B][2]
     low: tl.constexpr = 2 if bits == 3 else bits
@@ -96,7 +96,7 @@ def write_codes(
 
 @cache
 def code_table(device: torch.device) -> Tensor:
-    """int32 `[80]`: at 16 bits + 8 (positive) + index of the magnitude, the code."""
+    """The code of each level, int32 `[80]`, at `16 * bits + 8 * positive + magnitude index`."""
     table = torch.zeros(80, dtype=torch.int32)
     for bits, levels in LEVELS["gaussian"].items():
         for code, level in enumerate(levels):

@@ -1,19 +1,19 @@
-"""Eigenvectors of many small symmetric matrices, in Triton: a program each.
+"""Eigenvectors of many small symmetric matrices, in Triton: one program a matrix.
 
-One-sided Jacobi (Hestenes 1958) on the Cholesky factor (Veselic and Hari 1989): of G = R^T R the
-rows of R are rotated in pairs until each is orthogonal to each. They end up as eigenvectors of G,
-as long as the roots of their eigenvalues, so nothing has to be accumulated beside them. Pairs of a
-turn touch each row once; D - 1 turns make a sweep in which all rows meet (Brent and Luk 1985, the
-order of a round-robin tournament):
+One-sided Jacobi (Hestenes 1958) on the Cholesky factor (Veselic and Hari 1989): for G = R^T R,
+pairs of rows of R are rotated until all rows are orthogonal. They then are eigenvectors of G, whose
+lengths are the roots of their eigenvalues, so that no rotations are accumulated beside them. The
+pairs of a turn touch each row once. D - 1 turns are a sweep, in which all rows meet (Brent and Luk
+1985, the order of a round-robin tournament):
 
 ```
 turn 0   0 1 2 3     turn 1   0 2 3 4     place 0 stays, the others move on by one a turn;
          7 6 5 4              1 7 6 5     rows above each other are rotated
 ```
 
-Rows stay in memory (a matrix of 128 takes 64 KiB, which L1 keeps) and change places by address.
-Small rows become as orthogonal as large ones: a rotation rounds relative to the row that it makes.
-torch's `eigh` takes 1.3 ms for each, one after the other; 512 at once take 8 ms here (an H100).
+Rows stay in memory (64 KiB for D = 128, which L1 keeps) and change places by address. Small rows
+become as orthogonal as large ones, because a rotation rounds relative to the row that it makes.
+torch's `eigh` takes 1.3 ms a matrix, one after the other; this kernel takes 8 ms for 512 (an H100).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from spectral_paged.kernels.page.triton import padded
 
 SWEEPS = 16  # at most: 9 to 12 are enough
-SMALL = 2e-6  # cosine of two rows that are left as they are
-# The last sweep meets cosines of at most this and leaves smaller ones: as a rule their squares.
+SMALL = 2e-6  # two rows of a smaller cosine are not rotated
+# No sweep follows one whose cosines are at most this: it leaves smaller ones, mostly their squares.
 LAST = 1e-4
-# Of the trace, added to each eigenvalue: it changes no eigenvector, and a matrix that is
-# semidefinite but for its rounding has a factor with rows of some length.
+# Share of the trace that is added to each eigenvalue. It changes no eigenvector, and gives a matrix
+# that only rounding keeps from being semidefinite a factor whose rows are not zero.
 RIDGE = 1e-5
-PAIRS = 32  # of a turn, held in registers at a time
+PAIRS = 32  # pairs of a turn that are in registers at a time
 
 
 @triton.jit
@@ -82,11 +82,12 @@ def _jacobi_kernel(
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """`kernels.eigenvectors.eigenvectors` in Triton: the same arguments and results, as far as
-    fp32 tells eigenvalues apart. fp32, finite and of even D: nothing looks whether they are.
+    """`seal.eigenvectors.eigenvectors` in Triton: the same arguments and results, as far as fp32
+    tells eigenvalues apart.
 
-    What is found for a matrix does not depend on those beside it, if there are as many: torch
-    chooses its Cholesky factorization by the number of matrices.
+    `matrices` must be fp32, finite and of even D; this is not checked. The result for a matrix does
+    not depend on the others, but on their number, by which torch chooses its Cholesky
+    factorization.
     """
     dim = matrices.shape[-1]
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

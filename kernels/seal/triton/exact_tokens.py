@@ -1,4 +1,4 @@
-"""Tokens of a block, read from its exact pages and turned as its page stores them (Triton)."""
+"""Reading of a block's tokens from exact pages, in the form that spectral pages store (Triton)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokens_of(
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """fp32 rows of the block's `token`s, keys turned back with their frame."""
+    """K or V of a block's tokens `token`, fp32 rows; with `TURN`, keys are turned back by frame."""
     page = tl.load(pages_ptr + token // 64).to(tl.int64)
     row = values_ptr + (page * UNIT + token % 64 * DIM)[:, None]
     there = (dim < DIM)[None, :] & (token >= 0)[:, None]

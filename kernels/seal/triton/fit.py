@@ -1,6 +1,6 @@
-"""Fits of a seal in Triton: energies, gains and levels of coefficients that lie in a workspace.
+"""Fits of a seal in Triton: energies, gains and levels of the coefficients in a workspace.
 
-What `spectral_paged.pages.quantize` does for a batch, for one side of one head.
+They do for one side of one head what `spectral_paged.pages.quantize` does for a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from spectral_paged.kernels.page.layout import LEVEL_UNIT, LEVELS, SideLayout
 
 @triton.jit
 def coefficients(work_ptr, token, comp, lost, RANK: tl.constexpr, RANK_PAD: tl.constexpr):
-    """fp32 rows of the workspace, those of outlier tokens (`lost`) zeroed."""
+    """Rows of the workspace in fp32; those of outlier tokens (`lost`) are zero."""
     at = work_ptr + token[:, None] * RANK_PAD + comp[None, :]
     kept = (comp < RANK)[None, :] & (lost == 0)[:, None]
     return tl.load(at, mask=kept, other=0.0).to(tl.float32)
@@ -21,7 +21,7 @@ def coefficients(work_ptr, token, comp, lost, RANK: tl.constexpr, RANK_PAD: tl.c
 
 @triton.jit
 def is_lost(token, outliers):
-    """1 for tokens among `outliers`."""
+    """1 for each token that is one of `outliers`, else 0."""
     return tl.sum((token[:, None] == outliers[None, :]).to(tl.int32), axis=1)
 
 
@@ -29,7 +29,7 @@ def is_lost(token, outliers):
 def energies(
     work_ptr, outliers, comp, RANK: tl.constexpr, RANK_PAD: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Mean square of every component."""
+    """The mean square of every component over the block's 512 tokens."""
     energy = tl.zeros([RANK_PAD], tl.float32)
     for start in range(0, 512, ROWS):
         token = start + tl.arange(0, ROWS)
@@ -51,9 +51,10 @@ def fit_gains(
     RANK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gains of all tokens to `gains_ptr`, and their codes to the page; the sum of their squares.
+    """Fit the gains of all tokens, store them and their codes, and return the sum of their squares.
 
-    `quantize._gains`: two alternating fits of gains and energies; `energy` is the first.
+    As in `quantize._gains`, gains and energies are fitted twice in turn; `energy` is the first.
+    Gains go to `gains_ptr`, and with `STORE` their codes go to the page at `codes_ptr`.
     """
     place = tl.arange(0, ROWS)
     first = tl.maximum(energy, 1e-30)
@@ -93,7 +94,7 @@ def bits_of(comp, BANDS: tl.constexpr):
 
 @triton.jit
 def magnitude(x, SIZES: tl.constexpr, WHICH: tl.constexpr):
-    """Index of the magnitude of `SIZES[WHICH]` that is nearest to `x`, and the magnitude."""
+    """The magnitude of `SIZES[WHICH]` that is nearest to `x`: its index, and its value."""
     index = tl.zeros_like(x)
     value = tl.zeros_like(x) + SIZES[WHICH][2]
     for i in tl.static_range(3, len(SIZES[WHICH])):
@@ -105,7 +106,7 @@ def magnitude(x, SIZES: tl.constexpr, WHICH: tl.constexpr):
 
 @triton.jit
 def nearest_levels(x, bits, SIZES: tl.constexpr):
-    """Levels nearest to `x`, of the width that `bits` says."""
+    """The levels nearest to `x` among those of `bits` bits."""
     size = tl.abs(x)
     _, value = magnitude(size, SIZES, 0)
     for i in tl.static_range(1, len(SIZES)):
@@ -116,14 +117,14 @@ def nearest_levels(x, bits, SIZES: tl.constexpr):
 
 @triton.jit
 def stored_scale(scale, inverse):
-    """A scale as the page stores it, and what it is read as; `quantize._stored`."""
+    """A scale as the page stores it, and its rounded value; see `quantize._stored`."""
     stored = (scale / inverse).to(tl.bfloat16)
     return stored, stored.to(tl.float32) * inverse
 
 
 @triton.jit
 def first_scale(energy, weight, bits, SIZES: tl.constexpr):
-    """Of a normal variable: its deviation over that of the levels' unit."""
+    """The first scale, for normal coefficients: their deviation over that of the levels."""
     unit = tl.zeros_like(energy) + SIZES[0][1]
     for i in tl.static_range(1, len(SIZES)):
         unit = tl.where(bits == SIZES[i][0], SIZES[i][1], unit)
@@ -131,7 +132,7 @@ def first_scale(energy, weight, bits, SIZES: tl.constexpr):
 
 
 def level_sizes(side: SideLayout) -> tuple[tuple[float, ...], ...]:
-    """`(bits, unit, ascending magnitudes ...)` of the widths that a side uses."""
+    """The levels of a side's widths: `(bits, LEVEL_UNIT, ascending magnitudes ...)` for each."""
     table = LEVELS["gaussian"]
     widths = sorted({band.bits for band in side.bands})
     return tuple(

@@ -1,4 +1,4 @@
-"""Outlier tokens of a block: which they are, and their slots in the page (Triton)."""
+"""Outlier tokens of a block: their choice, and their storing in the page (Triton)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectral_paged.kernels.seal.triton.exact_tokens import tokens_of
 
 @triton.jit
 def worst(errors_ptr, item, SLOTS: tl.constexpr):
-    """The tokens `[8]`, unused places -1, whose coefficients of K and V come back worst."""
+    """The tokens `[8]` with the largest quantization errors of K and V; unused places are -1."""
     token, slot = tl.arange(0, 512), tl.arange(0, 8)
     total = tl.zeros([512], tl.float32)
     for side in tl.static_range(2):
@@ -42,7 +42,7 @@ def write_slots(
     INDEX_AT: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """The outlier tokens of a side, and with K their places, in ascending order."""
+    """Store the outlier tokens of a side in ascending order, and with K also their indices."""
     dim = tl.arange(0, DIM_PAD)
     x = tokens_of(
         pages_ptr,

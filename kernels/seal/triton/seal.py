@@ -1,16 +1,16 @@
-"""Seal blocks on a GPU: encode exact pages into spectral pages where they lie, in Triton.
+"""Sealing of blocks on a GPU: encoding of exact pages into spectral pages, in Triton.
 
-The twin encodes by the codec and lives in the cache, which knows both; it makes pages of formats
-with a basis of their own too. A program takes one side of one head of one layer of one block;
-nothing it does depends on another, so a page's bytes are a function of its block alone.
+The twin is the cache's `TorchEncoder`, which encodes by the codec, also for formats with page
+bases. A program takes one side of one head of one layer of one block. It does not depend on other
+blocks, so a page's bytes are a function of its block only.
 
 ```
 _project_kernel   read, turn keys, mean, coefficients -> workspace; errors of a first quantization
 _quantize_kernel  outlier tokens of both sides -> gains, scales and codes without them -> page
 ```
 
-Coefficients wait in a workspace of bf16 between passes: their rounding (0.1 %) is lost in that of
-3-bit codes (18 %). The first quantization has no refitted scales; it only ranks tokens.
+Coefficients lie in a bf16 workspace between passes: their rounding (0.1 %) is small beside that of
+3-bit codes (18 %). The first quantization does not refit scales, because it only ranks tokens.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _project_kernel(
     side_item = item * 2 + SIDE
     place, dim, comp = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
 
-    if SIDE == 0:  # the first to write: bytes that nothing is written to are zero, as the twin's
+    if SIDE == 0:  # K is first to write, and zeroes all: unused bytes are zero, as the twin's are
         word = tl.arange(0, 1024)
         end = HEAD_BYTES // 4
         if head == HEADS - 1:
@@ -125,7 +125,7 @@ def _project_kernel(
     tl.store(power_ptr + side_item, inverse)
 
     basis = projection_ptr + (layer * HEADS + head).to(tl.int64) * (DIM * RANK)
-    for first_comp in tl.static_range(0, RANK_PAD, COLUMNS):  # what shared memory takes at once
+    for first_comp in tl.static_range(0, RANK_PAD, COLUMNS):  # as many as fit shared memory
         column = first_comp + tl.arange(0, COLUMNS)
         used = (dim < DIM)[:, None] & (column < RANK)[None, :]
         matrix = tl.load(basis + dim[:, None] * RANK + column[None, :], mask=used, other=0.0)
@@ -271,7 +271,7 @@ def _quantize_kernel(
 
 
 def supports(layout: PageLayout) -> bool:
-    """Whether this kernel makes pages of `layout`: what calibrated presets use."""
+    """Return whether this kernel encodes pages of `layout`, as calibrated presets have it."""
     sides = (layout.k, layout.v)
     return (
         layout.levels == "gaussian"
@@ -298,7 +298,7 @@ def seal(
     config: SealConfig | None = None,
     compile_only: bool = False,
 ) -> Tensor:
-    """Encode blocks that lie in exact pages; their pages get what the codec gives.
+    """Encode blocks from their exact pages into spectral pages, as the codec encodes them.
 
     Args:
         planes: uint8 `[L, plane_bytes]`, exact pages and spectral pages of L layers.
@@ -307,14 +307,14 @@ def seal(
         first: int32 `[B]`, position in its sequence of each block's first token.
         dtype: element type of exact pages.
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's table.
-        k_projection, v_projection: fp32 `[L, H, D, rank]`, what a token without its page's mean is
-            multiplied with to give its coefficients.
-        config: how kernels are launched; default what `launch_configs` has for the GPU.
-        compile_only: compile the kernels that these arguments need; nothing is read or written.
+        k_projection, v_projection: fp32 `[L, H, D, rank]`, the matrices by which a token less its
+            page's mean is multiplied to give its coefficients.
+        config: launch parameters; the default is `seal_config` of the GPU.
+        compile_only: compile the kernels for these arguments, without running them.
 
     Returns:
-        int32 `[B, L, H, 2]`: elements of K and of V that are NaN or Inf. Such pages are written
-        and mean nothing.
+        int32 `[B, L, H, 2]`: the number of elements of K and of V that are NaN or Inf. A page with
+        such elements is written, and its contents are meaningless.
     """
     if config is None:
         config = seal_config(layout, planes.device)
@@ -325,7 +325,7 @@ def seal(
     bad = torch.zeros(len(pages), num_layers, heads, 2, dtype=torch.int32, device=device)
     sides = (layout.k, layout.v)
     ranks = [padded(side.rank) for side in sides]
-    commons: list[dict[str, Any]] = [  # what both kernels of a side take
+    commons: list[dict[str, Any]] = [  # arguments of both kernels of a side
         {
             "LAYERS": num_layers,
             "HEADS": heads,
