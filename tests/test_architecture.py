@@ -190,6 +190,33 @@ def test_a_package_says_what_it_is_and_what_is_public(name):
     assert PUBLIC[name] is not None and PUBLIC[name] == sorted(PUBLIC[name])
 
 
+def missing(face: str, path: Path) -> list[str]:
+    """Names in a face's `__all__` that it neither binds nor has as a module beside it."""
+    bound = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {a.asname or a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign):
+            bound |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+    return [n for n in exported(path) or () if n not in bound and f"{face}.{n}" not in NAMES]
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_what_a_package_names_is_there(name):
+    assert missing(name, FACES[name]) == []
+
+
+def test_a_name_of_nothing_is_seen(tmp_path):
+    face = tmp_path / "__init__.py"
+    face.write_text(
+        "from spectral_paged.rope import RotaryTable\n__all__ = ['RotaryTable', 'run']\n"
+    )
+    assert missing("benchmarks.unsloth", face) == []
+    assert missing("cache", face) == ["run"]
+
+
 def private_names(source: str, importer: str, package: str) -> list[str]:
     """What a module takes from another package that is in no `__all__` on the way there."""
     found = []

@@ -1,7 +1,6 @@
 """Benchmarks of Unsloth's models with and without the patch."""
 
 __all__ = [
-    "models",
     "needles",
     "run",
 ]
