@@ -91,6 +91,11 @@ class PaddedRows:
                     "appends to a finished row, too), keep the mask's columns or call reset()"
                 )
             if misplaced:
+                if shown is not None and _has_later_pads(shown[row]):
+                    raise InvalidRequestError(
+                        f"row {row} is padded on the right, so generate would go on from a pad: "
+                        "pad on the left (padding_side='left' of the tokenizer)"
+                    )
                 raise InvalidRequestError(
                     f"position_ids of row {row} do not count its tokens from 0: leave them out, or "
                     "pass attention_mask.cumsum(-1) - 1"
@@ -125,6 +130,11 @@ class PaddedRows:
                 places = self.shown[row].nonzero().squeeze(1)
                 found[row, :, places[len(places) - x.shape[1] :]] = x
         return found
+
+
+def _has_later_pads(shown: Tensor) -> bool:
+    """True if a column without a token follows one with a token; `shown` is bool `[columns]`."""
+    return bool((shown[:-1] & ~shown[1:]).any())
 
 
 def left_padded(

@@ -20,6 +20,7 @@ from spectral_paged.file_limits import (
     MAX_TOKENIZER_BYTES,
     check_file,
 )
+from spectral_paged.models.quantized_weights import check_config, check_tensors, tensor_names
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SIZES = {
@@ -79,14 +80,15 @@ def _pickle_message(what: str) -> str:
 
 
 def check_checkpoint(where: str, config: Any) -> None:
-    """Refuse a model whose weights are not all safetensors files of its own.
+    """Refuse a model whose weights are not all plain safetensors files of its own.
 
     Args:
         where: folder or hub id.
         config: the model's transformers config, which may name the weights.
 
     Raises:
-        UnsupportedModelError: there are pickled weights only, or there is an adapter.
+        UnsupportedModelError: the weights are quantized, there are pickled ones only, or there is
+            an adapter.
         CorruptFileError: there are no weights, or their index is damaged or names a file outside
             the model.
     """
@@ -95,6 +97,7 @@ def check_checkpoint(where: str, config: Any) -> None:
             f"{where} holds an adapter (adapter_config.json): merge it into its model, or load it "
             "yourself and give it to LLM.from_model"
         )
+    check_config(where, config)
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         _check_name(named, f"config.json in {where}", (".safetensors", ".safetensors.index.json"))
@@ -102,7 +105,9 @@ def check_checkpoint(where: str, config: Any) -> None:
         path = find_file(where, name)
         if path is not None:
             if name.endswith(".json"):
-                check_index(path)
+                check_tensors(where, check_index(path))
+            else:
+                check_tensors(where, tensor_names(path))
             return
     folder = Path(where)
     held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
@@ -115,21 +120,25 @@ def check_checkpoint(where: str, config: Any) -> None:
     )
 
 
-def check_index(path: Path) -> None:
+def check_index(path: Path) -> list[str]:
     """Refuse a safetensors index that names anything but safetensors files in its folder.
+
+    Returns the names of the tensors.
 
     Raises:
         CorruptFileError: the index is damaged, or a name is refused; the message has the name.
     """
     check_file(path, MAX_INDEX_BYTES, "a safetensors index")
     try:
-        names = set(json.loads(path.read_bytes())["weight_map"].values())
+        places = json.loads(path.read_bytes())["weight_map"]
+        files = set(places.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(
             f"{path} is no safetensors index ({error!r}): fetch it again"
         ) from error
-    for name in names:
+    for name in files:
         _check_name(name, str(path), (".safetensors",))
+    return list(places)
 
 
 def _check_name(name: object, source: str, endings: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 from spectral_paged.errors import (
     CorruptFileError,
     InvalidRequestError,
+    MissingPackageError,
     UnknownModelError,
     UnsupportedModelError,
 )
@@ -121,6 +122,7 @@ def load_model(
 
     Raises:
         UnknownModelError, UnsupportedModelError, CorruptFileError.
+        MissingPackageError: the model's own code, or transformers, needs one.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
     geometry = ModelGeometry.from_config(config)
@@ -140,6 +142,10 @@ def load_model(
         )
         if missing := sorted(found["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"model {name!r} needs a package that is not installed: {error}"
+        ) from error
     except Exception as error:
         raise CorruptFileError(
             f"the files of model {name!r} in {where} cannot be loaded ({error}): {remedy}"

@@ -200,6 +200,16 @@ def test_positions_that_count_padding(model, cache):
     assert still_serves(model, cache)
 
 
+@pytest.mark.parametrize("lengths", [(70, 5), (5, 70, 69), (2, 3)])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}])
+def test_rows_padded_on_the_right(model, lengths, options):
+    cache = paged_cache(model, max_num_seqs=8)
+    inputs = {name: rows.flip(1) for name, rows in batch(lengths).items()}
+    with pytest.raises(InvalidRequestError, match="on the right.*padding_side='left'"):
+        model.generate(**inputs, max_new_tokens=4, past_key_values=cache, **options)
+    assert still_serves(model, cache)
+
+
 def test_gradients(model, cache):
     with pytest.raises(InvalidRequestError, match=r"torch.no_grad\(\)"):
         model(**batch((70,)), past_key_values=cache)

@@ -13,7 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spectral_paged import LLM, SamplingParams
-from spectral_paged.errors import CorruptFileError, UnknownModelError, UnsupportedModelError
+from spectral_paged.errors import (
+    CorruptFileError,
+    MissingPackageError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
 from spectral_paged.models import kept_files, loader
 from spectral_paged.models.gguf import conversion
 from support.gguf_files import write_gguf
@@ -150,6 +155,17 @@ def test_a_folder_that_holds_no_model_is_refused_with_a_remedy(tmp_path, own_cac
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(error, match=message):
+        LLM(str(tmp_path))
+
+
+def test_a_package_that_a_model_needs_is_named(tmp_path, own_cache, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+
+    def missing(*args, **options):
+        raise ImportError("this model needs einops")
+
+    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(MissingPackageError, match="not installed: this model needs einops"):
         LLM(str(tmp_path))
 
 
