@@ -14,7 +14,6 @@ __all__ = [
     "geometry",
     "gguf",
     "kept_files",
-    "kv_capture",
     "loader",
     "runner",
 ]

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from spectral_paged.models.kv_capture import CapturedKV, capture
 from spectral_paged.models.loader import LoadedModel, load_model
+from support.kv_capture import CapturedKV, capture
 from support.paths import TEXTS
 
 
