@@ -44,7 +44,8 @@ class SamplingParamsError(SpectralPagedError, ValueError):
 class RequestFailedError(SpectralPagedError, RuntimeError):
     """A valid request that failed while it ran.
 
-    Memory ran out even for a step of one token, or sampling or decoding its text raised.
+    Memory ran out even for a step of one token, or preparing it, sampling or decoding its text
+    raised.
     `__cause__` is the exception.
     """
 
@@ -91,6 +92,13 @@ class PatchError(SpectralPagedError, RuntimeError):
 
 class PoolError(SpectralPagedError, RuntimeError):
     """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""
+
+
+def refusal(message: str, param: str) -> InvalidRequestError:
+    """Return the error of a request whose field `param` is at fault."""
+    error = InvalidRequestError(message)
+    error.param = param
+    return error
 
 
 def attach_outputs(error: BaseException, outputs: Sequence[Any], what: str) -> None:

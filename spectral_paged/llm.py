@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -13,13 +13,18 @@ from tqdm import tqdm
 from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
+    Conversation,
     Engine,
+    Message,
     Prompt,
     TextDeltas,
+    check_messages,
+    conversations,
     counted_refusal,
     params_list,
     parts_of,
     prompt_list,
+    token_ids_of,
 )
 from spectral_paged.errors import (
     FormatError,
@@ -221,8 +226,15 @@ class LLM:
         Raises:
             SpectralPagedError: the first error of any request, after all others have finished.
         """
-        prompts = prompt_list(prompts)
-        params = params_list(sampling_params, len(prompts))
+        return self._complete(prompt_list(prompts), sampling_params, use_tqdm)
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt | Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = params_list(sampling_params, len(prompts), SamplingParams())
         results: list[RequestOutput | None] = [None] * len(prompts)
         errors: list[SpectralPagedError] = []
         places = self._submit_all(prompts, params, errors)
@@ -247,34 +259,44 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete one conversation or many, formatted by the tokenizer's chat template."""
-        many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        prompts: list[Prompt] = []
-        for i, conversation in enumerate(many):
-            with counted_refusal(self.engine.counters, f"prompt {i}"):
-                prompts.append({"prompt_token_ids": self.chat_tokens(conversation)})  # type: ignore[arg-type]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        """Complete one conversation or many, formatted by the tokenizer's chat template.
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation, up to the start of the assistant's turn."""
+        Args:
+            messages: `{"role": ..., "content": ...}`; content is text, or a list of text parts,
+                which are joined by line ends.
+
+        Raises:
+            SpectralPagedError: as in `generate`.
+        """
+        return self._complete(conversations(messages), sampling_params, use_tqdm)
+
+    def chat_tokens(self, messages: object) -> list[int]:
+        """Return the token ids of a conversation, up to the start of the assistant's turn.
+
+        Raises:
+            InvalidRequestError: the messages are none, the template refuses them, or there is no
+                template.
+        """
+        checked = check_messages(messages)
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 f"model {self.model_name!r} has no chat template: use generate with a prompt"
             )
         try:
             encoded = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+                checked, add_generation_prompt=True, tokenize=True, return_dict=True
             )
+            token_ids = list(encoded["input_ids"])
         except Exception as error:  # templates raise errors of any type for roles and orders
             raise InvalidRequestError(
                 f"the chat template of {self.model_name!r} refuses these messages: {error}"
             ) from error
-        return list(encoded["input_ids"])
+        return token_ids_of(token_ids, None, self.engine.vocab_size)
 
     def stream(
         self,
@@ -287,7 +309,7 @@ class LLM:
         request that fails while it runs yields a last piece with its error.
         """
         prompts = prompt_list(prompts)
-        params = params_list(sampling_params, len(prompts))
+        params = params_list(sampling_params, len(prompts), SamplingParams())
         places = self._submit_all(prompts, params, None)
         deltas = TextDeltas(self.engine)
         for output in self._outputs(places):
@@ -320,7 +342,7 @@ class LLM:
 
     def _submit_all(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt | Conversation],
         params: list[SamplingParams],
         errors: list[SpectralPagedError] | None,
     ) -> dict[str, int]:
@@ -344,9 +366,11 @@ class LLM:
             raise
         return places
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> str:
+    def _submit(self, prompt: Prompt | Conversation, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"
         with counted_refusal(self.engine.counters, request_id):
+            if isinstance(prompt, Conversation):
+                prompt = self.chat_tokens(prompt.messages)
             body, salt, pinned = parts_of(prompt)
         self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id

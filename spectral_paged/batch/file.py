@@ -19,8 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from spectral_paged.engine import check_salt
-from spectral_paged.errors import CorruptFileError, InvalidRequestError, SpectralPagedError
+from spectral_paged.engine import check_messages, check_salt
+from spectral_paged.errors import (
+    CorruptFileError,
+    InvalidRequestError,
+    RequestFailedError,
+    SpectralPagedError,
+)
 from spectral_paged.file_limits import (
     MAX_LINE_BYTES,
     MAX_RECORD_BYTES,
@@ -58,7 +63,7 @@ class BatchLine:
     digest: str
     custom_id: str | None = None
     prompt: str | list[int] | None = None
-    messages: list[Mapping[str, str]] | None = None
+    messages: list[dict[str, str]] | None = None
     params: SamplingParams | None = None
     url: str | None = None
     cache_salt: str = ""
@@ -106,7 +111,11 @@ def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLin
     try:
         value = _json_object(raw)
         return _parse(number, digest, value, defaults)
-    except SpectralPagedError as error:
+    except Exception as cause:  # of any type, and must end no other line
+        error = cause
+        if not isinstance(error, SpectralPagedError):
+            error = RequestFailedError(f"line {number} cannot be read: {cause!r}")
+            error.__cause__ = cause
         custom_id = _custom_id(value) if value is not None else None
         url = value.get("url") if value is not None else None
         if url not in (CHAT_URL, COMPLETIONS_URL):
@@ -194,7 +203,7 @@ def _cache_salt(value: Mapping[str, Any]) -> str:
     return "" if salt is None else check_salt(salt)
 
 
-def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
+def _messages(value: Mapping[str, Any]) -> list[dict[str, str]] | None:
     messages = value.get("messages")
     if (messages is None) == (value.get("prompt") is None):
         raise InvalidRequestError("a line needs either 'prompt' or 'messages'")
@@ -203,13 +212,7 @@ def _messages(value: Mapping[str, Any]) -> list[Mapping[str, str]] | None:
         if not isinstance(prompt, str | list):
             raise InvalidRequestError("prompt must be a string or a list of token ids")
         return None
-    ok = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not ok or not messages:
-        raise InvalidRequestError("messages must be a list of {'role': str, 'content': str}")
-    return list(messages)
+    return check_messages(messages)
 
 
 def _params(values: Mapping[str, Any]) -> SamplingParams:

@@ -21,6 +21,12 @@ from spectral_paged.engine.engine import (
 from spectral_paged.engine.events import (
     counted_refusal,
 )
+from spectral_paged.engine.messages import (
+    Conversation,
+    Message,
+    check_messages,
+    conversations,
+)
 from spectral_paged.engine.prompts import (
     Prompt,
     check_salt,
@@ -31,13 +37,17 @@ from spectral_paged.engine.prompts import (
 )
 
 __all__ = [
+    "Conversation",
     "Distribution",
     "Engine",
+    "Message",
     "Prompt",
     "Runner",
     "TextDeltas",
+    "check_messages",
     "check_request",
     "check_salt",
+    "conversations",
     "counted_refusal",
     "params_list",
     "parts_of",

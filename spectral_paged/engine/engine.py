@@ -126,23 +126,23 @@ class Engine:
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
-        group = RequestGroup(
-            request_id,
-            prompt if isinstance(prompt, str) else None,
-            token_ids,
-            params,
-            RequestMetrics(arrival_time=time.monotonic()),
-        )
-        for index in range(params.n):
-            completion = group.add_completion(
-                index,
-                self.tokenizer,
-                max_model_len=self.cache.max_model_len,
-                seed=seed_of(params, f"{self.seed}/{request_id}", index),
-                cache_salt=cache_salt,
-                pinned_spans=spans,
+            group = RequestGroup(
+                request_id,
+                prompt if isinstance(prompt, str) else None,
+                token_ids,
+                params,
+                RequestMetrics(arrival_time=time.monotonic()),
             )
-            self._by_sequence[completion.request.request_id] = completion
+            for index in range(params.n):
+                group.add_completion(
+                    index,
+                    self.tokenizer,
+                    max_model_len=self.cache.max_model_len,
+                    seed=seed_of(params, f"{self.seed}/{request_id}", index),
+                    cache_salt=cache_salt,
+                    pinned_spans=spans,
+                )
+        self._by_sequence |= {c.request.request_id: c for c in group.completions}
         self._groups[request_id] = group
         # the other completions fork from the first when its prompt is computed
         self.scheduler.add(group.completions[0].request)

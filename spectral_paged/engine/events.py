@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.requests import RequestGroup
-from spectral_paged.errors import SpectralPagedError
+from spectral_paged.errors import RequestFailedError, SpectralPagedError
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +18,28 @@ def counted_refusal(counters: EngineCounters, request_id: str) -> Iterator[None]
     """Count and log an error raised inside as the request's refusal, and raise it again.
 
     Do not nest this context: a refusal would count twice.
+
+    Raises:
+        RequestFailedError: an error without a type of this package, which is its cause; a caller
+            takes it as one request's own.
     """
     try:
         yield
-    except SpectralPagedError as error:
-        counters.count_refusal(error)
-        fields = {"event": "refusal", "request_id": request_id, "reason": type(error).__name__}
-        logger.info("refused request %s: %s", request_id, error, extra=fields)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    except SpectralPagedError as error:
+        _count(counters, request_id, error)
+        raise
+    except BaseException as cause:  # what a tokenizer written in Rust raises is no Exception
+        failure = RequestFailedError(f"request {request_id!r} cannot be prepared: {cause!r}")
+        _count(counters, request_id, failure)
+        raise failure from cause
+
+
+def _count(counters: EngineCounters, request_id: str, error: SpectralPagedError) -> None:
+    counters.count_refusal(error)
+    fields = {"event": "refusal", "request_id": request_id, "reason": type(error).__name__}
+    logger.info("refused request %s: %s", request_id, error, extra=fields)
 
 
 def log_failure(group: RequestGroup, error: SpectralPagedError) -> None:

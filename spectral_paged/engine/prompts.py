@@ -57,26 +57,39 @@ def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | 
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
         try:
-            return list(tokenizer(prompt)["input_ids"]) if prompt else []
+            token_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
         except Exception as error:  # of any type, and must end no other request
             raise InvalidRequestError(f"the tokenizer refuses the prompt: {error!r}") from error
+        return _in_vocabulary(token_ids, vocab_size)
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
         raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
     token_ids = list(prompt)
     for token in token_ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise InvalidRequestError(f"prompt token {token!r} is not a token id")
-        if vocab_size is not None and token >= vocab_size:
-            raise InvalidRequestError(
-                f"prompt token {token} is outside the vocabulary of {vocab_size}"
-            )
+    return _in_vocabulary(token_ids, vocab_size)
+
+
+def _in_vocabulary(token_ids: list[int], vocab_size: int | None) -> list[int]:
+    """Return token ids unchanged; a tokenizer may know more of them than the model."""
+    if vocab_size is not None and max(token_ids, default=0) >= vocab_size:
+        token = next(token for token in token_ids if token >= vocab_size)
+        raise InvalidRequestError(f"prompt token {token} is outside the vocabulary of {vocab_size}")
     return token_ids
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return one prompt (text, token ids or a mapping) or many as a list of prompts."""
+    """Return one prompt (text, token ids or a mapping) or many as a list of prompts.
+
+    Raises:
+        InvalidRequestError: `prompts` is none of these.
+    """
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise InvalidRequestError(
+            f"prompts is {prompts!r:.80}; give text, token ids, a mapping, or a list of those"
+        )
     items: list[Any] = list(prompts)
     if items and all(isinstance(x, int) for x in items):
         return [items]
@@ -84,17 +97,23 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def params_list(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    params: SamplingParams | Sequence[SamplingParams | None] | None,
+    count: int,
+    default: SamplingParams,
 ) -> list[SamplingParams]:
-    """Return sampling parameters for each of `count` prompts.
+    """Return sampling parameters for each of `count` prompts; None stands for `default`.
 
     Raises:
-        InvalidRequestError: `params` is a sequence of another length.
+        InvalidRequestError: `params` is a sequence of another length, or of other things.
     """
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
+        return [params or default] * count
+    rows: list[object] = list(params) if isinstance(params, Sequence) else [params]
+    wrong = next((r for r in rows if not isinstance(r, SamplingParams | None)), None)
+    if wrong is not None:
+        raise InvalidRequestError(f"sampling_params has {wrong!r:.80}; give SamplingParams(...)")
+    if len(rows) != count:
         raise InvalidRequestError(
-            f"{len(params)} sampling parameters for {count} prompts: give one, or one a prompt"
+            f"{len(rows)} sampling parameters for {count} prompts: give one, or one a prompt"
         )
-    return list(params)
+    return [row if isinstance(row, SamplingParams) else default for row in rows]

@@ -149,7 +149,11 @@ def unserved(completion: Completion, what: str, cause: BaseException) -> Request
 
 
 def seed_of(params: SamplingParams, otherwise: str, index: int) -> int:
-    """Derive the seed of completion `index` from the request's seed or the string `otherwise`."""
-    base = params.seed if params.seed is not None else otherwise
+    """Derive the seed of completion `index` from the request's seed or the string `otherwise`.
+
+    A negative seed is none, as in vLLM.
+    """
+    has_seed = params.seed is not None and params.seed >= 0
+    base = params.seed if has_seed else otherwise
     digest = hashlib.sha256(f"{base}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

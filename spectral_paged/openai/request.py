@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spectral_paged.engine import check_salt
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError
+from spectral_paged.engine import check_messages, check_salt
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, refusal
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -32,7 +32,6 @@ _DESCRIBING = (
 )
 # values that leave any field at its default
 _NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"}, ["text"], "none")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 Prompt = str | list[int]
 
 
@@ -45,7 +44,7 @@ class OpenAIRequest:
 
     params: SamplingParams
     prompts: list[Prompt]
-    messages: list[Mapping[str, str]] | None = None
+    messages: list[dict[str, str]] | None = None
     model: str | None = None
     cache_salt: str = ""
     stream: bool = False
@@ -88,15 +87,15 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     known |= {"top_logprobs", "messages"} if chat else {"prompt", "echo"}
     extra = sorted(k for k in body if k not in known and _asks(body[k]))
     if extra:
-        raise _refusal(f"body fields {extra} are not supported: leave them out", extra[0])
+        raise refusal(f"body fields {extra} are not supported: leave them out", extra[0])
     model = body.get("model")
     if model is not None and not isinstance(model, str):
-        raise _refusal("model must be a string", "model")
+        raise refusal("model must be a string", "model")
     stream = _flag(body, "stream")
     echo = _flag(body, "echo")
     given = _sampling(body, chat)
     if echo and given.get("logprobs") is not None:
-        raise _refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
+        raise refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
     try:
         params = SamplingParams(**dict(defaults) | given)
         salt = body.get("cache_salt")
@@ -107,7 +106,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     return OpenAIRequest(
         params,
         prompts=[] if chat else _prompts(body.get("prompt")),
-        messages=_messages(body.get("messages")) if chat else None,
+        messages=check_messages(body.get("messages")) if chat else None,
         model=model,
         cache_salt=salt,
         stream=stream,
@@ -115,12 +114,6 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         echo=echo,
         names_max_tokens="max_tokens" in given,
     )
-
-
-def _refusal(message: str, param: str) -> InvalidRequestError:
-    error = InvalidRequestError(message)
-    error.param = param
-    return error
 
 
 def _asks(value: object) -> bool:
@@ -131,7 +124,7 @@ def _asks(value: object) -> bool:
 def _flag(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise _refusal(f"{name} must be true or false", name)
+        raise refusal(f"{name} must be true or false", name)
     return bool(value)
 
 
@@ -148,7 +141,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     wanted = _flag(body, "logprobs")
     if body.get("top_logprobs") is not None:
         if not wanted and body["top_logprobs"] != 0:
-            raise _refusal("top_logprobs needs logprobs to be true", "top_logprobs")
+            raise refusal("top_logprobs needs logprobs to be true", "top_logprobs")
         if wanted:
             given["logprobs"] = body["top_logprobs"]
     elif wanted:
@@ -161,12 +154,12 @@ def _include_usage(options: object, stream: bool) -> bool:
     if options in (None, {}):
         return False
     if not isinstance(options, dict):
-        raise _refusal("stream_options must be an object", "stream_options")
+        raise refusal("stream_options must be an object", "stream_options")
     extra = sorted(k for k, v in options.items() if k != "include_usage" and v)
     if extra:
-        raise _refusal(f"stream_options {extra} are not supported", "stream_options")
+        raise refusal(f"stream_options {extra} are not supported", "stream_options")
     if not stream:
-        raise _refusal("stream_options needs stream to be true", "stream_options")
+        raise refusal("stream_options needs stream to be true", "stream_options")
     return _flag(options, "include_usage")
 
 
@@ -176,10 +169,10 @@ def _prompts(prompt: object) -> list[Prompt]:
     if prompts and all(isinstance(p, str) or _is_ids(p) for p in prompts):
         return list(prompts)
     if prompt is None:
-        raise _refusal("a body needs a 'prompt'", "prompt")
+        raise refusal("a body needs a 'prompt'", "prompt")
     if prompt == []:
-        raise _refusal("the prompt is empty: give at least one token", "prompt")
-    raise _refusal("prompt must be a string, a list of token ids, or a list of those", "prompt")
+        raise refusal("the prompt is empty: give at least one token", "prompt")
+    raise refusal("prompt must be a string, a list of token ids, or a list of those", "prompt")
 
 
 def _is_ids(value: object) -> bool:
@@ -188,51 +181,3 @@ def _is_ids(value: object) -> bool:
         and bool(value)
         and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     )
-
-
-# ---- messages ----------------------------------------------------------------------------
-
-
-def _messages(messages: object) -> list[Mapping[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise _refusal("messages must be a list of {'role': ..., 'content': ...}", "messages")
-    return [_message(message, f"messages.{i}") for i, message in enumerate(messages)]
-
-
-def _message(message: object, where: str) -> Mapping[str, str]:
-    if not isinstance(message, dict):
-        raise _refusal(f"{where} must be an object", where)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _refusal(f"{where}.role must be one of {sorted(_ROLES)}", f"{where}.role")
-    extra = sorted(k for k, v in message.items() if k not in ("role", "content", "name") and v)
-    if extra:
-        raise _refusal(f"{where} has {extra}, which are not supported", f"{where}.{extra[0]}")
-    found = {"role": _ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
-    name = message.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            raise _refusal(f"{where}.name must be a string", f"{where}.name")
-        found["name"] = name
-    return found
-
-
-def _content(content: object, where: str) -> str:
-    """Return text, or text parts joined by line ends, as vLLM does for templates of strings."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise _refusal(f"{where} must be a string or a list of text parts", where)
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise _refusal(f"{where}.{i} must be an object with a type", f"{where}.{i}")
-        if part["type"] != "text":
-            raise _refusal(
-                f"{where}.{i} is of type {part['type']!r:.40}; models here read text only",
-                f"{where}.{i}.type",
-            )
-        if not isinstance(part.get("text"), str):
-            raise _refusal(f"{where}.{i}.text must be a string", f"{where}.{i}.text")
-        texts.append(part["text"])
-    return "\n".join(texts)

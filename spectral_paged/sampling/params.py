@@ -28,7 +28,8 @@ class SamplingParams:
             2019).
         presence_penalty, frequency_penalty: subtracted from logits of output tokens, once and per
             occurrence.
-        seed: the same seed gives the same tokens, whatever else is in the batch.
+        seed: the same seed gives the same tokens, whatever else is in the batch; a negative one
+            stands for none.
         stop: strings that end a completion; its text does not contain them.
         stop_token_ids: ids that end a completion.
         max_tokens, min_tokens: bounds on generated tokens; below `min_tokens` nothing stops.

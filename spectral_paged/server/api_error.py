@@ -9,6 +9,7 @@ from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
     PromptTooLongError,
+    RequestFailedError,
     SpectralPagedError,
 )
 
@@ -55,7 +56,12 @@ class ApiError(Exception):
 
 
 def refused(error: SpectralPagedError) -> ApiError:
-    """Return the error of a request that can never be served (400)."""
+    """Return the error of a request that can never be served (400).
+
+    An error that is no fault of the request becomes a 500.
+    """
+    if isinstance(error, RequestFailedError):
+        return failed(error)
     code, param = _CODES.get(type(error), ("invalid_value", None))
     return ApiError(400, str(error), param=error.param or param, code=code)
 

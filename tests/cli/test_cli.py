@@ -73,7 +73,7 @@ BAD = {
         "tools",
     ),
     15: (b'{"prompt": [1, 99999999]}', "vocabulary"),
-    16: (b'{"messages": [{"role": "user"}]}', "messages must be"),
+    16: (b'{"messages": [{"role": "user"}]}', "messages.0.content must be"),
     17: (b'{"prompt": "' + b"word " * 9000 + b'"}', "max_model_len"),
     18: (b'{"prompt": "x", "sampling_params": 5}', "must be an object"),
     19: (b'{"prompt": "a\\ud800b"}', "not valid Unicode"),

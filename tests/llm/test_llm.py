@@ -72,7 +72,7 @@ def test_chat_uses_the_models_template_for_one_or_many(llm):
     many = llm.chat([one, one[:1]], greedy(), use_tqdm=False)
     assert "Paris" in single.outputs[0].text
     assert [o.outputs[0].token_ids for o in many] == [single.outputs[0].token_ids] * 2
-    with pytest.raises(InvalidRequestError, match="chat template"):
+    with pytest.raises(InvalidRequestError, match="messages.0.content must be"):
         llm.chat([{"role": "user"}], greedy(), use_tqdm=False)
 
 
