@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from spectral_paged.engine import (
     Message,
     Prompt,
     TextDeltas,
+    Turns,
     check_messages,
     conversations,
     counted_refusal,
@@ -45,16 +46,28 @@ from spectral_paged.scheduler import SchedulerConfig
 LOADING = ("device", "dtype", "trust_remote_code")  # options that a loaded model does not take
 
 
+Piece = TypeVar("Piece")
+
+
 @dataclass(slots=True, eq=False)
 class _Inbox:
-    """A caller's running requests, and the latest output of each until the caller takes it."""
+    """A caller's requests, and the latest output of each until the caller takes it.
 
+    Attributes:
+        places: index of each request's prompt in the caller's list.
+        running: requests that have not finished.
+    """
+
+    places: dict[str, int]
     running: set[str]
     latest: dict[str, RequestOutput] = field(default_factory=dict)
 
 
 class LLM:
     """A model with a spectral paged KV cache.
+
+    Threads may call `generate`, `chat` and `stream` at once: steps take turns, and each step serves
+    the requests of all callers.
 
     Args:
         model: alias of the embedded default, hub id, local folder, path to a `.gguf` file, or a
@@ -154,6 +167,7 @@ class LLM:
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
         self._inboxes: list[_Inbox] = []
+        self._turns = Turns()
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LLM:
@@ -177,10 +191,11 @@ class LLM:
         Graphs are captured for up to `num_seqs` sequences of up to `num_tokens` tokens. Returns
         the number of graphs (0 on the CPU).
         """
-        return self._runner.warm_up(
-            min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
-            min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
-        )
+        with self._turns:
+            return self._runner.warm_up(
+                min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
+                min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
+            )
 
     def close(self) -> None:
         """Drop all requests, free pages and graphs, and restore the model's own attention.
@@ -189,8 +204,9 @@ class LLM:
         """
         if "engine" not in vars(self):
             return
-        self._runner.close()
-        del self.engine, self.cache, self._runner
+        with self._turns:
+            self._runner.close()
+            del self.engine, self.cache, self._runner
 
     def __enter__(self) -> LLM:
         return self
@@ -237,12 +253,12 @@ class LLM:
         params = params_list(sampling_params, len(prompts), SamplingParams())
         results: list[RequestOutput | None] = [None] * len(prompts)
         errors: list[SpectralPagedError] = []
-        places = self._submit_all(prompts, params, errors)
-        bar = tqdm(total=len(places), desc="generate", unit="prompt", disable=not use_tqdm)
+        inbox = self._submit_all(prompts, params, errors)
+        bar = tqdm(total=len(inbox.places), desc="generate", unit="prompt", disable=not use_tqdm)
         try:
-            for output in self._outputs(places):
+            for output in self._pieces(inbox, lambda output: [output]):
                 if output.finished:
-                    results[places[output.request_id]] = output
+                    results[inbox.places[output.request_id]] = output
                     bar.update()
                     if output.error is not None:
                         errors.append(output.error)
@@ -288,9 +304,10 @@ class LLM:
                 f"model {self.model_name!r} has no chat template: use generate with a prompt"
             )
         try:
-            encoded = self._tokenizer.apply_chat_template(
-                checked, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            with self._turns:
+                encoded = self._tokenizer.apply_chat_template(
+                    checked, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
             token_ids = list(encoded["input_ids"])
         except Exception as error:  # templates raise errors of any type for roles and orders
             raise InvalidRequestError(
@@ -310,46 +327,69 @@ class LLM:
         """
         prompts = prompt_list(prompts)
         params = params_list(sampling_params, len(prompts), SamplingParams())
-        places = self._submit_all(prompts, params, None)
+        inbox = self._submit_all(prompts, params, None)
         deltas = TextDeltas(self.engine)
-        for output in self._outputs(places):
-            yield from deltas.of(output, places[output.request_id])
+        yield from self._pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
 
-    def _outputs(self, request_ids: Iterable[str]) -> Iterator[RequestOutput]:
-        """Run steps until the requests have finished and yield their outputs as they arrive.
+    def _pieces(
+        self, inbox: _Inbox, pieces_of: Callable[[RequestOutput], Iterable[Piece]]
+    ) -> Iterator[Piece]:
+        """Run steps until the requests have finished and yield what is made of their outputs.
 
-        Callers may alternate (two streams at once). A step serves all of them, and another
-        caller's outputs wait in its inbox. Closing the iterator aborts running requests.
+        Callers may alternate (two streams at once, or two threads). A step serves all of them, and
+        another caller's outputs wait in its inbox. Closing the iterator aborts running requests.
+
+        Args:
+            pieces_of: called between steps, so the engine stands where the output was made.
         """
-        inbox = _Inbox(set(request_ids))
-        self._inboxes.append(inbox)
         try:
             while inbox.running:
-                if not inbox.latest:
-                    for output in self.engine.step():
-                        for other in self._inboxes:
-                            if output.request_id in other.running:
-                                other.latest[output.request_id] = output
-                for request_id in list(inbox.latest):
-                    output = inbox.latest.pop(request_id)
-                    if output.finished:
-                        inbox.running.discard(request_id)
-                    yield output
+                with self._turns:
+                    pieces = list(self._next_pieces(inbox, pieces_of))
+                yield from pieces
         finally:
-            self._inboxes.remove(inbox)
-            for request_id in inbox.running:
-                self.engine.abort(request_id)
+            with self._turns:
+                self._inboxes.remove(inbox)
+                for request_id in inbox.running:
+                    self.engine.abort(request_id)
+
+    def _next_pieces(
+        self, inbox: _Inbox, pieces_of: Callable[[RequestOutput], Iterable[Piece]]
+    ) -> Iterator[Piece]:
+        """Yield what the caller's outputs give; a step is run first where there are none."""
+        if not inbox.latest:
+            for output in self.engine.step():
+                for other in self._inboxes:
+                    if output.request_id in other.running:
+                        other.latest[output.request_id] = output
+        for request_id, output in inbox.latest.items():
+            if output.finished:
+                inbox.running.discard(request_id)
+            yield from pieces_of(output)
+        inbox.latest.clear()
 
     def _submit_all(
         self,
         prompts: Sequence[Prompt | Conversation],
         params: list[SamplingParams],
         errors: list[SpectralPagedError] | None,
-    ) -> dict[str, int]:
-        """Queue prompts and return each one's index by request id.
+    ) -> _Inbox:
+        """Queue prompts and open an inbox for them, before anybody's next step.
 
         Refusals are appended to `errors`. If that is None, a refusal aborts all and is raised.
         """
+        with self._turns:
+            places = self._queue_all(prompts, params, errors)
+            inbox = _Inbox(places, set(places))
+            self._inboxes.append(inbox)
+            return inbox
+
+    def _queue_all(
+        self,
+        prompts: Sequence[Prompt | Conversation],
+        params: list[SamplingParams],
+        errors: list[SpectralPagedError] | None,
+    ) -> dict[str, int]:
         places: dict[str, int] = {}
         try:
             for i, (prompt, row) in enumerate(zip(prompts, params, strict=True)):

@@ -35,6 +35,9 @@ from spectral_paged.engine.prompts import (
     prompt_list,
     token_ids_of,
 )
+from spectral_paged.engine.turns import (
+    Turns,
+)
 
 __all__ = [
     "Conversation",
@@ -44,6 +47,7 @@ __all__ = [
     "Prompt",
     "Runner",
     "TextDeltas",
+    "Turns",
     "check_messages",
     "check_request",
     "check_salt",
