@@ -1,8 +1,8 @@
-"""What is kept between runs: conversions of GGUF files and calibrations, in one folder.
+"""Files kept between runs: conversions of GGUF files and calibrations, in one folder.
 
 The folder is `$SPECTRAL_PAGED_CACHE`, else `$XDG_CACHE_HOME/spectral-paged`, else
-`~/.cache/spectral-paged`. A conversion is a folder of it with a manifest, which says of what file
-it was made and by which version of the converter; one of another version is never read.
+`~/.cache/spectral-paged`. A conversion is a folder in it with a manifest, which names the file that
+was converted and the converter's version. A conversion of another version is never read.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 2  # raised whenever a GGUF file would become something else
+CONVERTER_VERSION = 2  # raised whenever the converter would write something else
 MANIFEST = "gguf_conversion.json"
 SCRATCH = ".being-made-"
 CALIBRATIONS = "calibrations"
 
 
 def cache_folder() -> Path:
-    """Where conversions and calibrations are kept."""
+    """The folder in which conversions and calibrations are kept."""
     if own := os.environ.get("SPECTRAL_PAGED_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A conversion's manifest; empty where it has none, or none that can be read."""
+    """A conversion's manifest; empty where it is missing or cannot be read."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write a manifest as a whole: others may be reading it."""
+    """Write a manifest in one rename, because another process may be reading it."""
     scratch = folder / f"{MANIFEST}.{os.getpid()}"
     try:
         scratch.write_text(json.dumps(content, indent=1))
@@ -54,30 +54,31 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_conversion(folder: Path) -> bool:
-    """Whether a folder is a conversion of this version."""
+    """Return whether a folder is a conversion of this version."""
     return read_manifest(folder).get("version") == CONVERTER_VERSION
 
 
 def conversions() -> Iterator[Path]:
-    """Whole conversions of this version."""
+    """The folders of complete conversions of this version."""
     for manifest in cache_folder().glob(f"*/{MANIFEST}"):
         if is_conversion(manifest.parent) and (manifest.parent / "config.json").exists():
             yield manifest.parent
 
 
 def scratch_folder() -> Path:
-    """A new folder in which a conversion is made; a killed run leaves it behind."""
+    """Make a folder in which a conversion is written; a killed run leaves it behind."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=SCRATCH, dir=cache_folder()))
 
 
 @dataclass(frozen=True, slots=True)
 class KeptFile:
-    """Something kept.
+    """A conversion (a folder) or a calibration (a file) that is kept between runs.
 
     Attributes:
         source: the file that a conversion was made of; "" where that is not known.
-        is_used: a later run may read it; False for what an earlier version or a killed run left.
+        is_used: True if a later run may read it; False if an earlier version or a killed run left
+            it.
     """
 
     path: Path
@@ -91,7 +92,7 @@ class KeptFile:
         return self.path.name
 
     def delete(self) -> None:
-        """Remove it from the disk; what runs already has it in memory or open."""
+        """Remove it from the disk; a running process has it in memory or open."""
         if self.path.is_dir() and not self.path.is_symlink():
             shutil.rmtree(self.path)
         else:
@@ -99,8 +100,10 @@ class KeptFile:
 
 
 def kept_files() -> list[KeptFile]:
-    """All that is kept, conversions first. What else lies in the folder is left out: it may be
-    somebody's own."""
+    """All kept conversions, then all kept calibrations.
+
+    Other files in the folder are left out, because they may be the user's own.
+    """
     folder = cache_folder()
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:

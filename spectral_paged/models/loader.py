@@ -1,4 +1,4 @@
-"""From a name to a model and a tokenizer: alias, hub id, local folder or `.gguf` file.
+"""Loading of a model and its tokenizer by alias, hub id, local folder or `.gguf` file.
 
 A GGUF file is converted once, to a folder beside other kept files, so the next start is quick.
 """
@@ -45,7 +45,11 @@ class LoadedModel:
 
 
 def embedded_gguf(alias: str) -> Path:
-    """The GGUF file inside the package that carries `alias`."""
+    """The GGUF file inside the installed package that carries `alias`.
+
+    Raises:
+        UnknownModelError: the package is not installed.
+    """
     package, install = EMBEDDED[alias]
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
@@ -56,13 +60,13 @@ def embedded_gguf(alias: str) -> Path:
 
 
 def resolve(name: str) -> str:
-    """Folder or hub id for a model name.
+    """The local folder of a model name, or `name` itself where it is a hub id.
 
     Raises:
-        UnknownModelError: a path that does not exist.
-        UnsupportedModelError: a file of weights that is none of GGUF, or a GGUF file that has
-            what is not served.
-        CorruptFileError: a GGUF file that is truncated or none.
+        UnknownModelError: the path does not exist.
+        UnsupportedModelError: a file of weights is not GGUF, or a GGUF file has keys or tensors
+            that are not served.
+        CorruptFileError: a `.gguf` file is truncated, damaged or not GGUF.
     """
     if name in EMBEDDED:
         return str(convert_gguf(embedded_gguf(name)))
@@ -87,9 +91,9 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        UnknownModelError: no such folder, file or hub id.
-        UnsupportedModelError: a folder with a model that transformers does not know.
-        CorruptFileError: a folder whose config.json cannot be read.
+        UnknownModelError: there is no such folder, file or hub id.
+        UnsupportedModelError: transformers does not know the model in the folder.
+        CorruptFileError: config.json in the folder cannot be read.
     """
     where = resolve(name)
     check_sizes(where, "config.json")
@@ -115,14 +119,15 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 def load_model(
     name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Load weights (safetensors only) and tokenizer.
+    """Load a model's weights (safetensors only) and its tokenizer.
 
     Args:
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        UnknownModelError, UnsupportedModelError, CorruptFileError.
-        MissingPackageError: the model's own code, or transformers, needs one.
+        UnknownModelError, UnsupportedModelError: as `load_config`.
+        CorruptFileError: as `load_config`, or weights or tokenizer cannot be loaded.
+        MissingPackageError: the model's own code, or transformers, needs a package.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
     geometry = ModelGeometry.from_config(config)
@@ -162,9 +167,9 @@ def load_model(
 
 
 def load_tokenizer(where: str, **options: Any) -> Any:
-    """The tokenizer of a folder or hub id; a conversion's is taken as it was written.
+    """The tokenizer of a folder or hub id; that of a conversion is loaded as it was written.
 
-    transformers builds those of some families anew, with their own rules instead of the file's.
+    `AutoTokenizer` would build those of some families anew, by its own rules instead of the file's.
     """
     if is_conversion(Path(where)):
         return PreTrainedTokenizerFast.from_pretrained(where)
@@ -172,10 +177,10 @@ def load_tokenizer(where: str, **options: Any) -> Any:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies beside a model's checkpoint, to calibrate with.
+    """The tokenizer beside a model's checkpoint, for calibration.
 
     Raises:
-        InvalidRequestError: there is none.
+        InvalidRequestError: no tokenizer can be loaded from there.
     """
     try:
         return load_tokenizer(model.name_or_path)

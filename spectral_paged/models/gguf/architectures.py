@@ -1,7 +1,7 @@
-"""Architectures of GGUF files: the transformers config of each, and its tensors' names there.
+"""Architectures of GGUF files: the transformers config of each, and the names of its tensors.
 
-Only those are listed whose every key and tensor is known. Each takes its keys from `Keys`, so that
-one which is not taken is refused.
+An architecture is listed only if all its keys and tensors are known. Each takes its keys from
+`Keys`, so that a key that is not taken is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NORMS_AFTER = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# Keys that no architecture here has with another value; what each would do.
+# Keys, the values with which they change nothing, and the effect of any other value.
 UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("attention.causal", (True,), "tokens see later ones"),
     ("attention.clamp_kqv", (0.0,), "queries, keys and values are clamped"),
@@ -61,11 +61,11 @@ UNSERVED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How files of one architecture become a model of transformers.
+    """The conversion of one architecture's files to a model of transformers.
 
     Attributes:
-        config: config keywords from the keys that are not common to all.
-        layer: names of a layer's tensors here, besides those of llama; None removes one.
+        config: computes config keywords from the keys that not all architectures have.
+        layer: tensor names of a layer that differ from llama's; None removes one.
         pairs_interleaved: the file's queries and keys pair dimensions 2i and 2i + 1.
         norms_plus_one: the file's norm weights are one more than transformers'.
     """
@@ -76,7 +76,7 @@ class Architecture:
     norms_plus_one: bool = False
 
     def gguf_name(self, name: str) -> str:
-        """The file's name of a tensor of transformers' model."""
+        """The name in the file of a tensor of transformers' model."""
         stem, _, kind = name.rpartition(".")
         head, _, inner = stem.partition("model.layers.")
         if not inner:
@@ -85,7 +85,7 @@ class Architecture:
         return f"blk.{layer}.{_key(IN_A_LAYER | self.layer, inner)}.{kind}"
 
     def converted(self, name: str, values: Array, config: Any) -> Array:
-        """A tensor's values as transformers' model has them."""
+        """The values in transformers' model of the tensor that the file calls `name`."""
         if self.norms_plus_one and name.endswith("norm.weight"):
             return values - 1.0
         if self.pairs_interleaved and (".attn_q." in name or ".attn_k." in name):
@@ -102,10 +102,11 @@ def _key(names: Mapping[str, str | None], value: str) -> str:
 
 
 def common_config(file: GGUFFile, keys: Keys, num_tokens: int) -> dict[str, Any]:
-    """Config keywords of every architecture; checks that the vocabulary fits the embeddings.
+    """Config keywords that all architectures have, after checks of sizes and vocabulary.
 
     Raises:
-        UnsupportedModelError: a key that asks for what no architecture here computes.
+        UnsupportedModelError: a key asks for a computation that no architecture here has.
+        CorruptFileError: a key is missing or has a value that no model has.
     """
     for key, allowed, why in UNSERVED:
         keys.expect(key, *allowed, why=why)
@@ -114,7 +115,7 @@ def common_config(file: GGUFFile, keys: Keys, num_tokens: int) -> dict[str, Any]
     heads = keys.integer("attention.head_count", least=1)
     head_dim = keys.integer("attention.key_length", max(1, hidden // heads), least=1)
     layers = keys.integer("block_count", least=1)
-    if layers > len(file.tensors):  # before a model of so many is made
+    if layers > len(file.tensors):  # checked before transformers makes a model of so many layers
         raise CorruptFileError(
             f"{file.path}: {keys.prefix}block_count is {layers}, and there are "
             f"{len(file.tensors)} tensors: fetch it again"
@@ -136,7 +137,7 @@ def common_config(file: GGUFFile, keys: Keys, num_tokens: int) -> dict[str, Any]
 
 
 def _plain_attention(keys: Keys, known: dict[str, Any]) -> None:
-    """Refuse what only Gemma has: caps and another scale of scores."""
+    """Refuse soft-caps and another scale of scores, which only Gemma has."""
     scale = known["head_dim"] ** -0.5
     keys.expect("attention.scale", scale, 0.0, why="attention scores have another scale")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -153,7 +154,7 @@ def _plain_rope(file: GGUFFile, keys: Keys, known: dict[str, Any]) -> dict[str, 
 
 
 def _no_window(keys: Keys, known: dict[str, Any]) -> None:
-    """Refuse a window that a position reaches."""
+    """Refuse a sliding window that is shorter than the context."""
     window = keys.integer("attention.sliding_window", 0)
     if window and window < known["max_position_embeddings"]:
         keys.expect("attention.sliding_window", 0, why="attention slides in some of its layers")
@@ -198,8 +199,11 @@ def _phi3(file: GGUFFile, keys: Keys, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(file: GGUFFile, keys: Keys, known: dict[str, Any], largest: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 share. The largest of each, known by its layers, scales scores by the
-    width of the model over its heads instead of the head's own."""
+    """Config keywords that Gemma 2 and 3 share.
+
+    The model with `largest` layers scales scores by the model's width over its number of heads, the
+    others by the head's width.
+    """
     _whole_heads(keys, known)
     scalar: float = known["head_dim"]
     if known["num_hidden_layers"] == largest:
@@ -238,7 +242,7 @@ def _gemma3(file: GGUFFile, keys: Keys, known: dict[str, Any]) -> dict[str, Any]
 
 
 def _sliding_layers(keys: Keys, num_layers: int) -> list[bool]:
-    """Which layers of Gemma 3 slide: all but each sixth, or as the file says."""
+    """A flag for each layer of Gemma 3: True where it slides, by default all but each sixth."""
     key = "attention.sliding_window_pattern"
     flags = keys.vector(key) if keys.is_list(key) else None
     if flags is None:

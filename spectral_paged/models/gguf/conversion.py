@@ -1,4 +1,4 @@
-"""A GGUF file as a folder of transformers, made once and found again by the file's content."""
+"""Conversion of a GGUF file to a transformers folder, found again by the file's content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from spectral_paged.models.kept_files import (
 
 logger = logging.getLogger(__name__)
 
-SAMPLING = {  # what a file asks to sample with -> generation config
+SAMPLING = {  # `general.sampling` key of a file -> generation config
     "temp": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -46,14 +46,14 @@ SAMPLING = {  # what a file asks to sample with -> generation config
 
 
 def convert_gguf(path: Path) -> Path:
-    """Folder with the model and tokenizer of a GGUF file, made on first use.
+    """The folder with the converted model and tokenizer of a GGUF file, written on first use.
 
-    A conversion is found by the file's content and the converter's version; content is hashed
+    A conversion is found by the file's content and the converter's version. The content is hashed
     again only where the file's size, times or place on the disk changed.
 
     Raises:
-        CorruptFileError: the file is no GGUF, is damaged, or lacks keys or tensors.
-        UnsupportedModelError: it has keys or tensors that would not be honoured, by name.
+        CorruptFileError: the file is not GGUF, is damaged, or lacks keys or tensors.
+        UnsupportedModelError: a key or tensor would not be honoured; the message names it.
     """
     path = Path(path).resolve()
     identity = _identity(path)
@@ -90,7 +90,7 @@ def convert_gguf(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a file becomes, once all that it says was understood."""
+    """The config, vocabulary and tensor names of a conversion, once every key was understood."""
 
     architecture: Architecture
     vocabulary: Vocabulary
@@ -100,11 +100,11 @@ class Plan:
 
 
 def read_plan(file: GGUFFile) -> Plan:
-    """Take every key and tensor of a file, or refuse it.
+    """Use every key and tensor of a file, or refuse the file.
 
     Raises:
-        CorruptFileError: one is missing or contradicts others.
-        UnsupportedModelError: one would not be honoured, by name.
+        CorruptFileError: a key or tensor is missing or contradicts others.
+        UnsupportedModelError: a key or tensor would not be honoured; the message names it.
     """
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise UnsupportedModelError(
@@ -144,7 +144,7 @@ def read_plan(file: GGUFFile) -> Plan:
 
 
 def write_model(file: GGUFFile, plan: Plan, folder: Path) -> None:
-    """Write tokenizer, weights, generation config and config, which makes the folder whole."""
+    """Write tokenizer, weights, generation config and, last, config, which marks it complete."""
     config = plan.config
     tokenizer = build_tokenizer(file.path, plan.vocabulary)
     tokenizer.save_pretrained(folder)
@@ -161,10 +161,10 @@ def _class_name(config: Any) -> str:
 
 
 def _check_split(file: GGUFFile, keys: Keys) -> None:
-    """Refuse one part of several.
+    """Refuse a file that is one part of several.
 
     Raises:
-        CorruptFileError: names the part, and how many tensors are elsewhere.
+        CorruptFileError: the message names the part, and the numbers of its and of all tensors.
     """
     parts = keys.integer("split.count", 0)
     part = keys.integer("split.no", 0)
@@ -178,7 +178,7 @@ def _check_split(file: GGUFFile, keys: Keys) -> None:
 
 
 def _sampling(keys: Keys) -> dict[str, Any]:
-    """Sampling that the file asks for, under transformers' names."""
+    """The sampling values that the file asks for, under transformers' names."""
     found: dict[str, Any] = {}
     for name, to in SAMPLING.items():
         key = f"general.sampling.{name}"
@@ -188,13 +188,13 @@ def _sampling(keys: Keys) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[int]:
-    """What changes whenever a file is written or replaced, and costs nothing to ask."""
+    """Numbers of a file's `stat` that change whenever it is written or replaced."""
     stat = path.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _by_identity(identity: list[int]) -> Path | None:
-    """The conversion of this very file, if it was not touched since."""
+    """The conversion of the file with this identity; None where there is none."""
     for folder in conversions():
         if read_manifest(folder).get("identity") == identity:
             return folder

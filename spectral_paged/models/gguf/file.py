@@ -1,11 +1,11 @@
-"""The GGUF container: its metadata and where its tensors lie, read without trusting a number.
+"""Reading of the GGUF container, its metadata and tensors, with a limit for every number in it.
 
 ```
 'GGUF' | version u32 | tensors u64 | keys u64 | key, type, value ... | name, shape, type, offset ...
        | padding to the alignment | tensor data, each tensor at a multiple of the alignment
 ```
-gguf's own reader makes an object of every element of an array, so that a megabyte of metadata takes
-minutes; here arrays of numbers are views of the mapped file.
+Arrays of numbers are views of the mapped file. gguf's own reader makes an object of every element,
+so that a megabyte of metadata takes minutes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NUMBERS = {  # value type -> numpy's name of it
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's place: its shape as PyTorch has it, its type, and the bytes it takes."""
+    """A tensor's shape in PyTorch's order, its GGML type, and its place in the file in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,8 +59,9 @@ class GGUFFile:
         tensors: by name, in the order of the file.
 
     Raises:
-        CorruptFileError: it is none, is damaged, ends early, or has more metadata than any model.
-        UnsupportedModelError: a tensor of a type that this version does not know.
+        CorruptFileError: the file is not GGUF, is damaged, ends early, or has more metadata than
+            any model.
+        UnsupportedModelError: this version does not know a tensor's type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,10 +112,10 @@ class GGUFFile:
         return found
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor's values in fp32, dequantized.
+        """Read a tensor, dequantized to fp32.
 
         Raises:
-            UnsupportedModelError: its type has no values in fp32.
+            UnsupportedModelError: gguf cannot dequantize the tensor's type.
         """
         from gguf import GGMLQuantizationType, dequantize  # imports slowly
 
@@ -135,7 +136,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """A place in the mapped bytes, and how much metadata was read so far."""
+    """A reading place in the mapped bytes, with a count of the strings read."""
 
     def __init__(self, path: Path, data: np.ndarray[Any, Any]) -> None:
         self.path, self.at, self.strings = path, 0, 0
@@ -158,7 +159,7 @@ class _Cursor:
         return str(self._bytes[start : self.at], "utf-8")
 
     def check(self) -> None:
-        """Refuse what goes past the end, or is more than any model's metadata."""
+        """Refuse metadata that goes past the file's end, or beyond that of any model."""
         if self.at > len(self._bytes):
             raise struct.error(f"{self.at} bytes are needed")
         if self.at > MAX_GGUF_METADATA_BYTES or self.strings > MAX_GGUF_STRINGS:
@@ -175,7 +176,7 @@ class _Cursor:
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
-    """The file's bytes, read where they are looked at."""
+    """The file's bytes as a memory map, which reads only pages that are accessed."""
     if path.stat().st_size == 0:  # nothing to map
         return np.empty(0, dtype=np.uint8)
     return np.memmap(path, dtype=np.uint8, mode="r")
@@ -200,7 +201,7 @@ def _read_value(cursor: _Cursor, key: str, type_id: int) -> Any:
         return cursor.string()
     if type_id in NUMBERS:
         value = cursor.numbers(type_id, 1)
-        if type_id == 6:  # the shortest decimal that means it: 1e-05, not 9.99999974e-06
+        if type_id == 6:  # the shortest decimal of the same fp32: 1e-05, not 9.99999974e-06
             return float(str(value[0]))
         return value[0].item()
     element, count = cursor.unpack("<IQ") if type_id == ARRAY else (type_id, 0)

@@ -1,7 +1,7 @@
-"""Account of a GGUF file's keys: each that changes computation or tokens is used, or refused.
+"""Record of a GGUF file's used keys: one that changes computation or tokens is used or refused.
 
-A key counts as used because the conversion took it, never because a list says so; `finish` refuses
-what is left over.
+A key counts as used because the conversion read it, not because a list names it. `finish` refuses
+the keys that are left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMEDY = "take another GGUF of the model, or its safetensors folder"
 
 
 class Keys:
-    """The metadata of one file, and which of it was used.
+    """The metadata of one file, and a record of the keys that were used.
 
     Args:
         prefix: the architecture's name and a dot; keys below it change computation, and those below
@@ -35,7 +35,7 @@ class Keys:
         return self._full(key) in self._metadata
 
     def _full(self, key: str) -> str:
-        """`attention.scale` -> `llama.attention.scale`; other namespaces are written out."""
+        """The full key: `attention.scale` -> `llama.attention.scale`; other namespaces stay."""
         return key if key.startswith(("general.", "tokenizer.", "split.")) else self.prefix + key
 
     def _raw(self, key: str) -> Any:
@@ -43,11 +43,13 @@ class Keys:
         return self._metadata.get(self._full(key))
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0) -> int:
-        """An integer from `least` to 2^31; a list whose entries are equal counts as one.
+        """The value of an integer key, from `least` to 2^31 - 1.
+
+        A list whose entries are equal counts as one integer.
 
         Raises:
-            CorruptFileError: it is missing without a default, or is something else.
-            UnsupportedModelError: a list whose entries differ.
+            CorruptFileError: the key is missing without a default, or has another type or range.
+            UnsupportedModelError: the entries of a list differ.
         """
         found = self._raw(key)
         if isinstance(found, np.ndarray) and found.size and found.dtype.kind in "iu":
@@ -60,7 +62,11 @@ class Keys:
         return self._checked(key, found, default, int, lambda value: least <= value < 1 << 31)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+        """The value of a number key, which must be finite.
+
+        Raises:
+            CorruptFileError: the key is missing without a default, or has another type.
+        """
         found = self._raw(key)
         found = float(found) if type(found) is int else found
         return self._checked(key, found, default, float, lambda value: abs(value) < float("inf"))
@@ -72,14 +78,14 @@ class Keys:
         return self._checked(key, self._raw(key), default, bool)
 
     def strings(self, key: str) -> list[str] | None:
-        """A list of strings, or None where there is none."""
+        """The value of a key that is a list of strings; None where the key is missing."""
         if self._full(key) not in self._metadata:
             self._used.add(self._full(key))
             return None
         return self._checked(key, self._raw(key), None, list)
 
     def vector(self, key: str) -> np.ndarray[Any, Any] | None:
-        """A list of numbers, or None where there is none."""
+        """The value of a key that is a list of numbers; None where the key is missing."""
         if self._full(key) not in self._metadata:
             self._used.add(self._full(key))
             return None
@@ -110,10 +116,13 @@ class Keys:
         return isinstance(self._metadata.get(self._full(key)), np.ndarray)
 
     def expect(self, key: str, *allowed: Any, why: str) -> None:
-        """Refuse a key whose value is none of those that change nothing.
+        """Refuse a key whose value is not one of `allowed`, with which it changes nothing.
+
+        Args:
+            why: the effect of another value, for the message.
 
         Raises:
-            UnsupportedModelError: names the key, its value, and what it would do.
+            UnsupportedModelError: the message names the key, its value and its effect.
         """
         found = self._raw(key)
         if isinstance(found, np.ndarray):  # one a layer: all of them have to be allowed
@@ -127,14 +136,14 @@ class Keys:
             )
 
     def skip(self, *keys: str) -> None:
-        """Count keys as used that change nothing."""
+        """Count keys that change nothing as used."""
         self._used |= {self._full(key) for key in keys}
 
     def finish(self) -> None:
-        """Refuse a key that may change computation or tokens and that nothing has used.
+        """Refuse the file if an unused key may change computation or tokens.
 
         Raises:
-            UnsupportedModelError: names all of them.
+            UnsupportedModelError: the message names the first five such keys.
         """
         counted = (self.prefix, "tokenizer.", "split.", "adapter.")
         left = [key for key in self._metadata if key.startswith(counted) and key not in self._used]
@@ -148,7 +157,7 @@ class Keys:
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: the beginning of a long one."""
+    """The text of a value in an error message, at most 60 characters."""
     text = repr(value.tolist() if isinstance(value, np.ndarray) and value.size < 100 else value)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -163,6 +172,6 @@ def _same(found: Any, allowed: Any) -> bool:
 
 
 def names(found: Sequence[str]) -> str:
-    """The first of some names, and how many there are."""
+    """The first three of some names, and the number of the others."""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return ", ".join(name[:200] for name in found[:3]) + more

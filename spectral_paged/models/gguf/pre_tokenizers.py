@@ -1,8 +1,8 @@
-"""How byte-level vocabularies cut text into words, by the name a GGUF file gives the rule.
+"""Rules by which byte-level vocabularies cut text into words, by their names in GGUF files.
 
-A file names its rule in `tokenizer.ggml.pre`; the expressions are those of the models' own
-tokenizers. Each is applied to the pieces that the one before it left; a match and what lies between
-two matches are pieces.
+A file names its rule in `tokenizer.ggml.pre`. The expressions are those of the models' own
+tokenizers. Each expression cuts the pieces that the one before it left. A match is a piece, and so
+is the text between two matches.
 """
 
 from __future__ import annotations
@@ -63,5 +63,5 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("falcon", FALCON),
 )
 PRE_TOKENIZERS = {name: rules for names, rules in _RULES for name in names.split()}
-ADDS_BOS = {*LLAMA3_NAMES, "tekken"}  # where the file does not say whether BOS begins a text
-WHOLE_WORDS = ADDS_BOS  # a word that is a token is taken as it is, whatever the merges make of it
+ADDS_BOS = {*LLAMA3_NAMES, "tekken"}  # rules with which BOS begins a text by default
+WHOLE_WORDS = ADDS_BOS  # rules with which a word that is a token is not merged from its parts

@@ -14,7 +14,7 @@ from spectral_paged.models.gguf.keys import REMEDY, Keys, shown
 FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_ALONE = ("yarn_ext_factor", "yarn_log_multiplier", "yarn_beta_fast", "yarn_beta_slow")
-# What Llama 3.1 to 3.3 and all that took their scaling from them have; the factor is 8 or 32.
+# The scaling of Llama 3.1 to 3.3 and of models that copied it; the factor is 8 or 32.
 LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -28,17 +28,17 @@ def rope_parameters(
     """The rope_parameters of a transformers config that turn keys as llama.cpp turns them.
 
     Args:
-        theta: what llama.cpp takes where the file names no base.
+        theta: llama.cpp's base where the file names none.
 
     Raises:
-        UnsupportedModelError: a scaling that has no equal in transformers, by name.
+        UnsupportedModelError: transformers has no such scaling; the message names the key.
     """
     theta = keys.number("rope.freq_base", theta)
     kind = keys.string("rope.scaling.type", "linear")  # llama.cpp's default, without a factor
     old = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or old or 1.0
     original = keys.integer("rope.scaling.original_context_length", context, least=1)
-    keys.skip("rope.scaling.finetuned")  # says how the model was trained
+    keys.skip("rope.scaling.finetuned")  # a fact about training
     attention = keys.number("rope.scaling.attn_factor", 1.0)
     attention *= keys.number("rope.scaling.yarn_attn_factor", 1.0)
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
@@ -67,7 +67,7 @@ def rope_parameters(
 
 
 def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[str, Any]:
-    """YaRN; its attention factor is the product of the file's and YaRN's own."""
+    """The parameters of YaRN; the attention factor is the file's times YaRN's own."""
     keys.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0, why="YaRN mixes frequencies otherwise")
     keys.expect("rope.scaling.yarn_log_multiplier", 0.0, why="YaRN scales scores otherwise")
     found: dict[str, Any] = {
@@ -92,11 +92,11 @@ def _refuse_factors_by_length(file: GGUFFile) -> None:
 
 
 def _llama3(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """The scaling of Llama 3 whose factors are those of the file's tensor.
+    """The parameters of Llama 3's scaling whose factors are those of the file's tensor.
 
     Raises:
-        UnsupportedModelError: there is none.
-        CorruptFileError: the tensor is not of `head_dim / 2` numbers.
+        UnsupportedModelError: no parameters give these factors.
+        CorruptFileError: the tensor does not have `head_dim / 2` positive numbers.
     """
     given = file.read(FACTORS)
     if given.shape != (head_dim // 2,) or not np.isfinite(given).all() or not (given > 0).all():

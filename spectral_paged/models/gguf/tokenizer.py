@@ -1,4 +1,4 @@
-"""A tokenizer of transformers that gives the ids llama.cpp gives for the same vocabulary."""
+"""A transformers tokenizer with the same ids as llama.cpp's for a GGUF file's vocabulary."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from spectral_paged.models.gguf.vocabulary import FOUND_FIRST, SPECIAL, Kind, Vo
 logger = logging.getLogger(__name__)
 
 SPACE = "▁"
-KEEPS_BLANKS = ("<unk>", "<s>", "<|endoftext|>")  # of Phi 3, whose other special tokens strip
+KEEPS_BLANKS = ("<unk>", "<s>", "<|endoftext|>")  # Phi 3's other special tokens strip blanks
 
 
 def build_tokenizer(path: Path, vocabulary: Vocabulary) -> Any:
-    """The tokenizer of a vocabulary; special tokens are one token each.
+    """Build the tokenizer of a vocabulary, which never cuts a special token.
 
     Raises:
-        CorruptFileError: merges that make what is no token.
-        UnsupportedModelError: a rule for words that this version does not know.
+        CorruptFileError: a merge does not make a token.
+        UnsupportedModelError: this version does not know the rule for words, or cannot give the
+            same ids.
     """
     build = _byte_level if vocabulary.model == "gpt2" else _sentencepiece
     backend = build(path, vocabulary)
@@ -102,7 +103,7 @@ def _byte_level(path: Path, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(path: Path, vocabulary: Vocabulary) -> Tokenizer:
-    """BPE over characters, spaces written as ▁, with merges by score; bytes where all else fails.
+    """BPE over characters, with spaces written as ▁ and merges by score; bytes are the fallback.
 
     SentencePiece joins the two neighbours whose union is the token of the highest score, so every
     way to cut a token in two is a merge, in the order of scores.
@@ -135,14 +136,14 @@ def merges_by_score(
     """Pairs of tokens whose union is a token, the union of the highest score first.
 
     Raises:
-        UnsupportedModelError: scores or tokens with which merges in a fixed order can make other
-            ids than joining the best neighbours, of equals the leftmost.
+        UnsupportedModelError: merges in a fixed order could give other ids than SentencePiece,
+            which joins the best neighbours, and of equals the leftmost.
     """
     assert vocabulary.scores is not None
     scores = vocabulary.scores.tolist()
     pairs = []
     for text, token in ids.items():
-        if vocabulary.kinds[token] in FOUND_FIRST:  # taken out of text before
+        if vocabulary.kinds[token] in FOUND_FIRST:  # found in text before anything is merged
             continue
         for cut in range(1, len(text)):
             left, right = ids.get(text[:cut]), ids.get(text[cut:])
@@ -166,15 +167,15 @@ def merges_by_score(
 
 
 def _joins_a_letter(text: str, cut: int, left: int | None, right: int | None, kind: Kind) -> bool:
-    """Whether SentencePiece would join here what is no token by itself."""
+    """Return whether SentencePiece would join a letter here that is not a token."""
     parts = (left is not None or cut == 1) and (right is not None or len(text) - cut == 1)
     return parts and kind is Kind.NORMAL
 
 
 def _order_matters(pairs: list[tuple[float, int, int, int]]) -> tuple[int, int] | None:
-    """Two tokens among pairs of one score of which one ends with what the other begins with."""
+    """Two tokens of one score where the end of one is the beginning of the other, or None."""
     if len({token for *_, token in pairs}) < 2:
-        return None  # ways to cut one token
+        return None  # all pairs cut the same token
     begins: dict[int, int] = {}
     for _, left, _, token in pairs:
         begins.setdefault(left, token)
@@ -193,7 +194,7 @@ def _added_tokens(vocabulary: Vocabulary) -> Iterator[AddedToken]:
 
 
 def _post_processor(vocabulary: Vocabulary) -> Any:
-    """Puts BOS before and EOS behind a text, where the file says so."""
+    """The processor that puts BOS before and EOS behind a text, where the file asks for it."""
     before = ["bos"] if vocabulary.adds_bos else []
     behind = ["eos"] if vocabulary.adds_eos else []
     roles = [
@@ -217,7 +218,7 @@ def check_tokenizer(path: Path, vocabulary: Vocabulary, tokenizer: Any) -> None:
     """Refuse a tokenizer that has other ids than the file, or cuts a special token.
 
     Raises:
-        UnsupportedModelError: names the first token that differs.
+        UnsupportedModelError: the message names the first token that differs.
     """
     tokens = vocabulary.tokens
     found = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))

@@ -1,6 +1,6 @@
-"""A GGUF file's vocabulary: its tokens, their kinds and scores, and which of them mean something.
+"""The vocabulary of a GGUF file: tokens, their kinds and scores, and the special tokens.
 
-Defaults, and what a token's text alone says of it, are llama.cpp's: files are made for it.
+Defaults, and tokens known by their text, are those of llama.cpp, because files are made for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from spectral_paged.models.gguf.keys import REMEDY, Keys, shown
 from spectral_paged.models.gguf.pre_tokenizers import ADDS_BOS
 
 MODELS = ("llama", "gpt2")  # SentencePiece's BPE with scores, and byte-level BPE with merges
-# Texts that end a turn or a text wherever they are tokens, whatever kind the file gives them.
+# Tokens that end a turn or a text, of whatever kind the file makes them.
 ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
     *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
     *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~["),
     "<｜end▁of▁sentence｜>",
 }
-# Texts of code models: the file that is to be filled in ends where another of them comes.
+# Tokens of code models that end the filling in of a file, by their role.
 FILL_ENDS = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -37,7 +37,7 @@ FILLS = {
     *("<|prefix|>", "<|suffix|>", "<|middle|>"),
 }.union(*FILL_ENDS.values())
 CHANNELS = {"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"}
-# Where both of a group are ends, the named token is none: it ends a message, and others follow.
+# Where all of a group are ends, the named token is not: it ends a message, and others follow.
 NO_END = (
     ({"<|return|>", "<|call|>"}, "<|end|>"),
     ({"<|calls|>", "<|flush|>"}, "<|end|>"),
@@ -45,7 +45,7 @@ NO_END = (
     ({"<|tool_response>"}, "</s>"),
 )
 SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding", "fim_pad", "fim_rep", "fim_sep")
-# Special tokens that neither encoding nor the end of a text knows of.
+# Special tokens that neither encode nor end a text.
 OTHER_IDS = (
     "seperator",
     "separator",
@@ -78,14 +78,15 @@ FOUND_FIRST = (*SPECIAL, Kind.USER_DEFINED)  # one token each, wherever their te
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a tokenizer is built from.
+    """The parts of a GGUF file from which a tokenizer is built.
 
     Attributes:
         model: "llama" or "gpt2".
-        pre: which rule cuts text into words before merging; gpt2 alone.
-        scores: of each token, for the llama model; merges: "left right", for gpt2.
-        ids: special tokens by role, such as "bos"; those without one are left out.
-        ends: every token that ends a text, ascending; `eos` among them.
+        pre: the rule that cuts text into words before merging; only for gpt2.
+        scores: a score for each token; only for llama.
+        merges: "left right"; only for gpt2.
+        ids: ids of special tokens by role, such as "bos"; roles without a token are left out.
+        ends: every token that ends a text, ascending; `eos` is one.
         space_prefix: a space is put before text, at the start and after each special token.
         strips: special tokens take the blanks behind them (Phi 3).
         templates: chat templates by name; "default" is the one without a name.
@@ -107,11 +108,11 @@ class Vocabulary:
 
     @classmethod
     def read(cls, keys: Keys) -> Vocabulary:
-        """Take every key below `tokenizer.`.
+        """Read the vocabulary from the keys below `tokenizer.`, all of which are used.
 
         Raises:
-            CorruptFileError: lists of different lengths, a token twice, an id outside.
-            UnsupportedModelError: another kind of tokenizer.
+            CorruptFileError: lists differ in length, a token comes twice, or an id is too large.
+            UnsupportedModelError: the tokenizer is of another kind.
         """
         model = keys.string("tokenizer.ggml.model")
         if model not in MODELS:
@@ -126,7 +127,7 @@ class Vocabulary:
         ends = _ends(tokens, kinds, ids)
         keys.expect("tokenizer.ggml.add_sep_token", False, why="a separator follows every text")
         keys.expect("tokenizer.ggml.remove_extra_whitespaces", False, why="text loses blanks")
-        keys.skip("tokenizer.ggml.token_type_count")  # of embeddings of BERT
+        keys.skip("tokenizer.ggml.token_type_count")  # for embeddings of BERT
         keys.skip("tokenizer.huggingface.json", "tokenizer.rwkv.world")  # llama.cpp reads neither
         adds_bos = keys.boolean("tokenizer.ggml.add_bos_token", not is_bpe or pre in ADDS_BOS)
         adds_eos = keys.boolean("tokenizer.ggml.add_eos_token", False)
@@ -183,7 +184,7 @@ def _tokens(keys: Keys) -> tuple[list[str], list[Kind]]:
 
 
 def _one_each(keys: Keys, key: str, count: int) -> np.ndarray[Any, Any] | None:
-    """A vector with a number for each token, or None."""
+    """The list of numbers, one for each token, under a key; None where the key is missing."""
     found = keys.vector(key)
     if found is not None and len(found) != count:
         raise CorruptFileError(
@@ -216,7 +217,7 @@ def _merges(keys: Keys, is_bpe: bool) -> list[str]:
 
 
 def _special_ids(keys: Keys, tokens: list[str], is_bpe: bool) -> dict[str, int]:
-    """Ids by role. Files of the llama model leave out those of SentencePiece."""
+    """Ids of special tokens by role; files of the llama model may omit SentencePiece's own."""
     found = {} if is_bpe else {"bos": 1, "eos": 2, "unknown": 0}
     found = {role: i for role, i in found.items() if i < len(tokens)}
     for role in (*SPECIAL_IDS, *OTHER_IDS):
@@ -240,7 +241,7 @@ def _special_ids(keys: Keys, tokens: list[str], is_bpe: bool) -> dict[str, int]:
 
 
 def _ends(tokens: list[str], kinds: list[Kind], ids: dict[str, int]) -> tuple[int, ...]:
-    """Every token that ends a text: by id, and by its text."""
+    """The ids of all tokens that end a text, known by their role or by their text."""
     by_text = {text: i for i, text in enumerate(tokens) if text in ENDS or text in FILLS}
     ends = {i for text, i in by_text.items() if text in ENDS}
     for role, texts in FILL_ENDS.items():

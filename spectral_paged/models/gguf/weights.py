@@ -1,4 +1,4 @@
-"""A GGUF file's tensors as safetensors files, each in the smallest type that loses nothing."""
+"""Writing of a GGUF file's tensors as safetensors, each in the smallest type without loss."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ SHARD_BYTES = 4 << 30
 
 
 def check_tensors(file: GGUFFile, architecture: Architecture, config: Any) -> dict[str, str]:
-    """transformers' name of each of the file's weights: all that the model has, and no other.
+    """Check that the file has exactly the model's tensors; returns transformers' name of each.
 
     Raises:
-        CorruptFileError: a tensor is missing, or has another shape than the keys say.
-        UnsupportedModelError: one that the model does not have.
+        CorruptFileError: a tensor is missing, or its shape differs from the keys'.
+        UnsupportedModelError: a tensor is not one of the model, or no model can be made of the
+            keys.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # sizes that do not go together fail in whatever layer meets them
+    except Exception as error:  # sizes that do not fit raise in any layer, each in its own way
         raise UnsupportedModelError(
             f"{file.path}: no {config.model_type} can be made of its keys "
             f"({' '.join(str(error).split()):.200}): {REMEDY}"
@@ -68,7 +69,7 @@ def write_weights(
     """Write safetensors of at most about 4 GiB each, and an index where there are several.
 
     Returns:
-        The type that holds every tensor without loss: that of all, or fp32.
+        The dtype that holds all tensors without loss: their common dtype, or fp32.
     """
     shards: list[list[str]] = []
     dtypes = set()
@@ -106,7 +107,7 @@ def _shards(
 
 
 def smallest(tensor: Tensor) -> Tensor:
-    """An fp32 tensor in bf16 or fp16, where every value of it is one of theirs."""
+    """An fp32 tensor in bf16 or fp16 where that loses nothing, else itself."""
     for dtype in (torch.bfloat16, torch.float16):
         small = tensor.to(dtype)
         if torch.equal(small.float(), tensor):
