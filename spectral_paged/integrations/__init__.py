@@ -1,7 +1,7 @@
-"""Other people's libraries over the cache: transformers, Unsloth, Ray.
+"""Integrations of transformers, Unsloth and Ray with the cache.
 
-It knows models and what lies below them; `ray` runs batch files and knows the LLM too. Modules are
-imported one by one, for each needs a library of its own.
+Modules are imported one by one, because each needs a library of its own. They import `models` and
+the packages below it; `ray` runs batch files and also imports the LLM.
 """
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""The attention that transformers models take to read a `SpectralPagedCache`.
+"""The attention function by which transformers models read a `SpectralPagedCache`.
 
-`ATTENTION_NAME` is registered when this module is imported. Forwards without such a cache (stock
-caches, training) run torch's SDPA under it, or the model's eager attention where scores are capped,
-which SDPA cannot do.
+Importing this module registers it as `ATTENTION_NAME`. In forwards without such a cache (stock
+caches, training) it runs torch's SDPA, or the model's eager attention where scores are capped,
+because SDPA has no cap.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CACHE_OPTION = "spectral_paged_cache"  # the keyword by which a forward's cache 
 
 
 class AttendingCache(Protocol):
-    """What attends in place of SDPA."""
+    """A cache that attends in place of SDPA."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """q `[B, Hq, T, D]`, k and v `[B, Hkv, T, D]` of the new columns; `[B, T, Hq, D]`."""
+        """Attend with q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]` of new columns; `[B, T, Hq, D]`."""
         ...
 
 
@@ -38,8 +38,10 @@ def cached_attention(
     spectral_paged_cache: AttendingCache | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; the cache knows positions and padding, so its mask is
-    not read."""
+    """transformers' attention interface, with the cache of the forward if it has one.
+
+    The cache knows positions and padding, so it ignores `attention_mask`.
+    """
     if spectral_paged_cache is not None:
         return spectral_paged_cache.attend(module.layer_idx, query, key, value), None
     if options.get("softcap") is None:
@@ -51,8 +53,10 @@ def cached_attention(
 
 
 def _added(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """SDPA's mask (bool, or None where queries are the newest keys and causal) as eager attention
-    adds it."""
+    """SDPA's mask as the one that eager attention adds to scores.
+
+    SDPA's is bool, or None for causal queries that are the newest keys.
+    """
     length, seen = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(length, seen, dtype=torch.bool, device=key.device).tril(seen - length)

@@ -1,4 +1,4 @@
-"""Hooks by which a decoder's forwards tell their cache where they begin and end."""
+"""Hooks that call a cache at the beginning and the end of each forward of a decoder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class WatchingCache(Protocol):
     """A cache for which a forward is one step."""
 
     def begin_forward(self, decoder: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Before the first layer; the inputs as the decoder is to take them."""
+        """Called before the first layer; returns the inputs that the decoder takes."""
         ...
 
     def end_forward(self, *, failed: bool) -> None:
-        """After the last layer, or after what went wrong before."""
+        """Called after the last layer, or after a layer raised (`failed`)."""
         ...
 
 
 def watch(decoder: Any) -> None:
-    """Let forwards of `decoder` with a `WatchingCache` as `past_key_values` call it.
+    """Hook `decoder` so that its forwards call a `WatchingCache` passed as `past_key_values`.
 
-    Other forwards are left alone; a second call does nothing.
+    Other forwards do not change. A second call does nothing.
     """
     if _before in decoder._forward_pre_hooks.values():
         return

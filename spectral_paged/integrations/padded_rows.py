@@ -1,8 +1,8 @@
-"""Which columns of a padded batch hold tokens, and the way to a flat batch and back.
+"""The tokens of a padded batch, and its conversion to a flat batch and back.
 
-transformers computes `[B, T]` columns a forward; `attention_mask` `[B, all columns so far]` says
-which of them are tokens. The cache stores those alone, so a row's landmarks are its first tokens,
-and positions count from the first one.
+transformers computes `[B, T]` columns a forward, and `attention_mask` `[B, all columns so far]`
+marks the columns that are tokens. The cache stores only tokens, so a row's landmarks are its first
+tokens, and positions count from the first one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from spectral_paged.errors import InvalidRequestError
 class PaddedRows:
     """The columns of one forward, B rows of T (`width`), behind `num_columns` of earlier ones.
 
-    num_new: tokens of each row.
-    places: int64, where tokens stand in the flattened `[B * T]`; None: everywhere.
-    shown: bool `[B, all columns]`; None: all are tokens.
+    num_new: tokens of each row in this forward.
+    places: int64, the places of tokens in the flattened `[B * T]`; None: all places are tokens.
+    shown: bool `[B, all columns]`, True for tokens; None: all columns are tokens.
     position_ids: int64 `[B, T]`, 0 where there is no token.
     """
 
@@ -46,14 +46,14 @@ class PaddedRows:
         position_ids: Tensor | None,
         device: torch.device,
     ) -> PaddedRows:
-        """Read one forward's mask.
+        """The columns of a forward, from its mask and positions.
 
         Args:
-            stored: tokens of each row before it.
-            num_columns: columns before it.
+            stored: tokens of each row that are stored before the forward.
+            num_columns: columns before the forward.
 
         Raises:
-            InvalidRequestError: a mask or positions that do not go with what is stored.
+            InvalidRequestError: the mask or positions contradict the stored tokens.
         """
         if attention_mask is None and min(stored) < num_columns:
             raise InvalidRequestError(
@@ -106,12 +106,12 @@ class PaddedRows:
         return cls(batch_size, width, num_columns, num_new, places, shown, positions)
 
     def flatten(self, x: Tensor) -> Tensor:
-        """The tokens of `[B, H, T, D]` behind each other, `[tokens, H, D]`."""
+        """The tokens of `x` `[B, H, T, D]` behind each other, `[tokens, H, D]`."""
         flat = x.transpose(1, 2).flatten(0, 1)
         return flat if self.places is None else flat[self.places]
 
     def unflatten(self, x: Tensor) -> Tensor:
-        """`[tokens, H, D]` as `[B, T, H, D]`, zero where there is no token."""
+        """The flat `x` `[tokens, H, D]` as `[B, T, H, D]`, zero where there is no token."""
         if self.places is not None:
             padded = x.new_zeros(self.batch_size * self.width, *x.shape[1:])
             padded[self.places] = x
@@ -119,8 +119,10 @@ class PaddedRows:
         return x.unflatten(0, (self.batch_size, self.width))
 
     def columns(self, stored: dict[int, Tensor], like: Tensor) -> Tensor:
-        """Rows' newest tokens `[H, tokens, D]`, by row, in their columns: `[B, H, columns, D]` of
-        `like`'s dtype, zero elsewhere."""
+        """The newest tokens of each row, in their columns: `[B, H, columns, D]`, zero elsewhere.
+
+        `stored` has `[H, tokens, D]` by row. The result has `like`'s dtype.
+        """
         width = self.width + self.num_columns
         found = like.new_zeros(self.batch_size, like.shape[1], width, like.shape[3])
         for row, x in stored.items():
@@ -140,7 +142,10 @@ def _has_later_pads(shown: Tensor) -> bool:
 def left_padded(
     prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 `[prompts, longest]`; pads are zeros, on the left."""
+    """Prompts padded on the left: `input_ids` and `attention_mask`, int64 `[prompts, longest]`.
+
+    Pads are zeros in both.
+    """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -1,11 +1,10 @@
-"""Replace a function in third-party code wherever that code refers to it.
+"""Replacement of a function in third-party code, in all places that refer to it.
 
-A function has as many references as places that took hold of it. `from x import *` copies it
-into other modules, a factory's product keeps it in a closure cell, a class holds it as an
-attribute, another function as a default argument. Assigning to the defining module alone reaches
-none of these: they go on calling the original, nothing fails, and the replacement is never run.
-So the rules are: find every reference, replace all or none, refuse when there is none to replace
-or when it is replaced already, and restore each place exactly.
+`from x import *` copies a function into other modules, a closure keeps it in a cell, a class has it
+as an attribute, and another function as a default argument. Assigning only to the defining module
+reaches none of these: they go on calling the original, nothing fails, and the replacement never
+runs. So this module finds every reference, replaces all or none, refuses if there is none or if
+they are replaced already, and restores each place exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _active: list[Patch] = []
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """One replaced reference: attribute `key` of `holder`, what it held and what it holds."""
+    """One replaced reference: attribute `key` of `holder`, and its values before and after."""
 
     name: str
     holder: Any
@@ -53,7 +52,7 @@ class Patch:
         """Put the original back in every place; a second call does nothing.
 
         Raises:
-            PatchError: somebody changed a place since; then nothing is restored.
+            PatchError: other code changed a place since; then nothing is restored.
         """
         if self not in _active:
             return
@@ -80,12 +79,13 @@ def replace_everywhere(
 ) -> Patch:
     """Replace each reference to `old` in `modules` by `new`.
 
-    Searched are module globals, class attributes (static and class methods too), and closure
-    cells and default arguments of every function found there. Containers and instances are not:
-    patch before a model is built. `new` may call the original: what it captured is left alone.
+    The search covers module globals, class attributes (static and class methods too), and closure
+    cells and default arguments of every function found there. It does not cover containers and
+    instances: patch before a model is built. `new` may call the original, because its own
+    references are not replaced.
 
     Args:
-        modules: where to search, imported already; default all of `old`'s top-level package.
+        modules: imported modules to search; default all of `old`'s top-level package.
 
     Raises:
         PatchError: nothing refers to `old`, or it is replaced already; nothing is changed.
@@ -107,7 +107,7 @@ def replace_everywhere(
 
 
 def _find(modules: list[ModuleType], old: object, new: object) -> Iterator[Place]:
-    """Every reference to `old` that can be reached from `modules`, each once."""
+    """Each reference to `old` that can be reached from `modules`, once."""
     pending: list[tuple[str, Any]] = [(m.__name__, m) for m in modules]
     seen = {id(old), id(new)}  # cells too: sibling closures share them
     while pending:
@@ -126,7 +126,7 @@ def _find(modules: list[ModuleType], old: object, new: object) -> Iterator[Place
 
 
 def _references(owner: str, thing: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, holder and key of all that a module, class or function refers to by itself."""
+    """Name, holder and key of each direct reference of a module, class or function."""
     yield from ((f"{owner}.{key}", thing, key) for key in list(vars(thing)))
     if isinstance(thing, FunctionType):
         cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
@@ -142,7 +142,7 @@ def _get(holder: Any, key: str) -> Any:
 
 
 def _replaced(value: Any, old: object, new: Any, *, in_default: bool) -> Any:
-    """What a place must hold instead of `value`; `value` itself where it is not about `old`."""
+    """`value` with `old` replaced by `new`; `value` itself where it does not refer to `old`."""
     if value is old:
         return new
     if isinstance(value, _WRAPPERS) and value.__func__ is old:

@@ -1,4 +1,4 @@
-"""Batch files over a Ray cluster: `pip install 'spectral-paged[ray]'`.
+"""Serving of batch files on a Ray cluster: `pip install 'spectral-paged[ray]'`.
 
 ```
 driver     lines of the input that have no record yet -> blocks of lines in the object store
@@ -6,8 +6,8 @@ Ray Data   one actor a GPU, each with an LLM of its own, takes block after block
 driver     writes each line's record once, as blocks come back
 ```
 
-Ray restarts an actor that died and has its block done again, so a line may be computed twice. It
-is written once: the driver alone writes, and it knows by line number what it has.
+Ray restarts an actor that died and repeats its block, so a line may be computed twice. It is
+written once, because only the driver writes, and it keeps the numbers of the lines it waits for.
 """
 
 from __future__ import annotations
@@ -42,21 +42,23 @@ except ImportError as error:
         "--ray needs the package ray with its data library: pip install 'spectral-paged[ray]'"
     ) from error
 
-MAX_ATTEMPTS = 4  # at one block of lines: one that kills whoever takes it ends the run
-TASKS_PER_WORKER = 8  # at least, where there are lines enough: so that all end at about one time
-LOADING = 0  # stands for a line's number while a worker loads its model; lines count from 1
-SEATS_PER_TASK = 4  # lines of a block at most, in `max_num_seqs`: few steps run half empty
+MAX_ATTEMPTS = 4  # tries at one block of lines: a block that kills every worker ends the run
+TASKS_PER_WORKER = 8  # blocks a worker, if there are enough lines: all workers end about together
+LOADING = 0  # in place of a line's number while a worker loads its model; lines count from 1
+SEATS_PER_TASK = 4  # most lines of a block, in `max_num_seqs`: few steps run half empty
 
 
 class Attempts:
-    """How often blocks were taken; of the whole cluster, for an actor that died knows nothing."""
+    """Counts of tries at each block, kept for the cluster, because an actor that died forgets."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
 
     def take(self, number: int) -> int:
-        """Count one more try at the block that begins with line `number`, or at `LOADING`; a block
-        that is taken forgets the latter, for somebody has loaded the model."""
+        """Count a try at the block that begins with line `number`, or at `LOADING`.
+
+        A try at a block resets the count of `LOADING`, because a worker has loaded the model.
+        """
         if number != LOADING:
             self._counts[LOADING] = 0
         self._counts[number] += 1
@@ -64,18 +66,18 @@ class Attempts:
 
 
 class LineWorker:
-    """What an actor runs: an LLM, and lines in, records out.
+    """An actor of the cluster, which serves lines by an LLM of its own and returns records.
 
     Args:
-        model: alias, hub id, or a path that every node has; absolute, for a worker's working
+        model: alias, hub id, or a path that every node has; absolute, because a worker's working
             directory is not the driver's.
         options: keyword arguments of `LLM`; paths as above.
         take: counts tries at the block that begins with a line number, and at `LOADING`.
-        max_loads: tries at loading a model, of all workers, while none takes a block.
-        name: what records call the model; default `model`.
+        max_loads: most tries of all workers at loading a model while none takes a block.
+        name: the model's name in records; default `model`.
 
     Raises:
-        ClusterError: workers die while they load the model; Ray would start them for ever.
+        ClusterError: workers die while they load the model; Ray would restart them without end.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class LineWorker:
         """Columns `record` (JSON), `failed`, `num_tokens` of lines pickled in column `line`.
 
         Raises:
-            ClusterError: whoever took these lines before has died, again and again.
+            ClusterError: `MAX_ATTEMPTS` workers died over these lines.
         """
         lines: list[BatchLine] = [pickle.loads(raw) for raw in batch["line"]]
         first, last = lines[0].number, lines[-1].number
@@ -129,10 +131,10 @@ def run_batch(
     address: str | None = None,
     quiet: bool = False,
 ) -> BatchSummary:
-    """Serve every line that the output file does not hold yet, on a Ray cluster.
+    """Serve on a Ray cluster every line that has no record in the output file.
 
-    A Ray that this process has joined already is used as it is; else one is joined, or started on
-    this machine, and left again at the end.
+    A cluster that this process has joined already is used. Else one is joined, or started on this
+    machine, and left at the end.
 
     Args:
         model: alias, hub id, or a path that every node has; a relative one begins where the driver
@@ -141,11 +143,11 @@ def run_batch(
         options: keyword arguments of `LLM`, plain values; a calibration file as `model`.
         num_workers: actors; default one for each GPU of the cluster. They take a GPU each, or,
             where `options["device"]` is `cpu` or the cluster has no GPU, a CPU each.
-        address: of the cluster; default that of `RAY_ADDRESS`, else this machine alone.
+        address: the cluster's; default that of `RAY_ADDRESS`, else a cluster on this machine.
 
     Raises:
         InvalidRequestError: the output file belongs to another input, or the cluster is too small.
-        ClusterError: workers failed or died more often than is tried again.
+        ClusterError: there is no cluster at `address`, a worker raised, or workers died too often.
     """
     with _joined(address):
         resource, num_workers = _workers(options.get("device", "auto"), num_workers)
@@ -157,7 +159,7 @@ def _joined(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage is reported to Ray's makers
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(
@@ -175,7 +177,7 @@ def _joined(address: str | None) -> Iterator[None]:
 
 
 def _workers(device: str, wanted: int | None) -> tuple[str, int]:
-    """What an actor takes, `GPU` or `CPU`, and how many there are."""
+    """The resource that each actor takes, `GPU` or `CPU`, and the number of actors."""
     found = ray.cluster_resources()
     resource = "GPU" if found.get("GPU") and device != "cpu" else "CPU"
     room = int(found.get(resource, 0))
@@ -242,15 +244,17 @@ def _run(
 
 
 def absolute_model(model: str) -> str:
-    """What to tell workers of a model: of a path, the absolute one, for they have a working
-    directory and a home of their own. An alias comes first, as in `resolve`; a hub id stays."""
+    """The name of a model for workers: a path becomes absolute, an alias or hub id stays.
+
+    Workers have another working directory and home. An alias comes before a path, as in `resolve`.
+    """
     path = Path(model).expanduser()
     is_path = path.exists() or model.endswith(".gguf") or model.startswith((".", "~"))
     return str(path.absolute()) if is_path and model not in EMBEDDED else model
 
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the calibration file, where there is one, as an absolute path."""
+    """`options` with the path of the calibration file, if there is one, made absolute."""
     given = options.get("calibration")
     if not isinstance(given, str | Path) or given in ("auto", "online"):
         return dict(options)
@@ -258,7 +262,7 @@ def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cause(error: ray.exceptions.RayError) -> str:
-    """What a worker raised: the last such line among its tracebacks and what Ray says of them."""
+    """The error that a worker raised: the last such line of the tracebacks that Ray reports."""
     raised = re.findall(r"^(?!ray\.)[\w.]*(?:Error|Exception): .+$", str(error), re.MULTILINE)
     return str(raised[-1]) if raised else str(error)
 
@@ -270,10 +274,10 @@ def _blocks(
     summary: BatchSummary,
     waiting: set[int],
 ) -> Iterator[Any]:
-    """References to blocks of `size` lines; bad lines get their record at once.
+    """References to blocks of `size` lines; the record of a bad line is written at once.
 
     Args:
-        waiting: gets the numbers of the lines.
+        waiting: a set to which the numbers of the lines are added.
     """
     good: list[bytes] = []
     for line in lines:
@@ -299,7 +303,7 @@ def _results(
     num_workers: int,
     per_task: int,
 ) -> Iterator[LineResult]:
-    """Results as blocks come back, maybe some of them twice."""
+    """Results as blocks come back; a result may come twice."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0

@@ -1,4 +1,4 @@
-"""The rows of a padded batch as sequences of a cache, for every `generate` that runs over one.
+"""The rows of a padded batch as sequences of a cache, for integrations of `generate`.
 
 ```
 batches = RowBatches(cache, remedies)         one for a cache
@@ -10,8 +10,8 @@ rows.num_columns += width
 rows.take(beam_idx)                           beams: rows become copies of rows
 ```
 
-A step that fails before its end leaves the rows where they stood. One that fails at its end, and
-copies that do not fit, give the whole batch up: its rows would differ in length.
+After a step that fails before its end, the rows have the tokens they had before it. If a step fails
+at its end, or copies do not fit, the batch is given up, because its rows would differ in length.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from spectral_paged.integrations.padded_rows import PaddedRows
 
 @dataclass(frozen=True, slots=True)
 class Remedies:
-    """How the messages of refusals end: what the caller of an integration can do.
+    """The ends of error messages, which name what the caller of an integration can do.
 
-    tokens: where new tokens do not fit.
-    copies: where copies of rows do not fit.
-    sequences: where the cache holds as many sequences as it can.
-    failed: where rows were given up.
+    tokens: new tokens do not fit.
+    copies: copies of rows do not fit.
+    sequences: the cache has as many sequences as it can.
+    failed: the rows were given up.
     """
 
     tokens: str
@@ -49,13 +49,13 @@ class Remedies:
 class RowBatches:
     """The batches over one cache.
 
-    Frees the rows of batches that nobody holds any more, and keeps failures that were found late
-    for the batch they belong to.
+    It frees the rows of batches that were garbage-collected, and keeps failures that are found late
+    for the batches to which they belong.
 
     Attributes:
-        cache: where the rows are stored. Batches reach it through here, so that its memory is free
-            once it is deleted here, although batches are still held.
-        released: sequences of batches that nobody holds any more; the next `collect` frees them.
+        cache: stores the rows. Batches reach it only through this attribute, so that deleting the
+            attribute frees its memory although batches are still alive.
+        released: sequences of garbage-collected batches, which the next `collect` frees.
     """
 
     def __init__(self, cache: SpectralKVCache, remedies: Remedies) -> None:
@@ -66,16 +66,18 @@ class RowBatches:
         self._failed: dict[str, NonFiniteError] = {}
 
     def new(self, num_rows: int) -> RowBatch:
-        """A batch of which nothing is stored."""
+        """A new batch, none of whose tokens are stored yet."""
         return RowBatch(self, [self.new_name() for _ in range(num_rows)])
 
     def new_name(self) -> str:
-        """Name of a sequence, never used before in this cache."""
+        """The name of a new sequence, never used before in this cache."""
         return next(self._names)
 
     def collect(self) -> None:
-        """Free the sequences of batches that nobody holds any more; their failures are kept for
-        `settle`, because they are no error of the batch that comes next."""
+        """Free the sequences of garbage-collected batches.
+
+        Their failures are kept for `settle`, because they are not errors of the next batch.
+        """
         if self.released:
             self._failed |= self.cache.settle().failed
         while self.released:
@@ -84,8 +86,10 @@ class RowBatches:
                 self.cache.free(seq_id)
 
     def settle(self) -> None:
-        """Wait for the checks of all that was sealed. On CUDA those of a step are known after it,
-        and read by the next step; after the last one nothing else would read them.
+        """Wait for the checks of all sealed blocks.
+
+        On CUDA the checks of a step end after it, and the next step reads them. After the last step
+        only this method does.
 
         Raises:
             NonFiniteError: NaN or Inf that no step has reported; raised once.
@@ -100,13 +104,13 @@ class RowBatches:
         """End the cache's step; failures of other batches wait for their own next step.
 
         Raises:
-            NonFiniteError: NaN or Inf in what was sealed of `seq_ids`.
+            NonFiniteError: a sealed block of `seq_ids` has NaN or Inf.
         """
         self._failed |= self.cache.end_step().failed
         self.raise_failures(seq_ids)
 
     def raise_failures(self, seq_ids: Sequence[str]) -> None:
-        """Raise the first failure of `seq_ids` that was found; the others of them are dropped."""
+        """Raise the first failure found in `seq_ids`, and drop the others of `seq_ids`."""
         if self._failed:
             found = [self._failed.pop(s) for s in seq_ids if s in self._failed]
             for error in found:
@@ -118,7 +122,7 @@ class RowBatch:
 
     Attributes:
         seq_ids: sequence of each row; the list stays the same object.
-        num_columns: columns of the padded batch that are stored; its owner counts forwards.
+        num_columns: stored columns of the padded batch; its owner adds those of each forward.
         is_whole: False once the batch was given up.
     """
 
@@ -127,14 +131,14 @@ class RowBatch:
         self.seq_ids = seq_ids
         self.num_columns = 0
         self.is_whole = True
-        # garbage is collected at any moment, inside a step too: noted here, freed by `collect`
+        # garbage collection may run inside a step, so rows are only noted here; `collect` frees
         self._release = weakref.finalize(self, batches.released.extend, seq_ids)
 
     def __len__(self) -> int:
         return len(self.seq_ids)
 
     def num_tokens(self) -> list[int]:
-        """Tokens stored of each row; 0 where it has had none yet."""
+        """The number of stored tokens of each row; 0 before its first."""
         cache = self._batches.cache
         return [cache.num_tokens(s) if s in cache else 0 for s in self.seq_ids]
 
@@ -162,11 +166,12 @@ class RowBatch:
     # ---- steps ---------------------------------------------------------------------------
 
     def open(self, num_prompt_tokens: Sequence[int]) -> None:
-        """Add every row to the cache, for prompts that take several steps. Without it the first
-        tokens of a row are its whole prompt.
+        """Add every row to the cache, for prompts that take several steps.
+
+        Without this call, the tokens of a row's first step are its whole prompt.
 
         Raises:
-            CapacityError: the cache holds too many sequences; rows before are added.
+            CapacityError: the cache has too many sequences; the rows before are added.
         """
         cache = self._batches.cache
         for seq_id, count in zip(self.seq_ids, num_prompt_tokens, strict=True):
@@ -178,7 +183,7 @@ class RowBatch:
 
     @contextmanager
     def step(self, num_new: Mapping[int, int]) -> Iterator[None]:
-        """`begin_step` before what runs inside, and `end_step` or `abort_step` after it."""
+        """Run a `with` block between `begin_step` and `end_step`, or `abort_step` if it raises."""
         self.begin_step(num_new)
         try:
             yield
@@ -191,7 +196,7 @@ class RowBatch:
         """Open a step of the cache in which row `r` gets `num_new[r]` tokens.
 
         Raises:
-            CapacityError: they do not fit, or a row grows too long; nothing is held.
+            CapacityError: the tokens do not fit, or a row grows too long; no slots stay reserved.
             NonFiniteError: NaN or Inf in an earlier step; the batch is given up.
         """
         cache = self._batches.cache
@@ -218,31 +223,32 @@ class RowBatch:
             raise
 
     def abort_step(self) -> None:
-        """Forget the open step, if there is one: rows stand where they stood before it."""
+        """Drop the open step, if there is one: rows have the tokens they had before it."""
         self._batches.cache.abort_step()
 
     def end_step(self) -> None:
-        """Store the step's tokens and seal what is due.
+        """Store the step's tokens and seal the blocks that are due.
 
         Raises:
-            NonFiniteError: NaN or Inf in what was sealed, on CUDA by an earlier step; the batch is
-                given up.
+            NonFiniteError: a sealed block has NaN or Inf, on CUDA one of an earlier step; the batch
+                is given up.
         """
         try:
             with without_autocast(self._batches.cache.device):
                 self._batches.end_step(self.seq_ids)
-        except BaseException:  # its tokens count as stored, but the caller does not hear of it
+        except BaseException:  # its tokens count as stored, but the caller does not count them
             self.give_up()
             raise
 
     # ---- rows ----------------------------------------------------------------------------
 
     def take(self, sources: Sequence[int]) -> None:
-        """Rows become copies of rows `sources`: the first copy is the row itself, others fork and
-        share full pages.
+        """Replace the rows by copies of rows `sources`.
+
+        The first copy of a row is the row itself. Others fork it and share its full pages.
 
         Raises:
-            CapacityError: no room for what copies do not share; the batch is given up.
+            CapacityError: the unshared tokens of copies do not fit; the batch is given up.
             InvalidRequestError: the batch was given up before.
         """
         self.check_whole()
@@ -267,7 +273,7 @@ class RowBatch:
         self.seq_ids[:] = taken
 
     def give_up(self) -> None:
-        """Free all rows now: an error may be held for long, and with its frames this object."""
+        """Free all rows now, because the frames of an error may keep this object alive for long."""
         self.is_whole = False
         self._release.detach()
         cache = self._batches.cache
@@ -277,7 +283,7 @@ class RowBatch:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Pages are computed in fp32; a `generate` under autocast would round inside."""
+    """A context without autocast, which would round the fp32 in which pages are computed."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -7,8 +7,8 @@ model.generate(**inputs, past_key_values=cache)
 ```
 
 A forward of the model is one step of a `SpectralKVCache`: hooks on the decoder open it before the
-first layer and close it after the last, so a forward that fails leaves nothing half stored. All
-tokens of one forward see each other exactly (`prefill_segment=0`), whatever its length.
+first layer and close it after the last, so a forward that fails stores no tokens. All tokens of one
+forward see each other exactly (`prefill_segment=0`), also in a long one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Forward:
 
     rows: PaddedRows
     has_tokens: bool
-    num_layers: int = 0  # that attended, or took what was materialized
+    num_layers: int = 0  # layers that attended, or took materialized K and V
 
 
 class SpectralPagedCache(Cache):  # type: ignore[misc]
@@ -48,21 +48,22 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     Args:
         model: the causal LM that will generate. Its attention must be `ATTENTION_NAME`, unless
             `materialize`.
-        kv_format: preset name, `exact`, or a `PageFormat`; its `prefill_segment` does not count,
-            for a forward is a segment.
+        kv_format: preset name, `exact`, or a `PageFormat`, whose `prefill_segment` is ignored,
+            because a forward is a segment.
         gpu_memory_utilization: share of GPU memory for weights and cache; activations and logits
             of `generate` need the rest.
         tokenizer: for `calibration="auto"` where the model was not calibrated before; default the
             one of `model.name_or_path`.
         materialize: let `update` return all K and V, rebuilt from pages, to any attention: slow,
-            for comparisons and for attention that must see keys. Memory is saved all the same.
+            for comparisons and for attention that must see keys. The cache stays as small.
         cache_options, **options: `CacheOptions`, or its fields by name. `max_num_seqs` counts rows
             of a batch (times `num_return_sequences` or `num_beams`); prefix caching is off.
 
     Raises:
-        TypeError: an option that does not exist.
-        UnsupportedModelError: a model that is not served.
-        InvalidRequestError: another attention, several devices, or no tokenizer to calibrate with.
+        TypeError: an option does not exist.
+        UnsupportedModelError: the model is not served.
+        InvalidRequestError: the model has another attention or lies on several devices, or there is
+            no tokenizer for calibration.
         FormatError, CapacityError, CorruptFileError: as `LLM`.
     """
 
@@ -118,12 +119,12 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     # ---- a forward of the decoder --------------------------------------------------------
 
     def begin_forward(self, decoder: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Open a step for a forward of `decoder` over `inputs`; the inputs as it is to take them.
+        """Open a step for a forward of `decoder` over `inputs`, and return the changed inputs.
 
         Raises:
-            InvalidRequestError: another model or attention, attention weights asked for, or inputs
-                that do not go on where the cache stands.
-            CapacityError: more tokens than fit.
+            InvalidRequestError: the model or its attention is another one, attention weights are
+                requested, or the inputs do not continue the stored columns.
+            CapacityError: the tokens do not fit.
             NonFiniteError: as `end_forward`.
         """
         if decoder is not self._decoder:
@@ -140,7 +141,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         taken = inputs.get("input_ids")
         taken = inputs.get("inputs_embeds") if taken is None else taken
         if taken is None:
-            return inputs  # the model says what it misses
+            return inputs  # the model raises for its missing input
         batch_size, width = taken.shape[:2]
         self._check_batch(batch_size)
         rows = self._rows if len(self._rows) else self._batches.new(batch_size)
@@ -160,18 +161,18 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._forward = _Forward(padded, has_tokens=bool(num_new))
         changed = inputs | {"position_ids": padded.position_ids}
         if not self.materialize:
-            # four dimensions: taken for a mask that is ready, so none is made
+            # transformers takes a mask of four dimensions as it is, so it makes none
             mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.kv_cache.device)
             changed |= {CACHE_OPTION: self, "attention_mask": mask}
         return changed
 
     def end_forward(self, *, failed: bool) -> None:
-        """Close the step of a forward; what a failed one brought is forgotten.
+        """Close the step of a forward, or drop its tokens if it failed.
 
         Raises:
-            NonFiniteError: NaN or Inf in what was sealed, on CUDA by an earlier forward (`settle`
-                tells of the last one's); `reset()` before going on.
-            PoolError: the model passed some of its layers by.
+            NonFiniteError: a sealed block has NaN or Inf, on CUDA one of an earlier forward
+                (`settle` reports the last forward's); `reset()` before going on.
+            PoolError: some layers did not attend through the cache.
         """
         forward = self._forward
         if forward is None:
@@ -191,16 +192,18 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._rows.num_columns += forward.rows.width
 
     def settle(self) -> None:
-        """Wait, between forwards, for the checks of all that was sealed. On CUDA those of a forward
-        are known after it, and looked at by the next one; after the last one nobody would.
+        """Wait, between forwards, for the checks of all sealed blocks.
+
+        On CUDA the checks of a forward end after it, and the next forward reads them. After the
+        last forward only this method does.
 
         Raises:
-            NonFiniteError: NaN or Inf in what was sealed, told once; `reset()` before going on.
+            NonFiniteError: a sealed block has NaN or Inf; raised once. `reset()` before going on.
         """
         self._batches.settle()
 
     def _abandon(self) -> None:
-        """Forget a forward that did not come to its end; of a first one, its rows too."""
+        """Drop a forward that did not end, and its rows if it was their first."""
         self._forward = None
         self._rows.abort_step()
         if not self._rows.num_columns:
@@ -209,11 +212,11 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """K and V `[B, Hkv, T, D]` of one layer's new columns, after RoPE.
+        """Take K and V `[B, Hkv, T, D]` of one layer's new columns, after RoPE.
 
         Returns:
-            The same, for `ATTENTION_NAME` stores them; with `materialize` all columns so far,
-            `[B, Hkv, columns, D]`.
+            The same tensors, because `ATTENTION_NAME` stores them; with `materialize` those of all
+            columns so far, `[B, Hkv, columns, D]`.
         """
         if self._forward is None:
             raise InvalidRequestError(
@@ -242,7 +245,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return keys, values
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store and attend: q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]`; returns `[B, T, Hq, D]`."""
+        """Store k and v `[B, Hkv, T, D]`, and attend with q `[B, Hq, T, D]`; `[B, T, Hq, D]`."""
         forward = self._forward
         if forward is None:
             raise PoolError("attend outside a forward")
@@ -273,15 +276,15 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._rows = self._batches.new(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on as a copy of row `beam_idx[i]`; pages are shared."""
+        """Replace each row i by a copy of row `beam_idx[i]`, which shares its full pages."""
         self._take(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of these numbers, in this order."""
+        """Keep rows `indices`, in this order."""
         self._take(torch.arange(len(self._rows))[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times; pages are shared."""
+        """Repeat every row `repeats` times; copies share its full pages."""
         self._take([i for i in range(len(self._rows)) for _ in range(repeats)])
 
     def _take(self, sources: list[int]) -> None:
@@ -320,14 +323,14 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             )
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused: sealed tokens cannot be taken back."""
+        """Raise InvalidRequestError, because sealed tokens cannot be removed."""
         raise InvalidRequestError(
             "a SpectralPagedCache cannot take tokens back, because what is sealed cannot be "
             "unsealed: assisted decoding and prompt lookup need a DynamicCache"
         )
 
     def activate_past_recording(self) -> NoReturn:
-        """Refused: what assisted decoding asks for before it begins."""
+        """Raise InvalidRequestError: assisted decoding calls this before it begins."""
         self.crop(0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -339,15 +342,15 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
     # ---- questions -----------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns stored, padding among them, as transformers counts."""
+        """The number of stored columns, with padding, as transformers counts them."""
         return self._rows.num_columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(columns with `query_length` new ones, 0)."""
+        """The number of columns that a mask covers with `query_length` new ones, and offset 0."""
         return self._rows.num_columns + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Most tokens of a row."""
+        """The most tokens that a row may have."""
         return self.kv_cache.max_model_len
 
     get_max_cache_shape = get_max_length
@@ -357,7 +360,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
 
     @property
     def batch_size(self) -> int:
-        """Rows; -1 before the first forward."""
+        """The number of rows; -1 before the first forward."""
         return len(self._rows) or -1
 
     @property
@@ -373,7 +376,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return False
 
     def stats(self) -> dict[str, object]:
-        """`SpectralKVCache.stats` with `num_rows` and `num_columns`; raises what `settle` does."""
+        """`SpectralKVCache.stats` with `num_rows` and `num_columns`, after `settle`."""
         self.settle()
         rows = {"num_rows": len(self._rows), "num_columns": self._rows.num_columns}
         return self.kv_cache.stats() | rows

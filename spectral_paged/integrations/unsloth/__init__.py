@@ -1,6 +1,6 @@
-"""Unsloth's models over the cache: `patch_unsloth_attention(model)` and back.
+"""Generation of Unsloth's models over the cache: `patch_unsloth_attention(model)` and back.
 
-It knows models and what lies below them.
+The package imports `models` and the packages below it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Attention of Unsloth's forward passes, led into a paged cache while one is served.
+"""Attention of Unsloth's forward passes, redirected to a paged cache while a step is served.
 
 Unsloth attends in two ways. Prompts pass `XAttention.forward`, which projects, rotates and calls
-one of a few kernels by their module-global names; one-token steps pass a function of their own that
-does all of it. The kernels and those functions are replaced by ones that ask first whether a step
-is being served on this thread, and call the original where none is.
+one of a few kernels by their module-global names. One-token steps pass a function of their own that
+does all of it. The kernels and those functions are replaced by functions that attend over the cache
+if this thread serves a step, and call the original otherwise.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Function = Callable[..., Any]
 
 
 class PromptStep(ABC):
-    """What attends in the layers of a prompt.
+    """The attention of the layers of a prompt, in place of Unsloth's kernels.
 
     Attributes:
-        past: what attention returns in place of K and V.
-        layer: whose attention runs now.
+        past: stands for the K and V that Unsloth's attention returns.
+        layer: index of the layer whose attention runs now.
     """
 
     past: Any = None
@@ -45,15 +45,15 @@ class PromptStep(ABC):
 
     @abstractmethod
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The kernels' shapes: q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; out `[1, T, Hq, D]`."""
+        """Attend with q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns `[1, T, Hq, D]`."""
 
 
 class ServedStep(PromptStep):
-    """The cache's open step as attention sees it.
+    """Attention over a cache in its open step.
 
     Attributes:
-        order: int64 `[T]`, place in the cache's plan of each token of the model's batch; None
-            where they are the same.
+        order: int64 `[T]`, the place in the cache's plan of each token of the model's batch; None
+            where both have the same order.
     """
 
     def __init__(self, cache: SpectralKVCache, *, order: Tensor | None = None) -> None:
@@ -62,7 +62,10 @@ class ServedStep(PromptStep):
         self.places = None if order is None else torch.argsort(order)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE, in the model's order; so the result."""
+        """Attend with q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE; returns `[T, Hq, D]`.
+
+        All of them are in the order of the model's batch.
+        """
         if self.places is not None:
             q, k, v = (x.index_select(0, self.places) for x in (q, k, v))
         with without_autocast(self.cache.device):
@@ -82,7 +85,7 @@ _serving = _Serving()
 
 @contextmanager
 def serving(step: PromptStep) -> Iterator[None]:
-    """Attention of the models called inside is `step`'s, on this thread."""
+    """Let `step` attend in models that this thread calls inside the `with` block."""
     _serving.step, before = step, _serving.step
     try:
         yield
@@ -97,7 +100,7 @@ def served_step() -> PromptStep | None:
 
 @contextmanager
 def prompt_layers(attentions: list[Any], step: PromptStep) -> Iterator[None]:
-    """Tell `step` which layer's attention runs, and let none of them keep its K and V."""
+    """Set `step.layer` while a layer attends, and let attention return `step.past` as K and V."""
 
     def enter(module: Any, _: Any) -> None:
         step.layer = module.layer_idx
@@ -124,19 +127,20 @@ def run_prompt(
     lengths: list[int],
     keep: int,
 ) -> Tensor:
-    """Logits `[keep, vocab]` of a family that Unsloth attends for, whose attention is `step`'s.
+    """Logits `[keep, vocab]` of a model whose family has Unsloth's attention; `step` attends.
 
     Args:
         forward: the causal LM's own.
         ids, positions: int64 `[T]`, rows end to end.
         lengths: tokens of each row.
+        keep: last tokens whose logits are returned.
     """
     nothing = torch.empty((), dtype=model.dtype, device=ids.device)
     step.past = (nothing, nothing)
     gemma2 = model.config.model_type == "gemma2"
     with serving(step), prompt_layers([layer.self_attn for layer in model.model.layers], step):
-        # lengths: or the batch is cut at max_seq_length. Masks: any but None, or one of
-        # [T, T] is made (mistral), or of [max_seq_length, max_seq_length] (gemma2)
+        # Without lengths Unsloth cuts the batch at max_seq_length. With a mask of None it makes one
+        # of [T, T] (mistral) or [max_seq_length, max_seq_length] (gemma2), so others are passed.
         output = forward(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -198,7 +202,7 @@ def decode_attention(
 ) -> Tensor:
     """One layer of a one-token step: project, norm, rotate, attend, project; `[B, 1, hidden]`.
 
-    Arguments as Unsloth's functions take them; masks say nothing that the cache does not know.
+    Arguments are those of Unsloth's functions. Masks are ignored, because the cache knows them.
     """
     llama = unsloth_module("llama")
     rows, width = hidden_states.shape[0], attention.head_dim
@@ -217,8 +221,7 @@ def decode_attention(
 def _normed_and_turned(
     attention: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, 1, Hq, D]` and k as pages and kernels want them, `[B, H, 1, D]`; in one launch where
-    Unsloth has it for them."""
+    """Norm and turn q and k `[B, 1, H, D]`, in one launch where Unsloth has it; `[B, H, 1, D]`."""
     llama = unsloth_module("llama")
     if hasattr(attention, "q_norm"):
         norms = attention.q_norm, attention.k_norm
@@ -238,22 +241,22 @@ def _normed_and_turned(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[B, H, 1, D]` turned in half-split pairs; cos and sin `[B, 1, 1, D]`."""
+    """Turn `x` `[B, H, 1, D]` by RoPE in half-split pairs; cos and sin are `[B, 1, 1, D]`."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class FunctionPatches:
-    """Replaces Unsloth's functions while at least one model is patched."""
+    """The replacements of Unsloth's functions, in force while at least one model is patched."""
 
     def __init__(self) -> None:
         self._replacements: dict[str, tuple[Function, Function]] = {}
         self._patches: list[Patch] = []
 
     def install(self) -> None:
-        """Replace every reference there is now; references that an earlier call replaced too.
+        """Replace all present references, also those that an earlier call replaced.
 
-        Where that fails they are as they were before: other models may be served by them.
+        If that fails, the replacements of earlier calls stay, because other models may need them.
         """
         before = list(self._patches)
         try:
@@ -265,7 +268,7 @@ class FunctionPatches:
 
     def _replace(self) -> None:
         for name, original in fast_functions().items():
-            # one replacement for ever: a class that was set up while it was in force keeps it
+            # the same replacement each time: a class set up while it was in force keeps it
             if name not in self._replacements:
                 make = {"run_attention": _run_attention}.get(
                     name, _softcapped if name in KERNELS else _one_token
@@ -275,7 +278,7 @@ class FunctionPatches:
             self._patches.append(replace_everywhere(old, new, modules=fast_modules()))
 
     def _go_back(self, before: list[Patch]) -> None:
-        """Undo what is not of `before`; of that, make again what was undone, in its order."""
+        """Undo patches that are not in `before`, and repeat those of `before` that were undone."""
         for patch in reversed(self._patches):
             if patch not in before:
                 patch.undo()
@@ -284,5 +287,5 @@ class FunctionPatches:
     def remove(self) -> None:
         """Put every original back."""
         while self._patches:
-            self._patches[-1].undo()  # one that raises is tried again by the next call
+            self._patches[-1].undo()  # if it raises, the next call tries it again
             self._patches.pop()

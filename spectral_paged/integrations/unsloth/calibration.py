@@ -1,4 +1,4 @@
-"""Calibrate a model as Unsloth runs it, for pages with a shared basis."""
+"""Calibration of a model by Unsloth's forward, for pages with a shared basis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectral_paged.pages import SharedBasis
 
 
 class _RecordedStep(PromptStep):
-    """Attention that is exact, and tells a recorder what it saw."""
+    """Exact attention of a prompt that records queries, keys and values for calibration."""
 
     def __init__(self, recorder: Recorder, scale: float) -> None:
         self.recorder = recorder
@@ -29,17 +29,17 @@ class _RecordedStep(PromptStep):
 
 
 def unsloth_calibration(model: Any, loaded: LoadedModel) -> SharedBasis:
-    """What `LLM` calibrates by itself: on the package's own text, once, kept in the cache folder.
+    """The built-in calibration of a model, as `LLM` makes it: once, and kept in the cache folder.
 
-    Unsloth's functions are replaced already. Adapters are left out: a calibration is kept for the
-    weights below them.
+    Unsloth's functions must be replaced already. Adapters are disabled, because a calibration is
+    kept for the weights below them.
 
     Args:
-        model: what Unsloth returned, with adapters.
+        model: the model that Unsloth returned, with adapters.
         loaded: the causal LM inside.
 
     Raises:
-        InvalidRequestError: no tokenizer, or quantized weights.
+        InvalidRequestError: there is no tokenizer, or weights are quantized.
     """
     inner = loaded.model
     scale = float(inner.model.layers[0].self_attn.scaling)

@@ -1,4 +1,4 @@
-"""Models that Unsloth loads without a hub, a tokenizer of their own or bitsandbytes."""
+"""Small checkpoints that Unsloth loads without a hub, a real tokenizer or bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def save_checkpoint(model: Any, folder: Path) -> None:
-    """Save `model` beside a tokenizer of made-up words, one an id."""
+    """Save `model` with a tokenizer that has one made-up word for each id."""
     model.save_pretrained(folder)
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     words |= {f"w{i}": i for i in range(3, model.config.vocab_size)}
@@ -29,8 +29,10 @@ def save_checkpoint(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Loading asks bitsandbytes and peft for the class of 4-bit layers, also where there are none;
-    inside, both have an empty one."""
+    """Give bitsandbytes and peft an empty class of 4-bit layers inside the `with` block.
+
+    Loading needs the class also for models without 4-bit layers.
+    """
     import peft.tuners.lora as lora
 
     if "bitsandbytes" in sys.modules or hasattr(lora, "Linear4bit"):
@@ -48,8 +50,10 @@ def _without_bitsandbytes() -> Iterator[None]:
 
 
 def load_fast(folder: Path, *, dtype: torch.dtype, max_seq_length: int, device: str) -> Any:
-    """What `FastLanguageModel.from_pretrained` makes of a checkpoint, ready to generate; unsloth
-    is to be imported before transformers."""
+    """Load a checkpoint by `FastLanguageModel.from_pretrained`, ready to generate.
+
+    Unsloth must be imported before transformers.
+    """
     from unsloth import FastLanguageModel
 
     with _without_bitsandbytes():

@@ -1,4 +1,4 @@
-"""What of Unsloth carries attention, family by family; versions and models that are refused."""
+"""Unsloth's attention functions by model family, and the versions and models that are refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from spectral_paged.errors import UnsupportedModelError
 
-# Unsloth moves functions about between releases: those whose code was read and run, first and last.
+# The releases that were read and run, because Unsloth moves functions between releases.
 OLDEST, NEWEST = "2026.10.9", "2026.10.9"
-# what prompts' attention calls with rotated q, k and v
+# functions that attention of prompts calls with rotated q, k and v
 KERNELS = (
     "run_attention",
     "slow_attention_softcapping",
@@ -24,13 +24,13 @@ KERNELS = (
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where a family's attention lives in `unsloth.models`.
+    """The place of a family's attention in `unsloth.models`.
 
     Attributes:
-        module: its file.
-        prefill: function there that is its attention's `forward`.
-        decode: function there that attends for one new token a row; None where Unsloth leaves the
-            family to transformers, so that prefill and decode both pass the attention interface.
+        module: the family's module.
+        prefill: the function in it that is the attention's `forward`.
+        decode: the function in it that attends for one new token a row; None where Unsloth leaves
+            the family to transformers, so that prefill and decode pass the attention interface.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Family:
 
     @property
     def is_fast(self) -> bool:
-        """True where Unsloth has attention functions of its own."""
+        """True if Unsloth has attention functions for the family."""
         return self.decode is not None
 
 
@@ -61,10 +61,11 @@ FAMILIES = {
 
 
 def loaded_unsloth() -> ModuleType:
-    """The imported `unsloth`, of a version that is known.
+    """The imported `unsloth` module, of a supported version.
 
     Raises:
-        UnsupportedModelError: not imported, so no model of this process is its; or another version.
+        UnsupportedModelError: it is not imported, so it loaded no model here, or it has another
+            version.
     """
     package = sys.modules.get("unsloth")
     if package is None:
@@ -87,10 +88,10 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers causal LM inside `model`, adapters of PEFT unwrapped.
+    """The transformers causal LM inside `model`, without adapters of PEFT around it.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: `model` is not a causal LM of decoder layers.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = getattr(getattr(inner, "model", None), "layers", None)
@@ -106,8 +107,8 @@ def family_of(model: Any) -> Family:
     """The family of a causal LM that Unsloth loaded.
 
     Raises:
-        UnsupportedModelError: another family, a model that Unsloth did not load, one spread over
-            devices, or attention functions that are not those of this version.
+        UnsupportedModelError: the family is another one, Unsloth did not load the model, it lies on
+            several devices, or its attention is not the function expected of this version.
     """
     name = model.config.model_type
     family = FAMILIES.get(name)
@@ -123,7 +124,7 @@ def family_of(model: Any) -> Family:
             f"the model lies on {', '.join(devices)}; the cache is on one device: load it with "
             'device_map={"": 0}'
         )
-    # class methods are gated by this mark: a transformers model beside keeps its own
+    # Unsloth's class methods run only with this mark, so a transformers model keeps its own
     fast = getattr(attentions[0], "_unsloth_fast_path", False)
     forward = inspect.unwrap(type(attentions[0]).forward)
     expected = getattr(unsloth_module(family.module), family.prefill) if family.is_fast else None
@@ -142,17 +143,17 @@ def family_of(model: Any) -> Family:
 
 
 def unsloth_module(name: str) -> ModuleType:
-    """`unsloth.models.<name>`."""
+    """The module `unsloth.models.<name>`, imported if necessary."""
     return importlib.import_module(f"unsloth.models.{name}")
 
 
 def fast_modules() -> list[ModuleType]:
-    """The files of `unsloth.models` whose functions are replaced."""
+    """The modules of `unsloth.models` whose functions are replaced."""
     return [unsloth_module(family.module) for family in FAMILIES.values() if family.is_fast]
 
 
 def fast_functions() -> dict[str, Callable[..., Any]]:
-    """The functions that attend, by name: of one-token steps, and the kernels of prefill."""
+    """The functions to replace, by name: attention of one-token steps, and kernels of prefill."""
     found: dict[str, Callable[..., Any]] = {}
     for module in fast_modules():
         for name in {f.decode for f in FAMILIES.values() if f.decode} | set(KERNELS):

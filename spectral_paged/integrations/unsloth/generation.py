@@ -1,4 +1,4 @@
-"""Generation of an Unsloth model over a `SpectralKVCache`: what its `forward` does while patched.
+"""The `forward` of a patched Unsloth model, which generates over a `SpectralKVCache`.
 
 ```
 model.generate(ids [B, L], mask)                       a padded batch, transformers' own loop
@@ -43,15 +43,15 @@ REMEDIES = Remedies(
 
 
 class SpectralPast(Sequence[Any]):
-    """`past_key_values` of a patched model: says how long it is, and keeps its sequences alive.
+    """`past_key_values` of a patched model: it has their length, and keeps its sequences alive.
 
-    Neither a tuple nor a transformers `Cache`, so that nobody copies K and V out of it: an item is
-    a layer's K and V by shape alone, without memory.
+    It is neither a tuple nor a transformers `Cache`, so that no caller copies K and V out of it. An
+    item is a layer's K and V with only their shape, without memory.
 
     Args:
-        owner: whose forward made it.
-        rows: the batch's sequences; newer objects than this one share them.
-        positions: int64 `[B, 1]`, where the next token of each row is.
+        owner: the patched forward that made it.
+        rows: the batch's sequences; newer objects of the batch share them.
+        positions: int64 `[B, 1]`, the position of each row's next token.
     """
 
     is_compileable = False
@@ -79,14 +79,14 @@ class SpectralPast(Sequence[Any]):
         return self.pair
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the padded batch, as transformers counts them."""
+        """The number of columns of the padded batch, as transformers counts them."""
         return self.num_columns
 
     def reorder_cache(self, beam_idx: Tensor) -> SpectralPast:
-        """Row i goes on as a copy of row `beam_idx[i]`; full pages are shared.
+        """Replace each row i by a copy of row `beam_idx[i]`, which shares its full pages.
 
         Raises:
-            CapacityError: no room for what copies do not share.
+            CapacityError: the unshared tokens of copies do not fit.
             InvalidRequestError: the rows have grown since, or a forward over them failed.
         """
         self.check_newest()
@@ -95,7 +95,7 @@ class SpectralPast(Sequence[Any]):
         return self
 
     def check_newest(self) -> None:
-        """Raise InvalidRequestError unless the rows are whole and stand where this object says."""
+        """Raise InvalidRequestError if the rows were given up, or have grown since."""
         self.rows.check_whole()
         if self.num_columns != self.rows.num_columns:
             raise InvalidRequestError(
@@ -111,13 +111,13 @@ class SpectralPast(Sequence[Any]):
 
 
 class PatchedForward:
-    """`forward` of a causal LM that serves generation from `cache` and leaves the rest alone.
+    """The `forward` of a causal LM that serves generation from `cache` and passes on other calls.
 
     Args:
-        model: the causal LM; its `forward` of now is what is called for the layers.
-        is_fast: Unsloth has attention functions of its own for it.
-        graphs: replays its one-token steps; None: they run as Unsloth runs them.
-        report_level: of the log lines about each forward.
+        model: the causal LM; its present `forward` is called for the layers.
+        is_fast: Unsloth has attention functions for the family.
+        graphs: replays one-token steps; None runs them as Unsloth does.
+        report_level: logging level of the line about each prompt.
     """
 
     def __init__(
@@ -140,13 +140,15 @@ class PatchedForward:
         self._level = report_level
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments as the model's own `forward`. Served are calls of a model in eval mode with
-        `use_cache=True` and no labels, as `generate` makes them; others pass through.
+        """Compute a forward; the arguments are those of the model's own `forward`.
+
+        The cache serves calls in eval mode with `use_cache=True` and no labels, as `generate` makes
+        them. Other calls go to the model's own `forward`.
 
         Raises:
             CapacityError: the batch does not fit the pool.
-            InvalidRequestError: a cache of another kind, a mask or positions that no left-padded
-                batch has, or gradients.
+            InvalidRequestError: the cache is of another kind, no left-padded batch has this mask or
+                these positions, or gradients are enabled.
         """
         kwargs |= zip(self._names, args, strict=False)
         past = kwargs.get("past_key_values")
@@ -168,12 +170,11 @@ class PatchedForward:
 
     @property
     def cache(self) -> SpectralKVCache:
-        """Where keys and values lie."""
+        """The cache that stores keys and values."""
         return self.batches.cache
 
     def close(self) -> None:
-        """Let go of the cache and of graphs over it; `past_key_values` that are still held are of
-        no use any more."""
+        """Drop the cache and the graphs over it, after which no `past_key_values` can be used."""
         if self.graphs is not None:
             self.graphs.drop()
         self.graphs = None
@@ -231,7 +232,7 @@ class PatchedForward:
         padded = rows.read(
             width,
             attention_mask=kwargs.get("attention_mask"),
-            # in a conversation transformers passes those of earlier columns too
+            # in a conversation transformers passes the positions of earlier columns, too
             position_ids=None if positions is None else positions[..., -width:],
         )
         keep = max(_count(kwargs.get("logits_to_keep")), _count(kwargs.get("num_logits_to_keep")))
@@ -253,7 +254,7 @@ class PatchedForward:
     def _run_chunks(
         self, rows: RowBatch, padded: PaddedRows, tokens: PromptTokens, input_ids: Tensor
     ) -> None:
-        """Compute a prompt chunk by chunk; the logits that are wanted are stored in `tokens`."""
+        """Compute a prompt chunk by chunk, and store the wanted logits in `tokens`."""
         while chunk := tokens.next_chunk(lambda row: self.cache.chunk_limit(rows.seq_ids[row])):
             with rows.step(chunk.lengths):
                 ids = input_ids.reshape(-1)[chunk.places]
@@ -267,7 +268,7 @@ class PatchedForward:
     def _run_prompt(
         self, step: ServedStep, ids: Tensor, positions: Tensor, chunk: PromptChunk
     ) -> Tensor:
-        """Logits `[num_wanted or 1, vocab]` of ids and positions `[T]`."""
+        """Compute one chunk, ids and positions `[T]`: logits `[num_wanted or 1, vocab]`."""
         keep = max(chunk.num_wanted, 1)
         if not self._is_fast:
             return self._run_interface(step, ids, positions, keep)
@@ -282,7 +283,7 @@ class PatchedForward:
         )
 
     def _run_interface(self, step: ServedStep, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
-        """Through transformers' attention interface: ids and positions `[T]`."""
+        """Compute ids and positions `[T]` through transformers' attention interface."""
         with use_attention(self._model, PAGED_ATTENTION):
             output = self._forward(
                 input_ids=ids.unsqueeze(0),

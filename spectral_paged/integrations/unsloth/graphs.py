@@ -1,8 +1,8 @@
 """One-token steps of an Unsloth model as CUDA graphs.
 
 Unsloth's own step launches hundreds of small kernels from Python for each token. Here its functions
-run once a size of batch while a graph is captured, in the mode that Unsloth made for graphs of its
-own (no lengths read back from the device), and are replayed after that.
+run once for each batch size while a graph is captured, and the graph is replayed after that. They
+run in Unsloth's own mode for graphs, which reads no lengths back from the device.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from spectral_paged.integrations.unsloth.families import unsloth_module
 from spectral_paged.models.decode_graphs import DecodeGraphs
 from spectral_paged.sampling import PendingTokens
 
-# those whose one-token step is `_LlamaModel_fast_forward_inference`; others read lengths back
+# families with `_LlamaModel_fast_forward_inference`; the steps of others read lengths back
 GRAPHED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def fingerprint(model: Any, num_positions: int) -> Any:
-    """What a captured step holds for ever: places of weights, adapters and rotary tables, and how
-    often an optimizer changed them. None where Unsloth says that a model cannot be captured."""
+    """The state of a model that a captured step depends on; None if Unsloth cannot capture it.
+
+    It has the addresses of weights, adapters and rotary tables, and the number of their changes by
+    an optimizer.
+    """
     layers = model.model.layers
     layers[0].self_attn.rotary_emb.extend_rope_embedding(model.lm_head.weight, num_positions + 1)
     return unsloth_module("_decode_graphs")._fingerprint(model, layers, num_positions)
 
 
 class UnslothGraphs:
-    """Captures and replays the one-token steps of a patched model.
+    """CUDA graphs of the one-token steps of a patched model.
 
     Args:
         model: a causal LM of a family in `GRAPHED`, on CUDA.
-        cache: where its attention goes.
+        cache: the cache over which the model attends.
     """
 
     def __init__(self, model: Any, cache: SpectralKVCache) -> None:
@@ -57,8 +60,10 @@ class UnslothGraphs:
         return 0 if self._graphs is None else self._graphs.num_graphs
 
     def refresh(self) -> None:
-        """Drop graphs of weights that have changed since. Asked at each prompt: adapters do not
-        change while a batch is generated."""
+        """Drop graphs if weights or adapters have changed since they were captured.
+
+        Called at each prompt, because adapters do not change while a batch is generated.
+        """
         found = fingerprint(self.model, self.cache.max_model_len)
         if found is None:
             self.drop()
@@ -67,17 +72,19 @@ class UnslothGraphs:
         self._fingerprint = found
 
     def drop(self) -> None:
-        """Forget all graphs, and with them the cache."""
+        """Drop all graphs, and with them their reference to the cache."""
         self._graphs = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether the last `refresh` found that steps can be captured."""
+        """True if the last `refresh` found that steps can be captured."""
         return self._graphs is not None
 
     def run(self, input_ids: Tensor, positions: Sequence[int]) -> Tensor:
-        """Logits fp32 `[B, 1, vocab]` of the cache's open step; input ids `[B, 1]`, one at each of
-        `positions`."""
+        """Logits fp32 `[B, 1, vocab]` of the cache's open step, for input ids `[B, 1]`.
+
+        `positions` are those of the input tokens.
+        """
         assert self._graphs is not None
         count, before = len(positions), self._graphs.num_graphs
         with torch.inference_mode():
@@ -85,7 +92,7 @@ class UnslothGraphs:
             logits = self._graphs.run([0] * count, positions, tokens)
         if self._graphs.num_graphs != before:  # the first run casts adapters, and keeps the casts
             self._fingerprint = fingerprint(self.model, self.cache.max_model_len)
-        return logits.clone().unsqueeze(1)  # the next replay writes over them
+        return logits.clone().unsqueeze(1)  # the next replay overwrites them
 
     def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits `[n, vocab]` of int64 `[n]` ids and positions."""
@@ -94,7 +101,7 @@ class UnslothGraphs:
             device.type,
             dtype=self.cache.dtype,
             enabled=self.cache.dtype in (torch.float16, torch.bfloat16),
-            cache_enabled=False,  # a cast that it keeps would lie in the graph's memory
+            cache_enabled=False,  # cached casts would lie in the graph's memory
         )
         graphs._TLS.statics = graphs._StepStatics(self.cache.max_model_len, None)
         try:
@@ -109,7 +116,7 @@ class UnslothGraphs:
 
 
 def _attention(attention: Any, *, past_key_value: Any, **arguments: Any) -> tuple[Tensor, Any]:
-    """Unsloth's call of a layer's attention, of a step that is always served."""
+    """The attention that Unsloth's step calls in each layer, inside `serving`."""
     step = served_step()
     assert isinstance(step, ServedStep)
     return decode_attention(step, attention, **arguments), past_key_value

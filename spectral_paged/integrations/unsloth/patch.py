@@ -36,19 +36,19 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import AUTO, PageFormat
 
 _functions = FunctionPatches()
-# a model holds its patch, so that both go when nobody holds the model any more
+# a model's attribute that refers to its patch, so that both are garbage-collected together
 PATCH = "_spectral_paged_patch"
-INT8_WIDTH = 128  # of heads whose INT8 ranks were measured to lose no needle
+INT8_WIDTH = 128  # head width at which INT8 ranks were measured to lose no needle
 _patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
-_NOTHING = object()  # stands for an attribute that a model had not
+_NOTHING = object()  # stands for an attribute that a model did not have
 
 
 class UnslothPatch:
-    """A patched model: its cache and its figures.
+    """A patched model, with its cache and statistics.
 
     Attributes:
         model: the causal LM whose `forward` is replaced.
-        cache: where its keys and values lie; gone, with its memory, once the patch is undone.
+        cache: stores its keys and values; deleted, with its memory, once the patch is undone.
     """
 
     def __init__(self, model: Any, forward: PatchedForward) -> None:
@@ -59,7 +59,7 @@ class UnslothPatch:
         for name, value in {
             PATCH: self,
             "forward": forward,
-            # without this, generate brings a static cache for families that Unsloth compiles
+            # else `generate` passes a static cache for families that Unsloth compiles
             "_supports_static_cache": False,
             "_reorder_cache": SpectralPast.reorder_cache,
         }.items():
@@ -69,17 +69,19 @@ class UnslothPatch:
         weakref.finalize(self, _remove_functions).atexit = False
 
     def settle(self) -> None:
-        """Wait for the checks of all that was sealed: on CUDA a step's are looked at by the next
-        one, so after the last of a batch nothing else tells. An undone patch has settled.
+        """Wait for the checks of all sealed blocks; an undone patch has settled already.
+
+        On CUDA the next step reads the checks of a step. After the last step of a batch only this
+        method does.
 
         Raises:
-            NonFiniteError: NaN or Inf that no forward has told of; told once.
+            NonFiniteError: NaN or Inf that no forward has reported; raised once.
         """
         if self in _patched:
             self._forward.batches.settle()
 
     def stats(self) -> dict[str, object]:
-        """`SpectralKVCache.stats()` after what nobody needs is freed, and counts of forwards.
+        """`SpectralKVCache.stats()` and counts of forwards, after rows no longer used are freed.
 
         Raises:
             PatchError: the patch is undone.
@@ -95,11 +97,11 @@ class UnslothPatch:
         }
 
     def undo(self) -> None:
-        """What `unpatch_unsloth_attention` does; a second call does nothing.
+        """Undo the patch, as `unpatch_unsloth_attention` does; a second call does nothing.
 
         Raises:
-            PatchError: somebody replaced the model's forward since, and nothing is changed; or one
-                of Unsloth's functions, and the model is itself again: call once more when the
+            PatchError: other code replaced the model's forward since, and nothing is changed; or
+                one of Unsloth's functions, and only the model is restored: call again when the
                 later change is undone.
             NonFiniteError: as `settle`; the patch is undone all the same.
         """
@@ -128,7 +130,7 @@ class UnslothPatch:
 
 
 def _remove_functions() -> None:
-    """Give Unsloth its functions back where no model is patched any more."""
+    """Restore Unsloth's functions if no model is patched any more."""
     if not list(_patched):
         _functions.remove()
 
@@ -156,10 +158,10 @@ def patch_unsloth_attention(
     """Let a model that Unsloth loaded generate over a paged pool of spectral pages.
 
     `generate`, streamers and sampling work as before, for batches of left-padded prompts of any
-    mix of lengths. Training, losses and passes without `use_cache=True` are left alone.
+    mix of lengths. Training, losses and passes without `use_cache=True` do not change.
 
     Args:
-        model: what `FastLanguageModel.from_pretrained` or `get_peft_model` returned.
+        model: the model that `FastLanguageModel.from_pretrained` or `get_peft_model` returned.
         block_size: tokens of a page: 512.
         k_rank_keys, k_rank_values: INT8 components a head of K and of V, multiples of 16. With one
             of them the other is that of `spectral-int8` for the head's width.
@@ -167,31 +169,32 @@ def patch_unsloth_attention(
         use_spectral_attention: False is refused: there is no other attention over pages.
         use_triton_kernel: False is refused on CUDA, where there is no other kernel.
         use_attention_weighted_svd: True is refused: it was measured to gain nothing.
-        landmark_count: first tokens that stay exact for ever; a multiple of 64, default the
-            format's own (64).
-        kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`;
-            without either `spectral-quality`, and of a model that cannot be calibrated (quantized
-            weights, no tokenizer) `spectral-int8` for heads of width 128, `spectral-page` for
-            others: INT8 ranks lose needles at width 64.
+        landmark_count: first tokens that always stay exact; a multiple of 64, default the format's
+            own (64).
+        kv_format: in place of ranks a preset name (`exact`, `spectral-page`) or a `PageFormat`. The
+            default is `spectral-quality`. For a model that cannot be calibrated (quantized weights,
+            no tokenizer) it is `spectral-int8` for heads of width 128, and `spectral-page` for
+            others, because INT8 ranks lose needles at width 64.
         debug_logging: log a line about each prompt at level INFO.
-        verbose: print what was patched, in a line.
-        gpu_memory_utilization: share of the GPU for all that is on it now and the pool.
+        verbose: print a line about the patched model.
+        gpu_memory_utilization: share of the GPU for the pool and all memory in use now.
         prefill_segment: prompt tokens whose queries see each other exactly.
         enforce_eager: no CUDA graphs of one-token steps (llama, mistral, qwen2, qwen3).
         cache_options, **options: `CacheOptions`, or its fields by name; prefix caching is off.
 
     Raises:
-        TypeError: an option that does not exist.
-        UnsupportedModelError: another version of Unsloth, another family, or a model that Unsloth
-            did not load; the message names what is supported.
+        TypeError: an option does not exist.
+        UnsupportedModelError: Unsloth's version or the family is another one, or Unsloth did not
+            load the model; the message names what is supported.
         PatchError: the model is patched already.
-        FormatError, CapacityError: an option that makes no sense; the message says what does.
+        FormatError, CapacityError: an option's value cannot be served; the message names one that
+            can.
     """
     chosen = CacheOptions.of(
         patch_unsloth_attention,
         cache_options,
         options,
-        # adapters may change between two calls, and with them what a prefix means
+        # adapters may change between two calls, and with them the K and V of a prefix
         enable_prefix_caching=False,
     )
     version = loaded_unsloth().__version__
@@ -257,7 +260,7 @@ def patch_unsloth_attention(
 
 
 def unpatch_unsloth_attention(model: Any) -> None:
-    """Give the model, and with the last model Unsloth's functions, their own attention back.
+    """Restore the model's own attention, and with the last model also Unsloth's functions.
 
     Raises:
         PatchError: the model is not patched, or as `UnslothPatch.undo`.
@@ -291,7 +294,7 @@ def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool
 
 
 def _default_format(loaded: LoadedModel) -> str:
-    """The project's own default; where it cannot be calibrated, one that needs no calibration."""
+    """The default format; for a model that cannot be calibrated, one without calibration."""
     if calibration_obstacle(loaded) is None:
         return AUTO
     return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"

@@ -13,17 +13,17 @@ from spectral_paged.device import upload
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.padded_rows import PaddedRows
 
-MAX_CHUNK_TOKENS = 8192  # of one forward: enough to keep a GPU busy
+MAX_CHUNK_TOKENS = 8192  # most tokens of one forward: enough to keep a GPU busy
 
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """One forward's tokens, T of them.
+    """The T tokens of a prompt that one forward computes.
 
     lengths: tokens of each row that has some, in the order of the cache's plan.
-    places: int64 `[T]` on the device, where tokens stand in the flattened `[B * width]`; those
-        whose logits are wanted last.
-    order: int64 `[T]`, the place of each in the plan; None where it is the same.
+    places: int64 `[T]` on the device, the places of tokens in the flattened `[B * width]`; tokens
+        whose logits are wanted come last.
+    order: int64 `[T]`, the place of each token in the plan; None where it is the same.
     num_wanted: tokens whose logits are wanted.
     """
 
@@ -34,14 +34,14 @@ class PromptChunk:
 
 
 class PromptTokens:
-    """What of a prompt's rows is computed already, and the logits that were wanted.
+    """The tokens of a padded prompt that are still to be computed, and the logits so far.
 
     Args:
-        rows: the forward's columns.
-        keep: of how many of the last columns logits are wanted; 0: of all.
+        rows: the prompt's columns.
+        keep: last columns whose logits are wanted; 0: all columns.
 
     Raises:
-        InvalidRequestError: a row ends in a pad, so the next token would follow it.
+        InvalidRequestError: a row ends in a pad, which the next token would follow.
     """
 
     def __init__(self, rows: PaddedRows, keep: int) -> None:
@@ -58,10 +58,10 @@ class PromptTokens:
         self.logits: Tensor | None = None
 
     def next_chunk(self, limit: Callable[[int], int]) -> PromptChunk | None:
-        """The next tokens, of as many rows as there is room for; None when all are taken.
+        """Take the next tokens, of as many rows as there is room for; None when all are taken.
 
         Args:
-            limit: most tokens of a row that one step may compute now.
+            limit: by row, the most tokens of it that one step may compute now.
         """
         room, lengths, parts = MAX_CHUNK_TOKENS, {}, []
         for row, left in enumerate(self._left):
@@ -81,8 +81,10 @@ class PromptTokens:
         return PromptChunk(lengths, moved[0], None if in_order else moved[1], int(wanted.sum()))
 
     def store(self, chunk: PromptChunk, logits: Tensor) -> None:
-        """Keep the logits `[num_wanted, vocab]` of a chunk, in `[B, kept columns, vocab]`; zeros
-        stand at pads."""
+        """Keep the logits `[num_wanted, vocab]` of a chunk in `[B, kept columns, vocab]`.
+
+        The logits of pads are zero.
+        """
         kept = self.rows.width - self.first_kept
         if self.logits is None:
             self.logits = logits.new_zeros(self.rows.batch_size, kept, logits.shape[-1])

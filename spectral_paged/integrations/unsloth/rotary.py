@@ -1,4 +1,4 @@
-"""The rotary tables by which Unsloth's models turn queries and keys."""
+"""The rotary tables with which Unsloth's models turn queries and keys."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from spectral_paged.rope import RotaryTable
 
 
 def rotary_tables(model: Any, length: int) -> list[RotaryTable | None]:
-    """Each layer's table, of the module by which Unsloth turns its queries and keys."""
+    """The rotary table of each layer, from the model's own rotary module."""
     rotary = model.model.rotary_emb
     if hasattr(rotary, "inv_freq"):
         return layer_ropes(model, length, model.device)
-    # gemma and gemma2: a class that keeps only what its frequencies are made of
+    # gemma and gemma2: a class that keeps only the base and the width of its frequencies
     table = RotaryTable.from_theta(
         rotary.base, rotary.dim, max_positions=length, device=model.device
     )
