@@ -14,21 +14,21 @@ from spectral_paged.kernels.page.layout import (
 from spectral_paged.kernels.page.view import gather_units
 
 
-def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
+def exact_append(k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor) -> None:
     """Store `k`, `v` `[T, H, D]` (model dtype, keys after RoPE) in exact pages of one layer.
 
     Args:
         plane: uint8, one layer's plane.
-        positions: int `[T]`, the page of each token in 128-byte units; a negative one is padding of
-            a batch, for which nothing is stored.
+        units: int `[T]`, the unit at which the page of each token begins; a negative one is padding
+            of a batch, for which nothing is stored.
         offsets: int `[T]`, the token's place in its page, 0 to 63.
     """
     num_heads, dim = k.shape[1:]
-    real = positions >= 0
+    real = units >= 0
     if not bool(real.all()):
-        k, v, positions, offsets = k[real], v[real], positions[real], offsets[real]
+        k, v, units, offsets = k[real], v[real], units[real], offsets[real]
     values = plane.view(k.dtype)
-    base = positions.long() * (UNIT_BYTES // k.element_size()) + offsets.long() * dim
+    base = units.long() * (UNIT_BYTES // k.element_size()) + offsets.long() * dim
     heads = torch.arange(num_heads, device=k.device) * (2 * EXACT_PAGE_TOKENS * dim)
     start = base[:, None, None] + heads[:, None]  # [T, H, 1]
     index = start + torch.arange(dim, device=k.device)
@@ -38,7 +38,7 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets
 
 def exact_gather(
     plane: Tensor,
-    positions: Tensor,
+    units: Tensor,
     num_tokens: int,
     num_heads: int,
     dim: int,
@@ -51,7 +51,7 @@ def exact_gather(
     """
     num_pages = -(-num_tokens // EXACT_PAGE_TOKENS)
     page_bytes = exact_page_bytes(num_heads, dim, dtype.itemsize)
-    raw = gather_units(plane, positions[:num_pages], page_bytes).view(dtype)
+    raw = gather_units(plane, units[:num_pages], page_bytes).view(dtype)
     pages = raw.view(num_pages, num_heads, 2, EXACT_PAGE_TOKENS, dim)
     kv = pages.permute(2, 1, 0, 3, 4).reshape(2, num_heads, num_pages * EXACT_PAGE_TOKENS, dim)
     found = kv[0, :, :num_tokens], kv[1, :, :num_tokens]

@@ -16,7 +16,7 @@ def _append_kernel(
     k_ptr,
     v_ptr,
     plane_ptr,
-    positions_ptr,
+    units_ptr,
     offsets_ptr,
     k_stride,
     v_stride,
@@ -29,9 +29,9 @@ def _append_kernel(
     token, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, DIM_PAD)
     ok = dim < DIM
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    if position >= 0:
-        page = position * UNIT + head * (128 * DIM)
+    unit = tl.load(units_ptr + token).to(tl.int64)
+    if unit >= 0:
+        page = unit * UNIT + head * (128 * DIM)
         to = plane_ptr + page + tl.load(offsets_ptr + token) * DIM + dim
         k = tl.load(k_ptr + token * k_stride + head * DIM + dim, mask=ok)
         v = tl.load(v_ptr + token * v_stride + head * DIM + dim, mask=ok)
@@ -39,7 +39,7 @@ def _append_kernel(
         tl.store(to + 64 * DIM, v, mask=ok)
 
 
-def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor) -> None:
+def exact_append(k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor) -> None:
     """`exact.reference.exact_append` in Triton: the same arguments.
 
     `k` and `v` may be slices of a wider tensor (a fused projection), with heads behind each other.
@@ -50,7 +50,7 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets
         k,
         v,
         plane.view(k.dtype),
-        positions,
+        units,
         offsets,
         k.stride(0),
         v.stride(0),

@@ -29,9 +29,9 @@ class GpuOps:
     """The ops over pages, each by its GPU kernels."""
 
     def exact_append(
-        self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor
+        self, k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor
     ) -> None:
-        exact_append(k, v, plane, positions, offsets)
+        exact_append(k, v, plane, units, offsets)
 
     def decode_attention(
         self,
@@ -47,7 +47,7 @@ class GpuOps:
     def spectral_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,
@@ -58,7 +58,7 @@ class GpuOps:
     ) -> tuple[Tensor, Tensor]:
         return spectral_rebuild(
             plane,
-            positions,
+            units,
             layout=layout,
             first_position=rotation.first_position,
             cos=rotation.cos,
@@ -73,7 +73,7 @@ class GpuOps:
     def compile_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,
@@ -82,7 +82,7 @@ class GpuOps:
     ) -> None:
         spectral_rebuild(
             plane,
-            positions,
+            units,
             layout=layout,
             first_position=rotation.first_position,
             cos=rotation.cos,

@@ -38,7 +38,7 @@ class PageOps(Protocol):
     """The ops over pages, with the same signatures on every device."""
 
     def exact_append(
-        self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor
+        self, k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor
     ) -> None:
         """Store new keys and values in exact pages: `exact.reference.exact_append`."""
 
@@ -57,7 +57,7 @@ class PageOps(Protocol):
     def spectral_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,
@@ -72,7 +72,7 @@ class PageOps(Protocol):
     def compile_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,

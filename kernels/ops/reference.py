@@ -21,9 +21,9 @@ class TorchOps:
     """The ops over pages, each by its torch twin; none plans or compiles."""
 
     def exact_append(
-        self, k: Tensor, v: Tensor, plane: Tensor, positions: Tensor, offsets: Tensor
+        self, k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor
     ) -> None:
-        exact_append(k, v, plane, positions, offsets)
+        exact_append(k, v, plane, units, offsets)
 
     def decode_attention(
         self,
@@ -39,7 +39,7 @@ class TorchOps:
     def spectral_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,
@@ -50,7 +50,7 @@ class TorchOps:
     ) -> tuple[Tensor, Tensor]:
         return spectral_rebuild(
             plane,
-            positions,
+            units,
             layout=layout,
             first_position=rotation.first_position,
             cos=rotation.cos,
@@ -65,7 +65,7 @@ class TorchOps:
     def compile_rebuild(
         self,
         plane: Tensor,
-        positions: Tensor,
+        units: Tensor,
         *,
         layout: PageLayout,
         rotation: Rotation,

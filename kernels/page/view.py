@@ -183,15 +183,15 @@ def rebuild_side(
     return rebuilt if view.slots is None else put_slots(rebuilt, pages, layout, view.slots)
 
 
-def gather_units(plane: Tensor, positions: Tensor, num_bytes: int) -> Tensor:
-    """Copy `num_bytes` from each position (128-byte units) of a uint8 plane: `[N, num_bytes]`."""
+def gather_units(plane: Tensor, first: Tensor, num_bytes: int) -> Tensor:
+    """Copy `num_bytes` from each unit of `first` on of a uint8 plane: `[N, num_bytes]`."""
     units = torch.arange(num_bytes // UNIT_BYTES, device=plane.device)
-    rows = plane.view(-1, UNIT_BYTES)[positions.long().unsqueeze(-1) + units]
-    return rows.view(positions.shape[0], num_bytes)
+    rows = plane.view(-1, UNIT_BYTES)[first.long().unsqueeze(-1) + units]
+    return rows.view(first.shape[0], num_bytes)
 
 
-def put_units(planes: Tensor, positions: Tensor, rows: Tensor) -> None:
-    """Store `rows` uint8 `[L, N, num_bytes]` at N positions (128-byte units) of L uint8 planes."""
+def put_units(planes: Tensor, first: Tensor, rows: Tensor) -> None:
+    """Store `rows` uint8 `[L, N, num_bytes]` from each unit of `first` on, in L uint8 planes."""
     units = torch.arange(rows.shape[-1] // UNIT_BYTES, device=planes.device)
-    places = positions.long().unsqueeze(-1) + units
+    places = first.long().unsqueeze(-1) + units
     planes.view(len(planes), -1, UNIT_BYTES)[:, places] = rows.unflatten(-1, (-1, UNIT_BYTES))

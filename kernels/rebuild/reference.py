@@ -12,7 +12,7 @@ from spectral_paged.kernels.page.view import gather_units, rebuild_side
 
 def spectral_rebuild(
     plane: Tensor,
-    positions: Tensor,
+    units: Tensor,
     *,
     layout: PageLayout,
     first_position: int,
@@ -26,13 +26,13 @@ def spectral_rebuild(
 ) -> tuple[Tensor, Tensor]:
     """Rebuild K (after RoPE) and V of one sequence's pages, `[H, tokens, D]` in `dtype`.
 
-    Args: as in `spectral_decode`, for the pages at `positions` (int `[num_pages]`; negative ones
+    Args: as in `spectral_decode`, for the pages at `units` (int `[num_pages]`; negative ones
         are blocks held exactly and give no tokens). `num_pages`: the number of those that are not
         negative; None counts them, which waits for a GPU. `out`: K and V `[H, tokens, D]` to write
         to, tokens behind each other.
     """
-    blocks = (positions >= 0).nonzero().squeeze(-1)
-    pages = gather_units(plane, positions[blocks], layout.page_bytes)
+    blocks = (units >= 0).nonzero().squeeze(-1)
+    pages = gather_units(plane, units[blocks], layout.page_bytes)
     keys = rebuild_side(pages, layout, "k", k_basis)
     values = rebuild_side(pages, layout, "v", v_basis)
     if layout.rope != "post":

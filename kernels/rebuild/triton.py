@@ -46,10 +46,10 @@ def _half_rows(
 
 
 # not specialized, because a sequence's pages begin anywhere in the table: one build serves all
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["units_ptr"])
 def _rebuild_kernel(
     plane_ptr,
-    positions_ptr,
+    units_ptr,
     place_ptr,
     cos_ptr,
     sin_ptr,
@@ -78,9 +78,9 @@ def _rebuild_kernel(
 ):
     """Rebuild a tile of 128 tokens of one side. `TURN` keys: 0 none, 1 by frame, 2 by token."""
     entry, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(positions_ptr + entry)
-    if position >= 0:
-        record = plane_ptr + position.to(tl.int64) * 128 + head * HEAD_BYTES
+    unit = tl.load(units_ptr + entry)
+    if unit >= 0:
+        record = plane_ptr + unit.to(tl.int64) * 128 + head * HEAD_BYTES
         token, comp = tl.arange(0, 128), tl.arange(0, RANK_PAD)
         place = tl.arange(0, HALF_PAD)
         low_dim = tl.where(place < HALF, place, place + HALF)
@@ -167,7 +167,7 @@ def _rebuild_kernel(
 
 def spectral_rebuild(
     plane: Tensor,
-    positions: Tensor,
+    units: Tensor,
     *,
     layout: PageLayout,
     first_position: int,
@@ -189,7 +189,7 @@ def spectral_rebuild(
         ValueError: a component has more than one scale.
     """
     check_scales(layout)
-    present = positions >= 0
+    present = units >= 0
     count = int(present.sum()) if num_pages is None else num_pages
     place = present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1
     heads, dim = layout.num_kv_heads, layout.head_dim
@@ -204,10 +204,10 @@ def spectral_rebuild(
     turn = {"post": 0, "frame": 1, "pre": 2}[layout.rope]
     sides = ((layout.k, k_basis, turn, out[0]), (layout.v, v_basis, 0, out[1]))
     for side, basis, turned, to in sides:
-        grid = len(positions), heads, BLOCK_TOKENS // TILE_TOKENS
+        grid = len(units), heads, BLOCK_TOKENS // TILE_TOKENS
         launcher(_rebuild_kernel, grid, compile_only=compile_only)(
             plane,
-            positions,
+            units,
             place,
             cos,
             sin,

@@ -302,8 +302,8 @@ def seal(
 
     Args:
         planes: uint8 `[L, plane_bytes]`, exact pages and spectral pages of L layers.
-        exact: int32 `[B, 8]`, positions (128-byte units) of each block's exact pages.
-        pages: int32 `[B]`, positions of the pages to write, the same in every layer.
+        exact: int32 `[B, 8]`, units at which each block's exact pages begin.
+        pages: int32 `[B]`, units at which the pages to write begin, the same in every layer.
         first: int32 `[B]`, position in its sequence of each block's first token.
         dtype: element type of exact pages.
         cos, sin: fp32 `[max_positions, rotary_dim / 2]`, the model's table.
