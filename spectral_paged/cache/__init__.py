@@ -10,6 +10,8 @@ from spectral_paged.cache.cache import (
 )
 from spectral_paged.cache.encoder import (
     Encoder,
+)
+from spectral_paged.cache.encoder_choice import (
     replace_encoders,
 )
 from spectral_paged.cache.history import (

@@ -13,9 +13,8 @@ A block with NaN or Inf is written as well, but its page means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +26,6 @@ from spectral_paged.kernels.ops import PageOps, SealKernel
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS, PageLayout
 from spectral_paged.kernels.page.view import put_units
 from spectral_paged.pages import encode_pages
-
-if TYPE_CHECKING:
-    from spectral_paged.cache.cache import SpectralKVCache
 
 BLOCKS_AT_ONCE = 8  # bounds torch's fp32 working set; encoding is pure: batching changes no byte
 
@@ -158,13 +154,6 @@ class TorchEncoder:
 
     def _encode(self, k: Tensor, v: Tensor, layers: list[int]) -> Tensor:
         return encode_pages(k, v, self._basis.format, basis=self._basis.bound, layers=layers)
-
-
-def replace_encoders(cache: SpectralKVCache, choose: Callable[[Encoder], Encoder]) -> None:
-    """Replace every encoder of `cache` by `choose(encoder)`, for measurements that need pages
-    faster than they are encoded."""
-    encoders = cache.sealer.encoders
-    encoders.update({group: choose(encoder) for group, encoder in encoders.items()})
 
 
 def encoder_of(kind: BlockKind, basis: CacheBasis, ops: PageOps) -> Encoder:
