@@ -9,11 +9,16 @@ from spectral_paged.errors import SpectralPagedError
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """The log-probability of a token, its rank among all (1 is the most probable) and its text."""
+    """The log-probability of a token, its rank among all (1 is the most probable) and its text.
+
+    `token_bytes`: what the token adds to the text before it, which may be a part of a character;
+    `decoded_token` has U+FFFD in place of such.
+    """
 
     logprob: float
     rank: int
     decoded_token: str
+    token_bytes: bytes = b""
 
 
 @dataclass(slots=True)
@@ -22,6 +27,8 @@ class CompletionOutput:
 
     `finish_reason` is stop, length, abort or error, and None while the completion runs.
     `stop_reason` is the stop string or stop token id that ended it, if one did.
+    `text_offsets`: for each token, the place in `text` of the character that its first byte
+    belongs to, if the request asked for log-probabilities.
     """
 
     index: int
@@ -31,6 +38,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    text_offsets: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -73,7 +81,7 @@ class TextDelta:
     """A piece of a streaming completion.
 
     `finish_reason` is set on the completion's last piece. `logprobs` has a table for each of
-    `token_ids` if the request asked for log-probabilities.
+    `token_ids` and `text_offsets` its place, if the request asked for log-probabilities.
     """
 
     request_id: str
@@ -84,3 +92,4 @@ class TextDelta:
     finish_reason: str | None
     error: SpectralPagedError | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    text_offsets: list[int] | None = None

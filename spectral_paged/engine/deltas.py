@@ -40,7 +40,7 @@ class TextDeltas:
             if not ended and not tokens and len(text) <= num_chars:
                 continue
             self._shown[key] = (-1, 0) if ended else (len(text), len(completion.token_ids))
-            tables = completion.logprobs
+            tables, offsets = completion.logprobs, completion.text_offsets
             yield TextDelta(
                 output.request_id,
                 place,
@@ -50,4 +50,5 @@ class TextDeltas:
                 completion.finish_reason,
                 output.error,
                 None if tables is None else tables[num_tokens:],
+                None if offsets is None else offsets[num_tokens:],
             )

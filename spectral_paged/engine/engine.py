@@ -24,6 +24,7 @@ from spectral_paged.engine.events import counted_refusal, log_failure
 from spectral_paged.engine.prompts import check_salt, token_ids_of
 from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
 from spectral_paged.engine.sampled_step import SampledStep, unsampled
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
@@ -79,6 +80,7 @@ class Engine:
         self.runner = runner
         self.cache = cache
         self.tokenizer = tokenizer
+        self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size, self.seed = vocab_size, seed
@@ -136,7 +138,7 @@ class Engine:
             for index in range(params.n):
                 group.add_completion(
                     index,
-                    self.tokenizer,
+                    self.token_bytes,
                     max_model_len=self.cache.max_model_len,
                     seed=seed_of(params, f"{self.seed}/{request_id}", index),
                     cache_salt=cache_salt,
@@ -352,9 +354,7 @@ class Engine:
                     f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
                 )
             self.counters.count_token(completion, now)
-            ending = completion.take(
-                result, self.eos_token_ids, self.cache.max_model_len, self.tokenizer
-            )
+            ending = completion.take(result, self.eos_token_ids, self.cache.max_model_len)
         except SpectralPagedError as error:
             self._fail(completion, error)
         except BaseException as error:

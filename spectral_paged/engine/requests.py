@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from spectral_paged.engine.text import OutputText
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import RequestFailedError, SpectralPagedError
-from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from spectral_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from spectral_paged.sampling import Sampled, SamplingParams
 from spectral_paged.scheduler import Request
 
@@ -33,45 +33,41 @@ class Completion:
         return self.output.token_ids
 
     def take(
-        self,
-        result: Sampled,
-        eos_token_ids: Sequence[int],
-        max_model_len: int,
-        tokenizer: Any,
+        self, result: Sampled, eos_token_ids: Sequence[int], max_model_len: int
     ) -> tuple[str, str | int | None] | None:
-        """Add a sampled token; return the finish and stop reason if the completion ends with it.
-
-        Args:
-            tokenizer: decodes the tokens of log-probabilities; None: their text stays empty.
-        """
-        output, params = self.output, self.owner.params
+        """Add a sampled token; return the finish and stop reason if the completion ends with it."""
+        output, params, text = self.output, self.owner.params, self.text
         token = result.token_id
         self.request.token_ids.append(token)
         output.token_ids.append(token)
         output.cumulative_logprob += result.logprob
-        if output.logprobs is not None and result.logprobs is not None:
-            output.logprobs.append(
-                {
-                    t: Logprob(p, r, "" if tokenizer is None else tokenizer.decode([t]))
-                    for t, (p, r) in result.logprobs.items()
-                }
-            )
         may_stop = len(output.token_ids) >= params.min_tokens
         is_eos = may_stop and token in eos_token_ids and not params.ignore_eos
-        stop = None if is_eos else self.text.append(token, may_stop=may_stop)
-        output.text = self.text.text
         if is_eos:
-            return "stop", None
-        if may_stop and token in params.stop_token_ids:
-            return "stop", token
-        if stop is not None:
-            return "stop", stop
-        if (
+            text.finish()
+        if output.logprobs is not None and result.logprobs is not None:
+            output.logprobs.append(
+                {t: text.logprob(t, p, r) for t, (p, r) in result.logprobs.items()}
+            )
+        if output.text_offsets is not None:
+            output.text_offsets.append(text.offset_of(token))
+        stop = None if is_eos else text.append(token, may_stop=may_stop)
+        ending: tuple[str, str | int | None] | None = None
+        if is_eos:
+            ending = "stop", None
+        elif may_stop and token in params.stop_token_ids:
+            ending = "stop", token
+        elif stop is not None:
+            ending = "stop", stop
+        elif (
             len(output.token_ids) >= params.max_tokens
             or len(self.request.token_ids) >= max_model_len
         ):
-            return "length", None
-        return None
+            ending = "length", None
+        if ending is not None and stop is None:
+            text.finish()
+        output.text = text.text
+        return ending
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +91,7 @@ class RequestGroup:
     def add_completion(
         self,
         index: int,
-        tokenizer: Any,
+        tokens: TokenBytes | None,
         *,
         max_model_len: int,
         seed: int,
@@ -113,11 +109,14 @@ class RequestGroup:
             pinned_spans=pinned_spans,
         )
         text = OutputText(
-            tokenizer,
+            tokens,
+            prompt=prompt,
             stop=params.stop_strings,
             skip_special_tokens=params.skip_special_tokens,
         )
-        output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
+        output = CompletionOutput(index)
+        if params.logprobs is not None:
+            output.logprobs, output.text_offsets = [], []
         self.completions.append(Completion(request, self, output, text, seed))
         return self.completions[-1]
 

@@ -3,48 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from spectral_paged.engine.stop_strings import stop_strings
+from spectral_paged.engine.token_bytes import UTF8, TokenBytes
+from spectral_paged.outputs import Logprob
 
 
 class OutputText:
     """Decodes a completion token by token and cuts its text at the first stop string.
 
+    The text is what the prompt's tokens and the completion's say more than the prompt's alone.
+    Bytes that are no UTF-8 become U+FFFD; those that may begin a character wait for the others.
+
     Args:
-        tokenizer: a fast transformers tokenizer; None: the text stays empty.
+        tokens: the bytes of tokens; None: the text stays empty.
+        prompt: the token ids before the completion.
         stop: strings that end the completion.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop: Sequence[str] = (), skip_special_tokens: bool = True
+        self,
+        tokens: TokenBytes | None,
+        *,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._backend = tokenizer.backend_tokenizer if tokenizer is not None else None
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._stop = tuple(stop)
+        self._tokens = tokens
+        self._prompt: Sequence[int] | None = prompt  # None: it was read
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = UTF8("replace")
+        self._behind: int | None = None  # the last token of the text, the prompt's included
+        self._stops = stop_strings(tuple(stop)) if stop else None
+        self._state = 0  # of the stops
         self.text = ""
 
     def append(self, token_id: int, *, may_stop: bool = True) -> str | None:
         """Add a token and return the stop string that ends the text with it, or None."""
-        if self._backend is None:
+        data = self._shown(token_id)
+        if data is None:
             return None
+        self._behind = token_id
+        piece = self._utf8.decode(data)
         before = len(self.text)
-        self.text += self._stream.step(self._backend, token_id) or ""
-        if not may_stop:
+        self.text += piece
+        if self._stops is None:
             return None
-        # only hits that this token completes: earlier ones came before `min_tokens`
-        hits = [(self.text.find(s, max(0, before - len(s) + 1)), s) for s in self._stop]
-        hits = [(at, s) for at, s in hits if at >= 0]
-        if not hits:
+        # only what this token completes may end the text: earlier stops came before `min_tokens`
+        self._state, found = self._stops.feed(self._state, piece)
+        if not found or not may_stop:
             return None
-        at, stop = min(hits)
-        self.text = self.text[:at]
+        at, stop = min(found)
+        self.text = self.text[: before + at]
         return stop
+
+    def finish(self) -> None:
+        """End the text: a character that is not complete becomes U+FFFD."""
+        if self._tokens is not None:
+            self._read_prompt(self._tokens)
+        self.text += self._utf8.decode(b"", True)
 
     def settled(self) -> str:
         """Return the text that no later stop string can remove."""
-        for length in range(max((len(s) for s in self._stop), default=1) - 1, 0, -1):
-            tail = self.text[-length:]
-            if any(s.startswith(tail) for s in self._stop):
-                return self.text[: -len(tail)]
-        return self.text
+        held = 0 if self._stops is None else self._stops.held(self._state)
+        return self.text[:-held] if held else self.text
+
+    def offset_of(self, token_id: int) -> int:
+        """Return the place in the text of the character that the next token begins or goes on with.
+
+        Args:
+            token_id: the next token.
+        """
+        data = self._shown(token_id)
+        waiting, _ = self._utf8.getstate()
+        if not waiting or not data:
+            return len(self.text)
+        ahead = UTF8("replace")
+        ahead.setstate((waiting, 0))
+        decided = ahead.decode(
+            data[:1]
+        )  # U+FFFD of what waits, if the token does not go on with it
+        return len(self.text) + len(decided) - (not ahead.getstate()[0])
+
+    def logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
+        """Return the entry of a candidate for the next token."""
+        if self._tokens is None:
+            return Logprob(logprob, rank, "")
+        self._read_prompt(self._tokens)
+        data = self._tokens.of(token_id, self._behind)
+        return Logprob(logprob, rank, data.decode("utf-8", "replace"), data)
+
+    def _shown(self, token_id: int) -> bytes | None:
+        if self._tokens is None:
+            return None
+        self._read_prompt(self._tokens)
+        return self._tokens.shown(
+            token_id, self._behind, skip_special_tokens=self._skip_special_tokens
+        )
+
+    def _read_prompt(self, tokens: TokenBytes) -> None:
+        """Find what the completion goes on from; not before it begins, as a tokenizer may raise."""
+        if self._prompt is None:
+            return
+        skip = self._skip_special_tokens
+        tail = tokens.tail(self._prompt, skip_special_tokens=skip)
+        if tail:
+            self._behind = tail[-1]
+            self._utf8.decode(tokens.join(tail, skip_special_tokens=skip))
+        self._prompt = None

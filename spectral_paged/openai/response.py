@@ -38,7 +38,9 @@ def text_choice(completion: CompletionOutput) -> dict[str, Any]:
     """Return a completion as a choice of `text_completion`."""
     choice = _choice(completion, {"text": completion.text})
     if completion.logprobs is not None:
-        choice["logprobs"] = text_logprobs(completion.token_ids, completion.logprobs)
+        choice["logprobs"] = text_logprobs(
+            completion.token_ids, completion.logprobs, completion.text_offsets or ()
+        )
     return choice
 
 
@@ -57,7 +59,7 @@ def chat_logprobs(
             "token": found.decoded_token,
             "token_id": token_id,
             "logprob": found.logprob,
-            "bytes": _bytes_of(found.decoded_token),
+            "bytes": list(found.token_bytes),
         }
 
     def top(table: Mapping[int, Logprob]) -> list[dict[str, Any]]:
@@ -73,30 +75,39 @@ def chat_logprobs(
     }
 
 
-def _bytes_of(text: str) -> list[int] | None:
-    """Return a token's UTF-8, or None for a part of a character, whose bytes are not known here."""
-    return None if "\ufffd" in text else list(text.encode())
-
-
 def text_logprobs(
-    token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], *, offset: int = 0
+    token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], offsets: Sequence[int]
 ) -> dict[str, Any]:
     """Return `logprobs` of a text choice, as columns over its tokens.
 
     Args:
-        offset: number of characters of the tokens before these ones.
+        offsets: the place of each token in the text.
     """
+    names = [_names(table) for table in tables]
     pairs = list(zip(token_ids, tables, strict=True))
-    tokens = [table[token_id].decoded_token for token_id, table in pairs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
     return {
-        "tokens": tokens,
+        "tokens": [known[token_id] for token_id, known in zip(token_ids, names, strict=True)],
         "token_logprobs": [table[token_id].logprob for token_id, table in pairs],
         "top_logprobs": [
-            {entry.decoded_token: entry.logprob for entry in table.values()} for _, table in pairs
+            {known[token_id]: found.logprob for token_id, found in table.items()}
+            for known, table in zip(names, tables, strict=True)
         ],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
+
+
+def _names(table: Mapping[int, Logprob]) -> dict[int, str]:
+    """Return a name of its own for each token of a table, by token id.
+
+    That is its text, `bytes:\\xc3` for a part of a character or what has the text of a more
+    probable token, and `token_id:5` for what has its bytes too.
+    """
+    found: dict[str, int] = {}
+    for token_id, entry in sorted(table.items(), key=lambda item: item[1].rank):
+        data = entry.token_bytes
+        spelled = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        names = [spelled, f"token_id:{token_id}"] if data else [f"token_id:{token_id}"]
+        if data and data == entry.decoded_token.encode():
+            names.insert(0, entry.decoded_token)
+        found[next(name for name in names if name not in found)] = token_id
+    return {token_id: name for name, token_id in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectral_paged.engine import check_request, token_ids_of
@@ -66,13 +67,20 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
         raise
     echoes = None
     if body.echo:
-        if tokenizer is None and not all(isinstance(p, str) for p in body.prompts):
-            raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
-        echoes = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in body.prompts]
+        echoes = [_echo(llm, prompt, body.params) for prompt in body.prompts]
     params = _with_room(llm, settings, body, prompts)
     for prompt in prompts:  # here, because the engine's thread would read each token of a long one
         check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
     return ParsedRequest(body, prompts, params, echoes)
+
+
+def _echo(llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> str:
+    """Return the text of a prompt, which its completion's text goes on from."""
+    if isinstance(prompt, str):
+        return prompt
+    if llm.engine.token_bytes is None:
+        raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
+    return llm.engine.token_bytes.text(prompt, skip_special_tokens=params.skip_special_tokens)
 
 
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:

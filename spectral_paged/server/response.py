@@ -92,10 +92,9 @@ class OpenAIResponse:
         if not self._chat:
             piece = self._text(index, item.text, item.finish_reason)
             if item.logprobs is not None:
-                offset = self._offsets.get(index, 0)
-                columns = text_logprobs(item.token_ids, item.logprobs, offset=offset)
-                self._offsets[index] = offset + sum(map(len, columns["tokens"]))
-                piece["logprobs"] = columns
+                piece["logprobs"] = text_logprobs(
+                    item.token_ids, item.logprobs, item.text_offsets or ()
+                )
             return [piece]
         piece = self._delta(index, {"content": item.text})
         if item.logprobs is not None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from spectral_paged import SamplingParams
 from spectral_paged.engine import sampled_step
 from spectral_paged.engine.requests import Completion
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
@@ -130,6 +131,7 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
     params = SamplingParams(temperature=0.0, max_tokens=10, logprobs=1, stop=["nothing"])
     expected = want(params=params)
     llm.engine.tokenizer = tokenizer = word_tokenizer()
+    llm.engine.token_bytes = TokenBytes(tokenizer)
     queue(llm, params=params)
     victim = llm.engine._groups["2"].completions[0].text
     if where == "text":
@@ -137,10 +139,10 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
     else:
         take = Completion.take
 
-        def only_two(self, result, eos, longest, tokenizer):
+        def only_two(self, result, eos, longest):
             if self.owner.request_id == "2" and len(self.output.token_ids) == 3:
                 raise error
-            return take(self, result, eos, longest, tokenizer)
+            return take(self, result, eos, longest)
 
         monkeypatch.setattr(Completion, "take", only_two)
     done, _ = serve(llm)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spectral_paged import PageFormat, SamplingParams, SpectralKVCache
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     CapacityError,
     FormatError,
@@ -201,13 +202,21 @@ def test_a_tokenizer_that_raises_fails_its_own_request_only(monkeypatch):
     engine = llm.engine
 
     class Tokenizer:
+        all_special_ids = ()
+
+        def __len__(self):
+            return 900
+
+        def convert_ids_to_tokens(self, token_id):
+            return "a"
+
         def decode(self, ids, **_):
             raise KeyError("no such piece")
 
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1)
     engine.add_request("good", [1, 2, 3], GREEDY)
+    engine.token_bytes = TokenBytes(Tokenizer())  # of requests from now on
     engine.add_request("bad", [4, 5, 6], params)
-    engine.tokenizer = Tokenizer()  # asked for the text of log-probabilities
     done = {}
     while engine.has_unfinished():
         done |= {o.request_id: o for o in engine.step() if o.finished}

@@ -10,10 +10,13 @@ import urllib.request
 import openai
 import pytest
 
-from spectral_paged import SamplingParams
+from spectral_paged import LLM, SamplingParams
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.metrics.prometheus import parse
 from spectral_paged.server.event_stream import _event
 from support.served import LETTERS, served_llm, serving
+from support.small_tokenizers import byte_fallback
+from support.tiny_model import tiny_format, tiny_model
 
 LONG = "".join(LETTERS[(i * 37) % 90] for i in range(700))
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
@@ -175,6 +178,22 @@ def test_an_echo_stands_before_each_completion(client, reference):
     assert ids.choices[0].text.startswith(LETTERS[3] + LETTERS[4])
     with client.completions.create(prompt="ab", echo=True, stream=True, **GREEDY) as stream:
         assert "".join(c.choices[0].text for c in stream) == answer.choices[0].text
+
+
+def test_an_echo_and_its_completion_join_within_a_character():
+    """Prompts and completions that begin and end in the middle of one, whole and streamed."""
+    tokenizer = byte_fallback(num_bytes=150)
+    prompt = tokenizer.convert_tokens_to_ids(["<s>", "▁the", "<0xE6>", "<0x97>"])
+    llm = LLM.from_model(tiny_model(), tokenizer, kv_format=tiny_format(), kv_cache_bytes=16 << 20)
+    values = {"prompt": prompt, "max_tokens": 40, "temperature": 2.0, "echo": True, "seed": 5}
+    params = SamplingParams(max_tokens=40, temperature=2.0, seed=5)
+    [own] = llm.generate([prompt], params, use_tqdm=False)[0].outputs
+    with serving(llm) as running, running.client() as client:
+        whole = client.completions.create(model="tiny", **values).choices[0].text
+        with client.completions.create(model="tiny", stream=True, **values) as stream:
+            assert "".join(c.choices[0].text for c in stream) == whole
+    said = TokenBytes(tokenizer).join([*prompt, *own.token_ids], skip_special_tokens=True)
+    assert whole == said.decode(errors="replace") and whole.startswith("the\ufffd")
 
 
 def test_logprobs_have_openais_shape(client, reference):

@@ -1,0 +1,169 @@
+"""The bytes of a token behind other tokens: of text, log-probabilities, stops and echoes."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+# Decoders that read a token in the light of the token before it, not only of whether there is one.
+LOOKS_BACK = {"BPEDecoder", "CTC"}
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+MAX_CHARACTER_BYTES = 4  # of UTF-8
+UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class TokenBytes:
+    """Knows the bytes that each token adds to a text.
+
+    Tokenizers tell texts of token lists only. What a token adds is what its text behind another
+    token has more, so the space of ` word` is kept where something precedes it. A token whose
+    text is no UTF-8 by itself is a part of a character: its bytes are in its spelling.
+
+    Args:
+        tokenizer: of transformers, fast or slow.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._known = lru_cache(maxsize=1 << 17)(self._find)
+
+    def of(self, token_id: int, behind: int | None) -> bytes:
+        """Return the bytes of a token, special tokens spelled out; none if its id is unknown.
+
+        Args:
+            behind: the token before it in the text; None: it begins the text.
+        """
+        return self._known(token_id, self._context(behind)) or b""
+
+    def shown(
+        self, token_id: int, behind: int | None, *, skip_special_tokens: bool
+    ) -> bytes | None:
+        """Return the bytes of a token as `of` does, or None if the text leaves the token out."""
+        if skip_special_tokens and token_id in self._special:
+            return None
+        return self._known(token_id, self._context(behind))
+
+    def join(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> bytes:
+        """Return the bytes of a text that the tokens begin."""
+        behind, parts = None, []
+        for token_id in token_ids:
+            data = self.shown(token_id, behind, skip_special_tokens=skip_special_tokens)
+            if data is not None:
+                parts.append(data)
+                behind = token_id
+        return b"".join(parts)
+
+    def text(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text that the tokens begin, without a character that they leave unfinished."""
+        data = self.join(token_ids, skip_special_tokens=skip_special_tokens)
+        return UTF8("replace").decode(data)
+
+    def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[int]:
+        """Return the last shown tokens, enough for any character that they leave unfinished."""
+        found: list[int] = []
+        for token_id in reversed(token_ids):
+            shown = self.shown(token_id, None, skip_special_tokens=skip_special_tokens)
+            if shown is not None:
+                found.append(token_id)
+            if len(found) == MAX_CHARACTER_BYTES:
+                break
+        return found[::-1]
+
+    # ---- the tokenizer -------------------------------------------------------------------
+
+    def _find(self, token_id: int, behind: int | None) -> bytes | None:
+        spelling = self._spelling(token_id)
+        if spelling is None:
+            return None
+        text = self._decode([token_id])
+        if behind is not None:
+            before, both = self._decode([behind]), self._decode([behind, token_id])
+            if both.startswith(before):
+                text = both[len(before) :]
+        if "\ufffd" in text:
+            data = spelled_bytes(spelling)
+            if data is not None:
+                return data
+        return text.encode()
+
+    def _context(self, behind: int | None) -> int | None:
+        """Return a token that stands for all that the text may have before the next one."""
+        return behind if behind is None or self._looks_back else self._anchor
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=False))
+        return str(
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _spelling(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary has it, or None if it does not have it."""
+        if self._backend is not None:
+            return self._backend.id_to_token(token_id)
+        if token_id >= len(self._tokenizer):
+            return None
+        return self._tokenizer.convert_ids_to_tokens(token_id)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        if self._backend is None:
+            return frozenset(self._tokenizer.all_special_ids)
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _looks_back(self) -> bool:
+        decoder = None if self._backend is None else self._backend.decoder
+        if decoder is None:
+            return False
+        described = json.loads(decoder.__getstate__())
+        kinds = {part["type"] for part in (described, *described.get("decoders", ()))}
+        return not kinds.isdisjoint(LOOKS_BACK)
+
+    @cached_property
+    def _anchor(self) -> int | None:
+        """The first token of plain letters or digits: whatever follows leaves its text as it is."""
+        backend = self._backend
+        size = len(self._tokenizer) if backend is None else backend.get_vocab_size()
+        for token_id in range(size):
+            spelling = self._spelling(token_id)
+            if spelling and spelling.isascii() and spelling.isalnum():
+                alone = self._decode([token_id])
+                if alone and self._decode([token_id] * 2).startswith(alone):
+                    return token_id
+        return None
+
+
+def spelled_bytes(spelling: str) -> bytes | None:
+    """Return the bytes that a token's spelling stands for, `<0xC3>` or byte-level, if it does."""
+    byte = BYTE_TOKEN.fullmatch(spelling)
+    if byte is not None:
+        return bytes.fromhex(byte[1])
+    values = [BYTE_OF.get(character) for character in spelling]
+    return None if None in values else bytes(v for v in values if v is not None)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of each character of byte-level spellings.
+
+    Printable bytes are spelled as themselves, and the others in order as characters from 256 on.
+    """
+    own: list[str] = []
+    others: list[str] = []
+    for character in sorted(ByteLevel.alphabet()):
+        (own if ord(character) < 256 else others).append(character)
+    free = sorted(set(range(256)) - {ord(c) for c in own})
+    return {c: ord(c) for c in own} | dict(zip(others, free, strict=True))
+
+
+BYTE_OF = _byte_alphabet()
