@@ -57,6 +57,10 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "--calibration": {"help": "auto, or a file of `calibrate`"},
     "--no-prefix-caching": {"dest": "enable_prefix_caching", "action": "store_false"},
     "--seed": {"type": int, "help": "base seed of what names none"},
+    "--generation-config": {
+        "choices": ("auto", "none"),
+        "help": "auto: the model's own sampling values where a request names none; default auto",
+    },
     "--trust-remote-code": {"action": "store_true", "help": "run Python code of the model's own"},
 }
 

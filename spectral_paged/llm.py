@@ -35,6 +35,7 @@ from spectral_paged.errors import (
 )
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
+from spectral_paged.models.generation import check_choice, end_tokens, sampling_defaults
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
@@ -87,6 +88,8 @@ class LLM:
             refused.
         async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
         seed: base of the seeds of requests without a seed.
+        generation_config: `auto` takes the sampling values of the model's generation config where
+            a request names none; `none` ignores them. End tokens of it count either way.
         cache_options, **options: `CacheOptions`, or its fields by name (`kv_cache_bytes`,
             `max_num_seqs`, `max_model_len`, `exempt_layers`, `calibration`, ...).
 
@@ -110,10 +113,12 @@ class LLM:
         async_scheduling: bool = True,
         trust_remote_code: bool = False,
         seed: int = 0,
+        generation_config: str = "auto",
         cache_options: CacheOptions | None = None,
         **options: Unpack[CacheOptionsDict],
     ) -> None:
         chosen = CacheOptions.of(LLM, cache_options, options)
+        check_choice(generation_config)
         config = SchedulerConfig(chosen.max_num_seqs, max_num_batched_tokens)
         if isinstance(model, LoadedModel):
             loaded = model
@@ -135,6 +140,7 @@ class LLM:
                 "on how the scheduler cuts prompts: use a multiple of 512"
             )
         self.model_name = loaded.name
+        self.sampling_defaults = sampling_defaults(loaded.model, generation_config)
         reserved = 0
         if chosen.kv_cache_bytes is None:
             reserved = activation_bytes(
@@ -159,7 +165,7 @@ class LLM:
             self.cache,
             tokenizer=loaded.tokenizer,
             scheduler_config=config,
-            eos_token_ids=_eos_ids(loaded.model),
+            eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, geometry.vocab_size),
             vocab_size=geometry.vocab_size,
             seed=seed,
             async_scheduling=async_scheduling and where.type == "cuda",
@@ -224,7 +230,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -237,7 +243,8 @@ class LLM:
             prompts: one or many; text, token ids, or `{"prompt": ...}` /
                 `{"prompt_token_ids": ..., "cache_salt": ..., "pinned_spans": [(start, end)]}`;
                 pinned spans are positions of tokens that stay exact, by whole blocks of 512.
-            sampling_params: one for all, or one for each prompt.
+            sampling_params: one for all, or one for each prompt; None: those of
+                `get_default_sampling_params`.
 
         Raises:
             SpectralPagedError: the first error of any request, after all others have finished.
@@ -250,7 +257,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams | None] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = params_list(sampling_params, len(prompts), SamplingParams())
+        params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
         results: list[RequestOutput | None] = [None] * len(prompts)
         errors: list[SpectralPagedError] = []
         inbox = self._submit_all(prompts, params, errors)
@@ -276,7 +283,7 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -318,7 +325,7 @@ class LLM:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> Iterator[TextDelta]:
         """Yield pieces of text of all prompts, once no later stop string can remove them.
 
@@ -326,7 +333,7 @@ class LLM:
         request that fails while it runs yields a last piece with its error.
         """
         prompts = prompt_list(prompts)
-        params = params_list(sampling_params, len(prompts), SamplingParams())
+        params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
         inbox = self._submit_all(prompts, params, None)
         deltas = TextDeltas(self.engine)
         yield from self._pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
@@ -420,13 +427,13 @@ class LLM:
     def get_tokenizer(self) -> Any:
         return self._tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters of a request that names none, as vLLM's method does.
+
+        They have the values of the model's generation config.
+        """
+        return SamplingParams(**self.sampling_defaults)
+
     def stats(self) -> dict[str, object]:
         """Return the backend, the capacity and counts since construction (pages, preemptions)."""
         return self.engine.stats()
-
-
-def _eos_ids(model: Any) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

@@ -57,6 +57,7 @@ class BatchLine:
     """One line of input, with `messages` or `prompt` set, or else `error`.
 
     digest: 16 hex digits of SHA-256 over the line's bytes.
+    named: sampling fields that the line or the run names; the model's own defaults are for others.
     """
 
     number: int
@@ -68,6 +69,7 @@ class BatchLine:
     url: str | None = None
     cache_salt: str = ""
     error: SpectralPagedError | None = None
+    named: frozenset[str] = frozenset(SAMPLING_FIELDS)
 
 
 def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
@@ -165,6 +167,7 @@ def _parse(
         messages=_messages(value),
         params=_params(dict(defaults) | given),
         cache_salt=_cache_salt(value),
+        named=frozenset({*defaults, *given}),
     )
 
 
@@ -195,6 +198,7 @@ def _parse_openai(
         params=request.params,
         url=url,
         cache_salt=request.cache_salt,
+        named=request.named | set(defaults),
     )
 
 

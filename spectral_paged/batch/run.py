@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,11 @@ def _submit(llm: LLM, line: BatchLine) -> str:
         prompt = line.prompt
         if line.messages is not None:
             prompt = llm.chat_tokens(line.messages)
-    assert prompt is not None, "a line without an error has a prompt"
-    llm.engine.add_request(request_id, prompt, line.params, cache_salt=line.cache_salt)
+        assert prompt is not None, "a line without an error has a prompt"
+        assert line.params is not None, "a line without an error has sampling parameters"
+        own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}
+        params = replace(line.params, **own)
+    llm.engine.add_request(request_id, prompt, params, cache_salt=line.cache_salt)
     return request_id
 
 

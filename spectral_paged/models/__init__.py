@@ -11,6 +11,7 @@ __all__ = [
     "calibration",
     "checkpoint_files",
     "decode_graphs",
+    "generation",
     "geometry",
     "gguf",
     "kept_files",

@@ -28,6 +28,7 @@ FAMILIES = (
 INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
 ALL_SLIDE = ("mistral", "phi3")  # all layers have the window, whatever layer_types contain
+SCALED_TYPES = ("linear", "yarn")  # whose factor lengthens the longest sequence
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INSTEAD = {
     "gemma3": "it is the model with images; its text model, of type gemma3_text, is served",
@@ -40,6 +41,8 @@ class ModelGeometry:
     """Shapes of a decoder: `num_layers` layers, grouped-query heads of width `head_dim`.
 
     Attributes:
+        max_position_embeddings: tokens of the longest sequence, those that linear RoPE or YaRN add
+            included.
         windows: tokens that a query of each layer sees, its own included; None: all before it.
         rotates: True for each layer that rotates queries and keys.
         softcap: the cap of attention scores; None: they are not capped.
@@ -96,7 +99,7 @@ class ModelGeometry:
             num_q_heads=num_q_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_q_heads,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=_longest(config),
             vocab_size=config.vocab_size,
             windows=_windows(config),
             rotates=_rotates(config),
@@ -111,6 +114,22 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [rope]
 
 
+def _longest(config: Any) -> int:
+    """Return the tokens of the longest sequence, as vLLM counts them.
+
+    Linear RoPE and YaRN multiply positions by their factor, YaRN those of its original length; a
+    config that has more positions already keeps them. Configs with a set for each type of layer
+    (Gemma 3) count them already.
+    """
+    longest: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor, kind = rope.get("factor"), rope.get("rope_type", "default")
+    if kind not in SCALED_TYPES or factor is None:
+        return longest
+    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    return max(longest, int((original or longest) * factor))
+
+
 def _slides(config: Any) -> list[bool]:
     if config.model_type in ALL_SLIDE:
         return [True] * config.num_hidden_layers
@@ -121,7 +140,7 @@ def _slides(config: Any) -> list[bool]:
 def _windows(config: Any) -> tuple[int | None, ...]:
     """Return each layer's sliding window; None: the layer has none, or no position reaches it."""
     window = getattr(config, "sliding_window", None)
-    reached = window is not None and window < config.max_position_embeddings
+    reached = window is not None and window < _longest(config)
     return tuple(window if slides and reached else None for slides in _slides(config))
 
 

@@ -26,6 +26,7 @@ from spectral_paged.errors import (
     UnsupportedModelError,
 )
 from spectral_paged.models.checkpoint_files import check_checkpoint, check_sizes, refuse_pickle
+from spectral_paged.models.generation import check_file_of
 from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 from spectral_paged.models.gguf import convert_gguf
 from spectral_paged.models.kept_files import is_conversion
@@ -134,6 +135,7 @@ def load_model(
     where = resolve(name)
     check_sizes(where)
     check_checkpoint(where, config)
+    check_file_of(where)
     remedy = "fetch them again"
     if is_conversion(Path(where)):
         remedy = f"delete {where}, and they are made again"

@@ -39,7 +39,7 @@ Prompt = str | list[int]
 class OpenAIRequest:
     """A parsed body, with `messages` (chat) or `prompts` (completions) set.
 
-    names_max_tokens: the body has a limit of tokens; otherwise `params` has the default.
+    named: sampling fields that the body has; `params` has the defaults of the others.
     """
 
     params: SamplingParams
@@ -50,7 +50,7 @@ class OpenAIRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
-    names_max_tokens: bool = False
+    named: frozenset[str] = frozenset()
 
 
 def parse_json(raw: bytes) -> Any:
@@ -112,7 +112,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         stream=stream,
         include_usage=_include_usage(body.get("stream_options"), stream),
         echo=echo,
-        names_max_tokens="max_tokens" in given,
+        named=frozenset(given),
     )
 
 

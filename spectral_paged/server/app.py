@@ -49,6 +49,7 @@ class Service:
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
+        llm.model_name = settings.model_names[0]  # for metrics and errors: no path of this machine
         self.engine = EngineThread(llm)
         self.concurrency = ConcurrencyLimit(settings.max_num_requests, settings.retry_seconds)
         self.bodies = BodyRoom(

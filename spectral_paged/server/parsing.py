@@ -40,8 +40,8 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
         ApiError: 404, the model is not served; 400, the request exceeds a limit of the server.
     """
     # by default a chat completion may use all the room there is, as OpenAI's may
-    defaults = {"max_tokens": llm.cache.max_model_len} if chat else {}
-    body = parse_body(parse_json(raw), chat=chat, defaults=defaults)
+    longest = {"max_tokens": llm.cache.max_model_len} if chat else {}
+    body = parse_body(parse_json(raw), chat=chat, defaults=longest | llm.sampling_defaults)
     if body.model is not None and body.model not in settings.model_names:
         raise unknown_model(body.model, settings)
     _check_limits(body, settings)
@@ -95,7 +95,7 @@ def unknown_model(name: str, settings: ServerSettings) -> ApiError:
 
 def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
     params, most = body.params, settings.max_tokens
-    if most is not None and body.names_max_tokens and params.max_tokens > most:
+    if most is not None and "max_tokens" in body.named and params.max_tokens > most:
         raise ApiError(
             400,
             f"max_tokens is {params.max_tokens}; this server allows {most}",
@@ -130,7 +130,7 @@ def _with_room(
     llm: LLM, settings: ServerSettings, body: OpenAIRequest, prompts: list[list[int]]
 ) -> SamplingParams:
     """Return the parameters, with `max_tokens` from the room there is if the body has no limit."""
-    if body.names_max_tokens:
+    if "max_tokens" in body.named:
         return body.params
     most = body.params.max_tokens if settings.max_tokens is None else settings.max_tokens
     if body.messages is not None:
