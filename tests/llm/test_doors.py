@@ -9,13 +9,14 @@ import pytest
 from spectral_paged import SamplingParams
 from spectral_paged.batch.file import read_lines
 from spectral_paged.batch.run import serve_lines
+from spectral_paged.engine.requests import RequestGroup
 from spectral_paged.errors import InvalidRequestError, RequestFailedError, SpectralPagedError
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
 from spectral_paged.server.api_error import refused
 from spectral_paged.server.parsing import parse_request
 from spectral_paged.server.settings import ServerSettings
 from support.served import letter_tokenizer, served_llm
-from support.tiny_model import VOCAB, tiny_llm
+from support.tiny_model import VOCAB, raise_once, tiny_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3)
 GOOD = "fine"
@@ -219,18 +220,12 @@ def test_an_untyped_error_of_one_request_is_its_own(monkeypatch, tmp_path, door,
 
 def test_a_request_that_cannot_be_set_up_fails_alone_and_leaves_nothing(monkeypatch):
     llm = tiny_llm()
-
-    class NoBackend:
-        """A slow tokenizer: text of a completion cannot be decoded as it grows."""
-
-    whole = llm.engine.tokenizer
-    llm.engine.tokenizer = NoBackend()
+    raise_once(monkeypatch, RequestGroup, "add_completion", AttributeError("no backend"), 2)
     with pytest.raises(RequestFailedError, match="request 'a' cannot be prepared: AttributeError"):
         llm.engine.add_request("a", [1, 2], SamplingParams(n=3))
-    llm.engine.tokenizer = whole
     assert not llm.engine.has_unfinished() and not llm.engine._by_sequence
     assert llm.stats()["refused"] == {"RequestFailedError": 1}
-    llm.engine.add_request("a", [1, 2], PARAMS)
+    llm.engine.add_request("a", [1, 2], SamplingParams(n=3))
     llm.engine.abort("a")
 
 
