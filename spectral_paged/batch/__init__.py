@@ -6,4 +6,5 @@ The package imports the LLM and OpenAI's formats.
 __all__ = [
     "file",
     "run",
+    "source",
 ]

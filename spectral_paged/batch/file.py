@@ -8,7 +8,6 @@ out   one record a line, as each finishes, with the input's line number and a ha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,6 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import filelock
+
+from spectral_paged.batch.source import raw_lines
 from spectral_paged.engine import check_messages, check_salt
 from spectral_paged.errors import (
     CorruptFileError,
@@ -79,7 +81,7 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
         defaults: sampling values for fields that a line does not have.
     """
     seen: dict[str, int] = {}
-    for number, raw in _raw_lines(path):
+    for number, raw in raw_lines(path):
         line = _read_line(number, raw, defaults)
         if line.custom_id is not None:
             first = seen.setdefault(line.custom_id, number)
@@ -91,16 +93,9 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
         yield line
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, raw in bounded_lines(file, MAX_LINE_BYTES):
-            if raw.strip():
-                yield number, raw if is_cut(raw, MAX_LINE_BYTES) else raw.strip()
-
-
 def count_lines(path: Path) -> int:
     """Return the number of lines that are not blank."""
-    return sum(1 for _ in _raw_lines(path))
+    return sum(1 for _ in raw_lines(path))
 
 
 def _digest(raw: bytes) -> str:
@@ -283,18 +278,33 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
 class OutputFile:
     """The output file of a batch, with the lines that an earlier run finished.
 
+    Its first record says as `run` what it was made with, and another run is refused.
+
     Opening drops a torn last line, which a kill during a write leaves. A record whose hash differs
     from the input line's belongs to another input file. With `overwrite` the first record replaces
     the earlier content, so that a run that never starts loses none. The file is locked, because a
-    second run would drop a record that is being written as torn, and serve lines twice.
+    second run would drop a record that is being written as torn, and serve lines twice. The lock
+    is a file beside it, `NAME.lock`.
+
+    Args:
+        run: plain values that change every answer: model, format, sampling.
+
+    Attributes:
+        num_served: records without an error.
 
     Raises:
         CorruptFileError: a line of the file is not a record of this program.
         InvalidRequestError: another run writes to the file.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, run: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
+        self.num_served = 0
+        self._run = dict(run or {})
+        self._earlier_run: dict[str, Any] | None = None
+        self._lock_file = filelock.FileLock(f"{path}.lock")
         self.finished: dict[int, str] = {}
         self._stale = overwrite
         self._file: IO[bytes] = path.open("ab")
@@ -304,16 +314,17 @@ class OutputFile:
                 self._recover()
         except BaseException:
             self._file.close()
+            self._lock_file.release()
             raise
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file unlocks it
-        except BlockingIOError:
+            self._lock_file.acquire(timeout=0)
+        except filelock.Timeout:
             raise InvalidRequestError(
                 f"another run writes to {self.path}: wait until it ends, or name another --output"
             ) from None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
             logger.warning(
                 "%s cannot be locked (%s): let one process alone write to it", self.path, error
             )
@@ -333,6 +344,8 @@ class OutputFile:
                 try:
                     record = json.loads(raw)
                     self.finished[int(record["line"])] = str(record["line_hash"])
+                    self.num_served += record.get("error") is None
+                    self._earlier_run = self._earlier_run or record.get("run")
                 except (ValueError, KeyError, TypeError):
                     raise CorruptFileError(
                         f"{self.path}, line {number}: not a record of this program; name another "
@@ -348,11 +361,28 @@ class OutputFile:
             InvalidRequestError: a record's line is not in `source`, or has other content there.
         """
         left = dict(self.finished)
-        for number, raw in _raw_lines(source) if left else ():
+        for number, raw in raw_lines(source) if left else ():
             if left.get(number) == _digest(raw):
                 del left[number]
         if left:
             raise self._foreign(min(left))
+
+    def check_run(self) -> None:
+        """Refuse to go on with another model, format or sampling than the output has.
+
+        Raises:
+            InvalidRequestError: its first record names another value.
+        """
+        if self._earlier_run is None:
+            return
+        for name in sorted(self._earlier_run.keys() | self._run.keys()):
+            before, now = self._earlier_run.get(name), self._run.get(name)
+            if before != now:
+                raise InvalidRequestError(
+                    f"{self.path} was begun with {name} {before!r}, this run has {now!r}: give the "
+                    "same, name another --output, start again with --overwrite, or go on all the "
+                    "same with --resume-anyway"
+                )
 
     def _foreign(self, number: int) -> InvalidRequestError:
         return InvalidRequestError(
@@ -376,11 +406,15 @@ class OutputFile:
         if self._stale:
             self._file.truncate(0)
             self._stale = False
+        if self._run and not self.finished:
+            record = {**record, "run": self._run}
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.finished[int(record["line"])] = str(record["line_hash"])
+        self.num_served += record.get("error") is None
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._lock_file.release()

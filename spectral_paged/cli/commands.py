@@ -85,9 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, help="JSONL: prompts or batch lines")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="JSONL or its .gz: prompts or lines"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--overwrite", action="store_true", help="forget an earlier output")
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on with an output that was begun with another model, format or sampling",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     add_engine_options(parser)
     watching = parser.add_argument_group("watching it run")
@@ -123,8 +130,9 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Run a batch file; return 0 if every line got a record, bad lines included."""
+    """Run a batch file; return 0 if every line got a record, bad ones too, but 1 if all are bad."""
     from spectral_paged.batch.file import OutputFile
+    from spectral_paged.batch.source import check_source
     from spectral_paged.sampling import SamplingParams
 
     if not args.input.is_file():
@@ -141,9 +149,12 @@ def generate(args: argparse.Namespace) -> int:
     SamplingParams(**defaults)  # a bad default would otherwise become the error of every line
     if args.output.exists() and args.output.samefile(args.input):
         raise InvalidRequestError(f"--input and --output are both {str(args.output)!r}")
-    output = OutputFile(args.output, overwrite=args.overwrite)
+    output = OutputFile(args.output, overwrite=args.overwrite, run=_run_values(args, defaults))
     try:
+        check_source(args.input)
         output.check(args.input)
+        if not args.resume_anyway:
+            output.check_run()
         serve_file = _generate_on_ray if args.ray else _generate_here
         summary, seconds, figures = serve_file(args, output, defaults)
     except KeyboardInterrupt:
@@ -161,7 +172,26 @@ def generate(args: argparse.Namespace) -> int:
             f"finished before; {summary.generated_tokens} tokens in {seconds:.1f} s "
             f"({summary.generated_tokens / max(seconds, 1e-9):.1f}/s){figures}"
         )
+    if not output.num_served:
+        print(
+            f"spectral-paged: no line was served; the records in {args.output} say why",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _run_values(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return what changes every answer: the model, the format and the sampling defaults."""
+    given = engine_options(args)
+    names = ("dtype", "calibration", "prefill_segment", "seed", "generation_config")
+    options = {"--" + name: given[name] for name in names if name in given}
+    return {
+        "model": args.model,
+        "kv_format": given.get("kv_format", "auto"),
+        **options,
+        **{"sampling " + name: value for name, value in defaults.items()},
+    }
 
 
 def _generate_here(

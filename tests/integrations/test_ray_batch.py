@@ -88,6 +88,7 @@ def content(path):
     for record in map(json.loads, path.read_text().splitlines()):
         assert record["line"] not in found, "a line was written twice"
         record.pop("metrics", None)
+        record.pop("run", None)  # of the first one that was written
         if record.get("response"):
             record["response"]["body"].pop("created")
             record["response"]["body"]["usage"].pop("prompt_tokens_details")
