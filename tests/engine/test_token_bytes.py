@@ -175,7 +175,8 @@ def llm():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_request_goes_on_behind_bytes_that_are_no_text(llm, seed):
-    params = SamplingParams(max_tokens=60, temperature=2.0, seed=seed, n=2, logprobs=3)
+    how = {"temperature": 2.0, "seed": seed, "n": 2, "logprobs": 3, "ignore_eos": True}
+    params = SamplingParams(max_tokens=60, **how)
     prompt = [1, *llm.get_tokenizer().convert_tokens_to_ids(["a", "b"])]
     [output] = llm.generate([prompt], params, use_tqdm=False)
     pieces = list(llm.stream([prompt], params))
