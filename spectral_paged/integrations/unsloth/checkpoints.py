@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -19,8 +19,10 @@ def save_checkpoint(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     words |= {f"w{i}": i for i in range(3, model.config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # a text is as many tokens as words
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=backend,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
