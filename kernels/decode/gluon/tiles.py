@@ -12,10 +12,6 @@ from spectral_paged.kernels.decode.gluon.operands import (
     score_layout,
 )
 
-WARPS = 4
-
-# ---- one tile ----------------------------------------------------------------------------
-
 
 @gluon.jit
 def v_band(
