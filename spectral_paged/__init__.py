@@ -1,16 +1,23 @@
-"""A paged KV cache whose pages are quantized spectral coefficients, with a batching engine."""
+"""A paged KV cache whose pages are quantized spectral coefficients, with a batching engine.
+
+Importing the package imports nothing else. Names and modules are imported on first use, so the
+command line answers `--help` before torch is loaded, and embedders need no transformers.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from spectral_paged.cache import CacheOptions, SpectralKVCache
-from spectral_paged.engine import Engine
-from spectral_paged.pages import PageFormat, SharedBasis
-from spectral_paged.sampling import SamplingParams
-
 if TYPE_CHECKING:
+    from spectral_paged.cache import CacheOptions, SpectralKVCache
+    from spectral_paged.engine import Engine
     from spectral_paged.llm import LLM
+    from spectral_paged.pages import PageFormat, SharedBasis
+    from spectral_paged.sampling import SamplingParams
+
+    __version__: str
 
 __all__ = [
     "LLM",
@@ -21,13 +28,29 @@ __all__ = [
     "SharedBasis",
     "SpectralKVCache",
 ]
-__version__ = "0.1.0"
+_HOMES = {
+    "LLM": "llm",
+    "CacheOptions": "cache",
+    "Engine": "engine",
+    "PageFormat": "pages",
+    "SamplingParams": "sampling",
+    "SharedBasis": "pages",
+    "SpectralKVCache": "cache",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import `LLM` on first use, because it imports transformers, which embedders may not need."""
-    if name == "LLM":
-        from spectral_paged.llm import LLM
+    """Import the module of a public name, or a module of the package, when it is asked for."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return LLM
+        return version("spectral-paged")
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -40,10 +40,21 @@ SAMPLING = {
 }
 
 
+class _Version(argparse.Action):
+    """Prints the package's version from its metadata, which is read for this option alone."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('spectral-paged')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spectral-paged", description="Batched generation over spectral KV-cache pages."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands.add_parser("generate", help="complete the prompts of a JSONL file"))
     serving = commands.add_parser("serve", help="answer OpenAI's HTTP requests")
