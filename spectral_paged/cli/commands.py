@@ -22,7 +22,7 @@ from spectral_paged.cli.kept import add_cache, cache
 from spectral_paged.cli.logs import FORMATS, LEVELS, logging_to_stderr
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
-from spectral_paged.server.command import add_serve, serve
+from spectral_paged.server.command import METRICS_KEY_VARIABLE, add_serve, serve
 
 if TYPE_CHECKING:
     from spectral_paged.batch.file import OutputFile
@@ -80,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     top.add_argument("url", help="such as http://localhost:9100")
     top.add_argument("--interval", type=positive, default=1, help="seconds; default 1")
+    top.add_argument(
+        "--metrics-key", metavar="KEY", help=f"that of `serve`; or set {METRICS_KEY_VARIABLE}"
+    )
     add_cache(commands.add_parser("cache", help="list or delete what is kept between runs"))
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     _add_bench(bench)
@@ -284,7 +287,8 @@ def top(args: argparse.Namespace) -> int:
     """Show the figures of another process's metrics endpoint."""
     from spectral_paged.metrics.top import watch
 
-    return watch(args.url, args.interval)
+    key = args.metrics_key or os.environ.get(METRICS_KEY_VARIABLE) or None
+    return watch(args.url, args.interval, key)
 
 
 def info(args: argparse.Namespace) -> int:

@@ -149,8 +149,11 @@ def showing(llm: LLM, progress: Callable[[], tuple[int, int]]) -> Iterator[None]
         yield
 
 
-def fetch(url: str) -> str:
+def fetch(url: str, key: str | None = None) -> str:
     """Fetch the text of a metrics endpoint, at `/metrics` if the URL has no path.
+
+    Args:
+        key: the server's `--metrics-key`, which is sent as a bearer token.
 
     Raises:
         InvalidRequestError: `url` is no http(s) URL, gives no response, or more than 16 MiB.
@@ -160,9 +163,18 @@ def fetch(url: str) -> str:
         raise InvalidRequestError(f"{url!r} is no URL such as http://localhost:9100")
     if parts.path in ("", "/"):
         url = parts._replace(path="/metrics").geturl()
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, None, headers), timeout=5
+        ) as answer:
             found: bytes = answer.read(MAX_METRICS_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise InvalidRequestError(
+                f"{url} asks for a key: give the server's as --metrics-key"
+            ) from error
+        raise InvalidRequestError(f"{url} gives no metrics ({error})") from error
     except (OSError, ValueError) as error:
         raise InvalidRequestError(
             f"{url} gives no metrics ({error}): does `generate --metrics-port` run there?"
@@ -172,7 +184,7 @@ def fetch(url: str) -> str:
     return found.decode("utf-8", errors="replace")
 
 
-def watch(url: str, interval: float) -> int:
+def watch(url: str, interval: float, key: str | None = None) -> int:
     """Show an endpoint's figures until it is gone or Ctrl-C, or once if stdout is no terminal.
 
     Raises:
@@ -182,7 +194,7 @@ def watch(url: str, interval: float) -> int:
     from spectral_paged.metrics.prometheus import parse
 
     console, view = Console(), View()
-    snapshots = parse(fetch(url))
+    snapshots = parse(fetch(url, key))
     if not can_show():
         print("stdout is no terminal: one reading, and no updates", file=sys.stderr)
         console.print(view.draw(snapshots))
@@ -191,7 +203,7 @@ def watch(url: str, interval: float) -> int:
         with Live(view.draw(snapshots), console=console, auto_refresh=False) as screen:
             while True:
                 time.sleep(interval)
-                screen.update(view.draw(parse(fetch(url))), refresh=True)
+                screen.update(view.draw(parse(fetch(url, key))), refresh=True)
     except KeyboardInterrupt:
         return 0
     except SpectralPagedError as error:

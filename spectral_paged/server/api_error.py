@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
+    NonFiniteError,
     PromptTooLongError,
     RequestFailedError,
     SpectralPagedError,
 )
+
+logger = logging.getLogger(__name__)
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 _CODES: dict[type[SpectralPagedError], tuple[str, str | None]] = {
@@ -67,8 +72,32 @@ def refused(error: SpectralPagedError) -> ApiError:
 
 
 def failed(error: BaseException) -> ApiError:
-    """Return the error of an accepted request that failed (500)."""
-    return ApiError(500, str(error) or repr(error), type=SERVER, code="generation_failed")
+    """Return the error of an accepted request that failed (500).
+
+    An error whose text may have parts of an internal exception goes to the log.
+    """
+    if isinstance(error, NonFiniteError):
+        return ApiError(500, str(error), type=SERVER, code="generation_failed")
+    return internal(log_fault("a request failed", error))
+
+
+def log_fault(what: str, error: BaseException) -> str:
+    """Log an internal exception, and return the reference that clients get instead of its text."""
+    reference = uuid.uuid4().hex[:16]
+    fields = {"event": "fault", "reference": reference}
+    logger.error("%s: %r", what, error, exc_info=error, extra=fields)
+    return reference
+
+
+def internal(reference: str, *, code: str = "generation_failed") -> ApiError:
+    """Return the error of a request that failed for a reason which only the log shows (500)."""
+    return ApiError(
+        500,
+        f"the server failed on this request: try again, or ask its operator for reference "
+        f"{reference} in the log",
+        type=SERVER,
+        code=code,
+    )
 
 
 def no_room(message: str, *, code: str, retry_seconds: int, **headers: str) -> ApiError:

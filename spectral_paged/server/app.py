@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,8 @@ except ImportError as error:
         "'spectral-paged[server]'"
     ) from error
 
-from spectral_paged.server.api_error import SERVER, ApiError, refused, stopping
+from spectral_paged.server.api_error import ApiError, internal, log_fault, refused, stopping
+from spectral_paged.server.api_keys import check_key, salt_of
 from spectral_paged.server.concurrency import ConcurrencyLimit, Lease
 from spectral_paged.server.engine_thread import EngineThread
 from spectral_paged.server.parsing import ParsedRequest, parse_request, unknown_model
@@ -117,18 +117,8 @@ class Service:
     # ---- routes --------------------------------------------------------------------------
 
     async def _check_key(self, request: Request) -> None:
-        if not self.settings.api_keys:
-            return
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        known = [secrets.compare_digest(given, k.encode()) for k in self.settings.api_keys]
-        if kind.lower() != "bearer" or not any(known):
-            raise ApiError(
-                401,
-                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if self.settings.api_keys:
+            request.state.api_key = check_key(request.headers, self.settings.api_keys, "API")
 
     async def _health(self) -> Response:
         problem = "the server is shutting down" if self.stopping else self.engine.problem
@@ -136,7 +126,9 @@ class Service:
             return JSONResponse({"status": "unhealthy", "problem": problem}, 503)
         return JSONResponse({"status": "ok"})
 
-    async def _scrape(self) -> Response:
+    async def _scrape(self, request: Request) -> Response:
+        if self.settings.metrics_key is not None:
+            check_key(request.headers, (self.settings.metrics_key,), "metrics")
         text = await asyncio.to_thread(self._metrics)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -203,7 +195,7 @@ class Service:
             request_id,
             parsed.prompts,
             parsed.params,
-            cache_salt=asked.cache_salt,
+            cache_salt=self._salt(request, asked.cache_salt),
             streams=asked.stream,
         )
         stack.callback(generation.close)
@@ -212,6 +204,11 @@ class Service:
         chunks = response.chunks(generation, include_usage=asked.include_usage)
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
+
+    def _salt(self, request: Request, cache_salt: str) -> str:
+        if not self.settings.salts_by_key:
+            return cache_salt
+        return salt_of(request.state.api_key, cache_salt)
 
     async def _parse(self, body: Body, chat: bool) -> ParsedRequest:
         """Parse the body and drop it, because the request continues with its tokens only."""
@@ -256,6 +253,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _fault(request: Request, error: Exception) -> Response:
     """Respond to an unexpected error, which only the log shows."""
-    return await _error(
-        request, ApiError(500, "the server failed on this request", type=SERVER, code="internal")
-    )
+    what = f"request {request.state.request_id} failed"
+    return await _error(request, internal(log_fault(what, error), code="internal"))

@@ -23,6 +23,7 @@ from spectral_paged.errors import InvalidRequestError
 from spectral_paged.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
+METRICS_KEY_VARIABLE = "SPECTRAL_PAGED_METRICS_KEY"
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,17 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KEY",
         help=f"asked for by /v1; may be given several times; or set {API_KEY_VARIABLE}",
+    )
+    http.add_argument(
+        "--prefix-cache-per-key",
+        action=argparse.BooleanOptionalAction,
+        help="requests share cached prompt tokens with those of the same API key only; default: "
+        "where there are several keys",
+    )
+    http.add_argument(
+        "--metrics-key",
+        metavar="KEY",
+        help=f"asked for by /metrics; or set {METRICS_KEY_VARIABLE}; default: it is open",
     )
     http.add_argument(
         "--served-model-name",
@@ -94,10 +106,14 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     keys = tuple(args.api_key or ())
     if not keys and os.environ.get(API_KEY_VARIABLE):
         keys = (os.environ[API_KEY_VARIABLE],)
-    if not all(key.strip() == key != "" and key.isascii() for key in keys):
-        raise InvalidRequestError(
-            "an API key is empty, begins or ends with a space, or is not ASCII: give another"
-        )
+    metrics_key = args.metrics_key
+    if metrics_key is None:
+        metrics_key = os.environ.get(METRICS_KEY_VARIABLE) or None
+    for name, given in (("an API", keys), ("the metrics", (metrics_key,))):
+        if not all(k is None or (k.strip() == k != "" and k.isascii()) for k in given):
+            raise InvalidRequestError(
+                f"{name} key is empty, begins or ends with a space, or is not ASCII: give another"
+            )
     if not (args.grace_seconds >= 0 and math.isfinite(args.grace_seconds)):
         raise InvalidRequestError(
             f"--grace-seconds is {args.grace_seconds}; it must be >= 0 and finite"
@@ -105,6 +121,8 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     return ServerSettings(
         model_names=tuple(args.served_model_name or (args.model,)),
         api_keys=keys,
+        metrics_key=metrics_key,
+        prefix_cache_per_key=args.prefix_cache_per_key,
         allowed_origins=_origins(args.allowed_origins or ()),
         max_num_requests=args.max_num_requests,
         max_body_bytes=args.max_body_bytes,

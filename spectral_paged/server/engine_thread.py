@@ -19,7 +19,14 @@ from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
-from spectral_paged.server.api_error import ApiError, failed, refused, stopping
+from spectral_paged.server.api_error import (
+    ApiError,
+    failed,
+    internal,
+    log_fault,
+    refused,
+    stopping,
+)
 from spectral_paged.server.pending import Generation, News
 
 logger = logging.getLogger(__name__)
@@ -48,7 +55,7 @@ class EngineThread:
         self._stopped = False
         self.died = False
         self._failed_steps = 0
-        self._failure: BaseException | None = None
+        self._failure: str | None = None  # the reference of the last step's exception in the log
         self._probe_time = 0.0  # monotonic; only where there is a failure
 
     # ---- the event loop ------------------------------------------------------------------
@@ -75,7 +82,7 @@ class EngineThread:
         """
         failure = self._failure  # read once, because the thread may reset it
         if failure is not None:
-            return f"engine steps raise: {failure!r}"
+            return f"engine steps raise: the log has the exception as reference {failure}"
         if self._loop is not None and not self._thread.is_alive():
             return "the engine's thread has ended"
         return None
@@ -116,8 +123,7 @@ class EngineThread:
             except ApiError as stop:
                 error = stop
             except Exception as fault:
-                logger.exception("request %s could not be queued", request_id)
-                error = failed(fault)
+                error = internal(log_fault(f"request {request_id} could not be queued", fault))
             self._tell(lambda: report(error))
             if error is not None:
                 self._abort(ids)  # prompts that were queued before the error, before a step runs
@@ -155,9 +161,8 @@ class EngineThread:
                 elif self._failure is not None and time.monotonic() >= self._probe_time:
                     self._probe()
         except BaseException as error:
-            logger.exception("the engine's thread ends")
-            self._failure, self.died = error, True
-            reason = partial(failed, error)
+            self._failure, self.died = log_fault("the engine's thread ends", error), True
+            reason = partial(internal, self._failure)
         with self._lock:
             self._stopped = True
         try:
@@ -214,10 +219,11 @@ class EngineThread:
             outputs = self.llm.engine.step()
         except Exception as error:
             self._failed_steps += 1
-            self._failure, self._probe_time = error, time.monotonic() + PROBE_SECONDS
-            logger.exception("engine step failed, %d in a row", self._failed_steps)
+            what = f"engine step failed, {self._failed_steps} in a row"
+            self._failure = log_fault(what, error)
+            self._probe_time = time.monotonic() + PROBE_SECONDS
             if self._failed_steps % MAX_FAILED_STEPS == 0:
-                self._end_all(partial(failed, error))
+                self._end_all(partial(internal, self._failure))
             return
         self._failed_steps = 0
         # a queued step may still raise, and a step whose requests fail does not prove recovery

@@ -17,6 +17,10 @@ class ServerSettings:
     Args:
         model_names: names of the model in requests; responses use the first.
         api_keys: bearer tokens for `/v1`; none: it is open to all.
+        metrics_key: bearer token for `/metrics`; None: it is open to all.
+        prefix_cache_per_key: requests share cached prompt tokens with requests of the same API
+            key only, so `cached_tokens` and response times tell nothing of other keys' prompts;
+            None: where there are several keys.
         allowed_origins: origins of pages whose scripts may read answers (CORS), as browsers send
             them; `*`: all.
         max_num_requests: the most completions (prompts times `n`) that run or wait at once; more
@@ -37,12 +41,14 @@ class ServerSettings:
         retry_seconds: the value of `Retry-After` in a 429.
 
     Raises:
-        InvalidRequestError: an origin is none that a browser sends, or `max_body_bytes` exceeds
-            `max_total_body_bytes`.
+        InvalidRequestError: an origin is none that a browser sends, `prefix_cache_per_key` has no
+            keys, or `max_body_bytes` exceeds `max_total_body_bytes`.
     """
 
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
+    metrics_key: str | None = None
+    prefix_cache_per_key: bool | None = None
     allowed_origins: tuple[str, ...] = ()
     max_num_requests: int = 1024
     max_body_bytes: int = 8 << 20
@@ -64,8 +70,19 @@ class ServerSettings:
                     "scheme://host or scheme://host:port, in small letters and without a path, "
                     "several behind each other; 'null' for local files, or '*' for all"
                 )
+        if self.prefix_cache_per_key and not self.api_keys:
+            raise InvalidRequestError(
+                "--prefix-cache-per-key needs keys to go by: give --api-key, or leave it out"
+            )
         if self.max_total_body_bytes < self.max_body_bytes:
             raise InvalidRequestError(
                 f"--max-total-body-bytes is {self.max_total_body_bytes}, less than "
                 f"--max-body-bytes {self.max_body_bytes}: the longest body would never fit"
             )
+
+    @property
+    def salts_by_key(self) -> bool:
+        """True if each API key has cached prompt tokens of its own."""
+        if self.prefix_cache_per_key is None:
+            return len(set(self.api_keys)) > 1
+        return self.prefix_cache_per_key

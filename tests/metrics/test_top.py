@@ -187,7 +187,7 @@ def test_the_view_ends_with_the_run(monkeypatch, capsys):
         collector.add(llm)
         text = top.fetch(f"http://127.0.0.1:{port}")
 
-    def answer(url):
+    def answer(url, key):
         answers.append(url)
         if len(answers) > 3:
             raise InvalidRequestError("gone")

@@ -329,6 +329,8 @@ def test_each_of_the_keys_opens(locked):
     [
         (["--api-key", ""], "an API key is empty"),
         (["--api-key", "schlüssel"], "not ASCII"),
+        (["--metrics-key", " m"], "the metrics key is empty, begins or ends with a space"),
+        (["--prefix-cache-per-key"], "needs keys to go by: give --api-key"),
         (["--grace-seconds", "-1"], "must be >= 0"),
         (["--grace-seconds", "inf"], "and finite"),
         (["--max-body-bytes", "512MiB"], "the longest body would never fit"),
