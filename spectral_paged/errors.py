@@ -94,6 +94,11 @@ class PoolError(SpectralPagedError, RuntimeError):
     """A broken bookkeeping rule: double free, use after free, lost slot. Always a bug."""
 
 
+def missing_extra(what: str, extra: str) -> MissingPackageError:
+    """Return the error of `what`, which needs packages that an extra of the project installs."""
+    return MissingPackageError(f"{what}: pip install '.[{extra}]' in the project's folder")
+
+
 def refusal(message: str, param: str) -> InvalidRequestError:
     """Return the error of a request whose field `param` is at fault."""
     error = InvalidRequestError(message)

@@ -25,7 +25,7 @@ from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, write_result
 from spectral_paged.benchmarks.throughput.random_models import load_random
 from spectral_paged.conformance.inputs import random_calibration
-from spectral_paged.errors import MissingPackageError
+from spectral_paged.errors import missing_extra
 from spectral_paged.integrations.unsloth.checkpoints import load_fast, save_checkpoint
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PageFormat
@@ -209,9 +209,7 @@ def run_apart(module: str, arguments: dict[str, Any]) -> int:
         MissingPackageError: unsloth is not installed.
     """
     if importlib.util.find_spec("unsloth") is None:
-        raise MissingPackageError(
-            "bench unsloth needs the package unsloth: pip install 'spectral-paged[unsloth]'"
-        )
+        raise missing_extra("bench unsloth needs the package unsloth", "unsloth")
     code = (
         "import unsloth, sys, json; from importlib import import_module; from pathlib import Path\n"
         "from spectral_paged.errors import SpectralPagedError\n"

@@ -1,4 +1,4 @@
-"""Serving of batch files on a Ray cluster: `pip install 'spectral-paged[ray]'`.
+"""Serving of batch files on a Ray cluster: `pip install '.[ray]'`.
 
 ```
 driver     lines of the input that have no record yet -> blocks of lines in the object store
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_record
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.cache import CacheOptions
-from spectral_paged.errors import ClusterError, InvalidRequestError, MissingPackageError
+from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra
 from spectral_paged.models.loader import EMBEDDED
 
 try:
@@ -38,9 +38,7 @@ try:
     import ray.data
     import ray.exceptions
 except ImportError as error:
-    raise MissingPackageError(
-        "--ray needs the package ray with its data library: pip install 'spectral-paged[ray]'"
-    ) from error
+    raise missing_extra("--ray needs the package ray with its data library", "ray") from error
 
 MAX_ATTEMPTS = 4  # tries at one block of lines: a block that kills every worker ends the run
 TASKS_PER_WORKER = 8  # blocks a worker, if there are enough lines: all workers end about together

@@ -1,4 +1,4 @@
-"""Prometheus export of an LLM's figures: `pip install 'spectral-paged[metrics]'`.
+"""Prometheus export of an LLM's figures: `pip install '.[metrics]'`.
 
 ```python
 from prometheus_client import CollectorRegistry, start_http_server
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from spectral_paged.engine import Distribution
-from spectral_paged.errors import CorruptFileError, MissingPackageError
+from spectral_paged.errors import CorruptFileError, missing_extra
 from spectral_paged.llm import LLM
 from spectral_paged.metrics.snapshot import DURATIONS, METRICS, PREFIX, Snapshot, take_snapshot
 
@@ -40,9 +40,7 @@ try:
     from prometheus_client.registry import Collector
     from prometheus_client.utils import floatToGoString
 except ImportError as error:
-    raise MissingPackageError(
-        "metrics need the package prometheus-client: pip install 'spectral-paged[metrics]'"
-    ) from error
+    raise missing_extra("metrics need the package prometheus-client", "metrics") from error
 
 LABELS = ("model_name", "engine")
 

@@ -1,4 +1,4 @@
-"""A live view of a running batch in the terminal: `pip install 'spectral-paged[top]'`."""
+"""A live view of a running batch in the terminal: `pip install '.[top]'`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, missing_extra
 from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
 from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
@@ -24,9 +24,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    raise MissingPackageError(
-        "the live view needs the package rich: pip install 'spectral-paged[top]'"
-    ) from error
+    raise missing_extra("the live view needs the package rich", "top") from error
 
 RATE_SECONDS = 5.0
 REFRESHES_PER_SECOND = 4

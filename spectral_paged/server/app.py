@@ -10,7 +10,7 @@ from contextlib import ExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
-from spectral_paged.errors import MissingPackageError, SpectralPagedError
+from spectral_paged.errors import SpectralPagedError, missing_extra
 from spectral_paged.llm import LLM
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
 
@@ -26,9 +26,8 @@ try:
     from spectral_paged.server.access_log import AccessLog
     from spectral_paged.server.event_stream import EventStream
 except ImportError as error:
-    raise MissingPackageError(
-        "the server needs the packages fastapi and prometheus-client: pip install "
-        "'spectral-paged[server]'"
+    raise missing_extra(
+        "the server needs the packages fastapi and prometheus-client", "server"
     ) from error
 
 from spectral_paged.server.api_error import ApiError, internal, log_fault, refused, stopping

@@ -10,15 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from spectral_paged.errors import MissingPackageError
+from spectral_paged.errors import missing_extra
 from spectral_paged.server.app import Service
 
 try:
     import uvicorn
 except ImportError as error:
-    raise MissingPackageError(
-        "the server needs the package uvicorn: pip install 'spectral-paged[server]'"
-    ) from error
+    raise missing_extra("the server needs the package uvicorn", "server") from error
 
 BACKSTOP_SECONDS = 5  # for responses to leave after the grace time, before connections are closed
 

@@ -133,5 +133,5 @@ def test_what_unsloth_s_process_refuses_is_told_in_a_line(monkeypatch, tmp_path,
     assert unsloth.run_apart(module, arguments) == 2
     assert capfd.readouterr().err == "spectral-paged: there is no file 'none.gguf'\n"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="pip install"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[unsloth\]'"):
         unsloth.run_apart(module, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,6 +90,41 @@ def test_hooks_format_with_the_pinned_ruff():
     [hook] = [repo for repo in HOOKS["repos"] if repo["repo"].endswith("ruff-pre-commit")]
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert f"ruff=={hook['rev'].removeprefix('v')}" in pins
+
+
+INSTALLED_BY_NAME = re.compile(
+    r"""pip install( +-\S+)* +['"]?spectral[-_]paged|spectral[-_]paged\["""
+)
+WRITTEN = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")),
+    *(path for name in ("docs", ".ci", ".github") for path in (ROOT / name).rglob("*")),
+    *(path for name in CODE for path in (ROOT / name).rglob("*.py")),
+]
+
+
+def test_the_package_is_installed_from_a_checkout():
+    """No index has it by its name, and another's package may take it; extras exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for path in filter(Path.is_file, WRITTEN):
+        text = path.read_text(encoding="utf-8")
+        assert not [line for line in text.splitlines() if INSTALLED_BY_NAME.search(line)], path
+        for extras in re.findall(r"""['"]\.\[([a-z,]+)\]['"]""", text):
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install 'spectral{}paged[server]'",
+        "pip install spectral{}paged",
+        "python -m pip install -U 'spectral{}paged'",
+        "needs `spectral{}paged[top]`",
+    ],
+)
+def test_an_install_by_name_is_seen(line):
+    assert INSTALLED_BY_NAME.search(line.format("-"))
+    assert INSTALLED_BY_NAME.search(line.format("_"))
+    assert not INSTALLED_BY_NAME.search("pip install '.[server]'; spectral-paged serve")
 
 
 def test_the_licence_that_is_declared_is_there():

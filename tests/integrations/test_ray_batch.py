@@ -322,5 +322,5 @@ def test_options_that_do_not_go_together_are_refused(source, tmp_path, capsys, e
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "spectral_paged.integrations.ray", raising=False)
-    with pytest.raises(MissingPackageError, match=r"pip install 'spectral-paged\[ray\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[ray\]'"):
         importlib.import_module("spectral_paged.integrations.ray")

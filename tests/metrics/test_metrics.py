@@ -339,7 +339,7 @@ def test_an_endpoint_answers_while_it_serves_and_is_gone_after():
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "spectral_paged.metrics.prometheus")
-    with pytest.raises(MissingPackageError, match=r"pip install 'spectral-paged\[metrics\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[metrics\]'"):
         importlib.import_module("spectral_paged.metrics.prometheus")
 
 

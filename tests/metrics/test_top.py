@@ -167,7 +167,7 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(
     monkeypatch.delitem(sys.modules, f"spectral_paged.metrics.{loaded}")
     monkeypatch.delattr(spectral_paged.metrics, loaded)
     assert main([*batch[0], flag]) == 2
-    assert f"pip install 'spectral-paged[{extra}]'" in capsys.readouterr().err
+    assert f"pip install '.[{extra}]'" in capsys.readouterr().err
 
 
 def test_another_process_sees_what_this_one_counts(capsys):

@@ -356,5 +356,5 @@ def test_without_a_package_the_error_says_what_to_install(monkeypatch, package):
         monkeypatch.delattr(name)  # the package's own reference, so that it comes back too
     monkeypatch.delitem(sys.modules, "spectral_paged.metrics.prometheus", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'spectral-paged\[server\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[server\]'"):
         importlib.import_module("spectral_paged.server.http_server")
