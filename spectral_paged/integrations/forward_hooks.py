@@ -1,14 +1,21 @@
-"""Hooks that call a cache at the beginning and the end of each forward of a decoder."""
+"""Hooks that call a cache when `generate` begins, and around each forward of a decoder."""
 
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 
 @runtime_checkable
 class WatchingCache(Protocol):
     """A cache for which a forward is one step."""
+
+    def begin_generate(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Called before `generate` reads anything of the cache, with the ids `[B, T]` it got."""
+        ...
 
     def begin_forward(self, decoder: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Called before the first layer; returns the inputs that the decoder takes."""
@@ -28,6 +35,26 @@ def watch(decoder: Any) -> None:
         return
     decoder.register_forward_pre_hook(_before, with_kwargs=True)
     decoder.register_forward_hook(_after, with_kwargs=True, always_call=True)
+
+
+def watch_generate(model: Any) -> None:
+    """Make `model.generate` call a `WatchingCache` passed as `past_key_values` before it begins.
+
+    Only `generate` has all ids of a prompt: it cuts off as many as the cache has columns, whatever
+    these contain. A second call does nothing.
+    """
+    if "generate" not in vars(model):
+        model.generate = MethodType(generate, model)  # copies of the model have their own
+
+
+def generate(self: Any, *args: Any, **options: Any) -> Any:
+    """Call `generate` of the model's class, after the cache's `begin_generate`."""
+    cache, input_ids = options.get("past_key_values"), options.get("input_ids")
+    if input_ids is None:
+        input_ids = args[0] if args else options.get("inputs")
+    if isinstance(cache, WatchingCache) and input_ids is not None:
+        cache.begin_generate(input_ids, options.get("attention_mask"))
+    return type(self).generate(self, *args, **options)
 
 
 def _before(

@@ -4,6 +4,7 @@
 model.set_attn_implementation(ATTENTION_NAME)
 cache = SpectralPagedCache(model)
 model.generate(**inputs, past_key_values=cache)
+pipe(texts, past_key_values=SpectralPagedCache(model, auto_reset=True), batch_size=8)
 ```
 
 A forward of the model is one step of a `SpectralKVCache`: hooks on the decoder open it before the
@@ -24,13 +25,19 @@ from transformers import Cache
 from spectral_paged.cache import CacheOptions, CacheOptionsDict, read_history
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
-from spectral_paged.integrations.forward_hooks import watch
+from spectral_paged.integrations.forward_hooks import watch, watch_generate
 from spectral_paged.integrations.padded_rows import PaddedRows
 from spectral_paged.integrations.row_batch import Remedies, RowBatches, without_autocast
+from spectral_paged.integrations.stored_columns import StoredColumns
 from spectral_paged.models.cache_for_model import model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, tokenizer_of
 from spectral_paged.pages import PageFormat
+
+ANOTHER_PROMPT = (
+    "call reset() before another prompt, or make the cache with auto_reset=True, for a pipeline "
+    "whose batches are prompts each"
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +45,7 @@ class _Forward:
     """One forward of the decoder, from its first layer to its last."""
 
     rows: PaddedRows
+    token_ids: Tensor | None
     has_tokens: bool
     num_layers: int = 0  # layers that attended, or took materialized K and V
 
@@ -56,6 +64,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             one of `model.name_or_path`.
         materialize: let `update` return all K and V, rebuilt from pages, to any attention: slow,
             for comparisons and for attention that must see keys. The cache stays as small.
+        auto_reset: a prompt of `generate` that does not go on from the stored tokens begins a new
+            batch, as a pipeline's next one does; by default it is refused.
         cache_options, **options: `CacheOptions`, or its fields by name. `max_num_seqs` counts rows
             of a batch (times `num_return_sequences` or `num_beams`); prefix caching is off.
 
@@ -75,6 +85,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         gpu_memory_utilization: float = 0.8,
         tokenizer: Any = None,
         materialize: bool = False,
+        auto_reset: bool = False,
         cache_options: CacheOptions | None = None,
         **options: Unpack[CacheOptionsDict],
     ) -> None:
@@ -85,6 +96,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         if hasattr(model, "get_base_model"):  # adapters around a model
             model = model.get_base_model()
         self.materialize = materialize
+        self.auto_reset = auto_reset
         self._decoder = model.get_decoder()
         self._check_attention()
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -114,7 +126,45 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._batches = RowBatches(self.kv_cache, remedies)
         self._rows = self._batches.new(0)
         self._forward: _Forward | None = None
+        self._stored = StoredColumns()
         watch(self._decoder)
+        watch_generate(model)
+
+    # ---- a prompt of `generate` ----------------------------------------------------------
+
+    def begin_generate(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Compare a prompt with the stored tokens, from which `generate` would go on unseen.
+
+        Args:
+            input_ids: `[B, T]`, all tokens so far, or the new ones alone beside a wider mask.
+
+        Raises:
+            InvalidRequestError: the prompt does not begin with the stored tokens, without
+                `auto_reset`. Rows and masks that do not fit are left to the forward.
+            NonFiniteError: as `reset`, which `auto_reset` calls.
+        """
+        num_columns = self._rows.num_columns
+        only_new = attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]
+        if not num_columns or only_new:
+            return
+        goes_on = self._stored.begin(input_ids, attention_mask)
+        if self.auto_reset:
+            if not goes_on or len(self._rows) != len(input_ids):  # copies, perhaps of another count
+                self.reset()
+        elif not goes_on and self._shows_stored(attention_mask):
+            raise InvalidRequestError(
+                f"the prompt does not begin with the tokens of the {num_columns} columns that the "
+                f"cache holds: {ANOTHER_PROMPT}"
+            )
+
+    def _shows_stored(self, attention_mask: Tensor | None) -> bool:
+        """Return whether a mask shows as many tokens of the stored columns as there are."""
+        num_columns, stored = self._rows.num_columns, self._rows.num_tokens()
+        if attention_mask is None or attention_mask.shape[1] <= num_columns:
+            return True
+        shown = attention_mask[:, :num_columns].sum(1)
+        counts = shown.repeat_interleave(max(1, len(stored) // len(shown))).tolist()
+        return bool(counts == stored)
 
     # ---- a forward of the decoder --------------------------------------------------------
 
@@ -138,8 +188,8 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
                 "or pass materialize=True and take eager attention"
             )
         self._abandon()  # a forward that was interrupted
-        taken = inputs.get("input_ids")
-        taken = inputs.get("inputs_embeds") if taken is None else taken
+        token_ids = inputs.get("input_ids")
+        taken = inputs.get("inputs_embeds") if token_ids is None else token_ids
         if taken is None:
             return inputs  # the model raises for its missing input
         batch_size, width = taken.shape[:2]
@@ -158,7 +208,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         except BaseException:
             self._abandon()
             raise
-        self._forward = _Forward(padded, has_tokens=bool(num_new))
+        self._forward = _Forward(padded, token_ids, has_tokens=bool(num_new))
         changed = inputs | {"position_ids": padded.position_ids}
         if not self.materialize:
             # transformers takes a mask of four dimensions as it is, so it makes none
@@ -190,6 +240,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         if forward.has_tokens:
             self._rows.end_step()
         self._rows.num_columns += forward.rows.width
+        self._stored.add(forward.token_ids)
 
     def settle(self) -> None:
         """Wait, between forwards, for the checks of all sealed blocks.
@@ -273,7 +324,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         self._forward = None
         self._rows.abort_step()
         self._rows.give_up()
-        self._rows = self._batches.new(0)
+        self._rows, self._stored = self._batches.new(0), StoredColumns()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace each row i by a copy of row `beam_idx[i]`, which shares its full pages."""
@@ -294,6 +345,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         except CapacityError:
             self._forget()
             raise
+        self._stored.take(sources)
 
     # ---- refusals ------------------------------------------------------------------------
 
@@ -311,7 +363,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         if len(self._rows) not in (0, batch_size):
             raise InvalidRequestError(
                 f"the batch has {batch_size} rows, the cache holds {self.get_seq_length()} columns "
-                f"of {len(self._rows)}: call reset() before another prompt"
+                f"of {len(self._rows)}: {ANOTHER_PROMPT}"
             )
         self._check_size(batch_size)
 
