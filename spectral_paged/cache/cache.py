@@ -29,12 +29,11 @@ from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.options import CacheOptions, CacheOptionsDict
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
-from spectral_paged.cache.seal_schedule import blocks_to_seal
-from spectral_paged.cache.sealer import Failures, Sealer
-from spectral_paged.cache.sequences import SequenceState, SequenceTable
+from spectral_paged.cache.sealer import Sealer
+from spectral_paged.cache.sequences import SequenceTable, StepRules
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
-from spectral_paged.errors import CapacityError, PoolError
+from spectral_paged.errors import PoolError
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.pages import PageFormat
 
@@ -100,25 +99,24 @@ class SpectralKVCache:
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.open_step: OpenStep | None = None
         self.replayed: Sequence[GroupStep] | None = None
-        self._late = StepReport()  # failures that no `end_step` has reported yet
         self.groups = build.build_groups(
             self._basis, self.layers, chosen, dtype=dtype, device=self.device
         )
-        self.sealer = Sealer(self.groups, self._basis, self.ops, self.device)
+        self._observers = Observers()
+        self.sealer = Sealer(
+            self.groups, self._basis, self.ops, self.device, self._observers, self.counters
+        )
         self.attention = PagedAttention(
             self.groups, self._basis, self.ops, num_q_heads, scale=scale, softcap=softcap
         )
-        self._observers = Observers()
         self.visibility = Visibility.of(self.format)
         self._sequences = SequenceTable(
             self.groups,
             self._basis,
-            self.visibility,
+            StepRules.of(self.groups, self.visibility, longest),
             self.max_num_seqs,
             prefix_caching=self.prefix_caching,
         )
-        self._sealing = [place for place, group in enumerate(self.groups) if group.seals]
-        self._slides = any(group.window is not None for group in self.groups)
         self.max_sequence_tokens = capacity.longest_sequence(self.groups, longest)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
@@ -230,12 +228,10 @@ class SpectralKVCache:
         state = self._sequences.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {seq_id!r} is not held: double free")
-        # the checks decide whether the slots can be trusted
-        self._note(self.sealer.failures_with(state))
+        self.sealer.freed(state)
         if state.ran:
             self.counters.count_freed(self.groups, state)
         self._sequences.remove(state, forget=forget or state.error is not None)
-        self._late.failed.pop(seq_id, None)  # another sequence may take the id
         self._observers.freed(seq_id)
 
     def reset_prefix_cache(self) -> int:
@@ -247,42 +243,24 @@ class SpectralKVCache:
     def chunk_limit(self, seq_id: str) -> int:
         """The most tokens of a sequence that one step may compute: queries of a step share one view
         (decision 0001), and windows slide between steps."""
-        state = self._sequences.by_id[seq_id]
-        end = self.visibility.chunk_end(state.num_tokens, state.num_prompt_tokens)
-        segment = self.visibility.segment if self._slides else 0  # 0: no further limit
-        return min(end - state.num_tokens, segment or end)
+        return self._sequences.by_id[seq_id].chunk_limit()
 
     def seals_due(self, seq_id: str, num_new: int) -> int:
         """The number of blocks that become due when `num_new` more tokens are stored."""
-        state = self._sequences.by_id[seq_id]
-        visible = self._visible_next(state, num_new)
-        return max(len(slots.due(visible)) for slots in state.slots)
+        return self._sequences.by_id[seq_id].seals_due(num_new)
 
     def try_reserve(self, seq_id: str, num_new: int) -> bool:
         """Reserve slots for `num_new` more tokens and the seals they make due; False: not now.
 
         Raises:
             PoolError: unknown sequence, or one that failed.
-            ValueError: no tokens, past `max_model_len`, or across a change of view.
+            ValueError: no tokens, or across a change of view.
+            CapacityError: past `max_model_len`.
         """
         state = self._sequences.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {seq_id!r} is not held")
-        if state.error is not None:
-            raise PoolError(f"sequence {seq_id!r} failed: {state.error}") from state.error
-        if num_new < 1:
-            raise ValueError(f"{num_new} new tokens for {seq_id!r}: at least 1")
-        total = state.num_tokens + num_new
-        if total > self.max_model_len:
-            raise CapacityError(
-                f"{seq_id!r} would hold {total} tokens; max_model_len is {self.max_model_len}"
-            )
-        if num_new > 1 and num_new > self.chunk_limit(seq_id):  # one token has one view
-            raise ValueError(
-                f"{num_new} new tokens of {seq_id!r} cross a change of what queries see; at most "
-                f"{self.chunk_limit(seq_id)} now (chunk_limit), the rest in the next step"
-            )
-        return state.reserve(total, self._visible_next(state, num_new))
+        return state.reserve(num_new)
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
         """Reserve a whole step; None, with nothing reserved, if the step does not fit now.
@@ -318,7 +296,8 @@ class SpectralKVCache:
         sequences = [self._sequences.by_id[entry.seq_id] for entry in plan.entries]
         overdue = [state for state in sequences if state.overdue]
         if overdue:  # their next queries must see these blocks as pages
-            self._seal_all(overdue)
+            with self.clock.section("seal"):
+                self.sealer.seal_due(overdue)
         self.open_step = OpenStep(plan, sequences, self.groups, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.commit()
@@ -365,63 +344,28 @@ class SpectralKVCache:
         """
         step = self._step_for("end_step")
         self.open_step = None
-        self._note(self.sealer.failures())
+        self.sealer.wait()
         pairs = zip(step.plan.entries, step.sequences, strict=True)
         held = [(entry, state) for entry, state in pairs if not state.removed]
         for entry, state in held:
-            self.counters.count_prefix(state)
+            if not state.ran:
+                self.counters.count_prefix(state)
             state.store(entry.num_new)
-        self._seal_all([state for _, state in held])
-        report = self._take_report()
+        with self.clock.section("seal"):
+            self.sealer.seal_due([state for _, state in held])
+        report = self.sealer.take_report()
         self._observers.ended(StepPlan(tuple([entry for entry, _ in held])), report)
         return report
 
-    def _seal_all(self, sequences: list[SequenceState]) -> None:
-        for state in sequences:
-            state.overdue = True
-        with self.clock.section("seal"):
-            for place in self._sealing:
-                self._seal(place, sequences)
-        for state in sequences:
-            state.overdue = False
-
     def settle(self) -> StepReport:
         """Wait for the checks of all blocks sealed so far; returns unreported failures."""
-        self._note(self.sealer.failures())
-        return self._take_report()
+        self.sealer.wait()
+        return self.sealer.take_report()
 
     @property
     def has_late_failures(self) -> bool:
         """True if failures are known that no step has reported; `settle` returns them."""
-        return bool(self._late.failed)
-
-    def _take_report(self) -> StepReport:
-        report, self._late = self._late, StepReport()
-        return report
-
-    def _note(self, failed: Failures) -> None:
-        for state, error in failed.items():
-            if not state.removed:
-                state.error = self._late.failed[state.seq_id] = error
-
-    def _seal(self, place: int, sequences: list[SequenceState]) -> None:
-        """Seal the due blocks of these sequences, in the group at `place`."""
-        group = self.groups[place]
-        due = blocks_to_seal(sequences, place, self.visibility)
-        self.sealer.seal(group, due)
-        self._note(self.sealer.known_failures())
-        for item in due:
-            if item.sequence.error is None and item.slots.note_encoded(item.block):
-                item.sequence.num_pages_sealed += len(group.layers)
-                self.counters.pages_sealed += len(group.layers)
-                self._observers.sealed(item.sequence.seq_id, item.block, group.layers)
-        for state in sequences:
-            if state.error is None:
-                state.slots[place].publish_sealed(state.chain, self._visible_next(state))
-
-    def _visible_next(self, state: SequenceState, num_new: int = 0) -> int:
-        """The number of blocks that the query after `num_new` more tokens sees as pages."""
-        return self.visibility.visible_blocks(state.num_tokens + num_new, state.num_prompt_tokens)
+        return bool(self.sealer.unreported.failed)
 
     # ---- figures -------------------------------------------------------------------------
 

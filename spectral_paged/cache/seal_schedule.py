@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.sequences import SequenceState
-from spectral_paged.cache.visibility import Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +22,7 @@ class DueBlock:
     block: int
 
 
-def blocks_to_seal(
-    sequences: Iterable[SequenceState], place: int, visibility: Visibility
-) -> list[DueBlock]:
+def blocks_to_seal(sequences: Iterable[SequenceState], place: int) -> list[DueBlock]:
     """The blocks to seal after a step of these sequences, in the group at `place` of their slots.
 
     Sequences with an error are left out. Blocks are sealed ahead only while a sequence generates.
@@ -37,13 +34,13 @@ def blocks_to_seal(
         if state.error is not None:
             continue
         slots = state.slots[place]
-        visible = visibility.visible_blocks(state.num_tokens, state.num_prompt_tokens)
-        now = slots.due(visible)
+        now = slots.due(state.visible_blocks())
         due += [DueBlock(state, slots, block) for block in now]
         block = None if now else slots.complete(state.num_tokens)
         if block is not None and state.num_tokens >= state.num_prompt_tokens:
             complete[state.seq_id] = DueBlock(state, slots, block)
-            waiting.append((visibility.visible_from(block) - state.num_tokens, state.seq_id, block))
+            slack = state.rules.visibility.visible_from(block) - state.num_tokens
+            waiting.append((slack, state.seq_id, block))
     ahead = [complete[seq_id] for seq_id, _ in sealed_ahead(waiting)]
     return due + [item for item in ahead if item.slots.reserve_page(item.block)]
 

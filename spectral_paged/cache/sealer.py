@@ -1,4 +1,4 @@
-"""The sealer encodes due blocks into pages and checks them for NaN and Inf."""
+"""The sealer encodes due blocks into pages, shows them, and checks them for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.encoder import BlockKind, Encoder, count_non_finite, encoder_of
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.seal_schedule import DueBlock
+from spectral_paged.cache.observer import Observers
+from spectral_paged.cache.plan import StepReport
+from spectral_paged.cache.seal_schedule import DueBlock, blocks_to_seal
 from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.cache.stats import CacheCounters
 from spectral_paged.device import DeviceTimer, Download, upload
 from spectral_paged.errors import NonFiniteError
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
-
-Failures = dict[SequenceState, NonFiniteError]
 
 
 class SealCheck:
@@ -40,9 +41,9 @@ class SealCheck:
         """True if `failed` need not wait."""
         return self._bad.is_here
 
-    def failed(self) -> Failures:
+    def failed(self) -> dict[SequenceState, NonFiniteError]:
         """The first NaN or Inf of each sequence that has one; waits for the device."""
-        found: Failures = {}
+        found: dict[SequenceState, NonFiniteError] = {}
         for index, layer, head, side in self._bad.get()[0].nonzero().tolist():
             holders, block = self._blocks[index]
             for sequence in holders:
@@ -60,13 +61,18 @@ class SealCheck:
 
 
 class Sealer:
-    """A sealer writes the pages of a group's due blocks; the page table shows them later.
+    """A sealer writes the pages of sequences' due blocks, and the page table shows them once the
+    next query sees them. Sequences with NaN or Inf fail, at once or when a check is known.
 
     Args:
         groups: every group of the cache; each group with pages gets an encoder.
         basis: the cache's calibration; an online one is decided here, at the first seal.
         ops: the page ops of the cache's device.
         device: the cache's device.
+        observers, counters: the cache's, which hear of every sealed block.
+
+    Attributes:
+        unreported: failures that are known, and that no report has listed.
     """
 
     def __init__(
@@ -75,9 +81,13 @@ class Sealer:
         basis: CacheBasis,
         ops: PageOps,
         device: torch.device,
+        observers: Observers,
+        counters: CacheCounters,
     ) -> None:
         self.basis = basis
         self.timer = DeviceTimer(device)
+        self._observers, self._counters = observers, counters
+        self._sealing = [(place, group) for place, group in enumerate(groups) if group.seals]
         self._kinds = {
             group: BlockKind(group.layers, group.layout, group.arena.dtype, group.rotation)
             for group in groups
@@ -87,6 +97,7 @@ class Sealer:
             group: encoder_of(kind, basis, ops) for group, kind in self._kinds.items()
         }
         self._checks: list[SealCheck] = []
+        self.unreported = StepReport()
 
     def warm_up(self, group: LayerGroup) -> None:
         """Compile the kernels that seal, so that the first seal need not wait; nothing is written.
@@ -96,8 +107,35 @@ class Sealer:
         if group in self.encoders and not self.basis.is_waiting:
             self.encoders[group].warm_up(group.arena.planes)
 
+    def seal_due(self, sequences: Sequence[SequenceState]) -> None:
+        """Seal the blocks of these sequences that are due, and show those that the next query sees.
+
+        If an error interrupts this, the sequences stay `overdue`.
+        """
+        for state in sequences:
+            state.overdue = True
+        for place, group in self._sealing:
+            self._seal_group(place, group, sequences)
+        for state in sequences:
+            state.overdue = False
+
+    def _seal_group(
+        self, place: int, group: LayerGroup, sequences: Sequence[SequenceState]
+    ) -> None:
+        due = blocks_to_seal(sequences, place)
+        self.seal(group, due)
+        self._take_failures()
+        for item in due:
+            if item.sequence.error is None and item.slots.note_encoded(item.block):
+                item.sequence.num_pages_sealed += len(group.layers)
+                self._counters.pages_sealed += len(group.layers)
+                self._observers.sealed(item.sequence.seq_id, item.block, group.layers)
+        for state in sequences:
+            if state.error is None:
+                state.slots[place].publish_sealed(state.chain, state.visible_blocks())
+
     def seal(self, group: LayerGroup, due: list[DueBlock]) -> None:
-        """Write the pages of `due` blocks; later calls of `failures` report bad ones."""
+        """Write the pages of `due` blocks; bad ones fail their sequences once that is known."""
         if due:
             with self.timer:
                 self._checks.append(self._encode(group, due))
@@ -107,29 +145,32 @@ class Sealer:
         for check in self._checks:
             check.forked(parent, child)
 
-    def failures(self) -> Failures:
-        """Sequences with NaN or Inf that no call has returned yet; waits for all checks."""
-        return self._take(self._checks)
+    def wait(self) -> None:
+        """Wait for the checks of all blocks sealed so far, and fail the sequences of bad ones."""
+        self._take_failures(self._checks)
 
-    def failures_with(self, sequence: SequenceState) -> Failures:
-        """The failures known once the checks of `sequence` are; waits for those checks."""
-        return self._take([check for check in self._checks if sequence in check.sequences])
+    def freed(self, sequence: SequenceState) -> None:
+        """Wait for the checks of `sequence`, whose error then says if its slots can be trusted, and
+        report it no more, because another sequence may take its id."""
+        self._take_failures([check for check in self._checks if sequence in check.sequences])
+        self.unreported.failed.pop(sequence.seq_id, None)
 
-    def known_failures(self) -> Failures:
-        """The failures known now; waits for nothing."""
-        return self._take([])
+    def take_report(self) -> StepReport:
+        """The failures known now that no report has listed."""
+        report, self.unreported = self.unreported, StepReport()
+        return report
 
-    def _take(self, waited: Sequence[SealCheck]) -> Failures:
-        """The failures of known checks and of those in `waited`; other checks are kept."""
-        found: Failures = {}
+    def _take_failures(self, waited: Sequence[SealCheck] = ()) -> None:
+        """Fail the sequences that known checks and those in `waited` find; others are kept."""
         kept = []
         for check in self._checks:
-            if check.is_known or check in waited:
-                found |= check.failed()
-            else:
+            if not (check.is_known or check in waited):
                 kept.append(check)
+                continue
+            for state, error in check.failed().items():
+                if not state.removed:
+                    state.error = self.unreported.failed[state.seq_id] = error
         self._checks = kept
-        return found
 
     def _encode(self, group: LayerGroup, due: list[DueBlock]) -> SealCheck:
         planes = group.arena.planes

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.prefix_hit import longest_hit, prefix_chain
 from spectral_paged.cache.sequence_slots import SequenceSlots
-from spectral_paged.cache.visibility import Visibility
-from spectral_paged.errors import NonFiniteError, PoolError
+from spectral_paged.cache.visibility import NEVER, Visibility
+from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
+
+
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """The bounds on the tokens of a sequence, and on those that one step computes.
+
+    visibility: rule for the blocks that queries see as pages.
+    max_num_tokens: the most tokens of a sequence.
+    longest_chunk: the most tokens of a sequence that one step computes, whatever they see.
+    """
+
+    visibility: Visibility
+    max_num_tokens: int
+    longest_chunk: int
+
+    @classmethod
+    def of(cls, groups: Iterable[LayerGroup], visibility: Visibility, max_num_tokens: int) -> Self:
+        """The rules of a cache of these groups; windows slide between steps, so that where a group
+        has one, a chunk ends with its segment's length."""
+        slides = any(group.window is not None for group in groups)
+        return cls(visibility, max_num_tokens, (slides and visibility.segment) or NEVER)
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
     """One sequence of a cache; `slots` has one item a group, and `num_tokens` counts the tokens
-    whose K and V are stored."""
+    whose K and V are stored.
+
+    rules: the bounds on its steps, the same for all sequences of the cache.
+    """
 
     seq_id: str
     row: int
     slots: list[SequenceSlots]
+    rules: StepRules
     num_prompt_tokens: int
     token_ids: Sequence[int] | None
     chain: PrefixChain | None = None
@@ -35,16 +61,51 @@ class SequenceState:
     overdue: bool = False  # an error interrupted the seals of its last step
     error: NonFiniteError | None = None
 
-    def reserve(self, num_tokens: int, visible_blocks: int) -> bool:
-        """Hold slots for `num_tokens` tokens and the pages of `visible_blocks` blocks in every
-        group; False: not now.
+    def visible_blocks(self, num_new: int = 0) -> int:
+        """The number of blocks that the query after `num_new` more tokens sees as pages."""
+        position = self.num_tokens + num_new
+        return self.rules.visibility.visible_blocks(position, self.num_prompt_tokens)
+
+    def chunk_limit(self) -> int:
+        """The most tokens that the next step may compute, because its queries share one view."""
+        end = self.rules.visibility.chunk_end(self.num_tokens, self.num_prompt_tokens)
+        return min(end - self.num_tokens, self.rules.longest_chunk)
+
+    def seals_due(self, num_new: int) -> int:
+        """The number of blocks that become due when `num_new` more tokens are stored."""
+        visible = self.visible_blocks(num_new)
+        return max([len(slots.due(visible)) for slots in self.slots])
+
+    def reserve(self, num_new: int) -> bool:
+        """Hold slots for `num_new` more tokens and the pages that they make due in every group;
+        False: not now.
 
         If there are too few slots, pages written ahead are released and the attempt is repeated.
+
+        Raises:
+            PoolError: the sequence failed.
+            ValueError: no tokens, or across a change of view.
+            CapacityError: more tokens than a sequence may have.
         """
-        if self._hold(num_tokens, visible_blocks):
+        if self.error is not None:
+            raise PoolError(f"sequence {self.seq_id!r} failed: {self.error}") from self.error
+        if num_new < 1:
+            raise ValueError(f"{num_new} new tokens for {self.seq_id!r}: at least 1")
+        total, most = self.num_tokens + num_new, self.rules.max_num_tokens
+        if total > most:
+            raise CapacityError(
+                f"{self.seq_id!r} would hold {total} tokens; max_model_len is {most}"
+            )
+        if num_new > 1 and num_new > self.chunk_limit():  # one token has one view
+            raise ValueError(
+                f"{num_new} new tokens of {self.seq_id!r} cross a change of what queries see; at "
+                f"most {self.chunk_limit()} now (chunk_limit), the rest in the next step"
+            )
+        visible = self.visible_blocks(num_new)
+        if self._hold(total, visible):
             return True
         dropped = [slots.drop_ahead() for slots in self.slots]
-        return any(dropped) and self._hold(num_tokens, visible_blocks)
+        return any(dropped) and self._hold(total, visible)
 
     def _hold(self, num_tokens: int, visible_blocks: int) -> bool:
         before = [(len(slots.exact), len(slots.pages)) for slots in self.slots]
@@ -80,7 +141,7 @@ class SequenceTable:
     Args:
         groups: the cache's layer groups.
         basis: the cache's calibration and format; the format separates prefixes.
-        visibility: rule for the blocks that queries see as pages.
+        rules: the bounds on steps of every sequence.
         max_num_seqs: number of rows.
         prefix_caching: False lets no sequence find slots of another one.
     """
@@ -89,7 +150,7 @@ class SequenceTable:
         self,
         groups: list[LayerGroup],
         basis: CacheBasis,
-        visibility: Visibility,
+        rules: StepRules,
         max_num_seqs: int,
         *,
         prefix_caching: bool,
@@ -97,7 +158,7 @@ class SequenceTable:
         self.by_id: dict[str, SequenceState] = {}
         self._groups = groups
         self._basis = basis
-        self._visibility = visibility
+        self._rules = rules
         self._prefix_caching = prefix_caching
         self._num_rows = max_num_seqs
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -123,12 +184,19 @@ class SequenceTable:
         try:
             slots = [group.take_row(row, pinned) for group in self._groups]
             state = SequenceState(
-                seq_id, row, slots, num_prompt_tokens, token_ids, pinned=pinned, resumed=resumed
+                seq_id,
+                row,
+                slots,
+                self._rules,
+                num_prompt_tokens,
+                token_ids,
+                pinned=pinned,
+                resumed=resumed,
             )
             state.chain = self._chain(state, cache_salt)
             if state.chain is not None:
                 num_hit, visible = longest_hit(
-                    self._visibility, slots, state.chain, num_prompt_tokens
+                    self._rules.visibility, slots, state.chain, num_prompt_tokens
                 )
                 state.num_tokens = state.num_cached_tokens = num_hit
                 for held in slots:
@@ -165,6 +233,7 @@ class SequenceTable:
             child_id,
             row,
             slots,
+            self._rules,
             parent.num_prompt_tokens,
             token_ids,
             num_tokens=parent.num_tokens,

@@ -33,7 +33,7 @@ class CacheCounters:
         As in vLLM, resumed sequences are counted separately, because they find their own slots.
         Siblings that could not be forked are counted with them: the first one counts the prompt.
         """
-        if state.ran or state.chain is None or state.token_ids is None:
+        if state.chain is None or state.token_ids is None:
             return
         asked, found = len(state.token_ids), state.num_cached_tokens
         if state.resumed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +20,11 @@ from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.device import StepClock
 from spectral_paged.engine.admission import check_request, stalled
 from spectral_paged.engine.counters import EngineCounters
-from spectral_paged.engine.events import counted_refusal, log_failure
+from spectral_paged.engine.events import counted_refusal
 from spectral_paged.engine.prompts import check_salt, token_ids_of
+from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
-from spectral_paged.engine.sampled_step import SampledStep, unsampled
+from spectral_paged.engine.sampled_step import SampledStep, StepInputs, unsampled
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
@@ -86,14 +87,12 @@ class Engine:
         self.vocab_size, self.seed = vocab_size, seed
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
+        self.requests = RequestTable(cache, self.scheduler, self.counters)
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
         self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be delivered
         self._siblings: deque[Completion] = deque()  # to be forked from the first completion
-        self._touched: dict[str, RequestGroup] = {}  # changed since a step returned outputs
-        self._groups: dict[str, RequestGroup] = {}
-        self._by_sequence: dict[str, Completion] = {}
 
     def use_clock(self, clock: StepClock) -> None:
         """Time the sections of steps, the cache's included, with `clock` from now on."""
@@ -122,7 +121,7 @@ class Engine:
         """
         params = params or SamplingParams()
         with counted_refusal(self.counters, request_id):
-            if request_id in self._groups:
+            if request_id in self.requests.by_id:
                 raise InvalidRequestError(f"request id {request_id!r} is running already")
             check_salt(cache_salt)
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
@@ -144,24 +143,14 @@ class Engine:
                     cache_salt=cache_salt,
                     pinned_spans=spans,
                 )
-        self._by_sequence |= {c.request.request_id: c for c in group.completions}
-        self._groups[request_id] = group
-        # the other completions fork from the first when its prompt is computed
-        self.scheduler.add(group.completions[0].request)
+        self.requests.add(group)
 
     def abort(self, request_id: str) -> None:
         """End a request. Its output keeps the tokens so far. Unknown ids are ignored."""
-        group = self._groups.get(request_id)
-        if group is None:
-            return
-        for completion in group.completions:
-            if completion.output.finish_reason is None:
-                self._finish(completion, "abort")
-        self._touched.pop(request_id, None)
-        self._forget(group)
+        self.requests.abort(request_id)
 
     def has_unfinished(self) -> bool:
-        return bool(self._groups)
+        return bool(self.requests.by_id)
 
     # ---- one step ------------------------------------------------------------------------
 
@@ -181,7 +170,7 @@ class Engine:
             self._step()
         except OUT_OF_MEMORY as error:
             self._after_out_of_memory(error)
-        return self._outputs()
+        return self.requests.take_outputs()
 
     def _step(self) -> None:
         clock = self.clock
@@ -189,12 +178,12 @@ class Engine:
         if self._arrived or self._siblings or (self._in_flight is not None and self._must_wait()):
             self._collect()
         if self.cache.has_late_failures:  # so that failed sequences are not scheduled again
-            self._fail_sequences(self.cache.settle().failed)
+            self.requests.fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
         if not scheduled.new_tokens:
-            idle = self._in_flight is None and not self._touched and not scheduled.preempted
-            if idle and self.scheduler.has_unfinished:
+            idle = self._in_flight is None and not scheduled.preempted
+            if idle and not self.requests.has_touched and self.scheduler.has_unfinished:
                 raise stalled(self.scheduler)
             self._collect()
             return
@@ -213,14 +202,9 @@ class Engine:
         except BaseException:  # tokens that were not counted as stored are computed again
             self.cache.abort_step()
             raise
-        self._fail_sequences(report.failed)
+        self.requests.fail_sequences(report.failed)
         if not self.async_scheduling:
             self._collect()
-
-    def _fail_sequences(self, failed: Mapping[str, SpectralPagedError]) -> None:
-        for seq_id, error in failed.items():
-            if seq_id in self._by_sequence:
-                self._fail(self._by_sequence[seq_id], error)
 
     def _after_out_of_memory(self, error: BaseException) -> None:
         """Halve the token budget after a step ran out of memory, or fail its only request."""
@@ -240,19 +224,16 @@ class Engine:
             return
         known = [r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)]
         for seq_id in list(scheduled) or known[:1]:
-            completion = self._by_sequence[seq_id]
-            self._fail(completion, unserved(completion, "a step of one token was run", error))
-
-    def _outputs(self) -> list[RequestOutput]:
-        """Return the outputs of the requests that changed since the last call that returned."""
-        touched, self._touched = self._touched, {}
-        return [self._output(group) for group in touched.values()]
+            completion = self.requests.by_sequence[seq_id]
+            self.requests.fail(
+                completion, unserved(completion, "a step of one token was run", error)
+            )
 
     def _must_wait(self) -> bool:
         """Return whether the next step depends on tokens that are not on the host yet."""
         assert self._in_flight is not None
         wait = self._in_flight.needs_results or any(
-            group.params.has_penalties for group in self._groups.values()
+            group.params.has_penalties for group in self.requests.by_id.values()
         )
         self.counters.lockstep_steps += wait
         return wait
@@ -262,33 +243,15 @@ class Engine:
         clock = self.clock
         self.counters.steps += 1
         plan = self.cache.plan(new_tokens)
-        before = self._in_flight
-        places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
-        flat: list[int] = []
-        rows: list[int] = []
-        ready: list[Completion] = []
-        unknown: dict[int, int] = {}
-        for entry in plan.entries:
-            completion = self._by_sequence[entry.seq_id]
-            request = completion.request
-            end = entry.start + entry.num_new
-            flat.extend(request.token_ids[entry.start : end])
-            if end > len(request.token_ids):
-                unknown[len(flat)] = places[completion]
-                flat.append(0)
-            if end == request.num_tokens:
-                rows.append(len(flat) - 1)
-                ready.append(completion)
-        pending = None
-        if before is not None and unknown:
-            pending = PendingTokens(before.tokens.ids, unknown)
+        inputs = StepInputs.of(plan, self.requests.by_sequence, self._in_flight)
+        ready, rows = inputs.ready, inputs.logit_rows or [plan.num_tokens - 1]
         try:
             with clock.section("commit"):
                 self.cache.begin_step(plan)
             with clock.section("model"):
-                logits = self.runner.forward(plan, flat, rows or [len(flat) - 1], pending)
+                logits = self.runner.forward(plan, inputs.token_ids, rows, inputs.pending)
             with clock.section("sample"):
-                return self._draw(ready, logits) if rows else None
+                return self._draw(ready, logits) if ready else None
         except BaseException:
             self.cache.abort_step()
             raise
@@ -312,7 +275,7 @@ class Engine:
             if not errors or (len(errors) == len(ready) and several):
                 raise
             for row, cause in errors.items():
-                self._fail(ready[row], unserved(ready[row], "its token was sampled", cause))
+                self.requests.fail(ready[row], unserved(ready[row], "its token was sampled", cause))
         rows = [row for row in range(len(ready)) if row not in errors]
         if not rows:
             return None
@@ -345,7 +308,7 @@ class Engine:
             group.starting_siblings = completion is not group.completions[-1]
         if completion.output.finish_reason is not None:
             return  # ended while the step ran
-        self._touched[group.request_id] = group
+        self.requests.touch(group)
         ending = None
         try:
             if result is None:
@@ -356,13 +319,13 @@ class Engine:
             self.counters.count_token(completion, now)
             ending = completion.take(result, self.eos_token_ids, self.cache.max_model_len)
         except SpectralPagedError as error:
-            self._fail(completion, error)
+            self.requests.fail(completion, error)
         except BaseException as error:
-            self._fail(completion, unserved(completion, "its output was processed", error))
+            self.requests.fail(completion, unserved(completion, "its output was processed", error))
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         if ending is not None:
-            self._finish(completion, *ending)
+            self.requests.finish(completion, *ending)
 
     def _start_sibling(self, completion: Completion) -> None:
         """Fork a sampled sibling from the first completion, or queue it to compute its prompt."""
@@ -390,53 +353,9 @@ class Engine:
             else:
                 self.scheduler.requeue(request)
 
-    # ---- endings -------------------------------------------------------------------------
-
-    def _finish(
-        self, completion: Completion, reason: str, stop_reason: str | int | None = None
-    ) -> None:
-        completion.output.finish_reason = reason
-        completion.output.stop_reason = stop_reason
-        self.counters.finished[reason] += 1
-        request, metrics = completion.request, completion.owner.metrics
-        metrics.num_preemptions += request.num_preemptions
-        metrics.preemption_reasons += [reason.value for reason in request.preemptions]
-        metrics.num_recomputed_tokens += request.num_recomputed_tokens
-        metrics.num_pages_sealed += request.num_pages_sealed
-        if request.request_id in self.cache:
-            held = self.cache.sequence_stats(request.request_id)
-            metrics.num_pages_sealed += int(held["pages_sealed"])
-            metrics.bytes_per_token = held["bytes_per_token"]
-            metrics.compression_ratio = held["compression_ratio"]
-        self.scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
-
-    def _fail(self, completion: Completion, error: SpectralPagedError) -> None:
-        if completion.output.finish_reason is not None:
-            return  # it has finished, or failed with another completion of its request
-        error.request_id = completion.owner.request_id
-        completion.owner.error = error
-        self._touched[completion.owner.request_id] = completion.owner
-        for other in completion.owner.completions:
-            if other.output.finish_reason is None:
-                self._finish(other, "error")
-        log_failure(completion.owner, error)
-
-    def _forget(self, group: RequestGroup) -> None:
-        group.metrics.finished_time = time.monotonic()
-        for completion in group.completions:
-            self._by_sequence.pop(completion.request.request_id, None)
-        self._groups.pop(group.request_id, None)
-
-    def _output(self, group: RequestGroup) -> RequestOutput:
-        if group.finished:
-            self._forget(group)
-            if group.error is None:
-                self.counters.count_finished(time.monotonic() - group.metrics.arrival_time)
-        return group.result()
-
     def settled_text(self, request_id: str, index: int) -> str:
         """Return the text of a running completion that no later stop string can remove."""
-        return self._groups[request_id].completions[index].text.settled()
+        return self.requests.by_id[request_id].completions[index].text.settled()
 
     def stats(self) -> dict[str, object]:
         """Return the figures of the cache, the runner, the scheduler and the requests.

@@ -1,16 +1,59 @@
-"""A step whose tokens are sampled on the device and not fetched yet."""
+"""A step between its plan and the fetch of its tokens: its inputs, and the tokens it samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
-from spectral_paged.sampling import SampledTokens, SampleRow
+from spectral_paged.sampling import PendingTokens, SampledTokens, SampleRow
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tokens that a step gives to the model, flattened in plan order.
+
+    token_ids: 0 in place of those that only the device knows.
+    pending: where those are; None if there are none.
+    ready: completions whose next token the step samples.
+    logit_rows: the place of the last token of each of `ready`.
+    """
+
+    token_ids: list[int]
+    pending: PendingTokens | None
+    ready: list[Completion]
+    logit_rows: list[int]
+
+    @classmethod
+    def of(
+        cls, plan: StepPlan, by_sequence: Mapping[str, Completion], before: SampledStep | None
+    ) -> StepInputs:
+        """The inputs of `plan`; `before` is the step whose tokens are not fetched, if any."""
+        places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
+        flat: list[int] = []
+        ready: list[Completion] = []
+        rows: list[int] = []
+        unknown: dict[int, int] = {}
+        for entry in plan.entries:
+            completion = by_sequence[entry.seq_id]
+            request = completion.request
+            end = entry.start + entry.num_new
+            flat.extend(request.token_ids[entry.start : end])
+            if end > len(request.token_ids):
+                unknown[len(flat)] = places[completion]
+                flat.append(0)
+            if end == request.num_tokens:
+                rows.append(len(flat) - 1)
+                ready.append(completion)
+        pending = None
+        if before is not None and unknown:
+            pending = PendingTokens(before.tokens.ids, unknown)
+        return cls(flat, pending, ready, rows)
 
 
 @dataclass(frozen=True, slots=True)

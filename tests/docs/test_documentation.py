@@ -22,9 +22,8 @@ from spectral_paged.batch.file import read_lines
 from spectral_paged.cli.commands import build_parser
 from spectral_paged.models import calibration
 from support import markdown_pages, small_world
-from support.markdown_pages import MANUAL, PAGES, PROJECT, ROOT, Block, commands, read
+from support.markdown_pages import BY_NAME, MANUAL, PROJECT, ROOT, Block, commands, read
 
-BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
 EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
 WITH_PYTHON = {n: p for n, p in BY_NAME.items() if any(b.language == "python" for b in p.blocks)}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

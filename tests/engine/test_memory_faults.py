@@ -29,11 +29,11 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_fewer_tokens(
     monkeypatch, where, error, format, ahead
 ):
     llm = make_llm(ahead, format)
-    cache_seals = llm.cache.format.seals  # else no sealer is ever asked
+    cache_seals = llm.cache.format.seals  # else no block is ever due
     owner, name = {
         "forward": (llm.engine.runner, "forward"),
         "draw": (sampled_step, "SampledTokens"),
-        "seal": (llm.cache.sealer, "seal") if cache_seals else (llm.cache, "_seal_all"),
+        "seal": (llm.cache.sealer, "seal" if cache_seals else "seal_due"),
         "begin_step": (llm.cache, "begin_step"),
         "end_step": (llm.cache, "end_step"),
         "append": (llm.cache.attention, "run"),

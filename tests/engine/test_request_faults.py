@@ -133,7 +133,7 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
     llm.engine.tokenizer = tokenizer = word_tokenizer()
     llm.engine.token_bytes = TokenBytes(tokenizer)
     queue(llm, params=params)
-    victim = llm.engine._groups["2"].completions[0].text
+    victim = llm.engine.requests.by_id["2"].completions[0].text
     if where == "text":
         raise_once(monkeypatch, victim, "append", error, 4)
     else:
@@ -167,7 +167,7 @@ def test_a_row_that_cannot_be_sampled_fails_its_request_alone(monkeypatch, count
     monkeypatch.setattr(sampled_step, "SampledTokens", picky)
     expected = want(prompts=PROMPTS[:count])
     queue(llm, PROMPTS[:count])
-    llm.engine._groups["0"].completions[0].seed = 666
+    llm.engine.requests.by_id["0"].completions[0].seed = 666
     done, _ = serve(llm)
     failed = done.pop("0")
     assert isinstance(failed.error, RequestFailedError)

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SpectralKVCache
 from spectral_paged.cache import read_history
-from spectral_paged.cache.sealer import SealCheck
+from spectral_paged.cache.sealer import SealCheck, Sealer
 from spectral_paged.errors import CapacityError, InvalidRequestError, NonFiniteError
 from spectral_paged.integrations.row_batch import Remedies, RowBatches
 from support.padded_batch import batch, generated
@@ -103,7 +103,7 @@ def test_a_step_that_fails_at_its_end_gives_the_rows_up(integration, monkeypatch
     rows, inputs = integration(), batch((5, 130))
     rows.forward(inputs)
     with monkeypatch.context() as context:
-        raise_once(context, SpectralKVCache, "_seal_all", MemoryError(), call=1)
+        raise_once(context, Sealer, "seal_due", MemoryError(), call=1)
         with pytest.raises(MemoryError) as held:
             rows.forward(more(inputs))
     assert rows.kv_cache.stats()["num_sequences"] == 0 and held

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spectral_paged import PageFormat, SpectralKVCache
-from spectral_paged.cache.sealer import SealCheck
+from spectral_paged.cache.sealer import SealCheck, Sealer
 from spectral_paged.errors import (
     CapacityError,
     FormatError,
@@ -289,30 +289,32 @@ def test_rows_are_not_gone_on_with_after_a_step_that_did_not_end(patched, monkey
     past = model(**inputs, use_cache=True).past_key_values
     token = {"input_ids": inputs["input_ids"][:, :1], "use_cache": True}
     with monkeypatch.context() as context:
-        raise_once(context, SpectralKVCache, "_seal_all", MemoryError(), call=1)
+        raise_once(context, Sealer, "seal_due", MemoryError(), call=1)
         with pytest.raises(MemoryError):
             model(**token, past_key_values=past)
     with pytest.raises(InvalidRequestError, match="half way"):
         model(**token, past_key_values=past)
 
 
-@pytest.mark.parametrize("name", ["reserve", "_seal_all"])
+@pytest.mark.parametrize(
+    "owner, name", [(SpectralKVCache, "reserve"), (Sealer, "seal_due")], ids=["reserve", "seal"]
+)
 @torch.no_grad()
 def test_a_prompt_that_fails_gives_its_pages_back_while_its_error_is_held(
-    name, patched, monkeypatch
+    owner, name, patched, monkeypatch
 ):
     """As a notebook holds the last one: the next, smaller batch would not fit beside them."""
     model, inputs = model_of("llama"), batch([30, 1300])
     patch = patched(model, **RANKS)
     with monkeypatch.context() as context:
-        raise_once(context, SpectralKVCache, name, MemoryError(), call=2)
+        raise_once(context, owner, name, MemoryError(), call=2)
         with pytest.raises(MemoryError) as held:
             model(**inputs, use_cache=True)
     assert patch.stats()["num_sequences"] == 0
     patch.cache.check_integrity()
     past = model(**inputs, use_cache=True).past_key_values
     with monkeypatch.context() as context:
-        raise_once(context, SpectralKVCache, name, MemoryError(), call=1)
+        raise_once(context, owner, name, MemoryError(), call=1)
         with pytest.raises(MemoryError) as later:
             both = {name: torch.cat([x, x.clone().fill_(1)], 1) for name, x in inputs.items()}
             model(**both | {"input_ids": inputs["input_ids"]}, past_key_values=past)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.paths import ROOT
@@ -87,3 +87,14 @@ def rows(page):
     """Rows of a page's tables, cell by cell."""
     lines = [line.strip() for line in page.prose.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+BY_NAME = {str(path.relative_to(ROOT)): read(path) for path in PAGES}
+
+
+def table(name, header):
+    """Rows below the header of a table of the page of that name."""
+    page = BY_NAME[name]
+    parts = [replace(page, text=part) for part in page.text.split("\n\n")]
+    [found] = [rows(part) for part in parts if rows(part)[:1] == [header]]
+    return found[2:]

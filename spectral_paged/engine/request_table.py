@@ -1,0 +1,121 @@
+"""The requests of an engine until they end: by id, by sequence, and those that changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from spectral_paged.cache import SpectralKVCache
+from spectral_paged.engine.counters import EngineCounters
+from spectral_paged.engine.events import log_failure
+from spectral_paged.engine.requests import Completion, RequestGroup
+from spectral_paged.errors import NonFiniteError, SpectralPagedError
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.scheduler import Scheduler
+
+
+class RequestTable:
+    """The requests of an engine that have not ended, or whose end no output has told yet.
+
+    Args:
+        cache: the cache that holds the sequences.
+        scheduler: the scheduler that runs them.
+        counters: they count endings.
+
+    Attributes:
+        by_id: requests by their id.
+        by_sequence: completions by the id of their sequence, whether the cache holds it or not.
+    """
+
+    def __init__(
+        self, cache: SpectralKVCache, scheduler: Scheduler, counters: EngineCounters
+    ) -> None:
+        self.by_id: dict[str, RequestGroup] = {}
+        self.by_sequence: dict[str, Completion] = {}
+        self._cache = cache
+        self._scheduler = scheduler
+        self._counters = counters
+        self._touched: dict[str, RequestGroup] = {}  # changed since outputs were taken
+
+    def add(self, group: RequestGroup) -> None:
+        """Queue a request, the first of its completions alone: others are forked from it, once its
+        prompt is computed."""
+        self.by_sequence |= {c.request.request_id: c for c in group.completions}
+        self.by_id[group.request_id] = group
+        self._scheduler.add(group.completions[0].request)
+
+    def touch(self, group: RequestGroup) -> None:
+        """Let the next outputs include the request."""
+        self._touched[group.request_id] = group
+
+    @property
+    def has_touched(self) -> bool:
+        """True if there are outputs to take."""
+        return bool(self._touched)
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Return the outputs of the requests that changed since the last call that returned, and
+        forget those that have ended."""
+        touched, self._touched = list(self._touched.values()), {}
+        for group in touched:
+            if group.finished:
+                self._forget(group)
+                if group.error is None:
+                    self._counters.count_finished(time.monotonic() - group.metrics.arrival_time)
+        return [group.result() for group in touched]
+
+    # ---- endings -------------------------------------------------------------------------
+
+    def abort(self, request_id: str) -> None:
+        """End a request, which no output tells. Unknown ids are ignored."""
+        group = self.by_id.get(request_id)
+        if group is None:
+            return
+        for completion in group.completions:
+            if completion.output.finish_reason is None:
+                self.finish(completion, "abort")
+        self._touched.pop(request_id, None)
+        self._forget(group)
+
+    def finish(
+        self, completion: Completion, reason: str, stop_reason: str | int | None = None
+    ) -> None:
+        """End a completion, and free its sequence."""
+        completion.output.finish_reason = reason
+        completion.output.stop_reason = stop_reason
+        self._counters.finished[reason] += 1
+        request, metrics = completion.request, completion.owner.metrics
+        metrics.num_preemptions += request.num_preemptions
+        metrics.preemption_reasons += [reason.value for reason in request.preemptions]
+        metrics.num_recomputed_tokens += request.num_recomputed_tokens
+        metrics.num_pages_sealed += request.num_pages_sealed
+        if request.request_id in self._cache:
+            held = self._cache.sequence_stats(request.request_id)
+            metrics.num_pages_sealed += int(held["pages_sealed"])
+            metrics.bytes_per_token = held["bytes_per_token"]
+            metrics.compression_ratio = held["compression_ratio"]
+        self._scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
+
+    def fail(self, completion: Completion, error: SpectralPagedError) -> None:
+        """End the completion's request with an error, all of its completions with it."""
+        if completion.output.finish_reason is not None:
+            return  # it has finished, or failed with another completion of its request
+        error.request_id = completion.owner.request_id
+        completion.owner.error = error
+        self.touch(completion.owner)
+        for other in completion.owner.completions:
+            if other.output.finish_reason is None:
+                self.finish(other, "error")
+        log_failure(completion.owner, error)
+
+    def fail_sequences(self, failed: Mapping[str, SpectralPagedError]) -> None:
+        """End the requests of failed sequences; those of other callers are left to them."""
+        for seq_id, error in failed.items():
+            if seq_id in self.by_sequence:
+                self.fail(self.by_sequence[seq_id], error)
+
+    def _forget(self, group: RequestGroup) -> None:
+        group.metrics.finished_time = time.monotonic()
+        for completion in group.completions:
+            self.by_sequence.pop(completion.request.request_id, None)
+        self.by_id.pop(group.request_id, None)
