@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Any
 
+from spectral_paged.errors import shown
+
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -16,12 +18,12 @@ def parse_bytes(text: str) -> int:
         if match is None:
             raise ValueError
         value = int(float(match[1]) * UNITS[match[2].upper()])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no amount of memory; write 16GiB, 512MiB or bytes"
+            f"{shown(text)} is no amount of memory; write 16GiB, 512MiB or bytes"
         ) from None
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no memory at all")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no memory at all")
     return value
 
 
@@ -32,14 +34,14 @@ def positive(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be an integer of at least 1")
     return value
 
 
 def port_number(text: str) -> int:
     """Read a TCP port, 0 to 65535; 0 stands for any free port."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: write a number up to 65535")
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no port: write a number up to 65535")
     return int(text)
 
 

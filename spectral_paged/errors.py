@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
+
+MAX_SHOWN = 200  # characters of one value in a message
 
 
 class SpectralPagedError(Exception):
@@ -99,10 +103,53 @@ def missing_extra(what: str, extra: str) -> MissingPackageError:
     return MissingPackageError(f"{what}: pip install '.[{extra}]' in the project's folder")
 
 
+class _Brief(reprlib.Repr):
+    """A `repr` that reads the beginning and the end of long values only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxstring = 120
+        self.maxother = MAX_SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python writes no integer of more than 4,300 digits
+        return repr(x) if x.bit_length() <= 512 else f"an integer of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Like that of the base class, but for the order, because sorting reads all keys."""
+        if level <= 0 and x:
+            return "{...}"
+        first = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}"
+            for key in islice(x, self.maxdict)
+        ]
+        return "{" + ", ".join(first + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
+_BRIEF = _Brief()
+
+
+def cut(text: str, most: int = MAX_SHOWN) -> str:
+    """Return a text of unknown length for an error message: at most `most` characters of it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: object) -> str:
+    """Return the `repr` of a caller's value for an error message, on one line and cut.
+
+    Every message that echoes what a caller gave uses this or `cut`, because a message is logged,
+    stored and sent back, and the value may have megabytes.
+    """
+    text = _BRIEF.repr(value)
+    return cut(" ".join(text.split()) if "\n" in text else text)
+
+
 def refusal(message: str, param: str) -> InvalidRequestError:
     """Return the error of a request whose field `param` is at fault."""
     error = InvalidRequestError(message)
-    error.param = param
+    error.param = cut(param)
     return error
 
 

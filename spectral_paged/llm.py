@@ -32,6 +32,7 @@ from spectral_paged.errors import (
     InvalidRequestError,
     SpectralPagedError,
     attach_outputs,
+    cut,
 )
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
@@ -318,7 +319,8 @@ class LLM:
             token_ids = list(encoded["input_ids"])
         except Exception as error:  # templates raise errors of any type for roles and orders
             raise InvalidRequestError(
-                f"the chat template of {self.model_name!r} refuses these messages: {error}"
+                f"the chat template of {self.model_name!r} refuses these messages: "
+                f"{cut(str(error))}"
             ) from error
         return token_ids_of(token_ids, None, self.engine.vocab_size)
 

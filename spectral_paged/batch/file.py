@@ -27,6 +27,7 @@ from spectral_paged.errors import (
     InvalidRequestError,
     RequestFailedError,
     SpectralPagedError,
+    shown,
 )
 from spectral_paged.file_limits import (
     MAX_LINE_BYTES,
@@ -87,7 +88,7 @@ def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
             first = seen.setdefault(line.custom_id, number)
             if first != number and line.error is None:
                 error = InvalidRequestError(
-                    f"id {line.custom_id!r} is taken by line {first}: ids must differ"
+                    f"id {shown(line.custom_id)} is taken by line {first}: ids must differ"
                 )
                 line = replace(line, error=error)
         yield line
@@ -111,7 +112,7 @@ def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLin
     except Exception as cause:  # of any type, and must end no other line
         error = cause
         if not isinstance(error, SpectralPagedError):
-            error = RequestFailedError(f"line {number} cannot be read: {cause!r}")
+            error = RequestFailedError(f"line {number} cannot be read: {shown(cause)}")
             error.__cause__ = cause
         custom_id = _custom_id(value) if value is not None else None
         url = value.get("url") if value is not None else None
@@ -147,13 +148,13 @@ def _parse(
         return _parse_openai(number, digest, value, defaults)
     given = value.get("sampling_params") or {}
     if not isinstance(given, dict):
-        raise InvalidRequestError(f"sampling_params is {given!r:.80}; it must be an object")
+        raise InvalidRequestError(f"sampling_params is {shown(given)}; it must be an object")
     given = given | {k: v for k, v in value.items() if k in SAMPLING_FIELDS}
     given = {k: v for k, v in given.items() if v is not None}
     ours = {"prompt", "messages", "custom_id", "id", "sampling_params", "cache_salt"}
     extra = set(value) - set(SAMPLING_FIELDS) - ours
     if extra:
-        raise InvalidRequestError(f"unknown fields {sorted(extra)}")
+        raise InvalidRequestError(f"unknown fields {shown(sorted(extra))}")
     return BatchLine(
         number,
         digest,
@@ -171,15 +172,15 @@ def _parse_openai(
 ) -> BatchLine:
     url = value.get("url")
     if url not in (CHAT_URL, COMPLETIONS_URL):
-        raise InvalidRequestError(f"url is {url!r}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
+        raise InvalidRequestError(f"url is {shown(url)}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
     if value.get("method", "POST") != "POST":
-        raise InvalidRequestError(f"method is {value['method']!r}; use 'POST'")
+        raise InvalidRequestError(f"method is {shown(value['method'])}; use 'POST'")
     if not isinstance(value.get("custom_id"), str):
         raise InvalidRequestError("a batch line needs a custom_id string")
     request = parse_body(value["body"], chat=url == CHAT_URL, defaults=defaults)
     for name in ("stream", "echo"):
         if getattr(request, name):
-            raise InvalidRequestError(f"body field {name!r} is not supported in a batch line")
+            raise InvalidRequestError(f"body field {shown(name)} is not supported in a batch line")
     if len(request.prompts) > 1:
         raise InvalidRequestError(
             f"prompt has {len(request.prompts)} prompts; a batch line takes one"
@@ -217,7 +218,7 @@ def _messages(value: Mapping[str, Any]) -> list[dict[str, str]] | None:
 def _params(values: Mapping[str, Any]) -> SamplingParams:
     unknown = set(values) - set(SAMPLING_FIELDS)
     if unknown:
-        raise InvalidRequestError(f"unknown sampling fields {sorted(unknown)}")
+        raise InvalidRequestError(f"unknown sampling fields {shown(sorted(unknown))}")
     return SamplingParams(**values)
 
 
@@ -379,9 +380,9 @@ class OutputFile:
             before, now = self._earlier_run.get(name), self._run.get(name)
             if before != now:
                 raise InvalidRequestError(
-                    f"{self.path} was begun with {name} {before!r}, this run has {now!r}: give the "
-                    "same, name another --output, start again with --overwrite, or go on all the "
-                    "same with --resume-anyway"
+                    f"{self.path} was begun with {name} {shown(before)}, this run has "
+                    f"{shown(now)}: give the same, name another --output, start again with "
+                    "--overwrite, or go on all the same with --resume-anyway"
                 )
 
     def _foreign(self, number: int) -> InvalidRequestError:

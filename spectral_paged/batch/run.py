@@ -19,7 +19,7 @@ from spectral_paged.batch.file import (
     result_record,
 )
 from spectral_paged.engine import counted_refusal
-from spectral_paged.errors import RequestFailedError, SpectralPagedError
+from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.outputs import RequestOutput
 
@@ -107,7 +107,9 @@ def _result(line: BatchLine, output: RequestOutput, model_name: str) -> LineResu
     try:
         record = result_record(line, output, model_name)
     except Exception as cause:  # of any type, and must end no other line
-        error = RequestFailedError(f"the record of line {line.number} cannot be made: {cause!r}")
+        error = RequestFailedError(
+            f"the record of line {line.number} cannot be made: {shown(cause)}"
+        )
         return LineResult(error_record(line, error), failed=True)
     return LineResult(record, False, num_tokens)
 

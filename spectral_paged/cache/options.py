@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
+from spectral_paged.errors import shown
 from spectral_paged.pages import SharedBasis
 
 
@@ -74,7 +75,8 @@ class CacheOptions:
             close = get_close_matches(unknown[0], known, n=1)
             meant = f": did you mean {close[0]!r}?" if close else "."
             raise TypeError(
-                f"{door.__name__} takes no option {unknown[0]!r}{meant} It takes {', '.join(known)}"
+                f"{door.__name__} takes no option {shown(unknown[0])}{meant} It takes "
+                f"{', '.join(known)}"
             )
         return replace(given or cls(), **named, **fixed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.pages import PageFormat
 
@@ -35,7 +35,7 @@ def spans_of(value: Any) -> tuple[tuple[int, int], ...]:
 
 def _no_spans(value: Any) -> InvalidRequestError:
     return InvalidRequestError(
-        f"pinned_spans has {value!r:.80}: give a list of (start, end) token positions"
+        f"pinned_spans has {shown(value)}: give a list of (start, end) token positions"
     )
 
 

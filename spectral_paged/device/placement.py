@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral_paged.errors import CapacityError, InvalidRequestError
+from spectral_paged.errors import CapacityError, InvalidRequestError, shown
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 
@@ -21,11 +21,11 @@ def choose_device(device: str) -> torch.device:
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise InvalidRequestError(f"device is {device!r}; use auto, cpu or cuda") from error
+        raise InvalidRequestError(f"device is {shown(device)}; use auto, cpu or cuda") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0}.get(where.type, 0)
     if (where.index or 0) >= count:
         raise InvalidRequestError(
-            f"device is {device!r}, which is not there: this machine offers "
+            f"device is {shown(device)}, which is not there: this machine offers "
             f"{'cpu and cuda' if cuda else 'cpu'}"
         )
     return where
@@ -48,7 +48,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         "bfloat16": torch.bfloat16,
     }
     if dtype not in names:
-        raise InvalidRequestError(f"dtype is {dtype!r}; use 'auto' or one of {sorted(names)}")
+        raise InvalidRequestError(f"dtype is {shown(dtype)}; use 'auto' or one of {sorted(names)}")
     return names[dtype]
 
 

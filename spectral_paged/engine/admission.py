@@ -11,6 +11,7 @@ from spectral_paged.errors import (
     InvalidRequestError,
     PoolError,
     PromptTooLongError,
+    shown,
 )
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.sampling import SamplingParams
@@ -52,7 +53,7 @@ def check_request(
         bad = [t for t in params.stop_token_ids if not 0 <= t < vocab_size]
         if bad:
             raise InvalidRequestError(
-                f"stop_token_ids {bad} are outside the vocabulary of {vocab_size}"
+                f"stop_token_ids {shown(bad)} are outside the vocabulary of {vocab_size}"
             )
 
 

@@ -30,6 +30,7 @@ from spectral_paged.errors import (
     InvalidRequestError,
     NonFiniteError,
     SpectralPagedError,
+    shown,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.sampling import PendingTokens, Sampled, SamplingParams
@@ -122,7 +123,7 @@ class Engine:
         params = params or SamplingParams()
         with counted_refusal(self.counters, request_id):
             if request_id in self.requests.by_id:
-                raise InvalidRequestError(f"request id {request_id!r} is running already")
+                raise InvalidRequestError(f"request id {shown(request_id)} is running already")
             check_salt(cache_salt)
             token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
             spans = spans_of(pinned_spans)
@@ -313,7 +314,7 @@ class Engine:
         try:
             if result is None:
                 raise NonFiniteError(
-                    f"the logits of request {group.request_id!r} have NaN or Inf after "
+                    f"the logits of request {shown(group.request_id)} have NaN or Inf after "
                     f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
                 )
             self.counters.count_token(completion, now)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.requests import RequestGroup
-from spectral_paged.errors import RequestFailedError, SpectralPagedError
+from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ def counted_refusal(counters: EngineCounters, request_id: str) -> Iterator[None]
         _count(counters, request_id, error)
         raise
     except BaseException as cause:  # what a tokenizer written in Rust raises is no Exception
-        failure = RequestFailedError(f"request {request_id!r} cannot be prepared: {cause!r}")
+        failure = RequestFailedError(
+            f"request {shown(request_id)} cannot be prepared: {shown(cause)}"
+        )
         _count(counters, request_id, failure)
         raise failure from cause
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_paged.errors import refusal
+from spectral_paged.errors import refusal, shown
 
 Message = Mapping[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -48,7 +48,7 @@ def _message(message: object, where: str) -> dict[str, str]:
         raise refusal(f"{where}.role must be one of {sorted(ROLES)}", f"{where}.role")
     extra = sorted(str(k) for k, v in message.items() if _is_extra(k, v))
     if extra:
-        raise refusal(f"{where} has {extra}, which are not supported", f"{where}.{extra[0]}")
+        raise refusal(f"{where} has {shown(extra)}, which are not supported", f"{where}.{extra[0]}")
     found = {"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
     name = message.get("name")
     if name is not None:
@@ -75,7 +75,7 @@ def _content(content: object, where: str) -> str:
             raise refusal(f"{where}.{i} must be an object with a type", f"{where}.{i}")
         if part["type"] != "text":
             raise refusal(
-                f"{where}.{i} is of type {part['type']!r:.40}; models here read text only",
+                f"{where}.{i} is of type {shown(part['type'])}; models here read text only",
                 f"{where}.{i}.type",
             )
         if not isinstance(part.get("text"), str):

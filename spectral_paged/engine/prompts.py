@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import InvalidRequestError, cut, shown
 from spectral_paged.sampling import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -22,12 +22,14 @@ def parts_of(prompt: Prompt) -> tuple[str | Sequence[int], str, Any]:
         return prompt, "", ()
     unknown = sorted(set(prompt) - set(PROMPT_KEYS), key=str)
     if unknown:
-        raise InvalidRequestError(f"a prompt mapping has {unknown}; it takes {list(PROMPT_KEYS)}")
+        raise InvalidRequestError(
+            f"a prompt mapping has {shown(unknown)}; it takes {list(PROMPT_KEYS)}"
+        )
     for key in ("prompt_token_ids", "prompt"):
         if key in prompt:
             return prompt[key], prompt.get("cache_salt") or "", prompt.get("pinned_spans", ())
     raise InvalidRequestError(
-        f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {list(prompt)}"
+        f"a prompt mapping needs 'prompt' or 'prompt_token_ids'; got {shown(list(prompt))}"
     )
 
 
@@ -38,7 +40,7 @@ def check_salt(salt: object) -> str:
         InvalidRequestError: the salt is no string.
     """
     if not isinstance(salt, str):
-        raise InvalidRequestError(f"cache_salt is {salt!r:.80}; it must be a string")
+        raise InvalidRequestError(f"cache_salt is {shown(salt)}; it must be a string")
     return salt
 
 
@@ -55,18 +57,20 @@ def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | 
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
+            raise InvalidRequestError(f"the prompt is not valid text: {cut(str(error))}") from None
         try:
             token_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
         except Exception as error:  # of any type, and must end no other request
-            raise InvalidRequestError(f"the tokenizer refuses the prompt: {error!r}") from error
+            raise InvalidRequestError(
+                f"the tokenizer refuses the prompt: {shown(error)}"
+            ) from error
         return _in_vocabulary(token_ids, vocab_size)
     if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
-        raise InvalidRequestError(f"a prompt is text or token ids; got {prompt!r:.80}")
+        raise InvalidRequestError(f"a prompt is text or token ids; got {shown(prompt)}")
     token_ids = list(prompt)
     for token in token_ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise InvalidRequestError(f"prompt token {token!r} is not a token id")
+            raise InvalidRequestError(f"prompt token {shown(token)} is not a token id")
     return _in_vocabulary(token_ids, vocab_size)
 
 
@@ -74,7 +78,9 @@ def _in_vocabulary(token_ids: list[int], vocab_size: int | None) -> list[int]:
     """Return token ids unchanged; a tokenizer may know more of them than the model."""
     if vocab_size is not None and max(token_ids, default=0) >= vocab_size:
         token = next(token for token in token_ids if token >= vocab_size)
-        raise InvalidRequestError(f"prompt token {token} is outside the vocabulary of {vocab_size}")
+        raise InvalidRequestError(
+            f"prompt token {shown(token)} is outside the vocabulary of {vocab_size}"
+        )
     return token_ids
 
 
@@ -88,7 +94,7 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
         raise InvalidRequestError(
-            f"prompts is {prompts!r:.80}; give text, token ids, a mapping, or a list of those"
+            f"prompts is {shown(prompts)}; give text, token ids, a mapping, or a list of those"
         )
     items: list[Any] = list(prompts)
     if items and all(isinstance(x, int) for x in items):
@@ -111,7 +117,7 @@ def params_list(
     rows: list[object] = list(params) if isinstance(params, Sequence) else [params]
     wrong = next((r for r in rows if not isinstance(r, SamplingParams | None)), None)
     if wrong is not None:
-        raise InvalidRequestError(f"sampling_params has {wrong!r:.80}; give SamplingParams(...)")
+        raise InvalidRequestError(f"sampling_params has {shown(wrong)}; give SamplingParams(...)")
     if len(rows) != count:
         raise InvalidRequestError(
             f"{len(rows)} sampling parameters for {count} prompts: give one, or one a prompt"

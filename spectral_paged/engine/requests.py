@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from spectral_paged.engine.text import OutputText
 from spectral_paged.engine.token_bytes import TokenBytes
-from spectral_paged.errors import RequestFailedError, SpectralPagedError
+from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
 from spectral_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from spectral_paged.sampling import Sampled, SamplingParams
 from spectral_paged.scheduler import Request
@@ -140,8 +140,8 @@ class RequestGroup:
 def unserved(completion: Completion, what: str, cause: BaseException) -> RequestFailedError:
     """Return the error of a request that failed while `what` happened."""
     error = RequestFailedError(
-        f"request {completion.owner.request_id!r} failed while {what}, after "
-        f"{len(completion.request.token_ids)} tokens: {cause!r}"
+        f"request {shown(completion.owner.request_id)} failed while {what}, after "
+        f"{len(completion.request.token_ids)} tokens: {shown(cause)}"
     )
     error.__cause__ = cause
     return error

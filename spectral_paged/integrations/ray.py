@@ -29,7 +29,7 @@ from tqdm import tqdm
 from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_record
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.cache import CacheOptions
-from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra
+from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra, shown
 from spectral_paged.models.loader import EMBEDDED
 
 try:
@@ -167,7 +167,7 @@ def _joined(address: str | None) -> Iterator[None]:
             logging_level="warning",
         )
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster at {address!r}: {error}") from error
+        raise ClusterError(f"no Ray cluster at {shown(address)}: {error}") from error
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError, missing_extra
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, missing_extra, shown
 from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
 from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
@@ -158,7 +158,7 @@ def fetch(url: str, key: str | None = None) -> str:
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise InvalidRequestError(f"{url!r} is no URL such as http://localhost:9100")
+        raise InvalidRequestError(f"{shown(url)} is no URL such as http://localhost:9100")
     if parts.path in ("", "/"):
         url = parts._replace(path="/metrics").geturl()
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}

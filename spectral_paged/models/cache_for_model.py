@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from spectral_paged.cache import CacheOptions, SpectralKVCache
 from spectral_paged.device import choose_cache_bytes
-from spectral_paged.errors import FormatError, InvalidRequestError
+from spectral_paged.errors import FormatError, InvalidRequestError, shown
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
@@ -26,7 +26,7 @@ def model_format(
     if isinstance(kv_format, PageFormat):
         return kv_format
     if not isinstance(kv_format, str):
-        raise FormatError(f"kv_format is {kv_format!r}; give a preset name or a PageFormat")
+        raise FormatError(f"kv_format is {shown(kv_format)}; give a preset name or a PageFormat")
     return PageFormat.preset(
         kv_format,
         num_kv_heads=geometry.num_kv_heads,

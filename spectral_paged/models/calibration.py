@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError
+from spectral_paged.errors import CorruptFileError, FormatError, InvalidRequestError, shown
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
@@ -356,9 +356,9 @@ def find_calibration(
     if given == "online":
         return "online"
     path = Path(given)
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise InvalidRequestError(
-            f"there is no calibration file {str(path)!r}: make it with `spectral-paged calibrate`, "
-            "or use calibration='auto'"
+            f"there is no calibration file {shown(str(path))}: make it with `spectral-paged "
+            "calibrate`, or use calibration='auto'"
         )
     return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))

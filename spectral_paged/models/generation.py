@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from spectral_paged.errors import CorruptFileError, InvalidRequestError, SamplingParamsError
+from spectral_paged.errors import CorruptFileError, InvalidRequestError, SamplingParamsError, shown
 from spectral_paged.models.checkpoint_files import find_file
 from spectral_paged.sampling import SamplingParams
 
@@ -33,7 +33,7 @@ def check_choice(choice: str) -> str:
     """
     if choice not in CHOICES:
         raise InvalidRequestError(
-            f"generation_config is {choice!r:.80}; it must be 'auto' (the model's own) or 'none'"
+            f"generation_config is {shown(choice)}; it must be 'auto' (the model's own) or 'none'"
         )
     return choice
 
@@ -109,6 +109,6 @@ def _ids(value: object, source: str) -> list[int]:
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool):
             raise CorruptFileError(
-                f"eos_token_id of the {source} is {value!r:.80}: it must be a token id, or a list"
+                f"eos_token_id of the {source} is {shown(value)}: it must be a token id, or a list"
             )
     return ids

@@ -24,6 +24,8 @@ from spectral_paged.errors import (
     MissingPackageError,
     UnknownModelError,
     UnsupportedModelError,
+    cut,
+    shown,
 )
 from spectral_paged.models.checkpoint_files import check_checkpoint, check_sizes, refuse_pickle
 from spectral_paged.models.generation import check_file_of
@@ -74,11 +76,13 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
-            raise UnknownModelError(f"there is no file {name!r}")
+            raise UnknownModelError(f"there is no file {shown(name)}")
         return str(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UnknownModelError(f"folder {name!r} has no config.json, so it holds no model")
+            raise UnknownModelError(
+                f"folder {shown(name)} has no config.json, so it holds no model"
+            )
         return str(path)
     if path.is_file():
         refuse_pickle(path)
@@ -101,11 +105,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = cut(" ".join(str(error).split()))
         if not Path(where).is_dir():
             raise UnknownModelError(
-                f"unknown model {name!r}: it is no alias ({', '.join(EMBEDDED)}), no folder, no "
-                f".gguf file, and no hub id that can be reached ({reason})"
+                f"unknown model {shown(name)}: it is no alias ({', '.join(EMBEDDED)}), no folder, "
+                f"no .gguf file, and no hub id that can be reached ({reason})"
             ) from error
         if isinstance(error, ValueError):
             raise UnsupportedModelError(
@@ -151,16 +155,16 @@ def load_model(
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except ImportError as error:
         raise MissingPackageError(
-            f"model {name!r} needs a package that is not installed: {error}"
+            f"model {name!r} needs a package that is not installed: {cut(str(error))}"
         ) from error
     except Exception as error:
         raise CorruptFileError(
-            f"the files of model {name!r} in {where} cannot be loaded ({error}): {remedy}"
+            f"the files of model {name!r} in {where} cannot be loaded ({cut(str(error))}): {remedy}"
         ) from error
     try:
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = cut(" ".join(str(error).split()))
         raise CorruptFileError(
             f"model {name!r} in {where} has no tokenizer that can be loaded ({reason}): fetch its "
             "files, or load the model yourself and give it to LLM.from_model with token ids"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from spectral_paged.engine import check_messages, check_salt
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError, refusal
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, refusal, shown
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -87,7 +87,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     known |= {"top_logprobs", "messages"} if chat else {"prompt", "echo"}
     extra = sorted(k for k in body if k not in known and _asks(body[k]))
     if extra:
-        raise refusal(f"body fields {extra} are not supported: leave them out", extra[0])
+        raise refusal(f"body fields {shown(extra)} are not supported: leave them out", extra[0])
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise refusal("model must be a string", "model")
@@ -157,7 +157,7 @@ def _include_usage(options: object, stream: bool) -> bool:
         raise refusal("stream_options must be an object", "stream_options")
     extra = sorted(k for k, v in options.items() if k != "include_usage" and v)
     if extra:
-        raise refusal(f"stream_options {extra} are not supported", "stream_options")
+        raise refusal(f"stream_options {shown(extra)} are not supported", "stream_options")
     if not stream:
         raise refusal("stream_options needs stream to be true", "stream_options")
     return _flag(options, "include_usage")

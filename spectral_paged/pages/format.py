@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
-from spectral_paged.errors import FormatError
+from spectral_paged.errors import FormatError, shown
 from spectral_paged.kernels.page.layout import (
     BLOCK_TOKENS,
     EXACT_PAGE_TOKENS,
@@ -118,9 +118,8 @@ class PageFormat:
             raise FormatError("k_bands and v_bands must both be empty (exact) or both be given")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
-                raise FormatError(
-                    f"{field} is {getattr(self, field)!r}; use {' or '.join(map(repr, allowed))}"
-                )
+                given = shown(getattr(self, field))
+                raise FormatError(f"{field} is {given}; use {' or '.join(map(repr, allowed))}")
         if self.scale_tokens not in (64, 128, 256, BLOCK_TOKENS):
             raise FormatError(f"scale_tokens is {self.scale_tokens}; use 64, 128, 256 or 512")
         if not 0 <= self.outlier_slots <= MAX_SLOTS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectral_paged.errors import FormatError
+from spectral_paged.errors import FormatError, shown
 from spectral_paged.pages.sections import Bands
 
 # K and V ranks of the reference format by head width.
@@ -57,7 +57,7 @@ def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
         name = AUTO
     if name not in PRESETS:
         raise FormatError(
-            f"unknown kv_format {name!r}; presets are 'auto', {', '.join(map(repr, PRESETS))}"
+            f"unknown kv_format {shown(name)}; presets are 'auto', {', '.join(map(repr, PRESETS))}"
         )
     if name == "exact":
         return {"name": name}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from spectral_paged.errors import SamplingParamsError
+from spectral_paged.errors import SamplingParamsError, shown
 
 MAX_N = 1024
 MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
@@ -62,7 +62,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, rule: str) -> None:
             if not ok:
-                error = SamplingParamsError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+                error = SamplingParamsError(
+                    f"{name} is {shown(getattr(self, name))}; it must be {rule}"
+                )
                 error.param = name
                 raise error
 
@@ -98,7 +100,7 @@ class SamplingParams:
         check(
             "min_tokens",
             whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-            f"between 0 and max_tokens ({self.max_tokens})",
+            f"between 0 and max_tokens ({shown(self.max_tokens)})",
         )
         check(
             "logprobs",

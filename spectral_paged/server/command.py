@@ -19,7 +19,7 @@ from spectral_paged.arguments import (
     port_number,
     positive,
 )
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
@@ -140,7 +140,7 @@ def _origins(given: Sequence[str]) -> tuple[str, ...]:
         listed = json.loads(given[0])
     except ValueError as error:
         raise InvalidRequestError(
-            f"--allowed-origins {given[0]!r:.80} is no JSON list ({error}): write the origins "
+            f"--allowed-origins {shown(given[0])} is no JSON list ({error}): write the origins "
             "behind each other instead"
         ) from None
     return tuple(str(origin) for origin in listed)

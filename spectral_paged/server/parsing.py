@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectral_paged.engine import check_request, token_ids_of
-from spectral_paged.errors import EmptyPromptError, InvalidRequestError
+from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
 from spectral_paged.sampling import SamplingParams
@@ -86,7 +86,7 @@ def _echo(llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> str:
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:
     return ApiError(
         404,
-        f"model {name!r:.200} is not served here: this server has "
+        f"model {shown(name)} is not served here: this server has "
         f"{', '.join(map(repr, settings.model_names))}",
         param="model",
         code="model_not_found",
@@ -98,7 +98,7 @@ def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
     if most is not None and "max_tokens" in body.named and params.max_tokens > most:
         raise ApiError(
             400,
-            f"max_tokens is {params.max_tokens}; this server allows {most}",
+            f"max_tokens is {shown(params.max_tokens)}; this server allows {most}",
             param="max_tokens",
             code="max_tokens_too_large",
         )

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
+from spectral_paged.errors import shown
 from spectral_paged.server.api_error import ApiError, disconnected, no_room
 
 T = TypeVar("T")
@@ -79,7 +80,7 @@ async def read_body(receive: Receive, headers: Any, body: Body, *, seconds: floa
     limit = body.room.limit
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # which browsers let no other site send without permission
-        raise ApiError(415, f"content-type is {kind!r:.80}; use application/json")
+        raise ApiError(415, f"content-type is {shown(kind)}; use application/json")
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         if "expect" not in headers:  # such a client sends nothing before a 100 Continue

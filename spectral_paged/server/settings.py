@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import InvalidRequestError, shown
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*,A-Z]+")
 
@@ -66,7 +66,7 @@ class ServerSettings:
         for origin in self.allowed_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise InvalidRequestError(
-                    f"allowed origin {origin!r:.80} is none that a browser sends: write "
+                    f"allowed origin {shown(origin)} is none that a browser sends: write "
                     "scheme://host or scheme://host:port, in small letters and without a path, "
                     "several behind each other; 'null' for local files, or '*' for all"
                 )

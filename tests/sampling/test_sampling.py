@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from spectral_paged.errors import SamplingParamsError
+from spectral_paged.errors import SamplingParamsError, shown
 from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
 from spectral_paged.sampling.sampler import uniform_noise
 
@@ -302,7 +302,8 @@ def test_logprobs_only_where_they_are_asked_for():
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
-    with pytest.raises(SamplingParamsError, match=re.escape(f"{name} is {value!r}; it must be ")):
+    says = re.escape(f"{name} is {shown(value)}; it must be ")
+    with pytest.raises(SamplingParamsError, match=says):
         SamplingParams(**({"max_tokens": 100} | {name: value}))
 
 

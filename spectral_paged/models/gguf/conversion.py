@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spectral_paged.errors import CorruptFileError, UnsupportedModelError
+from spectral_paged.errors import CorruptFileError, UnsupportedModelError, shown
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.gguf.architectures import ARCHITECTURES, Architecture, common_config
 from spectral_paged.models.gguf.file import GGUFFile
-from spectral_paged.models.gguf.keys import REMEDY, Keys, shown
+from spectral_paged.models.gguf.keys import REMEDY, Keys
 from spectral_paged.models.gguf.tokenizer import build_tokenizer, check_tokenizer
 from spectral_paged.models.gguf.vocabulary import Vocabulary
 from spectral_paged.models.gguf.weights import check_tensors, write_weights

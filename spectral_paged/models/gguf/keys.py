@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from spectral_paged.errors import CorruptFileError, UnsupportedModelError
+from spectral_paged.errors import CorruptFileError, UnsupportedModelError, cut, shown
 
 T = TypeVar("T")
 REMEDY = "take another GGUF of the model, or its safetensors folder"
@@ -148,19 +148,12 @@ class Keys:
         counted = (self.prefix, "tokenizer.", "split.", "adapter.")
         left = [key for key in self._metadata if key.startswith(counted) and key not in self._used]
         if left:
-            values = ", ".join(f"{key[:200]} = {shown(self._metadata[key])}" for key in left[:5])
+            values = ", ".join(f"{cut(key, 80)} = {shown(self._metadata[key])}" for key in left[:5])
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             raise UnsupportedModelError(
                 f"{self.path} has keys that this version does not know, so its model or tokenizer "
                 f"may differ from what would be served: {values}{more}: {REMEDY}"
             )
-
-
-def shown(value: Any) -> str:
-    """The text of a value in an error message, at most 60 characters."""
-    text = repr(value.tolist() if isinstance(value, np.ndarray) and value.size < 100 else value)
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _same(found: Any, allowed: Any) -> bool:

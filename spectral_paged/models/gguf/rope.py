@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from spectral_paged.errors import CorruptFileError, UnsupportedModelError
+from spectral_paged.errors import CorruptFileError, UnsupportedModelError, shown
 from spectral_paged.models.gguf.file import GGUFFile
-from spectral_paged.models.gguf.keys import REMEDY, Keys, shown
+from spectral_paged.models.gguf.keys import REMEDY, Keys
 
 FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"

@@ -20,8 +20,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from spectral_paged.errors import CorruptFileError, UnsupportedModelError
-from spectral_paged.models.gguf.keys import REMEDY, shown
+from spectral_paged.errors import CorruptFileError, UnsupportedModelError, shown
+from spectral_paged.models.gguf.keys import REMEDY
 from spectral_paged.models.gguf.pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from spectral_paged.models.gguf.vocabulary import FOUND_FIRST, SPECIAL, Kind, Vocabulary
 

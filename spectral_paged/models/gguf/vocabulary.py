@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from spectral_paged.errors import CorruptFileError, UnsupportedModelError
-from spectral_paged.models.gguf.keys import REMEDY, Keys, shown
+from spectral_paged.errors import CorruptFileError, UnsupportedModelError, shown
+from spectral_paged.models.gguf.keys import REMEDY, Keys
 from spectral_paged.models.gguf.pre_tokenizers import ADDS_BOS
 
 MODELS = ("llama", "gpt2")  # SentencePiece's BPE with scores, and byte-level BPE with merges
