@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirem
 	touch $@
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal

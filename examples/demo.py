@@ -1,21 +1,34 @@
-"""Batch generation on real prompts of very different lengths: completions, a table, a picture.
+"""Eighteen prompts are answered from one paged cache, beside `exact`, which seals nothing.
 
 Run by `make demo`. Eight long prompts (real book text, far over 1,300 tokens) seal pages and are
-answered from them; ten short ones ride in the same batch.
+answered from them; ten short ones ride in the same batch. Two engines over one model run side by
+side, so no operation waits for both cores of a busy machine. An answer is printed once both have
+it; at the end comes a picture of the bytes in use, as text and as a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 from tqdm import tqdm
 
 from spectral_paged import LLM, SamplingParams
+from spectral_paged.device import choose_device, choose_dtype
+from spectral_paged.models import loader
 from spectral_paged.outputs import RequestOutput
 
 TEXTS = Path(__file__).parent / "texts"
+MIB = 1 << 20
+EXACT_PAGE = 64  # tokens
+MOST_THREADS = 8  # of a model this small, whose operations more threads would only wait for
+BAR = 48  # characters
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -45,7 +58,7 @@ READINGS = (
 
 
 def conversations() -> list[tuple[str, str]]:
-    """Return (title, user message) of every prompt, long and short ones mixed."""
+    """Return (title, user message) of every prompt, short and long ones mixed."""
     long = []
     for name, start, count, question in READINGS:
         passage = (TEXTS / name).read_text(encoding="utf-8")[start : start + count]
@@ -54,130 +67,261 @@ def conversations() -> list[tuple[str, str]]:
     short = [(question, question) for question in QUESTIONS]
     mixed = []
     while long or short:
-        if long:
-            mixed.append(long.pop(0))
         if short:
             mixed.append(short.pop(0))
+        if long:
+            mixed.append(long.pop(0))
     return mixed
 
 
-def run(
-    llm: LLM, prompts: list[tuple[str, str]], max_tokens: int
-) -> tuple[list[RequestOutput], list[dict[str, object]]]:
-    """Run the engine to the end; return outputs in prompt order and its figures after each step."""
-    engine = llm.engine
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    for i, (_, message) in enumerate(prompts):
-        engine.add_request(str(i), llm.chat_tokens([{"role": "user", "content": message}]), params)
-    finished: dict[str, RequestOutput] = {}
-    history = []
-    with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
-        while engine.has_unfinished():
-            for output in engine.step():
-                if output.finished:
-                    finished[output.request_id] = output
-                    bar.update()
-            stats = engine.stats()
-            history.append(stats)
-            bar.set_postfix(running=stats["running"], pool=f"{stats['kv_cache_usage']:.0%}")
-    return [finished[str(i)] for i in range(len(prompts))], history
+# ---- two engines side by side ----------------------------------------------------------------
 
 
-def print_table(prompts: list[tuple[str, str]], outputs: list[RequestOutput]) -> None:
-    """Print one line a request; ratios count landmarks, tail, scales, basis and padding."""
-    print(
-        f"\n{'prompt':44} {'tokens':>6} {'sealed':>6} {'cached':>6} {'tok/s':>6} "
-        f"{'B/token':>8} {'ratio':>6}"
+@dataclass
+class Run:
+    """An engine's answers, the seconds it took, and what its sequences held after each step.
+
+    Bytes count exact pages at 2 bytes an element, as bf16 takes, whatever the run's dtype. The
+    bytes that bf16 needs are those of the same sequences' tokens, a shared prefix counted once.
+    """
+
+    llm: LLM
+    answers: dict[str, RequestOutput] = field(default_factory=dict)
+    held_bytes: list[int] = field(default_factory=list)
+    bf16_bytes: list[int] = field(default_factory=list)
+    pool_bytes: float = 0.0  # of the pool, in the run's dtype, at the peak
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.llm.cache.format.name
+
+    def serve(self, prompts: dict[str, list[int]], max_tokens: int, news: SimpleQueue) -> None:
+        """Run the engine to the end; `news` gets a sign after each step, or the error."""
+        try:
+            params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+            for name, token_ids in prompts.items():
+                self.llm.engine.add_request(name, token_ids, params)
+            begin = time.monotonic()
+            while self.llm.engine.has_unfinished():
+                for output in self.llm.engine.step():
+                    if output.error is not None:
+                        raise output.error
+                    if output.finished:
+                        self.answers[output.request_id] = output
+                self.seconds = time.monotonic() - begin
+                self._count()
+                news.put(None)
+        except BaseException as error:
+            news.put(error)
+
+    def _count(self) -> None:
+        cache, stats = self.llm.cache, self.llm.stats()
+        format = cache.format
+        pages = stats["pages_in_use"] * format.page_bytes if format.seals else 0
+        self.held_bytes.append(pages + stats["exact_pages_in_use"] * format.exact_page_bytes(2))
+        self.pool_bytes = max(self.pool_bytes, stats["kv_cache_usage"] * stats["kv_cache_bytes"])
+        num_tokens, others = 0, []
+        for request in self.llm.engine.scheduler.running:
+            found = cache.sequence_stats(request.request_id)
+            shared = max((len(commonprefix([request.token_ids, o])) for o in others), default=0)
+            num_tokens += found["tokens"] - min(found["cached_tokens"], shared)
+            others.append(request.token_ids)
+        token_bytes = len(cache.layers) * format.exact_page_bytes(2) // EXACT_PAGE
+        self.bf16_bytes.append(num_tokens * token_bytes)
+
+
+def serve(spectral: Run, exact: Run, prompts: list[tuple[str, str]], max_tokens: int) -> None:
+    """Run both engines to the end, a thread each, and print each answer once both have it."""
+    begin, news = time.monotonic(), SimpleQueue()
+    token_ids = {
+        str(i): spectral.llm.chat_tokens([{"role": "user", "content": message}])
+        for i, (_, message) in enumerate(prompts)
+    }
+    for run in (spectral, exact):
+        Thread(target=run.serve, args=(token_ids, max_tokens, news), daemon=True).start()
+    waiting = list(token_ids)
+    with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
+        while waiting:
+            error = news.get()
+            if error is not None:
+                raise error
+            stats = spectral.llm.stats()
+            bar.set_postfix(running=stats["running"], pages=stats["pages_sealed"])
+            for name in [w for w in waiting if w in spectral.answers and w in exact.answers]:
+                waiting.remove(name)
+                bar.update()
+                place = f"[{len(prompts) - len(waiting)}/{len(prompts)}"
+                title = f"{place}, {time.monotonic() - begin:.0f} s] {prompts[int(name)][0]}"
+                tqdm.write(answer_text(title, spectral, exact, name), file=sys.stdout)
+                sys.stdout.flush()
+
+
+def same_tokens(spectral: Run, exact: Run, name: str) -> int | None:
+    """Return how many first tokens of an answer are those of `exact`; None: all, and the end."""
+    mine, other = (run.answers[name].outputs[0].token_ids for run in (spectral, exact))
+    if mine == other:
+        return None
+    pairs = enumerate(zip(mine, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(other)))
+
+
+def answer_text(title: str, spectral: Run, exact: Run, name: str) -> str:
+    """Return an answer, what it was read from, and what `exact` says beside it."""
+    output, other = spectral.answers[name], exact.answers[name].outputs[0].token_ids
+    pages = output.metrics.num_pages_sealed
+    sealed = f"{pages} pages sealed" if pages else "nothing sealed"
+    tokens = output.outputs[0].token_ids
+    same = same_tokens(spectral, exact, name)
+    if same is None:
+        beside = f"the same {len(tokens)} tokens"
+    else:
+        there = exact.llm.get_tokenizer().decode(other[same : same + 8], skip_special_tokens=True)
+        said = repr(" ".join(there.split())) if there.strip() else "the end of the answer"
+        beside = f"the same {same} tokens of {len(tokens)}, then {said}"
+    text = " ".join(output.outputs[0].text.split())
+    return (
+        f"\n{title} ({len(output.prompt_token_ids):,} tokens, {sealed})\n"
+        f"  {spectral.name}: {text}\n  exact: {beside}"
     )
-    for (title, _), output in zip(prompts, outputs, strict=True):
-        metrics = output.metrics
-        seconds = metrics.finished_time - metrics.arrival_time
+
+
+# ---- figures --------------------------------------------------------------------------------
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio against 2 bytes an element, and below 1 the reason beside it."""
+    text = f"{ratio:.2f}x"
+    if float(text[:-1]) >= 1:
+        return text
+    return f"{text} (little is sealed, and exact pages of {EXACT_PAGE} tokens count whole)"
+
+
+def print_table(prompts: list[tuple[str, str]], spectral: Run, exact: Run) -> None:
+    """Print one line a request; ratios count landmarks, tail, scales, basis and padding."""
+    print(f"\n{'prompt':44} tokens sealed cached B/token  exact  ratio to bf16")
+    for i, (title, _) in enumerate(prompts):
+        output = spectral.answers[str(i)]
+        metrics, same = output.metrics, same_tokens(spectral, exact, str(i))
         print(
             f"{title[:44]:44} {len(output.prompt_token_ids):6d} {metrics.num_pages_sealed:6d} "
-            f"{metrics.num_cached_tokens:6d} {len(output.outputs[0].token_ids) / seconds:6.1f} "
-            f"{metrics.bytes_per_token:8.0f} {metrics.compression_ratio:5.2f}x"
+            f"{metrics.num_cached_tokens:6d} {metrics.bytes_per_token:7.0f} "
+            f"{'same' if same is None else f'to {same}':>6} "
+            f"{ratio_text(metrics.compression_ratio)}"
         )
 
 
-def print_summary(outputs: list[RequestOutput], stats: dict[str, object], seconds: float) -> None:
-    """Print totals of the run; both ratios are against 2 bytes an element."""
-    read = sum(len(o.prompt_token_ids) for o in outputs)
-    written = sum(len(o.outputs[0].token_ids) for o in outputs)
+def print_bytes(run: Run) -> None:
+    """Draw the run's bytes, and those that bf16 needs for the same tokens, as bars of text."""
     print(
-        f"\n{len(outputs)} prompts, {read} prompt tokens and {written} generated in "
-        f"{seconds:.1f} s: {(read + written) / seconds:.0f} tokens/s ({written / seconds:.1f} "
-        f"generated/s), backend {stats['backend']}"
+        f"\nbytes in use during the run: {run.name} (pages, and exact pages as in bf16) and what "
+        "bf16 needs for the same tokens"
     )
-    print(
-        f"format {stats['format']}: {stats['pages_sealed']} pages sealed, "
-        f"{stats['pages_attended']} page reads, {stats['prefix_hit_tokens']} prompt tokens from "
-        f"the prefix cache, {stats['preemptions']} preemptions"
-    )
-    print(
-        f"bytes a token {stats['bytes_per_token']:.0f}, ratio {stats['compression_ratio']:.2f}x "
-        f"with tail, landmarks, scales and basis counted; a sealed page alone "
-        f"{stats['sealed_ratio']:.2f}x. The tail is exact, so the ratio grows with length."
-    )
+    pairs = list(zip(run.bf16_bytes, run.held_bytes, strict=True))
+    unit = max(max(pair) for pair in pairs) / BAR
+    width = max(len(run.name), len("bf16"))
+    every = max(1, len(pairs) // 10)
+    for i in range(every - 1, len(pairs), every):
+        ratio = "" if not pairs[i][1] else ratio_text(pairs[i][0] / pairs[i][1])
+        rows = zip((f"step {i + 1:3d}", ""), ("bf16", run.name), pairs[i], ("", ratio), strict=True)
+        for step, name, size, note in rows:
+            bar = "#" * round(size / unit)
+            print(f"{step:8}  {name:{width}} {size / MIB:6.1f} MiB {bar:{BAR}} {note}".rstrip())
 
 
-def plot_occupancy(history: list[dict[str, object]], path: Path) -> None:
-    """Plot the pool's occupancy after each step of the run."""
+def plot_bytes(run: Run, path: Path) -> None:
+    """Plot the run's bytes, and those that bf16 needs for the same tokens, after each step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
-    steps = range(1, len(history) + 1)
-    above.plot(steps, [100 * h["kv_cache_usage"] for h in history], label="bytes in use, %")
-    above.plot(steps, [h["running"] for h in history], label="running requests")
-    above.plot(steps, [h["waiting"] for h in history], label="waiting requests")
-    above.set_ylabel("% of pool / requests")
-    above.legend()
-    for key, label in (
-        ("pages_in_use", "spectral pages in use"),
-        ("pages_cached", "spectral pages cached"),
-        ("exact_pages_in_use", "exact pages in use"),
-        ("exact_pages_cached", "exact pages cached"),
-    ):
-        below.plot(steps, [h[key] for h in history], label=label)
-    below.set_ylabel("pages, all layers")
-    below.set_xlabel("engine step")
-    below.legend()
-    figure.suptitle("Pool occupancy")
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name, sizes in (("bf16, the same tokens", run.bf16_bytes), (run.name, run.held_bytes)):
+        mib = [size / MIB for size in sizes]
+        axes.plot(range(1, len(mib) + 1), mib, label=f"{name}: {max(mib):.0f} MiB at the peak")
+        axes.fill_between(range(1, len(mib) + 1), mib, alpha=0.25)
+    axes.set_xlabel("engine step")
+    axes.set_ylabel("MiB of K and V (exact pages as in bf16)")
+    axes.set_title("Bytes in use")
+    axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
+def print_summary(spectral: Run, exact: Run) -> None:
+    """Print the totals of the run, and what the two engines took for it."""
+    stats, outputs = spectral.llm.stats(), list(spectral.answers.values())
+    on_cpu = spectral.llm.cache.device.type == "cpu"
+    read = sum(len(o.prompt_token_ids) for o in outputs)
+    written = sum(len(o.outputs[0].token_ids) for o in outputs)
+    print(
+        f"\n{len(outputs)} prompts, {read:,} prompt tokens and {written} generated, side by side: "
+        f"{spectral.name} in {spectral.seconds:.0f} s, exact in {exact.seconds:.0f} s, backend "
+        + ("torch (a CPU runs the reference of every kernel)" if on_cpu else stats["backend"])
+    )
+    print(
+        f"{stats['pages_sealed']} pages sealed, {stats['pages_attended']} page reads, "
+        f"{stats['prefix_hit_tokens']} prompt tokens from the prefix cache, "
+        f"{stats['preemptions']} preemptions"
+    )
+    print(
+        f"bytes a token {stats['bytes_per_token']:.0f}, against bf16 "
+        f"{ratio_text(stats['compression_ratio'])} with tail, landmarks, scales and basis counted; "
+        f"a sealed page alone {ratio_text(stats['sealed_ratio'])}. The tail is exact, so the ratio "
+        "grows with length."
+    )
+    if spectral.llm.cache.dtype.itemsize > 2:
+        print(
+            f"exact pages of this run are fp32, so the pool held {spectral.pool_bytes / MIB:.0f} "
+            f"MiB at its peak ({exact.pool_bytes / MIB:.0f} MiB in exact); ratios and the picture "
+            "count them as in bf16"
+        )
+
+
 def main() -> None:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kv-format", default="auto")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--kv-cache-mib", type=int, default=640)
-    parser.add_argument("--picture", type=Path, default=Path("build/demo/pool_occupancy.png"))
+    parser.add_argument("--picture", type=Path, default=Path("build/demo/bytes_in_use.png"))
     args = parser.parse_args()
 
-    prompts = conversations()
-    llm = LLM(
-        args.model,
-        kv_format=args.kv_format,
-        kv_cache_bytes=args.kv_cache_mib << 20,
-        max_num_batched_tokens=2048,
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads() // 2, MOST_THREADS)))
+    device = choose_device("auto")
+    print(
+        f"loading {args.model}, which the first run converts and calibrates; two engines on "
+        f"{device.type}, threads each: {torch.get_num_threads()}",
+        flush=True,
     )
-    begin = time.monotonic()
-    outputs, history = run(llm, prompts, args.max_tokens)
-    seconds = time.monotonic() - begin
-    for (title, _), output in zip(prompts, outputs, strict=True):
-        print(f"\n> {title}\n{output.outputs[0].text.strip()}")
-    print_table(prompts, outputs)
-    stats = llm.stats()
-    print_summary(outputs, stats, seconds)
-    if llm.cache.format.seals and not stats["pages_attended"]:
+    loaded = loader.load_model(args.model, device=device, dtype=choose_dtype("auto", device))
+    spectral, exact = (
+        Run(LLM(loaded, kv_format=name, kv_cache_bytes=mib * MIB, max_num_batched_tokens=512))
+        for name, mib in ((args.kv_format, args.kv_cache_mib), ("exact", 2 * args.kv_cache_mib))
+    )
+    loading = time.monotonic() - began
+    prompts = conversations()
+    serve(spectral, exact, prompts, args.max_tokens)
+    print_table(prompts, spectral, exact)
+    print_summary(spectral, exact)
+    print_bytes(spectral)
+    plot_bytes(spectral, args.picture)
+    stats = spectral.llm.stats()
+    if spectral.llm.cache.format.seals and not stats["pages_attended"]:
         raise SystemExit("no page was attended: the compressed path did not run")
-    plot_occupancy(history, args.picture)
-    print(f"pool occupancy over the run: {args.picture}")
+    same = sum(same_tokens(spectral, exact, name) is None for name in spectral.answers)
+    held, plain = max(spectral.held_bytes), max(spectral.bf16_bytes)
+    print(
+        f"the same as a picture: {args.picture}\n\nShown: {args.model} answered {len(prompts)} "
+        f"prompts from {stats['pages_sealed']} sealed pages, {same} of them token for token as "
+        f"exact, in {held / MIB:.0f} MiB at the peak where bf16 needs {plain / MIB:.0f}. It took "
+        f"{time.monotonic() - began:.0f} s, {loading:.0f} of them to load."
+    )
 
 
 if __name__ == "__main__":

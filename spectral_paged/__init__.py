@@ -1,14 +1,18 @@
 """A paged KV cache whose pages are quantized spectral coefficients, with a batching engine.
 
-Importing the package imports nothing else. Names and modules are imported on first use, so the
-command line answers `--help` before torch is loaded, and embedders need no transformers.
+Importing the package settles how torch's threads wait, which must be before torch is loaded, and
+imports nothing else. Names and modules are imported on first use, so the command line answers
+`--help` before torch is loaded, and embedders need no transformers.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from spectral_paged import cpu_threads
 
 if TYPE_CHECKING:
     from spectral_paged.cache import CacheOptions, SpectralKVCache
@@ -37,6 +41,8 @@ _HOMES = {
     "SharedBasis": "pages",
     "SpectralKVCache": "cache",
 }
+
+cpu_threads.share_cores(os.environ, cpu_threads.granted_cpus())
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,8 @@ import pathlib
 import runpy
 import sys
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, here and in processes of tests
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -17,7 +19,6 @@ ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 
 runpy.run_path(f"{pathlib.Path(__file__).parent}/support/__init__.py")["make_importable"]()
-torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported
 

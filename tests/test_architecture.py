@@ -38,6 +38,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "kernels.decode": OPS | {"kernels.exact"},
     "kernels.ops": {"kernels"},
     "scheduler": set(),
+    "cpu_threads": set(),
     "errors": set(),
     "file_limits": {"errors"},
     "arguments": set(),
@@ -60,7 +61,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "server": LLM | {"openai", "metrics"},
     "benchmarks": LLM | {"integrations", "conformance"},
     "cli": LLM | {"batch", "metrics", "integrations", "server", "benchmarks"},
-    "__init__": LLM,
+    "__init__": LLM | {"cpu_threads"},
 }
 
 

@@ -6,7 +6,6 @@ import argparse
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import re
 import shlex
@@ -30,6 +29,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PUBLIC = {name: getattr(spectral_paged, name) for name in spectral_paged.__all__}
 PUBLIC |= {"llm": LLM, "engine": Engine}
 FOLDERS = r"benchmarks|docs|examples|kernels|scheduler|spectral_paged|tests|\.ci|\.github"
+EXAMPLE_FILES = (ROOT / "examples").glob("*.py")
 OTHERS_OPTIONS = {"--no-deps", "--attention-backend", "--kv-cache-dtype"}  # pip's and vLLM's
 
 
@@ -98,28 +98,17 @@ def test_a_block_that_is_not_run_says_why():
     assert [b.not_run for b in page.blocks] == [None]
 
 
-# options and what is printed; an example that is not named here takes none and prints something
-EXAMPLES = {
-    "demo": (["--max-tokens", "4", "--kv-cache-mib", "256"], r"[1-9]\d* page reads"),
-    "embed_in_engine": ([], r"pages_attended +[1-9]"),
-}
+# what an example prints; one that is not named here prints something
+EXAMPLES = {"embed_in_engine": r"pages_attended +[1-9]"}
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "examples").glob("*.py")))
+# the demo has tests of its own
+@pytest.mark.parametrize("name", sorted({p.stem for p in EXAMPLE_FILES} - {"demo"}))
 def test_an_example_runs(name, world, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    if name == "demo":  # half of each text: some 1,300 tokens, a page or two
-        halves = [(file, start, n // 2, asked) for file, start, n, asked in module.READINGS]
-        monkeypatch.setattr(module, "READINGS", halves)
-    options, says = EXAMPLES.get(name, ([], r"\w"))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    module = small_world.example(monkeypatch, name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     module.main()
-    assert re.search(says, capsys.readouterr().out)
-    if name == "demo":
-        assert (world / "build/demo/pool_occupancy.png").stat().st_size > 10_000
+    assert re.search(EXAMPLES.get(name, r"\w"), capsys.readouterr().out)
 
 
 # ---- commands -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ def test_unsloth_models_generate_over_the_cache():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *CASES],
         cwd=FOLDER.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=900,
         capture_output=True,
         text=True,

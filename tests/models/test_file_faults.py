@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -65,7 +64,6 @@ def test_a_writer_killed_at_any_moment_leaves_whole_records(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(out)],
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert process.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 20

@@ -377,7 +377,7 @@ def test_the_command_serves_a_real_model_until_it_is_told_to_stop(tmp_path):
         "--log-format",
         "json",
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "SPECTRAL_PAGED_API_KEY": "secret"}
+    env = os.environ | {"SPECTRAL_PAGED_API_KEY": "secret"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
     try:
         line = next(line for line in process.stderr if line.startswith("serving small at "))

@@ -7,6 +7,8 @@ and shapes that a page shows fit both.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from functools import cache
 
 import torch
@@ -18,6 +20,7 @@ from spectral_paged import llm
 from spectral_paged.conformance.small_llama import small_llama
 from spectral_paged.models import calibration, loader
 from spectral_paged.models.geometry import ModelGeometry
+from support.paths import ROOT
 
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "hidden_size": 72}
 VOCAB = 1024
@@ -73,6 +76,15 @@ def enter(monkeypatch, folder):
     monkeypatch.setattr(loader, "load_model", load_model)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", pretrained_tokenizer)
+
+
+def example(monkeypatch, name):
+    """The module of an example; it is executed, so it comes after `enter`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def names():
