@@ -175,6 +175,9 @@ def _parse_openai(
         raise InvalidRequestError(f"url is {shown(url)}; use {CHAT_URL!r} or {COMPLETIONS_URL!r}")
     if value.get("method", "POST") != "POST":
         raise InvalidRequestError(f"method is {shown(value['method'])}; use 'POST'")
+    extra = sorted(set(value) - {"custom_id", "method", "url", "body"})
+    if extra:
+        raise InvalidRequestError(f"unknown fields {shown(extra)} beside the body: leave them out")
     if not isinstance(value.get("custom_id"), str):
         raise InvalidRequestError("a batch line needs a custom_id string")
     request = parse_body(value["body"], chat=url == CHAT_URL, defaults=defaults)

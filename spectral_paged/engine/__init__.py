@@ -22,6 +22,7 @@ from spectral_paged.engine.events import (
     counted_refusal,
 )
 from spectral_paged.engine.messages import (
+    MESSAGES_SCHEMA,
     Conversation,
     Message,
     check_messages,
@@ -43,6 +44,7 @@ __all__ = [
     "Conversation",
     "Distribution",
     "Engine",
+    "MESSAGES_SCHEMA",
     "Message",
     "Prompt",
     "Runner",

@@ -33,18 +33,20 @@ def check_request(
     """
     if not token_ids:
         raise EmptyPromptError("the prompt is empty: give at least one token")
+    # clients know errors of length by their first words, which are OpenAI's
     if len(token_ids) >= cache.max_model_len:
         raise PromptTooLongError(
-            f"the prompt has {len(token_ids)} tokens; with one to generate, max_model_len "
-            f"{cache.max_model_len} allows {cache.max_model_len - 1}: shorten it or raise "
-            "max_model_len"
+            f"This model's maximum context length is {cache.max_model_len} tokens. The prompt has "
+            f"{len(token_ids)}; with one to generate, max_model_len {cache.max_model_len} allows "
+            f"{cache.max_model_len - 1}: shorten it or raise max_model_len"
         )
     longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
     if not cache.fits_alone(longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned):
         blocks = pinned_blocks(cache.format, pinned, len(token_ids))
         spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
         raise CapacityError(
-            f"{len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
+            f"This model's maximum context length is {cache.max_sequence_tokens} tokens in this "
+            f"pool: {len(token_ids)} prompt tokens and up to {longest - len(token_ids)} generated "
             f"ones{spans} never fit: the pool holds a sequence of at most "
             f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
             f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"

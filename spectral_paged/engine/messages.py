@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,41 @@ from spectral_paged.errors import refusal, shown
 
 Message = Mapping[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# fields of OpenAI's messages and of its answers that are not served; None and [] ask for nothing
+UNSERVED = frozenset(
+    ("annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal")
+    + ("tool_call_id", "tool_calls")
+)
+# what `check_messages` takes
+MESSAGES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"enum": sorted(ROLES)},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "type": "object",
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            "required": ["type", "text"],
+                            "additionalProperties": False,
+                        },
+                    },
+                ]
+            },
+            "name": {"type": ["string", "null"]},
+            **{name: {"enum": [None, []]} for name in sorted(UNSERVED)},
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +81,7 @@ def _message(message: object, where: str) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise refusal(f"{where}.role must be one of {sorted(ROLES)}", f"{where}.role")
-    extra = sorted(str(k) for k, v in message.items() if _is_extra(k, v))
-    if extra:
-        raise refusal(f"{where} has {shown(extra)}, which are not supported", f"{where}.{extra[0]}")
+    _refuse_extra(message, ("role", "content", "name"), where)
     found = {"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
     name = message.get("name")
     if name is not None:
@@ -58,9 +91,15 @@ def _message(message: object, where: str) -> dict[str, str]:
     return found
 
 
-def _is_extra(key: object, value: object) -> bool:
-    """Return whether a message's field is unknown and asks for something."""
-    return key not in ("role", "content", "name") and bool(value)
+def _refuse_extra(found: Mapping[Any, Any], served: Collection[str], where: str) -> None:
+    """Refuse fields that are neither served nor ask for nothing."""
+    extra = sorted(
+        str(name)
+        for name, value in found.items()
+        if name not in served and not (name in UNSERVED and (value is None or value == []))
+    )
+    if extra:
+        raise refusal(f"{where} has {shown(extra)}, which are not supported", f"{where}.{extra[0]}")
 
 
 def _content(content: object, where: str) -> str:
@@ -80,5 +119,6 @@ def _content(content: object, where: str) -> str:
             )
         if not isinstance(part.get("text"), str):
             raise refusal(f"{where}.{i}.text must be a string", f"{where}.{i}.text")
+        _refuse_extra(part, ("type", "text"), f"{where}.{i}")
         texts.append(part["text"])
     return "\n".join(texts)

@@ -16,6 +16,7 @@ from spectral_paged.openai.request import (
 from spectral_paged.openai.response import (
     chat_choice,
     chat_logprobs,
+    counts,
     text_choice,
     text_logprobs,
     token_counts,
@@ -29,6 +30,7 @@ __all__ = [
     "SAMPLING_FIELDS",
     "chat_choice",
     "chat_logprobs",
+    "counts",
     "parse_body",
     "parse_json",
     "text_choice",

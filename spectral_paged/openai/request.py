@@ -1,45 +1,39 @@
-"""The bodies of OpenAI's completions and chat completions, from a batch line or a server.
-
-Fields and meaning are those of the API reference, vLLM's extra sampling fields included. An
-unsupported field that would change the completion is refused. Descriptive fields are ignored.
-"""
+"""Requests of OpenAI's API are read from JSON, for a batch line and a server alike."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
-from spectral_paged.engine import check_messages, check_salt
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError, refusal, shown
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, cut, refusal, shown
+from spectral_paged.openai.bodies import Body, ChatCompletionRequest, CompletionRequest, Prompt
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 # fields that mean the same in a body as in `SamplingParams`
 _SAME = tuple(name for name in SAMPLING_FIELDS if name not in ("max_tokens", "logprobs"))
-_MAX_TOKENS = ("max_tokens", "max_completion_tokens")  # the second wins if both are given
-_DESCRIBING = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-)
-# values that leave any field at its default
-_NO_WISH: tuple[Any, ...] = (None, False, [], {}, {"type": "text"}, ["text"], "none")
-Prompt = str | list[int]
+# what a value must be, by the kind of pydantic's error
+_WANTED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "string_type": "a string",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAIRequest:
-    """A parsed body, with `messages` (chat) or `prompts` (completions) set.
+    """A body with its defaults, with `messages` (chat) or `prompts` (completions) set.
 
     named: sampling fields that the body has; `params` has the defaults of the others.
+    include_usage: a stream ends with its usage.
+    continuous_usage: each chunk of a stream has the usage so far.
     """
 
     params: SamplingParams
@@ -49,6 +43,7 @@ class OpenAIRequest:
     cache_salt: str = ""
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     echo: bool = False
     named: frozenset[str] = frozenset()
 
@@ -61,7 +56,7 @@ def parse_json(raw: bytes) -> Any:
     """
     try:
         text = raw.decode("utf-8-sig")  # json itself accepts UTF-16, and surrogates in UTF-8
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
         if "\\u" in text:  # nothing can encode an escaped lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -69,6 +64,10 @@ def parse_json(raw: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"not JSON: {error}") from None
     return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no value of JSON")
 
 
 def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> OpenAIRequest:
@@ -82,102 +81,74 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     """
     if not isinstance(body, dict):
         raise InvalidRequestError("body must be an object")
-    known = {*_SAME, *_MAX_TOKENS, *_DESCRIBING, "logprobs", "model", "stream", "stream_options"}
-    known |= {"cache_salt"}  # as in vLLM
-    known |= {"top_logprobs", "messages"} if chat else {"prompt", "echo"}
-    extra = sorted(k for k in body if k not in known and _asks(body[k]))
-    if extra:
-        raise refusal(f"body fields {shown(extra)} are not supported: leave them out", extra[0])
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise refusal("model must be a string", "model")
-    stream = _flag(body, "stream")
-    echo = _flag(body, "echo")
-    given = _sampling(body, chat)
-    if echo and given.get("logprobs") is not None:
-        raise refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
+    kind: type[ChatCompletionRequest] | type[CompletionRequest] = (
+        ChatCompletionRequest if chat else CompletionRequest
+    )
     try:
-        params = SamplingParams(**dict(defaults) | given)
-        salt = body.get("cache_salt")
-        salt = "" if salt is None else check_salt(salt)
-    except SpectralPagedError as error:
-        error.param = error.param or "cache_salt"
-        raise
-    return OpenAIRequest(
-        params,
-        prompts=[] if chat else _prompts(body.get("prompt")),
-        messages=check_messages(body.get("messages")) if chat else None,
-        model=model,
-        cache_salt=salt,
-        stream=stream,
-        include_usage=_include_usage(body.get("stream_options"), stream),
-        echo=echo,
-        named=frozenset(given),
-    )
+        asked = kind.model_validate(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+    given = {name: getattr(asked, name) for name in _SAME} | _limits(asked)
+    given = {name: value for name, value in given.items() if value is not None}
+    include_usage, continuous_usage = _usage(asked)
+    common: dict[str, Any] = {
+        "params": SamplingParams(**dict(defaults) | given),
+        "model": asked.model,
+        "cache_salt": asked.cache_salt,
+        "stream": bool(asked.stream),
+        "include_usage": include_usage,
+        "continuous_usage": continuous_usage,
+        "named": frozenset(given),
+    }
+    if isinstance(asked, ChatCompletionRequest):
+        return OpenAIRequest(prompts=[], messages=asked.messages, **common)
+    return OpenAIRequest(prompts=asked.prompt, echo=bool(asked.echo), **common)
 
 
-def _asks(value: object) -> bool:
-    """True if a value differs from those of `_NO_WISH`; 0 does, though it equals False."""
-    return not any(type(value) is type(none) and value == none for none in _NO_WISH)
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise refusal(f"{name} must be true or false", name)
-    return bool(value)
-
-
-def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    given = {name: body[name] for name in _SAME if body.get(name) is not None}
-    for name in _MAX_TOKENS:
-        if body.get(name) is not None:
-            given["max_tokens"] = body[name]
-    logprobs = body.get("logprobs")
-    if not chat:
-        if logprobs is not None:
-            given["logprobs"] = logprobs
-        return given
-    wanted = _flag(body, "logprobs")
-    if body.get("top_logprobs") is not None:
-        if not wanted and body["top_logprobs"] != 0:
+def _limits(asked: ChatCompletionRequest | CompletionRequest) -> dict[str, int | None]:
+    """Return `max_tokens` and `logprobs`, which have other names or types in a body."""
+    most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    if isinstance(asked, ChatCompletionRequest):
+        if asked.top_logprobs and not asked.logprobs:
             raise refusal("top_logprobs needs logprobs to be true", "top_logprobs")
-        if wanted:
-            given["logprobs"] = body["top_logprobs"]
-    elif wanted:
-        given["logprobs"] = 0
-    return given
+        num_top = asked.top_logprobs or 0
+        return {"max_tokens": most, "logprobs": num_top if asked.logprobs else None}
+    if asked.echo and asked.logprobs is not None:
+        raise refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
+    return {"max_tokens": most, "logprobs": asked.logprobs}
 
 
-def _include_usage(options: object, stream: bool) -> bool:
-    """True if a stream ends with its usage. As in OpenAI's API, options need a stream."""
-    if options in (None, {}):
-        return False
-    if not isinstance(options, dict):
-        raise refusal("stream_options must be an object", "stream_options")
-    extra = sorted(k for k, v in options.items() if k != "include_usage" and v)
-    if extra:
-        raise refusal(f"stream_options {shown(extra)} are not supported", "stream_options")
-    if not stream:
+def _usage(asked: Body) -> tuple[bool, bool]:
+    """Return where a stream has its usage: at its end, and in each chunk, as in vLLM's API."""
+    options = asked.stream_options
+    if options is None or not options.model_fields_set:
+        return False, False
+    if not asked.stream:
         raise refusal("stream_options needs stream to be true", "stream_options")
-    return _flag(options, "include_usage")
+    include = bool(options.include_usage)
+    return include, include and bool(options.continuous_usage_stats)
 
 
-def _prompts(prompt: object) -> list[Prompt]:
-    """Return a string, token ids, or a list of either as a list of prompts."""
-    prompts: Any = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-    if prompts and all(isinstance(p, str) or _is_ids(p) for p in prompts):
-        return list(prompts)
-    if prompt is None:
-        raise refusal("a body needs a 'prompt'", "prompt")
-    if prompt == []:
-        raise refusal("the prompt is empty: give at least one token", "prompt")
-    raise refusal("prompt must be a string, a list of token ids, or a list of those", "prompt")
+def _refused(error: ValidationError) -> SpectralPagedError:
+    """Return the error of a body's unknown fields, or else of its first wrong one."""
+    found = error.errors(include_url=False)
+    unknown = sorted(_place(one) for one in found if one["type"] == "extra_forbidden")
+    if unknown:
+        message = f"body fields {shown(unknown)} are not supported: leave them out"
+        return refusal(message, unknown[0])
+    first = found[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SpectralPagedError):
+        if cause.param is None or len(first["loc"]) > 1:
+            cause.param = _place(first)
+        return cause
+    if first["type"] == "missing":
+        return refusal(f"a body needs {_place(first)!r}", _place(first))
+    wanted = _WANTED.get(first["type"])
+    rule = first["msg"] if wanted is None else f"it must be {wanted}"
+    return refusal(f"{_place(first)} is {shown(first['input'])}; {rule}", _place(first))
 
 
-def _is_ids(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
-    )
+def _place(error: ErrorDetails) -> str:
+    """Return the path of a field, such as `stream_options.include_usage`."""
+    return cut(".".join(map(str, error["loc"])))

@@ -12,11 +12,15 @@ from spectral_paged.sampling import SamplingParams
 def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Return the token counts of one response's prompts and completions."""
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
-    generated = sum(len(c.token_ids) for o in outputs for c in o.outputs)
+    return counts(prompt, sum(len(c.token_ids) for o in outputs for c in o.outputs))
+
+
+def counts(num_prompt: int, num_generated: int) -> dict[str, Any]:
+    """Return counts of tokens under OpenAI's names."""
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
     }
 
 

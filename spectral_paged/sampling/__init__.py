@@ -6,6 +6,8 @@ The package imports `device` only.
 from __future__ import annotations
 
 from spectral_paged.sampling.params import (
+    RULES,
+    Rule,
     SamplingParams,
 )
 from spectral_paged.sampling.sampler import (
@@ -17,6 +19,8 @@ from spectral_paged.sampling.sampler import (
 
 __all__ = [
     "PendingTokens",
+    "RULES",
+    "Rule",
     "SampleRow",
     "Sampled",
     "SampledTokens",

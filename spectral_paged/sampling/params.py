@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from spectral_paged.errors import SamplingParamsError, shown
 
@@ -12,6 +13,108 @@ MAX_N = 1024
 MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # as in vLLM; logits divided by less would overflow fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The values that one parameter may have.
+
+    Attributes:
+        text: the values as an error message names them.
+        admits: True for such a value.
+        schema: the JSON schema of such values, null aside.
+    """
+
+    text: str
+    admits: Callable[[Any], bool]
+    schema: Mapping[str, Any]
+
+    def check(self, value: object, name: str) -> None:
+        """Refuse a wrong value.
+
+        Raises:
+            SamplingParamsError: `error.param` is `name`.
+        """
+        if not self.admits(value):
+            error = SamplingParamsError(f"{name} is {shown(value)}; it must be {self.text}")
+            error.param = name
+            raise error
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(text: str, least: int | None = None, most: int | None = None) -> Rule:
+    def admits(value: Any) -> bool:
+        return _is_whole(value) and (
+            (least is None or least <= value) and (most is None or value <= most)
+        )
+
+    bounds = {"minimum": least, "maximum": most}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return Rule(text, admits, {"type": "integer"} | given)
+
+
+def _number(text: str, least: float, most: float, *, above: bool = False) -> Rule:
+    """Return the rule of a finite number; `above`: `least` itself is none."""
+
+    def admits(value: Any) -> bool:
+        if not _is_whole(value) and not (isinstance(value, float) and math.isfinite(value)):
+            return False
+        return (least < value if above else least <= value) and value <= most
+
+    name = "exclusiveMinimum" if above else "minimum"
+    return Rule(text, admits, {"type": "number", name: least, "maximum": most})
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(rule.text, lambda value: value is None or rule.admits(value), rule.schema)
+
+
+def _are_stops(value: Any) -> bool:
+    stops = [value] if isinstance(value, str) else value
+    return stops is None or (
+        isinstance(stops, list | tuple) and all(isinstance(s, str) and s for s in stops)
+    )
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_whole(t) and t >= 0 for t in value)
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_FLAG = Rule("True or False", lambda value: isinstance(value, bool), {"type": "boolean"})
+_PENALTY = _number("in [-2, 2]", -2, 2)
+# `min_tokens` has `max_tokens` for an upper bound too
+RULES: Mapping[str, Rule] = {
+    "n": _whole(f"an integer between 1 and {MAX_N}", 1, MAX_N),
+    "temperature": _number(f"between 0 and {MAX_FACTOR:g}", 0, MAX_FACTOR),
+    "top_k": _whole("0 or -1 (all) or more, below 2^31", -1, 2**31 - 1),
+    "top_p": _number("in (0, 1]", 0, 1, above=True),
+    "min_p": _number("in [0, 1]", 0, 1),
+    "repetition_penalty": _number(
+        f"between {1 / MAX_FACTOR:g} and {MAX_FACTOR:g}", 1 / MAX_FACTOR, MAX_FACTOR
+    ),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "seed": _or_none(_whole("None or an integer")),
+    "stop": Rule(
+        "None, or strings that are not empty",
+        _are_stops,
+        {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
+    ),
+    "stop_token_ids": Rule(
+        "a list of token ids",
+        _are_token_ids,
+        {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    ),
+    "max_tokens": _whole(">= 1", 1),
+    "min_tokens": _whole("between 0 and max_tokens", 0),
+    "ignore_eos": _FLAG,
+    "logprobs": _or_none(_whole(f"None or between 0 and {MAX_LOGPROBS}", 0, MAX_LOGPROBS)),
+    "skip_special_tokens": _FLAG,
+}
 
 
 @dataclass(frozen=True)
@@ -60,69 +163,15 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, rule: str) -> None:
-            if not ok:
-                error = SamplingParamsError(
-                    f"{name} is {shown(getattr(self, name))}; it must be {rule}"
-                )
-                error.param = name
-                raise error
-
-        def whole(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        def number(value: object) -> bool:
-            return whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-        check("n", whole(self.n) and 1 <= self.n <= MAX_N, f"an integer between 1 and {MAX_N}")
-        check(
-            "temperature",
-            number(self.temperature) and 0 <= self.temperature <= MAX_FACTOR,
-            f"between 0 and {MAX_FACTOR:g}",
-        )
-        check(
-            "top_k",
-            whole(self.top_k) and -1 <= self.top_k < 2**31,
-            "0 or -1 (all) or more, below 2^31",
-        )
-        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
-        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]")
-        check(
-            "repetition_penalty",
-            number(self.repetition_penalty)
-            and 1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR,
-            f"between {1 / MAX_FACTOR:g} and {MAX_FACTOR:g}",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            check(name, number(value) and -2 <= value <= 2, "in [-2, 2]")
-        check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, ">= 1")
-        check(
-            "min_tokens",
-            whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-            f"between 0 and max_tokens ({shown(self.max_tokens)})",
-        )
-        check(
-            "logprobs",
-            self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            f"None or between 0 and {MAX_LOGPROBS}",
-        )
-        check("seed", self.seed is None or whole(self.seed), "None or an integer")
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        check(
-            "stop",
-            stops is None
-            or (isinstance(stops, list | tuple) and all(isinstance(s, str) and s for s in stops)),
-            "None, or strings that are not empty",
-        )
-        for name in ("ignore_eos", "skip_special_tokens"):
-            check(name, isinstance(getattr(self, name), bool), "True or False")
-        check(
-            "stop_token_ids",
-            isinstance(self.stop_token_ids, list | tuple)
-            and all(whole(t) and t >= 0 for t in self.stop_token_ids),
-            "a list of token ids",
-        )
+        for name, rule in RULES.items():
+            rule.check(getattr(self, name), name)
+        if self.min_tokens > self.max_tokens:
+            error = SamplingParamsError(
+                f"min_tokens is {shown(self.min_tokens)}; it must be between 0 and max_tokens "
+                f"({shown(self.max_tokens)})"
+            )
+            error.param = "min_tokens"
+            raise error
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -188,6 +188,7 @@ class Service:
             asked.model or self.settings.model_names[0],
             chat=chat,
             params=parsed.params,
+            num_prompt_tokens=[len(prompt) for prompt in parsed.prompts],
             echoes=parsed.echoes,
         )
         generation = await self.engine.submit(
@@ -200,7 +201,11 @@ class Service:
         stack.callback(generation.close)
         if not asked.stream:
             return JSONResponse(response.whole(await generation.outputs()))
-        chunks = response.chunks(generation, include_usage=asked.include_usage)
+        chunks = response.chunks(
+            generation,
+            include_usage=asked.include_usage,
+            continuous_usage=asked.continuous_usage,
+        )
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from spectral_paged.openai import chat_choice, chat_logprobs, text_choice, text_logprobs, usage
+from spectral_paged.openai import (
+    chat_choice,
+    chat_logprobs,
+    counts,
+    text_choice,
+    text_logprobs,
+    usage,
+)
 from spectral_paged.outputs import RequestOutput, TextDelta
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.pending import Generation
@@ -19,6 +27,7 @@ class OpenAIResponse:
         request_id: the id without the prefix `chatcmpl` or `cmpl`.
         model: the model's name in the response.
         params: the request's sampling parameters.
+        num_prompt_tokens: of each prompt.
         echoes: the text of each prompt, put before its completions; None: no echo.
     """
 
@@ -29,16 +38,18 @@ class OpenAIResponse:
         *,
         chat: bool,
         params: SamplingParams,
+        num_prompt_tokens: Sequence[int],
         echoes: Sequence[str] | None = None,
     ) -> None:
         self._chat, self._params, self._echoes = chat, params, echoes
         self._num_choices = params.n
+        self._num_prompt_tokens = num_prompt_tokens
         self._head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets: dict[int, int] = {}  # characters of tokens sent, by choice
+        self._num_generated: Counter[int] = Counter()  # tokens of a stream so far, by choice
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the response without a stream; choices are numbered across all prompts."""
@@ -57,26 +68,42 @@ class OpenAIResponse:
         return self._head | {"object": kind, "choices": choices, "usage": usage(outputs)}
 
     async def chunks(
-        self, generation: Generation, *, include_usage: bool
+        self, generation: Generation, *, include_usage: bool, continuous_usage: bool = False
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Yield the chunks of a stream, in lists of those that arrived together."""
+        """Yield the chunks of a stream, in lists of those that arrived together.
+
+        Args:
+            include_usage: the last chunk has the usage of the request, the others null.
+            continuous_usage: the others have the tokens of their choice so far, as in vLLM's API.
+        """
+
+        def chunk(choice: dict[str, Any]) -> dict[str, Any]:
+            made = self._chunk([choice])
+            if include_usage:
+                made["usage"] = self._so_far(choice["index"]) if continuous_usage else None
+            return made
+
         outputs = []
-        yield [self._chunk(c, include_usage) for c in self._beginnings(len(generation.places))]
+        yield [chunk(choice) for choice in self._beginnings(len(generation.places))]
         async for news in generation:
             found = []
             for item in news:
                 if isinstance(item, RequestOutput):
                     outputs.append(item)
                 else:
-                    found += [self._chunk(c, include_usage) for c in self._pieces(item)]
+                    found += [chunk(choice) for choice in self._pieces(item)]
             yield found
         if include_usage:
-            yield [self._chunk(None, False) | {"usage": usage(outputs)}]
+            yield [self._chunk([]) | {"usage": usage(outputs)}]
 
-    def _chunk(self, choice: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        chunk = self._head | {"object": kind, "choices": [] if choice is None else [choice]}
-        return chunk | {"usage": None} if with_usage else chunk
+        return self._head | {"object": kind, "choices": choices}
+
+    def _so_far(self, index: int) -> dict[str, Any]:
+        """Return the usage of one choice."""
+        prompt = self._num_prompt_tokens[index // self._num_choices]
+        return counts(prompt, self._num_generated[index])
 
     def _beginnings(self, num_prompts: int) -> list[dict[str, Any]]:
         """Return the choices before the first token: the role in chat, or the echo."""
@@ -89,6 +116,7 @@ class OpenAIResponse:
 
     def _pieces(self, item: TextDelta) -> list[dict[str, Any]]:
         index = item.prompt_index * self._num_choices + item.index
+        self._num_generated[index] += len(item.token_ids)
         if not self._chat:
             piece = self._text(index, item.text, item.finish_reason)
             if item.logprobs is not None:

@@ -77,12 +77,28 @@ TEXT = {
         "needs stream",
     ),
     "a stream option": (
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-        "stream_options",
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
         "not supported",
     ),
     "cache_salt": ({"cache_salt": 4}, "cache_salt", "must be a string"),
     "a long cache_salt": ({"cache_salt": "a" * 257}, "cache_salt", "256 characters"),
+    "another stream option": (
+        {"stream": True, "stream_options": {"include_usge": False}},
+        "stream_options.include_usge",
+        "not supported",
+    ),
+    "stream options of another kind": ({"stream_options": [True]}, "stream_options", "an object"),
+    "a typo that is null": ({"temprature": None}, "temprature", "not supported"),
+    "a typo that is false": ({"temprature": False}, "temprature", "not supported"),
+    "a number for a flag": ({"echo": 0}, "echo", "true or false"),
+    "false for a number": ({"temperature": False}, "temperature", "between 0"),
+    "text for a number": ({"max_tokens": "5"}, "max_tokens", "max_tokens is '5'"),
+    "a user of another kind": ({"user": 5}, "user", "must be a string"),
+    "metadata of another kind": ({"metadata": {"a": 1}}, "metadata.a", "must be a string"),
+    "much metadata": ({"metadata": dict.fromkeys("abcdefghijklmnopq", "x")}, "metadata", "16"),
+    "storage": ({"store": True}, "store", "not supported"),
+    "another tier": ({"service_tier": "flex"}, "service_tier", "not supported"),
     "best_of": ({"best_of": 3}, "best_of", "not supported"),
     "suffix": ({"suffix": "end"}, "suffix", "not supported"),
     "logit_bias": ({"logit_bias": {"4": 1}}, "logit_bias", "not supported"),
@@ -175,8 +191,9 @@ def test_a_bad_field_is_named(served, url, body, param, message):
             "store": False,
         },
         {"stream_options": None, "stop": None, "seed": None, "model": None},
+        {"best_of": 1, "length_penalty": 1.0, "add_special_tokens": True, "bad_words": []},
     ],
-    ids=["that describe or ask for nothing", "that are null"],
+    ids=["that describe or ask for nothing", "that are null", "that have a default's value"],
 )
 def test_fields_are_let_pass(served, fields):
     status, answer, _ = post(served.url + "/v1/completions", {"prompt": "x"} | fields)
@@ -191,6 +208,7 @@ def test_fields_are_let_pass(served, fields):
         (b"\xff\xfe\xfa", "not JSON"),
         (b"[" * 30_000, "not JSON"),
         (b'["x"]', "must be an object"),
+        (b'{"prompt": "x", "temperature": NaN}', "not JSON: NaN"),
         (b'{"prompt": "a\\ud800"}', "not valid Unicode"),
         (b'{"prompt": "x", "\xed\xa0\x80": 1}', "not JSON"),
         ('{"prompt": "x", "\\ud800": 1}'.encode("utf-16"), "not JSON"),
@@ -201,6 +219,7 @@ def test_fields_are_let_pass(served, fields):
         "bytes",
         "deep",
         "a list",
+        "a constant of other languages",
         "half a surrogate pair",
         "that half as bytes",
         "another encoding",
@@ -219,6 +238,27 @@ def test_a_stream_that_is_refused_is_refused_by_its_status(served, url):
     status, answer, _ = post(served.url + url, body)
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
     assert answer["error"]["param"] == ("messages" if "chat" in url else "prompt")
+
+
+@pytest.mark.parametrize(
+    "body, limit",
+    [
+        ({"prompt": "a" * 2048}, 2048),
+        ({"prompt": [1] * 3000}, 2048),
+        ({"messages": [{"role": "user", "content": "a" * 2048}]}, 2048),
+        ({"prompt": "a" * 2000, "max_tokens": 40}, None),
+    ],
+    ids=["text", "token ids", "chat", "the pool"],
+)
+def test_an_error_of_length_has_the_words_that_clients_look_for(served, body, limit):
+    """litellm, as others, tells it from other refusals by these words of OpenAI's."""
+    url = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    limit = limit or served.service.llm.cache.max_sequence_tokens
+    status, answer, _ = post(served.url + url, body)
+    error = answer["error"]
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith(f"This model's maximum context length is {limit} tokens")
 
 
 def test_a_refusal_queues_none_of_several_prompts(served):

@@ -256,6 +256,42 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
     assert len({c.id for c in chunks}) == 1
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_each_chunk_has_the_usage_so_far_if_a_client_asks(client, chat):
+    """As vLLM counts: the tokens of the chunk's own choice."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    values = {"n": 2, "seed": 3, "max_tokens": 7, "temperature": 1.0, "model": "tiny"}
+    values |= {"stream": True, "stream_options": options}
+    talk = [{"role": "user", "content": "x"}]
+    if chat:
+        create, values = client.chat.completions.create, values | {"messages": talk}
+    else:
+        create, values = client.completions.create, values | {"prompt": ["The sea", "ab"]}
+    with create(**values) as stream:
+        *chunks, last = stream
+    counted = {}
+    for chunk in chunks:
+        [choice] = chunk.choices
+        usage, before = chunk.usage, counted.get(choice.index)
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert before is None or usage.completion_tokens >= before.completion_tokens
+        assert before is None or usage.prompt_tokens == before.prompt_tokens
+        counted[choice.index] = usage
+    assert sorted(counted) == list(range(2 if chat else 4))
+    assert chunks[0].usage.completion_tokens == (0 if chat else 1)
+    assert [u.completion_tokens for u in counted.values()] == [7] * len(counted)
+    assert last.usage.completion_tokens == 7 * len(counted)
+    assert last.usage.prompt_tokens == sum(counted[i].prompt_tokens for i in sorted(counted)[::2])
+
+
+def test_usage_is_left_out_where_only_the_running_one_is_asked_for(client):
+    options = {"continuous_usage_stats": True}  # vLLM takes it as a detail of include_usage
+    with client.completions.create(
+        prompt="x", stream=True, stream_options=options, **GREEDY
+    ) as stream:
+        assert all(chunk.usage is None and chunk.choices for chunk in stream)
+
+
 def test_an_event_is_one_line_however_its_reader_splits_lines():
     """Clients that split text instead of bytes take more characters for a line end."""
     event = _event({"text": "a\u2028b\u2029c\x85d\x0b\n"}).decode()
