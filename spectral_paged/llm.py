@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -37,7 +38,7 @@ from spectral_paged.errors import (
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.generation import check_choice, end_tokens, sampling_defaults
-from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.outputs import RequestOutput, TextDelta
@@ -101,7 +102,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | LoadedModel = "smollm2-135m",
+        model: str | PathLike[str] | LoadedModel = "smollm2-135m",
         *,
         kv_format: str | PageFormat = "auto",
         device: str = "auto",
@@ -185,12 +186,11 @@ class LLM:
 
         Raises:
             TypeError: an option does not exist, or is one of loading.
+            UnsupportedModelError: the model is none of these, or has adapters.
         """
         if of_loading := [name for name in LOADING if name in options]:
             raise TypeError(f"from_model takes no {of_loading[0]}: the model is loaded already")
-        geometry = ModelGeometry.from_config(model.config)
-        loaded = LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry)
-        return cls(loaded, **options)
+        return cls(given_model(model, tokenizer), **options)
 
     def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
         """Compile kernels and capture decode graphs now, instead of when a step first needs them.
@@ -230,8 +230,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -241,9 +241,12 @@ class LLM:
         in prompt order (None for the others).
 
         Args:
-            prompts: one or many; text, token ids, or `{"prompt": ...}` /
+            prompts: one or many; text, token ids (an array or tensor too), what a tokenizer
+                returned, or `{"prompt": ...}` /
                 `{"prompt_token_ids": ..., "cache_salt": ..., "pinned_spans": [(start, end)]}`;
-                pinned spans are positions of tokens that stay exact, by whole blocks of 512.
+                pinned spans are positions of tokens that stay exact, by whole blocks of 512. Many
+                are a list, a column of a table, or an array with a row for each, of which every
+                token counts: a tokenizer's whole answer says which are pads.
             sampling_params: one for all, or one for each prompt; None: those of
                 `get_default_sampling_params`.
 
@@ -255,7 +258,7 @@ class LLM:
     def _complete(
         self,
         prompts: Sequence[Prompt | Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None,
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
@@ -283,8 +286,8 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        messages: Iterable[Message] | Iterable[Iterable[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -326,8 +329,8 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
     ) -> Iterator[TextDelta]:
         """Yield pieces of text of all prompts, once no later stop string can remove them.
 

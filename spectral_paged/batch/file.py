@@ -1,7 +1,8 @@
 """The input and output files of a JSONL batch; finished records survive a kill of the process.
 
 ```
-in    {"prompt": "..."} | "..." | {"messages": [...]} | an OpenAI batch line (custom_id, url, body)
+in    {"prompt": "..."} | "..." | {"prompt_token_ids": [...]} | {"messages": [...]}
+      | an OpenAI batch line (custom_id, url, body)
 out   one record a line, as each finishes, with the input's line number and a hash of its bytes
 ```
 """
@@ -15,13 +16,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 
 from spectral_paged.batch.source import raw_lines
-from spectral_paged.engine import check_messages, check_salt
+from spectral_paged.engine import ENCODING_KEYS, check_messages, check_salt, parts_of
 from spectral_paged.errors import (
     CorruptFileError,
     InvalidRequestError,
@@ -50,6 +52,16 @@ from spectral_paged.openai import (
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 
+LINE_FIELDS = (
+    "prompt",
+    "prompt_token_ids",
+    *ENCODING_KEYS,
+    "messages",
+    "custom_id",
+    "id",
+    "sampling_params",
+    "cache_salt",
+)
 _RECORD_START = b'{"line": '
 
 logger = logging.getLogger(__name__)
@@ -75,14 +87,14 @@ class BatchLine:
     named: frozenset[str] = frozenset(SAMPLING_FIELDS)
 
 
-def read_lines(path: Path, defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
+def read_lines(path: str | PathLike[str], defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
     """Yield the lines of a JSONL file that are not blank. A bad line has its error as `error`.
 
     Args:
         defaults: sampling values for fields that a line does not have.
     """
     seen: dict[str, int] = {}
-    for number, raw in raw_lines(path):
+    for number, raw in raw_lines(Path(path)):
         line = _read_line(number, raw, defaults)
         if line.custom_id is not None:
             first = seen.setdefault(line.custom_id, number)
@@ -151,16 +163,21 @@ def _parse(
         raise InvalidRequestError(f"sampling_params is {shown(given)}; it must be an object")
     given = given | {k: v for k, v in value.items() if k in SAMPLING_FIELDS}
     given = {k: v for k, v in given.items() if v is not None}
-    ours = {"prompt", "messages", "custom_id", "id", "sampling_params", "cache_salt"}
-    extra = set(value) - set(SAMPLING_FIELDS) - ours
+    extra = set(value) - set(SAMPLING_FIELDS) - set(LINE_FIELDS)
     if extra:
-        raise InvalidRequestError(f"unknown fields {shown(sorted(extra))}")
+        raise InvalidRequestError(
+            f"unknown fields {shown(sorted(extra))}: a line takes {', '.join(LINE_FIELDS)}, and "
+            "sampling fields"
+        )
+    prompt, messages = _prompt(value), value.get("messages")
+    if (messages is None) == (prompt is None):
+        raise InvalidRequestError("a line needs either 'prompt' or 'messages'")
     return BatchLine(
         number,
         digest,
         custom_id=_custom_id(value),
-        prompt=value.get("prompt"),
-        messages=_messages(value),
+        prompt=prompt,
+        messages=None if messages is None else check_messages(messages),
         params=_params(dict(defaults) | given),
         cache_salt=_cache_salt(value),
         named=frozenset({*defaults, *given}),
@@ -206,16 +223,16 @@ def _cache_salt(value: Mapping[str, Any]) -> str:
     return "" if salt is None else check_salt(salt)
 
 
-def _messages(value: Mapping[str, Any]) -> list[dict[str, str]] | None:
-    messages = value.get("messages")
-    if (messages is None) == (value.get("prompt") is None):
-        raise InvalidRequestError("a line needs either 'prompt' or 'messages'")
-    if messages is None:
-        prompt = value["prompt"]
-        if not isinstance(prompt, str | list):
-            raise InvalidRequestError("prompt must be a string or a list of token ids")
+def _prompt(value: Mapping[str, Any]) -> str | list[int] | None:
+    """Return a line's text or token ids, named as in the mappings that `LLM.generate` takes."""
+    names = ("prompt", "prompt_token_ids", *ENCODING_KEYS)
+    given = {name: value[name] for name in names if value.get(name) is not None}
+    if not given:
         return None
-    return check_messages(messages)
+    prompt = parts_of(given)[0]
+    if not isinstance(prompt, str | list):
+        raise InvalidRequestError("prompt must be a string or a list of token ids")
+    return prompt
 
 
 def _params(values: Mapping[str, Any]) -> SamplingParams:
@@ -302,16 +319,20 @@ class OutputFile:
     """
 
     def __init__(
-        self, path: Path, *, overwrite: bool = False, run: Mapping[str, Any] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        run: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = path
+        self.path = Path(path)
         self.num_served = 0
         self._run = dict(run or {})
         self._earlier_run: dict[str, Any] | None = None
         self._lock_file = filelock.FileLock(f"{path}.lock")
         self.finished: dict[int, str] = {}
         self._stale = overwrite
-        self._file: IO[bytes] = path.open("ab")
+        self._file: IO[bytes] = self.path.open("ab")
         try:
             self._lock()
             if not overwrite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ class BatchRun:
     An error record counts as finished, so a resumed run does not serve its line again.
     """
 
-    def __init__(self, llm: LLM, source: Path, output: OutputFile) -> None:
+    def __init__(self, llm: LLM, source: str | PathLike[str], output: OutputFile) -> None:
         self.llm = llm
-        self.source = source
+        self.source = Path(source)
         self.output = output
         self.summary = BatchSummary()
         self.total = 0

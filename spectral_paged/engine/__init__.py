@@ -29,6 +29,7 @@ from spectral_paged.engine.messages import (
     conversations,
 )
 from spectral_paged.engine.prompts import (
+    ENCODING_KEYS,
     Prompt,
     check_salt,
     params_list,
@@ -43,6 +44,7 @@ from spectral_paged.engine.turns import (
 __all__ = [
     "Conversation",
     "Distribution",
+    "ENCODING_KEYS",
     "Engine",
     "MESSAGES_SCHEMA",
     "Message",

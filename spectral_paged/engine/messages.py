@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from spectral_paged.errors import refusal, shown
+from spectral_paged.sampling import plain_list
 
 Message = Mapping[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -55,13 +56,18 @@ class Conversation:
 
 
 def conversations(messages: object) -> list[Conversation]:
-    """Return one conversation, or each of a list of conversations."""
-    if isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple):
-        return [Conversation(one) for one in messages]
-    return [Conversation(messages)]
+    """Return one conversation, or each of a list or column of conversations.
+
+    Raises:
+        InvalidRequestError: `messages` is a table.
+    """
+    given = plain_list(messages, "messages")
+    if given and isinstance(given[0], list | tuple):
+        return [Conversation(one) for one in given]
+    return [Conversation(messages if given is None else given)]
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
+def check_messages(messages: Any) -> list[dict[str, str]]:
     """Return a conversation whose every message has a known role and text as its content.
 
     Text parts are joined by line ends, as vLLM does for templates of strings.
@@ -70,7 +76,8 @@ def check_messages(messages: object) -> list[dict[str, str]]:
         InvalidRequestError: anything else; `error.param` is the place, such as
             `messages.0.content`.
     """
-    if not isinstance(messages, list | tuple) or not messages:
+    messages = plain_list(messages, "messages")
+    if not messages:
         raise refusal("messages must be a list of {'role': ..., 'content': ...}", "messages")
     return [_message(message, f"messages.{i}") for i, message in enumerate(messages)]
 
@@ -106,10 +113,11 @@ def _content(content: object, where: str) -> str:
     """Return text, or text parts joined by line ends."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+    parts = plain_list(content, where)
+    if not parts:
         raise refusal(f"{where} must be a string or a list of text parts", where)
     texts = []
-    for i, part in enumerate(content):
+    for i, part in enumerate(parts):
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
             raise refusal(f"{where}.{i} must be an object with a type", f"{where}.{i}")
         if part["type"] != "text":

@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.cache import CacheOptions
 from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra, shown
-from spectral_paged.models.loader import EMBEDDED
+from spectral_paged.models.loader import EMBEDDED, model_name
 
 try:
     import pyarrow as pa
@@ -119,8 +120,8 @@ class LineWorker:
 
 
 def run_batch(
-    model: str,
-    source: Path,
+    model: str | PathLike[str],
+    source: str | PathLike[str],
     output: OutputFile,
     defaults: Mapping[str, Any],
     *,
@@ -149,7 +150,16 @@ def run_batch(
     """
     with _joined(address):
         resource, num_workers = _workers(options.get("device", "auto"), num_workers)
-        return _run(model, source, output, defaults, options, resource, num_workers, quiet)
+        return _run(
+            model_name(model),
+            Path(source),
+            output,
+            defaults,
+            options,
+            resource,
+            num_workers,
+            quiet,
+        )
 
 
 @contextmanager

@@ -14,6 +14,8 @@ __all__ = [
     "generation",
     "geometry",
     "gguf",
+    "given_model",
+    "hub",
     "kept_files",
     "loader",
     "runner",

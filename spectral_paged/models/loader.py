@@ -6,7 +6,10 @@ A GGUF file is converted once, to a folder beside other kept files, so the next 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from spectral_paged.models.checkpoint_files import check_checkpoint, check_sizes
 from spectral_paged.models.generation import check_file_of
 from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 from spectral_paged.models.gguf import convert_gguf
+from spectral_paged.models.hub import did_you_mean, find_on_hub, looks_like_a_path
 from spectral_paged.models.kept_files import is_conversion
 
 # alias -> (package that carries the weights, what to install)
@@ -62,21 +66,40 @@ def embedded_gguf(alias: str) -> Path:
     return files[0]
 
 
-def resolve(name: str) -> str:
-    """The local folder of a model name, or `name` itself where it is a hub id.
+def model_name(model: object) -> str:
+    """The name of a model that is to be loaded; that of a `Path` can be no hub id.
 
     Raises:
-        UnknownModelError: the path does not exist.
+        UnknownModelError: `model` is neither a string nor a path.
+    """
+    if isinstance(model, PathLike):
+        path = Path(os.fsdecode(model)).expanduser()
+        return str(path) if path.is_absolute() else os.path.join(os.curdir, path)
+    if isinstance(model, str):
+        return model
+    loaded = hasattr(model, "config") or hasattr(model, "generate")
+    raise UnknownModelError(
+        f"model is a {type(model).__name__}; give a name or a path"
+        + (", or a model that is loaded to LLM.from_model(model, tokenizer)" if loaded else "")
+    )
+
+
+def resolve(model: str | PathLike[str]) -> str:
+    """The local folder of a model, or its name where it is a hub id that the hub has.
+
+    Raises:
+        UnknownModelError: the path does not exist, or the hub has no such model.
         UnsupportedModelError: a file of weights is not GGUF, or a GGUF file has keys or tensors
             that are not served.
         CorruptFileError: a `.gguf` file is truncated, damaged or not GGUF.
     """
+    name = model_name(model)
     if name in EMBEDDED:
         return str(convert_gguf(embedded_gguf(name)))
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
-            raise UnknownModelError(f"there is no file {shown(name)}")
+            raise UnknownModelError(f"there is no file {shown(name)}{did_you_mean(name, EMBEDDED)}")
         return str(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -86,11 +109,14 @@ def resolve(name: str) -> str:
         return str(path)
     if path.is_file():
         refuse_pickle(path)
-    return name
+        raise UnknownModelError(f"{shown(name)} is a file that is no model: name its folder")
+    if looks_like_a_path(name):
+        raise UnknownModelError(f"there is no folder {shown(name)}{did_you_mean(name, EMBEDDED)}")
+    return find_on_hub(name, EMBEDDED)
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a model name.
+def load_config(model: str | PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model by its name or path.
 
     Args:
         trust_remote_code: run Python code that comes with the model.
@@ -100,7 +126,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         UnsupportedModelError: transformers does not know the model in the folder.
         CorruptFileError: config.json in the folder cannot be read.
     """
-    where = resolve(name)
+    return _config_in(resolve(model), model_name(model), trust_remote_code)
+
+
+def _config_in(where: str, name: str, trust_remote_code: bool) -> Any:
     check_sizes(where, "config.json")
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -108,35 +137,48 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         reason = cut(" ".join(str(error).split()))
         if not Path(where).is_dir():
             raise UnknownModelError(
-                f"unknown model {shown(name)}: it is no alias ({', '.join(EMBEDDED)}), no folder, "
-                f"no .gguf file, and no hub id that can be reached ({reason})"
+                f"model {shown(name)} is on the hub, but its config cannot be loaded ({reason})"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"folder {shown(name)} holds a model with Python code of its own: read the code, "
+                "and pass trust_remote_code=True to run it"
             ) from error
         if isinstance(error, ValueError):
             raise UnsupportedModelError(
-                f"folder {name!r} holds no model that transformers knows ({reason}); this "
+                f"folder {shown(name)} holds no model that transformers knows ({reason}); this "
                 f"version serves {', '.join(FAMILIES)}: take a model of one of them"
             ) from error
         raise CorruptFileError(
-            f"config.json in folder {name!r} cannot be read ({reason}): fetch it again"
+            f"config.json in folder {shown(name)} cannot be read ({reason}): fetch it again"
         ) from error
 
 
 def load_model(
-    name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    model: str | PathLike[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    check: Callable[[ModelGeometry], object] | None = None,
 ) -> LoadedModel:
     """Load a model's weights (safetensors only) and its tokenizer.
 
     Args:
         trust_remote_code: run Python code that comes with the model.
+        check: called with the geometry before weights are downloaded or read, to raise for options
+            that do not fit the model.
 
     Raises:
         UnknownModelError, UnsupportedModelError: as `load_config`.
         CorruptFileError: as `load_config`, or weights or tokenizer cannot be loaded.
         MissingPackageError: the model's own code, or transformers, needs a package.
     """
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    name, where = model_name(model), resolve(model)
+    config = _config_in(where, name, trust_remote_code)
     geometry = ModelGeometry.from_config(config)
-    where = resolve(name)
+    if check is not None:
+        check(geometry)
     check_sizes(where)
     check_checkpoint(where, config)
     check_file_of(where)
@@ -144,7 +186,7 @@ def load_model(
     if is_conversion(Path(where)):
         remedy = f"delete {where}, and they are made again"
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        weights, found = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
             use_safetensors=True,
@@ -155,21 +197,22 @@ def load_model(
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except ImportError as error:
         raise MissingPackageError(
-            f"model {name!r} needs a package that is not installed: {cut(str(error))}"
+            f"model {shown(name)} needs a package that is not installed: {cut(str(error))}"
         ) from error
     except Exception as error:
         raise CorruptFileError(
-            f"the files of model {name!r} in {where} cannot be loaded ({cut(str(error))}): {remedy}"
+            f"the files of model {shown(name)} in {where} cannot be loaded ({cut(str(error))}): "
+            f"{remedy}"
         ) from error
     try:
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = cut(" ".join(str(error).split()))
         raise CorruptFileError(
-            f"model {name!r} in {where} has no tokenizer that can be loaded ({reason}): fetch its "
-            "files, or load the model yourself and give it to LLM.from_model with token ids"
+            f"model {shown(name)} in {where} has no tokenizer that can be loaded ({reason}): fetch "
+            "its files, or load the model yourself and give it to LLM.from_model with token ids"
         ) from error
-    return LoadedModel(name, model.to(device).eval(), tokenizer, geometry)
+    return LoadedModel(name, weights.to(device).eval(), tokenizer, geometry)
 
 
 def load_tokenizer(where: str, **options: Any) -> Any:

@@ -22,6 +22,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -169,9 +170,9 @@ class SharedBasis:
 
     # ---- file ----------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write the statistics to a safetensors file, by way of a temporary file beside it."""
-        names = COVARIANCES + METRICS
+        path, names = Path(path), COVARIANCES + METRICS
         tensors = {n: getattr(self, n).float().cpu().contiguous() for n in names}
         metadata = {
             "version": BASIS_VERSION,
@@ -190,7 +191,9 @@ class SharedBasis:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path, *, model_fingerprint: str | None = None) -> SharedBasis:
+    def load(
+        cls, path: str | PathLike[str], *, model_fingerprint: str | None = None
+    ) -> SharedBasis:
         """Read a calibration from a file.
 
         Args:
@@ -200,6 +203,7 @@ class SharedBasis:
             CorruptFileError: the file is truncated, altered, or no calibration.
             FormatError: the calibration was made from another model.
         """
+        path = Path(path)
         try:
             check_file(path, MAX_CALIBRATION_BYTES, "a calibration")
             with safe_open(path, framework="pt") as file:

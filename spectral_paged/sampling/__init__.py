@@ -10,6 +10,9 @@ from spectral_paged.sampling.params import (
     Rule,
     SamplingParams,
 )
+from spectral_paged.sampling.plain_values import (
+    plain_list,
+)
 from spectral_paged.sampling.sampler import (
     PendingTokens,
     Sampled,
@@ -25,4 +28,5 @@ __all__ = [
     "Sampled",
     "SampledTokens",
     "SamplingParams",
+    "plain_list",
 ]

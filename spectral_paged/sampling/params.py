@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectral_paged.errors import SamplingParamsError, shown
+from spectral_paged.sampling.plain_values import plain
 
 MAX_N = 1024
 MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
@@ -121,6 +122,8 @@ RULES: Mapping[str, Rule] = {
 class SamplingParams:
     """The parameters by which a request samples; names and meaning are vLLM's.
 
+    Numbers and lists of numpy and torch become Python's own.
+
     Args:
         n: number of completions of the prompt.
         temperature: values below 1e-5 sample greedily.
@@ -164,7 +167,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
-            rule.check(getattr(self, name), name)
+            value = plain(getattr(self, name))
+            if isinstance(value, list | tuple):
+                value = (tuple if isinstance(value, tuple) else list)(map(plain, value))
+            object.__setattr__(self, name, value)
+            rule.check(value, name)
         if self.min_tokens > self.max_tokens:
             error = SamplingParamsError(
                 f"min_tokens is {shown(self.min_tokens)}; it must be between 0 and max_tokens "

@@ -223,7 +223,7 @@ def test_a_request_that_cannot_be_set_up_fails_alone_and_leaves_nothing(monkeypa
     raise_once(monkeypatch, RequestGroup, "add_completion", AttributeError("no backend"), 2)
     with pytest.raises(RequestFailedError, match="request 'a' cannot be prepared: AttributeError"):
         llm.engine.add_request("a", [1, 2], SamplingParams(n=3))
-    assert not llm.engine.has_unfinished() and not llm.engine._by_sequence
+    assert not llm.engine.has_unfinished() and not llm.engine.requests.by_sequence
     assert llm.stats()["refused"] == {"RequestFailedError": 1}
     llm.engine.add_request("a", [1, 2], SamplingParams(n=3))
     llm.engine.abort("a")

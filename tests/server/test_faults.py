@@ -113,7 +113,7 @@ def spoiling(llm, monkeypatch, victim, kind):
 
     def spoil(plan, token_ids, rows, pending=None):
         ends = [e.seq_id for e in plan.entries]
-        requests = [engine._by_sequence[seq_id].request for seq_id in ends]
+        requests = [engine.requests.by_sequence[seq_id].request for seq_id in ends]
         bad = [r.token_ids[0] == victim and r.num_tokens > 5 for r in requests]
         if any(bad) and kind == "memory":
             raise MemoryError
