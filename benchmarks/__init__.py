@@ -4,6 +4,7 @@ __all__ = [
     "capacity",
     "command",
     "decode",
+    "parsers",
     "quality",
     "results_io",
     "seal",

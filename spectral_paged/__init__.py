@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from spectral_paged import cpu_threads
 
 if TYPE_CHECKING:
-    from spectral_paged.cache import CacheOptions, SpectralKVCache
+    from spectral_paged.cache import SpectralKVCache
     from spectral_paged.engine import Engine
     from spectral_paged.llm import LLM
+    from spectral_paged.options import CacheOptions
     from spectral_paged.pages import PageFormat, SharedBasis
     from spectral_paged.sampling import SamplingParams
 
@@ -34,7 +35,7 @@ __all__ = [
 ]
 _HOMES = {
     "LLM": "llm",
-    "CacheOptions": "cache",
+    "CacheOptions": "options",
     "Engine": "engine",
     "PageFormat": "pages",
     "SamplingParams": "sampling",

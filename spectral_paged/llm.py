@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, TypeVar, Unpack
 
-import torch
 from tqdm import tqdm
 
-from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
     Conversation,
@@ -41,8 +39,8 @@ from spectral_paged.models.generation import check_choice, end_tokens, sampling_
 from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.runner import ModelRunner
+from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
 from spectral_paged.outputs import RequestOutput, TextDelta
-from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
@@ -75,25 +73,9 @@ class LLM:
     Args:
         model: alias of the embedded default, hub id, local folder, path to a `.gguf` file, or a
             `LoadedModel`, which has its own device and dtype.
-        kv_format: preset name, `exact`, or a `PageFormat`; `auto` needs no calibration file.
-        device: `auto` takes CUDA if it is available.
-        dtype: `auto` is fp32 on the CPU and bf16 on CUDA.
-        gpu_memory_utilization: share of GPU memory for weights, cache and a step's activations,
-            which are measured by running a step as large as the budgets allow.
-        max_num_batched_tokens: the most tokens that a step computes; `max_num_seqs` is the limit
-            on its sequences.
-        prefill_segment: number of prompt tokens whose queries see each other exactly (presets
-            only).
-        enforce_eager: use neither CUDA graphs nor `torch.compile` (the CPU uses neither anyway).
-        compile_layers: `torch.compile` the model's layers, which takes about 20 seconds at start.
-        trust_remote_code: run Python code that comes with the model; by default such a model is
-            refused.
-        async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
-        seed: base of the seeds of requests without a seed.
-        generation_config: `auto` takes the sampling values of the model's generation config where
-            a request names none; `none` ignores them. End tokens of it count either way.
-        cache_options, **options: `CacheOptions`, or its fields by name (`kv_cache_bytes`,
-            `max_num_seqs`, `max_model_len`, `exempt_layers`, `calibration`, ...).
+        cache_options: `CacheOptions` or `LLMOptions`, as an object.
+        **options: the fields of `LLMOptions` by name (`kv_format`, `kv_cache_bytes`, `device`,
+            `max_num_seqs`, `max_model_len`, ...), which are also options of the command line.
 
     Raises:
         TypeError: an option does not exist.
@@ -102,53 +84,41 @@ class LLM:
 
     def __init__(
         self,
-        model: str | PathLike[str] | LoadedModel = "smollm2-135m",
+        model: str | PathLike[str] | LoadedModel = DEFAULT_MODEL,
         *,
-        kv_format: str | PageFormat = "auto",
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        gpu_memory_utilization: float = 0.9,
-        max_num_batched_tokens: int = 8192,
-        prefill_segment: int = 2048,
-        enforce_eager: bool = False,
-        compile_layers: bool = True,
-        async_scheduling: bool = True,
-        trust_remote_code: bool = False,
-        seed: int = 0,
-        generation_config: str = "auto",
         cache_options: CacheOptions | None = None,
-        **options: Unpack[CacheOptionsDict],
+        **options: Unpack[LLMOptionsDict],
     ) -> None:
-        chosen = CacheOptions.of(LLM, cache_options, options)
-        check_choice(generation_config)
-        config = SchedulerConfig(chosen.max_num_seqs, max_num_batched_tokens)
+        chosen = LLMOptions.of(LLM, cache_options, options)
+        check_choice(chosen.generation_config)
+        config = SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens)
         if isinstance(model, LoadedModel):
             loaded = model
         else:
-            where = choose_device(device)
+            where = choose_device(chosen.device)
             loaded = load_model(
                 model,
                 device=where,
-                dtype=choose_dtype(dtype, where),
-                trust_remote_code=trust_remote_code,
+                dtype=choose_dtype(chosen.dtype, where),
+                trust_remote_code=chosen.trust_remote_code,
             )
         where = loaded.model.device
         geometry = loaded.geometry
         longest = longest_sequence(geometry, chosen.max_model_len)
-        format = model_format(kv_format, geometry, prefill_segment=prefill_segment)
+        format = model_format(chosen.kv_format, geometry, prefill_segment=chosen.prefill_segment)
         if not format.prefill_segment:
             raise FormatError(
                 f"format {format.name!r} has prefill_segment=0, so what queries see would depend "
                 "on how the scheduler cuts prompts: use a multiple of 512"
             )
         self.model_name = loaded.name
-        self.sampling_defaults = sampling_defaults(loaded.model, generation_config)
+        self.sampling_defaults = sampling_defaults(loaded.model, chosen.generation_config)
         reserved = 0
         if chosen.kv_cache_bytes is None:
             reserved = activation_bytes(
                 loaded.model,
                 geometry,
-                num_tokens=max_num_batched_tokens,
+                num_tokens=chosen.max_num_batched_tokens,
                 num_rows=chosen.max_num_seqs,
                 max_model_len=longest,
             )
@@ -156,11 +126,14 @@ class LLM:
             loaded,
             format,
             chosen,
-            gpu_memory_utilization=gpu_memory_utilization,
+            gpu_memory_utilization=chosen.gpu_memory_utilization,
             reserved_bytes=reserved,
         )
         self._runner = ModelRunner(
-            loaded.model, self.cache, enforce_eager=enforce_eager, compile_layers=compile_layers
+            loaded.model,
+            self.cache,
+            enforce_eager=chosen.enforce_eager,
+            compile_layers=chosen.compile_layers,
         )
         self.engine = Engine(
             self._runner,
@@ -169,8 +142,8 @@ class LLM:
             scheduler_config=config,
             eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, geometry.vocab_size),
             vocab_size=geometry.vocab_size,
-            seed=seed,
-            async_scheduling=async_scheduling and where.type == "cuda",
+            seed=chosen.seed,
+            async_scheduling=chosen.async_scheduling and where.type == "cuda",
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()

@@ -22,9 +22,9 @@ SOURCES = {
 }
 # What each part may know of the package; the longest name that fits a module counts. A name covers
 # all below it. Nothing is listed twice for a part and for what is inside of it.
-ANYBODY = {"errors", "file_limits", "arguments"}  # what everybody but the leaf packages may use
+ANYBODY = {"errors", "file_limits"}  # what everybody but the leaf packages may use
 OPS = {"kernels.page", "kernels.math", "kernels.launch"}
-CACHE = {"pool", "pages", "device", "rope", "kernels"}
+CACHE = {"pool", "pages", "device", "rope", "kernels", "options"}
 LLM = CACHE | {"cache", "sampling", "models", "engine", "scheduler", "outputs", "llm"}
 MAY_KNOW: dict[str, set[str]] = {
     "kernels": set(),
@@ -41,7 +41,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "cpu_threads": set(),
     "errors": set(),
     "file_limits": {"errors"},
-    "arguments": set(),
+    "options": {"pages"},
     "outputs": set(),
     "data": set(),
     "rope": {"kernels"},

@@ -44,6 +44,7 @@ from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.calibration import model_fingerprint
 from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.options import DEFAULT_MODEL
 
 QUICK_SECTIONS = ("continuation", "needles", "reconstruction")
 QUICK_LENGTHS, FULL_LENGTHS = (1024, 2048), (2048, 4096, 8192)
@@ -59,7 +60,7 @@ CALIBRATION_TOKENS = 2048  # tokens for calibrated peers, of texts that are neve
 class Options:
     """Arguments of `bench quality`; None and empty stand for the default, quick or full."""
 
-    model: str = "smollm2-135m"
+    model: str = DEFAULT_MODEL
     device: str = "auto"
     dtype: str = "auto"
     formats: Sequence[str] = ()

@@ -22,6 +22,7 @@ from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, 
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.options import LLMOptions
 
 GENERATE = "transformers"
 CONTINUOUS = "transformers-continuous"
@@ -45,20 +46,20 @@ class Options:
     model: str
     workload: WorkloadOptions
     backends: Sequence[str] = BACKENDS
-    device: str = "auto"
+    device: str = LLMOptions.device
     dtype: str = "auto"
     input_lens: Sequence[int] = ()
-    max_num_seqs: Sequence[int] = (256,)
-    max_num_batched_tokens: int = 8192
-    kv_cache_bytes: int | None = None
-    enable_prefix_caching: bool = True
+    max_num_seqs: Sequence[int] = (LLMOptions.max_num_seqs,)
+    max_num_batched_tokens: int = LLMOptions.max_num_batched_tokens
+    kv_cache_bytes: int | None = LLMOptions.kv_cache_bytes
+    enable_prefix_caching: bool = LLMOptions.enable_prefix_caching
     profile: bool = False
     decode_only: bool = False
     fit: bool = False
     rounds: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
-    enforce_eager: bool = False
+    gpu_memory_utilization: float = LLMOptions.gpu_memory_utilization
+    max_model_len: int | None = LLMOptions.max_model_len
+    enforce_eager: bool = LLMOptions.enforce_eager
     name: str = ""
     output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
 

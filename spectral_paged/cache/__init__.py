@@ -25,10 +25,6 @@ from spectral_paged.cache.index import (
 from spectral_paged.cache.observer import (
     CacheObserver,
 )
-from spectral_paged.cache.options import (
-    CacheOptions,
-    CacheOptionsDict,
-)
 from spectral_paged.cache.pins import (
     Spans,
     pinned_blocks,
@@ -51,8 +47,6 @@ from spectral_paged.cache.visibility import (
 
 __all__ = [
     "CacheObserver",
-    "CacheOptions",
-    "CacheOptionsDict",
     "DecodeRows",
     "Encoder",
     "HISTORY_TOKENS",

@@ -10,12 +10,12 @@ from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.capacity import Share, divide
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.layer_spec import LayerSpec
-from spectral_paged.cache.options import CacheOptions
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
+from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena
 from spectral_paged.rope import RotaryTable

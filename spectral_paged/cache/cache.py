@@ -26,7 +26,6 @@ from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
 from spectral_paged.cache.observer import CacheObserver, Observers
-from spectral_paged.cache.options import CacheOptions, CacheOptionsDict
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
 from spectral_paged.cache.sealer import Sealer
@@ -35,6 +34,7 @@ from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
 from spectral_paged.errors import PoolError
 from spectral_paged.kernels.ops import page_ops
+from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import PageFormat
 
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from spectral_paged.cache import CacheObserver, CacheOptions, PlanEntry, SpectralKVCache, StepPlan
+from spectral_paged.cache import CacheObserver, PlanEntry, SpectralKVCache, StepPlan
 from spectral_paged.errors import ConformanceError
+from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 
 Result = Sequence[int] | Exception

@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 
-from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.conformance.adapter import (
     Adapter,
     AdapterConfig,
@@ -37,6 +36,7 @@ from spectral_paged.conformance.small_llama import random_prompts, small_llama
 from spectral_paged.errors import ConformanceError
 from spectral_paged.llm import LLM
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 

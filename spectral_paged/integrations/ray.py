@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_record
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
-from spectral_paged.cache import CacheOptions
 from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra, shown
 from spectral_paged.models.loader import EMBEDDED, model_name
+from spectral_paged.options import LLMOptions
 
 try:
     import pyarrow as pa
@@ -217,7 +217,7 @@ def _run(
     per_task = max(
         1,
         min(
-            SEATS_PER_TASK * int(options.get("max_num_seqs", CacheOptions().max_num_seqs)),
+            SEATS_PER_TASK * int(options.get("max_num_seqs", LLMOptions.max_num_seqs)),
             (total - len(output.finished)) // (TASKS_PER_WORKER * num_workers),
         ),
     )

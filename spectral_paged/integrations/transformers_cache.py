@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from spectral_paged.cache import CacheOptions, CacheOptionsDict, read_history
+from spectral_paged.cache import read_history
 from spectral_paged.errors import CapacityError, InvalidRequestError, PoolError
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME, CACHE_OPTION
 from spectral_paged.integrations.forward_hooks import watch, watch_generate
@@ -32,6 +32,7 @@ from spectral_paged.integrations.stored_columns import StoredColumns
 from spectral_paged.models.cache_for_model import model_cache, model_format
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel, tokenizer_of
+from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import PageFormat
 
 ANOTHER_PROMPT = (

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spectral_paged.cache import CacheOptions, SpectralKVCache
+from spectral_paged.cache import SpectralKVCache
 from spectral_paged.device import choose_cache_bytes
 from spectral_paged.errors import FormatError, InvalidRequestError, shown
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 

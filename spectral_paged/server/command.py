@@ -6,20 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-import math
 import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 
-from spectral_paged.arguments import (
-    add_engine_options,
-    engine_options,
-    parse_bytes,
-    port_number,
-    positive,
-)
 from spectral_paged.errors import InvalidRequestError, shown
+from spectral_paged.options import LLMOptions, add_options, given_options, port_number
 from spectral_paged.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
@@ -27,74 +20,17 @@ METRICS_KEY_VARIABLE = "SPECTRAL_PAGED_METRICS_KEY"
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    standard = ServerSettings(())
     parser.add_argument("model", help="alias, hub id, folder or .gguf file")
-    add_engine_options(parser)
+    add_options(parser, LLMOptions)
     parser.add_argument(
         "--warm-up",
         action="store_true",
         help="on CUDA: compile and capture every decode graph before the first request",
     )
     http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
-    http.add_argument("--port", type=port_number, default=8000, help="0: any; default 8000")
-    http.add_argument(
-        "--api-key",
-        action="append",
-        metavar="KEY",
-        help=f"asked for by /v1; may be given several times; or set {API_KEY_VARIABLE}",
-    )
-    http.add_argument(
-        "--prefix-cache-per-key",
-        action=argparse.BooleanOptionalAction,
-        help="requests share cached prompt tokens with those of the same API key only; default: "
-        "where there are several keys",
-    )
-    http.add_argument(
-        "--metrics-key",
-        metavar="KEY",
-        help=f"asked for by /metrics; or set {METRICS_KEY_VARIABLE}; default: it is open",
-    )
-    http.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="what requests call the model; answers use the first; default the model argument",
-    )
-    http.add_argument(
-        "--allowed-origins",
-        nargs="+",
-        metavar="ORIGIN",
-        help="pages of these origins may call the server from a browser (CORS): such as "
-        "https://chat.example, '*' for all, or a JSON list; default none",
-    )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-num-requests",
-        type=positive,
-        default=standard.max_num_requests,
-        help="completions that run or wait at once; more are answered 429; default "
-        f"{standard.max_num_requests}",
-    )
-    limits.add_argument(
-        "--max-body-bytes", type=parse_bytes, default=standard.max_body_bytes, help="default 8MiB"
-    )
-    limits.add_argument(
-        "--max-total-body-bytes",
-        type=parse_bytes,
-        default=standard.max_total_body_bytes,
-        help="of all bodies that arrive or wait to be parsed; more are answered 429; default "
-        "256MiB",
-    )
-    limits.add_argument(
-        "--max-tokens-limit", type=positive, help="most tokens that a completion may ask for"
-    )
-    limits.add_argument(
-        "--grace-seconds",
-        type=float,
-        default=standard.grace_seconds,
-        help=f"how long requests go on after SIGTERM; default {standard.grace_seconds:g}",
-    )
+    http.add_argument("--host", default="127.0.0.1", help="address or name to listen at")
+    http.add_argument("--port", type=port_number, default=8000, help="port; 0 takes any free one")
+    add_options(http, ServerSettings)
 
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
@@ -103,33 +39,15 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
     Raises:
         InvalidRequestError: a key is not valid, a time is negative, or limits contradict.
     """
-    keys = tuple(args.api_key or ())
-    if not keys and os.environ.get(API_KEY_VARIABLE):
-        keys = (os.environ[API_KEY_VARIABLE],)
-    metrics_key = args.metrics_key
-    if metrics_key is None:
-        metrics_key = os.environ.get(METRICS_KEY_VARIABLE) or None
-    for name, given in (("an API", keys), ("the metrics", (metrics_key,))):
-        if not all(k is None or (k.strip() == k != "" and k.isascii()) for k in given):
-            raise InvalidRequestError(
-                f"{name} key is empty, begins or ends with a space, or is not ASCII: give another"
-            )
-    if not (args.grace_seconds >= 0 and math.isfinite(args.grace_seconds)):
-        raise InvalidRequestError(
-            f"--grace-seconds is {args.grace_seconds}; it must be >= 0 and finite"
-        )
-    return ServerSettings(
-        model_names=tuple(args.served_model_name or (args.model,)),
-        api_keys=keys,
-        metrics_key=metrics_key,
-        prefix_cache_per_key=args.prefix_cache_per_key,
-        allowed_origins=_origins(args.allowed_origins or ()),
-        max_num_requests=args.max_num_requests,
-        max_body_bytes=args.max_body_bytes,
-        max_total_body_bytes=args.max_total_body_bytes,
-        max_tokens=args.max_tokens_limit,
-        grace_seconds=args.grace_seconds,
-    )
+    given = {"model_names": (args.model,)} | given_options(args, ServerSettings)
+    if "api_keys" not in given and (key := os.environ.get(API_KEY_VARIABLE)):
+        given["api_keys"] = (key,)
+    if "metrics_key" not in given and (key := os.environ.get(METRICS_KEY_VARIABLE)):
+        given["metrics_key"] = key
+    if "allowed_origins" in given:
+        given["allowed_origins"] = _origins(given["allowed_origins"])
+    lists = ("model_names", "api_keys")
+    return ServerSettings(**given | {name: tuple(given[name]) for name in lists if name in given})
 
 
 def _origins(given: Sequence[str]) -> tuple[str, ...]:
@@ -155,7 +73,7 @@ def serve(args: argparse.Namespace) -> int:
     with bound(args.host, args.port) as listener:
         from spectral_paged.llm import LLM
 
-        llm = LLM(args.model, **engine_options(args))
+        llm = LLM(args.model, **given_options(args, LLMOptions))
         if args.warm_up:
             llm.warm_up()
         service = Service(llm, settings)

@@ -9,13 +9,20 @@ import inspect
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 from spectral_paged import LLM, CacheOptions, SpectralKVCache
-from spectral_paged.arguments import add_engine_options, engine_options
-from spectral_paged.cache import CacheOptionsDict
 from spectral_paged.conformance import AdapterConfig
 from spectral_paged.integrations.transformers_cache import SpectralPagedCache
 from spectral_paged.integrations.unsloth import patch_unsloth_attention
+from spectral_paged.options import (
+    CacheOptionsDict,
+    LLMOptions,
+    LLMOptionsDict,
+    add_options,
+    given_options,
+)
+from spectral_paged.pages import PageFormat, SharedBasis
 from support import cache_feed
 from support.paths import ROOT
 from support.tiny_model import tiny_model
@@ -47,9 +54,13 @@ def required(door):
 # ---- one list, one set of defaults ----------------------------------------------------------
 
 
-def test_keywords_are_the_fields():
-    assert get_type_hints(CacheOptionsDict) == get_type_hints(CacheOptions)
-    assert not CacheOptionsDict.__required_keys__, "each has a default"
+@pytest.mark.parametrize(
+    "keywords, options", [(CacheOptionsDict, CacheOptions), (LLMOptionsDict, LLMOptions)]
+)
+def test_keywords_are_the_fields(keywords, options):
+    names = {"torch": torch, "PageFormat": PageFormat, "SharedBasis": SharedBasis}
+    assert get_type_hints(keywords, localns=names) == get_type_hints(options, localns=names)
+    assert not keywords.__required_keys__, "each has a default"
 
 
 @EVERY_DOOR
@@ -67,11 +78,11 @@ def test_the_conformance_kit_hands_on_the_object():
 
 def test_the_command_line_leaves_defaults_to_the_llm():
     parser = argparse.ArgumentParser()
-    add_engine_options(parser)
-    assert engine_options(parser.parse_args([])) == {}
+    add_options(parser, LLMOptions)
+    assert given_options(parser.parse_args([]), LLMOptions) == {}
     sizes = "--kv-cache-bytes 2KiB --max-num-seqs 3 --max-model-len 9 --seed 4"
     others = "--no-prefix-caching --calibration online --trust-remote-code"
-    given = engine_options(parser.parse_args([*sizes.split(), *others.split()]))
+    given = given_options(parser.parse_args([*sizes.split(), *others.split()]), LLMOptions)
     assert given == {
         "kv_cache_bytes": 2048,
         "max_num_seqs": 3,
@@ -81,7 +92,7 @@ def test_the_command_line_leaves_defaults_to_the_llm():
         "seed": 4,
         "trust_remote_code": True,
     }
-    assert given.keys() <= FIELDS.keys() | inspect.signature(LLM).parameters.keys()
+    assert given.keys() <= {field.name for field in dataclasses.fields(LLMOptions)}
 
 
 @pytest.mark.parametrize("folder", ["spectral_paged", "benchmarks"])

@@ -119,6 +119,7 @@ def test_a_run_that_serves_no_line_ends_with_1(tmp_path, capsys):
         (["--sampling-seed", "3"], "sampling seed"),
         (["--seed", "3"], "--seed None"),
         (["--dtype", "bfloat16"], "--dtype None"),
+        (["--exempt-layers", "0"], "--exempt-layers None, this run has [0]"),
     ],
 )
 def test_a_resume_with_something_else_is_refused(tmp_path, capsys, llm, changed, says):

@@ -72,6 +72,7 @@ def test_errors_of_usage_are_printed_without_torch_and_at_once():
         ["serve", "model", "--kv-cache-bytes", "much"],
         ["bench", "quality", "--length", "0"],
         ["cache", "list", "more"],
+        ["serve", "model", "--tensor-parallel-size", "2"],
     ]
     done, seconds = run_alone(RUN.format(lines=lines, code=2, heavy=HEAVY))
     assert done.stderr.count("usage: spectral-paged") == len(lines)

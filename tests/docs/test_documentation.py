@@ -20,6 +20,7 @@ from spectral_paged import LLM, CacheOptions, Engine
 from spectral_paged.batch.file import read_lines
 from spectral_paged.cli.commands import build_parser
 from spectral_paged.models import calibration
+from spectral_paged.options import LLMOptions
 from support import markdown_pages, small_world
 from support.markdown_pages import BY_NAME, MANUAL, PROJECT, ROOT, Block, commands, read
 
@@ -307,7 +308,8 @@ def wrong_keywords(span):
     elif target is not None:
         takes = set(inspect.signature(target).parameters)
         if "options" in takes:  # `**options`: those of a cache, by name
-            takes |= {field.name for field in dataclasses.fields(CacheOptions)}
+            options = LLMOptions if target is LLM else CacheOptions
+            takes |= {field.name for field in dataclasses.fields(options)}
         yield from (f"{name}({k.arg}=)" for k in call.keywords if k.arg not in (None, *takes))
 
 

@@ -9,10 +9,11 @@ from itertools import pairwise
 
 import pytest
 
-from spectral_paged import LLM, CacheOptions, PageFormat
+from spectral_paged import PageFormat
 from spectral_paged.cache import Visibility
 from spectral_paged.metrics.snapshot import DURATIONS, METRICS
 from spectral_paged.models.geometry import FAMILIES
+from spectral_paged.options import LLMOptions
 from spectral_paged.pages import PRESETS
 from support.markdown_pages import BY_NAME, ROOT, rows
 
@@ -113,8 +114,7 @@ def test_every_metric_is_explained():
 
 
 def test_defaults_in_the_table_of_memory_are_those_of_the_llm():
-    signatures = map(inspect.signature, (CacheOptions, LLM))
-    takes = {name: value for found in signatures for name, value in found.parameters.items()}
+    takes = inspect.signature(LLMOptions).parameters
     said = {
         row[0].strip("`"): float(row[1].replace(",", ""))
         for row in rows(BY_NAME["docs/tuning.md"])

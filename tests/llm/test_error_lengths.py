@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from spectral_paged import LLM, PageFormat, SamplingParams
-from spectral_paged.arguments import parse_bytes, port_number, positive
 from spectral_paged.batch.file import read_lines
 from spectral_paged.errors import MAX_SHOWN, SpectralPagedError, cut, shown
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
+from spectral_paged.options import parse_bytes, port_number, positive
 from spectral_paged.server.api_error import ApiError, failed, refused
 from spectral_paged.server.parsing import parse_request
 from spectral_paged.server.settings import ServerSettings

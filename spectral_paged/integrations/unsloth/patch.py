@@ -15,7 +15,6 @@ import logging
 import weakref
 from typing import Any, Unpack
 
-from spectral_paged.cache import CacheOptions, CacheOptionsDict
 from spectral_paged.errors import FormatError, PatchError
 from spectral_paged.integrations.unsloth.attention import FunctionPatches
 from spectral_paged.integrations.unsloth.calibration import unsloth_calibration
@@ -33,6 +32,7 @@ from spectral_paged.models.cache_for_model import longest_sequence, model_cache,
 from spectral_paged.models.calibration import calibration_obstacle
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import AUTO, PageFormat
 
 _functions = FunctionPatches()

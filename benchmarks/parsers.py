@@ -1,0 +1,303 @@
+"""The options of `spectral-paged bench ...`, one parser a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from spectral_paged.options import DEFAULT_MODEL, LLMOptions, add_options, num_tokens, positive
+
+MODEL = "alias, hub id, folder or .gguf file"
+ARENAS = "bytes of all pages together, allocated once"
+# options of an `LLM` that `bench throughput` hands on
+SERVED = (
+    "device",
+    "dtype",
+    "max_num_batched_tokens",
+    "kv_cache_bytes",
+    "enable_prefix_caching",
+    "gpu_memory_utilization",
+    "max_model_len",
+    "enforce_eager",
+)
+
+Parser = argparse.ArgumentParser
+
+
+def _add_output_dir(parser: Parser) -> None:
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="where results are written",
+    )
+
+
+def _add_repeatable(parser: Parser, *names: str, help: str, **how: Any) -> None:
+    parser.add_argument(*names, action="append", default=[], help=f"{help}; repeatable", **how)
+
+
+def _add_formats(parser: Parser, help: str = "a preset, or exact; default: all") -> None:
+    _add_repeatable(parser, "--format", "--kv-format", metavar="NAME", help=help)
+
+
+def _add_llm_options(parser: Parser, *names: str, **how: Any) -> None:
+    """Add options of an `LLM`, with its defaults where the benchmark has none of its own."""
+    for name in names:
+        add_options(parser, LLMOptions, name, **{"default": getattr(LLMOptions, name)} | how)
+
+
+def _add_name(parser: Parser) -> None:
+    parser.add_argument(
+        "--name", default="", help="of the result's files; default: made of the model's"
+    )
+
+
+def add_benches(bench: Parser) -> dict[str, Parser]:
+    """Add one subcommand a benchmark to the parser of `bench`; return their parsers by name."""
+    benches = bench.add_subparsers(dest="bench", required=True)
+    _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
+    seal = benches.add_parser("seal", help="what sealing a block costs beside its prefill")
+    _add_llm_options(seal, "device")
+    _add_formats(seal)
+    _add_output_dir(seal)
+    tune = benches.add_parser("tune", help="the kernels' launch table for this GPU")
+    tune.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="table to write; default: the one that the package reads",
+    )
+    _add_capacity(benches.add_parser("capacity", help="how much context a memory holds, by format"))
+    _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
+    _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
+    _add_unsloth(
+        benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
+    )
+    _add_decode(
+        benches.add_parser("decode", help="attention over pages against bf16 (needs a GPU)")
+    )
+    return dict(benches.choices)
+
+
+def _add_capacity(parser: Parser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, or random:<shape>")
+    _add_llm_options(parser, "device", "max_num_seqs")
+    _add_llm_options(parser, "kv_cache_bytes", default=1 << 30, help=ARENAS)
+    parser.add_argument(
+        "--context", type=num_tokens, default=8192, metavar="TOKENS", help="tokens of a sequence"
+    )
+    _add_formats(parser)
+    _add_output_dir(parser)
+
+
+def _add_decode(parser: Parser) -> None:
+    _add_repeatable(parser, "--shape", help="shape of a model's heads; default: all")
+    _add_formats(parser, "a preset; default: all")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="where `bench quality` wrote: a format that was not judged has no row",
+    )
+    parser.add_argument("--unjudged", action="store_true", help="measure such formats all the same")
+    parser.add_argument(
+        "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
+    )
+    _add_output_dir(parser)
+
+
+def _add_unsloth(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        help=f"a random:<shape>; default: random:mistral-7b, with --needles {DEFAULT_MODEL}",
+    )
+    _add_formats(parser, "a preset, exact, or unpatched; default: those that are compared")
+    _add_llm_options(parser, "enforce_eager")
+    parser.add_argument(
+        "--needles",
+        type=positive,
+        metavar="COUNT",
+        help="ask a model with real weights for so many needles; default: none, times are taken",
+    )
+    _add_repeatable(
+        parser,
+        "--length",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="context tokens of --needles; default: 2048",
+    )
+    _add_llm_options(parser, "dtype", help="dtype of the model of --needles, as in `serve`")
+    _add_output_dir(parser)
+
+
+def _add_steps(parser: Parser) -> None:
+    parser.add_argument("--model", default="random:llama-3-8b", help=f"{MODEL}, or random:<shape>")
+    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    _add_repeatable(
+        parser,
+        "--layers",
+        metavar="HOW",
+        help="between the products: compiled, eager or liger, each in graphs; default: compiled",
+    )
+    _add_repeatable(
+        parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 128"
+    )
+    _add_repeatable(
+        parser,
+        "--context",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="tokens of a sequence; default: 128",
+    )
+    _add_llm_options(parser, "kv_cache_bytes")
+    _add_name(parser)
+    _add_output_dir(parser)
+
+
+def _add_throughput(parser: Parser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, or random:<shape>")
+    _add_repeatable(
+        parser,
+        "--backend",
+        metavar="NAME",
+        help="a preset, exact, transformers, transformers-continuous; default: exact, auto and "
+        "both of transformers",
+    )
+    parser.add_argument(
+        "--dataset",
+        "--dataset-name",
+        default="random",
+        help="random, sharegpt, or prefix_repetition",
+    )
+    parser.add_argument(
+        "--dataset-path", type=Path, metavar="FILE", help="JSONL of sharegpt; default: none"
+    )
+    parser.add_argument(
+        "--num-prompts", type=positive, default=64, metavar="N", help="number of requests"
+    )
+    _add_repeatable(
+        parser,
+        "--input-len",
+        "--random-input-len",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="tokens of a prompt; a plot is drawn over several; default: 1024",
+    )
+    parser.add_argument(
+        "--output-len",
+        "--random-output-len",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="tokens of a completion; default: 128; of sharegpt, as long as the answer was",
+    )
+    parser.add_argument(
+        "--random-range-ratio",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="lengths vary by this share",
+    )
+    parser.add_argument(
+        "--prefix-repetition-prefix-len",
+        type=num_tokens,
+        default=512,
+        metavar="TOKENS",
+        help="tokens of a prefix of prefix_repetition",
+    )
+    parser.add_argument(
+        "--prefix-repetition-num-prefixes",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="number of prefixes of prefix_repetition",
+    )
+    _add_llm_options(parser, "seed", help="seed of the requests that are made up")
+    _add_llm_options(
+        parser,
+        "max_num_seqs",
+        action="append",
+        default=[],
+        help="requests at once; a plot is drawn over several; repeatable; default: 256",
+    )
+    _add_llm_options(parser, *SERVED)
+    parser.add_argument(
+        "--decode-only",
+        action="store_true",
+        help="fill contexts with made-up K and V: times the decode phase alone",
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="of the prompts only as many as the cache holds at once"
+    )
+    parser.add_argument(
+        "--suite",
+        default="",
+        help="a list of workloads with the model loaded once: 8b (random weights, one H200); "
+        "default: none",
+    )
+    _add_repeatable(
+        parser, "--only", metavar="NAME", help="workload of the suite; default: all of them"
+    )
+    _add_name(parser)
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
+    _add_output_dir(parser)
+
+
+def _add_quality(parser: Parser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
+    _add_llm_options(parser, "device", "dtype", "calibration")
+    _add_formats(parser, "a preset, or exact; default: all presets")
+    parser.add_argument("--no-peers", action="store_true", help="our formats alone")
+    parser.add_argument(
+        "--sections",
+        default="",
+        metavar="NAME,...",
+        help="parts of the report; default: all, or those of --quick",
+    )
+    parser.add_argument("--quick", action="store_true", help="three sections, short and few texts")
+    _add_repeatable(
+        parser,
+        "--length",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="context tokens; default: those that fit the model",
+    )
+    parser.add_argument(
+        "--windows",
+        type=positive,
+        metavar="N",
+        help="windows of text a length; default: 16, with --quick 4",
+    )
+    parser.add_argument(
+        "--needles",
+        type=positive,
+        metavar="N",
+        help="needles that exact must recall; default: 64, with --quick 16",
+    )
+    _add_repeatable(
+        parser, "--text", metavar="[GENRE=]FILE", help="text to judge by; default: the built-in one"
+    )
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="finished work; default: build/quality/<model>.jsonl",
+    )
+    _add_output_dir(parser)
+    parser.add_argument(
+        "--time-limit", type=positive, metavar="SECONDS", help="stop after it; default: none"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="judge nothing: report what the journal holds"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing: draw quality-pareto.png from results of several models; default: "
+        "measure",
+    )

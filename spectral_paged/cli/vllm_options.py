@@ -1,0 +1,231 @@
+"""Options of vLLM that are not served here: each is refused with what to do instead.
+
+A value that asks for nothing, as `--tensor-parallel-size 1` does, is taken, so that a line written
+for vLLM runs where it asks for nothing else. Options that are served have vLLM's names as further
+names: see `spectral_paged.options`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from spectral_paged.errors import cut
+
+PAGE = "docs/vllm-comparison.md"
+# What to do instead -> names of an option -> its values that ask for nothing. `on` and `off` are
+# those of a flag: `off` refuses `--name` and takes `--no-name`.
+NOT_SERVED: dict[str, dict[str, str]] = {
+    "one process serves one model on one device: start more servers behind a proxy, or use "
+    "`generate --ray` for files": {
+        "--tensor-parallel-size -tp": "1",
+        "--pipeline-parallel-size -pp": "1",
+        "--data-parallel-size -dp": "1",
+        "--data-parallel-size-local -dpl": "1",
+        "--data-parallel-rank -dpn": "0",
+        "--data-parallel-start-rank -dpr": "0",
+        "--data-parallel-address -dpa": "",
+        "--data-parallel-rpc-port -dpp": "",
+        "--data-parallel-backend -dpb": "mp",
+        "--decode-context-parallel-size -dcp": "1",
+        "--prefill-context-parallel-size -pcp": "1",
+        "--enable-expert-parallel -ep": "off",
+        "--enable-eplb": "off",
+        "--distributed-executor-backend": "uni mp",
+        "--disable-custom-all-reduce": "on",
+        "--nnodes -n": "1",
+        "--node-rank -r": "0",
+        "--master-addr": "127.0.0.1",
+        "--master-port": "",
+        "--headless": "off",
+        "--api-server-count -asc": "1",
+        "--worker-cls": "auto",
+    },
+    "name the model as the first argument": {"--model": ""},
+    "name the format of pages by --kv-format: `exact`, or a preset": {
+        "--kv-cache-dtype": "auto",
+        "--calculate-kv-scales": "off",
+    },
+    "a page has 512 tokens and an exact page 64; --kv-cache-bytes says how much memory they get": {
+        "--block-size": "",
+        "--num-gpu-blocks-override": "",
+    },
+    "pages stay on the device and in the process: give them memory by --kv-cache-bytes": {
+        "--swap-space": "0",
+        "--cpu-offload-gb": "0",
+        "--kv-offloading-size": "0",
+        "--kv-offloading-backend": "native",
+        "--kv-transfer-config": "",
+        "--kv-events-config": "",
+    },
+    "quantized weights are not served: name the model before quantization, or its GGUF": {
+        "--quantization -q": "gguf",
+        "--quantization-config": "",
+    },
+    "merge the adapter into the model (peft: merge_and_unload) and serve what comes of it": {
+        "--enable-lora": "off",
+        "--lora-modules": "",
+        "--max-loras": "1",
+        "--max-lora-rank": "16",
+        "--max-cpu-loras": "",
+        "--lora-dtype": "auto",
+        "--fully-sharded-loras": "off",
+    },
+    "no draft model is run: leave it out": {
+        "--speculative-config -sc": "",
+        "--speculative-model": "",
+        "--num-speculative-tokens": "0",
+        "--spec-method": "",
+        "--spec-model": "",
+        "--spec-tokens": "0",
+    },
+    "neither tools nor reasoning are parsed: read them from the text of the answer": {
+        "--enable-auto-tool-choice": "off",
+        "--tool-call-parser": "",
+        "--tool-parser-plugin": "",
+        "--tool-server": "",
+        "--reasoning-parser": "",
+    },
+    "logits are not constrained or processed: check the answer, and ask again": {
+        "--structured-outputs-config": "",
+        "--guided-decoding-backend": "auto",
+        "--logits-processors": "",
+    },
+    "models of text alone are served, and they generate": {
+        "--limit-mm-per-prompt": "{}",
+        "--mm-processor-kwargs": "{}",
+        "--media-io-kwargs": "{}",
+        "--allowed-local-media-path": "",
+        "--language-model-only": "on",
+        "--task": "auto generate",
+        "--runner": "auto generate",
+        "--convert": "auto none",
+        "--pooler-config": "",
+        "--enable-prompt-embeds": "off",
+    },
+    "the model's own files decide: put other ones into its folder": {
+        "--tokenizer": "",
+        "--tokenizer-mode": "auto hf",
+        "--skip-tokenizer-init": "off",
+        "--chat-template": "",
+        "--chat-template-content-format": "auto string",
+        "--default-chat-template-kwargs": "{}",
+        "--trust-request-chat-template": "off",
+        "--response-role": "assistant",
+        "--hf-overrides": "{}",
+        "--hf-config-path": "",
+        "--rope-scaling": "",
+        "--rope-theta": "",
+        "--override-generation-config": "{}",
+        "--config-format": "auto hf",
+        "--load-format": "auto safetensors gguf",
+        "--model-impl": "auto transformers",
+    },
+    "fetch it first (`hf download MODEL --revision REVISION --local-dir FOLDER`; a token stands in "
+    "$HF_TOKEN, the folder of downloads in $HF_HOME) and name the folder": {
+        "--revision": "main",
+        "--code-revision": "",
+        "--tokenizer-revision": "main",
+        "--download-dir": "",
+        "--hf-token": "",
+    },
+    "requests run in the order in which they come, and a step takes what its budgets allow "
+    "(--max-num-batched-tokens, --max-num-seqs)": {
+        "--scheduling-policy": "fcfs",
+        "--scheduler-cls": "",
+        "--enable-chunked-prefill": "on",
+        "--max-num-partial-prefills": "1",
+        "--max-long-partial-prefills": "1",
+        "--long-prefill-token-threshold": "0",
+        "--num-scheduler-steps": "1",
+        "--stream-interval": "1",
+    },
+    "kernels and graphs are chosen by layout and GPU: --enforce-eager and --no-compile-layers are "
+    "what there is to choose": {
+        "--attention-backend": "",
+        "--attention-config": "",
+        "--compilation-config -cc": "",
+        "--optimization-level": "",
+        "--max-seq-len-to-capture": "",
+        "--cudagraph-capture-sizes": "",
+        "--disable-sliding-window": "off",
+        "--disable-cascade-attn": "on",
+    },
+    "put a proxy in front, which has TLS, headers and paths of its own": {
+        "--ssl-keyfile": "",
+        "--ssl-certfile": "",
+        "--ssl-ca-certs": "",
+        "--uds": "",
+        "--root-path": "",
+        "--middleware": "",
+        "--allow-credentials": "off",
+        "--allowed-methods": '["*"]',
+        "--allowed-headers": '["*"]',
+        "--enable-request-id-headers": "off",
+    },
+    "neither prompts nor answers are logged; --log-level warning leaves out the line of each "
+    "answer, and --log-format json writes objects": {
+        "--enable-log-requests": "off",
+        "--disable-log-requests": "on",
+        "--enable-log-outputs": "off",
+        "--disable-log-stats": "on",
+        "--max-log-len": "",
+        "--log-config-file": "",
+        "--uvicorn-log-level": "info",
+        "--disable-uvicorn-access-log": "off",
+        "--disable-access-log-for-endpoints": "",
+        "--otlp-traces-endpoint": "",
+    },
+    "an answer has what its request asks for: up to 20 log-probabilities a token, and usage by "
+    "stream_options": {
+        "--max-logprobs": "20",
+        "--logprobs-mode": "raw_logprobs",
+        "--return-tokens-as-token-ids": "off",
+        "--enable-prompt-tokens-details": "on",
+        "--enable-force-include-usage": "off",
+    },
+    "write the options on the command line": {"--config": ""},
+    "stop the server, and start it again": {"--enable-sleep-mode": "off"},
+}
+
+
+class _NotServed(argparse.Action):
+    """Refuses an option of vLLM by name, but for values that ask for nothing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, neutral: str, instead: str):
+        self.neutral, self.instead = neutral.split(), instead
+        flag = neutral in ("on", "off")
+        super().__init__(
+            option_strings,
+            dest,
+            nargs=0 if flag else None,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name = option_string or self.option_strings[0]
+        given = values if self.nargs is None else "off" if name.startswith("--no-") else "on"
+        if given not in self.neutral:
+            shown = f"{name} {cut(given)}" if self.nargs is None else name
+            parser.error(f"{shown} of vLLM is not served: {self.instead} ({PAGE})")
+
+
+def refuse_vllm_options(parser: argparse.ArgumentParser) -> None:
+    """Have a command refuse by name what vLLM has and this has not; help does not show it."""
+    for instead, options in NOT_SERVED.items():
+        for names, neutral in options.items():
+            strings = [n for n in names.split() if n not in parser._option_string_actions]
+            if strings and neutral in ("on", "off"):
+                strings.append(f"--no-{strings[0][2:]}")
+            if strings:
+                parser.add_argument(
+                    *strings, action=_NotServed, dest="", neutral=neutral, instead=instead
+                )

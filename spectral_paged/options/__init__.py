@@ -1,0 +1,46 @@
+"""Options are declared once, by the fields of dataclasses, for callables and the command line.
+
+The package may name types of pages, and imports neither them nor torch.
+"""
+
+from __future__ import annotations
+
+from spectral_paged.options.command_line import (
+    CommandParser,
+    add_options,
+    given_options,
+    option,
+    option_fields,
+    with_dashes,
+)
+from spectral_paged.options.declared import (
+    DEFAULT_MODEL,
+    CacheOptions,
+    CacheOptionsDict,
+    LLMOptions,
+    LLMOptionsDict,
+)
+from spectral_paged.options.readers import (
+    num_tokens,
+    parse_bytes,
+    port_number,
+    positive,
+)
+
+__all__ = [
+    "CacheOptions",
+    "CacheOptionsDict",
+    "CommandParser",
+    "DEFAULT_MODEL",
+    "LLMOptions",
+    "LLMOptionsDict",
+    "add_options",
+    "given_options",
+    "num_tokens",
+    "option",
+    "option_fields",
+    "parse_bytes",
+    "port_number",
+    "positive",
+    "with_dashes",
+]

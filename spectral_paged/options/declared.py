@@ -1,0 +1,179 @@
+"""The options of a cache and of an `LLM`, declared once for callables and for the command line.
+
+```
+LLM(model, max_num_seqs=64)                                  by name
+LLM(model, cache_options=CacheOptions(max_num_seqs=64))      as an object, for several callables
+spectral-paged serve MODEL --max-num-seqs 64                 by every command that loads a model
+```
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypedDict
+
+from spectral_paged.errors import shown
+from spectral_paged.options.command_line import option
+from spectral_paged.options.readers import num_tokens, parse_bytes, positive
+
+if TYPE_CHECKING:
+    import torch
+
+    from spectral_paged.pages import PageFormat, SharedBasis
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def _generation_config(text: str) -> str:
+    """Read a choice of generation config; vLLM's word for `none` is `vllm`."""
+    return {"vllm": "none"}.get(text, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The options of a cache, the same in `LLM`, `SpectralKVCache` and the integrations.
+
+    `SpectralKVCache` runs no model: it must be told `kv_cache_bytes`, and takes a `SharedBasis` or
+    `online` as its calibration.
+
+    Attributes:
+        kv_cache_bytes: bytes of all pages together, allocated once; default: the part of
+            `gpu_memory_utilization` that is free on a GPU, 1GiB on a CPU.
+        max_num_seqs: most sequences in the cache at a time.
+        max_model_len: longest sequence in tokens, prompt and completion together; default: all
+            positions of the model, or of the rotary tables.
+        exempt_layers: numbers of the layers that stay exact; default: none.
+        calibration: the calibration for formats with a shared basis or calibrated weights. `auto`,
+            the default, calibrates a model on the package's own text once and keeps the result in
+            the cache folder; the path of a file that `spectral-paged calibrate` wrote; `online`
+            takes the basis from the first blocks that are sealed (formats with
+            `dim_weighting="none"`, so none of the presets); in Python also a `SharedBasis`.
+        enable_prefix_caching: share cached tokens between sequences with a common prefix. Must be
+            off if `prefill_segment` is 0.
+        debug_poison: fill freed slots with NaN bytes, so that a stale read shows.
+    """
+
+    kv_cache_bytes: int | None = field(
+        default=None,
+        metadata=option(parse_bytes, also=["--kv-cache-memory-bytes"], metavar="BYTES"),
+    )
+    max_num_seqs: int = field(default=256, metadata=option(positive, metavar="N"))
+    max_model_len: int | None = field(default=None, metadata=option(num_tokens, metavar="TOKENS"))
+    exempt_layers: Sequence[int] = field(
+        default=(),
+        metadata=option(int, also=["--kv-cache-dtype-skip-layers"], nargs="+", metavar="LAYER"),
+    )
+    calibration: SharedBasis | str | Path | None = field(default="auto", metadata=option())
+    enable_prefix_caching: bool = field(
+        default=True, metadata=option(bool, also=["--prefix-caching"])
+    )
+    debug_poison: bool = field(default=False, metadata=option(bool))
+
+    @classmethod
+    def of(
+        cls,
+        door: Callable[..., object],
+        given: CacheOptions | None,
+        named: Mapping[str, Any],
+        **fixed: Any,
+    ) -> Self:
+        """The options of a call of `door`: values in `named`, else in `given`, else defaults.
+
+        Args:
+            fixed: options that `door` sets, which a caller may not name.
+
+        Raises:
+            TypeError: a name that `door` does not take; the message lists the names it takes.
+        """
+        all_names = [field.name for field in fields(cls)]
+        own = [name for name in all_names if name not in fixed]
+        unknown = [name for name in named if name not in own]
+        if unknown:
+            kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+            taken = inspect.signature(door).parameters.values()
+            known = sorted([*own, *(p.name for p in taken if p.kind in kinds)])
+            close = get_close_matches(unknown[0], known, n=1)
+            meant = f": did you mean {close[0]!r}?" if close else "."
+            raise TypeError(
+                f"{door.__name__} takes no option {shown(unknown[0])}{meant} It takes "
+                f"{', '.join(known)}"
+            )
+        held = {name: getattr(given, name) for name in all_names if hasattr(given, name)}
+        return cls(**held | dict(named) | fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMOptions(CacheOptions):
+    """The options of an `LLM`: those of its cache, and how its model is loaded and run.
+
+    Attributes:
+        kv_format: format of the pages: a preset such as `spectral-quality`, which `auto` takes and
+            which needs no calibration file, or `exact`; in Python also a `PageFormat`.
+        device: `cpu`, `cuda` or `cuda:1`; `auto` takes CUDA if it is available.
+        dtype: `float32`, `bfloat16` or `float16`, of weights and activations; `auto` is `float32`
+            on a CPU and `bfloat16` on CUDA.
+        gpu_memory_utilization: share of GPU memory, above 0 and at most 1, for weights, cache and a
+            step's activations, which are measured by running a step as large as the budgets allow.
+        max_num_batched_tokens: most tokens that a step computes. `max_num_seqs` is the limit on its
+            sequences.
+        prefill_segment: number of prompt tokens whose queries see each other exactly, a multiple of
+            512 (presets only).
+        enforce_eager: use neither CUDA graphs nor `torch.compile`. A CPU uses neither anyway.
+        compile_layers: `torch.compile` the model's layers on CUDA, which takes about 20 seconds at
+            start.
+        async_scheduling: on CUDA, queue a step before the tokens of the one before are fetched.
+        trust_remote_code: run Python code that comes with the model. Otherwise such a model is
+            refused.
+        seed: base of the seeds of requests without a seed.
+        generation_config: `auto` takes the sampling values of the model's generation config where a
+            request names none; `none` (on the command line also `vllm`) ignores them. End tokens
+            of it count either way.
+    """
+
+    kv_format: str | PageFormat = field(default="auto", metadata=option())
+    device: str = field(default="auto", metadata=option())
+    dtype: str | torch.dtype = field(default="auto", metadata=option())
+    gpu_memory_utilization: float = field(default=0.9, metadata=option(float, metavar="SHARE"))
+    max_num_batched_tokens: int = field(default=8192, metadata=option(num_tokens, metavar="TOKENS"))
+    prefill_segment: int = field(default=2048, metadata=option(int, metavar="TOKENS"))
+    enforce_eager: bool = field(default=False, metadata=option(bool))
+    compile_layers: bool = field(default=True, metadata=option(bool))
+    async_scheduling: bool = field(default=True, metadata=option(bool))
+    trust_remote_code: bool = field(default=False, metadata=option(bool))
+    seed: int = field(default=0, metadata=option(int))
+    generation_config: str = field(
+        default="auto", metadata=option(_generation_config, choices=("auto", "none"))
+    )
+
+
+class CacheOptionsDict(TypedDict, total=False):
+    """The fields of `CacheOptions` as keywords of a call; for type checkers and editors."""
+
+    kv_cache_bytes: int | None
+    max_num_seqs: int
+    max_model_len: int | None
+    exempt_layers: Sequence[int]
+    calibration: SharedBasis | str | Path | None
+    enable_prefix_caching: bool
+    debug_poison: bool
+
+
+class LLMOptionsDict(CacheOptionsDict, total=False):
+    """The fields of `LLMOptions` as keywords of a call; for type checkers and editors."""
+
+    kv_format: str | PageFormat
+    device: str
+    dtype: str | torch.dtype
+    gpu_memory_utilization: float
+    max_num_batched_tokens: int
+    prefill_segment: int
+    enforce_eager: bool
+    compile_layers: bool
+    async_scheduling: bool
+    trust_remote_code: bool
+    seed: int
+    generation_config: str
