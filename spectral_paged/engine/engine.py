@@ -33,7 +33,7 @@ from spectral_paged.errors import (
     shown,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
-from spectral_paged.sampling import PendingTokens, Sampled, SamplingParams
+from spectral_paged.sampling import Penalties, PendingTokens, Sampled, SamplingParams
 from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Engine:
         eos_token_ids: ids that end a completion unless `ignore_eos`.
         seed: base of the seeds of requests without a seed.
         async_scheduling: queue a step before the tokens of the one before are fetched (decision
-            0020). Penalties need those tokens, so while a request has any, steps go in lockstep.
+            0020). The step after one in which the siblings of `n > 1` start goes in lockstep.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Engine:
         self.vocab_size, self.seed = vocab_size, seed
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
-        self.requests = RequestTable(cache, self.scheduler, self.counters)
+        self.penalties = Penalties()
+        self.requests = RequestTable(cache, self.scheduler, self.counters, self.penalties)
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
@@ -182,6 +183,8 @@ class Engine:
             self.requests.fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
+        for seq_id in scheduled.preempted:  # counted again where it goes on
+            self.penalties.release(self.requests.by_sequence[seq_id])
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not scheduled.preempted
             if idle and not self.requests.has_touched and self.scheduler.has_unfinished:
@@ -233,9 +236,7 @@ class Engine:
     def _must_wait(self) -> bool:
         """Return whether the next step depends on tokens that are not on the host yet."""
         assert self._in_flight is not None
-        wait = self._in_flight.needs_results or any(
-            group.params.has_penalties for group in self.requests.by_id.values()
-        )
+        wait = self._in_flight.needs_results
         self.counters.lockstep_steps += wait
         return wait
 
@@ -267,11 +268,11 @@ class Engine:
             Exception: no single row raises, or the rows of all of several requests do.
         """
         try:
-            return SampledStep.draw(ready, logits, self.eos_token_ids)
+            return SampledStep.draw(ready, logits, self.eos_token_ids, self.penalties)
         except OUT_OF_MEMORY:
             raise
         except Exception:
-            errors = unsampled(ready, logits, self.eos_token_ids)
+            errors = unsampled(ready, logits, self.eos_token_ids, self.penalties)
             several = len({c.owner.request_id for c in ready}) > 1
             if not errors or (len(errors) == len(ready) and several):
                 raise
@@ -280,7 +281,8 @@ class Engine:
         rows = [row for row in range(len(ready)) if row not in errors]
         if not rows:
             return None
-        return SampledStep.draw([ready[r] for r in rows], logits[rows], self.eos_token_ids)
+        left = [ready[row] for row in rows]
+        return SampledStep.draw(left, logits[rows], self.eos_token_ids, self.penalties)
 
     def _collect(self) -> None:
         """Fetch the tokens of the step in flight and deliver them to their completions.
@@ -352,6 +354,7 @@ class Engine:
             if forked:
                 self.scheduler.adopt(request)
             else:
+                self.penalties.release(completion)
                 self.scheduler.requeue(request)
 
     def settled_text(self, request_id: str, index: int) -> str:
@@ -363,7 +366,7 @@ class Engine:
 
         Another thread may call this while steps run.
         """
-        parts = (self.cache, self.runner, self.scheduler, self.counters)
+        parts = (self.cache, self.runner, self.scheduler, self.counters, self.penalties)
         found: dict[str, object] = {"async_scheduling": self.async_scheduling}
         for part in parts:
             found |= part.stats()

@@ -11,6 +11,7 @@ from spectral_paged.engine.events import log_failure
 from spectral_paged.engine.requests import Completion, RequestGroup
 from spectral_paged.errors import NonFiniteError, SpectralPagedError
 from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import Penalties
 from spectral_paged.scheduler import Scheduler
 
 
@@ -21,6 +22,7 @@ class RequestTable:
         cache: the cache that holds the sequences.
         scheduler: the scheduler that runs them.
         counters: they count endings.
+        penalties: they count tokens of completions until these end.
 
     Attributes:
         by_id: requests by their id.
@@ -28,13 +30,18 @@ class RequestTable:
     """
 
     def __init__(
-        self, cache: SpectralKVCache, scheduler: Scheduler, counters: EngineCounters
+        self,
+        cache: SpectralKVCache,
+        scheduler: Scheduler,
+        counters: EngineCounters,
+        penalties: Penalties,
     ) -> None:
         self.by_id: dict[str, RequestGroup] = {}
         self.by_sequence: dict[str, Completion] = {}
         self._cache = cache
         self._scheduler = scheduler
         self._counters = counters
+        self._penalties = penalties
         self._touched: dict[str, RequestGroup] = {}  # changed since outputs were taken
 
     def add(self, group: RequestGroup) -> None:
@@ -94,6 +101,7 @@ class RequestTable:
             metrics.num_pages_sealed += int(held["pages_sealed"])
             metrics.bytes_per_token = held["bytes_per_token"]
             metrics.compression_ratio = held["compression_ratio"]
+        self._penalties.release(completion)
         self._scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
 
     def fail(self, completion: Completion, error: SpectralPagedError) -> None:

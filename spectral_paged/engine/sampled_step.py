@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
-from spectral_paged.sampling import PendingTokens, SampledTokens, SampleRow
+from spectral_paged.sampling import Penalties, PendingTokens, SampledTokens, SampleRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,16 @@ class SampledStep:
 
     @classmethod
     def draw(
-        cls, ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
+        cls,
+        ready: Sequence[Completion],
+        logits: Tensor,
+        eos_token_ids: Sequence[int],
+        penalties: Penalties,
     ) -> SampledStep:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
 
         Siblings that start sample from the row of their first completion. If this raises, no
-        request has changed.
+        request has changed, nor what penalties have counted.
         """
         picked = list(enumerate(ready))
         starting = [completion.owner for completion in ready if not completion.owner.forked]
@@ -85,7 +89,9 @@ class SampledStep:
         if len(picked) > len(ready):
             logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
         completions = [completion for _, completion in picked]
-        tokens = SampledTokens(logits, [sample_row(c, eos_token_ids) for c in completions])
+        rows = [sample_row(c, eos_token_ids, penalties, logits) for c in completions]
+        tokens = SampledTokens(logits, rows, penalties)
+        tokens.count()
         for group in starting:
             group.forked, group.starting_siblings = True, len(group.completions) > 1
         for completion in completions:
@@ -99,6 +105,7 @@ class SampledStep:
 
     def withdraw(self) -> None:
         """Undo the changes of `draw` to its requests, because the step is dropped and run again."""
+        self.tokens.count(-1)
         for completion in self.completions:
             completion.request.num_pending -= 1
         for group in self.starting:
@@ -106,30 +113,36 @@ class SampledStep:
 
 
 def unsampled(
-    ready: Sequence[Completion], logits: Tensor, eos_token_ids: Sequence[int]
+    ready: Sequence[Completion],
+    logits: Tensor,
+    eos_token_ids: Sequence[int],
+    penalties: Penalties,
 ) -> dict[int, Exception]:
     """Sample each of `ready` separately and return the errors by row of `logits`."""
     errors: dict[int, Exception] = {}
     for row, completion in enumerate(ready):
         try:
-            SampledTokens(logits[row : row + 1], [sample_row(completion, eos_token_ids)])
+            alone = sample_row(completion, eos_token_ids, penalties, logits)
+            SampledTokens(logits[row : row + 1], [alone], penalties)
         except Exception as error:
             errors[row] = error
     return errors
 
 
-def sample_row(completion: Completion, eos_token_ids: Sequence[int]) -> SampleRow:
-    """Return the sampler's inputs for the next token of a completion."""
-    params, pending = completion.owner.params, completion.request.num_pending
+def sample_row(
+    completion: Completion, eos_token_ids: Sequence[int], penalties: Penalties, logits: Tensor
+) -> SampleRow:
+    """Return the sampler's inputs for the next token of a completion, whose penalties are held."""
+    group, params = completion.owner, completion.owner.params
+    num_output_tokens = len(completion.generated) + completion.request.num_pending
     blocked: tuple[int, ...] = ()
-    if len(completion.generated) + pending < params.min_tokens:
+    if num_output_tokens < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
         blocked = (*eos, *params.stop_token_ids)
-    return SampleRow(
-        params,
-        completion.seed,
-        completion.owner.prompt_token_ids,
-        completion.generated,
-        blocked,
-        pending,
-    )
+    penalty_row = -1
+    if params.has_penalties:
+        prompt = group.prompt_token_ids if params.repetition_penalty != 1.0 else ()
+        penalty_row = penalties.hold(
+            completion, prompt, completion.generated, logits, siblings=group.completions
+        )
+    return SampleRow(params, completion.seed, num_output_tokens, blocked, penalty_row)

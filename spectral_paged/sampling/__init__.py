@@ -10,6 +10,9 @@ from spectral_paged.sampling.params import (
     Rule,
     SamplingParams,
 )
+from spectral_paged.sampling.penalties import (
+    Penalties,
+)
 from spectral_paged.sampling.plain_values import (
     plain_list,
 )
@@ -21,6 +24,7 @@ from spectral_paged.sampling.sampler import (
 )
 
 __all__ = [
+    "Penalties",
     "PendingTokens",
     "RULES",
     "Rule",

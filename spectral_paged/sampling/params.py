@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from spectral_paged.errors import SamplingParamsError, shown
@@ -186,7 +187,7 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
+    @cached_property  # the engine asks for every token
     def has_penalties(self) -> bool:
         return (
             self.repetition_penalty != 1.0

@@ -10,25 +10,23 @@ from torch import Tensor
 
 from spectral_paged.device import Download, upload
 from spectral_paged.sampling.params import GREEDY_BELOW, SamplingParams
+from spectral_paged.sampling.penalties import Penalties
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of a batch of logits: its parameters and the tokens before it.
+    """One row of a batch of logits: its parameters, and as much of the past as they need.
 
-    num_pending: output tokens that are sampled but not known on the host yet.
+    num_output_tokens: tokens sampled before, known on the host or not.
+    blocked_token_ids: tokens that are not allowed now.
+    penalty_row: the row of `Penalties` that counts its tokens; -1 without penalties.
     """
 
     params: SamplingParams
     seed: int
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-    blocked_token_ids: Sequence[int] = ()  # not allowed before min_tokens
-    num_pending: int = 0
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.output_token_ids) + self.num_pending
+    num_output_tokens: int = 0
+    blocked_token_ids: Sequence[int] = ()
+    penalty_row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +82,21 @@ class SampledTokens:
     The order is vLLM's: log-probabilities of the raw logits, then penalties, then temperature, then
     min-p, top-k and top-p, then a draw by the Gumbel maximum. `get` copies the results to the host.
 
+    Args:
+        penalties: the counts of rows with a `penalty_row`. `count` adds the sampled tokens to them.
+
     Attributes:
         ids: int64 `[N]` on the device, where the next step reads them.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    def __init__(
+        self, logits: Tensor, rows: Sequence[SampleRow], penalties: Penalties | None = None
+    ) -> None:
         logits = logits.float()
         self.rows = list(rows)
-        self.ids = _choose(logits, rows)
+        self._penalised = [i for i, row in enumerate(rows) if row.penalty_row >= 0]
+        self._penalties = penalties or Penalties()
+        self.ids = _choose(self._adjusted(logits), rows)
         picked = logits.gather(-1, self.ids.unsqueeze(-1))
         total = logits.logsumexp(dim=-1, keepdim=True)
         finite = torch.isfinite(logits).all(dim=-1, keepdim=True)
@@ -106,12 +111,36 @@ class SampledTokens:
             real.append(top.values - total)
         self._download = Download(torch.cat(whole, dim=-1), torch.cat(real, dim=-1))
 
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """`logits` after penalties and with blocked tokens at -inf, a copy if there are any."""
+        blocked = [(i, token) for i, row in enumerate(self.rows) for token in row.blocked_token_ids]
+        if not (blocked or self._penalised):
+            return logits
+        logits = logits.clone()
+        if self._penalised:
+            rows = [self.rows[i] for i in self._penalised]
+            places = upload(self._penalised, torch.long, logits.device)
+            logits[places] = self._penalties.apply(
+                logits[places], [row.penalty_row for row in rows], [row.params for row in rows]
+            )
+        if blocked:
+            row, token = upload(blocked, torch.long, logits.device).T
+            logits[row, token] = float("-inf")
+        return logits
+
+    def count(self, times: int = 1) -> None:
+        """Count the tokens in the penalties of their rows; -1 times takes them back."""
+        if self._penalised:
+            rows = [self.rows[i].penalty_row for i in self._penalised]
+            ids = self.ids[upload(self._penalised, torch.long, self.ids.device)]
+            self._penalties.count(rows, ids, times)
+
     def get(self) -> list[Sampled | None]:
         """The results, one a row; None where the row's logits have NaN or Inf."""
-        whole, real = (x.tolist() for x in self._download.get())
+        whole, real = self._download.get()
         return [
             self._result(row.params, ints, reals) if ints[1] else None
-            for row, ints, reals in zip(self.rows, whole, real, strict=True)
+            for row, ints, reals in zip(self.rows, whole.tolist(), real.tolist(), strict=True)
         ]
 
     @staticmethod
@@ -128,8 +157,6 @@ class SampledTokens:
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     device = logits.device
-    if any(row.params.has_penalties or row.blocked_token_ids for row in rows):
-        logits = _block(_penalise(logits, rows), rows)
     greedy = logits.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if not drawn:
@@ -142,43 +169,6 @@ def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     steps = upload([rows[i].num_output_tokens for i in drawn], torch.int64, device)
     gumbel = -torch.log(-torch.log(uniform_noise(seeds, steps, hot.shape[-1])))
     return greedy.index_copy(0, places, (hot + gumbel).argmax(dim=-1))
-
-
-def _block(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """`logits` with each row's blocked tokens set to -inf, in place."""
-    at = [(i, token) for i, row in enumerate(rows) for token in row.blocked_token_ids]
-    if at:
-        row, token = upload(at, torch.long, logits.device).T
-        logits[row, token] = float("-inf")
-    return logits
-
-
-def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """A copy of `logits` with repetition, presence and frequency penalties applied."""
-    picked = [i for i, row in enumerate(rows) if row.params.has_penalties]
-    logits = logits.clone()
-    if not picked:
-        return logits
-    device, vocab = logits.device, logits.shape[-1]
-    counts = torch.zeros(len(picked), vocab, device=device)
-    seen = torch.zeros(len(picked), vocab, dtype=torch.bool, device=device)
-    for j, i in enumerate(picked):
-        output = upload(list(rows[i].output_token_ids), torch.long, device)
-        counts[j].scatter_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
-        seen[j, upload(list(rows[i].prompt_token_ids), torch.long, device)] = True
-    seen |= counts > 0
-
-    def column(name: str) -> Tensor:
-        values = [float(getattr(rows[i].params, name)) for i in picked]
-        return upload(values, torch.float32, device).unsqueeze(-1)
-
-    places = upload(picked, torch.long, device)
-    part = logits[places]
-    factor = column("repetition_penalty")
-    part = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
-    part = part - column("presence_penalty") * (counts > 0) - column("frequency_penalty") * counts
-    logits[places] = part
-    return logits
 
 
 def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -160,10 +160,10 @@ def test_a_failed_request_is_told_once_with_what_it_had(monkeypatch, caplog):
 def test_a_request_whose_rows_all_fail_is_told_once_with_the_cause_of_a_row(monkeypatch, caplog):
     llm, draw = tiny_llm(), sampled_step.SampledTokens
 
-    def picky(logits, rows):
+    def picky(logits, rows, penalties):
         if any(r.params.n == 2 and r.num_output_tokens == 2 for r in rows):
             raise IndexError(f"in a batch of {len(rows)}")
-        return draw(logits, rows)
+        return draw(logits, rows, penalties)
 
     monkeypatch.setattr(sampled_step, "SampledTokens", picky)
     params = [SamplingParams(max_tokens=9, n=n) for n in (1, 2)]
@@ -177,10 +177,10 @@ def test_a_request_whose_rows_all_fail_is_told_once_with_the_cause_of_a_row(monk
 def test_a_request_alone_whose_rows_all_fail_fails_and_raises_out_of_no_step(monkeypatch):
     llm, draw = tiny_llm(), sampled_step.SampledTokens
 
-    def picky(logits, rows):
+    def picky(logits, rows, penalties):
         if rows[0].num_output_tokens == 2:
             raise IndexError("no")
-        return draw(logits, rows)
+        return draw(logits, rows, penalties)
 
     monkeypatch.setattr(sampled_step, "SampledTokens", picky)
     llm.engine.add_request("two", [1, 2], SamplingParams(max_tokens=9, n=2))

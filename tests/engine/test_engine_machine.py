@@ -94,7 +94,7 @@ class EngineMachine(RuleBasedStateMachine):
         penalty=st.sampled_from([0.0, 0.0, 1e-3]),
     )
     def submit_with_stops(self, own, seed, ignore, least, penalty):
-        """Endings of every kind; the penalty changes no token, but makes steps go in lockstep."""
+        """Endings of every kind; the penalty changes no token, but counts them."""
         params = SamplingParams(
             temperature=1.0 if not penalty else 0.0,
             seed=seed,

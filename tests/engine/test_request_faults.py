@@ -159,10 +159,10 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
 def test_a_row_that_cannot_be_sampled_fails_its_request_alone(monkeypatch, count, ahead):
     llm, draw = make_llm(ahead), sampled_step.SampledTokens
 
-    def picky(logits, rows):
+    def picky(logits, rows, penalties):
         if any(r.seed == 666 and r.num_output_tokens == 2 for r in rows):
             raise IndexError("logits processor")
-        return draw(logits, rows)
+        return draw(logits, rows, penalties)
 
     monkeypatch.setattr(sampled_step, "SampledTokens", picky)
     expected = want(prompts=PROMPTS[:count])

@@ -13,6 +13,7 @@ from spectral_paged.kernels.chunk import gpu as chunk_attention_gpu
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.pages import decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
+from spectral_paged.sampling import Penalties, SampledTokens, SampleRow
 from support.families import build
 from support.kernel_cases import (
     PAGES,
@@ -395,6 +396,47 @@ def test_graphs_and_queued_steps_say_what_eager_lockstep_says(format, exempt):
     assert stats["model_step"] == "eager + cuda graphs" and stats["async_scheduling"]
     assert stats["graph_replays"] > 100 and stats["num_graphs"] < 12
     assert plain.stats()["model_step"] == "eager" and plain.stats()["graph_replays"] == 0
+
+
+def test_penalties_say_ahead_what_they_say_in_lockstep():
+    prompts = random_prompts([1, 64, 640, 1217])
+    kinds = [{"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"presence_penalty": -0.5}]
+    params = [SamplingParams(seed=i, n=2, max_tokens=60, **kind) for i, kind in enumerate(kinds)]
+    params.append(SamplingParams(temperature=0.0, max_tokens=60))
+    plain = on_gpu(tiny_format(), enforce_eager=True, async_scheduling=False)
+    want = plain.generate(prompts, params, use_tqdm=False)
+    llm = on_gpu(tiny_format(), compile_layers=False)
+    got = llm.generate(prompts, params, use_tqdm=False)
+    for one, other in zip(got, want, strict=True):
+        assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
+    stats = llm.stats()
+    assert stats["async_scheduling"] and stats["lockstep_steps"] <= len(prompts)
+    assert stats["penalty_rows"] == 0 and stats["penalty_bytes"] > 0
+
+
+def test_penalties_never_wait_for_the_gpu():
+    """Rows are made, copied, applied, counted and taken back while the stream has work."""
+    logits = torch.randn(9, 5000, device="cuda")
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5)
+    penalties, prompt = Penalties(), list(range(4000))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = []
+        for i in range(9):  # the ninth row makes the table grow
+            held = penalties.hold(i, prompt, [1, 1, i], logits, siblings=range(i % 3))
+            rows.append(SampleRow(params, i, 3, (7,), held))
+        tokens = SampledTokens(logits, rows, penalties)
+        tokens.count()
+        tokens.count(-1)
+        again = SampledTokens(logits, rows, penalties)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(tokens.ids, again.ids)
+    on_cpu = Penalties()
+    held = [on_cpu.hold(i, prompt, [1, 1, i], logits.cpu()) for i in range(9)]
+    want = on_cpu.apply(logits.cpu(), held, [params] * 9)
+    got = penalties.apply(logits, [row.penalty_row for row in rows], [params] * 9)
+    torch.testing.assert_close(got.cpu(), want)
 
 
 def test_compiled_layers_say_what_eager_ones_say():

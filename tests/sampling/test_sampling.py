@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged.errors import SamplingParamsError, shown
-from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams
+from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingParams
 from spectral_paged.sampling.sampler import uniform_noise
 
 VOCAB = 50
 
 
+@dataclass
+class Row:
+    """A row of logits, with the tokens before it."""
+
+    params: SamplingParams
+    seed: int
+    prompt: list[int]
+    output: list[int]
+    blocked: tuple[int, ...]
+
+    def held(self, key, penalties, logits):
+        num, penalty_row = len(self.output), -1
+        if self.params.has_penalties:
+            penalty_row = penalties.hold(key, self.prompt, self.output, logits)
+        return SampleRow(self.params, self.seed, num, self.blocked, penalty_row)
+
+
 def row(seed=0, prompt=(), output=(), blocked=(), **params):
-    defaults = {"max_tokens": 100}
-    return SampleRow(SamplingParams(**(defaults | params)), seed, prompt, list(output), blocked)
+    params = SamplingParams(**({"max_tokens": 100} | params))
+    return Row(params, seed, list(prompt), list(output), blocked)
+
+
+def sample(logits, rows):
+    penalties = Penalties()
+    held = [r.held(i, penalties, logits) for i, r in enumerate(rows)]
+    return SampledTokens(logits, held, penalties).get()
 
 
 def draw(logits, rows):
-    return [r.token_id for r in SampledTokens(logits, rows).get()]
+    return [r.token_id for r in sample(logits, rows)]
 
 
 def drawn_set(logits, count=3000, **params):
@@ -212,7 +236,7 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
         )
         for i in range(20)
     ]
-    results = SampledTokens(logits, rows).get()
+    results = sample(logits, rows)
     assert torch.equal(logits, before), "the caller's logits stay"
     want = torch.log_softmax(logits, -1)
     for i, result in enumerate(results):
@@ -228,7 +252,7 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(blocked):
 def test_logprobs_only_where_they_are_asked_for():
     logits = torch.randn(2, VOCAB)
     rows = [row(logprobs=0, temperature=0.0), row(temperature=0.0)]
-    asked, plain = SampledTokens(logits, rows).get()
+    asked, plain = sample(logits, rows)
     assert set(asked.logprobs) == {int(logits[0].argmax())} and plain.logprobs is None
 
 

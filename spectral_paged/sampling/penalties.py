@@ -1,0 +1,122 @@
+"""Penalties lower the logits of tokens that a request has had, which are counted on the device.
+
+A step sends no histories to the device: prompts are uploaded once, and sampled tokens are counted
+where they were sampled, before the host knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_paged.device import upload
+from spectral_paged.sampling.params import SamplingParams
+
+FEWEST_ROWS = 8
+
+
+class Penalties:
+    """A table of the tokens that each request with penalties has had so far.
+
+    ```
+    int32 [rows, vocab]    2 * (times in the output) + (1 if the prompt has it)
+    ```
+
+    A request holds a row from its first sampled token until it ends or is preempted. The table is
+    allocated for the first such request, and doubles when every row is taken.
+    """
+
+    def __init__(self) -> None:
+        self._table: Tensor | None = None
+        self._rows: dict[Hashable, int] = {}
+        self._free: list[int] = []
+
+    def stats(self) -> dict[str, object]:
+        """Rows that requests hold now, and the bytes of the table on the device."""
+        num_bytes = 0 if self._table is None else self._table.nbytes
+        return {"penalty_rows": len(self._rows), "penalty_bytes": num_bytes}
+
+    def hold(
+        self,
+        key: Hashable,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        logits: Tensor,
+        *,
+        siblings: Iterable[Hashable] = (),
+    ) -> int:
+        """Return the row of `key`; a new one counts the tokens so far.
+
+        Args:
+            prompt, output: the tokens of a new row, all of its sampled ones.
+            logits: the table has their device and their width.
+            siblings: keys with the same prompt, which is copied from the row of one of them.
+        """
+        row = self._rows.get(key)
+        if row is not None:
+            return row
+        if self._table is None or not self._free:
+            self._grow(logits)
+        assert self._table is not None
+        row = self._free[-1]
+        line = self._table[row].zero_()
+        if prompt:
+            like = next((self._rows[k] for k in siblings if k in self._rows), None)
+            if like is None:
+                line.index_fill_(0, upload(prompt, torch.long, line.device), 1)
+            else:
+                line.copy_(self._table[like] & 1)
+        if output:
+            ids = upload(output, torch.long, line.device)
+            line.index_add_(0, ids, torch.ones_like(ids, dtype=line.dtype), alpha=2)
+        self._rows[key] = self._free.pop()  # not before the row is whole
+        return row
+
+    def _grow(self, logits: Tensor) -> None:
+        num_rows = 0 if self._table is None else len(self._table)
+        wanted = max(FEWEST_ROWS, 2 * num_rows)
+        # a caller's inference mode may end before a later step writes to the table
+        with torch.inference_mode(False):
+            table = torch.zeros(wanted, logits.shape[-1], dtype=torch.int32, device=logits.device)
+            if self._table is not None:
+                table[:num_rows] = self._table
+        self._table = table
+        self._free += range(wanted - 1, num_rows - 1, -1)
+
+    def release(self, key: Hashable) -> None:
+        """Free the row of `key`, if it holds one."""
+        row = self._rows.pop(key, None)
+        if row is not None:
+            self._free.append(row)
+
+    def count(self, rows: Sequence[int], ids: Tensor, times: int = 1) -> None:
+        """Count the sampled token `ids[i]` for `rows[i]`; -1 times takes it back."""
+        assert self._table is not None
+        places = upload(rows, torch.long, ids.device) * self._table.shape[-1] + ids
+        once = torch.ones_like(ids, dtype=self._table.dtype)
+        self._table.view(-1).index_add_(0, places, once, alpha=2 * times)
+
+    def apply(
+        self, logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams]
+    ) -> Tensor:
+        """Return `logits` `[N, vocab]` with repetition, presence and frequency penalties applied.
+
+        Args:
+            rows, params: the row and the penalties of each row of `logits`.
+        """
+        assert self._table is not None
+        device = logits.device
+
+        def column(name: str) -> Tensor:
+            values = [float(getattr(p, name)) for p in params]
+            return upload(values, torch.float32, device).unsqueeze(-1)
+
+        had = self._table[upload(rows, torch.long, device)]
+        counts = had >> 1
+        factor = column("repetition_penalty")
+        repeated = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(had > 0, repeated, logits)
+        once = column("presence_penalty") * (counts > 0)
+        return logits - once - column("frequency_penalty") * counts
