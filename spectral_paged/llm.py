@@ -18,20 +18,16 @@ from spectral_paged.engine import (
     Prompt,
     TextDeltas,
     Turns,
-    check_messages,
     conversations,
     counted_refusal,
     params_list,
     parts_of,
     prompt_list,
-    token_ids_of,
 )
 from spectral_paged.errors import (
     FormatError,
-    InvalidRequestError,
     SpectralPagedError,
     attach_outputs,
-    cut,
 )
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
@@ -112,6 +108,7 @@ class LLM:
                 "on how the scheduler cuts prompts: use a multiple of 512"
             )
         self.model_name = loaded.name
+        self.allow_special_tokens = chosen.allow_special_tokens
         self.sampling_defaults = sampling_defaults(loaded.model, chosen.generation_config)
         reserved = 0
         if chosen.kv_cache_bytes is None:
@@ -263,42 +260,37 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
+        allow_special_tokens: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete one conversation or many, formatted by the tokenizer's chat template.
 
         Args:
             messages: `{"role": ..., "content": ...}`; content is text, or a list of text parts,
                 which are joined by line ends.
+            allow_special_tokens: None: as the LLM was made.
 
         Raises:
             SpectralPagedError: as in `generate`.
         """
-        return self._complete(conversations(messages), sampling_params, use_tqdm)
+        talks = conversations(messages, allow_special_tokens)
+        return self._complete(talks, sampling_params, use_tqdm)
 
-    def chat_tokens(self, messages: object) -> list[int]:
+    def chat_tokens(
+        self, messages: object, *, allow_special_tokens: bool | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's turn.
 
+        Args:
+            allow_special_tokens: None: as the LLM was made.
+
         Raises:
-            InvalidRequestError: the messages are none, the template refuses them, or there is no
-                template.
+            InvalidRequestError, PromptTooLongError: as `PromptEncoder.encode_chat` does.
         """
-        checked = check_messages(messages)
-        if self._tokenizer is None or not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                f"model {self.model_name!r} has no chat template: use generate with a prompt"
-            )
-        try:
-            with self._turns:
-                encoded = self._tokenizer.apply_chat_template(
-                    checked, add_generation_prompt=True, tokenize=True, return_dict=True
-                )
-            token_ids = list(encoded["input_ids"])
-        except Exception as error:  # templates raise errors of any type for roles and orders
-            raise InvalidRequestError(
-                f"the chat template of {self.model_name!r} refuses these messages: "
-                f"{cut(str(error))}"
-            ) from error
-        return token_ids_of(token_ids, None, self.engine.vocab_size)
+        if allow_special_tokens is None:
+            allow_special_tokens = self.allow_special_tokens
+        with self._turns:
+            encoder = self.engine.prompt_encoder
+            return encoder.encode_chat(messages, allow_special_tokens=allow_special_tokens)
 
     def stream(
         self,
@@ -395,7 +387,9 @@ class LLM:
         request_id = f"request-{next(self._request_numbers)}"
         with counted_refusal(self.engine.counters, request_id):
             if isinstance(prompt, Conversation):
-                prompt = self.chat_tokens(prompt.messages)
+                prompt = self.chat_tokens(
+                    prompt.messages, allow_special_tokens=prompt.allow_special_tokens
+                )
             body, salt, pinned = parts_of(prompt)
         self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id

@@ -162,6 +162,7 @@ def _run_values(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str,
         "exempt_layers",
         "seed",
         "generation_config",
+        "allow_special_tokens",
     ]
     options = {"--" + name.replace("_", "-"): given[name] for name in names if name in given}
     return {

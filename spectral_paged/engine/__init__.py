@@ -35,7 +35,6 @@ from spectral_paged.engine.prompts import (
     params_list,
     parts_of,
     prompt_list,
-    token_ids_of,
 )
 from spectral_paged.engine.turns import (
     Turns,
@@ -60,5 +59,4 @@ __all__ = [
     "params_list",
     "parts_of",
     "prompt_list",
-    "token_ids_of",
 ]

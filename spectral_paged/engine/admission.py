@@ -33,13 +33,8 @@ def check_request(
     """
     if not token_ids:
         raise EmptyPromptError("the prompt is empty: give at least one token")
-    # clients know errors of length by their first words, which are OpenAI's
     if len(token_ids) >= cache.max_model_len:
-        raise PromptTooLongError(
-            f"This model's maximum context length is {cache.max_model_len} tokens. The prompt has "
-            f"{len(token_ids)}; with one to generate, max_model_len {cache.max_model_len} allows "
-            f"{cache.max_model_len - 1}: shorten it or raise max_model_len"
-        )
+        raise prompt_too_long(f"{len(token_ids)}", cache.max_model_len)
     longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
     if not cache.fits_alone(longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned):
         blocks = pinned_blocks(cache.format, pinned, len(token_ids))
@@ -57,6 +52,16 @@ def check_request(
             raise InvalidRequestError(
                 f"stop_token_ids {shown(bad)} are outside the vocabulary of {vocab_size}"
             )
+
+
+def prompt_too_long(size: str, max_model_len: int) -> PromptTooLongError:
+    """Return the error of a prompt of `size` tokens, or of another unit that `size` names."""
+    # clients know errors of length by their first words, which are OpenAI's
+    return PromptTooLongError(
+        f"This model's maximum context length is {max_model_len} tokens. The prompt has {size}; "
+        f"with one to generate, max_model_len {max_model_len} allows {max_model_len - 1}: shorten "
+        "it or raise max_model_len"
+    )
 
 
 def stalled(scheduler: Scheduler) -> PoolError:

@@ -21,7 +21,8 @@ from spectral_paged.device import StepClock
 from spectral_paged.engine.admission import check_request, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import counted_refusal
-from spectral_paged.engine.prompts import check_salt, token_ids_of
+from spectral_paged.engine.prompt_encoder import PromptEncoder
+from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
 from spectral_paged.engine.sampled_step import SampledStep, StepInputs, unsampled
@@ -81,11 +82,11 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.cache = cache
-        self.tokenizer = tokenizer
         self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size, self.seed = vocab_size, seed
+        self.tokenizer = tokenizer
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
         self.penalties = Penalties()
@@ -95,6 +96,16 @@ class Engine:
         self._in_flight: SampledStep | None = None
         self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be delivered
         self._siblings: deque[Completion] = deque()  # to be forked from the first completion
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of prompts and messages, which `prompt_encoder` uses."""
+        return self.prompt_encoder.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        longest = self.cache.max_model_len
+        self.prompt_encoder = PromptEncoder(tokenizer, self.vocab_size, longest, self.eos_token_ids)
 
     def use_clock(self, clock: StepClock) -> None:
         """Time the sections of steps, the cache's included, with `clock` from now on."""
@@ -126,7 +137,7 @@ class Engine:
             if request_id in self.requests.by_id:
                 raise InvalidRequestError(f"request id {shown(request_id)} is running already")
             check_salt(cache_salt)
-            token_ids = token_ids_of(prompt, self.tokenizer, self.vocab_size)
+            token_ids = self.prompt_encoder.encode(prompt)
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
             group = RequestGroup(

@@ -50,12 +50,16 @@ MESSAGES_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A prompt that is messages, which the chat template turns into tokens. They are unchecked."""
+    """A prompt that is messages, which the chat template turns into tokens. They are unchecked.
+
+    allow_special_tokens: None: as the LLM was told.
+    """
 
     messages: object
+    allow_special_tokens: bool | None = None
 
 
-def conversations(messages: object) -> list[Conversation]:
+def conversations(messages: object, allow_special_tokens: bool | None = None) -> list[Conversation]:
     """Return one conversation, or each of a list or column of conversations.
 
     Raises:
@@ -63,8 +67,8 @@ def conversations(messages: object) -> list[Conversation]:
     """
     given = plain_list(messages, "messages")
     if given and isinstance(given[0], list | tuple):
-        return [Conversation(one) for one in given]
-    return [Conversation(messages if given is None else given)]
+        return [Conversation(one, allow_special_tokens) for one in given]
+    return [Conversation(messages if given is None else given, allow_special_tokens)]
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:

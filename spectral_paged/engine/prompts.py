@@ -1,4 +1,4 @@
-"""Prompts as text, token ids or mappings, and their token ids.
+"""Prompts as callers give them: text, token ids or mappings, one or many.
 
 Token ids are a list, tuple, array or tensor. A mapping is vLLM's, or what a tokenizer returns.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spectral_paged.errors import InvalidRequestError, cut, shown
+from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.sampling import SamplingParams, plain_list
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -91,52 +91,6 @@ def check_salt(salt: object) -> str:
     if not isinstance(salt, str):
         raise InvalidRequestError(f"cache_salt is {shown(salt)}; it must be a string")
     return salt
-
-
-def token_ids_of(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int | None) -> list[int]:
-    """Return the token ids of a prompt that is text or token ids.
-
-    Raises:
-        InvalidRequestError: there is no tokenizer for text, the text is not valid Unicode, the
-            tokenizer refuses it, or an element is no token id of this vocabulary.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InvalidRequestError("a text prompt needs a tokenizer; pass token ids")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"the prompt is not valid text: {cut(str(error))}") from None
-        try:
-            token_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
-        except Exception as error:  # of any type, and must end no other request
-            raise InvalidRequestError(
-                f"the tokenizer refuses the prompt: {shown(error)}"
-            ) from error
-        return _in_vocabulary(token_ids, vocab_size)
-    given = plain_list(prompt, "prompt")
-    if given is None:
-        raise InvalidRequestError(f"a prompt is text or token ids; got {shown(prompt)}")
-    token_ids = given
-    for token in token_ids:
-        if isinstance(token, list | tuple):
-            raise InvalidRequestError(
-                f"prompt token {shown(token)} is a list: a prompt has one dimension, so give its "
-                "rows as prompts (those of an array: .tolist())"
-            )
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise InvalidRequestError(f"prompt token {shown(token)} is not a token id")
-    return _in_vocabulary(token_ids, vocab_size)
-
-
-def _in_vocabulary(token_ids: list[int], vocab_size: int | None) -> list[int]:
-    """Return token ids unchanged; a tokenizer may know more of them than the model."""
-    if vocab_size is not None and max(token_ids, default=0) >= vocab_size:
-        token = next(token for token in token_ids if token >= vocab_size)
-        raise InvalidRequestError(
-            f"prompt token {shown(token)} is outside the vocabulary of {vocab_size}"
-        )
-    return token_ids
 
 
 def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -132,6 +132,8 @@ class LLMOptions(CacheOptions):
         generation_config: `auto` takes the sampling values of the model's generation config where a
             request names none; `none` (on the command line also `vllm`) ignores them. End tokens
             of it count either way.
+        allow_special_tokens: special tokens that the text of a message spells (`<|im_end|>`) are
+            tokens. Otherwise they are text, so that no message ends its turn and begins another's.
     """
 
     kv_format: str | PageFormat = field(default="auto", metadata=option())
@@ -148,6 +150,7 @@ class LLMOptions(CacheOptions):
     generation_config: str = field(
         default="auto", metadata=option(_generation_config, choices=("auto", "none"))
     )
+    allow_special_tokens: bool = field(default=False, metadata=option(bool))
 
 
 class CacheOptionsDict(TypedDict, total=False):
@@ -177,3 +180,4 @@ class LLMOptionsDict(CacheOptionsDict, total=False):
     trust_remote_code: bool
     seed: int
     generation_config: str
+    allow_special_tokens: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spectral_paged.engine import check_request, token_ids_of
+from spectral_paged.engine import check_request
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
@@ -53,12 +53,12 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
             param="prompt",
             code="too_many_completions",
         )
-    tokenizer = llm.get_tokenizer()
+    encoder = llm.engine.prompt_encoder
     try:
         prompts = (
-            [llm.chat_tokens(body.messages)]
+            [encoder.encode_chat(body.messages, allow_special_tokens=llm.allow_special_tokens)]
             if body.messages is not None
-            else [token_ids_of(prompt, tokenizer, llm.engine.vocab_size) for prompt in body.prompts]
+            else [encoder.encode(prompt) for prompt in body.prompts]
         )
         if not all(prompts):
             raise EmptyPromptError("the prompt is empty: give at least one token")

@@ -26,9 +26,10 @@ OUTSIDE = f"is outside the vocabulary of {VOCAB}"
 
 @pytest.fixture(scope="module")
 def llm():
-    """The tokenizer knows a token that the model has no row for."""
+    """The tokenizer knows two tokens that the model has no row for, the second special."""
     made = served_llm()
     made.get_tokenizer().add_tokens(["<extra>"])
+    made.get_tokenizer().add_tokens(["<turn>"], special_tokens=True)
     assert max(made.get_tokenizer()("<extra>")["input_ids"]) >= VOCAB
     return made
 
@@ -168,6 +169,23 @@ def test_a_bad_conversation_fails_alone_at_every_door(llm, tmp_path, door, messa
         says = "messages.1 must be an object"
     assert says in door(llm, messages, tmp_path)
     assert not llm.engine.has_unfinished()
+
+
+@pytest.mark.parametrize("door", CHAT_DOORS)
+def test_special_tokens_in_messages_are_text_at_every_door(llm, tmp_path, monkeypatch, door):
+    """The model has no row for the token, so a door where it is one refuses the conversation."""
+    talk = [{"role": "user", "content": "first <turn> last"}]
+    with pytest.raises((pytest.fail.Exception, TypeError)):  # there is no refusal to return
+        door(llm, talk, tmp_path)
+    monkeypatch.setattr(llm, "allow_special_tokens", True)
+    assert OUTSIDE in door(llm, talk, tmp_path)
+
+
+def test_one_call_may_allow_special_tokens(llm):
+    talk = [{"role": "user", "content": "first <turn> last"}]
+    assert llm.chat(talk, PARAMS, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=OUTSIDE):
+        llm.chat(talk, PARAMS, use_tqdm=False, allow_special_tokens=True)
 
 
 @pytest.mark.parametrize("messages", ["hello", b"hello", [], None, 3, {"role": "user"}])
