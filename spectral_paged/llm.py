@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar, Unpack
 
@@ -25,15 +26,15 @@ from spectral_paged.engine import (
     prompt_list,
 )
 from spectral_paged.errors import (
-    FormatError,
     SpectralPagedError,
     attach_outputs,
 )
 from spectral_paged.models.activation_memory import activation_bytes
-from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
-from spectral_paged.models.generation import check_choice, end_tokens, sampling_defaults
+from spectral_paged.models.cache_for_model import longest_sequence, model_cache
+from spectral_paged.models.generation import end_tokens, sampling_defaults
 from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel, load_model
+from spectral_paged.models.option_checks import check_fit, check_options, format_of
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
 from spectral_paged.outputs import RequestOutput, TextDelta
@@ -86,27 +87,24 @@ class LLM:
         **options: Unpack[LLMOptionsDict],
     ) -> None:
         chosen = LLMOptions.of(LLM, cache_options, options)
-        check_choice(chosen.generation_config)
+        check_options(chosen)
         config = SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens)
         if isinstance(model, LoadedModel):
             loaded = model
         else:
             where = choose_device(chosen.device)
+            dtype = choose_dtype(chosen.dtype, where)
             loaded = load_model(
                 model,
                 device=where,
-                dtype=choose_dtype(chosen.dtype, where),
+                dtype=dtype,
                 trust_remote_code=chosen.trust_remote_code,
+                check=partial(check_fit, chosen, device=where, dtype=dtype),
             )
         where = loaded.model.device
         geometry = loaded.geometry
         longest = longest_sequence(geometry, chosen.max_model_len)
-        format = model_format(chosen.kv_format, geometry, prefill_segment=chosen.prefill_segment)
-        if not format.prefill_segment:
-            raise FormatError(
-                f"format {format.name!r} has prefill_segment=0, so what queries see would depend "
-                "on how the scheduler cuts prompts: use a multiple of 512"
-            )
+        format = format_of(chosen, geometry)
         self.model_name = loaded.name
         self.allow_special_tokens = chosen.allow_special_tokens
         self.sampling_defaults = sampling_defaults(loaded.model, chosen.generation_config)

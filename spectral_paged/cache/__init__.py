@@ -5,6 +5,9 @@ The package imports pools, pages, devices and kernels, but no model, sampler or 
 
 from __future__ import annotations
 
+from spectral_paged.cache.build import (
+    check_cache,
+)
 from spectral_paged.cache.cache import (
     SpectralKVCache,
 )
@@ -58,6 +61,7 @@ __all__ = [
     "StepPlan",
     "StepReport",
     "Visibility",
+    "check_cache",
     "pinned_blocks",
     "read_history",
     "replace_encoders",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_paged.cache.cache_basis import CacheBasis
+from spectral_paged.cache.cache_basis import CacheBasis, check_calibration
 from spectral_paged.cache.capacity import Share, divide
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.layer_spec import LayerSpec
@@ -17,7 +17,7 @@ from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
-from spectral_paged.pool.arena import Arena
+from spectral_paged.pool.arena import Arena, SlabPlan
 from spectral_paged.rope import RotaryTable
 
 
@@ -39,6 +39,18 @@ def check(
     """
     if options.kv_cache_bytes is None:
         raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
+    _check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
+
+
+def _check_shape(
+    format: PageFormat,
+    options: CacheOptions,
+    num_layers: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+) -> None:
     if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
         raise FormatError(
             f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
@@ -61,13 +73,48 @@ def check(
         raise FormatError(f"format {format.name!r}: {error}") from error
 
 
-def _check_online(basis: CacheBasis, num_sealing: int) -> None:
+def check_cache(
+    format: PageFormat,
+    options: CacheOptions,
+    *,
+    num_layers: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sliding_windows: Sequence[int | None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse what `SpectralKVCache` would refuse, before there are rotary tables or memory for it.
+
+    Args:
+        options: `max_model_len` must be set. The calibration may be `auto`, which is not checked;
+            without `kv_cache_bytes` the capacity is not.
+
+    Raises:
+        FormatError, CapacityError: as in `SpectralKVCache`.
+    """
+    _check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
+    if options.calibration != "auto":
+        check_calibration(options.calibration, format, num_layers)
+    longest = options.max_model_len
+    assert longest is not None
+    windows = [w if w is not None and w < longest else None for w in sliding_windows]
+    # tables divide groups further, but no layer gets fewer bytes for it
+    kinds = _kinds(format, [LayerSpec(None, window) for window in windows], options.exempt_layers)
+    is_online = format.needs_calibration and options.calibration == "online"
+    _check_online(is_online, sum(retention.seals for retention, _ in kinds))
+    if options.kv_cache_bytes is not None:
+        _shares(format, kinds, options, dtype.itemsize)
+
+
+def _check_online(is_online: bool, num_sealing: int) -> None:
     """Raise if an online calibration would see only some of the layers at the first seal.
 
     Raises:
         FormatError: several groups seal; the message names the alternatives.
     """
-    if basis.is_waiting and num_sealing > 1:
+    if is_online and num_sealing > 1:
         raise FormatError(
             f"calibration='online' takes the basis from the first blocks sealed, and {num_sealing} "
             "groups of this model's layers seal blocks of their own: calibrate the model, or use a "
@@ -87,6 +134,39 @@ def _kinds(
         kept = retention_of(format, spec.window, exempt=layer in exempt)
         kinds.setdefault((kept, spec.rope if kept.seals else None), []).append(layer)
     return dict(sorted(kinds.items(), key=lambda item: not item[0][0].seals))
+
+
+def _shares(
+    format: PageFormat,
+    kinds: dict[tuple[Retention, RotaryTable | None], list[int]],
+    options: CacheOptions,
+    itemsize: int,
+) -> list[int]:
+    """The bytes of each kind of layers.
+
+    Raises:
+        CapacityError: a share is too small for two slabs.
+    """
+    total = options.kv_cache_bytes
+    assert total is not None and options.max_model_len is not None
+    shares = divide(
+        format,
+        [Share(len(layers), retention) for (retention, _), layers in kinds.items()],
+        total,
+        itemsize=itemsize,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+    )
+    for ((retention, _), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
+        SlabPlan.of(
+            format,
+            num_layers=len(layers),
+            itemsize=itemsize,
+            budget_bytes=budget_bytes,
+            exact_only=not retention.seals,
+            total_bytes=total,
+        )
+    return shares
 
 
 def build_groups(
@@ -110,17 +190,10 @@ def build_groups(
         FormatError: several groups seal, and an online calibration would see only one of them.
     """
     format, max_model_len = basis.format, options.max_model_len
-    assert options.kv_cache_bytes is not None and max_model_len is not None
+    assert max_model_len is not None
     kinds = _kinds(format, specs, options.exempt_layers)
-    _check_online(basis, sum(retention.seals for retention, _ in kinds))
-    shares = divide(
-        format,
-        [Share(len(layers), retention) for (retention, _), layers in kinds.items()],
-        options.kv_cache_bytes,
-        itemsize=dtype.itemsize,
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=max_model_len,
-    )
+    _check_online(basis.is_waiting, sum(retention.seals for retention, _ in kinds))
+    shares = _shares(format, kinds, options, dtype.itemsize)
     groups = []
     for ((retention, rope), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
         arena = Arena(

@@ -13,6 +13,36 @@ from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, SharedBasis
 
 
+def check_calibration(
+    calibration: SharedBasis | str | Path | None, format: PageFormat, num_layers: int
+) -> None:
+    """Refuse what is no calibration for `format`, if it needs one.
+
+    Raises:
+        FormatError: as in `bind`.
+    """
+    if not format.needs_calibration:
+        return
+    if calibration == "online":
+        if format.dim_weighting != "none" or format.basis_id:
+            raise FormatError(
+                f"format {format.name!r} needs the weights of a real calibration; online there is "
+                "only a basis: use dim_weighting='none' and no basis_id, or calibrate"
+            )
+        return
+    if not isinstance(calibration, SharedBasis):
+        raise FormatError(
+            f"format {format.name!r} needs a calibration: make one with `spectral-paged calibrate "
+            "MODEL` and pass calibration=SharedBasis.load(path), or use calibration='online'"
+        )
+    if len(calibration.v) != num_layers:
+        raise FormatError(
+            f"the calibration is of {len(calibration.v)} layers; the model has {num_layers}: "
+            "calibrate the model that runs"
+        )
+    calibration.check(format)
+
+
 def bind(
     calibration: SharedBasis | str | Path | None,
     format: PageFormat,
@@ -25,25 +55,9 @@ def bind(
         FormatError: the calibration is missing, is for other heads or layers, or cannot be taken
             online.
     """
-    if not format.needs_calibration:
+    check_calibration(calibration, format, num_layers)
+    if not format.needs_calibration or not isinstance(calibration, SharedBasis):
         return None
-    if calibration == "online":
-        if format.dim_weighting != "none" or format.basis_id:
-            raise FormatError(
-                f"format {format.name!r} needs the weights of a real calibration; online there is "
-                "only a basis: use dim_weighting='none' and no basis_id, or calibrate"
-            )
-        return None
-    if not isinstance(calibration, SharedBasis):
-        raise FormatError(
-            f"format {format.name!r} needs a calibration: make one with `spectral-paged calibrate "
-            "MODEL` and pass calibration=SharedBasis.load(path), or use calibration='online'"
-        )
-    if len(calibration.v) != num_layers:
-        raise FormatError(
-            f"the calibration is of {len(calibration.v)} layers; the model has {num_layers}: "
-            "calibrate the model that runs"
-        )
     return calibration.bind(format, device)
 
 

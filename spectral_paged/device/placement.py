@@ -37,8 +37,6 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         InvalidRequestError: the name is no supported dtype.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     names = {
@@ -47,9 +45,24 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         "half": torch.float16,
         "bfloat16": torch.bfloat16,
     }
-    if dtype not in names:
+    if isinstance(dtype, torch.dtype) and dtype in names.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in names:
         raise InvalidRequestError(f"dtype is {shown(dtype)}; use 'auto' or one of {sorted(names)}")
     return names[dtype]
+
+
+def check_utilization(utilization: float) -> None:
+    """Refuse a share of the GPU's memory that is none.
+
+    Raises:
+        InvalidRequestError: it is no number in (0, 1].
+    """
+    number = isinstance(utilization, int | float) and not isinstance(utilization, bool)
+    if not number or not 0 < utilization <= 1:
+        raise InvalidRequestError(
+            f"gpu_memory_utilization is {shown(utilization)}; it must be in (0, 1]"
+        )
 
 
 def choose_cache_bytes(
@@ -69,8 +82,7 @@ def choose_cache_bytes(
         return given
     if device.type != "cuda":
         return DEFAULT_CPU_CACHE_BYTES
-    if not 0 < utilization <= 1:
-        raise InvalidRequestError(f"gpu_memory_utilization is {utilization}; it must be in (0, 1]")
+    check_utilization(utilization)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     left = int(free - total * (1 - utilization)) - reserved

@@ -31,6 +31,7 @@ from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra, shown
 from spectral_paged.models.loader import EMBEDDED, model_name
+from spectral_paged.models.option_checks import check_options
 from spectral_paged.options import LLMOptions
 
 try:
@@ -145,9 +146,12 @@ def run_batch(
         address: the cluster's; default that of `RAY_ADDRESS`, else a cluster on this machine.
 
     Raises:
-        InvalidRequestError: the output file belongs to another input, or the cluster is too small.
+        FormatError: the format does not exist; no cluster is joined.
+        InvalidRequestError: an option has a value that it does not take, the output file belongs to
+            another input, or the cluster is too small.
         ClusterError: there is no cluster at `address`, a worker raised, or workers died too often.
     """
+    check_options(LLMOptions(**options))
     with _joined(address):
         resource, num_workers = _workers(options.get("device", "auto"), num_workers)
         return _run(

@@ -18,5 +18,6 @@ __all__ = [
     "hub",
     "kept_files",
     "loader",
+    "option_checks",
     "runner",
 ]

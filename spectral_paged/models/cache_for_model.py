@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.device import choose_cache_bytes
@@ -16,10 +17,19 @@ from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 
 
+class Heads(Protocol):
+    """The heads of a model's K and V, as `ModelGeometry` has them."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
 def model_format(
-    kv_format: str | PageFormat, geometry: ModelGeometry, *, prefill_segment: int = 2048
+    kv_format: str | PageFormat, heads: Heads, *, prefill_segment: int = 2048
 ) -> PageFormat:
-    """Return a preset's format for this geometry, or the `PageFormat` given.
+    """Return a preset's format for these heads, or the `PageFormat` given.
 
     Raises:
         FormatError: `kv_format` is neither a known preset nor a `PageFormat`.
@@ -30,8 +40,8 @@ def model_format(
         raise FormatError(f"kv_format is {shown(kv_format)}; give a preset name or a PageFormat")
     return PageFormat.preset(
         kv_format,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
         prefill_segment=prefill_segment,
     )
 

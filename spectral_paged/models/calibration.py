@@ -355,10 +355,23 @@ def find_calibration(
         return builtin_calibration(loaded)
     if given == "online":
         return "online"
+    path = calibration_file(given)
+    assert path is not None, "auto and online are no files"
+    return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))
+
+
+def calibration_file(given: str | Path) -> Path | None:
+    """Return the path of `LLM(calibration=given)`; None for `auto` and `online`.
+
+    Raises:
+        InvalidRequestError: there is no such file.
+    """
+    if given in ("auto", "online"):
+        return None
     path = Path(given)
     if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise InvalidRequestError(
             f"there is no calibration file {shown(str(path))}: make it with `spectral-paged "
             "calibrate`, or use calibration='auto'"
         )
-    return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))
+    return path

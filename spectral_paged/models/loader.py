@@ -98,16 +98,16 @@ def resolve(model: str | PathLike[str]) -> str:
         return str(convert_gguf(embedded_gguf(name)))
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name that is too long
             raise UnknownModelError(f"there is no file {shown(name)}{did_you_mean(name, EMBEDDED)}")
         return str(convert_gguf(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").exists():
             raise UnknownModelError(
                 f"folder {shown(name)} has no config.json, so it holds no model"
             )
         return str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         refuse_pickle(path)
         raise UnknownModelError(f"{shown(name)} is a file that is no model: name its folder")
     if looks_like_a_path(name):

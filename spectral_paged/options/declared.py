@@ -13,10 +13,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
-from spectral_paged.errors import shown
+from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.options.command_line import option
 from spectral_paged.options.readers import num_tokens, parse_bytes, positive
 
@@ -31,6 +32,18 @@ DEFAULT_MODEL = "smollm2-135m"
 def _generation_config(text: str) -> str:
     """Read a choice of generation config; vLLM's word for `none` is `vllm`."""
     return {"vllm": "none"}.get(text, text)
+
+
+# annotation of a field -> (the values as an error message names them, True for such a value)
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("an integer", lambda value: type(value) is int),
+    "int | None": ("an integer or None", lambda value: value is None or type(value) is int),
+    "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "Sequence[int]": (
+        "a list of whole numbers",
+        lambda value: isinstance(value, Sequence) and all(type(item) is int for item in value),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,25 @@ class CacheOptions:
         default=True, metadata=option(bool, also=["--prefix-caching"])
     )
     debug_poison: bool = field(default=False, metadata=option(bool))
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type; integers of numpy and torch become Python's.
+
+        Raises:
+            InvalidRequestError: names the option, its value and what it takes.
+        """
+        for known in fields(self):
+            rule = _TYPES.get(str(known.type))
+            value = getattr(self, known.name)
+            if rule is not None and "integer" in rule[0] and hasattr(value, "__index__"):
+                value = value if isinstance(value, bool) else index(value)
+                object.__setattr__(self, known.name, value)
+            if rule is not None and not rule[1](value):
+                raise InvalidRequestError(f"{known.name} is {shown(value)}; it must be {rule[0]}")
+        if self.max_num_seqs < 1:
+            raise InvalidRequestError(
+                f"max_num_seqs is {self.max_num_seqs}; it must be an integer of at least 1"
+            )
 
     @classmethod
     def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from spectral_paged.errors import FormatError, shown
@@ -56,8 +57,11 @@ def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
     if name == "auto":
         name = AUTO
     if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ";"
         raise FormatError(
-            f"unknown kv_format {shown(name)}; presets are 'auto', {', '.join(map(repr, PRESETS))}"
+            f"unknown kv_format {shown(name)}{meant} presets are 'auto', "
+            f"{', '.join(map(repr, PRESETS))}"
         )
     if name == "exact":
         return {"name": name}

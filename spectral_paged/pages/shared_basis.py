@@ -121,15 +121,13 @@ class SharedBasis:
             digest.update(getattr(self, name).contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def bind(self, format: PageFormat, device: torch.device | str = "cpu") -> BoundBasis:
-        """The rows that pages of `format` share, and the format with `basis_id` set.
-
-        Eigenvectors are computed in fp64 on the CPU, so that they are the same on every device.
+    def check(self, format: PageFormat) -> None:
+        """Refuse a format that is bound to another calibration, or has another geometry.
 
         Raises:
-            FormatError: the format is bound to another calibration, or has another geometry.
+            FormatError: names both.
         """
-        layers, heads, dim, _ = self.v.shape
+        _, heads, dim, _ = self.v.shape
         if (heads, dim) != (format.num_kv_heads, format.head_dim):
             raise FormatError(
                 f"the calibration is of {heads} KV heads of width {dim}; format {format.name!r} "
@@ -140,6 +138,17 @@ class SharedBasis:
                 f"format {format.name!r} is bound to calibration {format.basis_id}, this one is "
                 f"{self.id}: pass the calibration it was made with"
             )
+
+    def bind(self, format: PageFormat, device: torch.device | str = "cpu") -> BoundBasis:
+        """The rows that pages of `format` share, and the format with `basis_id` set.
+
+        Eigenvectors are computed in fp64 on the CPU, so that they are the same on every device.
+
+        Raises:
+            FormatError: the format is bound to another calibration, or has another geometry.
+        """
+        self.check(format)
+        dim = self.v.shape[-1]
         # a key turned with its frame meets queries from the same distances as one before RoPE
         keys, queries = {
             "pre": (self.k_pre, self.q_pre),

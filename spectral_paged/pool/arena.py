@@ -12,6 +12,8 @@ and writes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,56 @@ def choose_slab_bytes(exact_bytes: int, page_bytes: int) -> int:
     return best
 
 
+@dataclass(frozen=True, slots=True)
+class SlabPlan:
+    """The slabs that fit a layer group's bytes, known before they are allocated.
+
+    Attributes:
+        exact_bytes, page_bytes: of a slot in one layer; `page_bytes` is 0 where nothing is sealed.
+    """
+
+    exact_bytes: int
+    page_bytes: int
+    slab_bytes: int
+    num_slabs: int
+
+    @classmethod
+    def of(
+        cls,
+        format: PageFormat,
+        *,
+        num_layers: int,
+        itemsize: int,
+        budget_bytes: int,
+        exact_only: bool,
+        total_bytes: int | None = None,
+    ) -> SlabPlan:
+        """Divide `budget_bytes` of all layers into slabs and a trash slot.
+
+        Args:
+            total_bytes: `kv_cache_bytes`, of which other groups have the rest; default
+                `budget_bytes`.
+
+        Raises:
+            CapacityError: the budget holds less than two slabs.
+        """
+        exact_bytes = format.exact_page_bytes(itemsize)
+        page_bytes = 0 if exact_only else format.page_bytes
+        slab_bytes = choose_slab_bytes(exact_bytes, page_bytes)
+        trash_bytes = max(exact_bytes, page_bytes)
+        num_slabs = (budget_bytes // num_layers - trash_bytes) // slab_bytes
+        if num_slabs < 2:
+            need = num_layers * (2 * slab_bytes + trash_bytes)
+            if total_bytes not in (None, budget_bytes):  # shares are rounded down
+                need = -(-(need + 1) * total_bytes // max(1, budget_bytes))
+            raise CapacityError(
+                f"{budget_bytes} bytes for {num_layers} layers hold {max(num_slabs, 0)} slabs of "
+                f"{slab_bytes} bytes a layer; at least 2 are needed: give kv_cache_bytes "
+                f">= {need}"
+            )
+        return cls(exact_bytes, page_bytes, slab_bytes, num_slabs)
+
+
 class Arena:
     """The memory of one layer group, with the pool of its slots.
 
@@ -75,18 +127,16 @@ class Arena:
         self.format = format
         self.num_layers = num_layers
         self.dtype = dtype
-        self.exact_bytes = format.exact_page_bytes(dtype.itemsize)
-        self.page_bytes = 0 if exact_only else format.page_bytes
-        self.slab_bytes = choose_slab_bytes(self.exact_bytes, self.page_bytes)
+        plan = SlabPlan.of(
+            format,
+            num_layers=num_layers,
+            itemsize=dtype.itemsize,
+            budget_bytes=budget_bytes,
+            exact_only=exact_only,
+        )
+        self.exact_bytes, self.page_bytes = plan.exact_bytes, plan.page_bytes
+        self.slab_bytes, num_slabs = plan.slab_bytes, plan.num_slabs
         trash_bytes = max(self.exact_bytes, self.page_bytes)
-        num_slabs = (budget_bytes // num_layers - trash_bytes) // self.slab_bytes
-        if num_slabs < 2:
-            need = num_layers * (2 * self.slab_bytes + trash_bytes)
-            raise CapacityError(
-                f"{budget_bytes} bytes for {num_layers} layers hold {max(num_slabs, 0)} slabs of "
-                f"{self.slab_bytes} bytes a layer; at least 2 are needed: give kv_cache_bytes "
-                f">= {need}"
-            )
         slots = {SlotKind.EXACT: self.slab_bytes // self.exact_bytes}
         if self.page_bytes:
             slots[SlotKind.PAGE] = self.slab_bytes // self.page_bytes

@@ -1,0 +1,111 @@
+"""Options of an `LLM` are judged before weights are downloaded or read.
+
+```
+check_options    values that are wrong for every model, before a model is looked for
+check_fit        values that are wrong for this model, once its config is read
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spectral_paged.cache import check_cache
+from spectral_paged.device import check_utilization, choose_cache_bytes, choose_dtype
+from spectral_paged.errors import FormatError, InvalidRequestError, shown
+from spectral_paged.models.cache_for_model import Heads, longest_sequence, model_format
+from spectral_paged.models.calibration import calibration_file
+from spectral_paged.models.generation import check_choice
+from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.options import LLMOptions
+from spectral_paged.pages import PageFormat, SharedBasis
+
+
+@dataclass(frozen=True, slots=True)
+class AnyHeads:
+    """Heads for which every preset has bands."""
+
+    num_kv_heads: int = 1
+    head_dim: int = 64
+
+
+def check_options(options: LLMOptions) -> None:
+    """Refuse values of options that are wrong for every model.
+
+    Raises:
+        FormatError: `kv_format` or `prefill_segment`.
+        InvalidRequestError: any other option; the message says what it takes.
+    """
+    if options.max_num_batched_tokens < 1:
+        raise InvalidRequestError(
+            f"max_num_batched_tokens is {options.max_num_batched_tokens}; it must be an integer of "
+            "at least 1"
+        )
+    format = format_of(options, AnyHeads())
+    choose_dtype(options.dtype, torch.device("cpu"))
+    check_utilization(options.gpu_memory_utilization)
+    check_choice(options.generation_config)
+    given = options.calibration
+    if not (given is None or isinstance(given, SharedBasis | str | Path)):
+        raise InvalidRequestError(
+            f"calibration is {shown(given)}; it must be 'auto', 'online', a path or a SharedBasis"
+        )
+    if format.needs_calibration and isinstance(given, str | Path):
+        calibration_file(given)
+
+
+def format_of(options: LLMOptions, heads: Heads) -> PageFormat:
+    """Return the page format of an `LLM` for these heads.
+
+    Raises:
+        FormatError: it is unknown, or has `prefill_segment=0`, for an LLM's scheduler cuts prompts.
+    """
+    format = model_format(options.kv_format, heads, prefill_segment=options.prefill_segment)
+    if not format.prefill_segment:
+        raise FormatError(
+            f"format {format.name!r} has prefill_segment=0, so what queries see would depend "
+            "on how the scheduler cuts prompts: use a multiple of 512"
+        )
+    return format
+
+
+def check_fit(
+    options: LLMOptions,
+    geometry: ModelGeometry,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a format or options of a cache that do not fit a model.
+
+    The bytes of a cache on CUDA that has no `kv_cache_bytes` are known once the weights are there.
+
+    Raises:
+        FormatError, CapacityError: as in `SpectralKVCache`.
+        InvalidRequestError: as in `longest_sequence`.
+        CorruptFileError: the calibration's file is damaged.
+    """
+    format, longest = (
+        format_of(options, geometry),
+        longest_sequence(geometry, options.max_model_len),
+    )
+    given, num_bytes = options.calibration, options.kv_cache_bytes
+    if format.needs_calibration and isinstance(given, str | Path):
+        path = calibration_file(given)
+        given = given if path is None else SharedBasis.load(path)
+    if num_bytes is None and device.type != "cuda":
+        num_bytes = choose_cache_bytes(None, 1.0, device)
+    check_cache(
+        format,
+        replace(options, calibration=given, kv_cache_bytes=num_bytes, max_model_len=longest),
+        num_layers=geometry.num_layers,
+        num_q_heads=geometry.num_q_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        sliding_windows=geometry.windows,
+        device=device,
+        dtype=dtype,
+    )
