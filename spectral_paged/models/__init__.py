@@ -11,6 +11,7 @@ __all__ = [
     "calibration",
     "checkpoint_files",
     "decode_graphs",
+    "full_precision",
     "generation",
     "geometry",
     "gguf",

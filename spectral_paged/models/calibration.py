@@ -6,7 +6,9 @@ import hashlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +23,7 @@ from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
+from spectral_paged.models.full_precision import full_precision
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.kept_files import CALIBRATIONS, cache_folder
 from spectral_paged.models.loader import LoadedModel
@@ -33,7 +36,7 @@ SKIPPED_TOKENS = 64  # a span's first tokens are attention sinks, which pages ne
 SPAN_BLOCKS = 2
 SPAN_TOKENS = SKIPPED_TOKENS + SPAN_BLOCKS * BLOCK_TOKENS
 DEFAULT_SPANS = 8
-SAMPLE_STRIDE = 97
+SAMPLE_STRIDE = 7  # one in so many weights is in a fingerprint
 NUM_DISTANCES = 64
 MAX_DISTANCE = 16384
 
@@ -41,7 +44,8 @@ MAX_DISTANCE = 16384
 def model_fingerprint(model: Any) -> str:
     """Return 16 hex digits of shapes, RoPE and a sample of the K and V projections' weights.
 
-    The sample is cast to bf16, so that a checkpoint has one fingerprint in every dtype.
+    A checkpoint has one fingerprint in every dtype: rounding changes no sign, and the mean size of
+    thousands of weights by less than the power of two that counts.
     """
     config = model.config
     shape = (
@@ -51,16 +55,19 @@ def model_fingerprint(model: Any) -> str:
         config.num_attention_heads,
         sorted((getattr(config, "rope_parameters", None) or {}).items()),
     )
-    digest = hashlib.sha256(repr(shape).encode())
+    digest, size = hashlib.sha256(repr(shape).encode()), 0.0
     for layer in model.model.layers:
         attention = layer.self_attn
         if hasattr(attention, "qkv_proj"):  # one for all three (Phi 3)
             projections = [attention.qkv_proj]
         else:
             projections = [attention.k_proj, attention.v_proj]
-        for projection in projections:
-            sample = projection.weight.detach().flatten()[::SAMPLE_STRIDE].bfloat16()
-            digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
+        for weight in (w for projection in projections for w in projection.parameters()):
+            sample = weight.detach().flatten()[::SAMPLE_STRIDE].float()
+            digest.update(torch.signbit(sample).cpu().numpy().tobytes())
+            if weight.dim() > 1:  # a bias is too short for a mean that rounding leaves alone
+                size += math.log2(max(float(sample.abs().mean()), sys.float_info.min))
+    digest.update(str(round(size)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -245,6 +252,8 @@ def calibrate(
 ) -> SharedBasis:
     """Accumulate statistics of a model over spans of `texts`: two blocks after 64 skipped tokens.
 
+    On a CPU the model runs in fp32, whatever dtype its weights have.
+
     Args:
         max_spans: the most spans, evenly spaced over the texts; None takes all.
         progress: show a bar if stderr is a terminal.
@@ -269,8 +278,9 @@ def calibrate(
     run = by_interface(model) if forward is None else forward
     chosen = list(text_spans(ids, max_spans, max_length=geometry.max_position_embeddings))
     bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
-    for window in bar:
-        run(torch.tensor([window], device=model.device), recorder)
+    with full_precision(model) if model.device.type == "cpu" else nullcontext():
+        for window in bar:
+            run(torch.tensor([window], device=model.device), recorder)
     basis = accumulator.finish(
         q_pre=torch.stack(list(map(averaged_over_distances, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
@@ -291,7 +301,8 @@ def calibrate(
 def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
     """Return the model's calibration on the package's text, made once and kept in a cache folder.
 
-    If the folder cannot be written, the calibration is used, and the next start makes it again.
+    It is kept by what the model and its tokenizer are, so all dtypes share it. If the folder cannot
+    be written, the calibration is used, and the next start makes it again.
 
     Args:
         how: `forward` and `ropes` of `calibrate`.
@@ -301,7 +312,7 @@ def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
     """
     text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
     ids = [] if loaded.tokenizer is None else loaded.tokenizer(text)["input_ids"]
-    content = f"{BASIS_VERSION}/{fingerprint}/{loaded.model.dtype}/{ids}"
+    content = f"{BASIS_VERSION}/{fingerprint}/{ids}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache_folder() / CALIBRATIONS / f"{key}.safetensors"
     if os.path.isfile(path):  # False, and no error, if the folder cannot be read

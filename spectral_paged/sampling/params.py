@@ -169,7 +169,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
             value = plain(getattr(self, name))
-            if isinstance(value, list | tuple):
+            if name == "stop_token_ids" and value is None:  # as in vLLM
+                value = ()
+            elif isinstance(value, list | tuple):
                 value = (tuple if isinstance(value, tuple) else list)(map(plain, value))
             object.__setattr__(self, name, value)
             rule.check(value, name)

@@ -279,6 +279,7 @@ def test_sampling_values_of_numpy_and_torch_are_pythons(of):
     stops = {"stop": ["a", "b"], "stop_token_ids": [1, 2]}
     same = SamplingParams(temperature=0.5, max_tokens=7, seed=3, ignore_eos=True, **stops)
     assert params == same and type(params.max_tokens) is int
+    assert SamplingParams(stop_token_ids=None) == SamplingParams()
     hash(SamplingParams(max_tokens=np.int64(7), stop_token_ids=(np.int32(2),)))
 
 

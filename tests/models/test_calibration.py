@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from spectral_paged import LLM, PageFormat
 from spectral_paged.errors import FormatError, InvalidRequestError
@@ -142,6 +143,79 @@ def test_a_models_fingerprint_knows_its_weights_and_not_their_dtype():
     assert len(other | {model_fingerprint(first)}) == 3
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint in bf16, with weights so small that fp16 rounds them or takes them for 0."""
+    where = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight[::3] *= 1e-4
+                projection.weight[::5] *= 1e-8
+    model.to(torch.bfloat16).save_pretrained(where)
+    return where
+
+
+def in_dtype(checkpoint, dtype):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    return LoadedModel("tiny", model, by_letter, ModelGeometry.from_config(model.config))
+
+
+def test_a_checkpoint_has_one_fingerprint_in_every_dtype(checkpoint):
+    assert len({model_fingerprint(in_dtype(checkpoint, dtype).model) for dtype in DTYPES}) == 1
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_a_weight_of_another_sign_or_adapters_are_another_model(part):
+    def changed(change):
+        model = tiny_model()
+        with torch.no_grad():
+            change(getattr(model.model.layers[1].self_attn, part))
+        return model_fingerprint(model)
+
+    def adapted(projection):
+        projection.adapter = torch.nn.Linear(8, 8, bias=False)
+
+    plain = changed(lambda projection: None)
+    others = {
+        changed(lambda projection: projection.weight[:, ::7].neg_()),
+        changed(lambda projection: projection.weight.mul_(4)),
+        changed(adapted),
+    }
+    assert len(others | {plain}) == 4
+
+
+def test_on_a_cpu_a_calibration_is_made_in_fp32(checkpoint):
+    """bf16 weights are exact in fp32, so both give the same numbers to the last bit."""
+    made = {}
+    for dtype in DTYPES:
+        loaded = in_dtype(checkpoint, dtype)
+        before = {name: x.clone() for name, x in loaded.model.state_dict().items()}
+        made[dtype] = calibrate(loaded, [text("alice")[:576]])
+        after = loaded.model.state_dict()
+        assert all(torch.equal(x, after[n]) and x.dtype == dtype for n, x in before.items())
+    assert made[torch.bfloat16].id == made[torch.float32].id
+    for name in COVARIANCES + METRICS:
+        first, last = (getattr(made[dtype], name) for dtype in (torch.float32, torch.float16))
+        assert torch.allclose(first, last, rtol=1e-2, atol=1e-3 * float(first.abs().max()))
+
+
+def test_a_calibration_that_fails_leaves_the_weights_as_they_were(checkpoint):
+    loaded = in_dtype(checkpoint, torch.bfloat16)
+    ids = torch.arange(70)[None]
+    want = loaded.model(ids).logits
+    loaded.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(loaded, [text("alice")[:576]])
+    loaded.model.model.layers[1].mlp.down_proj._forward_pre_hooks.clear()
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded.model(ids).logits, want)
+
+
 # ---- refusals ----------------------------------------------------------------------------
 
 
@@ -214,6 +288,16 @@ def test_the_builtin_calibration_is_made_once_and_again_when_damaged(tmp_path, m
     path.write_bytes(path.read_bytes()[:-10])
     assert find_calibration("auto", SHARED, loaded).id == first.id and len(made) == 2
     assert SharedBasis.load(path).id == first.id
+
+
+def test_the_builtin_calibration_serves_every_dtype(tmp_path, monkeypatch, quick, checkpoint):
+    monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(tmp_path))
+    found = [find_calibration("auto", SHARED, in_dtype(checkpoint, dtype)) for dtype in DTYPES]
+    assert len({basis.id for basis in found}) == 1 and len(quick) == 1
+    assert len(list((tmp_path / "calibrations").iterdir())) == 1
+    monkeypatch.setattr(calibration, "builtin_text", lambda: "another text " * 100)
+    find_calibration("auto", SHARED, in_dtype(checkpoint, torch.bfloat16))
+    assert len(quick) == 2
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_a_warning(
