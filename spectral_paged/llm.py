@@ -42,7 +42,18 @@ from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
 LOADING = ("device", "dtype", "trust_remote_code")  # options that a loaded model does not take
-
+# vLLM's methods that are not here, by what is (docs/vllm-comparison.md)
+INSTEAD = {
+    "models that generate": ("embed", "encode", "classify", "score", "reward"),
+    "`transformers`' `generate` with a `SpectralPagedCache`": ("beam_search",),
+    "the model that `LLM.from_model` was given": ("apply_model", "collective_rpc"),
+    "`close()`, and another `LLM`": ("sleep", "wake_up"),
+    "`llm.cache.reset_prefix_cache()`": ("reset_prefix_cache",),
+    "`llm.stats()`": ("get_metrics",),
+    "`llm.engine`": ("llm_engine",),
+    "`LLM.from_model(model, tokenizer)`": ("set_tokenizer",),
+    "`spectral-paged bench`": ("start_profile", "stop_profile"),
+}
 
 Piece = TypeVar("Piece")
 
@@ -192,7 +203,9 @@ class LLM:
     def __getattr__(self, name: str) -> Any:
         if name in ("engine", "cache", "_runner"):
             raise SpectralPagedError("this LLM was closed: make another")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = [instead for instead, names in INSTEAD.items() if name in names]
+        take = f": take {found[0]}" if found else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{take}")
 
     # ---- generation ----------------------------------------------------------------------
 

@@ -243,9 +243,9 @@ class SharedBasis:
             )
         if model_fingerprint is not None and fingerprint != model_fingerprint:
             raise FormatError(
-                f"{path} was calibrated on a model with fingerprint {fingerprint} (or by a version "
-                f"that made other fingerprints); this one has {model_fingerprint}: run "
-                "`spectral-paged calibrate` on the model that will use it"
+                f"{path} was calibrated on a model with fingerprint {fingerprint}; this one has "
+                f"{model_fingerprint} (files from before fingerprints were the same in every dtype "
+                "have another one): run `spectral-paged calibrate` on the model that will use it"
             )
         return basis
 

@@ -8,6 +8,7 @@ import pytest
 
 from spectral_paged.cli.vllm_options import NOT_SERVED, PAGE
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.llm import INSTEAD
 from spectral_paged.openai import parse_body
 from spectral_paged.server.app import Service
 from spectral_paged.server.settings import ServerSettings
@@ -45,6 +46,21 @@ def test_fields_are_refused_by_name(field, chat):
     with pytest.raises(InvalidRequestError) as caught:
         parse_body(body | {field: 7}, chat=chat, defaults={})
     assert caught.value.param == field and field in str(caught.value)
+
+
+def test_methods_of_vllms_that_are_not_here_are_told_what_is():
+    said = {instead: tuple(spans(first)) for first, instead in table("Methods of `LLM`")}
+    assert said == INSTEAD
+    with served_llm() as llm:
+        for instead, names in said.items():
+            for name in names:
+                assert not hasattr(llm, name)
+                with pytest.raises(AttributeError, match=re.escape(f"{name!r}: take {instead}")):
+                    getattr(llm, name)
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'$"):
+            llm.nonsense  # noqa: B018
+        for name in re.findall(r"`llm\.([\w.]+)", " ".join(said)):
+            assert hasattr(llm, name.split(".")[0])
 
 
 def test_endpoints_that_are_served_are_and_the_others_are_not():
