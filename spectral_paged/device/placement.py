@@ -41,6 +41,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     names = {
         "float32": torch.float32,
+        "float": torch.float32,
         "float16": torch.float16,
         "half": torch.float16,
         "bfloat16": torch.bfloat16,

@@ -146,8 +146,8 @@ class LLMOptions(CacheOptions):
         kv_format: format of the pages: a preset such as `spectral-quality`, which `auto` takes and
             which needs no calibration file, or `exact`; in Python also a `PageFormat`.
         device: `cpu`, `cuda` or `cuda:1`; `auto` takes CUDA if it is available.
-        dtype: `float32`, `bfloat16` or `float16`, of weights and activations; `auto` is `float32`
-            on a CPU and `bfloat16` on CUDA.
+        dtype: `float32` (also `float`), `bfloat16` or `float16` (also `half`), of weights and
+            activations; `auto` is `float32` on a CPU and `bfloat16` on CUDA.
         gpu_memory_utilization: share of GPU memory, above 0 and at most 1, for weights, cache and a
             step's activations, which are measured by running a step as large as the budgets allow.
         max_num_batched_tokens: most tokens that a step computes. `max_num_seqs` is the limit on its

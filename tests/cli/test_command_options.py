@@ -7,10 +7,12 @@ import dataclasses
 import re
 
 import pytest
+import torch
 
 from spectral_paged.cli.commands import build_parser, main
 from spectral_paged.cli.generate import SAMPLING
 from spectral_paged.cli.vllm_options import NOT_SERVED, PAGE
+from spectral_paged.device import choose_dtype
 from spectral_paged.options import (
     CacheOptions,
     LLMOptions,
@@ -203,6 +205,21 @@ def test_names_and_numbers_of_vllm_are_understood(command, words, field, value):
     first = {"serve": ["tiny"], "generate": ["-i", "a", "-o", "b"]}[command]
     args = build_parser().parse_args(with_dashes([command, *first, *words.split()]))
     assert given_options(args, LLMOptions) == {field: value}
+
+
+@pytest.mark.parametrize(
+    "word, dtype",
+    [
+        ("half", torch.float16),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("float", torch.float32),
+        ("float32", torch.float32),
+        ("auto", torch.float32),
+    ],
+)
+def test_vllms_words_for_a_dtype_are_understood(word, dtype):
+    assert choose_dtype(word, torch.device("cpu")) is dtype
 
 
 def test_vllms_names_of_the_server_are_understood():
