@@ -98,10 +98,14 @@ def check(call, *args, **kwargs):
 @given(value=ANY)
 @example(value=10**5000)  # Python writes no integer of so many digits
 @example(value="x" * 4_000_000)
-@example(value=nested(900, 1))
 def test_what_is_shown_of_a_value_is_short_and_on_one_line(value):
     text = shown(value)
     assert text and len(text) <= MAX_SHOWN and "\n" not in text
+
+
+def test_a_value_that_is_nested_too_deep_to_be_printed_is_shown():
+    """No example of the test above, because hypothesis prints its examples whole."""
+    assert 0 < len(shown(nested(900, 1))) <= MAX_SHOWN
 
 
 @pytest.mark.parametrize("value", ["", "x", "it's", 3, -1.5, None, [1, 2], {"a": [1]}, ("x",)])

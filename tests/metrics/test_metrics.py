@@ -100,7 +100,7 @@ def test_pages_sealed_before_a_preemption_are_counted_with_those_after(aborted):
         waiting = [r for r in engine.scheduler.waiting if r.num_preemptions]
         if aborted and waiting:
             name = waiting[0].request_id.removesuffix("#0")
-            found.append(engine._groups[name].metrics)
+            found.append(engine.requests.by_id[name].metrics)
             engine.abort(name)
     assert len(found) == 4 and sum(m.num_preemptions for m in found) > 0
     assert all(m.num_pages_sealed for m in found)
