@@ -168,6 +168,22 @@ def test_what_is_not_finite_fails_its_own_sequence_only_and_names_the_place(side
     assert cache.sequence_stats("good")["pages_sealed"] == LAYERS
 
 
+def test_a_chunk_behind_a_history_and_a_fresh_one_attend_in_one_step():
+    cache, feeds = make(), {"a": Feed(1, 500), "b": Feed(2, 300)}
+    for spans in ({"a": (0, 300)}, {"a": (300, 500), "b": (0, 300)}):
+        cache.begin_step(cache.reserve({s: end - start for s, (start, end) in spans.items()}))
+        for layer in range(LAYERS):
+            q, k, v = (
+                torch.cat([getattr(feeds[s], x)[layer, slice(*span)] for s, span in spans.items()])
+                for x in "qkv"
+            )
+            out = cache.attend(layer, q, k, v)
+        cache.end_step()
+    first = expected(feeds["a"], fmt(), 500, 500, layer)[300:]
+    second = expected(feeds["b"], fmt(), 300, 300, layer)
+    torch.testing.assert_close(out, torch.cat([first, second]), atol=2e-4, rtol=2e-4)
+
+
 def test_reserve_that_does_not_fit_holds_nothing():
     cache = make(kv_cache_bytes=900_000)
     before = cache.stats()["exact_pages_in_use"]

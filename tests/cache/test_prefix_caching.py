@@ -88,6 +88,36 @@ def test_a_span_is_found_behind_the_tokens_it_was_computed_behind_and_no_others(
     assert hit(cache, y) == 0
 
 
+@EACH
+@pytest.mark.parametrize("length", [64, 65, 128, 576, 640])
+def test_a_prompt_that_is_known_whole_leaves_a_token_to_compute(name, length):
+    cache, ids = make(FORMATS[name]), list(range(length))
+    run(cache, "a", ids)
+    assert hit(cache, ids) == (length - 1) // 64 * 64
+
+
+@EACH
+def test_an_answer_is_part_of_the_next_prompt_where_both_see_the_same(name):
+    """In `exact` alone: elsewhere generated tokens saw other pages than prompt tokens would."""
+    ids = list(range(700))
+    cache = make(FORMATS[name])
+    run(cache, "a", ids, prompt=300)
+    assert hit(cache, [*ids, 7]) == (640 if name == "exact" else 256)
+
+
+def test_a_hit_ends_where_its_own_view_begins_or_later():
+    """A block that is left as a page alone is of no use before queries see it as a page."""
+    cache, ids = make(), list(range(1300))
+    run(cache, "a", ids)
+    cache.free("a")
+    chain, slots = prefix_chain(cache.format, ids, len(ids), "", ()), cache.groups[0].arena.slots
+    for index in range(1, 10):  # the eight exact pages of block 0, and the one behind them
+        slots.forget((SlotKind.EXACT, chain[index]))
+    assert free_slots(cache).cached_page(chain, 0) is not None
+    assert hit(cache, ids) == 64
+    cache.check_integrity()
+
+
 # ---- bytes -------------------------------------------------------------------------------
 
 

@@ -8,11 +8,13 @@ import transformers as tf
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SpectralKVCache
+from spectral_paged.cache.prefix_hit import prefix_chain
 from spectral_paged.cache.token_places import TokenPlaces
 from spectral_paged.cli.info import model_report, report_format
 from spectral_paged.errors import FormatError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.pages import PageFormat
+from spectral_paged.pool.slot_pool import SlotKind
 from spectral_paged.rope import RotaryTable
 from support.cache_feed import slots_of
 from support.families import build, generate, llm_of, reference
@@ -194,6 +196,42 @@ def test_a_hit_needs_the_window_and_no_more():
     cache.free("c")
     window.arena.slots.drop_cached()
     assert cache.add_sequence("d", num_prompt_tokens=1400, token_ids=ids) == 0
+
+
+def test_a_hit_needs_the_windows_of_every_group():
+    """One group's gap shortens the hit, and the shorter one meets another gap of another group."""
+    cache = cache_of("exact", (200, 330))
+    ids = torch.randint(50, (1400,)).tolist()
+    assert cache.add_sequence("a", num_prompt_tokens=1400, token_ids=ids) == 0
+    for _ in range(3):
+        step(cache, {"a": min(512, 1400 - cache.num_tokens("a"))})
+    cache.free("a")
+    chain = prefix_chain(cache.format, ids, 1400, "", ())
+    for group, index in ((0, 19), (1, 16), (0, 14)):
+        assert cache.groups[group].window == (200, 330)[group]
+        cache.groups[group].arena.slots.forget((SlotKind.EXACT, chain[index]))
+    assert cache.add_sequence("b", num_prompt_tokens=1400, token_ids=ids) == 14 * 64
+    cache.check_integrity()
+
+
+def test_a_hit_needs_the_pages_inside_a_window():
+    """Without block 2's page in the windows' group, it ends before queries see that as a page."""
+    cache = cache_of(windows=(None, 1100))
+    ids = torch.randint(50, (2400,)).tolist()
+    cache.add_sequence("a", num_prompt_tokens=2400, token_ids=ids)
+    while cache.num_tokens("a") < 2400:
+        step(cache, {"a": min(2400 - cache.num_tokens("a"), cache.chunk_limit("a"))})
+    cache.free("a")
+    [window] = [group for group in cache.groups if group.window is not None]
+    chain = prefix_chain(cache.format, ids, 2400, "", ())
+    found = []
+    for block in (None, 0, 2):
+        if block is not None:
+            window.arena.slots.forget((SlotKind.PAGE, chain[8 * (block + 1)]))
+        found.append(cache.add_sequence("b", num_prompt_tokens=2400, token_ids=ids))
+        cache.check_integrity()
+        cache.free("b")
+    assert found == [2368, 2368, 2048], "block 0 has left the window"
 
 
 def test_info_counts_what_a_window_holds():
