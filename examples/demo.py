@@ -22,7 +22,7 @@ from tqdm import tqdm
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.models import loader
-from spectral_paged.outputs import RequestOutput
+from spectral_paged.outputs import RequestOutput, ratio_text
 
 TEXTS = Path(__file__).parent / "texts"
 MIB = 1 << 20
@@ -141,7 +141,10 @@ def serve(spectral: Run, exact: Run, prompts: list[tuple[str, str]], max_tokens:
     for run in (spectral, exact):
         Thread(target=run.serve, args=(token_ids, max_tokens, news), daemon=True).start()
     waiting = list(token_ids)
-    with tqdm(total=len(prompts), desc="answers", unit="prompt") as bar:
+    shape = (
+        "{desc}: {n}/{total} after {elapsed}{postfix}"  # the first answers end late: no forecast
+    )
+    with tqdm(total=len(prompts), desc="answers", bar_format=shape) as bar:
         while waiting:
             error = news.get()
             if error is not None:
@@ -187,14 +190,6 @@ def answer_text(title: str, spectral: Run, exact: Run, name: str) -> str:
 
 
 # ---- figures --------------------------------------------------------------------------------
-
-
-def ratio_text(ratio: float) -> str:
-    """Return a ratio against 2 bytes an element, and below 1 the reason beside it."""
-    text = f"{ratio:.2f}x"
-    if float(text[:-1]) >= 1:
-        return text
-    return f"{text} (little is sealed, and exact pages of {EXACT_PAGE} tokens count whole)"
 
 
 def print_table(prompts: list[tuple[str, str]], spectral: Run, exact: Run) -> None:
@@ -301,7 +296,7 @@ def main() -> None:
     )
     loaded = loader.load_model(args.model, device=device, dtype=choose_dtype("auto", device))
     spectral, exact = (
-        Run(LLM(loaded, kv_format=name, kv_cache_bytes=mib * MIB, max_num_batched_tokens=512))
+        Run(LLM(loaded, kv_format=name, kv_cache_bytes=mib * MIB, max_num_batched_tokens=256))
         for name, mib in ((args.kv_format, args.kv_cache_mib), ("exact", 2 * args.kv_cache_mib))
     )
     loading = time.monotonic() - began

@@ -93,3 +93,11 @@ class TextDelta:
     error: SpectralPagedError | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     text_offsets: list[int] | None = None
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a compression ratio, such as 3.25x, and below 1 the reason beside it."""
+    text = f"{ratio:.2f}x"
+    if float(text[:-1]) >= 1:
+        return text
+    return f"{text} (short sequences leave places of their exact pages free)"

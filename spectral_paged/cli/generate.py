@@ -179,6 +179,7 @@ def _generate_here(
     """Serve the file with one LLM in this process; return the summary, seconds and figures."""
     from spectral_paged.batch.run import BatchRun
     from spectral_paged.llm import LLM
+    from spectral_paged.outputs import ratio_text
 
     show = args.top and _can_show()
     with _exporting(args) as export:
@@ -189,12 +190,12 @@ def _generate_here(
         with _view(llm, run) if show else nullcontext():
             summary = run.run(defaults, quiet=args.quiet or show)
         seconds = time.monotonic() - begin
-    stats = llm.stats()
+    stats: dict[str, Any] = llm.stats()
     ran = (
         f"\nbackend {stats['backend']}, format {stats['format']}: {stats['pages_sealed']} pages "
-        f"sealed, {stats['pages_attended']} page reads, ratio {stats['compression_ratio']:.2f}x, "
-        f"{stats['prefix_hit_tokens']} prompt tokens from the prefix cache, "
-        f"{stats['preemptions']} preemptions"
+        f"sealed, {stats['pages_attended']} page reads, ratio "
+        f"{ratio_text(stats['compression_ratio'])}, {stats['prefix_hit_tokens']} prompt tokens "
+        f"from the prefix cache, {stats['preemptions']} preemptions"
     )
     return summary, seconds, ran
 

@@ -15,6 +15,7 @@ from spectral_paged.errors import InvalidRequestError, SpectralPagedError, missi
 from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
 from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
+from spectral_paged.outputs import ratio_text
 
 try:
     from rich.console import Console, Group, RenderableType
@@ -93,7 +94,7 @@ class View:
             ],
             "cache": [
                 f"{value('kv_cache_usage_perc'):.1%} in use",
-                f"{value('compression_ratio'):.2f}x compression",
+                f"{ratio_text(value('compression_ratio'))} compression",
                 f"{hits / asked if asked else 0.0:.1%} of prompt tokens found",
             ],
             "pages": [

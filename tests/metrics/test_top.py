@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import urllib.error
 
@@ -82,6 +83,20 @@ def test_every_figure_is_shown():
         "5/10 lines",
     ):
         assert words in text, words
+
+
+@pytest.mark.parametrize(
+    "ratio, reason", [(0.0, True), (0.52, True), (0.994, True), (0.996, False)]
+)
+def test_a_ratio_below_1_has_its_reason_beside_it(ratio, reason):
+    text = " ".join(drawn(top.View(), [snapshot(compression_ratio=ratio)]).split())
+    assert f"{ratio:.2f}x" in text and ("exact pages free" in text.replace("│ │ ", "")) == reason
+
+
+def test_so_has_the_one_that_a_batch_ends_with(batch, capsys):
+    argv, _ = batch
+    assert main(argv) == 0
+    assert re.search(r"ratio 0\.\d\dx \(.*exact pages free\)", capsys.readouterr().out)
 
 
 def test_rates_are_of_the_last_seconds_and_of_one_engine():
