@@ -56,7 +56,7 @@ def test_no_step_seals_more_than_the_fullest_window_needs(completions):
 @pytest.mark.parametrize("hot, ahead", [(64, True), (0, False)])
 def test_a_batch_of_one_length_seals_a_block_a_step_and_says_the_same(hot, ahead):
     prompts = random_prompts([570] * 8, seed=7)
-    params = SamplingParams(temperature=0.0, max_tokens=150)
+    params = SamplingParams(temperature=0.0, max_tokens=96)
     format = dataclasses.replace(tiny_format(), hot_tokens=hot)
     alone = [tiny_llm(format).generate([p], params, use_tqdm=False)[0] for p in prompts]
     llm = tiny_llm(format)
