@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from spectral_paged.errors import SpectralPagedError, missing_extra
 from spectral_paged.llm import LLM
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
+from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import SamplingParams
 
 try:
     from fastapi import Depends, FastAPI, Request
-    from fastapi.responses import JSONResponse, PlainTextResponse, Response
+    from fastapi.responses import (
+        JSONResponse,
+        PlainTextResponse,
+        Response,
+        StreamingResponse,
+    )
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
@@ -34,10 +43,18 @@ from spectral_paged.server.api_error import ApiError, internal, log_fault, refus
 from spectral_paged.server.api_keys import check_key, salt_of
 from spectral_paged.server.concurrency import ConcurrencyLimit, Lease
 from spectral_paged.server.engine_thread import EngineThread
-from spectral_paged.server.parsing import ParsedRequest, parse_request, unknown_model
+from spectral_paged.server.parsing import (
+    ParsedRequest,
+    entries_of_token,
+    parse_request,
+    unknown_model,
+)
 from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
 from spectral_paged.server.response import OpenAIResponse
 from spectral_paged.server.settings import ServerSettings
+
+FEW_ENTRIES = 4096  # tokens and log-probabilities that the event loop makes JSON of itself
+LONG_BODY_BYTES = 64 << 10
 
 
 class Service:
@@ -60,6 +77,9 @@ class Service:
             llm.get_tokenizer()("a")
         # a thread of its own, so that parsing delays neither the event loop nor the engine's steps
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        # long bodies have another, so that short ones do not wait for seconds of tokenization
+        self._long_parser = ThreadPoolExecutor(1, thread_name_prefix="long-parser")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         registry = CollectorRegistry()
         MetricsCollector(llm, registry=registry)
         self._metrics: Callable[[], bytes] = lambda: generate_latest(registry)
@@ -98,11 +118,17 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
+        # what libraries and the model have made stays: looking through it for garbage would stop
+        # every thread for a quarter of a second each time that a large answer is built
+        gc.collect()
+        gc.freeze()
         try:
             yield
         finally:
+            gc.unfreeze()
             await self.engine.stop()
-            self._parser.shutdown(cancel_futures=True)
+            for executor in (self._parser, self._long_parser, self._writer):
+                executor.shutdown(cancel_futures=True)
 
     def begin_to_stop(self) -> None:
         """Accept no more requests; running ones continue."""
@@ -200,7 +226,7 @@ class Service:
         )
         stack.callback(generation.close)
         if not asked.stream:
-            return JSONResponse(response.whole(await generation.outputs()))
+            return await self._whole(response, await generation.outputs(), parsed.params)
         chunks = response.chunks(
             generation,
             include_usage=asked.include_usage,
@@ -208,6 +234,18 @@ class Service:
         )
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
+
+    async def _whole(
+        self, response: OpenAIResponse, outputs: Sequence[RequestOutput], params: SamplingParams
+    ) -> Response:
+        """Build the response that is no stream; a large one in a thread, beside the event loop."""
+        build = partial(list[bytes], response.pieces(outputs))
+        num_tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+        if num_tokens * entries_of_token(params) <= FEW_ENTRIES:
+            return Response(b"".join(build()), media_type="application/json")
+        parts = await asyncio.get_running_loop().run_in_executor(self._writer, build)
+        length = {"Content-Length": str(sum(map(len, parts)))}
+        return StreamingResponse(_each(parts), headers=length, media_type="application/json")
 
     def _salt(self, request: Request, cache_salt: str) -> str:
         if not self.settings.salts_by_key:
@@ -224,12 +262,18 @@ class Service:
             return parse_request(self.llm, self.settings, bytes(body.data), chat=chat)
 
         try:
-            return await loop.run_in_executor(self._parser, parse)
+            is_long = len(body.data) > LONG_BODY_BYTES
+            return await loop.run_in_executor(self._long_parser if is_long else self._parser, parse)
         except SpectralPagedError as error:
             self.engine.count_refusal(error)
             raise refused(error) from error
         finally:
             body.drop()
+
+
+async def _each(parts: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
 
 
 # ---- errors ------------------------------------------------------------------------------

@@ -71,7 +71,31 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
     params = _with_room(llm, settings, body, prompts)
     for prompt in prompts:  # here, because the engine's thread would read each token of a long one
         check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
+    _check_size(llm, settings, prompts, params)
     return ParsedRequest(body, prompts, params, echoes)
+
+
+def entries_of_token(params: SamplingParams) -> int:
+    """Return 1 for a token, and 1 for each log-probability that comes with it."""
+    return 1 if params.logprobs is None else 2 + params.logprobs
+
+
+def _check_size(
+    llm: LLM, settings: ServerSettings, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> None:
+    longest = llm.cache.max_model_len
+    tokens = params.n * sum(min(params.max_tokens, longest - len(prompt)) for prompt in prompts)
+    entries, most = tokens * entries_of_token(params), settings.max_response_entries
+    if entries > most:
+        each = "" if params.logprobs is None else f" with {params.logprobs + 1} log-probabilities"
+        raise ApiError(
+            400,
+            f"the response may have {tokens} tokens (prompts times n times max_tokens){each}, "
+            f"{entries} entries in all; this server allows {most}: ask for fewer completions, "
+            "tokens or log-probabilities, or raise --max-response-entries",
+            param="max_tokens" if params.logprobs is None else "logprobs",
+            code="response_too_large",
+        )
 
 
 def _echo(llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> str:
@@ -135,5 +159,10 @@ def _with_room(
     most = body.params.max_tokens if settings.max_tokens is None else settings.max_tokens
     if body.messages is not None:
         most = min(most, llm.cache.max_sequence_tokens - len(prompts[0]))
+    most = min(
+        most,
+        settings.max_response_entries
+        // (len(prompts) * body.params.n * entries_of_token(body.params)),
+    )
     # 1 without any room, so that the engine refuses the request
     return replace(body.params, max_tokens=max(1, min(body.params.max_tokens, most)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from spectral_paged.openai import (
@@ -15,9 +18,12 @@ from spectral_paged.openai import (
     text_logprobs,
     usage,
 )
-from spectral_paged.outputs import RequestOutput, TextDelta
+from spectral_paged.outputs import CompletionOutput, RequestOutput, TextDelta
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.pending import Generation
+
+TOKENS_AT_ONCE = 64
+_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class OpenAIResponse:
@@ -51,21 +57,52 @@ class OpenAIResponse:
         }
         self._num_generated: Counter[int] = Counter()  # tokens of a stream so far, by choice
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """Return the response without a stream; choices are numbered across all prompts."""
-        choices = []
+    def pieces(self, outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
+        """Yield the JSON of the response without a stream; choices are numbered across all prompts.
+
+        Log-probabilities become JSON a few tokens at a time, and other threads run in between.
+        """
+        kind = "chat.completion" if self._chat else "text_completion"
+        yield f'{_json(self._head | {"object": kind})[:-1]},"choices":['.encode()
+        comma = ""
         for place, output in enumerate(outputs):
             for completion in output.outputs:
-                choice = (
-                    chat_choice(completion, self._params) if self._chat else text_choice(completion)
-                )
+                bare = replace(completion, logprobs=None)
+                choice = chat_choice(bare, self._params) if self._chat else text_choice(bare)
                 choice["index"] += place * self._num_choices
-                choice.setdefault("logprobs", None)
                 if self._echoes is not None:
                     choice["text"] = self._echoes[place] + choice["text"]
-                choices.append(choice)
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._head | {"object": kind, "choices": choices, "usage": usage(outputs)}
+                yield f'{comma}{_json(choice)[:-1]},"logprobs":'.encode()
+                yield from self._logprobs(completion)
+                yield b"}"
+                comma = ","
+        yield f'],"usage":{_json(usage(outputs))}}}'.encode()
+
+    def _logprobs(self, completion: CompletionOutput) -> Iterator[bytes]:
+        """Yield the JSON of a choice's `logprobs`, an object of lists over its tokens."""
+        if completion.logprobs is None:
+            yield b"null"
+            return
+        columns: dict[str, list[bytes]] = {}
+        for start in range(0, max(1, len(completion.token_ids)), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            ids, tables = completion.token_ids[part], completion.logprobs[part]
+            found = (
+                chat_logprobs(ids, tables, self._params)
+                if self._chat
+                else text_logprobs(ids, tables, (completion.text_offsets or ())[part])
+            )
+            for name, values in found.items():
+                text = ("," if start else "") + _json(values)[1:-1]
+                columns.setdefault(name, []).append(text.encode())
+            time.sleep(0)  # gives up Python's lock
+        before = "{"
+        for name, parts in columns.items():
+            yield f'{before}"{name}":['.encode()
+            yield from parts
+            yield b"]"
+            before = ","
+        yield b"}"
 
     async def chunks(
         self, generation: Generation, *, include_usage: bool, continuous_usage: bool = False

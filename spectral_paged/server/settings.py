@@ -34,6 +34,8 @@ class ServerSettings:
         max_total_body_bytes: most bytes of all bodies that arrive or wait to be parsed; more get a
             429.
         max_tokens: most tokens that one completion may ask for; default: as many as fit.
+        max_response_entries: most entries of one response: prompts times `n` times `max_tokens`,
+            each with its log-probabilities, whose entries take about 200 bytes while it runs.
         max_stops: most stop strings, and stop token ids, of a request, because each is searched
             after every token.
         max_stop_chars: most characters of a stop string.
@@ -70,6 +72,7 @@ class ServerSettings:
     max_tokens: int | None = field(
         default=None, metadata=option(positive, name="--max-tokens-limit", metavar="TOKENS")
     )
+    max_response_entries: int = field(default=1 << 20, metadata=option(positive, metavar="N"))
     max_stops: int = 16
     max_stop_chars: int = 256
     max_salt_chars: int = 256
