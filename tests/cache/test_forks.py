@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.errors import PoolError
 from support.cache_feed import Feed, drive, fmt, make
 
@@ -65,6 +66,31 @@ def test_what_is_sealed_before_a_fork_is_not_sealed_again(kind):
     ends = {s: cache.sequence_stats(s)["pages_sealed"] for s in "ab"}
     assert ends["a"] == before + ends["b"]
     assert cache.stats()["pages_sealed"] == ends["a"] + ends["b"]
+
+
+def test_a_fork_of_pinned_tokens_publishes_nothing_for_prompts_without_pins():
+    """The child's later tokens saw the pinned block exactly; others may see it as a page."""
+    ids, feed, cache = list(range(900)), Feed(1, 900), make()
+    lengths = {"z": 700}, {"z": 700}
+    drive(cache, {"z": feed}, *lengths, {"z": ids[:700]})
+    drive(cache, {"a": feed}, {"a": 700}, {"a": 700}, {"a": ids[:700]}, {"a": [(100, 200)]})
+    assert cache.fork("a", "b", token_ids=ids)
+    drive(cache, {"b": feed}, {"b": 900}, {"b": 900})
+    assert cache.add_sequence("c", num_prompt_tokens=700, token_ids=ids) == 640
+    cache.check_integrity()
+
+
+def test_a_fork_that_is_freed_before_its_parents_nan_is_known_is_found_by_nobody(monkeypatch):
+    """As on CUDA, where a check is known later than the step that sealed."""
+    monkeypatch.setattr(SealCheck, "is_known", property(lambda self: False))
+    ids, feed, cache = list(range(1100)), Feed(1, 1100), make()
+    feed.v[0, 300] = float("nan")
+    drive(cache, {"a": feed}, {"a": 1100}, {"a": 1088}, {"a": ids})
+    assert cache.num_tokens("a") == 1088 and not cache.has_late_failures
+    assert cache.fork("a", "b", token_ids=ids)
+    cache.free("b")
+    assert list(cache.settle().failed) == ["a"]
+    assert cache.add_sequence("c", num_prompt_tokens=1100, token_ids=ids) == 0
 
 
 def test_a_fork_that_does_not_fit_holds_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,18 @@ def test_tokens_of_a_step_that_is_taken_again_count_once(monkeypatch, error, whe
     done, _ = serve(llm, type(error))
     assert tokens(done) == tokens(want) and all(o.error is None for o in done.values())
     assert llm.stats()["penalty_rows"] == 0
+
+
+def test_requests_that_gave_way_hold_no_row():
+    llm = tiny_llm(kv_cache_bytes=700_000)
+    lengths = [300, 600, 650, 700, 400, 620, 900, 560, 610]
+    for i, prompt in enumerate(random_prompts(lengths, seed=5)):
+        llm.engine.add_request(str(i), prompt, replace(REPEATED, max_tokens=90))
+    while llm.engine.has_unfinished():
+        llm.engine.step()
+        stats = llm.stats()
+        assert stats["penalty_rows"] <= stats["running"]
+    assert stats["preemptions"] > 0
 
 
 def test_a_row_is_held_while_its_request_runs():
