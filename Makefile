@@ -99,4 +99,4 @@ audit: $(STAMP)
 	@$(BIN)/python .ci/pins check; pins=$$?; .ci/audit build/audit/bin/pip-audit && exit $$pins
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis

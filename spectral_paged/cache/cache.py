@@ -32,7 +32,7 @@ from spectral_paged.cache.sealer import Sealer
 from spectral_paged.cache.sequences import SequenceTable, StepRules
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
-from spectral_paged.errors import PoolError
+from spectral_paged.errors import PoolError, shown
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import PageFormat
@@ -227,7 +227,7 @@ class SpectralKVCache:
         """
         state = self._sequences.by_id.get(seq_id)
         if state is None:
-            raise PoolError(f"sequence {seq_id!r} is not held: double free")
+            raise PoolError(f"sequence {shown(seq_id)} is not held: double free")
         self.sealer.freed(state)
         if state.ran:
             self.counters.count_freed(self.groups, state)
@@ -259,7 +259,7 @@ class SpectralKVCache:
         """
         state = self._sequences.by_id.get(seq_id)
         if state is None:
-            raise PoolError(f"sequence {seq_id!r} is not held")
+            raise PoolError(f"sequence {shown(seq_id)} is not held")
         return state.reserve(num_new)
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:

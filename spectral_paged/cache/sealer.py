@@ -16,7 +16,7 @@ from spectral_paged.cache.seal_schedule import DueBlock, blocks_to_seal
 from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.cache.stats import CacheCounters
 from spectral_paged.device import DeviceTimer, Download, upload
-from spectral_paged.errors import NonFiniteError
+from spectral_paged.errors import NonFiniteError, shown
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
@@ -211,7 +211,7 @@ class Sealer:
 
 def _non_finite(side: str, seq_id: str, layer: int, head: int, block: int) -> NonFiniteError:
     return NonFiniteError(
-        f"{side} of sequence {seq_id!r} has NaN or Inf in layer {layer}, head {head}, block "
+        f"{side} of sequence {shown(seq_id)} has NaN or Inf in layer {layer}, head {head}, block "
         f"{block}: the model produced it; check its dtype (fp16 overflow) and its weights",
         block_index=block,
     )

@@ -12,7 +12,7 @@ from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.prefix_hit import longest_hit, prefix_chain
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.visibility import NEVER, Visibility
-from spectral_paged.errors import CapacityError, NonFiniteError, PoolError
+from spectral_paged.errors import CapacityError, NonFiniteError, PoolError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +88,18 @@ class SequenceState:
             CapacityError: more tokens than a sequence may have.
         """
         if self.error is not None:
-            raise PoolError(f"sequence {self.seq_id!r} failed: {self.error}") from self.error
+            raise PoolError(f"sequence {shown(self.seq_id)} failed: {self.error}") from self.error
         if num_new < 1:
-            raise ValueError(f"{num_new} new tokens for {self.seq_id!r}: at least 1")
+            raise ValueError(f"{num_new} new tokens for {shown(self.seq_id)}: at least 1")
         total, most = self.num_tokens + num_new, self.rules.max_num_tokens
         if total > most:
             raise CapacityError(
-                f"{self.seq_id!r} would hold {total} tokens; max_model_len is {most}"
+                f"{shown(self.seq_id)} would hold {total} tokens; max_model_len is {most}"
             )
         if num_new > 1 and num_new > self.chunk_limit():  # one token has one view
             raise ValueError(
-                f"{num_new} new tokens of {self.seq_id!r} cross a change of what queries see; at "
-                f"most {self.chunk_limit()} now (chunk_limit), the rest in the next step"
+                f"{num_new} new tokens of {shown(self.seq_id)} cross a change of what queries see; "
+                f"at most {self.chunk_limit()} now (chunk_limit), the rest in the next step"
             )
         visible = self.visible_blocks(num_new)
         if self._hold(total, visible):
@@ -257,7 +257,7 @@ class SequenceTable:
 
     def _take_row(self, seq_id: str) -> int | None:
         if seq_id in self.by_id:
-            raise PoolError(f"sequence {seq_id!r} is held already")
+            raise PoolError(f"sequence {shown(seq_id)} is held already")
         return self._free_rows.pop() if self._free_rows else None
 
     def _free_row(self, row: int, chain: PrefixChain | None = None) -> None:

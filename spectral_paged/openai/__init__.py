@@ -5,6 +5,23 @@ The package imports sampling parameters, prompts and outputs. It serves nothing.
 
 from __future__ import annotations
 
+from spectral_paged.openai.bodies import (
+    ChatCompletionRequest,
+    CompletionRequest,
+)
+from spectral_paged.openai.objects import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    TextChoice,
+    Usage,
+    closed,
+)
 from spectral_paged.openai.request import (
     CHAT_URL,
     COMPLETIONS_URL,
@@ -26,10 +43,23 @@ from spectral_paged.openai.response import (
 __all__ = [
     "CHAT_URL",
     "COMPLETIONS_URL",
+    "ChatChoice",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatCompletionRequest",
+    "Completion",
+    "CompletionChunk",
+    "CompletionRequest",
+    "ErrorResponse",
+    "ModelCard",
+    "ModelList",
     "OpenAIRequest",
     "SAMPLING_FIELDS",
+    "TextChoice",
+    "Usage",
     "chat_choice",
     "chat_logprobs",
+    "closed",
     "counts",
     "parse_body",
     "parse_json",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_core import core_schema
 
 from spectral_paged.engine import MESSAGES_SCHEMA, check_messages, check_salt
-from spectral_paged.errors import refusal, shown
+from spectral_paged.errors import EmptyPromptError, refusal, shown
 from spectral_paged.sampling import RULES
 
 Prompt = str | list[int]
@@ -78,6 +78,8 @@ def _prompts(prompt: object, name: str) -> list[Prompt]:
     """Return a string, token ids, or a list of either as a list of prompts."""
     prompts: Any = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if prompts and all(isinstance(p, str) or _is_ids(p) for p in prompts):
+        if "" in prompts:
+            raise EmptyPromptError("the prompt is empty: give at least one token")
         return list(prompts)
     if prompt is None:
         raise refusal("a body needs a 'prompt'", name)
@@ -103,7 +105,7 @@ def _salt(salt: object, name: str) -> str:
 
 
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
-_PROMPT = [{"type": "string"}, _IDS]
+_PROMPT = [{"type": "string", "minLength": 1}, _IDS]
 _PROMPTS = {"anyOf": [*_PROMPT, {"type": "array", "minItems": 1, "items": {"anyOf": _PROMPT}}]}
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from spectral_paged.openai.objects import (
+    ChatChoice,
+    ChatLogprobs,
+    ContentLogprob,
+    TextChoice,
+    TextLogprobs,
+    TokenLogprob,
+    Usage,
+)
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from spectral_paged.sampling import SamplingParams
 
 
-def token_counts(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def token_counts(outputs: Sequence[RequestOutput]) -> Usage:
     """Return the token counts of one response's prompts and completions."""
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     return counts(prompt, sum(len(c.token_ids) for o in outputs for c in o.outputs))
 
 
-def counts(num_prompt: int, num_generated: int) -> dict[str, Any]:
+def counts(num_prompt: int, num_generated: int) -> Usage:
     """Return counts of tokens under OpenAI's names."""
     return {
         "prompt_tokens": num_prompt,
@@ -24,41 +32,41 @@ def counts(num_prompt: int, num_generated: int) -> dict[str, Any]:
     }
 
 
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def usage(outputs: Sequence[RequestOutput]) -> Usage:
     """Return OpenAI's `usage`: token counts, and the prompt tokens that the prefix cache had."""
     cached = sum(o.metrics.num_cached_tokens for o in outputs)
-    return token_counts(outputs) | {"prompt_tokens_details": {"cached_tokens": cached}}
+    return {**token_counts(outputs), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
+def chat_choice(completion: CompletionOutput, params: SamplingParams) -> ChatChoice:
     """Return a completion as a choice of `chat.completion`."""
-    choice = _choice(completion, {"message": {"role": "assistant", "content": completion.text}})
-    if completion.logprobs is not None:
-        choice["logprobs"] = chat_logprobs(completion.token_ids, completion.logprobs, params)
-    return choice
+    tables = completion.logprobs
+    return {
+        "index": completion.index,
+        "finish_reason": completion.finish_reason,
+        "message": {"role": "assistant", "content": completion.text},
+        "logprobs": None if tables is None else chat_logprobs(completion.token_ids, tables, params),
+    }
 
 
-def text_choice(completion: CompletionOutput) -> dict[str, Any]:
+def text_choice(completion: CompletionOutput) -> TextChoice:
     """Return a completion as a choice of `text_completion`."""
-    choice = _choice(completion, {"text": completion.text})
-    if completion.logprobs is not None:
-        choice["logprobs"] = text_logprobs(
-            completion.token_ids, completion.logprobs, completion.text_offsets or ()
-        )
-    return choice
-
-
-def _choice(completion: CompletionOutput, content: dict[str, Any]) -> dict[str, Any]:
-    return {"index": completion.index, "finish_reason": completion.finish_reason, **content}
+    tables, places = completion.logprobs, completion.text_offsets or ()
+    return {
+        "index": completion.index,
+        "finish_reason": completion.finish_reason,
+        "text": completion.text,
+        "logprobs": None if tables is None else text_logprobs(completion.token_ids, tables, places),
+    }
 
 
 def chat_logprobs(
     token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], params: SamplingParams
-) -> dict[str, Any]:
+) -> ChatLogprobs:
     """Return `logprobs` of a chat choice: each token, with `params.logprobs` top tokens."""
     num_top = params.logprobs or 0
 
-    def entry(found: Logprob, token_id: int) -> dict[str, Any]:
+    def entry(found: Logprob, token_id: int) -> TokenLogprob:
         return {
             "token": found.decoded_token,
             "token_id": token_id,
@@ -66,22 +74,21 @@ def chat_logprobs(
             "bytes": list(found.token_bytes),
         }
 
-    def top(table: Mapping[int, Logprob]) -> list[dict[str, Any]]:
+    def top(table: Mapping[int, Logprob]) -> list[TokenLogprob]:
         # the table also has the sampled token, whatever its rank
         ranked = sorted(table.items(), key=lambda item: item[1].rank)
         return [entry(found, token_id) for token_id, found in ranked[:num_top]]
 
-    return {
-        "content": [
-            entry(table[token_id], token_id) | {"top_logprobs": top(table)}
-            for token_id, table in zip(token_ids, tables, strict=True)
-        ]
-    }
+    content: list[ContentLogprob] = [
+        {**entry(table[token_id], token_id), "top_logprobs": top(table)}
+        for token_id, table in zip(token_ids, tables, strict=True)
+    ]
+    return {"content": content}
 
 
 def text_logprobs(
     token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], offsets: Sequence[int]
-) -> dict[str, Any]:
+) -> TextLogprobs:
     """Return `logprobs` of a text choice, as columns over its tokens.
 
     Args:

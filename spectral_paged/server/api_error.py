@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from spectral_paged.errors import (
     CapacityError,
@@ -15,6 +14,7 @@ from spectral_paged.errors import (
     RequestFailedError,
     SpectralPagedError,
 )
+from spectral_paged.openai import ErrorResponse
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> ErrorResponse:
         return {
             "error": {
                 "message": str(self),

@@ -10,29 +10,33 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 
-from spectral_paged.errors import SpectralPagedError, missing_extra
+from spectral_paged.errors import SpectralPagedError, cut, missing_extra
 from spectral_paged.llm import LLM
-from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
+from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL, ModelCard
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 
 try:
-    from fastapi import Depends, FastAPI, Request
+    from fastapi import Depends, FastAPI, Request, Security
     from fastapi.responses import (
         JSONResponse,
         PlainTextResponse,
         Response,
         StreamingResponse,
     )
+    from fastapi.security import HTTPBearer
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
     from spectral_paged.metrics import MetricsCollector
+    from spectral_paged.server import description
     from spectral_paged.server.access_log import AccessLog
+    from spectral_paged.server.description import DescribedApp
     from spectral_paged.server.event_stream import EventStream
 except ImportError as error:
     raise missing_extra(
@@ -86,9 +90,14 @@ class Service:
         self.app = self._build(registry)
 
     def _build(self, registry: CollectorRegistry) -> FastAPI:
-        app = FastAPI(
+        app = DescribedApp(
             title="spectral-paged",
-            openapi_url=None,
+            version=version("spectral-paged"),
+            openapi_url="/openapi.json",
+            # with keys, the names are told by /v1/models alone
+            model_names=() if self.settings.api_keys else self.settings.model_names,
+            docs_url=None,  # the pages load scripts of other hosts
+            redoc_url=None,
             lifespan=self._lifespan,
             exception_handlers={
                 ApiError: _error,
@@ -107,12 +116,17 @@ class Service:
             )
         app.add_middleware(AccessLog, registry=registry)  # around it: preflights are logged too
         keyed = [Depends(self._check_key)]
-        app.add_api_route("/health", self._health, methods=["GET", "HEAD"])
-        app.add_api_route("/metrics", self._scrape)
-        app.add_api_route("/v1/models", self._models, dependencies=keyed)
-        app.add_api_route("/v1/models/{name:path}", self._model, dependencies=keyed)
-        for url, endpoint in ((CHAT_URL, self._chat), (COMPLETIONS_URL, self._complete)):
-            app.add_api_route(url, endpoint, methods=["POST"], dependencies=keyed)
+        if self.settings.api_keys:
+            keyed.append(Security(HTTPBearer(auto_error=False)))  # for the description
+        get: dict[str, Any] = {"methods": ["GET"], "dependencies": keyed}
+        post: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed}
+        app.add_api_route("/health", self._health, **description.HEALTH)
+        app.add_api_route("/health", self._health, methods=["HEAD"], include_in_schema=False)
+        app.add_api_route("/metrics", self._scrape, **description.METRICS)
+        app.add_api_route("/v1/models", self._models, **get, **description.MODELS)
+        app.add_api_route("/v1/models/{name:path}", self._model, **get, **description.MODEL)
+        app.add_api_route(CHAT_URL, self._chat, **post, **description.CHAT)
+        app.add_api_route(COMPLETIONS_URL, self._complete, **post, **description.COMPLETIONS)
         return app
 
     @asynccontextmanager
@@ -161,12 +175,13 @@ class Service:
         names = self.settings.model_names
         return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
-    async def _model(self, name: str) -> Response:
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
         if name not in self.settings.model_names:
             raise unknown_model(name, self.settings)
         return JSONResponse(self._card(name))
 
-    def _card(self, name: str) -> dict[str, Any]:
+    def _card(self, name: str) -> ModelCard:
         return {
             "id": name,
             "object": "model",
@@ -292,7 +307,7 @@ async def _refusal(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Respond to an unknown route or method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path:.200}: {error.detail}"
+    message = f"{cut(request.method)} {cut(request.url.path)}: {error.detail}"
     code = HTTPStatus(error.status_code).name.lower()
     return await _error(
         request, ApiError(error.status_code, message, code=code, headers=error.headers)

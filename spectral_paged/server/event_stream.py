@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -65,7 +65,7 @@ class EventStream(Response):
         await _body(send, DONE, more=False)
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
+def _event(chunk: Mapping[str, Any]) -> bytes:
     # ASCII, because some clients take U+2028 and similar characters for line ends
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 

@@ -11,6 +11,9 @@ from functools import partial
 from typing import Any
 
 from spectral_paged.openai import (
+    ChatChoice,
+    TextChoice,
+    Usage,
     chat_choice,
     chat_logprobs,
     counts,
@@ -67,12 +70,10 @@ class OpenAIResponse:
         comma = ""
         for place, output in enumerate(outputs):
             for completion in output.outputs:
-                bare = replace(completion, logprobs=None)
-                choice = chat_choice(bare, self._params) if self._chat else text_choice(bare)
+                choice = self._choice(replace(completion, logprobs=None), place)
                 choice["index"] += place * self._num_choices
-                if self._echoes is not None:
-                    choice["text"] = self._echoes[place] + choice["text"]
-                yield f'{comma}{_json(choice)[:-1]},"logprobs":'.encode()
+                bare = {name: value for name, value in choice.items() if name != "logprobs"}
+                yield f'{comma}{_json(bare)[:-1]},"logprobs":'.encode()
                 yield from self._logprobs(completion)
                 yield b"}"
                 comma = ","
@@ -103,6 +104,14 @@ class OpenAIResponse:
             yield b"]"
             before = ","
         yield b"}"
+
+    def _choice(self, completion: CompletionOutput, place: int) -> ChatChoice | TextChoice:
+        if self._chat:
+            return chat_choice(completion, self._params)
+        choice = text_choice(completion)
+        if self._echoes is not None:
+            choice["text"] = self._echoes[place] + choice["text"]
+        return choice
 
     async def chunks(
         self, generation: Generation, *, include_usage: bool, continuous_usage: bool = False
@@ -137,7 +146,7 @@ class OpenAIResponse:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return self._head | {"object": kind, "choices": choices}
 
-    def _so_far(self, index: int) -> dict[str, Any]:
+    def _so_far(self, index: int) -> Usage:
         """Return the usage of one choice."""
         prompt = self._num_prompt_tokens[index // self._num_choices]
         return counts(prompt, self._num_generated[index])
