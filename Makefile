@@ -64,13 +64,14 @@ coverage: $(STAMP)
 
 # Mutation testing, on one core for some ten minutes: the installed package and the tests side by
 # side under build/, for mutmut cannot follow folders that stand elsewhere than their names say.
+# One module of tests/mutmut.cfg is named as in M='spectral_paged.cache.prefix.*'.
 # Survivors: cd build/mutants && ../../.venv/bin/mutmut results
 mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt mutmut
 	rm -rf build/mutants && mkdir -p build/mutants/suite
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/mutants .
 	cp -r tests build/mutants/suite/ && cp tests/mutmut.cfg build/mutants/setup.cfg
-	cd build/mutants && OMP_NUM_THREADS=1 ../../$(BIN)/mutmut run --max-children 1
+	cd build/mutants && OMP_NUM_THREADS=1 ../../$(BIN)/mutmut run --max-children 1 $(if $(M),'$(M)')
 
 # A million operations on block pools, then minutes of an engine and of a small model:
 # MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.
