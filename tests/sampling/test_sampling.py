@@ -290,7 +290,6 @@ def test_logprobs_only_where_they_are_asked_for():
         ("stop", {"a"}),
         ("stop", [None]),
         ("stop_token_ids", [True]),
-        ("stop_token_ids", None),
         ("stop_token_ids", [1.0]),
         ("ignore_eos", "false"),
         ("skip_special_tokens", 1),
@@ -357,3 +356,8 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 )
 def test_values_at_the_edge_of_their_range_are_taken(name, value):
     assert getattr(SamplingParams(**({"max_tokens": 100} | {name: value})), name) == value
+
+
+def test_no_stop_tokens_are_said_with_none():
+    """As in vLLM."""
+    assert SamplingParams(stop_token_ids=None) == SamplingParams(stop_token_ids=())
