@@ -23,6 +23,7 @@ from spectral_paged.cache.history import (
 from spectral_paged.cache.index import (
     HISTORY_TOKENS,
     DecodeRows,
+    GroupStep,
     StepIndex,
 )
 from spectral_paged.cache.observer import (
@@ -52,6 +53,7 @@ __all__ = [
     "CacheObserver",
     "DecodeRows",
     "Encoder",
+    "GroupStep",
     "HISTORY_TOKENS",
     "PlanEntry",
     "ReplayedSteps",

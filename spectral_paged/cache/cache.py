@@ -157,6 +157,15 @@ class SpectralKVCache:
         pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
         return capacity.fits_alone(self.groups, num_tokens, pinned)
 
+    def has_room(self, lengths: Mapping[str, int]) -> bool:
+        """True if these sequences can grow to so many tokens each, beside all that is in use now.
+
+        Nothing is reserved. A sequence counts with its peak, which a prompt reaches before its
+        last blocks are sealed.
+        """
+        held = self._sequences.by_id
+        return capacity.has_room(self.groups, [(held[s].slots, n) for s, n in lengths.items()])
+
     # ---- sequences -----------------------------------------------------------------------
 
     def add_sequence(
@@ -388,6 +397,11 @@ class SpectralKVCache:
             **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),
             "seal_seconds": self.sealer.timer.seconds,
         }
+
+    @property
+    def usage(self) -> float:
+        """The share of the arenas' bytes that sequences hold, between 0 and 1."""
+        return cache_stats.usage(self.groups)
 
     def check_integrity(self) -> None:
         """Raise PoolError unless pools, tables and sequences agree."""

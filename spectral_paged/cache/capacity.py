@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.retention import Retention
+from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.slot_pool import SlotKind
 
+Held = Sequence[SequenceSlots]
 SLOT_TOKENS = {SlotKind.EXACT: EXACT_PAGE_TOKENS, SlotKind.PAGE: BLOCK_TOKENS}
 
 
@@ -85,6 +87,24 @@ def slabs_for(group: LayerGroup, num_tokens: int, pinned: tuple[int, ...] = ()) 
 def fits_alone(groups: Sequence[LayerGroup], num_tokens: int, pinned: tuple[int, ...] = ()) -> bool:
     """True if a sequence of `num_tokens` fits when it has the pool to itself."""
     return all(slabs_for(g, num_tokens, pinned) <= g.arena.slots.num_slabs for g in groups)
+
+
+def has_room(groups: Sequence[LayerGroup], growing: Sequence[tuple[Held, int]]) -> bool:
+    """True if sequences fit at the peaks of their growth, beside all that is in use now.
+
+    Args:
+        growing: a sequence's slots in each group, and the tokens that it will have.
+    """
+    for place, group in enumerate(groups):
+        slots = group.arena.slots
+        exact, pages = slots.num_in_use[SlotKind.EXACT], slots.num_in_use[SlotKind.PAGE]
+        for held, num_tokens in growing:
+            need = group.retention.at_peak(num_tokens)
+            exact += max(0, need.num_exact - len(held[place].exact))
+            pages += max(0, need.num_pages - len(held[place].pages))
+        if slots.slabs_needed(exact, pages) > slots.num_slabs:
+            return False
+    return True
 
 
 def longest_sequence(groups: Sequence[LayerGroup], max_model_len: int) -> int:

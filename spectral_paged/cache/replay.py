@@ -3,7 +3,8 @@
 ```
 index        begin_step found where the step's tokens go     host, one StepIndex a group
              its DecodeRows are copied                       by the caller, into what was captured
-reading      attend takes them from there                    device, while a graph is captured
+steps        kernels' tables of those rows                   device, inside the captured pass
+reading      attend takes them from there                    each layer, or all layers at once
 ```
 """
 
@@ -36,19 +37,24 @@ class ReplayedSteps:
         assert self._cache.open_step is not None, "between begin_step and end_step"
         return self._cache.open_step.index
 
-    @contextmanager
-    def reading(self, rows: Sequence[Tensor], max_blocks: int) -> Iterator[None]:
-        """Let `attend` read the index from `rows` inside the `with`, not from the open step.
+    def steps(self, rows: Sequence[Tensor], max_blocks: int) -> list[GroupStep]:
+        """Make the index tensors of each group from `rows`; made in a captured pass, a replay makes
+        them again.
 
         Args:
             rows: `DecodeRows` of each group, int32 `[7, N]`; kernels read their values when they
                 run.
             max_blocks: bound on the page table entries that a group reads.
         """
-        self._cache.replayed = [
+        return [
             self._step(group, part, max_blocks)
             for group, part in zip(self._cache.groups, rows, strict=True)
         ]
+
+    @contextmanager
+    def reading(self, steps: Sequence[GroupStep]) -> Iterator[None]:
+        """Let `attend` read the index from `steps` inside the `with`, not from the open step."""
+        self._cache.replayed = steps
         try:
             yield
         finally:

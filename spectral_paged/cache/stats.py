@@ -147,6 +147,17 @@ def backends(
     }
 
 
+def usage(groups: Sequence[LayerGroup]) -> float:
+    """The share of the arenas' bytes that sequences hold."""
+    arenas = [g.arena for g in groups]
+    used = sum(
+        a.num_layers * a.slots.num_in_use[kind] * a.slot_bytes(kind)
+        for a in arenas
+        for kind in SlotKind
+    )
+    return used / sum(a.num_bytes for a in arenas)
+
+
 def pool_stats(groups: Sequence[LayerGroup]) -> dict[str, object]:
     """The slots of all groups, counted once a layer, and the share of bytes in use."""
     arenas = [g.arena for g in groups]
@@ -157,15 +168,9 @@ def pool_stats(groups: Sequence[LayerGroup]) -> dict[str, object]:
     def cached(kind: SlotKind) -> int:
         return sum(a.slots.num_cached(kind) * a.num_layers for a in arenas)
 
-    used = sum(
-        a.num_layers * a.slots.num_in_use[kind] * a.slot_bytes(kind)
-        for a in arenas
-        for kind in SlotKind
-    )
-    total = sum(a.num_bytes for a in arenas)
     return {
-        "kv_cache_bytes": total,
-        "kv_cache_usage": used / total,
+        "kv_cache_bytes": sum(a.num_bytes for a in arenas),
+        "kv_cache_usage": usage(groups),
         "pages_in_use": in_use(SlotKind.PAGE),
         "pages_cached": cached(SlotKind.PAGE),
         "exact_pages_in_use": in_use(SlotKind.EXACT),

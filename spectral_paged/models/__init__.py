@@ -21,4 +21,5 @@ __all__ = [
     "loader",
     "option_checks",
     "runner",
+    "static_inputs",
 ]

@@ -8,17 +8,20 @@ import torch
 from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
-from spectral_paged.cache import DecodeRows, ReplayedSteps
+from spectral_paged.cache import DecodeRows
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.models.decode_graphs import (
-    NOWHERE,
-    DecodeInputs,
-    TokenRows,
     batch_sizes,
-    fill_inputs,
     graph_capacities,
     graph_capacity,
     known_tokens,
+)
+from spectral_paged.models.static_inputs import (
+    NOWHERE,
+    DecodeInputs,
+    StaticInputs,
+    TokenRows,
+    fill_inputs,
 )
 from spectral_paged.sampling import PendingTokens
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
@@ -67,22 +70,19 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
     want = tiny_llm(tiny_format(), exempt_layers=exempt).generate(prompts, params, use_tqdm=False)
     llm = tiny_llm(tiny_format(), exempt_layers=exempt)
     cache, runner = llm.cache, llm.engine.runner
-    eager, replayed, steps = runner.forward, [], ReplayedSteps(cache)
+    eager, replayed, inputs = runner.forward, [], StaticInputs(cache)
+    inputs._device.fill_(99)
 
     def by_static_inputs(plan, token_ids, logit_rows, pending=None):
         if not plan.is_decode or len(logit_rows) < len(token_ids):
             return eager(plan, token_ids, logit_rows, pending)
-        shape = DecodeInputs.num_rows(steps.num_groups), 8
-        staging = torch.full(shape, 99, dtype=torch.int32)
-        positions = [e.start for e in plan.entries]
-        fill_inputs(staging.numpy(), token_ids, positions, pending, steps.index)
-        inputs = DecodeInputs.of(staging)
-        tokens = TokenRows(*inputs.tokens)
+        inputs.fill(token_ids, [e.start for e in plan.entries], pending)
+        tokens = inputs.tokens(8)
         sampled = torch.zeros(8, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
         ids = known_tokens(tokens.ids, tokens.sources, sampled)
-        with steps.reading(inputs.groups, 64), torch.inference_mode():
+        with inputs.reading(inputs.steps(8, 64)), torch.inference_mode():
             replayed.append(len(token_ids))
             return runner._logits(ids, tokens.positions.long(), None).float()[: len(token_ids)]
 
