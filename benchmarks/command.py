@@ -106,7 +106,9 @@ def bench_throughput(args: argparse.Namespace) -> int:
     from spectral_paged.benchmarks.throughput import run, suites, workload
 
     if args.suite:
-        return suites.main(args.suite, only=args.only, output_dir=args.output_dir)
+        return suites.main(
+            args.suite, only=args.only, backends=args.backend, output_dir=args.output_dir
+        )
     return run.main(
         run.Options(
             model=args.model,

@@ -164,8 +164,8 @@ def _add_throughput(parser: Parser) -> None:
         parser,
         "--backend",
         metavar="NAME",
-        help="a preset, exact, transformers, transformers-continuous; default: exact, auto and "
-        "both of transformers",
+        help="a preset, exact, transformers, transformers-continuous, vllm[:KV-CACHE-DTYPE], or "
+        "vllm-pages[:PRESET]; default: exact, auto and both of transformers, or the suite's",
     )
     parser.add_argument(
         "--dataset",
@@ -235,8 +235,8 @@ def _add_throughput(parser: Parser) -> None:
     parser.add_argument(
         "--suite",
         default="",
-        help="a list of workloads with the model loaded once: 8b (random weights, one H200); "
-        "default: none",
+        help="a list of workloads over one model of random weights, for one H200: 8b, or 8b-vllm "
+        "beside vLLM; default: none",
     )
     _add_repeatable(
         parser, "--only", metavar="NAME", help="workload of the suite; default: all of them"

@@ -21,7 +21,6 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.loader import LoadedModel
-from spectral_paged.outputs import RequestOutput
 from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 
@@ -82,7 +81,7 @@ def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> L
 
 
 @dataclass(slots=True)
-class _Times:
+class Times:
     """Times, in seconds from the start of a run, at which requests got their tokens."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -92,10 +91,15 @@ class _Times:
     finished: list[float] = field(default_factory=list)
     steps: list[tuple[float, int]] = field(default_factory=list)  # when, tokens of all
 
-    def note(self, now: float, outputs: Sequence[RequestOutput]) -> None:
+    def note(self, now: float, outputs: Sequence[Any]) -> None:
+        """Note the outputs of a step, of this engine or of vLLM.
+
+        Raises:
+            SpectralPagedError: a request of this engine failed.
+        """
         total = 0
         for output in outputs:
-            if output.error is not None:
+            if getattr(output, "error", None) is not None:
                 raise output.error
             key = output.request_id
             count = len(output.outputs[0].token_ids)
@@ -159,7 +163,7 @@ def serve_with_pages(
     if profile:
         llm.engine.use_clock(StepClock(device))
     _reset_peak(device)
-    times = _Times()
+    times = Times()
     begin = time.perf_counter()
     for i, job in enumerate(jobs):
         params = SamplingParams(temperature=0.0, max_tokens=job.output_len, ignore_eos=True)

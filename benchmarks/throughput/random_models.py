@@ -94,12 +94,13 @@ def random_config(name: str) -> Any:
     shape = name.removeprefix(PREFIX)
     if shape not in SHAPES:
         raise UnknownModelError(f"model {name!r}: random shapes are {', '.join(SHAPES)}")
-    config_type, _, fields = SHAPES[shape]
-    return config_type(**(COMMON | fields))
+    config_type, model_type, fields = SHAPES[shape]
+    return config_type(**(COMMON | fields), architectures=[model_type.__name__])
 
 
 def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The model `random:<shape>`; raises as `random_config` does."""
+    """The model `random:<shape>`, without weights on the meta device; raises as `random_config`
+    does."""
     config = random_config(name)
     model_type = SHAPES[name.removeprefix(PREFIX)][1]
     before = torch.get_default_dtype()
@@ -109,6 +110,8 @@ def load_random(name: str, *, device: torch.device, dtype: torch.dtype) -> Loade
             model = model_type(config).eval()
     finally:
         torch.set_default_dtype(before)
+    if device.type == "meta":
+        return LoadedModel(name, model, None, ModelGeometry.from_config(config))
     generator = torch.Generator(device=device).manual_seed(0)
     for parameter in model.parameters():
         with torch.no_grad():

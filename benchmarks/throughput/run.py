@@ -8,16 +8,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spectral_paged.benchmarks.quality.summary import mean, percentile
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
+    forget,
     serve_with_continuous_batching,
     serve_with_generate,
     serve_with_pages,
 )
-from spectral_paged.benchmarks.throughput.random_models import load_either
+from spectral_paged.benchmarks.throughput.random_models import is_random, load_either
+from spectral_paged.benchmarks.throughput.vllm_server import VLLMServer, check_backend, is_vllm
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
@@ -33,8 +37,9 @@ BACKENDS = ("exact", "auto", GENERATE, CONTINUOUS)
 class Options:
     """Arguments of `bench throughput`.
 
-    backends: presets of this engine, `transformers` (static batches of `generate`), or
-        `transformers-continuous` (its continuous batching, which chooses its batches itself).
+    backends: presets of this engine, `transformers` (static batches of `generate`),
+        `transformers-continuous` (its continuous batching, which chooses its batches itself), or
+        names of `VLLMServer`.
     max_num_seqs: one run a value; for `transformers`, the batch size.
     input_lens: one run a value, in place of the workload's own.
     rounds: serve only `rounds * max_num_seqs` of the requests.
@@ -132,6 +137,137 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
     )
 
 
+class Servers:
+    """The backends of a session: vLLM, once started, serves until another backend is asked for.
+
+    Args:
+        max_model_len: tokens of the longest request of all workloads, for vLLM.
+    """
+
+    def __init__(self, loaded: LoadedModel, max_model_len: int) -> None:
+        self.loaded = loaded
+        self._max_model_len = max_model_len
+        self._device = loaded.model.device
+        self._vllm: VLLMServer | None = None
+        self._key: tuple[Any, ...] = ()
+
+    def close(self) -> None:
+        """End vLLM, if it runs, and put the model back on its device."""
+        if self._vllm is not None:
+            self._vllm.close()
+            self._vllm, self._key = None, ()
+            if self._device.type == "cuda":
+                self.loaded.model.to(self._device)
+
+    def serve(self, backend: str, jobs: Sequence[Job], batch: int, o: Options) -> Served:
+        """Serve `jobs` with one backend."""
+        if is_vllm(backend):
+            return self._started(backend, batch, o).serve(jobs, fit=o.fit)
+        self.close()
+        return serve(self.loaded, backend, jobs, batch, o)
+
+    def _started(self, backend: str, batch: int, o: Options) -> VLLMServer:
+        check_backend(backend, decode_only=o.decode_only, profile=o.profile)
+        options: dict[str, Any] = {
+            "max_num_seqs": batch,
+            "gpu_memory_utilization": o.gpu_memory_utilization,
+            "kv_cache_bytes": o.kv_cache_bytes,
+            "enforce_eager": o.enforce_eager,
+            "enable_prefix_caching": o.enable_prefix_caching,
+        }
+        key = backend, *options.values()
+        if self._vllm is None or key != self._key:
+            self.close()
+            if self._device.type == "cuda":
+                self.loaded.model.to("cpu")
+                forget(self._device)
+            self._vllm = VLLMServer(
+                backend, self.loaded, max_model_len=self._max_model_len, **options
+            )
+            self._key = key
+        return self._vllm
+
+
+class Report:
+    """One workload, its rows so far, and the file that they are written to.
+
+    Raises:
+        InvalidRequestError: no backend, or a workload that the model does not take.
+    """
+
+    def __init__(self, options: Options, loaded: LoadedModel) -> None:
+        if not options.backends:
+            raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
+        self.options = options
+        self.lengths = options.input_lens or (options.workload.input_len,)
+        self.jobs = {
+            length: jobs_of(
+                replace(options.workload, input_len=length),
+                loaded.geometry.vocab_size,
+                loaded.geometry.max_position_embeddings,
+                loaded.tokenizer,
+            )
+            for length in self.lengths
+        }
+        workload = asdict(options.workload)
+        workload["dataset_path"] = str(options.workload.dataset_path or "")
+        environ = {"device": choose_device(options.device).type, "dtype": str(loaded.model.dtype)}
+        self.rows: list[dict[str, Any]] = []
+        self.result = {
+            "environment": environment() | environ,
+            "model": model_label(options.model),
+            "workload": workload,
+            "profiled": options.profile,
+            "decode_only": options.decode_only,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
+            "rows": self.rows,
+        }
+        options.output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work
+        self.stem = f"throughput-{options.name or file_stem(options.model)}"
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest request with its output."""
+        jobs = [job for some in self.jobs.values() for job in some]
+        return max(len(job.prompt_token_ids) + job.output_len for job in jobs)
+
+    def measure(self, backend: str, servers: Servers) -> None:
+        """Serve the workload with `backend`; print and write a row a length and batch."""
+        options = self.options
+        for length, batch in product(self.lengths, options.max_num_seqs):
+            some = self.jobs[length]
+            some = some if options.rounds is None else some[: options.rounds * batch]
+            served = servers.serve(backend, some, batch, options)
+            self.rows.append(row_of(backend, batch, served) | {"input_len": length})
+            print(f"{length} tokens in, {line(self.rows[-1])}", flush=True)
+            self.path = write_result(options.output_dir, self.stem, self.result)
+
+    def end(self) -> None:
+        """Name the file, and draw the plots of runs over several batches or lengths."""
+        print(f"raw results: {self.path}")
+        axes = ("max_num_seqs", self.options.max_num_seqs), ("input_len", self.lengths)
+        for key, values in axes:
+            if len(values) > 1:
+                over = "" if key == "max_num_seqs" else "-over-input-len"
+                print(draw(self.result, self.options.output_dir / f"{self.stem}{over}.png", key))
+
+
+def measure_all(reports: Sequence[Report], loaded: LoadedModel) -> None:
+    """Measure workloads, a backend at a time, so that vLLM starts once for all of them."""
+    servers = Servers(loaded, max(report.longest for report in reports))
+    try:
+        for backend in dict.fromkeys(b for report in reports for b in report.options.backends):
+            for report in reports:
+                if backend in report.options.backends:
+                    if len(reports) > 1:
+                        print(f"-- {report.options.name}", flush=True)
+                    report.measure(backend, servers)
+    finally:
+        servers.close()
+    for report in reports:
+        report.end()
+
+
 def line(row: dict[str, Any]) -> str:
     """The text of a row on the terminal."""
     first, gaps = row["ttft_ms"], row["itl_ms"]
@@ -145,18 +281,24 @@ def line(row: dict[str, Any]) -> str:
     if row["decode_tokens_per_second"] is not None:
         text += f", decoding {row['decode_tokens_per_second']:.1f} tokens/s"
     stats = row["stats"]
+    if "most_running" in stats:
+        text += f", {stats['most_running']} at once"
+    if "capacity_sequences" in stats:
+        text += f", {stats['capacity_sequences']} fit"
     if "preemptions" in stats:
-        text += (
-            f", {stats['most_running']} at once, {stats['preemptions']} preemptions, "
-            f"{stats['pages_sealed']} pages sealed"
-        )
+        text += f", {stats['preemptions']} preemptions"
+    if "pages_sealed" in stats:
+        text += f", {stats['pages_sealed']} pages sealed"
     return text
 
 
 def load(options: Options) -> LoadedModel:
-    """The model of a run."""
+    """The model of a run; for vLLM alone, which loads its own weights, it stays off the GPU."""
     device = choose_device(options.device)
-    return load_either(options.model, device=device, dtype=choose_dtype(options.dtype, device))
+    dtype = choose_dtype(options.dtype, device)
+    if all(map(is_vllm, options.backends)):
+        device = torch.device("meta" if is_random(options.model) else "cpu")
+    return load_either(options.model, device=device, dtype=dtype)
 
 
 def main(options: Options, loaded: LoadedModel | None = None) -> int:
@@ -168,47 +310,8 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     Raises:
         InvalidRequestError: no backend, or a workload that the model does not take.
     """
-    if not options.backends:
-        raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
     loaded = load(options) if loaded is None else loaded
-    device, geometry = loaded.model.device, loaded.geometry
-    lengths = options.input_lens or (options.workload.input_len,)
-    jobs = {
-        length: jobs_of(
-            replace(options.workload, input_len=length),
-            geometry.vocab_size,
-            geometry.max_position_embeddings,
-            loaded.tokenizer,
-        )
-        for length in lengths
-    }
-    workload = asdict(options.workload)
-    workload["dataset_path"] = str(options.workload.dataset_path or "")
-    rows: list[dict[str, Any]] = []
-    result = {
-        "environment": environment() | {"device": device.type, "dtype": str(loaded.model.dtype)},
-        "model": model_label(options.model),
-        "workload": workload,
-        "profiled": options.profile,
-        "decode_only": options.decode_only,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "rows": rows,
-    }
-    options.output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
-    stem = f"throughput-{options.name or file_stem(options.model)}"
-    for backend in options.backends:
-        for length, batch in product(lengths, options.max_num_seqs):
-            some = jobs[length]
-            some = some if options.rounds is None else some[: options.rounds * batch]
-            served = serve(loaded, backend, some, batch, options)
-            rows.append(row_of(backend, batch, served) | {"input_len": length})
-            print(f"{length} tokens in, {line(rows[-1])}", flush=True)
-            path = write_result(options.output_dir, stem, result)
-    print(f"raw results: {path}")
-    for key, values in (("max_num_seqs", options.max_num_seqs), ("input_len", lengths)):
-        if len(values) > 1:
-            over = "" if key == "max_num_seqs" else "-over-input-len"
-            print(draw(result, options.output_dir / f"{stem}{over}.png", key))
+    measure_all([Report(options, loaded)], loaded)
     return 0
 
 

@@ -46,7 +46,29 @@ def _whole(input_len: int, output_len: int, requests: int, ratio: float = 0.0) -
 
 MIXED = _whole(256, 1024, 64, 0.5)
 
+# what a user of vLLM would run instead, and pages inside it; then this engine
+BESIDE_VLLM = (
+    "vllm",
+    "vllm:fp8",
+    "vllm-pages:exact",
+    "vllm-pages:spectral-quality",
+    "exact",
+    "spectral-quality",
+)
+
+
+def _beside_vllm(input_len: int, output_len: int, requests: int, fit: bool = False) -> Options:
+    workload = WorkloadOptions(num_prompts=requests, input_len=input_len, output_len=output_len)
+    return Options(MODEL_8B, workload, BESIDE_VLLM, enable_prefix_caching=False, fit=fit)
+
+
 SUITES: dict[str, dict[str, Options]] = {
+    # for one H200; each backend starts once and serves all of them
+    "8b-vllm": {
+        "1k": _beside_vllm(1024, 256, 256),
+        "8k": _beside_vllm(8192, 512, 96),
+        "32k-full": _beside_vllm(32_768, 192, 160, fit=True),
+    },
     # for one H200; a name is the length of context or prompt, and the limit
     "8b": {
         "32k-full": _decode_only(32_768, 192),
@@ -71,8 +93,12 @@ SUITES: dict[str, dict[str, Options]] = {
 }
 
 
-def main(name: str, *, only: Sequence[str], output_dir: Path) -> int:
+def main(name: str, *, only: Sequence[str], backends: Sequence[str] = (), output_dir: Path) -> int:
     """Run the workloads of a suite and write a result for each.
+
+    Args:
+        only: the workloads to run; default all.
+        backends: the backends to run in place of the suite's own.
 
     Raises:
         InvalidRequestError: no such suite or workload.
@@ -83,8 +109,14 @@ def main(name: str, *, only: Sequence[str], output_dir: Path) -> int:
     if unknown := [one for one in only if one not in suite]:
         raise InvalidRequestError(f"--only {', '.join(unknown)}: {name} has {', '.join(suite)}")
     chosen = {one: options for one, options in suite.items() if not only or one in only}
+    chosen = {
+        one: replace(options, backends=backends or options.backends)
+        for one, options in chosen.items()
+    }
     loaded = run.load(next(iter(chosen.values())))
-    for one, options in chosen.items():
-        print(f"-- {name} {one}", flush=True)
-        run.main(replace(options, name=f"{name}-{one}", output_dir=output_dir), loaded)
+    reports = [
+        run.Report(replace(options, name=f"{name}-{one}", output_dir=output_dir), loaded)
+        for one, options in chosen.items()
+    ]
+    run.measure_all(reports, loaded)
     return 0
