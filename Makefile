@@ -51,11 +51,12 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The claims of docs/vllm.md, against the classes of a vLLM release that is fetched for it (900 MB unpacked).
+# Pages inside vLLM, without a GPU: its own scheduler over a real cache, with a release that is fetched
+# for it (900 MB unpacked). On a GPU with vLLM: pytest tests/integrations/vllm_gpu_cases.py
 vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
-	PYTHONPATH=build/vllm $(BIN)/python tests/integrations/vllm_blocks.py
+	PYTHONPATH=build/vllm $(BIN)/python -m pytest tests/integrations/vllm_host_cases.py
 
 # Lines and branches of the package and its scheduler; kernels have tests of their own on a GPU.
 coverage: $(STAMP)

@@ -1,4 +1,4 @@
-"""The command line: `spectral-paged generate | serve | top | info | calibrate | cache | bench`."""
+"""The command line: `spectral-paged generate | serve | vllm-args | top | info | ...`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from spectral_paged.cli.generate import add_generate, generate
 from spectral_paged.cli.kept import add_cache, cache
 from spectral_paged.cli.logs import FORMATS, LEVELS, logging_to_stderr
+from spectral_paged.cli.vllm_args import add_vllm_args, vllm_args
 from spectral_paged.cli.vllm_options import refuse_vllm_options
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.file_limits import MAX_TEXT_BYTES, check_file
@@ -46,6 +47,9 @@ def build_parser() -> CommandParser:
     add_generate(generating)
     serving = commands.add_parser("serve", help="answer OpenAI's HTTP requests")
     add_serve(serving)
+    add_vllm_args(
+        commands.add_parser("vllm-args", help="print the arguments of `vllm serve` for pages in it")
+    )
     info = commands.add_parser("info", help="what a model needs and gets, by format")
     info.add_argument("model", help="alias, hub id, folder or .gguf file")
     info.add_argument(
@@ -199,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "generate": generate,
         "serve": serve,
+        "vllm-args": vllm_args,
         "top": top,
         "info": info,
         "calibrate": calibrate,

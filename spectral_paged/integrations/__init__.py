@@ -1,4 +1,4 @@
-"""Integrations of transformers, Unsloth and Ray with the cache.
+"""Integrations of transformers, Unsloth, Ray and vLLM with the cache.
 
 Modules are imported one by one, because each needs a library of its own. They import `models` and
 the packages below it; `ray` runs batch files and also imports the LLM.
@@ -13,4 +13,5 @@ __all__ = [
     "row_batch",
     "transformers_cache",
     "unsloth",
+    "vllm",
 ]

@@ -1,0 +1,168 @@
+"""The options of pages inside vLLM travel in its `additional_config`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from spectral_paged.errors import FormatError, InvalidRequestError
+from spectral_paged.pages import PRESETS
+
+KEY = "spectral_paged"  # of `additional_config`
+HERE = __name__.rpartition(".")[0]
+WORKER = f"{HERE}.worker.SpectralWorker"
+SCHEDULER = f"{HERE}.scheduler.SpectralScheduler"
+BACKEND = f"{HERE}.backend.SpectralBackend"
+SPARE_ROWS = 8  # vLLM's null block, and requests of its warm-up that no scheduler knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """The options of pages inside vLLM; every other option is vLLM's own.
+
+    Attributes:
+        kv_format: name of a page format's preset.
+        calibration: for formats with a shared basis or calibrated weights. `auto` makes one on the
+            package's own text, once for a model, and keeps it where `LLM` does; `online` takes the
+            basis from the first blocks; otherwise the path of a file that
+            `spectral-paged calibrate` wrote.
+        prefill_segment: tokens of a prompt that attend to each other exactly, before blocks behind
+            them are read as pages; the most that one step computes of a prompt.
+        exempt_layers: numbers of the layers that stay exact.
+    """
+
+    kv_format: str = "auto"
+    calibration: str = "auto"
+    prefill_segment: int = 2048
+    exempt_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, additional_config: Mapping[str, Any] | None) -> PageOptions:
+        """Read the options out of vLLM's `additional_config`.
+
+        Raises:
+            InvalidRequestError: an option that does not exist, or a value of the wrong type.
+            FormatError: an unknown preset.
+        """
+        given = (additional_config or {}).get(KEY, {})
+        if not isinstance(given, Mapping):
+            raise InvalidRequestError(f"additional_config[{KEY!r}] is {given!r}; give an object")
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                meant = f": did you mean {close[0]!r}?" if close else "."
+                raise InvalidRequestError(
+                    f"additional_config[{KEY!r}] has no option {name!r}{meant} It has "
+                    f"{', '.join(known)}"
+                )
+        return cls(**given).checked()
+
+    def checked(self) -> PageOptions:
+        """Return these options with plain types.
+
+        Raises:
+            InvalidRequestError, FormatError: as in `of`.
+        """
+        if not isinstance(self.kv_format, str) or self.kv_format not in ("auto", *PRESETS):
+            raise FormatError(
+                f"kv_format is {self.kv_format!r}; inside vLLM it is the name of a preset: auto, "
+                f"{', '.join(PRESETS)}"
+            )
+        if not isinstance(self.calibration, str | Path):
+            raise InvalidRequestError(
+                f"calibration is {self.calibration!r}; inside vLLM it is 'auto', 'online' or a path"
+            )
+        layers = self.exempt_layers
+        if isinstance(layers, str) or not all(type(n) is int and n >= 0 for n in layers):
+            raise InvalidRequestError(f"exempt_layers is {layers!r}; give a list of layer numbers")
+        if type(self.prefill_segment) is not int:
+            raise InvalidRequestError(f"prefill_segment is {self.prefill_segment!r}; give tokens")
+        return PageOptions(
+            kv_format=self.kv_format,
+            calibration=str(self.calibration),
+            prefill_segment=self.prefill_segment,
+            exempt_layers=tuple(layers),
+        )
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON knows them."""
+        default = PageOptions()
+        found = {n: v for n, v in asdict(self).items() if v != getattr(default, n)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
+
+
+def engine_args(
+    *,
+    kv_format: str = "auto",
+    calibration: str | Path = "auto",
+    prefill_segment: int = 2048,
+    exempt_layers: Sequence[int] = (),
+    max_num_seqs: int = 256,
+    additional_config: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`, `AsyncEngineArgs` or `EngineArgs` that bring pages in.
+
+    Args:
+        kv_format, calibration, prefill_segment, exempt_layers: as in `PageOptions`.
+        max_num_seqs: vLLM's option; pages need it here, because every request has a row.
+        additional_config: vLLM's option; the pages' own part is added to it.
+        others: further arguments of vLLM, which are passed on.
+
+    Raises:
+        InvalidRequestError, FormatError: a value that is not served.
+        TypeError: an argument of vLLM that pages set themselves.
+    """
+    options = PageOptions(
+        kv_format=kv_format,
+        calibration=str(calibration),
+        prefill_segment=prefill_segment,
+        exempt_layers=tuple(exempt_layers),
+    ).checked()
+    own = {
+        "attention_backend": "CUSTOM",
+        "worker_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
+        "num_gpu_blocks_override": max_num_seqs + SPARE_ROWS,
+    }
+    taken = sorted(own.keys() & others.keys())
+    if taken:
+        raise TypeError(f"engine_args sets {', '.join(taken)} itself: leave it out")
+    return {
+        **own,
+        "max_num_seqs": max_num_seqs,
+        "additional_config": {**(additional_config or {}), KEY: options.named},
+        **others,
+    }
+
+
+def serve_flags(model: str, *, max_num_seqs: int = 256, **options: Any) -> list[str]:
+    """Return the arguments of `vllm serve` that serve `model` with pages.
+
+    No argument has a character that a shell treats specially, unless a path has.
+
+    Args:
+        options: as in `PageOptions`.
+
+    Raises:
+        InvalidRequestError, FormatError: a value that is not served.
+    """
+    found = PageOptions(**options).checked().named
+    flags = [
+        model,
+        *("--attention-backend", "CUSTOM"),
+        *("--worker-cls", WORKER),
+        *("--scheduler-cls", SCHEDULER),
+        *("--max-num-seqs", str(max_num_seqs)),
+        *("--num-gpu-blocks-override", str(max_num_seqs + SPARE_ROWS)),
+    ]
+    for name, value in found.items():
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        flags += [f"--additional-config.{KEY}.{name}", text]
+    return flags

@@ -1,0 +1,53 @@
+"""vLLM's scheduler, with chunks that end where the cache says and requests that fail alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from spectral_paged.integrations.vllm.limits import check_limits
+from spectral_paged.integrations.vllm.manager import SpectralKVCacheManager
+from spectral_paged.integrations.vllm.releases import check_release
+from spectral_paged.integrations.vllm.runtime import PagedRuntime
+
+logger = logging.getLogger("vllm.spectral_paged")
+
+check_release()
+
+
+class SpectralScheduler(AsyncScheduler):
+    """vLLM's asynchronous scheduler over pages; policies, priorities and budgets stay vLLM's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_limits(self.vllm_config)
+        self._runtime = PagedRuntime.get()
+        self._runtime.serving = True
+        SpectralKVCacheManager.adopt(self.kv_cache_manager)
+        # vLLM asks this hook, made for Mamba layers, where a request's chunk may end
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, *_: int, **__: int
+    ) -> int:
+        """Return the tokens that queries of one view may compute; 0: not in this step."""
+        seq_id = request.request_id
+        if seq_id in self._runtime.failed:
+            return 0  # until its error is given out
+        if seq_id not in self._runtime.cache:
+            return num_new_tokens  # `allocate_slots` says "not now"
+        return min(num_new_tokens, self._runtime.cache.chunk_limit(seq_id))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """End requests whose blocks had NaN or Inf with an error; the others go on."""
+        for seq_id, error in self._runtime.take_failed().items():
+            if seq_id in self.requests:
+                logger.error("request %s failed: %s", seq_id, error)
+                self.grammar_compile_error_reqs.add(seq_id)
+        return super().update_from_output(scheduler_output, model_runner_output)
