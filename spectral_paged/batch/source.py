@@ -1,34 +1,29 @@
-"""A batch input is JSONL, plain or gzipped, in UTF-8 or UTF-16; other kinds are refused."""
+"""A batch input is JSONL in UTF-8; other kinds and encodings are refused."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from spectral_paged.errors import CorruptFileError, InvalidRequestError
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.file_limits import MAX_LINE_BYTES, bounded_lines, is_cut
 
-GZIP = b"\x1f\x8b"
-# byte order marks; those of UTF-32 first, for one begins as UTF-16's
-BOMS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-    b"\xef\xbb\xbf": "utf-8-sig",
-}
+UTF8_MARK = b"\xef\xbb\xbf"
+RECODE = "iconv -f {0} -t UTF-8 in > out; in PowerShell: Out-File -Encoding utf8"
 # first bytes -> (what it is, how to make JSONL of it)
 OTHERS = {
+    # one mark of UTF-32 begins as UTF-16's
+    b"\xff\xfe\0\0": ("UTF-32", RECODE.format("UTF-32")),
+    b"\0\0\xfe\xff": ("UTF-32", RECODE.format("UTF-32")),
+    b"\xff\xfe": ("UTF-16", RECODE.format("UTF-16")),
+    b"\xfe\xff": ("UTF-16", RECODE.format("UTF-16")),
+    b"\x1f\x8b": ("gzip", "gunzip it"),
     b"PK\x03\x04": ("a zip archive", "unzip it"),
-    b"BZh": ("bzip2", "bunzip2 it, or compress it with gzip"),
-    b"\xfd7zXZ": ("xz", "unxz it, or compress it with gzip"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd it, or compress it with gzip"),
+    b"BZh": ("bzip2", "bunzip2 it"),
+    b"\xfd7zXZ": ("xz", "unxz it"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd it"),
     b"PAR1": ("Parquet", "pandas.read_parquet(path).to_json(out, orient='records', lines=True)"),
     b"ARROW1": ("Arrow", "pandas.read_feather(path).to_json(out, orient='records', lines=True)"),
     b"%PDF": ("a PDF", "write its text as prompts"),
@@ -36,46 +31,21 @@ OTHERS = {
 SAMPLE = 20  # lines at the beginning, of which one has to be JSON
 
 
-class _Recoded:
-    """The lines of a text file as UTF-8; `readline` counts characters."""
-
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self._text = text
-
-    def readline(self, size: int) -> bytes:
-        return self._text.readline(size).encode(errors="surrogatepass")
-
-
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number from 1 and the UTF-8 bytes of each line that is not blank, stripped.
-
-    Raises:
-        CorruptFileError: the archive or the encoding is damaged.
-    """
-    try:
-        with path.open("rb") as plain:
-            file: Any = plain
-            if plain.peek(2).startswith(GZIP):
-                file = gzip.GzipFile(fileobj=plain)
-            head, lines = file.peek(4), file
-            for bom, encoding in BOMS.items():
-                if head.startswith(bom):
-                    text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
-                    lines = _Recoded(text)
-                    break
-            for number, raw in bounded_lines(lines, MAX_LINE_BYTES):
-                if raw.strip():
-                    yield number, raw if is_cut(raw, MAX_LINE_BYTES) else raw.strip()
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeError) as error:
-        raise CorruptFileError(f"{path} is damaged ({error}): make it again") from error
+    """Yield the number from 1 and the UTF-8 bytes of each line that is not blank, stripped."""
+    with path.open("rb") as file:
+        if file.peek(3).startswith(UTF8_MARK):
+            file.seek(len(UTF8_MARK))
+        for number, raw in bounded_lines(file, MAX_LINE_BYTES):
+            if raw.strip():
+                yield number, raw if is_cut(raw, MAX_LINE_BYTES) else raw.strip()
 
 
 def check_source(path: Path) -> None:
     """Refuse an input that is no JSONL, with what it is and how to convert it.
 
     Raises:
-        InvalidRequestError: it is of another kind, or has no line.
-        CorruptFileError: the archive or the encoding is damaged.
+        InvalidRequestError: it is of another kind or encoding, or has no line.
     """
     with path.open("rb") as file:
         head = file.read(8)
@@ -111,6 +81,4 @@ def _is_json(raw: bytes) -> bool:
 
 
 def _refused(path: Path, what: str, remedy: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"{path} is no JSONL in UTF-8 or UTF-16, plain or gzipped: {what}. To convert it: {remedy}"
-    )
+    return InvalidRequestError(f"{path} is no JSONL in UTF-8: {what}. To convert it: {remedy}")

@@ -49,7 +49,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSONL or its .gz, a request a line: prompts, messages or OpenAI's batch lines",
+        help="JSONL, a request a line: prompts, messages or OpenAI's batch lines",
     )
     parser.add_argument(
         "--output",

@@ -13,7 +13,7 @@ import pytest
 import spectral_paged.llm
 from spectral_paged.batch.file import OutputFile, count_lines, read_lines
 from spectral_paged.cli.commands import main
-from spectral_paged.errors import CorruptFileError, InvalidRequestError
+from spectral_paged.errors import InvalidRequestError
 from support.served import served_llm
 
 TEXT = '{"prompt": "abc"}\n\n"z\u00fc\u2028x"\r\n"\U0001f600"\n'
@@ -21,12 +21,6 @@ PROMPTS = ["abc", "z\u00fc\u2028x", "\U0001f600"]
 READ = {
     "utf-8": TEXT.encode(),
     "utf-8 with mark": TEXT.encode("utf-8-sig"),
-    "utf-16": TEXT.encode("utf-16"),
-    "utf-16 big": b"\xfe\xff" + TEXT.encode("utf-16-be"),
-    "utf-32": TEXT.encode("utf-32"),
-    "gz": gzip.compress(TEXT.encode()),
-    "gz of two parts": gzip.compress(TEXT[:9].encode()) + gzip.compress(TEXT[9:].encode()),
-    "gz of utf-16": gzip.compress(TEXT.encode("utf-16")),
 }
 OBJECTS = [{"prompt": "a"}, {"prompt": "b"}]
 REFUSED = {
@@ -44,9 +38,10 @@ REFUSED = {
     "zip": (b"PK\x03\x04rest", "a zip archive.*unzip"),
     "bz2": (b"BZh91AYrest", "bzip2"),
     "parquet": (b"PAR1rest", "Parquet.*read_parquet"),
-    "gz of csv": (gzip.compress(b"id,prompt\n1,hello\n"), "read_csv"),
-    "cut gz": (gzip.compress(TEXT.encode())[:-9], "damaged"),
-    "cut utf-16": (TEXT.encode("utf-16")[:-1], "damaged"),
+    "gz": (gzip.compress(TEXT.encode()), "gzip.*gunzip"),
+    "utf-16": (TEXT.encode("utf-16"), "UTF-16.*iconv -f UTF-16"),
+    "utf-16 big": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16.*iconv"),
+    "utf-32": (TEXT.encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
 }
 
 
@@ -73,7 +68,7 @@ def records(path):
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_encodings_and_gz_are_read(kind, tmp_path):
+def test_utf_8_is_read_with_and_without_its_mark(kind, tmp_path):
     source = tmp_path / "in"
     source.write_bytes(READ[kind])
     lines = list(read_lines(source, {}))
@@ -146,14 +141,6 @@ def test_an_output_of_an_earlier_version_goes_on(tmp_path):
     first = next(read_lines(source, {}))
     out.write_text(json.dumps({"line": 1, "line_hash": first.digest, "error": None}) + "\n")
     assert run(source, out) == 0 and sorted(records(out)) == [1, 2]
-
-
-def test_damage_behind_the_beginning_is_told_too(tmp_path):
-    source = tmp_path / "in.gz"
-    whole = gzip.compress("".join(f'"prompt {i}"\n' for i in range(50_000)).encode())
-    source.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptFileError, match="damaged"):
-        count_lines(source)
 
 
 def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
