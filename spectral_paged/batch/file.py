@@ -128,8 +128,8 @@ def _read_line(number: int, raw: bytes, defaults: Mapping[str, Any]) -> BatchLin
             error.__cause__ = cause
         custom_id = _custom_id(value) if value is not None else None
         url = value.get("url") if value is not None else None
-        if url not in (CHAT_URL, COMPLETIONS_URL):
-            url = None
+        if url not in (CHAT_URL, COMPLETIONS_URL):  # with a body it is OpenAI's line all the same
+            url = COMPLETIONS_URL if value is not None and "body" in value else None
         return BatchLine(number, digest, custom_id=custom_id, url=url, error=error)
 
 

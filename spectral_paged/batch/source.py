@@ -28,7 +28,7 @@ OTHERS = {
     b"ARROW1": ("Arrow", "pandas.read_feather(path).to_json(out, orient='records', lines=True)"),
     b"%PDF": ("a PDF", "write its text as prompts"),
 }
-SAMPLE = 20  # lines at the beginning, of which one has to be JSON
+SAMPLE = 20  # lines at the beginning, of which one has to be an object or a string of JSON
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -62,11 +62,13 @@ def check_source(path: Path) -> None:
         raise _refused(path, "it is a JSON array", "jq -c '.[]' in.json > in.jsonl")
     if first == b"{":
         raise _refused(path, "its objects go over several lines", "jq -c . in.json > in.jsonl")
-    if not any(_is_json(raw) for raw in lines):
+    # a quoted cell of CSV is a JSON string too, but the header above it is none
+    strings = _is_json(first) and any(raw.startswith(b'"') and _is_json(raw) for raw in lines)
+    if not strings and not any(raw.startswith(b"{") and _is_json(raw) for raw in lines):
         begins = first[:60].decode(errors="replace")
         raise _refused(
             path,
-            f"no line at its beginning is JSON, the first is {begins!r}",
+            f"no line at its beginning is a JSON object, the first is {begins!r}",
             "write a prompt as one JSON object a line; of CSV: pandas.read_csv(path).to_json(out, "
             "orient='records', lines=True)",
         )

@@ -104,7 +104,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Run a batch file; return 0 if every line got a record, bad ones too, but 1 if all are bad."""
     if not args.input.is_file():
-        raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
+        folder = ": it is a folder, name a file in it" if args.input.is_dir() else ""
+        raise InvalidRequestError(f"there is no input file {str(args.input)!r}{folder}")
     if not args.ray and (args.ray_workers or args.ray_address):
         raise InvalidRequestError("--ray-workers and --ray-address need --ray")
     if args.ray and (args.top or args.metrics_port is not None):
@@ -177,11 +178,15 @@ def _generate_here(
     args: argparse.Namespace, output: OutputFile, defaults: dict[str, Any]
 ) -> tuple[BatchSummary, float, str]:
     """Serve the file with one LLM in this process; return the summary, seconds and figures."""
+    from transformers.utils.logging import disable_progress_bar
+
     from spectral_paged.batch.run import BatchRun
     from spectral_paged.llm import LLM
     from spectral_paged.outputs import ratio_text
 
     show = args.top and _can_show()
+    if args.quiet or show:
+        disable_progress_bar()  # of the weights
     with _exporting(args) as export:
         llm = LLM(args.model, **given_options(args, LLMOptions))
         export(llm)

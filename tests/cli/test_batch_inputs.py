@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 import spectral_paged.llm
 from spectral_paged.batch.file import OutputFile, count_lines, read_lines
@@ -26,6 +27,9 @@ OBJECTS = [{"prompt": "a"}, {"prompt": "b"}]
 REFUSED = {
     "csv": (b"id,prompt\n1,hello\n", "begin.*read_csv"),
     "quoted csv": (b'"id","prompt"\n"1","hello"\n', "read_csv"),
+    "csv with a quoted cell": (b'prompt\nhello\n"a, b"\n', "'prompt'.*read_csv"),
+    "numbered text": (b"1\nOnce upon a time\n2\n", "no line.*is a JSON object"),
+    "lists": (b"[1, 2]\n[3]\n", "no line.*is a JSON object"),
     "text": (b"Once upon a time\nthere was\n", "'Once upon a time'.*JSON object a line"),
     "array": (json.dumps(OBJECTS).encode(), "a JSON array.*jq -c"),
     "array with line end": (json.dumps(OBJECTS).encode() + b"\n", "a JSON array"),
@@ -94,6 +98,32 @@ def test_bad_lines_among_good_ones_stay_records(tmp_path):
     source.write_bytes(b'[1, 2]\n{"prompt": \n"abc"\n')
     assert run(source, out) == 0
     assert [r["error"] is None for _, r in sorted(records(out).items())] == [False, False, True]
+
+
+def test_openai_lines_of_another_url_have_openai_records(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out.jsonl"
+    line = {"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}
+    source.write_text(json.dumps(line) + '\n{"prompt": ""}\n')
+    assert run(source, out) == 1
+    openai, plain = (record for _, record in sorted(records(out).items()))
+    assert openai["id"] == "batch_req_1" and openai["response"] is None and openai["error"]["code"]
+    assert plain["error"] and "response" not in plain
+
+
+def test_a_quiet_run_has_no_bar_of_weights(tmp_path):
+    source = tmp_path / "in"
+    source.write_text('"abc"\n')
+    transformers_logging.enable_progress_bar()
+    try:
+        assert run(source, tmp_path / "out.jsonl") == 0
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def test_a_folder_as_input_is_named_so(tmp_path, capsys):
+    assert run(tmp_path, tmp_path / "out.jsonl") == 2
+    assert "it is a folder" in capsys.readouterr().err
 
 
 def test_a_run_that_serves_no_line_ends_with_1(tmp_path, capsys):
