@@ -208,6 +208,11 @@ class SpectralKVCache:
         """The number of tokens whose K and V are stored for a sequence."""
         return self._sequences.by_id[seq_id].num_tokens
 
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences that are held."""
+        return len(self._sequences.by_id)
+
     def __contains__(self, seq_id: str) -> bool:
         return seq_id in self._sequences.by_id
 

@@ -227,7 +227,7 @@ def calibration_obstacle(loaded: LoadedModel) -> str | None:
         )
     for layer in loaded.model.model.layers:
         weight = layer.self_attn.o_proj.weight
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.itemsize < 2:
             return (
                 f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
                 "take a kv_format that needs no calibration (spectral-int8, spectral-page)"

@@ -12,10 +12,12 @@ from unittest.mock import MagicMock
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.vllm import engine_args, serve_flags
 from spectral_paged.integrations.vllm.limits import check_limits, obstacles
 from support.vllm_host import (
+    LONGEST,
     EngineArgs,
     FlexibleArgumentParser,
     Host,
@@ -136,6 +138,8 @@ def test_one_bad_request_ends_alone_with_an_error(folder):
         ({"salt": "a"}, {}, False),
         ({"lora": "x"}, {}, False),
         ({"lora": "x"}, {"lora": "x"}, True),
+        ({"lora": "x"}, {"salt": "/lora x"}, False),
+        ({"lora": "x"}, {"salt": "('', 'x', None)"}, False),
         ({"prompt_logprobs": 1}, {"prompt_logprobs": 1}, False),
     ],
 )
@@ -147,6 +151,111 @@ def test_only_requests_of_one_salt_share_a_prefix(folder, one, other, shared):
     host.add(host.request("other", prompt, 4, **other))
     host.finish()
     assert (host.runtime.stats()["prefix_hit_tokens"] > 0) == shared
+
+
+def preempt(host, name):
+    request = host.scheduler.requests[name]
+    host.scheduler.running.remove(request)
+    host.scheduler._preempt_request(request, 0.0)
+
+
+def test_log_probs_of_a_prompt_are_computed_again_after_a_preemption(folder):
+    host = Host(folder)
+    host.add(host.request("r", tokens(1500), 20, prompt_logprobs=1))
+    for _ in range(8):
+        host.step(depth=1)
+    assert host.computed["r"] > 1500
+    preempt(host, "r")
+    host.step(depth=1)
+    assert host.computed["r"] == 0
+    host.finish()
+
+
+def test_a_reset_says_no_while_requests_hold_what_others_can_hit(folder):
+    host = Host(folder)
+    prompt = tokens(1000)
+    host.add(host.request("one", prompt, 40))
+    for _ in range(6):
+        host.step()
+    assert not host.scheduler.reset_prefix_cache()
+    assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
+    host.add(host.request("other", prompt[:-1] + [5], 4))
+    before = host.runtime.stats()["prefix_hit_tokens"]
+    host.step()  # both are admitted, and neither finds what was computed before
+    assert host.computed.keys() == {"one", "other"} and not any(host.computed.values())
+    assert host.runtime.stats()["prefix_hit_tokens"] == before
+    host.finish()
+    assert host.scheduler.reset_prefix_cache()
+
+
+def test_of_the_requests_that_were_looked_up_and_wait_one_is_held(folder):
+    """Without chunked prefill, a prompt waits for a whole step's budget after its look-up."""
+    host = Host(
+        folder,
+        max_num_seqs=4,
+        megabytes=64,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=LONGEST,
+        scheduling_policy="priority",
+    )
+    for i in range(3):
+        host.add(host.request(f"r{i}", tokens(7000, i), 3, priority=9 - i))
+        host.step()
+        assert host.cache.num_sequences <= len(host.scheduler.running) + 1
+    for i in range(3):
+        host.abort(f"r{i}")
+    host.finish()
+
+
+def test_the_longest_request_fits_alone_after_a_hit_too(folder):
+    host = Host(folder, megabytes=3)
+    longest = host.cache.max_sequence_tokens
+    assert longest < 8000  # memory bounds it
+    prompt = tokens(longest - 8)
+    for i in range(3):
+        host.add(host.request(f"r{i}", prompt, 8))
+        host.finish()
+    host.add(host.request("half", prompt[: longest // 2], 8), host.request("again", prompt, 8))
+    host.finish()
+
+
+def test_a_session_that_is_continued_goes_on_from_its_tokens(folder):
+    host = Host(folder, format="exact", check_dense=True, enable_prefix_caching=False)
+    session = host.request("s", tokens(700), 5)
+    session.resumable = True
+    host.add(session)
+    for _ in range(20):
+        host.step()
+    more = host.request("s", tokens(900, 1), 7)
+    more.resumable = True
+    host.add(more)
+    for _ in range(20):
+        host.step()
+    assert session.num_prompt_tokens > 1600 and len(session.output_token_ids) == 5
+    host.abort("s")
+    host.finish()
+    assert host.worst < 1e-5
+
+
+def test_a_failure_that_a_preemption_finds_ends_its_request_alone(folder, monkeypatch):
+    """A free waits for the checks of all blocks that were sealed with the freed sequence's."""
+    monkeypatch.setattr(SealCheck, "is_known", False)  # as while the device is busy
+    host = Host(folder)
+    requests = [host.request(f"r{i}", tokens(1500, i), 30) for i in range(3)]
+    host.bad_token = "r2"
+    host.add(*requests)
+    begin = host.scheduler.kv_cache_manager.new_step_starts
+
+    def new_step_starts():
+        begin()
+        if host.runtime.stats()["pages_sealed"] and not requests[0].num_preemptions:
+            preempt(host, "r0")
+
+    monkeypatch.setattr(host.scheduler.kv_cache_manager, "new_step_starts", new_step_starts)
+    host.finish(depth=1)
+    assert list(host.errors) == ["r2"]
+    assert requests[0].num_preemptions == 1
+    assert [len(r.output_token_ids) for r in requests[:2]] == [30, 30]
 
 
 def test_a_prompt_waits_until_it_fits_beside_those_that_run(folder):
@@ -185,6 +294,8 @@ def test_the_host_time_of_a_step_is_counted(folder):
         ("scheduler_config", {"async_scheduling": False}, "async-scheduling"),
         ("scheduler_config", {"scheduler_cls": None}, "scheduler_cls"),
         ("model_config", {"enable_sleep_mode": True}, "enable_sleep_mode"),
+        ("scheduler_config", {"watermark": 0.1}, "watermark"),
+        ("model_config", {"enable_prompt_embeds": True}, "enable_prompt_embeds"),
         ("model_config", {"is_encoder_decoder": True}, "text"),
         ("", {"speculative_config": MagicMock(method="ngram")}, "speculative_config"),
         ("", {"kv_transfer_config": object()}, "kv_transfer_config"),
@@ -200,6 +311,13 @@ def test_what_is_not_served_is_refused_by_name(folder, part, changes, words):
     others = [o for o in obstacles(config) if words not in o]
     assert [o for o in others if "runner V1" not in o] == []  # which vLLM itself falls back to
     with pytest.raises(InvalidRequestError, match=words):
+        check_limits(config)
+
+
+def test_a_family_that_vllm_runs_by_transformers_is_refused(tmp_path):
+    other = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    config = engine_config(model_folder(tmp_path, **other))
+    with pytest.raises(InvalidRequestError, match="Olmo2ForCausalLM"):
         check_limits(config)
 
 

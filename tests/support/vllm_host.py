@@ -302,7 +302,8 @@ class Host:
             self.history.pop(name, None)
         for new in output.scheduled_new_reqs:
             self.computed[new.req_id] = new.num_computed_tokens
-            self.history.pop(new.req_id, None)
+            if not new.num_computed_tokens:  # else a session, which goes on
+                self.history.pop(new.req_id, None)
         cached = output.scheduled_cached_reqs
         self.computed |= dict(zip(cached.req_ids, cached.num_computed_tokens))
         order = sorted(output.num_scheduled_tokens, key=output.num_scheduled_tokens.get)

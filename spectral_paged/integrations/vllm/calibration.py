@@ -12,6 +12,7 @@ from vllm.forward_context import set_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from spectral_paged.integrations.vllm.layers import PagedLayers
+from spectral_paged.integrations.vllm.weights import attention_layers
 from spectral_paged.models.calibration import (
     Recorder,
     builtin_calibration,
@@ -52,6 +53,10 @@ def layer_calibration(
         InvalidRequestError: no such file, no tokenizer, or quantized weights.
         FormatError, CorruptFileError: the file is of another model, or damaged.
     """
+    if not format.needs_calibration:
+        return None
+    if given == "online":
+        return "online"
     names = dict(config.compilation_config.static_forward_context)
 
     def forward(ids: Tensor, recorder: Recorder) -> None:
@@ -67,7 +72,7 @@ def layer_calibration(
             model(input_ids=ids[0], positions=torch.arange(num_tokens, device=device))
 
     loaded = _loaded(config, model, device)
-    if given == "auto" and format.needs_calibration:
+    if given == "auto":
         return builtin_calibration(
             loaded,
             forward=forward,
@@ -77,13 +82,9 @@ def layer_calibration(
 
 
 def _loaded(config: VllmConfig, model: Any, device: torch.device) -> LoadedModel:
-    """The model as calibration knows models, which are those of transformers: weights of K and V
-    apart, and views of vLLM's."""
+    """The model as calibration knows models, which are those of transformers."""
     hf = config.model_config.hf_text_config
     geometry = ModelGeometry.from_config(hf)
-    layers = [
-        SimpleNamespace(self_attn=_attention(layer.self_attn)) for layer in model.model.layers
-    ]
     skips = config.model_config.skip_tokenizer_init
     return LoadedModel(
         name=str(config.model_config.model),
@@ -91,20 +92,8 @@ def _loaded(config: VllmConfig, model: Any, device: torch.device) -> LoadedModel
             config=hf,
             device=device,
             dtype=config.model_config.dtype,
-            model=SimpleNamespace(layers=layers),
+            model=SimpleNamespace(layers=attention_layers(model)),
         ),
         tokenizer=None if skips else cached_tokenizer_from_config(config.model_config),
         geometry=geometry,
     )
-
-
-def _attention(attention: Any) -> SimpleNamespace:
-    fused, num_kv = attention.qkv_proj, attention.kv_size
-    rows = fused.weight
-    found = {"o_proj": SimpleNamespace(weight=attention.o_proj.weight)}
-    if rows.is_floating_point() and rows.itemsize >= 2:
-        found["k_proj"] = SimpleNamespace(weight=rows[-2 * num_kv : -num_kv])
-        found["v_proj"] = SimpleNamespace(weight=rows[-num_kv:])
-    else:
-        found["qkv_proj"] = SimpleNamespace(weight=rows)
-    return SimpleNamespace(**found)

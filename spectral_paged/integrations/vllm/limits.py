@@ -40,8 +40,21 @@ def obstacles(config: Any) -> Iterator[str]:
     if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
         yield (
             f"kv_cache_dtype {cache.cache_dtype!r}: a page format has bits of its own; leave it "
-            "at auto and choose kv_format"
+            "at auto and choose kv_format, or give bfloat16 if the checkpoint sets it"
         )
+    if model.using_transformers_backend():
+        yield (
+            f"vLLM has no model of its own for {', '.join(model.architectures)} and runs that of "
+            "transformers, in which pages do not find the attention layers: take a model of "
+            "another family, or LLM of this package"
+        )
+    if model.enable_prompt_embeds:
+        yield (
+            "prompts given as embeddings have no token ids, by which pages are found again: drop "
+            "enable_prompt_embeds"
+        )
+    if scheduler.watermark:
+        yield "watermark counts free blocks of vLLM's: drop it; prompts wait until they fit"
     if not config.use_v2_model_runner:
         yield (
             "model runner V1 has no seam for pages: set VLLM_USE_V2_MODEL_RUNNER=1 and drop "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request
 
 from spectral_paged.integrations.vllm.runtime import PagedRuntime, timed
+
+logger = logging.getLogger("vllm.spectral_paged")
 
 
 class SpectralKVCacheManager(KVCacheManager):
@@ -22,12 +25,14 @@ class SpectralKVCacheManager(KVCacheManager):
 
     _runtime: PagedRuntime
     _prompts: dict[str, int]  # admitted requests, and the tokens that they will have prefilled
+    _candidate: str | None  # looked up and not admitted
 
     @classmethod
     def adopt(cls, manager: KVCacheManager) -> SpectralKVCacheManager:
         """Turn vLLM's manager, made by its own constructor, into one over this process's cache."""
         manager.__class__ = cls
         manager._runtime, manager._prompts = PagedRuntime.get(), {}
+        manager._candidate = None
         return manager
 
     @property
@@ -44,8 +49,7 @@ class SpectralKVCacheManager(KVCacheManager):
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """Add the request's sequence; its hit is in tokens, and needs no blocks."""
         cache, seq_id = self._runtime.cache, request.request_id
-        if seq_id in cache:  # looked up before and not admitted
-            cache.free(seq_id)
+        self._free_candidate()
         found = cache.add_sequence(
             seq_id,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -55,6 +59,7 @@ class SpectralKVCacheManager(KVCacheManager):
         )
         if found is None:
             return self.empty_kv_cache_blocks, 0, 0  # `allocate_slots` will say "not now"
+        self._candidate = seq_id
         if self.log_stats:
             self.prefix_cache_stats.record(
                 num_tokens=request.num_tokens,
@@ -74,18 +79,18 @@ class SpectralKVCacheManager(KVCacheManager):
     ) -> KVCacheBlocks | None:
         """Reserve the step's tokens; None: vLLM preempts another request, or lets this one wait."""
         cache, seq_id = self._runtime.cache, request.request_id
-        if seq_id not in cache:
+        if seq_id not in cache or seq_id in self._runtime.failed:
             return None
-        admitted = bool(self.coordinator.get_blocks(seq_id)[0])
+        admitted = seq_id != self._candidate
         if not admitted and full_sequence_must_fit and not self._has_room(request):
-            cache.free(seq_id)
+            self._free_candidate()
             return None
         if not cache.try_reserve(seq_id, num_new_tokens):
-            if not admitted:
-                cache.free(seq_id)
+            self._free_candidate()
             return None
         if admitted:
             return self.empty_kv_cache_blocks
+        self._candidate = None
         self._prompts[seq_id] = request.num_tokens
         row = self.coordinator.allocate_new_blocks(seq_id, 1, 1, 0)
         return self.create_kv_cache_blocks(row)
@@ -93,9 +98,11 @@ class SpectralKVCacheManager(KVCacheManager):
     def _has_room(self, request: Request) -> bool:
         """True if the whole request fits beside those that run and what their prompts still need.
 
-        With nothing admitted it is let in, so that a large request can wait for cached slots.
+        Alone it is let in: a cache is refused in which the longest request does not fit.
         """
         cache = self._runtime.cache
+        if cache.num_sequences == 1:
+            return True
         self._prompts = {s: n for s, n in self._prompts.items() if cache.num_tokens(s) < n}
         lengths = {**self._prompts, request.request_id: request.num_tokens}
         return cache.has_room(lengths)
@@ -105,8 +112,11 @@ class SpectralKVCacheManager(KVCacheManager):
         super().free(request)
         seq_id = request.request_id
         self._prompts.pop(seq_id, None)
+        if seq_id == self._candidate:
+            self._candidate = None
         if seq_id in self._runtime.cache:
             self._runtime.cache.free(seq_id)
+            self._runtime.note_late_failures()
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Do nothing: the cache publishes slots when a step ends."""
@@ -120,18 +130,35 @@ class SpectralKVCacheManager(KVCacheManager):
         return self._runtime.cache.num_tokens(seq_id) if held else 0
 
     def reset_prefix_cache(self) -> bool:
+        """Forget every prefix; False, as vLLM's own: requests hold some, which can still be hit."""
         self._runtime.settle()
+        self._free_candidate()
+        held = self._runtime.cache.num_sequences
+        if held:
+            logger.warning("the prefix cache is not reset: %d requests hold parts of it", held)
+            return False
         self._runtime.cache.reset_prefix_cache()
         if self.log_stats:
             self.prefix_cache_stats.reset = True
         return True
 
+    def _free_candidate(self) -> None:
+        if self._candidate is not None:
+            self._runtime.cache.free(self._candidate)
+            self._candidate = None
+
 
 def _salt(request: Request) -> str:
-    """The salt of a request: vLLM's, and what else keeps K and V of equal tokens apart."""
-    salt = request.cache_salt or ""
-    if request.lora_request is not None:
-        salt += f"/lora {request.lora_request.lora_name}"
-    if request.skip_reading_prefix_cache:  # it wants log-probs of its prompt
-        salt += f"/alone {request.request_id}"
-    return salt
+    """The salt of a request: vLLM's, and what else keeps K and V of equal tokens apart.
+
+    It is written so that no salt of a client's is that of another request with an adapter.
+    """
+    lora = request.lora_request
+    # one that wants log-probs of its prompt computes all of it, after a preemption too
+    alone = (request.request_id, request.num_preemptions)
+    parts = (
+        request.cache_salt or "",
+        lora.lora_name if lora is not None else None,
+        alone if request.skip_reading_prefix_cache else None,
+    )
+    return repr(parts) if any(parts) else ""

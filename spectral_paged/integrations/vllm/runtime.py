@@ -92,8 +92,12 @@ class PagedRuntime:
             self.failed |= self.cache.end_step().failed
 
     def settle(self) -> None:
-        """Close the step, and note failures that a free has found since."""
+        """Close the step, and note failures found since."""
         self.close_step()
+        self.note_late_failures()
+
+    def note_late_failures(self) -> None:
+        """Note failures that a free has found; the sequences may be of other requests."""
         if self.cache.has_late_failures:
             self.failed |= self.cache.settle().failed
 
