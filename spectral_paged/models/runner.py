@@ -66,8 +66,9 @@ class _AttentionLease:
 
     @classmethod
     def take(cls, model: Any) -> None:
-        own = cls.models.setdefault(model, cls(model.config._attn_implementation))
+        own = cls.models.get(model) or cls(model.config._attn_implementation)
         own.runners += 1
+        cls.models[model] = own  # garbage collection may have given back the last one meanwhile
 
     @classmethod
     def give_back(cls, reference: ref[Any]) -> None:

@@ -85,6 +85,33 @@ def test_a_patched_model_that_nobody_holds_is_freed():
     assert functions_now() == before
 
 
+@pytest.mark.parametrize("is_undone", [True, False])
+def test_a_model_is_served_that_is_patched_while_another_one_is_freed(
+    is_undone, patched, monkeypatch
+):
+    """Garbage collection runs when it will; the other model's patch goes with that model."""
+    model, inputs, make = model_of("llama"), batch([30, 700]), unsloth.model_cache
+    expected = generate(model, inputs)
+    other = unsloth_on_cpu.load(model.config._name_or_path)
+    patch_unsloth_attention(other, kv_cache_bytes=8 << 20, verbose=False)
+    held = [vars(other)[PATCH]]
+    gone = weakref.ref(held[0])
+    if is_undone:
+        held[0].undo()
+
+    def collecting(*args, **kwargs):
+        held.clear()
+        gc.collect()
+        assert gone() is None
+        return make(*args, **kwargs)
+
+    del other
+    monkeypatch.setattr(unsloth, "model_cache", collecting)
+    patch = patched(model, kv_format="exact")
+    assert torch.equal(generate(model, inputs), expected)
+    assert patch.stats()["decode_steps"] == 5
+
+
 def test_a_patched_model_refuses_a_second_patch_and_an_unpatched_one_to_be_unpatched(patched):
     model = model_of("llama")
     with pytest.raises(PatchError, match="not patched"):

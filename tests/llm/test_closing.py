@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from spectral_paged import LLM, SamplingParams, SpectralKVCache
 from spectral_paged.errors import SpectralPagedError
-from spectral_paged.models.runner import compiled_parts
+from spectral_paged.models import runner
+from spectral_paged.models.runner import ModelRunner, compiled_parts
+from support.at_a_line import at_a_line
 from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4)
@@ -90,6 +93,24 @@ def test_an_llm_that_nobody_holds_gives_the_model_back():
     del llm
     gc.collect()
     assert model.config._attn_implementation == attention
+
+
+def test_a_runner_that_is_freed_at_any_line_of_another_ones_start_keeps_the_models_own_attention():
+    model = tiny_model()
+    attention = model.config._attn_implementation
+    with borrow(model) as llm:
+        cache = llm.cache
+    for line in itertools.count():
+        held = [ModelRunner(model, cache)]
+        with at_a_line(line, held.clear, runner) as done:
+            other = ModelRunner(model, cache)
+        held.clear()
+        assert model.config._attn_implementation != attention
+        other.close()
+        assert model.config._attn_implementation == attention
+        if not done:
+            break
+    assert line > 10
 
 
 def test_a_stream_that_is_open_ends_with_the_reason():

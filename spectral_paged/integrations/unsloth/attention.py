@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -247,24 +248,43 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FunctionPatches:
-    """The replacements of Unsloth's functions, in force while at least one model is patched."""
+    """The replacements of Unsloth's functions, in force while at least one model needs them.
+
+    Garbage collection may run at any line here and find that a model is gone, so a model counts
+    before its functions are replaced, and a removal may be asked for while another one runs.
+    """
 
     def __init__(self) -> None:
         self._replacements: dict[str, tuple[Function, Function]] = {}
         self._patches: list[Patch] = []
+        self._models: WeakSet[Any] = WeakSet()
+        self._removes = False
 
-    def install(self) -> None:
-        """Replace all present references, also those that an earlier call replaced.
+    def install(self, model: Any) -> None:
+        """Replace all present references, also those that an earlier call replaced, until `model`
+        is released or gone.
 
         If that fails, the replacements of earlier calls stay, because other models may need them.
         """
         before = list(self._patches)
+        self._models.add(model)
         try:
-            self.remove()
+            self._remove()
             self._replace()
         except BaseException:
             self._go_back(before)
+            self.release(model)
             raise
+
+    def release(self, model: Any) -> None:
+        """Put every original back unless a model other than `model` needs the replacements."""
+        self._models.discard(model)
+        self.remove_unused()
+
+    def remove_unused(self) -> None:
+        """Put every original back unless a model needs the replacements."""
+        if not list(self._models):  # its length counts models that are just being collected
+            self._remove()
 
     def _replace(self) -> None:
         for name, original in fast_functions().items():
@@ -284,8 +304,13 @@ class FunctionPatches:
                 patch.undo()
         self._patches = [p if p in self._patches else Patch(p.old, p.places) for p in before]
 
-    def remove(self) -> None:
-        """Put every original back."""
-        while self._patches:
-            self._patches[-1].undo()  # if it raises, the next call tries it again
-            self._patches.pop()
+    def _remove(self) -> None:
+        if self._removes:
+            return
+        self._removes = True
+        try:
+            while self._patches:
+                self._patches[-1].undo()  # if it raises, the next call tries it again
+                self._patches.pop()
+        finally:
+            self._removes = False

@@ -39,7 +39,6 @@ _functions = FunctionPatches()
 # a model's attribute that refers to its patch, so that both are garbage-collected together
 PATCH = "_spectral_paged_patch"
 INT8_WIDTH = 128  # head width at which INT8 ranks were measured to lose no needle
-_patched: weakref.WeakSet[UnslothPatch] = weakref.WeakSet()
 _NOTHING = object()  # stands for an attribute that a model did not have
 
 
@@ -65,8 +64,11 @@ class UnslothPatch:
         }.items():
             self._saved[name] = vars(model).get(name, _NOTHING)
             setattr(model, name, value)
-        _patched.add(self)
-        weakref.finalize(self, _remove_functions).atexit = False
+        weakref.finalize(self, _functions.remove_unused).atexit = False
+
+    @property
+    def _is_in_force(self) -> bool:
+        return vars(self.model).get(PATCH) is self
 
     def settle(self) -> None:
         """Wait for the checks of all sealed blocks; an undone patch has settled already.
@@ -77,7 +79,7 @@ class UnslothPatch:
         Raises:
             NonFiniteError: NaN or Inf that no forward has reported; raised once.
         """
-        if self in _patched:
+        if self._is_in_force:
             self._forward.batches.settle()
 
     def stats(self) -> dict[str, object]:
@@ -87,7 +89,7 @@ class UnslothPatch:
             PatchError: the patch is undone.
             NonFiniteError: as `settle`.
         """
-        if self not in _patched:
+        if not self._is_in_force:
             raise PatchError("the patch is undone, and its cache is gone: ask for stats before")
         self._forward.batches.settle()
         return self.cache.stats() | {
@@ -105,8 +107,8 @@ class UnslothPatch:
                 later change is undone.
             NonFiniteError: as `settle`; the patch is undone all the same.
         """
-        if self not in _patched:
-            _remove_functions()
+        if not self._is_in_force:
+            _functions.remove_unused()
             return
         if vars(self.model).get("forward") is not self._forward:
             raise PatchError(
@@ -123,16 +125,11 @@ class UnslothPatch:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, value)
-        _patched.discard(self)
-        self._forward.close()
-        del self.cache
-        _remove_functions()
-
-
-def _remove_functions() -> None:
-    """Restore Unsloth's functions if no model is patched any more."""
-    if not list(_patched):
-        _functions.remove()
+        try:
+            self._forward.close()
+            del self.cache
+        finally:
+            _functions.release(self.model)
 
 
 def patch_unsloth_attention(
@@ -229,7 +226,7 @@ def patch_unsloth_attention(
         )
     # K and V of the last unpatched batch, which Unsloth keeps until the next prompt
     unsloth_module("_decode_graphs").release_for_training(inner)
-    _functions.install()
+    _functions.install(inner)
     try:
         if format.needs_calibration and chosen.calibration == "auto" and family.is_fast:
             calibration = unsloth_calibration(model, loaded)
@@ -249,7 +246,7 @@ def patch_unsloth_attention(
         )
         patch = UnslothPatch(inner, forward)
     except BaseException:
-        _remove_functions()
+        _functions.release(inner)
         raise
     if verbose:
         print(
