@@ -63,9 +63,9 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report
 
-# Mutation testing, on one core for some ten minutes: the installed package and the tests side by
-# side under build/, for mutmut cannot follow folders that stand elsewhere than their names say.
-# One module of tests/mutmut.cfg is named as in M='spectral_paged.cache.prefix.*'.
+# Mutation testing, on one core for hours: the installed package and the tests side by side under
+# build/, for mutmut cannot follow folders that stand elsewhere than their names say.
+# One module of tests/mutmut.cfg takes minutes: M='spectral_paged.cache.prefix.*'.
 # Survivors: cd build/mutants && ../../.venv/bin/mutmut results
 mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt mutmut
