@@ -168,23 +168,21 @@ class Servers:
 
     def _started(self, backend: str, batch: int, o: Options) -> VLLMServer:
         check_backend(backend, decode_only=o.decode_only, profile=o.profile)
-        options: dict[str, Any] = {
-            "max_num_seqs": batch,
-            "gpu_memory_utilization": o.gpu_memory_utilization,
-            "kv_cache_bytes": o.kv_cache_bytes,
-            "enforce_eager": o.enforce_eager,
-            "enable_prefix_caching": o.enable_prefix_caching,
-        }
-        key = backend, *options.values()
-        if self._vllm is None or key != self._key:
+        options = LLMOptions(
+            max_num_seqs=batch,
+            max_model_len=self._max_model_len,
+            gpu_memory_utilization=o.gpu_memory_utilization,
+            kv_cache_bytes=o.kv_cache_bytes,
+            enforce_eager=o.enforce_eager,
+            enable_prefix_caching=o.enable_prefix_caching,
+        )
+        if self._vllm is None or (backend, options) != self._key:
             self.close()
             if self._device.type == "cuda":
                 self.loaded.model.to("cpu")
                 forget(self._device)
-            self._vllm = VLLMServer(
-                backend, self.loaded, max_model_len=self._max_model_len, **options
-            )
-            self._key = key
+            self._vllm = VLLMServer(backend, self.loaded, options)
+            self._key = backend, options
         return self._vllm
 
 

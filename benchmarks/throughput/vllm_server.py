@@ -23,6 +23,7 @@ from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.vllm import check_release, engine_args
 from spectral_paged.models.loader import LoadedModel, resolve
+from spectral_paged.options import LLMOptions
 
 OWN, PAGES = "vllm", "vllm-pages"
 WARM_UP_LEN = 3000  # tokens of a prompt: past a segment, so that pages are sealed and read
@@ -53,66 +54,56 @@ class VLLMServer:
 
     Args:
         backend: a name as in this module's picture.
-        max_num_seqs, max_model_len, gpu_memory_utilization, kv_cache_bytes, enforce_eager,
-            enable_prefix_caching: vLLM's options. All others, the token budget of a step too, are
-            vLLM's defaults, which it chooses for the card.
+        options: `max_num_seqs`, `max_model_len`, `gpu_memory_utilization`, `kv_cache_bytes`,
+            `enforce_eager` and `enable_prefix_caching` are vLLM's too. All others, the token budget
+            of a step among them, are vLLM's defaults, which it chooses for the card.
 
     Raises:
         MissingPackageError: no vLLM, or one that pages were not tried with.
     """
 
-    def __init__(
-        self,
-        backend: str,
-        loaded: LoadedModel,
-        *,
-        max_num_seqs: int,
-        max_model_len: int,
-        gpu_memory_utilization: float,
-        kv_cache_bytes: int | None = None,
-        enforce_eager: bool = False,
-        enable_prefix_caching: bool = True,
-    ) -> None:
+    def __init__(self, backend: str, loaded: LoadedModel, options: LLMOptions) -> None:
         check_release()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self.backend = backend
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = options.max_num_seqs
         self.pages = backend.startswith(PAGES)
         which, _, what = backend.partition(":")
-        options: dict[str, Any] = {"max_num_seqs": max_num_seqs}
+        given: dict[str, Any] = {"max_num_seqs": options.max_num_seqs}
         if self.pages:
-            options = engine_args(max_num_seqs=max_num_seqs, kv_format=what or "auto")
+            given = engine_args(**given, kv_format=what or "auto")
         elif what:
-            options["kv_cache_dtype"] = what
-        if kv_cache_bytes is not None:
-            options["kv_cache_memory_bytes"] = kv_cache_bytes
+            given["kv_cache_dtype"] = what
+        if options.kv_cache_bytes is not None:
+            given["kv_cache_memory_bytes"] = options.kv_cache_bytes
         self._folder = tempfile.TemporaryDirectory(prefix="spectral-paged-vllm-")
         if is_random(loaded.name):
             folder = Path(self._folder.name)
             random_config(loaded.name).save_pretrained(folder)
             byte_tokenizer(folder)
-            options["load_format"] = "dummy"
+            given["load_format"] = "dummy"
         else:
             folder = Path(resolve(loaded.name))
         start = time.perf_counter()
         self.llm = LLM(
             model=str(folder),
             dtype=str(loaded.model.dtype).removeprefix("torch."),
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            enable_prefix_caching=enable_prefix_caching,
+            max_model_len=options.max_model_len,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=options.enforce_eager,
+            enable_prefix_caching=options.enable_prefix_caching,
             generation_config="vllm",
             disable_log_stats=False,
             seed=0,
-            **options,
+            **given,
         )
         self.start_seconds = time.perf_counter() - start
         self.vocab_size = loaded.geometry.vocab_size
         self._served = 0
-        self._run([Job([1 + i % 250 for i in range(min(WARM_UP_LEN, max_model_len - 8))], 8)] * 2)
+        longest = options.max_model_len or WARM_UP_LEN
+        self._run([Job([1 + i % 250 for i in range(min(WARM_UP_LEN, longest - 8))], 8)] * 2)
 
     def capacity(self, num_tokens: int) -> int:
         """The sequences of `num_tokens` that the cache holds at once."""

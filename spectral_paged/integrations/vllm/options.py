@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -99,32 +99,24 @@ class PageOptions:
 
 def engine_args(
     *,
-    kv_format: str = "auto",
-    calibration: str | Path = "auto",
-    prefill_segment: int = 2048,
-    exempt_layers: Sequence[int] = (),
     max_num_seqs: int = 256,
     additional_config: Mapping[str, Any] | None = None,
-    **others: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`, `AsyncEngineArgs` or `EngineArgs` that bring pages in.
 
     Args:
-        kv_format, calibration, prefill_segment, exempt_layers: as in `PageOptions`.
         max_num_seqs: vLLM's option; pages need it here, because every request has a row.
         additional_config: vLLM's option; the pages' own part is added to it.
-        others: further arguments of vLLM, which are passed on.
+        options: those of `PageOptions`, such as `kv_format`; others are vLLM's and are passed on.
 
     Raises:
         InvalidRequestError, FormatError: a value that is not served.
         TypeError: an argument of vLLM that pages set themselves.
     """
-    options = PageOptions(
-        kv_format=kv_format,
-        calibration=str(calibration),
-        prefill_segment=prefill_segment,
-        exempt_layers=tuple(exempt_layers),
-    ).checked()
+    names = {field.name for field in fields(PageOptions)}
+    pages = PageOptions(**{n: v for n, v in options.items() if n in names}).checked()
+    others = {n: v for n, v in options.items() if n not in names}
     own = {
         "attention_backend": "CUSTOM",
         "worker_cls": WORKER,
@@ -137,7 +129,7 @@ def engine_args(
     return {
         **own,
         "max_num_seqs": max_num_seqs,
-        "additional_config": {**(additional_config or {}), KEY: options.named},
+        "additional_config": {**(additional_config or {}), KEY: pages.named},
         **others,
     }
 
