@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -144,6 +145,12 @@ def shown(value: object) -> str:
     """
     text = _BRIEF.repr(value)
     return cut(" ".join(text.split()) if "\n" in text else text)
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return a question for the one of `known` that `name` is most like; "" if none is like it."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {shown(near[0])}?" if near else ""
 
 
 def refusal(message: str, param: str) -> InvalidRequestError:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
-from spectral_paged.errors import InvalidRequestError, shown
+from spectral_paged.errors import InvalidRequestError, shown, suggestion
 from spectral_paged.options.command_line import option
 from spectral_paged.options.readers import num_tokens, parse_bytes, positive
 
@@ -128,11 +127,10 @@ class CacheOptions:
             kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
             taken = inspect.signature(door).parameters.values()
             known = sorted([*own, *(p.name for p in taken if p.kind in kinds)])
-            close = get_close_matches(unknown[0], known, n=1)
-            meant = f": did you mean {close[0]!r}?" if close else "."
+            meant = suggestion(unknown[0], known)
             raise TypeError(
-                f"{door.__name__} takes no option {shown(unknown[0])}{meant} It takes "
-                f"{', '.join(known)}"
+                f"{door.__name__} takes no option {shown(unknown[0])}"
+                f"{f': {meant}' if meant else '.'} It takes {', '.join(known)}"
             )
         held = {name: getattr(given, name) for name in all_names if hasattr(given, name)}
         return cls(**held | dict(named) | fixed)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
-from spectral_paged.errors import FormatError, shown
+from spectral_paged.errors import FormatError, shown, suggestion
 from spectral_paged.pages.sections import Bands
 
 # K and V ranks of the reference format by head width.
@@ -57,10 +56,9 @@ def preset_fields(name: str, head_dim: int) -> dict[str, Any]:
     if name == "auto":
         name = AUTO
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        meant = suggestion(name, PRESETS)
         raise FormatError(
-            f"unknown kv_format {shown(name)}{meant} presets are 'auto', "
+            f"unknown kv_format {shown(name)};{f' {meant}' if meant else ''} presets are 'auto', "
             f"{', '.join(map(repr, PRESETS))}"
         )
     if name == "exact":
