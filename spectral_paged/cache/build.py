@@ -21,36 +21,20 @@ from spectral_paged.pool.arena import Arena, SlabPlan
 from spectral_paged.rope import RotaryTable
 
 
-def check(
+def check_shape(
     format: PageFormat,
     options: CacheOptions,
     num_layers: int,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    *,
     device: torch.device,
 ) -> None:
     """Raise if the format does not fit the model, the options or the device's kernels.
 
     Raises:
         FormatError: names the value, the limit and the remedy.
-        TypeError: `kv_cache_bytes` is missing.
     """
-    if options.kv_cache_bytes is None:
-        raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
-    _check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
-
-
-def _check_shape(
-    format: PageFormat,
-    options: CacheOptions,
-    num_layers: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-) -> None:
     if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
         raise FormatError(
             f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
@@ -94,7 +78,7 @@ def check_cache(
     Raises:
         FormatError, CapacityError: as in `SpectralKVCache`.
     """
-    _check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
+    check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
     if options.calibration != "auto":
         check_calibration(options.calibration, format, num_layers)
     longest = options.max_model_len

@@ -81,8 +81,10 @@ class SpectralKVCache:
         self.device, self.dtype = torch.device(device), dtype
         if isinstance(format, str):
             format = PageFormat.preset(format, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        if chosen.kv_cache_bytes is None:
+            raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
         heads = num_q_heads, num_kv_heads, head_dim
-        build.check(format, chosen, num_layers, *heads, device=self.device)
+        build.check_shape(format, chosen, num_layers, *heads, self.device)
         longest = chosen.max_model_len
         self.layers, longest = layer_specs(
             format, num_layers, rope, sliding_windows, max_model_len=longest, device=self.device
