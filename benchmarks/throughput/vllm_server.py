@@ -100,7 +100,6 @@ class VLLMServer:
             **given,
         )
         self.start_seconds = time.perf_counter() - start
-        self.vocab_size = loaded.geometry.vocab_size
         self._served = 0
         longest = options.max_model_len or WARM_UP_LEN
         self._run([Job([1 + i % 250 for i in range(min(WARM_UP_LEN, longest - 8))], 8)] * 2)

@@ -339,11 +339,14 @@ def _keep(basis: SharedBasis, path: Path) -> None:
 
 
 def find_calibration(
-    given: SharedBasis | str | Path | None, format: PageFormat, loaded: LoadedModel
+    given: SharedBasis | str | Path | None, format: PageFormat, loaded: LoadedModel, **how: Any
 ) -> SharedBasis | Literal["online"] | None:
     """Resolve `LLM(calibration=given)`: a calibration, `online`, or None.
 
     None: `format` needs no calibration, or none is given.
+
+    Args:
+        how: `forward` and `ropes` of `calibrate`, for `auto`.
 
     Raises:
         FormatError: the calibration was made from another model.
@@ -363,7 +366,7 @@ def find_calibration(
             )
         return given
     if given == "auto":
-        return builtin_calibration(loaded)
+        return builtin_calibration(loaded, **how)
     if given == "online":
         return "online"
     path = calibration_file(given)

@@ -15,7 +15,6 @@ from spectral_paged.integrations.vllm.layers import PagedLayers
 from spectral_paged.integrations.vllm.weights import attention_layers
 from spectral_paged.models.calibration import (
     Recorder,
-    builtin_calibration,
     calibrated_positions,
     find_calibration,
 )
@@ -72,13 +71,8 @@ def layer_calibration(
             model(input_ids=ids[0], positions=torch.arange(num_tokens, device=device))
 
     loaded = _loaded(config, model, device)
-    if given == "auto":
-        return builtin_calibration(
-            loaded,
-            forward=forward,
-            ropes=layers.ropes(device, calibrated_positions(loaded.geometry)),
-        )
-    return find_calibration(given, format, loaded)
+    ropes = layers.ropes(device, calibrated_positions(loaded.geometry))
+    return find_calibration(given, format, loaded, forward=forward, ropes=ropes)
 
 
 def _loaded(config: VllmConfig, model: Any, device: torch.device) -> LoadedModel:

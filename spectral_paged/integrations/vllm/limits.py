@@ -76,10 +76,9 @@ def obstacles(config: Any) -> Iterator[str]:
 
 
 def _is(given: Any, name: str) -> bool:
-    return (
-        given == name
-        or f"{getattr(given, '__module__', '')}.{given}" == name
-        or (isinstance(given, type) and f"{given.__module__}.{given.__qualname__}" == name)
+    """True if `given`, a class or the name of one as vLLM takes both, is the class `name`."""
+    return name == (
+        f"{given.__module__}.{given.__qualname__}" if isinstance(given, type) else given
     )
 
 

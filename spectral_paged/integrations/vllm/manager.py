@@ -129,6 +129,7 @@ class SpectralKVCacheManager(KVCacheManager):
         held = seq_id in self._runtime.cache
         return self._runtime.cache.num_tokens(seq_id) if held else 0
 
+    @timed
     def reset_prefix_cache(self) -> bool:
         """Forget every prefix; False, as vLLM's own: requests hold some, which can still be hit."""
         self._runtime.settle()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.errors import FormatError, InvalidRequestError
+from spectral_paged.errors import FormatError, InvalidRequestError, shown, suggestion
 from spectral_paged.pages import PRESETS
 
 KEY = "spectral_paged"  # of `additional_config`
@@ -50,16 +49,16 @@ class PageOptions:
         """
         given = (additional_config or {}).get(KEY, {})
         if not isinstance(given, Mapping):
-            raise InvalidRequestError(f"additional_config[{KEY!r}] is {given!r}; give an object")
+            raise InvalidRequestError(
+                f"additional_config[{KEY!r}] is {shown(given)}; give an object"
+            )
         known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                close = get_close_matches(name, known, n=1)
-                meant = f": did you mean {close[0]!r}?" if close else "."
-                raise InvalidRequestError(
-                    f"additional_config[{KEY!r}] has no option {name!r}{meant} It has "
-                    f"{', '.join(known)}"
-                )
+        if unknown := [name for name in given if name not in known]:
+            meant = suggestion(unknown[0], known)
+            raise InvalidRequestError(
+                f"additional_config[{KEY!r}] has no option {shown(unknown[0])}"
+                f"{f': {meant}' if meant else '.'} It has {', '.join(known)}"
+            )
         return cls(**given).checked()
 
     def checked(self) -> PageOptions:
@@ -70,18 +69,23 @@ class PageOptions:
         """
         if not isinstance(self.kv_format, str) or self.kv_format not in ("auto", *PRESETS):
             raise FormatError(
-                f"kv_format is {self.kv_format!r}; inside vLLM it is the name of a preset: auto, "
-                f"{', '.join(PRESETS)}"
+                f"kv_format is {shown(self.kv_format)}; inside vLLM it is the name of a preset: "
+                f"auto, {', '.join(PRESETS)}"
             )
         if not isinstance(self.calibration, str | Path):
             raise InvalidRequestError(
-                f"calibration is {self.calibration!r}; inside vLLM it is 'auto', 'online' or a path"
+                f"calibration is {shown(self.calibration)}; inside vLLM it is 'auto', 'online' or "
+                "a path"
             )
         layers = self.exempt_layers
         if isinstance(layers, str) or not all(type(n) is int and n >= 0 for n in layers):
-            raise InvalidRequestError(f"exempt_layers is {layers!r}; give a list of layer numbers")
+            raise InvalidRequestError(
+                f"exempt_layers is {shown(layers)}; give a list of layer numbers"
+            )
         if type(self.prefill_segment) is not int:
-            raise InvalidRequestError(f"prefill_segment is {self.prefill_segment!r}; give tokens")
+            raise InvalidRequestError(
+                f"prefill_segment is {shown(self.prefill_segment)}; give tokens"
+            )
         return PageOptions(
             kv_format=self.kv_format,
             calibration=str(self.calibration),
@@ -95,6 +99,17 @@ class PageOptions:
         default = PageOptions()
         found = {n: v for n, v in asdict(self).items() if v != getattr(default, n)}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
+
+
+def _own_args(max_num_seqs: int) -> dict[str, Any]:
+    """The arguments of vLLM that pages set, by vLLM's names in Python."""
+    return {
+        "attention_backend": "CUSTOM",
+        "worker_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
+        "max_num_seqs": max_num_seqs,
+        "num_gpu_blocks_override": max_num_seqs + SPARE_ROWS,
+    }
 
 
 def engine_args(
@@ -117,18 +132,12 @@ def engine_args(
     names = {field.name for field in fields(PageOptions)}
     pages = PageOptions(**{n: v for n, v in options.items() if n in names}).checked()
     others = {n: v for n, v in options.items() if n not in names}
-    own = {
-        "attention_backend": "CUSTOM",
-        "worker_cls": WORKER,
-        "scheduler_cls": SCHEDULER,
-        "num_gpu_blocks_override": max_num_seqs + SPARE_ROWS,
-    }
+    own = _own_args(max_num_seqs)
     taken = sorted(own.keys() & others.keys())
     if taken:
         raise TypeError(f"engine_args sets {', '.join(taken)} itself: leave it out")
     return {
         **own,
-        "max_num_seqs": max_num_seqs,
         "additional_config": {**(additional_config or {}), KEY: pages.named},
         **others,
     }
@@ -145,16 +154,11 @@ def serve_flags(model: str, *, max_num_seqs: int = 256, **options: Any) -> list[
     Raises:
         InvalidRequestError, FormatError: a value that is not served.
     """
-    found = PageOptions(**options).checked().named
-    flags = [
-        model,
-        *("--attention-backend", "CUSTOM"),
-        *("--worker-cls", WORKER),
-        *("--scheduler-cls", SCHEDULER),
-        *("--max-num-seqs", str(max_num_seqs)),
-        *("--num-gpu-blocks-override", str(max_num_seqs + SPARE_ROWS)),
-    ]
-    for name, value in found.items():
+    pages = PageOptions(**options).checked().named
+    named = {name.replace("_", "-"): value for name, value in _own_args(max_num_seqs).items()}
+    named |= {f"additional-config.{KEY}.{name}": value for name, value in pages.items()}
+    flags = [model]
+    for name, value in named.items():
         text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-        flags += [f"--additional-config.{KEY}.{name}", text]
+        flags += [f"--{name}", text]
     return flags

@@ -38,7 +38,6 @@ class PagedRuntime:
         self.num_steps = self.num_replays = 0
         self.host_seconds = self.wait_seconds = 0.0
         self._in_step = False
-        self._depth = 0
 
     @classmethod
     def get(cls) -> PagedRuntime:
@@ -119,18 +118,14 @@ class PagedRuntime:
 
 
 def timed(function: Callable[P, R]) -> Callable[P, R]:
-    """Count the seconds of a function in the runtime's `host_seconds`, calls inside it once."""
+    """Count the seconds of a function, which calls none that is timed, in `host_seconds`."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        runtime = PagedRuntime.get()
-        if runtime._depth:
-            return function(*args, **kwargs)
-        runtime._depth, start = 1, time.perf_counter()
+        start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            runtime._depth = 0
-            runtime.host_seconds += time.perf_counter() - start
+            PagedRuntime.get().host_seconds += time.perf_counter() - start
 
     return call
