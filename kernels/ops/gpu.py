@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk import gpu as chunk
-from spectral_paged.kernels.chunk.reference import ChunkSpans
-from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
+from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.kernels.decode.gpu import (
     decode_attention,
     implementation,
@@ -17,7 +16,7 @@ from spectral_paged.kernels.decode.gpu import (
 from spectral_paged.kernels.exact.triton import exact_append
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
-from spectral_paged.kernels.ops.protocol import SealKernel
+from spectral_paged.kernels.ops.protocol import PageOps, SealKernel
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import check_layout
 from spectral_paged.kernels.rebuild.triton import spectral_rebuild
@@ -25,50 +24,17 @@ from spectral_paged.kernels.seal.triton import seal
 from spectral_paged.kernels.seal.triton.eigenvectors import eigenvectors
 
 
-class GpuOps:
+class GpuOps(PageOps):
     """The ops over pages, each by its GPU kernels."""
 
-    def exact_append(
-        self, k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor
-    ) -> None:
-        exact_append(k, v, plane, units, offsets)
-
-    def decode_attention(
-        self,
-        q: Tensor,
-        plane: Tensor,
-        exact: ExactTokens,
-        pages: Pages | None,
-        scores: Scores,
-        basis: Basis,
-    ) -> Tensor:
-        return decode_attention(q, plane, exact, pages, scores, basis)
-
-    def spectral_rebuild(
-        self,
-        plane: Tensor,
-        units: Tensor,
-        *,
-        layout: PageLayout,
-        rotation: Rotation,
-        basis: Basis,
-        dtype: torch.dtype,
-        num_pages: int | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return spectral_rebuild(
-            plane,
-            units,
-            layout=layout,
-            first_position=rotation.first_position,
-            cos=rotation.cos,
-            sin=rotation.sin,
-            dtype=dtype,
-            k_basis=basis.k,
-            v_basis=basis.v,
-            num_pages=num_pages,
-            out=out,
-        )
+    exact_append = staticmethod(exact_append)
+    decode_attention = staticmethod(decode_attention)
+    rebuild_kernel = staticmethod(spectral_rebuild)
+    chunk_kernel = staticmethod(chunk.chunk_attention)
+    eigenvectors = staticmethod(eigenvectors)
+    check_layout = staticmethod(check_layout)
+    plan_exact = staticmethod(planned_exact)
+    plan_pages = staticmethod(planned_pages)
 
     def compile_rebuild(
         self,
@@ -94,34 +60,8 @@ class GpuOps:
             compile_only=True,
         )
 
-    def chunk_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        spans: ChunkSpans,
-        scores: Scores,
-        window: int | None = None,
-    ) -> Tensor:
-        return chunk.chunk_attention(
-            q, k, v, spans=spans, scale=scores.scale, softcap=scores.softcap, window=window
-        )
-
-    def eigenvectors(self, matrices: Tensor) -> Tensor:
-        return eigenvectors(matrices)
-
     def seal_kernel(self, layout: PageLayout) -> SealKernel | None:
         return seal.seal if seal.supports(layout) else None
-
-    def check_layout(self, layout: PageLayout) -> None:
-        check_layout(layout)
-
-    def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
-        return planned_exact(exact, max_pages)
-
-    def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
-        return planned_pages(pages, max_entries)
 
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,14 +35,58 @@ class SealKernel(Protocol):
     ) -> Tensor: ...
 
 
-class PageOps(Protocol):
-    """The ops over pages, with the same signatures on every device."""
+class RebuildKernel(Protocol):
+    """A kernel that rebuilds K and V of pages; see `rebuild.reference.spectral_rebuild`."""
 
+    def __call__(
+        self,
+        plane: Tensor,
+        units: Tensor,
+        *,
+        layout: PageLayout,
+        first_position: int,
+        cos: Tensor,
+        sin: Tensor,
+        dtype: torch.dtype,
+        k_basis: Tensor | None = None,
+        v_basis: Tensor | None = None,
+        num_pages: int | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class ChunkKernel(Protocol):
+    """A kernel that attends prompt chunks; see `chunk.reference.chunk_attention`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        spans: ChunkSpans,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+    ) -> Tensor: ...
+
+
+class PageOps(ABC):
+    """The ops over pages, with the same signatures on every device.
+
+    A device's class binds its functions to the names of the ops.
+    """
+
+    rebuild_kernel: ClassVar[RebuildKernel]
+    chunk_kernel: ClassVar[ChunkKernel]
+
+    @abstractmethod
     def exact_append(
         self, k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor
     ) -> None:
         """Store new keys and values in exact pages: `exact.reference.exact_append`."""
 
+    @abstractmethod
     def decode_attention(
         self,
         q: Tensor,
@@ -67,8 +112,21 @@ class PageOps(Protocol):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """K and V of pages, rebuilt: `rebuild.reference.spectral_rebuild`."""
-        ...
+        return self.rebuild_kernel(
+            plane,
+            units,
+            layout=layout,
+            first_position=rotation.first_position,
+            cos=rotation.cos,
+            sin=rotation.sin,
+            dtype=dtype,
+            k_basis=basis.k,
+            v_basis=basis.v,
+            num_pages=num_pages,
+            out=out,
+        )
 
+    @abstractmethod
     def compile_rebuild(
         self,
         plane: Tensor,
@@ -92,16 +150,21 @@ class PageOps(Protocol):
         window: int | None = None,
     ) -> Tensor:
         """Causal attention of prompt chunks: `chunk.reference.chunk_attention`."""
-        ...
+        return self.chunk_kernel(
+            q, k, v, spans=spans, scale=scores.scale, softcap=scores.softcap, window=window
+        )
 
+    @abstractmethod
     def eigenvectors(self, matrices: Tensor) -> Tensor:
         """Eigenvectors of small symmetric matrices: `seal.eigenvectors.eigenvectors`."""
         ...
 
+    @abstractmethod
     def seal_kernel(self, layout: PageLayout) -> SealKernel | None:
         """The kernel that encodes pages of `layout`; None where torch encodes them."""
         ...
 
+    @abstractmethod
     def check_layout(self, layout: PageLayout) -> None:
         """Refuse a layout that these ops do not read.
 
@@ -109,6 +172,7 @@ class PageOps(Protocol):
             ValueError: the message names the limit and what to use instead.
         """
 
+    @abstractmethod
     def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
         """`exact` with the DecodePlan that all layers share, where the device needs one.
 
@@ -116,6 +180,7 @@ class PageOps(Protocol):
         """
         ...
 
+    @abstractmethod
     def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
         """`pages` with the DecodePlan that all layers share, where the device needs one.
 
@@ -123,6 +188,7 @@ class PageOps(Protocol):
         """
         ...
 
+    @abstractmethod
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
     ) -> str:
@@ -130,6 +196,7 @@ class PageOps(Protocol):
         layouts fit, or `gluon and triton`."""
         ...
 
+    @abstractmethod
     def prefill_backend(
         self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
     ) -> str:
