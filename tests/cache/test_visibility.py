@@ -13,6 +13,10 @@ def preset(name="spectral-int8", **kw):
     return PageFormat.preset(name, num_kv_heads=2, head_dim=64, **kw)
 
 
+def page_format(**fields):
+    return PageFormat("x", 1, 64, ((16, 8),), ((32, 8),), **fields)
+
+
 @given(
     position=st.integers(0, 9000),
     prompt=st.integers(1, 9000),
@@ -21,16 +25,7 @@ def preset(name="spectral-int8", **kw):
     segment=st.sampled_from([512, 2048, 8192]),
 )
 def test_visibility_is_the_written_rule(position, prompt, landmarks, hot, segment):
-    fmt = PageFormat(
-        "x",
-        1,
-        64,
-        ((16, 8),),
-        ((32, 8),),
-        num_landmark_tokens=landmarks,
-        hot_tokens=hot,
-        prefill_segment=segment,
-    )
+    fmt = page_format(num_landmark_tokens=landmarks, hot_tokens=hot, prefill_segment=segment)
     if position >= prompt:
         s = position
     elif position < landmarks:
@@ -48,7 +43,7 @@ def test_visibility_is_the_written_rule(position, prompt, landmarks, hot, segmen
     segment=st.sampled_from([512, 2048]),
 )
 def test_a_chunk_ends_exactly_where_the_view_changes(start, prompt, hot, segment):
-    fmt = PageFormat("x", 1, 64, ((16, 8),), ((32, 8),), hot_tokens=hot, prefill_segment=segment)
+    fmt = page_format(hot_tokens=hot, prefill_segment=segment)
     seen = Visibility.of(fmt)
     end = seen.chunk_end(start, prompt)
     assert end > start
@@ -61,16 +56,7 @@ def test_a_chunk_ends_exactly_where_the_view_changes(start, prompt, hot, segment
 @pytest.mark.parametrize("landmarks", [0, 64])
 @pytest.mark.parametrize("hot", [0, 64])
 def test_a_chunk_that_starts_anywhere_ends_where_the_view_changes(landmarks, hot):
-    fmt = PageFormat(
-        "x",
-        1,
-        64,
-        ((16, 8),),
-        ((32, 8),),
-        num_landmark_tokens=landmarks,
-        hot_tokens=hot,
-        prefill_segment=512,
-    )
+    fmt = page_format(num_landmark_tokens=landmarks, hot_tokens=hot, prefill_segment=512)
     seen = Visibility.of(fmt)
     for prompt in (1, 700, 1700, 5000):
         views = [seen.visible_blocks(t, prompt) for t in range(4000)]

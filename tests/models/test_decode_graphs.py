@@ -1,4 +1,4 @@
-"""Inputs of CUDA graphs of a decode step; the graphs themselves run in `test_gpu.py`."""
+"""Inputs of CUDA graphs of a decode step; the graphs run in `test_engine_gpu.py`."""
 
 from __future__ import annotations
 

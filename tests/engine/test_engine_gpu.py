@@ -1,0 +1,123 @@
+"""The engine and its sampler say on a CUDA device what they say elsewhere; `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spectral_paged import LLM, SamplingParams
+from spectral_paged.sampling import Penalties, SampledTokens, SampleRow
+from support.families import build
+from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+def on_gpu(format, **options):
+    defaults = {"kv_cache_bytes": 16 << 20, "max_num_seqs": 32, "debug_poison": True}
+    return LLM.from_model(tiny_model().cuda(), kv_format=format, **(defaults | options))
+
+
+@pytest.mark.parametrize("format", ["spectral-int8", "spectral-int8-post", "exact"])
+def test_a_batch_on_the_gpu_says_what_it_says_on_the_cpu(format):
+    prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
+    here = tiny_llm(tiny_format(format)).generate(prompts, GREEDY, use_tqdm=False)
+    llm = LLM.from_model(
+        tiny_model().cuda(),
+        kv_format=tiny_format(format),
+        kv_cache_bytes=16 << 20,
+        debug_poison=True,
+        enforce_eager=True,
+    )
+    there = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
+    assert llm.stats()["pages_attended"] > 0 or format == "exact"
+    llm.cache.check_integrity()
+
+
+@pytest.mark.parametrize("format", ["exact", "spectral-int8"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma2, a window that is sealed", "cohere2"])
+def test_graphs_of_layers_that_differ_say_what_the_cpu_says(name, format):
+    prompts = random_prompts([1, 64, 97, 700, 1217, 1500])
+    options = {"kv_format": format, "kv_cache_bytes": 32 << 20, "prefill_segment": 512}
+    here = LLM.from_model(build(name), **options).generate(prompts, GREEDY, use_tqdm=False)
+    llm = LLM.from_model(build(name).cuda(), compile_layers=False, **options)
+    there = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
+    assert llm.stats()["graph_replays"] > 0
+    llm.cache.check_integrity()
+
+
+@pytest.mark.parametrize("exempt", [(), (1,)])
+@pytest.mark.parametrize("format", ["spectral-int8", "exact"])
+def test_graphs_and_queued_steps_say_what_eager_lockstep_says(format, exempt):
+    prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
+    params = [SamplingParams(temperature=0.0, max_tokens=90)] * 5
+    params.append(SamplingParams(temperature=1.0, seed=5, max_tokens=90, top_p=0.9))
+    options = {"exempt_layers": exempt}
+    plain = on_gpu(tiny_format(format), enforce_eager=True, async_scheduling=False, **options)
+    want = plain.generate(prompts, params, use_tqdm=False)
+    llm = on_gpu(tiny_format(format), compile_layers=False, **options)
+    for _ in range(2):
+        got = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+        llm.cache.check_integrity()
+        llm.cache.reset_prefix_cache()
+    stats = llm.stats()
+    assert stats["model_step"] == "eager + cuda graphs" and stats["async_scheduling"]
+    assert stats["graph_replays"] > 100 and stats["num_graphs"] < 12
+    assert plain.stats()["model_step"] == "eager" and plain.stats()["graph_replays"] == 0
+
+
+def test_penalties_say_ahead_what_they_say_in_lockstep():
+    prompts = random_prompts([1, 64, 640, 1217])
+    kinds = [{"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"presence_penalty": -0.5}]
+    params = [SamplingParams(seed=i, n=2, max_tokens=60, **kind) for i, kind in enumerate(kinds)]
+    params.append(SamplingParams(temperature=0.0, max_tokens=60))
+    plain = on_gpu(tiny_format(), enforce_eager=True, async_scheduling=False)
+    want = plain.generate(prompts, params, use_tqdm=False)
+    llm = on_gpu(tiny_format(), compile_layers=False)
+    got = llm.generate(prompts, params, use_tqdm=False)
+    for one, other in zip(got, want, strict=True):
+        assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
+    stats = llm.stats()
+    assert stats["async_scheduling"] and stats["lockstep_steps"] <= len(prompts)
+    assert stats["penalty_rows"] == 0 and stats["penalty_bytes"] > 0
+
+
+def test_penalties_never_wait_for_the_gpu():
+    """Rows are made, copied, applied, counted and taken back while the stream has work."""
+    logits = torch.randn(9, 5000, device="cuda")
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5)
+    penalties, prompt = Penalties(), list(range(4000))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = []
+        for i in range(9):  # the ninth row makes the table grow
+            held = penalties.hold(i, prompt, [1, 1, i], logits, siblings=range(i % 3))
+            rows.append(SampleRow(params, i, 3, (7,), held))
+        tokens = SampledTokens(logits, rows, penalties)
+        tokens.count()
+        tokens.count(-1)
+        again = SampledTokens(logits, rows, penalties)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(tokens.ids, again.ids)
+    on_cpu = Penalties()
+    held = [on_cpu.hold(i, prompt, [1, 1, i], logits.cpu()) for i in range(9)]
+    want = on_cpu.apply(logits.cpu(), held, [params] * 9)
+    got = penalties.apply(logits, [row.penalty_row for row in rows], [params] * 9)
+    torch.testing.assert_close(got.cpu(), want)
+
+
+def test_compiled_layers_say_what_eager_ones_say():
+    prompts = random_prompts([1, 64, 700, 1300])
+    want = on_gpu(tiny_format(), enforce_eager=True).generate(prompts, GREEDY, use_tqdm=False)
+    llm = on_gpu(tiny_format())
+    got = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+    assert llm.stats()["model_step"] == "compiled + cuda graphs"
