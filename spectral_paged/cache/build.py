@@ -9,7 +9,7 @@ import torch
 from spectral_paged.cache.cache_basis import CacheBasis, check_calibration
 from spectral_paged.cache.capacity import Share, divide
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.cache.layer_spec import LayerSpec
+from spectral_paged.cache.layer_spec import LayerSpec, reached_windows
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.errors import FormatError
@@ -83,7 +83,7 @@ def check_cache(
         check_calibration(options.calibration, format, num_layers)
     longest = options.max_model_len
     assert longest is not None
-    windows = [w if w is not None and w < longest else None for w in sliding_windows]
+    windows = reached_windows(sliding_windows, longest)
     # tables divide groups further, but no layer gets fewer bytes for it
     kinds = _kinds(format, [LayerSpec(None, window) for window in windows], options.exempt_layers)
     is_online = format.needs_calibration and options.calibration == "online"

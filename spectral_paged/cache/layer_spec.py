@@ -24,6 +24,11 @@ class LayerSpec:
     window: int | None = None
 
 
+def reached_windows(windows: Sequence[int | None], longest: int) -> list[int | None]:
+    """The windows, with None for those that no sequence of up to `longest` tokens reaches."""
+    return [window if window is not None and window < longest else None for window in windows]
+
+
 def layer_specs(
     format: PageFormat,
     num_layers: int,
@@ -67,6 +72,6 @@ def layer_specs(
             f"a rotary table has {shortest} positions, max_model_len is {longest}: build the table "
             "longer or lower max_model_len"
         )
-    spans = [window if window is not None and window < longest else None for window in spans]
+    spans = reached_windows(spans, longest)
     placed = [None if table is None else tables[table] for table in ropes]
     return [LayerSpec(r, w) for r, w in zip(placed, spans, strict=True)], longest

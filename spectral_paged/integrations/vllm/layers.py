@@ -68,11 +68,10 @@ class PagedLayers:
             for (name, _), turns in zip(found, geometry.rotates, strict=True)
         ]
         num_q_heads, num_kv_heads, head_dim, scale, softcap = shapes.pop()
-        longest = geometry.max_position_embeddings
         return cls(
             modules=tuple(module for _, module in found),
             rotaries=tuple(rotaries),
-            windows=tuple(_window(module.impl.sliding_window, longest) for _, module in found),
+            windows=tuple(module.impl.sliding_window for _, module in found),
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -95,10 +94,6 @@ class PagedLayers:
             if rotary is not None and id(rotary) not in tables:
                 tables[id(rotary)] = _table(rotary, max_positions).to(device)
         return [None if rotary is None else tables[id(rotary)] for rotary in self.rotaries]
-
-
-def _window(window: int | None, longest: int) -> int | None:
-    return window if window is not None and window < longest else None
 
 
 def _table(rotary: Any, max_positions: int) -> RotaryTable:
