@@ -116,6 +116,16 @@ class Times:
         if total:
             self.steps.append((now, total))
 
+    def check(self, backend: str, wanted: dict[str, int]) -> None:
+        """Refuse times of a run in which a request did not get as many tokens as are wanted.
+
+        Raises:
+            ArithmeticError: tokens are missing.
+        """
+        if self.counts != wanted:
+            missing = sum(wanted.values()) - sum(self.counts.values())
+            raise ArithmeticError(f"{backend}: {missing} tokens are missing; not timed")
+
     @property
     def decode_rate(self) -> float | None:
         """Tokens a second while every request decodes, or None if there is no such time.
@@ -126,6 +136,14 @@ class Times:
         if len(inside) < 2:
             return None
         return sum(count for _, count in inside) / (inside[-1][0] - begin)
+
+
+def fitting(jobs: Sequence[Job], room: int, max_num_seqs: int) -> Sequence[Job]:
+    """As many jobs as run at once where `room` sequences of their length fit.
+
+    Some room is left for the last segments of prompts, whose blocks are exact until they end.
+    """
+    return jobs[: max(1, min(int(FITTING * room), max_num_seqs))]
 
 
 def serve_with_pages(
@@ -156,9 +174,7 @@ def serve_with_pages(
         fill_instead_of_prefill(llm.engine, loaded.geometry.vocab_size)
     if fit:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
-        room = llm.cache.concurrency(longest)
-        # some room is left for the last segments of prompts, whose blocks are exact until they end
-        jobs = jobs[: max(1, min(int(FITTING * room), llm.cache.max_num_seqs))]
+        jobs = fitting(jobs, llm.cache.concurrency(longest), llm.cache.max_num_seqs)
     _warm_up(llm, jobs)
     if profile:
         llm.engine.use_clock(StepClock(device))
@@ -174,10 +190,7 @@ def serve_with_pages(
         times.note(time.perf_counter() - begin, outputs)
         most = max(most, len(llm.engine.scheduler.running))
     elapsed = time.perf_counter() - begin
-    wanted = {str(i): job.output_len for i, job in enumerate(jobs)}
-    if times.counts != wanted:
-        missing = sum(wanted.values()) - sum(times.counts.values())
-        raise ArithmeticError(f"{kv_format}: {missing} tokens are missing; not timed")
+    times.check(kv_format, {str(i): job.output_len for i, job in enumerate(jobs)})
     stats = llm.stats() | {"most_running": most}
     seconds = dict(llm.engine.clock.seconds) if profile else {}
     peak = _peak(device)

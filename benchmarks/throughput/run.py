@@ -68,6 +68,18 @@ class Options:
     name: str = ""
     output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
 
+    def of_engine(self, max_num_seqs: int) -> dict[str, Any]:
+        """The options that are those of an `LLM`, for a run of one value of `max_num_seqs`."""
+        return {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "enable_prefix_caching": self.enable_prefix_caching,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "max_model_len": self.max_model_len,
+            "enforce_eager": self.enforce_eager,
+        }
+
 
 def latency(values: Sequence[float]) -> dict[str, float | None] | None:
     """Mean, median, p99 and maximum in milliseconds of `values` in seconds; None without any."""
@@ -117,20 +129,11 @@ def serve(loaded: LoadedModel, backend: str, jobs: Sequence[Job], batch: int, o:
             max_num_batched_tokens=o.max_num_batched_tokens,
             kv_cache_bytes=o.kv_cache_bytes,
         )
-    engine = {
-        "max_num_seqs": batch,
-        "max_num_batched_tokens": o.max_num_batched_tokens,
-        "kv_cache_bytes": o.kv_cache_bytes,
-        "enable_prefix_caching": o.enable_prefix_caching,
-        "gpu_memory_utilization": o.gpu_memory_utilization,
-        "max_model_len": o.max_model_len,
-        "enforce_eager": o.enforce_eager,
-    }
     return serve_with_pages(
         loaded,
         jobs,
         kv_format=backend,
-        options=engine,
+        options=o.of_engine(batch),
         profile=o.profile,
         decode_only=o.decode_only,
         fit=o.fit,
@@ -168,14 +171,7 @@ class Servers:
 
     def _started(self, backend: str, batch: int, o: Options) -> VLLMServer:
         check_backend(backend, decode_only=o.decode_only, profile=o.profile)
-        options = LLMOptions(
-            max_num_seqs=batch,
-            max_model_len=self._max_model_len,
-            gpu_memory_utilization=o.gpu_memory_utilization,
-            kv_cache_bytes=o.kv_cache_bytes,
-            enforce_eager=o.enforce_eager,
-            enable_prefix_caching=o.enable_prefix_caching,
-        )
+        options = LLMOptions(**o.of_engine(batch) | {"max_model_len": self._max_model_len})
         if self._vllm is None or (backend, options) != self._key:
             self.close()
             if self._device.type == "cuda":

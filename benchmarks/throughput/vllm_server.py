@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.throughput.backends import FITTING, Served, Times
+from spectral_paged.benchmarks.throughput.backends import Served, Times, fitting
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
 from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.errors import InvalidRequestError
@@ -70,7 +70,7 @@ class VLLMServer:
         self.backend = backend
         self.max_num_seqs = options.max_num_seqs
         self.pages = backend.startswith(PAGES)
-        which, _, what = backend.partition(":")
+        what = backend.partition(":")[2]
         given: dict[str, Any] = {"max_num_seqs": options.max_num_seqs}
         if self.pages:
             given = engine_args(**given, kv_format=what or "auto")
@@ -125,7 +125,7 @@ class VLLMServer:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
         capacity = self.capacity(longest)
         if fit:
-            jobs = jobs[: max(1, min(int(FITTING * capacity), self.max_num_seqs))]
+            jobs = fitting(jobs, capacity, self.max_num_seqs)
         before = self._preemptions()
         times, elapsed = self._run(jobs)
         stats: dict[str, Any] = {
@@ -162,9 +162,7 @@ class VLLMServer:
         while engine.has_unfinished_requests():
             times.note(time.perf_counter() - begin, engine.step())
         elapsed = time.perf_counter() - begin
-        if times.counts != wanted:
-            missing = sum(wanted.values()) - sum(times.counts.values())
-            raise ArithmeticError(f"{self.backend}: {missing} tokens are missing; not timed")
+        times.check(self.backend, wanted)
         return times, elapsed
 
     def _preemptions(self) -> int:
