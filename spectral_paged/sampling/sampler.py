@@ -125,7 +125,8 @@ class SampledTokens:
             )
         if blocked:
             row, token = upload(blocked, torch.long, logits.device).T
-            logits[row, token] = float("-inf")
+            least = logits.new_full((), float("-inf"))  # a number would be uploaded and waited for
+            logits[row, token] = least
         return logits
 
     def count(self, times: int = 1) -> None:

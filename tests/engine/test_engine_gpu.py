@@ -89,10 +89,16 @@ def test_penalties_say_ahead_what_they_say_in_lockstep():
     assert stats["penalty_rows"] == 0 and stats["penalty_bytes"] > 0
 
 
-def test_penalties_never_wait_for_the_gpu():
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"temperature": 0.0}, {"top_k": 9}, {"top_p": 0.8, "min_p": 0.1}, {"logprobs": 3}],
+    ids=str,
+)
+def test_penalties_never_wait_for_the_gpu(choice):
     """Rows are made, copied, applied, counted and taken back while the stream has work."""
     logits = torch.randn(9, 5000, device="cuda")
-    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5)
+    penalty = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    params = SamplingParams(**penalty, **choice)
     penalties, prompt = Penalties(), list(range(4000))
     torch.cuda.set_sync_debug_mode("error")
     try:
