@@ -11,30 +11,35 @@ from spectral_paged.kernels.page.layout import UNIT_BYTES
 from spectral_paged.kernels.page.triton import after_previous, padded
 
 
-@triton.jit
+# One build serves every step. Places are read one by one, so their alignment gains nothing. Strides
+# are in heads, because that of a single token may be any number, whose alignment would count.
+@triton.jit(
+    do_not_specialize=["k_heads", "v_heads"],
+    do_not_specialize_on_alignment=["units_ptr", "offsets_ptr"],
+)
 def _append_kernel(
     k_ptr,
     v_ptr,
     plane_ptr,
     units_ptr,
     offsets_ptr,
-    k_stride,
-    v_stride,
+    k_heads,
+    v_heads,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     after_previous(PDL)
-    token, head = tl.program_id(0), tl.program_id(1)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim = tl.arange(0, DIM_PAD)
     ok = dim < DIM
     unit = tl.load(units_ptr + token).to(tl.int64)
     if unit >= 0:
         page = unit * UNIT + head * (128 * DIM)
         to = plane_ptr + page + tl.load(offsets_ptr + token) * DIM + dim
-        k = tl.load(k_ptr + token * k_stride + head * DIM + dim, mask=ok)
-        v = tl.load(v_ptr + token * v_stride + head * DIM + dim, mask=ok)
+        k = tl.load(k_ptr + (token * k_heads + head) * DIM + dim, mask=ok)
+        v = tl.load(v_ptr + (token * v_heads + head) * DIM + dim, mask=ok)
         tl.store(to, k, mask=ok)
         tl.store(to + 64 * DIM, v, mask=ok)
 
@@ -45,15 +50,18 @@ def exact_append(k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Te
     `k` and `v` may be slices of a wider tensor (a fused projection), with heads behind each other.
     """
     num_tokens, num_heads, dim = k.shape
-    k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (k, v))
+    k, v = (
+        x if x.stride()[1:] == (dim, 1) and x.stride(0) % dim == 0 else x.contiguous()
+        for x in (k, v)
+    )
     _append_kernel[(num_tokens, num_heads)](
         k,
         v,
         plane.view(k.dtype),
         units,
         offsets,
-        k.stride(0),
-        v.stride(0),
+        k.stride(0) // dim,
+        v.stride(0) // dim,
         DIM=dim,
         DIM_PAD=padded(dim),
         UNIT=UNIT_BYTES // k.element_size(),

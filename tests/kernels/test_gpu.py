@@ -15,17 +15,20 @@ from spectral_paged.pages import decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
 from support.kernel_cases import (
     PAGES,
+    SEAL_SHAPES,
     SEALED,
     SealCase,
     append_both,
     attend_case,
     attend_error,
+    blocks_at_once,
     captured_case,
     exact_case,
     exact_error,
     page_case,
     page_error,
     rebuild_error,
+    seal_zeros,
 )
 from support.page_parts import toy_basis
 from support.small_cache import feed, small_cache
@@ -233,6 +236,19 @@ def test_an_append_writes_the_bytes_that_the_twin_writes(dtype):
     assert torch.equal(got, want)
 
 
+def test_tokens_two_gigabytes_of_elements_apart_are_appended():
+    """A token's place in its tensor is past 2^31 where steps and fused products are large."""
+    far = torch.zeros((1 << 31) + 128, dtype=torch.bfloat16, device="cuda")
+    k, v = (far.as_strided((3, 1, 64), (1 << 30, 64, 1), at) for at in (0, 64))
+    k.copy_(torch.randn(k.shape))
+    v.copy_(torch.randn(v.shape))
+    places = torch.arange(3, dtype=torch.int32, device="cuda")
+    planes = [torch.zeros(1 << 14, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    exact_append(k, v, planes[0], places * 0, places)
+    exact_append(k.contiguous(), v.contiguous(), planes[1], places * 0, places)
+    assert torch.equal(*planes) and planes[0].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SEALED)
 def test_a_sealed_page_is_as_good_as_the_twins(name, dtype):
@@ -293,6 +309,13 @@ def test_a_cache_on_the_gpu_seals_rebuilds_and_reads_by_kernels_only():
         assert float(error) < 0.05
 
 
+def compiled(*kernels):
+    """The number of builds of `kernels`, and whether the launch of each is built too."""
+    caches = [c[0] for kernel in kernels for c in kernel.device_caches.values()]
+    built = [x for found in caches for x in found.values()]
+    return len(built), [x._run is not None for x in built]  # without `_run` a launch builds it
+
+
 def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
     cache = small_cache(device="cuda", outlier_slots=3)  # a layout that no other test seals
     kernels = (
@@ -300,20 +323,25 @@ def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
         seal_triton._quantize_kernel,
         spectral_rebuild_triton._rebuild_kernel,
     )
-
-    def compiled():
-        caches = [c[0] for kernel in kernels for c in kernel.device_caches.values()]
-        built = [x for found in caches for x in found.values()]
-        return len(built), [x._run is not None for x in built]  # without `_run` a launch builds it
-
     [group] = cache.groups
     cache.sealer.warm_up(group)
     cache.attention.warm_up(group)
-    before = compiled()
+    before = compiled(*kernels)
     assert all(before[1])
     cache.add_sequence("a", num_prompt_tokens=1200)
     feed(cache, "a", 1300)
-    assert cache.stats()["pages_sealed"] > 0 and compiled() == before
+    assert cache.stats()["pages_sealed"] > 0 and compiled(*kernels) == before
+
+
+@pytest.mark.parametrize("shape", SEAL_SHAPES)
+def test_a_seal_of_more_blocks_than_a_launch_takes_compiles_nothing(shape):
+    kernels = seal_triton._project_kernel, seal_triton._quantize_kernel
+    seal_zeros(seal, shape, 1, device="cuda", compile_only=True)
+    before = compiled(*kernels)
+    assert before[0] and all(before[1])
+    for blocks in (1, 3 * blocks_at_once(shape) + 2):
+        assert not seal_zeros(seal, shape, blocks, device="cuda").any()
+        assert compiled(*kernels) == before
 
 
 def test_a_format_that_no_kernel_reads_is_refused_before_it_runs():

@@ -44,3 +44,9 @@ def test_the_widest_presets_have_explicit_kernels(builds):
     for name in ("spectral-quality", "spectral-compact"):
         for shape in ("width 64, 3 queries", "width 128, 4 queries", "width 128, 7 queries"):
             assert f"{name}, {shape}" in attended
+
+
+def test_no_stride_is_multiplied_in_32_bits(builds):
+    """Products with table_width (of sequences) and num_seqs (of query heads) stay below 2^31: the
+    table's 2^31 entries would be 8 GiB."""
+    assert {x for b in builds for x in b["int32_products"]} == {"table_width", "num_seqs"}

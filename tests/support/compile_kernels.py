@@ -20,19 +20,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from spectral_paged.kernels.decode import gpu
-from spectral_paged.kernels.decode.gluon import (
-    apply as page_basis_gluon,
-    attend as spectral_decode_gluon,
-    project as query_projection_gluon,
-    project_shared as shared_projection_gluon,
-)
-from spectral_paged.kernels.decode.triton import (
-    apply as page_basis_triton,
-    attend as spectral_decode_triton,
-    exact as exact_decode_triton,
-    finish as decode_finish_triton,
-    project as query_projection_triton,
-)
+from spectral_paged.kernels.decode.triton import exact as exact_decode_triton
 from spectral_paged.kernels.exact import triton as exact_append_triton
 from spectral_paged.kernels.launch import configs as launch_configs
 from spectral_paged.kernels.rebuild import triton as spectral_rebuild_triton
@@ -42,25 +30,9 @@ from spectral_paged.kernels.seal.triton import (
 )
 from spectral_paged.pages import PRESETS, PageFormat
 from support.kernel_cases import SealCase, attend, exact_case
+from support.kernel_launches import every_kernel, short_name
 from support.page_parts import toy_basis
 
-PORTABLE = (
-    decode_finish_triton,
-    eigenvectors_triton,
-    exact_append_triton,
-    exact_decode_triton,
-    page_basis_triton,
-    query_projection_triton,
-    seal_triton,
-    spectral_decode_triton,
-    spectral_rebuild_triton,
-)
-EXPLICIT = (
-    page_basis_gluon,
-    query_projection_gluon,
-    shared_projection_gluon,
-    spectral_decode_gluon,
-)
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -85,14 +57,27 @@ def spilled(cubin: bytes) -> int:
     return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
+def int32_products(ttir):
+    """The integer arguments that a kernel multiplies in 32 bits, where a product may overflow."""
+    [head] = re.findall(r"tt\.func public .*", ttir)
+    names = {name: name for name in re.findall(r"%(\w+): i32", head)}
+    found = set()
+    for value, source in re.findall(r"%(\w+) = tt\.splat %(\w+) : i32", ttir):
+        names[value] = names.get(source, "")
+    for pair in re.findall(r"arith\.muli %(\w+), %(\w+) : (?:tensor<[0-9x]+x)?i32", ttir):
+        found.update(names.get(value, "") for value in pair)
+    return sorted(found - {""})
+
+
 class Compiled:
     """A stand-in for a kernel that compiles each launch and runs nothing."""
 
     label = ""
     seen: set[str] = set()
 
-    def __init__(self, kernel, source):
-        self.kernel, self.source = kernel, source
+    def __init__(self, kernel, name):
+        self.kernel, self.name = kernel, name
+        self.source = GluonASTSource if kernel.is_gluon() else ASTSource
 
     def __getitem__(self, grid):
         return self.launch
@@ -124,22 +109,22 @@ class Compiled:
                 "launch_pdl": launch_pdl,
             },
         )
+        ttir = built.asm.get("ttir") or built.asm["ttgir"]  # Gluon begins with the second
         found = {
-            "kernel": f"{self.kernel.__module__.partition('kernels.')[2]}.{self.kernel.__name__}",
+            "kernel": self.name,
             "for": self.label,
             "shared": built.metadata.shared,
             "spilled": spilled(built.asm["cubin"]),
+            "int32_products": int32_products(ttir),
         }
         print(json.dumps(found), flush=True)
 
 
 def stand_in():
-    for modules, source in ((PORTABLE, ASTSource), (EXPLICIT, GluonASTSource)):
-        for module in modules:
-            for name in [n for n in vars(module) if re.fullmatch(r"_\w+_kernel", n)]:
-                setattr(module, name, Compiled(getattr(module, name), source))
-            if hasattr(module, "dependent_launch"):
-                module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
+    for module, name in list(every_kernel()):
+        setattr(module, name, Compiled(getattr(module, name), short_name(module, name)))
+        if hasattr(module, "dependent_launch"):
+            module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
 
 
 def launch_pages(format, group, **scores):

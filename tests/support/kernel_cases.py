@@ -14,6 +14,7 @@ from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.page.view import slot_tokens
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
+from spectral_paged.kernels.seal.triton.seal import WORKSPACE_BYTES
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
 from support.page_parts import toy_basis, toy_blocks
@@ -257,7 +258,40 @@ def attend_error(op, args, options):
 
 # ---- sealing -----------------------------------------------------------------------------
 
+# (layers, KV heads, head width) of Qwen2.5-0.5B, Qwen2.5-7B, Qwen3-8B and Llama-3.1-8B
+SEAL_SHAPES = ((24, 2, 64), (28, 4, 128), (36, 8, 128), (32, 8, 128))
 SEALED = ("quality-64", "quality-128", "compact-128", "four-bits-128", "wide-256")
+
+
+def blocks_at_once(shape):
+    """The number of blocks that a launch of a seal takes; `shape` is (layers, KV heads, width)."""
+    layers, heads, dim = shape
+    return WORKSPACE_BYTES // (layers * heads * 2 * dim * 2 * 512)
+
+
+def seal_zeros(op, shape, blocks, *, device="cpu", compile_only=False):
+    """Seal `blocks` blocks of zeros into one page; `shape` is (layers, KV heads, head width)."""
+    layers, heads, dim = shape
+    fields = PAGES["quality-64" if dim == 64 else "quality-128"][1]
+    layout = PageFormat("zeros", heads, dim, **fields).layout
+    page = 8 * exact_page_bytes(heads, dim, 2)
+    planes = torch.zeros(layers, page + layout.page_bytes, dtype=torch.uint8, device=device)
+    ints = {"dtype": torch.int32, "device": device}
+    projection = torch.zeros(layers, heads, dim, dim, device=device)
+    table = torch.zeros(600, dim // 2, device=device)
+    return op(
+        planes,
+        (torch.arange(8, **ints) * (page // 8 // 128)).repeat(blocks, 1),
+        torch.full((blocks,), page // 128, **ints),
+        torch.zeros(blocks, **ints),
+        layout=layout,
+        dtype=torch.bfloat16,
+        cos=table + 1,
+        sin=table,
+        k_projection=projection,
+        v_projection=projection,
+        compile_only=compile_only,
+    )
 
 
 class SealCase:

@@ -43,8 +43,12 @@ from spectral_paged.kernels.seal.triton.outliers import worst, write_slots
 WORKSPACE_BYTES = 256 << 20
 MAX_SLOTS = 8
 
+# A launch for some of the blocks begins anywhere in these tensors. Their alignment is no part of a
+# build, so that one build serves all launches; nothing is lost, because they are read by element.
+BY_BLOCK = ["exact_ptr", "pages_ptr", "first_ptr", "bad_ptr"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=BY_BLOCK)
 def _project_kernel(
     values_ptr,
     arena_ptr,
@@ -157,7 +161,7 @@ def _project_kernel(
             tl.store(errors + token, tl.sum(off * off, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=BY_BLOCK)
 def _quantize_kernel(
     values_ptr,
     arena_ptr,
