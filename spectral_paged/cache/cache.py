@@ -403,6 +403,7 @@ class SpectralKVCache:
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),
             "seal_seconds": self.sealer.timer.seconds,
+            "seal_waiting_seconds": self.sealer.timer.waiting_seconds,
         }
 
     @property

@@ -137,8 +137,7 @@ class Sealer:
     def seal(self, group: LayerGroup, due: list[DueBlock]) -> None:
         """Write the pages of `due` blocks; bad ones fail their sequences once that is known."""
         if due:
-            with self.timer:
-                self._checks.append(self._encode(group, due))
+            self._checks.append(self._encode(group, due))
 
     def forked(self, parent: SequenceState, child: SequenceState) -> None:
         """Let failures found later in blocks of `parent` count for its copy `child` too."""
@@ -187,7 +186,8 @@ class Sealer:
         bad = self._decide_basis(group, exact, first) if self.basis.is_waiting else None
         # with no basis even now, every due block has NaN or Inf and gets no page
         if bad is None or not self.basis.is_waiting:
-            bad = self.encoders[group].seal(planes, exact, pages, first)
+            with self.timer:
+                bad = self.encoders[group].seal(planes, exact, pages, first)
         return SealCheck(due, bad, group.layers)
 
     def _decide_basis(self, group: LayerGroup, exact: Tensor, first: Tensor) -> Tensor:

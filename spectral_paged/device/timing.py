@@ -61,11 +61,15 @@ class StepClock:
 
 
 class DeviceTimer:
-    """A timer adds up the seconds of the work inside `with timer:`.
+    """A timer adds up the seconds between the begin and the end of the work inside `with timer:`.
 
-    On CUDA, events mark the begin and the end on the stream, and are read once they have passed:
-    neither timing nor reading waits for the device. Another thread reads the last known sum,
-    because a query of an event there would break a CUDA graph that the timing thread captures.
+    On CUDA, events mark both on the stream, and are read once they have passed: neither timing nor
+    reading waits for the device. Where the device has nothing left to do while the host still
+    queues the work, the seconds between the events hold its waiting for the host as well. The
+    timer therefore counts apart what waiting there can be at most.
+
+    Another thread reads the last known sums, because a query of an event there would break a CUDA
+    graph that the timing thread captures.
 
     Args:
         device: the device that does the work.
@@ -73,38 +77,54 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._begin: float | torch.cuda.Event = 0.0
-        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._seconds = self._waiting = 0.0
+        self._began = 0.0  # the host's clock
+        self._begin: torch.cuda.Event | None = None
+        # the events of each piece of work that has not ended yet, and how long the host queued it
+        # while the device had nothing else to do
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event, float]] = deque()
         self._thread = 0
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def __enter__(self) -> None:
         self._thread = threading.get_ident()
-        self._begin = self._mark()
+        if self._on_cuda:
+            self._begin = _event_now()
+        self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        begin, end = self._begin, self._mark()
-        if isinstance(begin, float) and isinstance(end, float):
-            self._seconds += end - begin
-        elif isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            self._open.append((begin, end))
-            self._take_passed()
+        queued = time.perf_counter() - self._began
+        begin, self._begin = self._begin, None
+        if begin is None:
+            self._seconds += queued
+            return
+        caught_up = begin.query()  # before the end was queued
+        self._open.append((begin, _event_now(), queued if caught_up else 0.0))
+        self._take_passed()
 
     def _take_passed(self) -> None:
         while self._open and self._open[0][1].query():
-            begin, end = self._open.popleft()
-            self._seconds += begin.elapsed_time(end) / 1000
+            begin, end, queued = self._open.popleft()
+            seconds = begin.elapsed_time(end) / 1000
+            self._seconds += seconds
+            self._waiting += min(seconds, queued)
+
+    def _known(self) -> tuple[float, float]:
+        if threading.get_ident() == self._thread:
+            self._take_passed()
+        return self._seconds, self._waiting
 
     @property
     def seconds(self) -> float:
         """The seconds of all work that has ended so far."""
-        if threading.get_ident() == self._thread:
-            self._take_passed()
-        return self._seconds
+        return self._known()[0]
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How many of `seconds` the device waited for the host, at most; 0 on a CPU."""
+        return self._known()[1]
+
+
+def _event_now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

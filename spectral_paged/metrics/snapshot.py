@@ -70,7 +70,18 @@ METRICS = (
     MetricSpec(
         "pages_attended", "counter", "pages_attended", "Page reads, counted layer by layer."
     ),
-    MetricSpec("seal_time_seconds", "counter", "seal_seconds", "Device time spent on sealing."),
+    MetricSpec(
+        "seal_time_seconds",
+        "counter",
+        "seal_seconds",
+        "Device time from the begin of each seal to its end.",
+    ),
+    MetricSpec(
+        "seal_waiting_time_seconds",
+        "counter",
+        "seal_waiting_seconds",
+        "How much of seal_time_seconds the device waited for the host, at most.",
+    ),
     MetricSpec(
         "compression_ratio",
         "gauge",

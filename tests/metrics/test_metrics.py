@@ -8,6 +8,7 @@ import importlib
 import socket
 import sys
 import threading
+import time
 import urllib.request
 
 import numpy as np
@@ -311,6 +312,41 @@ def test_a_timer_on_cuda_asks_its_events_from_its_own_thread_only(monkeypatch):
     reader.join()
     assert other == [0.0] and timer.seconds == 0.5
     assert set(FakeEvent.threads) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize(
+    "queued, caught_up, waiting",
+    [(0.1, True, 0.1), (3.0, True, 0.25), (0.1, False, 0.0), (3.0, False, 0.0)],
+)
+def test_a_timer_says_how_long_the_device_may_have_waited(monkeypatch, queued, caught_up, waiting):
+    """The device waits where it reached the begin before the host had queued the rest: not longer
+    than the host took, nor than the work."""
+    ticks = iter([1.0, 1.0 + queued])
+    monkeypatch.setattr("spectral_paged.device.timing.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "passed", False)
+    timer = DeviceTimer(torch.device("cuda"))
+    with timer:
+        monkeypatch.setattr(FakeEvent, "passed", caught_up)
+    monkeypatch.setattr(FakeEvent, "passed", True)
+    assert timer.seconds == 0.25
+    assert timer.waiting_seconds == pytest.approx(waiting)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_timer_on_a_gpu_tells_work_from_waiting():
+    timer = DeviceTimer(torch.device("cuda"))
+    with timer:  # the device has nothing to do but to wait
+        time.sleep(0.2)
+    torch.cuda.synchronize()
+    assert 0.15 < timer.waiting_seconds <= timer.seconds
+    before = timer.waiting_seconds
+    torch.cuda._sleep(10**9)
+    with timer:  # queued while the device is busy
+        torch.cuda._sleep(10**8)
+    torch.cuda.synchronize()
+    assert timer.waiting_seconds == before
 
 
 @pytest.mark.gpu
