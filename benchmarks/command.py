@@ -136,6 +136,29 @@ def bench_throughput(args: argparse.Namespace) -> int:
     )
 
 
+def bench_served(args: argparse.Namespace) -> int:
+    """Ask whole engines for needles and next tokens, and compare their answers."""
+    from spectral_paged.benchmarks.served import run as served
+
+    return served.main(
+        served.Options(
+            model=args.model,
+            backends=args.backend or served.BACKENDS,
+            lengths=sorted(set(args.length)) or (2048,),
+            needles=args.needles,
+            windows=args.windows,
+            places=args.places,
+            device=args.device,
+            dtype=args.dtype,
+            kv_cache_bytes=args.kv_cache_bytes,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            max_num_seqs=args.max_num_seqs,
+            name=args.name,
+            output_dir=args.output_dir,
+        )
+    )
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
     from spectral_paged.benchmarks import seal
@@ -155,6 +178,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_capacity(args)
     if args.bench == "throughput":
         return bench_throughput(args)
+    if args.bench == "served":
+        return bench_served(args)
     if args.plot:
         return run.plot(args.plot, args.output_dir)
     return run.main(

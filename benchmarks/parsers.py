@@ -72,6 +72,7 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     )
     _add_capacity(benches.add_parser("capacity", help="how much context a memory holds, by format"))
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
+    _add_served(benches.add_parser("served", help="needles and divergence through whole engines"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
     _add_unsloth(
         benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
@@ -90,6 +91,35 @@ def _add_capacity(parser: Parser) -> None:
         "--context", type=num_tokens, default=8192, metavar="TOKENS", help="tokens of a sequence"
     )
     _add_formats(parser)
+    _add_output_dir(parser)
+
+
+def _add_served(parser: Parser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
+    _add_repeatable(
+        parser,
+        "--backend",
+        metavar="NAME",
+        help="a preset, exact, vllm[:KV-CACHE-DTYPE], or vllm-pages[:PRESET]; the others are "
+        "compared with the first; default: exact and auto",
+    )
+    _add_repeatable(
+        parser,
+        "--length",
+        type=num_tokens,
+        metavar="TOKENS",
+        help="context tokens; default: 2048",
+    )
+    for name, default, what in (
+        ("--needles", 32, "facts asked for at each length"),
+        ("--windows", 8, "contexts of real text at each length"),
+        ("--places", 16, "next tokens judged after each of them"),
+    ):
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=what)
+    _add_llm_options(parser, "device", "dtype", "gpu_memory_utilization")
+    _add_llm_options(parser, "kv_cache_bytes", help=ARENAS)
+    _add_llm_options(parser, "max_num_seqs", default=16)
+    _add_name(parser)
     _add_output_dir(parser)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,20 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def off_the_gpu(loaded: LoadedModel) -> Iterator[None]:
+    """Keep a model off its GPU, for another process that needs the memory."""
+    device = loaded.model.device
+    if device.type == "cuda":
+        loaded.model.to("cpu")
+        forget(device)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            loaded.model.to(device)
 
 
 def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> LLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
-    forget,
+    off_the_gpu,
     serve_with_continuous_batching,
     serve_with_generate,
     serve_with_pages,
@@ -150,7 +151,7 @@ class Servers:
     def __init__(self, loaded: LoadedModel, max_model_len: int) -> None:
         self.loaded = loaded
         self._max_model_len = max_model_len
-        self._device = loaded.model.device
+        self._away = ExitStack()  # while vLLM runs
         self._vllm: VLLMServer | None = None
         self._key: tuple[Any, ...] = ()
 
@@ -159,8 +160,7 @@ class Servers:
         if self._vllm is not None:
             self._vllm.close()
             self._vllm, self._key = None, ()
-            if self._device.type == "cuda":
-                self.loaded.model.to(self._device)
+        self._away.close()
 
     def serve(self, backend: str, jobs: Sequence[Job], batch: int, o: Options) -> Served:
         """Serve `jobs` with one backend."""
@@ -174,9 +174,7 @@ class Servers:
         options = LLMOptions(**o.of_engine(batch) | {"max_model_len": self._max_model_len})
         if self._vllm is None or (backend, options) != self._key:
             self.close()
-            if self._device.type == "cuda":
-                self.loaded.model.to("cpu")
-                forget(self._device)
+            self._away.enter_context(off_the_gpu(self.loaded))
             self._vllm = VLLMServer(backend, self.loaded, options)
             self._key = backend, options
         return self._vllm

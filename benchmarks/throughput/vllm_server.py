@@ -133,17 +133,21 @@ class VLLMServer:
             "preemptions": self._preemptions() - before,
             "start_seconds": self.start_seconds,
         }
-        if self.pages:
-            [found] = self.llm.collective_rpc("page_stats")
-            stats |= found
         return Served(
             elapsed,
             jobs,
             list(times.first.values()),
             times.gaps,
-            stats=stats,
+            stats=stats | self.stats(),
             decode_rate=times.decode_rate,
         )
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of pages; vLLM's own cache has none."""
+        if not self.pages:
+            return {}
+        [found] = self.llm.collective_rpc("page_stats")
+        return dict(found)
 
     def _run(self, jobs: Sequence[Job]) -> tuple[Times, float]:
         from vllm import SamplingParams
