@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar, Unpack
@@ -37,7 +37,7 @@ from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.option_checks import check_fit, check_options, format_of
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
-from spectral_paged.outputs import RequestOutput, TextDelta
+from spectral_paged.outputs import RequestOutput, RequestOutputKind, TextDelta
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
@@ -287,12 +287,17 @@ class LLM:
         return self._complete(talks, sampling_params, use_tqdm)
 
     def chat_tokens(
-        self, messages: object, *, allow_special_tokens: bool | None = None
+        self,
+        messages: object,
+        *,
+        allow_special_tokens: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's turn.
 
         Args:
             allow_special_tokens: None: as the LLM was made.
+            truncate_prompt_tokens: as in `SamplingParams`.
 
         Raises:
             InvalidRequestError, PromptTooLongError: as `PromptEncoder.encode_chat` does.
@@ -301,7 +306,11 @@ class LLM:
             allow_special_tokens = self.allow_special_tokens
         with self._turns:
             encoder = self.engine.prompt_encoder
-            return encoder.encode_chat(messages, allow_special_tokens=allow_special_tokens)
+            return encoder.encode_chat(
+                messages,
+                allow_special_tokens=allow_special_tokens,
+                truncate_prompt_tokens=truncate_prompt_tokens,
+            )
 
     def stream(
         self,
@@ -399,9 +408,13 @@ class LLM:
         with counted_refusal(self.engine.counters, request_id):
             if isinstance(prompt, Conversation):
                 prompt = self.chat_tokens(
-                    prompt.messages, allow_special_tokens=prompt.allow_special_tokens
+                    prompt.messages,
+                    allow_special_tokens=prompt.allow_special_tokens,
+                    truncate_prompt_tokens=params.truncate_prompt_tokens,
                 )
             body, salt, pinned = parts_of(prompt)
+            if params.output_kind is not RequestOutputKind.CUMULATIVE:  # pieces are cut of those
+                params = replace(params, output_kind=RequestOutputKind.CUMULATIVE)
         self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
         return request_id
 

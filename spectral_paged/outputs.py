@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from spectral_paged.errors import SpectralPagedError
+
+
+class RequestOutputKind(Enum):
+    """What `Engine.step` returns of a request that runs; names and values are vLLM's.
+
+    CUMULATIVE: its whole output so far. DELTA: what came since the last one. FINAL_ONLY: nothing
+    before it has ended.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +38,9 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request.
 
-    `finish_reason` is stop, length, abort or error, and None while the completion runs.
-    `stop_reason` is the stop string or stop token id that ended it, if one did.
+    `finish_reason` is stop, length, repetition, abort or error, and None while the completion runs.
+    `stop_reason` is the stop string or stop token id that ended it, if one did, and
+    `repetition_detected` where its end repeats itself.
     `text_offsets`: for each token, the place in `text` of the character that its first byte
     belongs to, if the request asked for log-probabilities.
     """

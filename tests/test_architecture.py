@@ -49,7 +49,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "device": {"kernels"},
     "pool": {"pages", "device", "kernels.page"},
     "cache": CACHE,
-    "sampling": {"device"},
+    "sampling": {"device", "outputs"},
     "models": CACHE | {"cache", "sampling", "data"},
     "engine": CACHE | {"cache", "sampling", "scheduler", "outputs"},
     "llm": LLM,

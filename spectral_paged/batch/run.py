@@ -91,10 +91,12 @@ def _submit(llm: LLM, line: BatchLine) -> str:
         if line.error is not None:
             raise line.error
         prompt = line.prompt
-        if line.messages is not None:
-            prompt = llm.chat_tokens(line.messages)
-        assert prompt is not None, "a line without an error has a prompt"
         assert line.params is not None, "a line without an error has sampling parameters"
+        if line.messages is not None:
+            prompt = llm.chat_tokens(
+                line.messages, truncate_prompt_tokens=line.params.truncate_prompt_tokens
+            )
+        assert prompt is not None, "a line without an error has a prompt"
         own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}
         params = replace(line.params, **own)
     llm.engine.add_request(request_id, prompt, params, cache_salt=line.cache_salt)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from spectral_paged.engine.admission import (
     check_request,
+    most_tokens,
 )
 from spectral_paged.engine.counters import (
     Distribution,
@@ -56,6 +57,7 @@ __all__ = [
     "check_salt",
     "conversations",
     "counted_refusal",
+    "most_tokens",
     "params_list",
     "parts_of",
     "prompt_list",

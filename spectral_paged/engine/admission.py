@@ -8,9 +8,9 @@ from spectral_paged.cache import Spans, SpectralKVCache, pinned_blocks
 from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
-    InvalidRequestError,
     PoolError,
     PromptTooLongError,
+    refusal,
     shown,
 )
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
@@ -35,7 +35,7 @@ def check_request(
         raise EmptyPromptError("the prompt is empty: give at least one token")
     if len(token_ids) >= cache.max_model_len:
         raise prompt_too_long(f"{len(token_ids)}", cache.max_model_len)
-    longest = min(len(token_ids) + params.max_tokens, cache.max_model_len)
+    longest = most_tokens(cache, len(token_ids), params)
     if not cache.fits_alone(longest, num_prompt_tokens=len(token_ids), pinned_spans=pinned):
         blocks = pinned_blocks(cache.format, pinned, len(token_ids))
         spans = f" with {len(blocks)} blocks of {BLOCK_TOKENS} pinned exact" if blocks else ""
@@ -47,11 +47,20 @@ def check_request(
             f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
         )
     if vocab_size is not None:
-        bad = [t for t in params.stop_token_ids if not 0 <= t < vocab_size]
-        if bad:
-            raise InvalidRequestError(
-                f"stop_token_ids {shown(bad)} are outside the vocabulary of {vocab_size}"
-            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            bad = [t for t in getattr(params, name) or () if not 0 <= t < vocab_size]
+            if bad:
+                raise refusal(
+                    f"{name} {shown(bad)} are outside the vocabulary of {vocab_size}", name
+                )
+
+
+def most_tokens(cache: SpectralKVCache, num_prompt_tokens: int, params: SamplingParams) -> int:
+    """Return the most tokens that a request's sequence may get, its prompt included."""
+    if params.max_tokens is None:
+        room = min(cache.max_model_len, cache.max_sequence_tokens)
+        return max(room, num_prompt_tokens + 1)  # a prompt without any room is refused
+    return min(num_prompt_tokens + params.max_tokens, cache.max_model_len)
 
 
 def prompt_too_long(size: str, max_model_len: int) -> PromptTooLongError:

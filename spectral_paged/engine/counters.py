@@ -11,7 +11,7 @@ import numpy as np
 
 from spectral_paged.engine.requests import Completion
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
 # seconds; the bounds are vLLM's, so that one dashboard reads both
 FIRST_TOKEN_BOUNDS = (
     0.001,

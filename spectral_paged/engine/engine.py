@@ -18,13 +18,13 @@ from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.device import StepClock
-from spectral_paged.engine.admission import check_request, stalled
+from spectral_paged.engine.admission import check_request, most_tokens, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import counted_refusal
 from spectral_paged.engine.prompt_encoder import PromptEncoder
 from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
-from spectral_paged.engine.requests import Completion, RequestGroup, seed_of, unserved
+from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
 from spectral_paged.engine.sampled_step import SampledStep, StepInputs, unsampled
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
@@ -34,7 +34,7 @@ from spectral_paged.errors import (
     shown,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
-from spectral_paged.sampling import Penalties, PendingTokens, Sampled, SamplingParams
+from spectral_paged.sampling import PendingTokens, Sampled, SamplingParams, SamplingState
 from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
-        self.penalties = Penalties()
-        self.requests = RequestTable(cache, self.scheduler, self.counters, self.penalties)
+        self.sampling_state = SamplingState()
+        self.requests = RequestTable(cache, self.scheduler, self.counters, self.sampling_state)
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
@@ -132,12 +132,14 @@ class Engine:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
                 can never be served. Nothing is queued.
         """
-        params = params or SamplingParams()
         with counted_refusal(self.counters, request_id):
             if request_id in self.requests.by_id:
                 raise InvalidRequestError(f"request id {shown(request_id)} is running already")
             check_salt(cache_salt)
-            token_ids = self.prompt_encoder.encode(prompt)
+            params = (params or SamplingParams()).clone()  # what is assigned later changes nothing
+            token_ids = self.prompt_encoder.encode(
+                prompt, truncate_prompt_tokens=params.truncate_prompt_tokens
+            )
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size)
             group = RequestGroup(
@@ -146,12 +148,13 @@ class Engine:
                 token_ids,
                 params,
                 RequestMetrics(arrival_time=time.monotonic()),
+                self.prompt_encoder.encode_bad_words(params.bad_words),
             )
             for index in range(params.n):
                 group.add_completion(
                     index,
                     self.token_bytes,
-                    max_model_len=self.cache.max_model_len,
+                    max_num_tokens=most_tokens(self.cache, len(token_ids), params),
                     seed=seed_of(params, f"{self.seed}/{request_id}", index),
                     cache_salt=cache_salt,
                     pinned_spans=spans,
@@ -195,7 +198,7 @@ class Engine:
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
         for seq_id in scheduled.preempted:  # counted again where it goes on
-            self.penalties.release(self.requests.by_sequence[seq_id])
+            self.sampling_state.release(self.requests.by_sequence[seq_id])
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not scheduled.preempted
             if idle and not self.requests.has_touched and self.scheduler.has_unfinished:
@@ -279,11 +282,11 @@ class Engine:
             Exception: no single row raises, or the rows of all of several requests do.
         """
         try:
-            return SampledStep.draw(ready, logits, self.eos_token_ids, self.penalties)
+            return SampledStep.draw(ready, logits, self.eos_token_ids, self.sampling_state)
         except OUT_OF_MEMORY:
             raise
         except Exception:
-            errors = unsampled(ready, logits, self.eos_token_ids, self.penalties)
+            errors = unsampled(ready, logits, self.eos_token_ids, self.sampling_state)
             several = len({c.owner.request_id for c in ready}) > 1
             if not errors or (len(errors) == len(ready) and several):
                 raise
@@ -293,7 +296,7 @@ class Engine:
         if not rows:
             return None
         left = [ready[row] for row in rows]
-        return SampledStep.draw(left, logits[rows], self.eos_token_ids, self.penalties)
+        return SampledStep.draw(left, logits[rows], self.eos_token_ids, self.sampling_state)
 
     def _collect(self) -> None:
         """Fetch the tokens of the step in flight and deliver them to their completions.
@@ -325,13 +328,15 @@ class Engine:
         self.requests.touch(group)
         ending = None
         try:
+            if result is not None and result.token_id < 0:
+                raise no_token(completion)
             if result is None:
                 raise NonFiniteError(
                     f"the logits of request {shown(group.request_id)} have NaN or Inf after "
                     f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
                 )
             self.counters.count_token(completion, now)
-            ending = completion.take(result, self.eos_token_ids, self.cache.max_model_len)
+            ending = completion.take(result, self.eos_token_ids)
         except SpectralPagedError as error:
             self.requests.fail(completion, error)
         except BaseException as error:
@@ -365,7 +370,7 @@ class Engine:
             if forked:
                 self.scheduler.adopt(request)
             else:
-                self.penalties.release(completion)
+                self.sampling_state.release(completion)
                 self.scheduler.requeue(request)
 
     def settled_text(self, request_id: str, index: int) -> str:
@@ -377,7 +382,7 @@ class Engine:
 
         Another thread may call this while steps run.
         """
-        parts = (self.cache, self.runner, self.scheduler, self.counters, self.penalties)
+        parts = (self.cache, self.runner, self.scheduler, self.counters, self.sampling_state)
         found: dict[str, object] = {"async_scheduling": self.async_scheduling}
         for part in parts:
             found |= part.stats()

@@ -11,7 +11,7 @@ from spectral_paged.engine.events import log_failure
 from spectral_paged.engine.requests import Completion, RequestGroup
 from spectral_paged.errors import NonFiniteError, SpectralPagedError
 from spectral_paged.outputs import RequestOutput
-from spectral_paged.sampling import Penalties
+from spectral_paged.sampling import SamplingState
 from spectral_paged.scheduler import Scheduler
 
 
@@ -22,7 +22,7 @@ class RequestTable:
         cache: the cache that holds the sequences.
         scheduler: the scheduler that runs them.
         counters: they count endings.
-        penalties: they count tokens of completions until these end.
+        state: what sampling keeps of completions until these end.
 
     Attributes:
         by_id: requests by their id.
@@ -34,14 +34,14 @@ class RequestTable:
         cache: SpectralKVCache,
         scheduler: Scheduler,
         counters: EngineCounters,
-        penalties: Penalties,
+        state: SamplingState,
     ) -> None:
         self.by_id: dict[str, RequestGroup] = {}
         self.by_sequence: dict[str, Completion] = {}
         self._cache = cache
         self._scheduler = scheduler
         self._counters = counters
-        self._penalties = penalties
+        self._state = state
         self._touched: dict[str, RequestGroup] = {}  # changed since outputs were taken
 
     def add(self, group: RequestGroup) -> None:
@@ -69,7 +69,7 @@ class RequestTable:
                 self._forget(group)
                 if group.error is None:
                     self._counters.count_finished(time.monotonic() - group.metrics.arrival_time)
-        return [group.result() for group in touched]
+        return [news for group in touched if (news := group.news()) is not None]
 
     # ---- endings -------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class RequestTable:
             metrics.num_pages_sealed += int(held["pages_sealed"])
             metrics.bytes_per_token = held["bytes_per_token"]
             metrics.compression_ratio = held["compression_ratio"]
-        self._penalties.release(completion)
+        self._state.release(completion)
         self._scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
 
     def fail(self, completion: Completion, error: SpectralPagedError) -> None:

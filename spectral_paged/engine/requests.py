@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spectral_paged.engine.text import OutputText
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
-from spectral_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from spectral_paged.outputs import (
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+)
 from spectral_paged.sampling import Sampled, SamplingParams
 from spectral_paged.scheduler import Request
 
@@ -19,6 +24,7 @@ class Completion:
     """One of a request's `n` sequences.
 
     token_time: when its newest token arrived, in seconds of the metrics' clock.
+    told: characters, tokens and the ending that outputs of kind DELTA have had.
     """
 
     request: Request
@@ -27,13 +33,14 @@ class Completion:
     text: OutputText
     seed: int
     token_time: float | None = None
+    told: tuple[int, int, bool] = (0, 0, False)
 
     @property
     def generated(self) -> list[int]:
         return self.output.token_ids
 
     def take(
-        self, result: Sampled, eos_token_ids: Sequence[int], max_model_len: int
+        self, result: Sampled, eos_token_ids: Sequence[int]
     ) -> tuple[str, str | int | None] | None:
         """Add a sampled token; return the finish and stop reason if the completion ends with it."""
         output, params, text = self.output, self.owner.params, self.text
@@ -43,7 +50,8 @@ class Completion:
         output.cumulative_logprob += result.logprob
         may_stop = len(output.token_ids) >= params.min_tokens
         is_eos = may_stop and token in eos_token_ids and not params.ignore_eos
-        if is_eos:
+        is_end = is_eos or (may_stop and token in params.stop_token_ids)
+        if is_end and not params.include_stop_str_in_output:
             text.finish()
         if output.logprobs is not None and result.logprobs is not None:
             output.logprobs.append(
@@ -51,29 +59,49 @@ class Completion:
             )
         if output.text_offsets is not None:
             output.text_offsets.append(text.offset_of(token))
-        stop = None if is_eos else text.append(token, may_stop=may_stop)
+        stop, most = None, self.request.max_num_tokens
+        if not is_end:
+            stop = text.append(token, may_stop=may_stop)
+        elif params.include_stop_str_in_output:
+            text.append(token, may_stop=False)
+            text.finish()
         ending: tuple[str, str | int | None] | None = None
-        if is_eos:
-            ending = "stop", None
-        elif may_stop and token in params.stop_token_ids:
-            ending = "stop", token
+        if is_end:
+            ending = "stop", None if is_eos else token
         elif stop is not None:
             ending = "stop", stop
-        elif (
-            len(output.token_ids) >= params.max_tokens
-            or len(self.request.token_ids) >= max_model_len
-        ):
+        elif most is not None and len(self.request.token_ids) >= most:
             ending = "length", None
-        if ending is not None and stop is None:
+        elif params.repetition_detection and params.repetition_detection.ends(output.token_ids):
+            ending = "repetition", "repetition_detected"
+        if ending is not None and stop is None and not is_end:
             text.finish()
         output.text = text.text
         return ending
+
+    def take_piece(self) -> CompletionOutput | None:
+        """Return what no earlier piece had; None if there is nothing."""
+        output, (num_chars, num_tokens, told_end) = self.output, self.told
+        ended = output.finish_reason is not None
+        text = output.text if ended else self.text.settled()
+        if told_end or (not ended and len(text) <= num_chars and len(self.generated) <= num_tokens):
+            return None
+        self.told = max(num_chars, len(text)), len(self.generated), ended
+        tables, offsets = output.logprobs, output.text_offsets
+        return replace(
+            output,
+            text=text[num_chars:],
+            token_ids=output.token_ids[num_tokens:],
+            logprobs=None if tables is None else tables[num_tokens:],
+            text_offsets=None if offsets is None else offsets[num_tokens:],
+        )
 
 
 @dataclass(slots=True, eq=False)
 class RequestGroup:
     """A user's request: `n` completions of one prompt.
 
+    bad_words: token ids of what the output must not have.
     forked: the first completion's prompt is computed, and all completions have sampled from it.
     starting_siblings: the other completions have no sequence of their own yet.
     """
@@ -83,6 +111,7 @@ class RequestGroup:
     prompt_token_ids: list[int]
     params: SamplingParams
     metrics: RequestMetrics
+    bad_words: Sequence[Sequence[int]] = ()
     completions: list[Completion] = field(default_factory=list)
     forked: bool = False
     starting_siblings: bool = False
@@ -93,7 +122,7 @@ class RequestGroup:
         index: int,
         tokens: TokenBytes | None,
         *,
-        max_model_len: int,
+        max_num_tokens: int,
         seed: int,
         cache_salt: str,
         pinned_spans: tuple[tuple[int, int], ...],
@@ -104,15 +133,17 @@ class RequestGroup:
             f"{self.request_id}#{index}",
             list(prompt),
             len(prompt),
-            min(len(prompt) + params.max_tokens, max_model_len),
+            max_num_tokens,
             cache_salt=cache_salt,
             pinned_spans=pinned_spans,
         )
         text = OutputText(
-            tokens,
+            tokens if params.detokenize else None,
             prompt=prompt,
             stop=params.stop_strings,
+            keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
         output = CompletionOutput(index)
         if params.logprobs is not None:
@@ -124,13 +155,23 @@ class RequestGroup:
     def finished(self) -> bool:
         return all(c.output.finish_reason is not None for c in self.completions)
 
-    def result(self) -> RequestOutput:
-        """Return the request's output so far."""
+    def news(self) -> RequestOutput | None:
+        """Return what the request's `output_kind` tells of it now, or None for nothing."""
+        kind = self.params.output_kind
+        if kind is RequestOutputKind.CUMULATIVE:
+            return self.result([c.output for c in self.completions])
+        if kind is RequestOutputKind.DELTA:
+            pieces = [piece for c in self.completions if (piece := c.take_piece()) is not None]
+            return self.result(pieces) if pieces or self.finished else None
+        return self.result([c.output for c in self.completions]) if self.finished else None
+
+    def result(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        """Return the request's output with the given completions."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[c.output for c in self.completions],
+            outputs=outputs,
             finished=self.finished,
             metrics=self.metrics,
             error=self.error,
@@ -145,6 +186,15 @@ def unserved(completion: Completion, what: str, cause: BaseException) -> Request
     )
     error.__cause__ = cause
     return error
+
+
+def no_token(completion: Completion) -> RequestFailedError:
+    """Return the error of a request of which no token may come next."""
+    return RequestFailedError(
+        f"request {shown(completion.owner.request_id)} allows no token after "
+        f"{len(completion.generated)} generated ones: its allowed_token_ids, bad_words, logit_bias "
+        "and min_tokens exclude each other"
+    )
 
 
 def seed_of(params: SamplingParams, otherwise: str, index: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
-from spectral_paged.sampling import Penalties, PendingTokens, SampledTokens, SampleRow
+from spectral_paged.sampling import PendingTokens, SampledTokens, SampleRow, SamplingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ class SampledStep:
         ready: Sequence[Completion],
         logits: Tensor,
         eos_token_ids: Sequence[int],
-        penalties: Penalties,
+        state: SamplingState,
     ) -> SampledStep:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
 
         Siblings that start sample from the row of their first completion. If this raises, no
-        request has changed, nor what penalties have counted.
+        request has changed, nor what tables have counted.
         """
         picked = list(enumerate(ready))
         starting = [completion.owner for completion in ready if not completion.owner.forked]
@@ -89,8 +89,8 @@ class SampledStep:
         if len(picked) > len(ready):
             logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
         completions = [completion for _, completion in picked]
-        rows = [sample_row(c, eos_token_ids, penalties, logits) for c in completions]
-        tokens = SampledTokens(logits, rows, penalties)
+        rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
+        tokens = SampledTokens(logits, rows, state)
         tokens.count()
         for group in starting:
             group.forked, group.starting_siblings = True, len(group.completions) > 1
@@ -116,33 +116,38 @@ def unsampled(
     ready: Sequence[Completion],
     logits: Tensor,
     eos_token_ids: Sequence[int],
-    penalties: Penalties,
+    state: SamplingState,
 ) -> dict[int, Exception]:
     """Sample each of `ready` separately and return the errors by row of `logits`."""
     errors: dict[int, Exception] = {}
     for row, completion in enumerate(ready):
         try:
-            alone = sample_row(completion, eos_token_ids, penalties, logits)
-            SampledTokens(logits[row : row + 1], [alone], penalties)
+            alone = sample_row(completion, eos_token_ids, state, logits)
+            SampledTokens(logits[row : row + 1], [alone], state)
         except Exception as error:
             errors[row] = error
     return errors
 
 
 def sample_row(
-    completion: Completion, eos_token_ids: Sequence[int], penalties: Penalties, logits: Tensor
+    completion: Completion, eos_token_ids: Sequence[int], state: SamplingState, logits: Tensor
 ) -> SampleRow:
-    """Return the sampler's inputs for the next token of a completion, whose penalties are held."""
+    """Return the sampler's inputs for the next token of a completion, whose rows are held."""
     group, params = completion.owner, completion.owner.params
     num_output_tokens = len(completion.generated) + completion.request.num_pending
     blocked: tuple[int, ...] = ()
     if num_output_tokens < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
         blocked = (*eos, *params.stop_token_ids)
-    penalty_row = -1
-    if params.has_penalties:
-        prompt = group.prompt_token_ids if params.repetition_penalty != 1.0 else ()
-        penalty_row = penalties.hold(
-            completion, prompt, completion.generated, logits, siblings=group.completions
+    rows = (-1, -1)
+    if params.changes_logits:
+        rows = state.hold(
+            completion,
+            params,
+            logits,
+            prompt=group.prompt_token_ids,
+            output=completion.generated,
+            bad_words=group.bad_words,
+            siblings=group.completions,
         )
-    return SampleRow(params, completion.seed, num_output_tokens, blocked, penalty_row)
+    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows)

@@ -19,7 +19,9 @@ class OutputText:
         tokens: the bytes of tokens; None: the text stays empty.
         prompt: the token ids before the completion.
         stop: strings that end the completion.
+        keep_stop: the text ends with the stop string instead of before it.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: False spells an added token behind another without spaces.
     """
 
     def __init__(
@@ -28,11 +30,15 @@ class OutputText:
         *,
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
+        keep_stop: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._tokens = tokens
         self._prompt: Sequence[int] | None = prompt  # None: it was read
         self._skip_special_tokens = skip_special_tokens
+        self._keep_stop = keep_stop
+        self._joins = not (skip_special_tokens or spaces_between_special_tokens)
         self._utf8 = UTF8("replace")
         self._behind: int | None = None  # the last token of the text, the prompt's included
         self._stops = stop_strings(tuple(stop)) if stop else None
@@ -55,7 +61,7 @@ class OutputText:
         if not found or not may_stop:
             return None
         at, stop = min(found)
-        self.text = self.text[: before + at]
+        self.text = self.text[: before + at + self._keep_stop * len(stop)]
         return stop
 
     def finish(self) -> None:
@@ -66,7 +72,9 @@ class OutputText:
 
     def settled(self) -> str:
         """Return the text that no later stop string can remove."""
-        held = 0 if self._stops is None else self._stops.held(self._state)
+        held = 0
+        if self._stops is not None and not self._keep_stop:
+            held = self._stops.held(self._state)
         return self.text[:-held] if held else self.text
 
     def offset_of(self, token_id: int) -> int:
@@ -98,6 +106,10 @@ class OutputText:
         if self._tokens is None:
             return None
         self._read_prompt(self._tokens)
+        if self._joins and self._behind is not None:
+            joined = self._tokens.joined(token_id, self._behind)
+            if joined is not None:
+                return joined
         return self._tokens.shown(
             token_id, self._behind, skip_special_tokens=self._skip_special_tokens
         )

@@ -50,6 +50,12 @@ class TokenBytes:
             return None
         return self._known(token_id, self._context(behind))
 
+    def joined(self, token_id: int, behind: int) -> bytes | None:
+        """Return the bytes of an added token behind another without spaces; None of others."""
+        if token_id not in self._added or behind not in self._added:
+            return None
+        return self._added[token_id].encode()
+
     def join(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> bytes:
         """Return the bytes of a text that the tokens begin."""
         behind, parts = None, []
@@ -120,6 +126,11 @@ class TokenBytes:
             return frozenset(self._tokenizer.all_special_ids)
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        added = self._tokenizer.added_tokens_decoder
+        return {token_id: token.content for token_id, token in added.items()}
 
     @cached_property
     def _looks_back(self) -> bool:

@@ -10,11 +10,11 @@ from torch import Tensor
 from spectral_paged.cache import HISTORY_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingParams
+from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams, SamplingState
 
 GRAPH_BYTES = 512 << 20  # the most that graphs and kernel modules were seen to take
-# the sampler's largest temporaries, and the counts that penalties keep
-COSTLY = SamplingParams(temperature=1.0, top_p=0.9, frequency_penalty=1.0)
+# the sampler's largest temporaries, the counts that penalties keep, and biases
+COSTLY = SamplingParams(temperature=1.0, top_p=0.9, frequency_penalty=1.0, logit_bias={0: 1.0})
 
 
 def _pass_on(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -55,12 +55,12 @@ def activation_bytes(
             use_cache=False,
             logits_to_keep=places[:num_rows],
         ).logits[0]
-    penalties = Penalties()
-    held = [penalties.hold(row, (), (), logits) for row in range(num_rows)]
-    rows = [SampleRow(COSTLY, 0, penalty_row=row) for row in held]
-    SampledTokens(logits.float(), rows, penalties).get()
+    state = SamplingState()
+    held = [state.hold(row, COSTLY, logits, prompt=(), output=()) for row in range(num_rows)]
+    rows = [SampleRow(COSTLY, 0, 0, (), *tables) for tables in held]
+    SampledTokens(logits.float(), rows, state).get()
     peak = torch.cuda.max_memory_allocated(device) - before
-    del logits, penalties
+    del logits, state
     torch.cuda.empty_cache()
     graph_logits = 4 * num_rows * geometry.vocab_size
     history = history_bytes(geometry, max_model_len, model.dtype.itemsize)

@@ -17,7 +17,7 @@ from pydantic_core import core_schema
 
 from spectral_paged.engine import MESSAGES_SCHEMA, check_messages, check_salt
 from spectral_paged.errors import EmptyPromptError, refusal, shown
-from spectral_paged.sampling import RULES
+from spectral_paged.sampling import RULES, RepetitionDetectionParams
 
 Prompt = str | list[int]
 _NULL = {"type": "null"}
@@ -50,9 +50,7 @@ def sampled(parameter: str) -> Checked:
     rule = RULES[parameter]
 
     def check(value: object, name: str) -> object:
-        if value is not None:
-            rule.check(value, name)
-        return value
+        return None if value is None else rule.check(value, name)
 
     return Checked(check, {"anyOf": [rule.schema, _NULL]})
 
@@ -127,33 +125,26 @@ class Unserved(Strict):
     """Fields of OpenAI's and vLLM's APIs that are not served."""
 
     # OpenAI's
-    logit_bias: Annotated[None, unserved({})] = None
     response_format: Annotated[None, unserved({"type": "text"})] = None
     service_tier: Annotated[None, unserved("auto", "default")] = None
     store: Annotated[None, unserved(False)] = None
     # vLLM's
-    allowed_token_ids: Annotated[None, unserved()] = None
-    bad_words: Annotated[None, unserved([])] = None
     ec_transfer_params: Annotated[None, unserved()] = None
-    include_stop_str_in_output: Annotated[None, unserved(False)] = None
     kv_transfer_params: Annotated[None, unserved()] = None
     length_penalty: Annotated[None, unserved(1)] = None
     logprob_token_ids: Annotated[None, unserved()] = None
     priority: Annotated[None, unserved(0)] = None
     prompt_logprobs: Annotated[None, unserved()] = None
-    repetition_detection: Annotated[None, unserved()] = None
     request_id: Annotated[None, unserved()] = None
     return_mm_kwargs: Annotated[None, unserved(True)] = None
     return_token_ids: Annotated[None, unserved(False)] = None
     return_token_offsets: Annotated[None, unserved(False)] = None
     return_tokens_as_token_ids: Annotated[None, unserved(False)] = None
     routed_experts_prompt_start: Annotated[None, unserved(0)] = None
-    spaces_between_special_tokens: Annotated[None, unserved(True)] = None
     stream_interval: Annotated[None, unserved(1)] = None
     structured_outputs: Annotated[None, unserved()] = None
     thinking_token_budget: Annotated[None, unserved(-1)] = None
-    truncate_prompt_tokens: Annotated[None, unserved()] = None
-    truncation_side: Annotated[None, unserved()] = None
+    truncation_side: Annotated[None, unserved("left")] = None
     use_beam_search: Annotated[None, unserved(False)] = None
     vllm_xargs: Annotated[None, unserved({})] = None
     watermarking: Annotated[None, unserved(False)] = None
@@ -180,6 +171,17 @@ class Body(Unserved):
     min_tokens: Annotated[int | None, sampled("min_tokens")] = None
     ignore_eos: Annotated[bool | None, sampled("ignore_eos")] = None
     skip_special_tokens: Annotated[bool | None, sampled("skip_special_tokens")] = None
+    spaces_between_special_tokens: Annotated[
+        bool | None, sampled("spaces_between_special_tokens")
+    ] = None
+    include_stop_str_in_output: Annotated[bool | None, sampled("include_stop_str_in_output")] = None
+    truncate_prompt_tokens: Annotated[int | None, sampled("truncate_prompt_tokens")] = None
+    logit_bias: Annotated[dict[int, float] | None, sampled("logit_bias")] = None
+    allowed_token_ids: Annotated[list[int] | None, sampled("allowed_token_ids")] = None
+    bad_words: Annotated[list[str] | None, sampled("bad_words")] = None
+    repetition_detection: Annotated[
+        RepetitionDetectionParams | None, sampled("repetition_detection")
+    ] = None
     # what is sent, and what is shared
     stream: bool | None = None
     stream_options: StreamOptions | None = None

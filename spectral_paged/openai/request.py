@@ -15,9 +15,14 @@ from spectral_paged.openai.bodies import Body, ChatCompletionRequest, Completion
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+# what a line may name; an `output_kind` is for callers of an engine
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "output_kind")
 # fields that mean the same in a body as in `SamplingParams`
-_SAME = tuple(name for name in SAMPLING_FIELDS if name not in ("max_tokens", "logprobs"))
+_SAME = tuple(
+    name
+    for name in SAMPLING_FIELDS
+    if name in Body.model_fields and name not in ("max_tokens", "logprobs")
+)
 # what a value must be, by the kind of pydantic's error
 _WANTED = {
     "bool_type": "true or false",

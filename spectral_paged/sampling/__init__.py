@@ -1,13 +1,11 @@
 """Sampling turns logits into token ids on the device, by each request's parameters.
 
-The package imports `device` only.
+The package imports `device` and `outputs` only.
 """
 
 from __future__ import annotations
 
 from spectral_paged.sampling.params import (
-    RULES,
-    Rule,
     SamplingParams,
 )
 from spectral_paged.sampling.penalties import (
@@ -16,21 +14,33 @@ from spectral_paged.sampling.penalties import (
 from spectral_paged.sampling.plain_values import (
     plain_list,
 )
+from spectral_paged.sampling.repetition import (
+    RepetitionDetectionParams,
+)
+from spectral_paged.sampling.rules import (
+    RULES,
+    Rule,
+)
 from spectral_paged.sampling.sampler import (
     PendingTokens,
     Sampled,
     SampledTokens,
     SampleRow,
 )
+from spectral_paged.sampling.state import (
+    SamplingState,
+)
 
 __all__ = [
     "Penalties",
     "PendingTokens",
     "RULES",
+    "RepetitionDetectionParams",
     "Rule",
     "SampleRow",
     "Sampled",
     "SampledTokens",
     "SamplingParams",
+    "SamplingState",
     "plain_list",
 ]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from spectral_paged.device import upload
 from spectral_paged.sampling.params import SamplingParams
-
-FEWEST_ROWS = 8
+from spectral_paged.sampling.row_keys import RowKeys
 
 
 class Penalties:
@@ -30,13 +29,12 @@ class Penalties:
 
     def __init__(self) -> None:
         self._table: Tensor | None = None
-        self._rows: dict[Hashable, int] = {}
-        self._free: list[int] = []
+        self._keys = RowKeys()
 
     def stats(self) -> dict[str, object]:
         """Rows that requests hold now, and the bytes of the table on the device."""
         num_bytes = 0 if self._table is None else self._table.nbytes
-        return {"penalty_rows": len(self._rows), "penalty_bytes": num_bytes}
+        return {"penalty_rows": len(self._keys), "penalty_bytes": num_bytes}
 
     def hold(
         self,
@@ -54,16 +52,16 @@ class Penalties:
             logits: the table has their device and their width.
             siblings: keys with the same prompt, which is copied from the row of one of them.
         """
-        row = self._rows.get(key)
+        row = self._keys.get(key)
         if row is not None:
             return row
-        if self._table is None or not self._free:
+        if self._keys.num_wanted != self._keys.num_rows:
             self._grow(logits)
         assert self._table is not None
-        row = self._free[-1]
+        row = self._keys.next_row
         line = self._table[row].zero_()
         if prompt:
-            like = next((self._rows[k] for k in siblings if k in self._rows), None)
+            like = self._keys.first_of(siblings)
             if like is None:
                 line.index_fill_(0, upload(prompt, torch.long, line.device), 1)
             else:
@@ -71,25 +69,21 @@ class Penalties:
         if output:
             ids = upload(output, torch.long, line.device)
             line.index_add_(0, ids, torch.ones_like(ids, dtype=line.dtype), alpha=2)
-        self._rows[key] = self._free.pop()  # not before the row is whole
-        return row
+        return self._keys.take(key)
 
     def _grow(self, logits: Tensor) -> None:
-        num_rows = 0 if self._table is None else len(self._table)
-        wanted = max(FEWEST_ROWS, 2 * num_rows)
+        num_rows, wanted = self._keys.num_rows, self._keys.num_wanted
         # a caller's inference mode may end before a later step writes to the table
         with torch.inference_mode(False):
             table = torch.zeros(wanted, logits.shape[-1], dtype=torch.int32, device=logits.device)
             if self._table is not None:
                 table[:num_rows] = self._table
         self._table = table
-        self._free += range(wanted - 1, num_rows - 1, -1)
+        self._keys.add_rows(wanted)
 
     def release(self, key: Hashable) -> None:
         """Free the row of `key`, if it holds one."""
-        row = self._rows.pop(key, None)
-        if row is not None:
-            self._free.append(row)
+        self._keys.release(key)
 
     def count(self, rows: Sequence[int], ids: Tensor, times: int = 1) -> None:
         """Count the sampled token `ids[i]` for `rows[i]`; -1 times takes it back."""

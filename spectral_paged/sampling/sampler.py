@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from spectral_paged.device import Download, upload
-from spectral_paged.sampling.params import GREEDY_BELOW, SamplingParams
-from spectral_paged.sampling.penalties import Penalties
+from spectral_paged.sampling.params import SamplingParams
+from spectral_paged.sampling.rules import GREEDY_BELOW
+from spectral_paged.sampling.state import SamplingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class SampleRow:
     num_output_tokens: tokens sampled before, known on the host or not.
     blocked_token_ids: tokens that are not allowed now.
     penalty_row: the row of `Penalties` that counts its tokens; -1 without penalties.
+    rule_row: the row of `TokenRules` that has its rules; -1 without them.
     """
 
     params: SamplingParams
@@ -27,11 +29,15 @@ class SampleRow:
     num_output_tokens: int = 0
     blocked_token_ids: Sequence[int] = ()
     penalty_row: int = -1
+    rule_row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token sampled for one row; `logprobs` maps token id to (log-probability, rank)."""
+    """The token sampled for one row; `logprobs` maps token id to (log-probability, rank).
+
+    `token_id` is -1 where the row's parameters allow no token.
+    """
 
     token_id: int
     logprob: float
@@ -79,28 +85,35 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 class SampledTokens:
     """Tokens of a batch, sampled on the device from logits `[N, vocab]`.
 
-    The order is vLLM's: log-probabilities of the raw logits, then penalties, then temperature, then
-    min-p, top-k and top-p, then a draw by the Gumbel maximum. `get` copies the results to the host.
+    The order is vLLM's: log-probabilities of the raw logits, then biases, allowed tokens and bad
+    words, then penalties, then temperature, then min-p, top-k and top-p, then a draw by the Gumbel
+    maximum. `get` copies the results to the host.
 
     Args:
-        penalties: the counts of rows with a `penalty_row`. `count` adds the sampled tokens to them.
+        state: the tables of rows with a `penalty_row` or a `rule_row`. `count` adds the sampled
+            tokens to them.
 
     Attributes:
         ids: int64 `[N]` on the device, where the next step reads them.
     """
 
     def __init__(
-        self, logits: Tensor, rows: Sequence[SampleRow], penalties: Penalties | None = None
+        self, logits: Tensor, rows: Sequence[SampleRow], state: SamplingState | None = None
     ) -> None:
         logits = logits.float()
         self.rows = list(rows)
-        self._penalised = [i for i, row in enumerate(rows) if row.penalty_row >= 0]
-        self._penalties = penalties or Penalties()
-        self.ids = _choose(self._adjusted(logits), rows)
+        self._state = state or SamplingState()
+        changing = [i for i, row in enumerate(rows) if row.params.changes_logits]
+        self._penalised = [i for i in changing if rows[i].penalty_row >= 0]
+        self._ruled = [i for i in changing if rows[i].rule_row >= 0]
+        adjusted = self._adjusted(logits)
+        self.ids = _choose(adjusted, rows)
         picked = logits.gather(-1, self.ids.unsqueeze(-1))
         total = logits.logsumexp(dim=-1, keepdim=True)
-        finite = torch.isfinite(logits).all(dim=-1, keepdim=True)
-        whole, real = [self.ids.unsqueeze(-1), finite.long()], [picked - total]
+        kind = torch.isfinite(logits).all(dim=-1, keepdim=True).long()
+        if self._ruled:
+            kind *= 1 + (adjusted.amax(dim=-1, keepdim=True) == float("-inf")).long()
+        whole, real = [self.ids.unsqueeze(-1), kind], [picked - total]
         counts = [r.params.logprobs for r in rows if r.params.logprobs is not None]
         self._num_top = max(counts, default=0)
         if counts:
@@ -112,15 +125,21 @@ class SampledTokens:
         self._download = Download(torch.cat(whole, dim=-1), torch.cat(real, dim=-1))
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """`logits` after penalties and with blocked tokens at -inf, a copy if there are any."""
+        """`logits` under rules, after penalties and with blocked tokens at -inf; a copy if there
+        are any."""
         blocked = [(i, token) for i, row in enumerate(self.rows) for token in row.blocked_token_ids]
-        if not (blocked or self._penalised):
+        if not (blocked or self._penalised or self._ruled):
             return logits
         logits = logits.clone()
+        if self._ruled:
+            places = upload(self._ruled, torch.long, logits.device)
+            logits[places] = self._state.token_rules.apply(
+                logits[places], [self.rows[i].rule_row for i in self._ruled]
+            )
         if self._penalised:
             rows = [self.rows[i] for i in self._penalised]
             places = upload(self._penalised, torch.long, logits.device)
-            logits[places] = self._penalties.apply(
+            logits[places] = self._state.penalties.apply(
                 logits[places], [row.penalty_row for row in rows], [row.params for row in rows]
             )
         if blocked:
@@ -130,11 +149,15 @@ class SampledTokens:
         return logits
 
     def count(self, times: int = 1) -> None:
-        """Count the tokens in the penalties of their rows; -1 times takes them back."""
+        """Count the tokens in the tables of their rows; -1 times takes them back."""
         if self._penalised:
             rows = [self.rows[i].penalty_row for i in self._penalised]
             ids = self.ids[upload(self._penalised, torch.long, self.ids.device)]
-            self._penalties.count(rows, ids, times)
+            self._state.penalties.count(rows, ids, times)
+        if self._ruled:
+            rows = [self.rows[i].rule_row for i in self._ruled]
+            ids = self.ids[upload(self._ruled, torch.long, self.ids.device)]
+            self._state.token_rules.count(rows, ids, times)
 
     def get(self) -> list[Sampled | None]:
         """The results, one a row; None where the row's logits have NaN or Inf."""
@@ -146,6 +169,8 @@ class SampledTokens:
 
     @staticmethod
     def _result(params: SamplingParams, ints: list[int], reals: list[float]) -> Sampled:
+        if ints[1] > 1:
+            return Sampled(-1, reals[0], None)
         if params.logprobs is None:
             return Sampled(ints[0], reals[0], None)
         table = {ints[0]: (reals[0], ints[2])}

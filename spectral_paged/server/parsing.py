@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spectral_paged.engine import check_request
+from spectral_paged.engine import check_request, most_tokens
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
@@ -53,12 +53,18 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
             param="prompt",
             code="too_many_completions",
         )
-    encoder = llm.engine.prompt_encoder
+    encoder, keep = llm.engine.prompt_encoder, body.params.truncate_prompt_tokens
     try:
         prompts = (
-            [encoder.encode_chat(body.messages, allow_special_tokens=llm.allow_special_tokens)]
+            [
+                encoder.encode_chat(
+                    body.messages,
+                    allow_special_tokens=llm.allow_special_tokens,
+                    truncate_prompt_tokens=keep,
+                )
+            ]
             if body.messages is not None
-            else [encoder.encode(prompt) for prompt in body.prompts]
+            else [encoder.encode(prompt, truncate_prompt_tokens=keep) for prompt in body.prompts]
         )
         if not all(prompts):
             raise EmptyPromptError("the prompt is empty: give at least one token")
@@ -83,8 +89,9 @@ def entries_of_token(params: SamplingParams) -> int:
 def _check_size(
     llm: LLM, settings: ServerSettings, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> None:
-    longest = llm.cache.max_model_len
-    tokens = params.n * sum(min(params.max_tokens, longest - len(prompt)) for prompt in prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    room = [most_tokens(llm.cache, length, params) - length for length in lengths]
+    tokens = params.n * sum(room)
     entries, most = tokens * entries_of_token(params), settings.max_response_entries
     if entries > most:
         each = "" if params.logprobs is None else f" with {params.logprobs + 1} log-probabilities"
@@ -119,7 +126,7 @@ def unknown_model(name: str, settings: ServerSettings) -> ApiError:
 
 def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
     params, most = body.params, settings.max_tokens
-    if most is not None and "max_tokens" in body.named and params.max_tokens > most:
+    if most is not None and "max_tokens" in body.named and (params.max_tokens or 0) > most:
         raise ApiError(
             400,
             f"max_tokens is {shown(params.max_tokens)}; this server allows {most}",
@@ -156,7 +163,8 @@ def _with_room(
     """Return the parameters, with `max_tokens` from the room there is if the body has no limit."""
     if "max_tokens" in body.named:
         return body.params
-    most = body.params.max_tokens if settings.max_tokens is None else settings.max_tokens
+    asked = body.params.max_tokens or llm.cache.max_model_len
+    most = asked if settings.max_tokens is None else settings.max_tokens
     if body.messages is not None:
         most = min(most, llm.cache.max_sequence_tokens - len(prompts[0]))
     most = min(
@@ -165,4 +173,4 @@ def _with_room(
         // (len(prompts) * body.params.n * entries_of_token(body.params)),
     )
     # 1 without any room, so that the engine refuses the request
-    return replace(body.params, max_tokens=max(1, min(body.params.max_tokens, most)))
+    return replace(body.params, max_tokens=max(1, min(asked, most)))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spectral_paged import LLM, SamplingParams
-from spectral_paged.sampling import Penalties, SampledTokens, SampleRow
+from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingState
+from spectral_paged.sampling.token_rules import TokenRules
 from support.families import build
 from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
@@ -99,17 +100,18 @@ def test_penalties_never_wait_for_the_gpu(choice):
     logits = torch.randn(9, 5000, device="cuda")
     penalty = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
     params = SamplingParams(**penalty, **choice)
-    penalties, prompt = Penalties(), list(range(4000))
+    state, prompt = SamplingState(), list(range(4000))
+    penalties = state.penalties
     torch.cuda.set_sync_debug_mode("error")
     try:
         rows = []
         for i in range(9):  # the ninth row makes the table grow
             held = penalties.hold(i, prompt, [1, 1, i], logits, siblings=range(i % 3))
             rows.append(SampleRow(params, i, 3, (7,), held))
-        tokens = SampledTokens(logits, rows, penalties)
+        tokens = SampledTokens(logits, rows, state)
         tokens.count()
         tokens.count(-1)
-        again = SampledTokens(logits, rows, penalties)
+        again = SampledTokens(logits, rows, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(tokens.ids, again.ids)
@@ -118,6 +120,27 @@ def test_penalties_never_wait_for_the_gpu(choice):
     want = on_cpu.apply(logits.cpu(), held, [params] * 9)
     got = penalties.apply(logits, [row.penalty_row for row in rows], [params] * 9)
     torch.testing.assert_close(got.cpu(), want)
+
+
+def test_token_rules_never_wait_for_the_gpu():
+    """Rows are made, copied, grown, applied, counted and taken back while the stream has work."""
+    logits = torch.randn(9, 5000, device="cuda")
+    params = SamplingParams(logit_bias={3: 2.0}, allowed_token_ids=list(range(9)), temperature=0.0)
+    rules, on_cpu = TokenRules(), TokenRules()
+    words = [[[1], [2, 3, 4][: 2 + i % 2], [5, 6]] for i in range(9)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = [
+            rules.hold(i, params, words[i], [1, 5], logits, siblings=range(i % 3)) for i in range(9)
+        ]
+        ids = torch.full_like(logits[:, 0], 2).long()
+        rules.count(rows, ids)
+        rules.count(rows, ids, -1)
+        got = rules.apply(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    held = [on_cpu.hold(i, params, words[0], [1, 5], logits.cpu()) for i in range(9)]
+    torch.testing.assert_close(got[:1].cpu(), on_cpu.apply(logits.cpu(), held)[:1])
 
 
 def test_compiled_layers_say_what_eager_ones_say():

@@ -25,8 +25,8 @@ class Recorded(SampledTokens):
 
     seen: dict[tuple[int, int], torch.Tensor]
 
-    def __init__(self, logits, rows, penalties):
-        super().__init__(logits, rows, penalties)
+    def __init__(self, logits, rows, state):
+        super().__init__(logits, rows, state)
         for line, row in zip(logits, rows, strict=True):
             self.seen[row.seed, row.num_output_tokens] = line.clone()
 
@@ -208,7 +208,7 @@ def test_tokens_of_a_step_that_is_taken_again_count_once(monkeypatch, error, whe
     owner, name = {
         "get": (SampledTokens, "get"),
         "draw": (sampled_step, "SampledTokens"),
-        "count": (llm.engine.penalties, "count"),
+        "count": (llm.engine.sampling_state.penalties, "count"),
         "seal": (llm.cache.sealer, "seal"),
         "end_step": (llm.cache, "end_step"),
         "forward": (llm.engine.runner, "forward"),

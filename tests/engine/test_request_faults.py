@@ -139,10 +139,10 @@ def test_a_detokenizer_that_raises_fails_its_request_alone(monkeypatch, where, e
     else:
         take = Completion.take
 
-        def only_two(self, result, eos, longest):
+        def only_two(self, result, eos):
             if self.owner.request_id == "2" and len(self.output.token_ids) == 3:
                 raise error
-            return take(self, result, eos, longest)
+            return take(self, result, eos)
 
         monkeypatch.setattr(Completion, "take", only_two)
     done, _ = serve(llm)

@@ -269,3 +269,39 @@ def test_a_negative_seed_is_none(llm, seed):
     same = SamplingParams(max_tokens=8, seed=7)
     found = {tuple(o.outputs[0].token_ids) for o in llm.generate([GOOD] * 6, same, use_tqdm=False)}
     assert len(found) == 1
+
+
+FIELDS_OF_VLLM = {
+    "logit_bias": {"3": 1.5},
+    "allowed_token_ids": [3, 4],
+    "bad_words": ["ab"],
+    "include_stop_str_in_output": True,
+    "spaces_between_special_tokens": False,
+    "truncate_prompt_tokens": 5,
+    "repetition_detection": {"max_pattern_size": 3, "min_count": 2},
+}
+
+
+def test_sampling_fields_mean_the_same_at_every_door(llm, tmp_path):
+    want = SamplingParams(max_tokens=3, **FIELDS_OF_VLLM)
+    fields = {"max_tokens": 3, **FIELDS_OF_VLLM}
+    lines = [
+        {"prompt": GOOD, **fields},
+        {"prompt": GOOD, "sampling_params": fields},
+        openai_line(COMPLETIONS_URL, "a", prompt=GOOD, **fields),
+        openai_line(CHAT_URL, "b", messages=TALK, **fields),
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = list(read_lines(path, {}))
+    assert [line.params for line in read] == [want] * 4
+    for chat, base in ((False, {"prompt": GOOD}), (True, {"messages": TALK})):
+        body = json.dumps(base | fields).encode()
+        parsed = parse_request(llm, ServerSettings(("tiny",)), body, chat=chat)
+        assert parsed.params == want and len(parsed.prompts[0]) == min(5, len(parsed.prompts[0]))
+    tokens = {
+        tuple(result.record["outputs"][0]["token_ids"])
+        for result in serve_lines(llm, iter(read[:2]))
+    }
+    (offline,) = llm.generate([GOOD], want, use_tqdm=False)
+    assert tokens == {tuple(offline.outputs[0].token_ids)} and set(*tokens) <= {3, 4}

@@ -139,7 +139,7 @@ def test_requests_that_end_badly_are_counted_by_how(monkeypatch):
     [snapshot] = scraped(llm)
     assert snapshot.labels("request_refused") == {"EmptyPromptError": 1, "PromptTooLongError": 1}
     ended = snapshot.labels("request_success")
-    assert ended == {"stop": 0, "length": 1, "abort": 1, "error": 1}
+    assert ended == {"stop": 0, "length": 1, "repetition": 0, "abort": 1, "error": 1}
     assert snapshot.value("prompt_tokens") == 2, "only what was served"
     assert snapshot.durations["e2e_request_latency_seconds"].count == 1
 

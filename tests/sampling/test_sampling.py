@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged.errors import SamplingParamsError, shown
-from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingParams
+from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams, SamplingState
 from spectral_paged.sampling.sampler import uniform_noise
 
 VOCAB = 50
@@ -39,9 +39,9 @@ def row(seed=0, prompt=(), output=(), blocked=(), **params):
 
 
 def sample(logits, rows):
-    penalties = Penalties()
-    held = [r.held(i, penalties, logits) for i, r in enumerate(rows)]
-    return SampledTokens(logits, held, penalties).get()
+    state = SamplingState()
+    held = [r.held(i, state.penalties, logits) for i, r in enumerate(rows)]
+    return SampledTokens(logits, held, state).get()
 
 
 def draw(logits, rows):
@@ -309,7 +309,6 @@ def test_logprobs_only_where_they_are_asked_for():
         ("frequency_penalty", -2.1),
         ("max_tokens", 0),
         ("max_tokens", True),
-        ("max_tokens", None),
         ("min_tokens", -1),
         ("min_tokens", 101),
         ("logprobs", -1),
