@@ -86,6 +86,27 @@ def bench_steps(args: argparse.Namespace) -> int:
     )
 
 
+def bench_prompts(args: argparse.Namespace) -> int:
+    """Time attention of prompt chunks by every backend, and prompts in the engine."""
+    from spectral_paged.benchmarks.prompts import attention, engine, run
+
+    return run.main(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        keys=args.keys or attention.KEYS,
+        queries=args.queries or attention.QUERIES,
+        formats=args.format or engine.FORMATS,
+        input_lens=args.input_len or engine.INPUT_LENS,
+        budgets=args.max_num_batched_tokens or engine.BUDGETS,
+        num_prompts=args.num_prompts,
+        attention_only=args.attention_only,
+        enforce_eager=args.enforce_eager,
+        name=args.name,
+        output_dir=args.output_dir,
+    )
+
+
 def bench_capacity(args: argparse.Namespace) -> int:
     """Fill caches of one size with contexts, by format."""
     from spectral_paged.benchmarks import capacity
@@ -174,6 +195,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_unsloth(args)
     if args.bench == "steps":
         return bench_steps(args)
+    if args.bench == "prompts":
+        return bench_prompts(args)
     if args.bench == "capacity":
         return bench_capacity(args)
     if args.bench == "throughput":

@@ -74,6 +74,7 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     _add_served(benches.add_parser("served", help="needles and divergence through whole engines"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
+    _add_prompts(benches.add_parser("prompts", help="how fast prompts are computed, and by what"))
     _add_unsloth(
         benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
     )
@@ -184,6 +185,39 @@ def _add_steps(parser: Parser) -> None:
         help="tokens of a sequence; default: 128",
     )
     _add_llm_options(parser, "kv_cache_bytes")
+    _add_name(parser)
+    _add_output_dir(parser)
+
+
+def _add_prompts(parser: Parser) -> None:
+    parser.add_argument("--model", default="random:llama-3-8b", help=f"{MODEL}, or random:<shape>")
+    _add_llm_options(parser, "device", "dtype", "enforce_eager")
+    many = {"type": num_tokens, "metavar": "TOKENS"}
+    _add_repeatable(
+        parser, "--keys", help="keys of a chunk alone; default: 2048, 8192, 32768, 131072", **many
+    )
+    _add_repeatable(
+        parser, "--queries", help="queries at their end; default: 2048 and 8192, and all", **many
+    )
+    parser.add_argument(
+        "--attention-only", action="store_true", help="time chunks alone, without the engine"
+    )
+    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    _add_repeatable(
+        parser, "--input-len", help="tokens of a prompt; default: 8192 and 32768", **many
+    )
+    _add_repeatable(
+        parser,
+        "--max-num-batched-tokens",
+        help="tokens of a step; default: 2048, 8192 and 16384",
+        **many,
+    )
+    parser.add_argument(
+        "--num-prompts",
+        type=positive,
+        metavar="N",
+        help="prompts of a length; default: as many as make 65,536 tokens, at least 2",
+    )
     _add_name(parser)
     _add_output_dir(parser)
 

@@ -13,6 +13,10 @@ from torch import Tensor
 from spectral_paged.kernels.math.scores import capped
 
 QUERY_TILE = 256
+# Rows between the keys of one chunk and of the next. Some kernels load whole tiles and read past
+# a chunk's end: keys there are masked, but a value there times a weight of zero is NaN if the
+# value is. The widest tile has 176 rows.
+KEY_GAP = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +24,28 @@ class ChunkSpans:
     """The place of each chunk's queries and keys in a flattened batch.
 
     ```
-    queries   |  chunk 0  |chunk 1|      q_ends (0, 12, 20)
-    keys      |  history 0 . chunk 0  |  chunk 1  |     k_ends (0, 24, 32)
+    queries   |  chunk 0  |chunk 1|                        q_ends (0, 12, 20)
+    keys      |  history 0 . chunk 0  | gap |  chunk 1  |  k_ends (0, 24, 32)
     ```
 
-    q_ends, k_ends: running sums of lengths, from 0; `cu_q` and `cu_k` are the same, int32 on the
-    device.
+    q_ends, k_ends: running sums of lengths, from 0, without gaps.
+    gap: rows between the keys of two chunks. Values there must be finite.
+    max_q, max_k: the largest lengths.
+    cu_q, cu_k: running sums, int32 on the device, where a gap is a chunk without queries.
     """
 
     q_ends: tuple[int, ...]
     k_ends: tuple[int, ...]
+    gap: int
+    max_q: int
+    max_k: int
     cu_q: Tensor
     cu_k: Tensor
 
     @classmethod
-    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> ChunkSpans:
+    def of(
+        cls, queries: Sequence[int], keys: Sequence[int], device: torch.device, *, gap: int = 0
+    ) -> ChunkSpans:
         """The spans of chunks with as many queries and keys.
 
         Raises:
@@ -43,9 +54,14 @@ class ChunkSpans:
         if any(q > k for q, k in zip(queries, keys, strict=True)):
             raise ValueError(f"chunks of {list(queries)} queries have {list(keys)} keys")
         ends = [tuple(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
-        both = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
-        cu = both.to(device, non_blocking=True)
-        return cls(ends[0], ends[1], cu[0], cu[1])
+        cu = [
+            tuple(accumulate(with_gaps(lengths, width), initial=0)) if gap else sums
+            for lengths, width, sums in zip((queries, keys), (0, gap), ends, strict=True)
+        ]
+        both = torch.tensor(cu, dtype=torch.int32, pin_memory=device.type == "cuda")
+        sums = both.to(device, non_blocking=True)
+        most = max(queries, default=0), max(keys, default=0)
+        return cls(ends[0], ends[1], gap, *most, sums[0], sums[1])
 
     @property
     def q_lengths(self) -> list[int]:
@@ -55,10 +71,28 @@ class ChunkSpans:
     def k_lengths(self) -> list[int]:
         return [end - start for start, end in pairwise(self.k_ends)]
 
+    @property
+    def num_key_rows(self) -> int:
+        """The number of rows of keys, gaps included."""
+        return self.k_ends[-1] + self.gap * max(0, len(self.k_ends) - 2)
+
+    @property
+    def gap_starts(self) -> list[int]:
+        """The first row of each gap."""
+        ends = self.k_ends[1:-1] if self.gap else ()
+        return [end + place * self.gap for place, end in enumerate(ends)]
+
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """The queries and the keys of each chunk."""
-        for q, k in zip(pairwise(self.q_ends), pairwise(self.k_ends), strict=True):
-            yield slice(*q), slice(*k)
+        spans = zip(pairwise(self.q_ends), pairwise(self.k_ends), strict=True)
+        for place, (q, (first, last)) in enumerate(spans):
+            moved = place * self.gap
+            yield slice(*q), slice(first + moved, last + moved)
+
+
+def with_gaps(lengths: Sequence[int], gap: int) -> list[int]:
+    """`lengths` with `gap` between each two."""
+    return [x for length in lengths for x in (gap, length)][1:]
 
 
 def chunk_attention(
@@ -75,8 +109,8 @@ def chunk_attention(
 
     Args:
         q: `[T, Hq, D]` after RoPE, chunks behind each other.
-        k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other; the last of a
-            chunk's keys are its own tokens.
+        k, v: `[Hkv, L, D]`, history and own tokens of chunks behind each other, or with the gaps
+            of `spans` between them; the last of a chunk's keys are its own tokens.
         softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
         window: tokens that a query sees, its own among them; the keys must then be those of
             consecutive positions. None sees all before it.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk import gpu as chunk
+from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.kernels.decode.gpu import (
     decode_attention,
@@ -69,6 +70,11 @@ class GpuOps(PageOps):
         return "triton" if layout is None else implementation(layout, group, device, rotary_dim)
 
     def prefill_backend(
-        self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
+        self,
+        dtype: torch.dtype,
+        dim: int,
+        scores: Scores,
+        window: int | None,
+        device: torch.device,
     ) -> str:
-        return chunk.backend(dtype, dim, softcap=scores.softcap, window=window)
+        return chunk.backend(ChunkKind(dtype, dim, device, scores.softcap, window))

@@ -198,7 +198,16 @@ class PageOps(ABC):
 
     @abstractmethod
     def prefill_backend(
-        self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
+        self,
+        dtype: torch.dtype,
+        dim: int,
+        scores: Scores,
+        window: int | None,
+        device: torch.device,
     ) -> str:
-        """The name of the prefill backend: `torch`, or the library whose kernel attends."""
+        """The name of the prefill backend: `torch`, or the one of `chunk.gpu` that attends.
+
+        Raises:
+            ImportError: a library is installed whose kernels do not load.
+        """
         ...

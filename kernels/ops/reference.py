@@ -56,6 +56,11 @@ class TorchOps(PageOps):
         return "torch"
 
     def prefill_backend(
-        self, dtype: torch.dtype, dim: int, scores: Scores, window: int | None
+        self,
+        dtype: torch.dtype,
+        dim: int,
+        scores: Scores,
+        window: int | None,
+        device: torch.device,
     ) -> str:
         return "torch"

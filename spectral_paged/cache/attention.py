@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.cache.layer_group import LayerGroup
-from spectral_paged.errors import FormatError
+from spectral_paged.errors import FormatError, MissingPackageError
 from spectral_paged.kernels.decode.batch import Basis
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.scores import Scores
@@ -33,6 +33,9 @@ class PagedAttention:
         num_q_heads: number of query heads of a layer.
         scale: softmax scale.
         softcap: scores s become softcap tanh(s / softcap); None caps none.
+
+    Raises:
+        MissingPackageError: a library of chunk kernels is installed and does not load.
     """
 
     def __init__(
@@ -52,7 +55,15 @@ class PagedAttention:
         self.ops = ops
         self.num_q_heads = num_q_heads
         self.scores = Scores(scale, softcap)
-        self.dtype = groups[0].arena.dtype
+        arena = groups[0].arena
+        self.dtype = arena.dtype
+        try:  # a library whose kernels do not load is refused before anything is stored
+            for window in {group.window for group in groups}:
+                ops.prefill_backend(
+                    self.dtype, arena.format.head_dim, self.scores, window, arena.planes.device
+                )
+        except ImportError as error:
+            raise MissingPackageError(str(error)) from error
 
     def _check(self, step: GroupStep, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
         format, num_tokens = self.basis.format, len(step.append_units)
@@ -119,26 +130,40 @@ class PagedAttention:
         q = group.in_halves(q)
         if step.decode is not None and step.decode_tokens is None:
             return self._decode(step.decode, plane, q, shared)
+        if len(step.chunks) == 1 and step.chunks[0].tokens is None:
+            return self._attend(group, step.chunks[0], plane, shared, q, k, v)
         out = torch.empty_like(q)
         if step.decode is not None:
             places = step.decode_tokens
             out[places] = self._decode(step.decode, plane, q[places], shared)
         for batch in step.chunks:
-            tokens = slice(None) if batch.tokens is None else batch.tokens
-            if batch.is_fresh:
-                keys, values = (x[tokens].transpose(0, 1) for x in (k, v))
-            else:
-                keys, values = self.history(group, batch, plane, shared)
-            found = self.ops.chunk_attention(
-                q[tokens].to(self.dtype),
-                keys,
-                values,
-                spans=batch.spans,
-                scores=self.scores,
-                window=group.window,
-            )
-            out[tokens] = found.to(q.dtype)
+            out[batch.tokens] = self._attend(group, batch, plane, shared, q, k, v)
         return out
+
+    def _attend(
+        self,
+        group: LayerGroup,
+        batch: ChunkBatch,
+        plane: Tensor,
+        shared: Basis,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """Attend to a batch of the step's chunks, whose k and v are stored; in q's dtype."""
+        if batch.is_fresh:
+            keys, values = (_key_rows(batch, x).transpose(0, 1) for x in (k, v))
+        else:
+            keys, values = self.history(group, batch, plane, shared)
+        found = self.ops.chunk_attention(
+            _of(batch, q).to(self.dtype),
+            keys,
+            values,
+            spans=batch.spans,
+            scores=self.scores,
+            window=group.window,
+        )
+        return found.to(q.dtype)
 
     def _decode(self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: Basis) -> Tensor:
         return self.ops.decode_attention(q, plane, batch.exact, batch.pages, self.scores, shared)
@@ -146,12 +171,12 @@ class PagedAttention:
     def history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: Basis
     ) -> tuple[Tensor, Tensor]:
-        """K and V `[Hkv, L, D]` of a batch's chunks, concatenated; pages are rebuilt."""
+        """K and V `[Hkv, L, D]` of a batch's chunks in the rows of its spans, pages rebuilt."""
         heads, dim = self.basis.format.num_kv_heads, self.basis.format.head_dim
-        keys, values = (
-            plane.new_empty((heads, batch.spans.k_ends[-1], dim), dtype=self.dtype)
-            for _ in range(2)
-        )
+        shape = heads, batch.spans.num_key_rows, dim
+        keys, values = (plane.new_empty(shape, dtype=self.dtype) for _ in range(2))
+        for start in batch.spans.gap_starts:  # of keys there nothing is asked
+            values[:, start : start + batch.spans.gap].zero_()
         for chunk, (_, span) in zip(batch.chunks, batch.spans, strict=True):
             at = span.start
             for run in chunk.runs:
@@ -174,3 +199,17 @@ class PagedAttention:
                     out=out,
                 )
         return keys, values
+
+
+def _of(batch: ChunkBatch, x: Tensor) -> Tensor:
+    """The tokens of `batch` in `x` `[T, H, D]` of a step."""
+    return x if batch.tokens is None else x[batch.tokens]
+
+
+def _key_rows(batch: ChunkBatch, x: Tensor) -> Tensor:
+    """A step's k or v in the rows of a batch's spans, zeros in gaps, for chunks without history."""
+    x = _of(batch, x)
+    if batch.key_rows is None:
+        return x
+    rows = x.new_zeros((batch.spans.num_key_rows, *x.shape[1:]))
+    return rows.index_copy_(0, batch.key_rows, x)

@@ -24,7 +24,7 @@ from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
-from spectral_paged.kernels.chunk.reference import ChunkSpans
+from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans
 from spectral_paged.kernels.decode.batch import ExactTokens, Pages
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
@@ -191,11 +191,17 @@ class DecodeBatch:
 
 @dataclass(frozen=True, slots=True)
 class ChunkBatch:
-    """Chunks that attend together; `tokens` are their places in the flat batch (None: all)."""
+    """Chunks that attend together.
+
+    tokens: int64, their places in the flat batch; None: all.
+    key_rows: int64, the rows of the keys of chunks without history; None if they lie without gaps,
+        or if a chunk has history.
+    """
 
     chunks: tuple[Chunk, ...]
     spans: ChunkSpans
     tokens: Tensor | None
+    key_rows: Tensor | None
 
     @property
     def is_fresh(self) -> bool:
@@ -243,24 +249,33 @@ class GroupStep:
 
 
 def chunk_batches(chunks: list[Chunk], num_tokens: int, device: torch.device) -> list[ChunkBatch]:
-    """Batches of chunks whose history fits the transient buffer of `HISTORY_TOKENS`."""
+    """Batches of chunks whose keys fit the transient buffer of `HISTORY_TOKENS`, with gaps between
+    them; a chunk alone has none."""
     batches: list[list[Chunk]] = []
     held = 0
     for chunk in chunks:
-        if not batches or held + chunk.num_keys > HISTORY_TOKENS:
+        if not batches or held + KEY_GAP + chunk.num_keys > HISTORY_TOKENS:
             batches.append([])
-            held = 0
+            held = -KEY_GAP
         batches[-1].append(chunk)
-        held += chunk.num_keys
+        held += KEY_GAP + chunk.num_keys
     found = []
     for batch in batches:
-        spans = ChunkSpans.of([c.num_new for c in batch], [c.num_keys for c in batch], device)
-        tokens = None
+        counts = [c.num_new for c in batch], [c.num_keys for c in batch]
+        spans = ChunkSpans.of(*counts, device, gap=KEY_GAP if len(batch) > 1 else 0)
+        tokens = key_rows = None
         if spans.q_ends[-1] < num_tokens:
-            places = [np.arange(c.flat_start, c.flat_start + c.num_new) for c in batch]
-            tokens = upload(np.concatenate(places), torch.long, device)
-        found.append(ChunkBatch(tuple(batch), spans, tokens))
+            flat = [slice(c.flat_start, c.flat_start + c.num_new) for c in batch]
+            tokens = _places(flat, device)
+        if spans.gap and all(chunk.is_fresh for chunk in batch):
+            key_rows = _places([keys for _, keys in spans], device)
+        found.append(ChunkBatch(tuple(batch), spans, tokens, key_rows))
     return found
+
+
+def _places(spans: Sequence[slice], device: torch.device) -> Tensor:
+    """The places inside `spans`, int64 on the device."""
+    return upload(np.concatenate([np.arange(s.start, s.stop) for s in spans]), torch.long, device)
 
 
 class OpenStep:

@@ -141,7 +141,7 @@ def backends(
             ]
         ),
         "prefill_backend": named(
-            [ops.prefill_backend(dtype, format.head_dim, scores, g.window) for g in groups]
+            [ops.prefill_backend(dtype, format.head_dim, scores, g.window, device) for g in groups]
         ),
         "seal_backend": named([e.backend for e in encoders.values()] or ["torch"]),
     }

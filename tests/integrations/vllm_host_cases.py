@@ -7,15 +7,20 @@ that release is a wheel of 300 MB.
 from __future__ import annotations
 
 import copy
+import inspect
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from spectral_paged.cache.sealer import SealCheck
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.vllm import engine_args, serve_flags
 from spectral_paged.integrations.vllm.limits import check_limits, obstacles
+from spectral_paged.kernels.chunk import fa3
+from spectral_paged.kernels.chunk.reference import ChunkSpans
+from spectral_paged.kernels.math.scores import Scores
 from support.vllm_host import (
     LONGEST,
     EngineArgs,
@@ -23,6 +28,7 @@ from support.vllm_host import (
     Host,
     SpectralCudaGraphs,
     engine_config,
+    flash_attention,
     model_folder,
 )
 
@@ -114,6 +120,44 @@ def test_any_order_of_requests_aborts_and_late_samples_leaves_nothing(folder, da
                 if host.scheduler.has_requests():
                     host.step(sample_late=what == "late")
     host.finish(sample_late=data.draw(st.booleans()))
+
+
+def test_vllms_flash_attention_3_is_called_by_its_own_names(monkeypatch):
+    calls = []
+    takes = inspect.signature(flash_attention.flash_attn_varlen_func)
+
+    def record(*args, **options):
+        calls.append(takes.bind(*args, **options).arguments)
+        return args[0]
+
+    monkeypatch.setattr(flash_attention, "flash_attn_varlen_func", record)
+    spans = ChunkSpans.of([2, 3], [5, 3], torch.device("cpu"), gap=4)
+    q, k = torch.zeros(5, 4, 64), torch.zeros(spans.num_key_rows, 2, 64)
+    assert flash_attention.BUILD.attend(q, k, k, spans, Scores(0.5, 7.0), (49, 0)) is q
+    (found,) = calls
+    assert found["cu_seqlens_q"].tolist() == [0, 2, 2, 5]
+    assert found["cu_seqlens_k"].tolist() == [0, 5, 9, 12]
+    rest = {name: x for name, x in found.items() if not isinstance(x, torch.Tensor)}
+    assert rest == {
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 5,
+        "softmax_scale": 0.5,
+        "causal": True,
+        "window_size": [49, 0],
+        "softcap": 7.0,
+        "num_splits": 1,
+        "fa_version": 3,
+    }
+
+
+@pytest.mark.parametrize("reason", [None, "no card"])
+def test_vllms_build_is_taken_where_vllm_has_it(monkeypatch, reason):
+    monkeypatch.setattr(flash_attention, "fa_version_unsupported_reason", lambda version: reason)
+    try:
+        flash_attention.use_vllm_build()
+        assert (fa3.build_in_use() is flash_attention.BUILD) == (reason is None)
+    finally:
+        fa3.use_build(None)
 
 
 def test_one_bad_request_ends_alone_with_an_error(folder):

@@ -15,7 +15,15 @@ from support.page_parts import toy_basis
 HEADS, DIM = 1, 64
 
 
-def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **changes):
+def small_cache(
+    monkeypatch=None,
+    op=None,
+    *,
+    device="cpu",
+    dtype=torch.float32,
+    calibration=None,
+    **changes,
+):
     """A cache of 4 MiB for four sequences; `changes` are fields of its format.
 
     `calibration` replaces a toy one, and `op` the seal kernel of the device."""
@@ -36,6 +44,7 @@ def small_cache(monkeypatch=None, op=None, *, device="cpu", calibration=None, **
         max_num_seqs=4,
         calibration=calibration or toy_basis(2, HEADS, DIM),
         device=device,
+        dtype=dtype,
         debug_poison=True,
     )
 

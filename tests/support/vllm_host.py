@@ -113,7 +113,7 @@ from vllm.v1.request import Request, RequestStatus  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
 from spectral_paged import SpectralKVCache  # noqa: E402
-from spectral_paged.integrations.vllm import engine_args  # noqa: E402
+from spectral_paged.integrations.vllm import engine_args, flash_attention  # noqa: E402, F401
 from spectral_paged.integrations.vllm.backend import SpectralAttention  # noqa: E402
 from spectral_paged.integrations.vllm.graphs import SpectralCudaGraphs  # noqa: E402, F401
 from spectral_paged.integrations.vllm.model_state import SpectralModelState  # noqa: E402

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import CapacityError, UnsupportedModelError
 from spectral_paged.integrations.vllm.calibration import layer_calibration
+from spectral_paged.integrations.vllm.flash_attention import use_vllm_build
 from spectral_paged.integrations.vllm.graphs import SpectralCudaGraphs
 from spectral_paged.integrations.vllm.layers import PagedLayers
 from spectral_paged.integrations.vllm.limits import check_limits
@@ -100,6 +101,7 @@ class SpectralWorker(Worker):
         Raises:
             CapacityError: `max_model_len` tokens do not fit.
         """
+        use_vllm_build()
         model, layers = self.model_runner.get_model(), self.layers
         longest = self.model_config.max_model_len
         cache = SpectralKVCache(

@@ -1,0 +1,99 @@
+"""`bench prompts` times every backend that is there, and the engine, and refuses wrong results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spectral_paged.benchmarks.prompts import attention, run
+from spectral_paged.benchmarks.throughput.random_models import load_random
+from spectral_paged.cli.commands import main
+from spectral_paged.errors import InvalidRequestError
+from spectral_paged.kernels.chunk import gpu
+from spectral_paged.kernels.chunk.backend import ChunkKind
+
+CPU = torch.device("cpu")
+GEOMETRY = load_random("random:tiny", device=torch.device("meta"), dtype=torch.float32).geometry
+KIND = ChunkKind(torch.float32, GEOMETRY.head_dim, CPU)
+
+
+def test_every_number_of_keys_is_timed_fresh_and_with_fewer_queries():
+    found = attention.cases((2048, 8192), (2048, 8192))
+    assert found == [(2048, 2048), (8192, 8192), (8192, 2048)]
+
+
+@pytest.mark.parametrize("keys, queries", [(1, 1), (5, 5), (9, 2)])
+def test_operations_count_what_a_query_sees(keys, queries):
+    seen = sum(keys - queries + i + 1 for i in range(queries))
+    assert attention.operations(keys, queries, 3, 16) == 4 * 3 * 16 * seen
+
+
+def test_a_backend_with_another_result_is_not_timed(monkeypatch):
+    class Wrong:
+        def obstacle(self, kind):
+            return None
+
+        def attend(self, q, k, v, spans, scores, window):
+            return q + 1
+
+    monkeypatch.setattr(gpu, "BACKENDS", gpu.BACKENDS | {"wrong": Wrong()})
+    monkeypatch.setattr(attention, "BACKENDS", gpu.BACKENDS)
+    with pytest.raises(ArithmeticError, match="wrong differs from the fp32 twin"):
+        list(attention.measure(GEOMETRY, KIND, (64,), ()))
+
+
+def test_chunks_and_prompts_are_timed_written_and_shown(tmp_path, capsys):
+    line = "bench prompts --model random:tiny --device cpu --dtype float32 --keys 96 --keys 64"
+    line += " --queries 64 --input-len 700 --input-len 1300 --num-prompts 2"
+    line += " --max-num-batched-tokens 512 --max-num-batched-tokens 2048"
+    assert main([*line.split(), "--output-dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "prompts-random-tiny.json").read_text())
+    rows = result["attention"]
+    assert [(r["keys"], r["queries"]) for r in rows] == [(96, 96), (96, 64), (64, 64)]
+    assert {r["backend"] for r in rows} == {"sdpa"}
+    assert all(0 < r["least_ms"] <= r["ms"] <= r["most_ms"] and r["error"] < 1e-6 for r in rows)
+    assert set(result["not_here"]) == {"fa3", "xformers", "varlen", "cudnn"}
+    assert result["heads"] == [4, 2, 64] and result["environment"]["torch"]
+    whole = result["engine"]
+    assert [(r["format"], r["budget"], r["input_len"]) for r in whole] == [
+        (format, budget, length)
+        for format in ("exact", "spectral-quality")
+        for budget in (512, 2048)
+        for length in (700, 1300)
+    ]
+    assert all(
+        r["tokens_per_second"] * r["seconds"] == pytest.approx(2 * r["input_len"]) for r in whole
+    )
+    assert [r["seal_seconds"] > 0 for r in whole] == [False] * 4 + [True] * 4
+    shown = capsys.readouterr().out
+    assert "sdpa ms (TFLOP/s)" in shown and "2 x 1,300" in shown
+    assert shown.rstrip().splitlines()[-1].split()[:4] == ["spectral-quality", "2", "x", "1,300"]
+
+
+def test_chunks_alone_need_no_engine(tmp_path):
+    line = "bench prompts --model random:tiny --device cpu --dtype float32 --keys 64 --name x"
+    assert main([*line.split(), "--attention-only", "--output-dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "prompts-x.json").read_text())
+    assert result["attention"] and not result["engine"]
+
+
+def test_a_format_that_does_not_exist_is_refused_before_work(tmp_path):
+    with pytest.raises(InvalidRequestError, match="spectral-fast: use "):
+        run.main(
+            model="random:tiny",
+            device="cpu",
+            dtype="float32",
+            keys=(64,),
+            queries=(),
+            formats=("spectral-fast",),
+            input_lens=(64,),
+            budgets=(64,),
+            num_prompts=1,
+            attention_only=False,
+            enforce_eager=True,
+            name="",
+            output_dir=tmp_path,
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,37 @@
+"""A chunk kernel on a CPU that loads whole tiles of keys, as FlashAttention 3 does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+TILE = 176  # the widest that FlashAttention 3 loads
+
+
+def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, spans, scores, window) -> Tensor:
+    """Attend as a `fa3.Build` does: by `cu_q` and `cu_k`, causal from the bottom right.
+
+    Every sequence's keys are read to the end of a tile, or of the tensor. What lies past its own
+    gets a weight of zero, and its values are multiplied by that.
+    """
+    out = torch.full_like(q, torch.nan)
+    left, right = window
+    assert right == 0
+    group = q.shape[1] // k.shape[1]
+    bounds = zip(pairwise(spans.cu_q.tolist()), pairwise(spans.cu_k.tolist()))
+    for (q_start, q_end), (k_start, k_end) in bounds:
+        if q_start == q_end:
+            continue
+        length = k_end - k_start
+        read = slice(k_start, k_start + -(-length // TILE) * TILE)
+        keys, values = (x[read].float().repeat_interleave(group, 1) for x in (k, v))
+        found = torch.einsum("thd,lhd->htl", q[q_start:q_end].float(), keys) * scores.scale
+        if scores.softcap:
+            found = scores.softcap * torch.tanh(found / scores.softcap)
+        at = torch.arange(length - (q_end - q_start), length)[:, None] - torch.arange(len(keys))
+        hidden = (at < 0) | ((at > left) if left >= 0 else torch.zeros_like(at, dtype=torch.bool))
+        weights = torch.where(hidden, -torch.inf, found).softmax(-1)
+        out[q_start:q_end] = torch.einsum("htl,lhd->thd", weights, values).to(q.dtype)
+    return out
