@@ -128,7 +128,11 @@ def bench_throughput(args: argparse.Namespace) -> int:
 
     if args.suite:
         return suites.main(
-            args.suite, only=args.only, backends=args.backend, output_dir=args.output_dir
+            args.suite,
+            only=args.only,
+            backends=args.backend,
+            quantization=args.quantization,
+            output_dir=args.output_dir,
         )
     return run.main(
         run.Options(

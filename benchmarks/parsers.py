@@ -14,6 +14,7 @@ ARENAS = "bytes of all pages together, allocated once"
 SERVED = (
     "device",
     "dtype",
+    "quantization",
     "max_num_batched_tokens",
     "kv_cache_bytes",
     "enable_prefix_caching",

@@ -31,17 +31,24 @@ from spectral_paged.errors import (
 )
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache
+from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.generation import end_tokens, sampling_defaults
 from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.option_checks import check_fit, check_options, format_of
 from spectral_paged.models.runner import ModelRunner
+from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
 from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
 from spectral_paged.outputs import RequestOutput, RequestOutputKind, TextDelta
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
-LOADING = ("device", "dtype", "trust_remote_code")  # options that a loaded model does not take
+LOADING = (
+    "device",
+    "dtype",
+    "quantization",
+    "trust_remote_code",
+)  # options that a loaded model does not take
 # vLLM's methods that are not here, by what is (docs/vllm-comparison.md)
 INSTEAD = {
     "models that generate": ("embed", "encode", "classify", "score", "reward"),
@@ -80,7 +87,7 @@ class LLM:
 
     Args:
         model: alias of the embedded default, hub id, local folder, path to a `.gguf` file, or a
-            `LoadedModel`, which has its own device and dtype.
+            `LoadedModel`, which has its own device, dtype and quantization.
         cache_options: `CacheOptions` or `LLMOptions`, as an object.
         **options: the fields of `LLMOptions` by name (`kv_format`, `kv_cache_bytes`, `device`,
             `max_num_seqs`, `max_model_len`, ...), which are also options of the command line.
@@ -102,20 +109,26 @@ class LLM:
         config = SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens)
         if isinstance(model, LoadedModel):
             loaded = model
+            check_quantized(loaded, chosen.quantization)
         else:
             where = choose_device(chosen.device)
             dtype = choose_dtype(chosen.dtype, where)
+            check_device(chosen.quantization, where, dtype)
             loaded = load_model(
                 model,
-                device=where,
+                device=where if chosen.quantization is None else choose_device("cpu"),
                 dtype=dtype,
                 trust_remote_code=chosen.trust_remote_code,
                 check=partial(check_fit, chosen, device=where, dtype=dtype),
             )
-        where = loaded.model.device
         geometry = loaded.geometry
         longest = longest_sequence(geometry, chosen.max_model_len)
         format = format_of(chosen, geometry)
+        if (method := chosen.quantization) is not None and loaded.quantization is None:
+            basis = find_calibration(chosen.calibration, format, loaded, device=where)
+            chosen = replace(chosen, calibration=basis)
+            loaded = quantized(loaded, method, where)
+        where = loaded.model.device
         self.model_name = loaded.name
         self.allow_special_tokens = chosen.allow_special_tokens
         self.sampling_defaults = sampling_defaults(loaded.model, chosen.generation_config)

@@ -84,6 +84,11 @@ def off_the_gpu(loaded: LoadedModel) -> Iterator[None]:
             loaded.model.to(device)
 
 
+def needs_calibration(preset: str) -> bool:
+    """True for a preset whose pages need a calibration, whatever the model's heads."""
+    return PageFormat.preset(preset, num_kv_heads=1, head_dim=64).needs_calibration
+
+
 def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> LLM:
     """An LLM over a model; one with random weights gets a made-up calibration."""
     geometry = loaded.geometry

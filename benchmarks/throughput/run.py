@@ -16,6 +16,7 @@ from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
+    needs_calibration,
     off_the_gpu,
     serve_with_continuous_batching,
     serve_with_generate,
@@ -26,7 +27,9 @@ from spectral_paged.benchmarks.throughput.vllm_server import VLLMServer, check_b
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.calibration import builtin_calibration
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.weight_quantization import check_device, check_method, quantized
 from spectral_paged.options import LLMOptions
 
 GENERATE = "transformers"
@@ -42,6 +45,7 @@ class Options:
         `transformers-continuous` (its continuous batching, which chooses its batches itself), or
         names of `VLLMServer`.
     max_num_seqs: one run a value; for `transformers`, the batch size.
+    quantization: of the weights, for every backend.
     input_lens: one run a value, in place of the workload's own.
     rounds: serve only `rounds * max_num_seqs` of the requests.
     fit: serve only as many of the requests as a backend's cache holds at once.
@@ -54,6 +58,7 @@ class Options:
     backends: Sequence[str] = BACKENDS
     device: str = LLMOptions.device
     dtype: str = "auto"
+    quantization: str | None = LLMOptions.quantization
     input_lens: Sequence[int] = ()
     max_num_seqs: Sequence[int] = (LLMOptions.max_num_seqs,)
     max_num_batched_tokens: int = LLMOptions.max_num_batched_tokens
@@ -72,6 +77,7 @@ class Options:
     def of_engine(self, max_num_seqs: int) -> dict[str, Any]:
         """The options that are those of an `LLM`, for a run of one value of `max_num_seqs`."""
         return {
+            "quantization": self.quantization,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "kv_cache_bytes": self.kv_cache_bytes,
@@ -170,7 +176,6 @@ class Servers:
         return serve(self.loaded, backend, jobs, batch, o)
 
     def _started(self, backend: str, batch: int, o: Options) -> VLLMServer:
-        check_backend(backend, decode_only=o.decode_only, profile=o.profile)
         options = LLMOptions(**o.of_engine(batch) | {"max_model_len": self._max_model_len})
         if self._vllm is None or (backend, options) != self._key:
             self.close()
@@ -184,12 +189,20 @@ class Report:
     """One workload, its rows so far, and the file that they are written to.
 
     Raises:
-        InvalidRequestError: no backend, or a workload that the model does not take.
+        InvalidRequestError: no backend, one that does not do what is asked for, or a workload that
+            the model does not take.
     """
 
     def __init__(self, options: Options, loaded: LoadedModel) -> None:
         if not options.backends:
             raise InvalidRequestError("no --backend: give a preset, exact, or transformers")
+        for backend in filter(is_vllm, options.backends):
+            check_backend(
+                backend,
+                decode_only=options.decode_only,
+                profile=options.profile,
+                quantization=options.quantization,
+            )
         self.options = options
         self.lengths = options.input_lens or (options.workload.input_len,)
         self.jobs = {
@@ -208,6 +221,7 @@ class Report:
         self.result = {
             "environment": environment() | environ,
             "model": model_label(options.model),
+            "quantization": options.quantization,
             "workload": workload,
             "profiled": options.profile,
             "decode_only": options.decode_only,
@@ -285,12 +299,26 @@ def line(row: dict[str, Any]) -> str:
 
 
 def load(options: Options) -> LoadedModel:
-    """The model of a run; for vLLM alone, which loads its own weights, it stays off the GPU."""
+    """The model of a run; for vLLM alone, which loads its own weights, it stays off the GPU.
+
+    Raises:
+        InvalidRequestError: its weights cannot be quantized as the options say.
+    """
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    method = options.quantization
+    check_method(method)
+    check_device(method, device, dtype)
     if all(map(is_vllm, options.backends)):
-        device = torch.device("meta" if is_random(options.model) else "cpu")
-    return load_either(options.model, device=device, dtype=dtype)
+        device, method = torch.device("meta" if is_random(options.model) else "cpu"), None
+    loaded = load_either(options.model, device=device, dtype=dtype)
+    if method is None:
+        return loaded
+    others = (GENERATE, CONTINUOUS)
+    ours = [name for name in options.backends if name not in others and not is_vllm(name)]
+    if any(map(needs_calibration, ours)) and not is_random(loaded.name):
+        builtin_calibration(loaded)  # is kept, and cannot be made of quantized weights
+    return quantized(loaded, method, device)
 
 
 def main(options: Options, loaded: LoadedModel | None = None) -> int:

@@ -94,12 +94,20 @@ SUITES: dict[str, dict[str, Options]] = {
 }
 
 
-def main(name: str, *, only: Sequence[str], backends: Sequence[str] = (), output_dir: Path) -> int:
+def main(
+    name: str,
+    *,
+    only: Sequence[str],
+    backends: Sequence[str] = (),
+    quantization: str | None = None,
+    output_dir: Path,
+) -> int:
     """Run the workloads of a suite and write a result for each.
 
     Args:
         only: the workloads to run; default all.
         backends: the backends to run in place of the suite's own.
+        quantization: of the weights, for all backends.
 
     Raises:
         InvalidRequestError: no such suite or workload.
@@ -111,12 +119,13 @@ def main(name: str, *, only: Sequence[str], backends: Sequence[str] = (), output
         raise InvalidRequestError(f"--only {', '.join(unknown)}: {name} has {', '.join(suite)}")
     chosen = {one: options for one, options in suite.items() if not only or one in only}
     chosen = {
-        one: replace(options, backends=backends or options.backends)
+        one: replace(options, backends=backends or options.backends, quantization=quantization)
         for one, options in chosen.items()
     }
+    weights = "" if quantization is None else f"-{quantization}"
     loaded = run.load(next(iter(chosen.values())))
     reports = [
-        run.Report(replace(options, name=f"{name}-{one}", output_dir=output_dir), loaded)
+        run.Report(replace(options, name=f"{name}-{one}{weights}", output_dir=output_dir), loaded)
         for one, options in chosen.items()
     ]
     run.measure_all(reports, loaded)

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spectral_paged.benchmarks.throughput.backends import Served, Times, fitting
+from spectral_paged.benchmarks.throughput.backends import Served, Times, fitting, needs_calibration
 from spectral_paged.benchmarks.throughput.random_models import is_random, random_config
 from spectral_paged.benchmarks.throughput.workload import Job
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.integrations.vllm import check_release, engine_args
 from spectral_paged.models.loader import LoadedModel, resolve
+from spectral_paged.models.weight_quantization import FP8
 from spectral_paged.options import LLMOptions
 
 OWN, PAGES = "vllm", "vllm-pages"
@@ -55,8 +56,9 @@ class VLLMServer:
     Args:
         backend: a name as in this module's picture.
         options: `max_num_seqs`, `max_model_len`, `gpu_memory_utilization`, `kv_cache_bytes`,
-            `enforce_eager` and `enable_prefix_caching` are vLLM's too. All others, the token budget
-            of a step among them, are vLLM's defaults, which it chooses for the card.
+            `enforce_eager`, `enable_prefix_caching` and `quantization` are vLLM's too. All others,
+            the token budget of a step among them, are vLLM's defaults, which it chooses for the
+            card.
 
     Raises:
         MissingPackageError: no vLLM, or one that pages were not tried with.
@@ -94,6 +96,7 @@ class VLLMServer:
             gpu_memory_utilization=options.gpu_memory_utilization,
             enforce_eager=options.enforce_eager,
             enable_prefix_caching=options.enable_prefix_caching,
+            quantization=options.quantization,
             generation_config="vllm",
             disable_log_stats=False,
             seed=0,
@@ -180,12 +183,25 @@ class VLLMServer:
         self._folder.cleanup()
 
 
-def check_backend(backend: str, *, decode_only: bool, profile: bool) -> None:
+def check_backend(
+    backend: str, *, decode_only: bool, profile: bool, quantization: str | None
+) -> None:
     """Refuse what vLLM does not do in a throughput run.
 
     Raises:
-        InvalidRequestError: contexts are to be made up, or sections to be timed.
+        InvalidRequestError: contexts are to be made up, sections to be timed, weights quantized by
+            a method that is not vLLM's, or pages calibrated on quantized weights.
     """
+    if quantization not in (None, FP8):
+        raise InvalidRequestError(
+            f"--backend {backend} has no --quantization {quantization}: take {FP8}"
+        )
+    name, _, preset = backend.partition(":")
+    if quantization is not None and name == PAGES and needs_calibration(preset or "auto"):
+        raise InvalidRequestError(
+            f"--backend {backend} makes its calibration of vLLM's weights, which --quantization "
+            "makes FP8: name backends without it by --backend"
+        )
     if decode_only or profile:
         raise InvalidRequestError(
             f"--backend {backend} computes prompts and times nothing inside: drop --decode-only "

@@ -158,6 +158,7 @@ def _run_values(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str,
     given = given_options(args, LLMOptions)
     names = [
         "dtype",
+        "quantization",
         "calibration",
         "prefill_segment",
         "exempt_layers",

@@ -59,8 +59,7 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--kv-transfer-config": "",
         "--kv-events-config": "",
     },
-    "quantized weights are not served: name the model before quantization, or its GGUF": {
-        "--quantization -q": "gguf",
+    "--quantization names the method, and there is nothing else to choose": {
         "--quantization-config": "",
     },
     "merge the adapter into the model (peft: merge_and_unload) and serve what comes of it": {

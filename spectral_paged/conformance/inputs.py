@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
-from spectral_paged.models.calibration import model_fingerprint
+from spectral_paged.models.calibration import fingerprint_of
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import BasisAccumulator, BoundBasis, PageFormat, SharedBasis
 
@@ -80,4 +80,4 @@ def random_calibration(format: PageFormat, loaded: LoadedModel) -> SharedBasis |
     if not format.needs_calibration:
         return "auto"
     basis = toy_basis(format, num_layers=loaded.geometry.num_layers)
-    return replace(basis, model_fingerprint=model_fingerprint(loaded.model))
+    return replace(basis, model_fingerprint=fingerprint_of(loaded))

@@ -11,7 +11,7 @@ __all__ = [
     "calibration",
     "checkpoint_files",
     "decode_graphs",
-    "full_precision",
+    "fp8_linear",
     "generation",
     "geometry",
     "gguf",
@@ -22,4 +22,6 @@ __all__ = [
     "option_checks",
     "runner",
     "static_inputs",
+    "weight_copies",
+    "weight_quantization",
 ]

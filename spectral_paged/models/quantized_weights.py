@@ -34,6 +34,12 @@ def check_config(where: str, config: Any) -> None:
     Raises:
         UnsupportedModelError: it says so.
     """
+    if (method := method_in(config)) is not None:
+        raise _refused(where, method)
+
+
+def method_in(config: Any) -> str | None:
+    """Return how a config says that its model's weights are quantized; None if it does not."""
     for field in CONFIG_FIELDS:
         given = getattr(config, field, None)
         if given is None:
@@ -43,7 +49,8 @@ def check_config(where: str, config: Any) -> None:
         if method is None:
             loads = any(key.lstrip("_").startswith(("load_in_", "bnb_")) for key in values)
             method = "bitsandbytes" if loads else f"{field} names no method"
-        raise _refused(where, str(getattr(method, "value", method)))
+        return str(getattr(method, "value", method))
+    return None
 
 
 def check_tensors(where: str, names: Iterable[str]) -> None:
@@ -70,7 +77,7 @@ def tensor_names(path: Path) -> list[str]:
 def _refused(where: str, how: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{where} is a quantized checkpoint ({how}), and weights are read in fp32, fp16 or bf16 "
-        "only: take the checkpoint that it was made of, or a GGUF file; or load it with "
-        "transformers and the packages of its method, and give the model to LLM.from_model with a "
-        "kv_format that needs no calibration (spectral-int8)"
+        "only: take the checkpoint that it was made of (quantization='fp8' makes its weights FP8), "
+        "or a GGUF file; or load it with transformers and the packages of its method, and give the "
+        "model to LLM.from_model with a kv_format that needs no calibration (spectral-int8)"
     )

@@ -17,6 +17,7 @@ from spectral_paged.models.attention_choice import (
     register_attention,
 )
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
+from spectral_paged.models.weight_quantization import quantization_of
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import PendingTokens
 
@@ -112,6 +113,10 @@ class ModelRunner:
         fast = self.device.type == "cuda" and not enforce_eager
         self.graphs = DecodeGraphs(cache, WeakMethod(self._decode_logits)) if fast else None
         self.compiles = fast and compile_layers
+        self._weights = {
+            "quantization": quantization_of(model),
+            "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        }
         _AttentionLease.take(model)
         self._give_back = finalize(self, _AttentionLease.give_back, ref(model))
         self._give_back.atexit = False
@@ -126,9 +131,9 @@ class ModelRunner:
         self._give_back()
 
     def stats(self) -> dict[str, object]:
-        """Return the kind of the model's step (eager or compiled layers) and figures of graphs."""
+        """Return the kind of the model's step and of its weights, and figures of graphs."""
         how, graphs = "compiled" if self.compiles else "eager", self.graphs
-        return {
+        return self._weights | {
             "model_step": how if graphs is None else f"{how} + cuda graphs",
             "num_graphs": 0 if graphs is None else graphs.num_graphs,
             "graph_replays": 0 if graphs is None else graphs.num_replays,

@@ -33,6 +33,11 @@ def _generation_config(text: str) -> str:
     return {"vllm": "none"}.get(text, text)
 
 
+def _quantization(text: str) -> str | None:
+    """Read a method; vLLM's `gguf` asks for nothing that reading the file does not do."""
+    return None if text == "gguf" else text
+
+
 # annotation of a field -> (the values as an error message names them, True for such a value)
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("an integer", lambda value: type(value) is int),
@@ -146,6 +151,9 @@ class LLMOptions(CacheOptions):
         device: `cpu`, `cuda` or `cuda:1`; `auto` takes CUDA if it is available.
         dtype: `float32` (also `float`), `bfloat16` or `float16` (also `half`), of weights and
             activations; `auto` is `float32` on a CPU and `bfloat16` on CUDA.
+        quantization: `fp8` quantizes the weights of linear layers to FP8 as they are loaded, and
+            multiplies on FP8 tensor cores (compute capability 8.9 or more); `fp8-emulated` rounds
+            in the same way and multiplies in fp32, on any device; default: weights as they are.
         gpu_memory_utilization: share of GPU memory, above 0 and at most 1, for weights, cache and a
             step's activations, which are measured by running a step as large as the budgets allow.
         max_num_batched_tokens: most tokens that a step computes. `max_num_seqs` is the limit on its
@@ -169,6 +177,9 @@ class LLMOptions(CacheOptions):
     kv_format: str | PageFormat = field(default="auto", metadata=option())
     device: str = field(default="auto", metadata=option())
     dtype: str | torch.dtype = field(default="auto", metadata=option())
+    quantization: str | None = field(
+        default=None, metadata=option(_quantization, also=["-q"], metavar="METHOD")
+    )
     gpu_memory_utilization: float = field(default=0.9, metadata=option(float, metavar="SHARE"))
     max_num_batched_tokens: int = field(default=8192, metadata=option(num_tokens, metavar="TOKENS"))
     prefill_segment: int = field(default=2048, metadata=option(int, metavar="TOKENS"))
@@ -201,6 +212,7 @@ class LLMOptionsDict(CacheOptionsDict, total=False):
     kv_format: str | PageFormat
     device: str
     dtype: str | torch.dtype
+    quantization: str | None
     gpu_memory_utilization: float
     max_num_batched_tokens: int
     prefill_segment: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from spectral_paged.benchmarks.throughput.backends import (
     serve_with_pages,
 )
 from spectral_paged.benchmarks.throughput.random_models import load_random
+from spectral_paged.benchmarks.throughput.vllm_server import check_backend
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
 from spectral_paged.device import StepClock
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.fp8_linear import FP8Linear
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.sampling import SamplingParams
@@ -268,3 +271,72 @@ def test_baselines_run_the_model_as_it_came(monkeypatch):
     assert tiny.model.config._attn_implementation == attention
     assert norm._compiled_call_impl is None
     assert serve_with_generate(tiny, [Job([1, 2, 3], 4)], batch_size=1).elapsed > 0
+
+
+# ---- quantized weights -------------------------------------------------------------------
+
+
+def fp8_run(tmp_path, *backends, method="fp8-emulated"):
+    return run.Options(
+        model="tiny",
+        workload=WorkloadOptions(num_prompts=3, input_len=40, output_len=3),
+        backends=backends,
+        device="cpu",
+        quantization=method,
+        kv_cache_bytes=16 << 20,
+        output_dir=tmp_path,
+    )
+
+
+def test_all_backends_of_a_run_serve_the_same_quantized_weights(tmp_path, monkeypatch):
+    base = loaded()
+    monkeypatch.setattr(random_models, "load_model", lambda *args, **options: base)
+    assert run.main(fp8_run(tmp_path, "exact", "transformers")) == 0
+    result = json.loads((tmp_path / "throughput-tiny.json").read_text())
+    assert result["quantization"] == "fp8-emulated"
+    assert result["rows"][0]["stats"]["quantization"] == "fp8-emulated"
+    assert type(base.model.model.layers[1].mlp.up_proj) is FP8Linear
+
+
+@pytest.mark.parametrize("preset, count", [("exact", 0), ("spectral-int8", 1)])
+def test_a_calibration_is_made_before_weights_are_quantized(tmp_path, monkeypatch, preset, count):
+    made = []
+    monkeypatch.setattr(random_models, "load_model", lambda *args, **options: loaded())
+    monkeypatch.setattr(run, "needs_calibration", lambda name: name != "exact")
+    monkeypatch.setattr(run, "builtin_calibration", lambda one: made.append(one.quantization))
+    assert run.load(fp8_run(tmp_path, preset, "transformers", "vllm")).quantization
+    assert made == [None] * count
+
+
+@pytest.mark.parametrize(
+    "method, backend, message",
+    [
+        ("fp9", "exact", "did you mean 'fp8'"),
+        ("fp8", "exact", "needs a GPU of compute capability 8.9"),
+        ("fp8", "vllm", "needs a GPU of compute capability 8.9"),
+        ("fp8-emulated", "vllm:fp8", "vllm:fp8 has no --quantization fp8-emulated: take fp8"),
+        ("fp8-emulated", "transformers", None),
+    ],
+)
+def test_a_run_refuses_a_quantization_that_its_backends_have_not(
+    tmp_path, monkeypatch, method, backend, message
+):
+    monkeypatch.setattr(random_models, "load_model", lambda *args, **options: loaded())
+    options = fp8_run(tmp_path, backend, method=method)
+    if message is None:
+        assert run.main(options) == 0
+        return
+    with pytest.raises(InvalidRequestError, match=message):
+        run.main(options)
+    assert not list(tmp_path.iterdir()), "nothing was measured"
+
+
+@pytest.mark.parametrize("backend, calibrated", [("vllm-pages", 1), ("vllm-pages:exact", 0)])
+def test_pages_in_vllm_are_not_calibrated_on_quantized_weights(backend, calibrated):
+    check = partial(check_backend, backend, decode_only=False, profile=False)
+    check(quantization=None)
+    if not calibrated:
+        check(quantization="fp8")
+        return
+    with pytest.raises(InvalidRequestError, match="makes its calibration of vLLM's weights"):
+        check(quantization="fp8")

@@ -144,6 +144,7 @@ def test_a_run_that_serves_no_line_ends_with_1(tmp_path, capsys):
         (["--sampling-seed", "3"], "sampling seed"),
         (["--seed", "3"], "--seed None"),
         (["--dtype", "bfloat16"], "--dtype None"),
+        (["-q", "fp8-emulated"], "--quantization None, this run has 'fp8-emulated'"),
         (["--exempt-layers", "0"], "--exempt-layers None, this run has [0]"),
     ],
 )
