@@ -314,3 +314,46 @@ def test_steps_of_a_small_model_are_as_stored():
     assert said.format(exact["step_ms"], pages["step_ms"]) in text
     waits = [f"{100 * row['idle_between_steps_share']:.0f} %" for row in (exact, pages)]
     assert "for {} and {} of the time the GPU waits".format(*waits) in text
+
+
+def test_prompts_are_as_fast_as_stored():
+    found = stored("prompts-8b")
+    alone = {}
+    for row in found["attention"]:
+        alone.setdefault((row["keys"], row["queries"]), {})[row["backend"]] = row
+    said = rows(BY_NAME["docs/speed.md"])
+    for (keys, queries), by in alone.items():
+        cells = [
+            f"{by[b]['ms']:.3f} ({by[b]['tflops_per_second']:.0f})"
+            for b in ("fa3", "varlen", "cudnn")
+        ]
+        assert [f"{keys:,}", "all" if keys == queries else f"{queries:,}", *cells] in said
+    for row in found["engine"]:
+        share = row["seal_seconds"] / row["seconds"]
+        assert [
+            f"`{row['format']}`",
+            f"{row['num_prompts']} x {row['input_len']:,}",
+            f"{row['budget']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{100 * share:.1f} %",
+        ] in said
+    slower = [by["varlen"]["ms"] / by["fa3"]["ms"] for by in alone.values()]
+    beside = [by["cudnn"]["ms"] / by["fa3"]["ms"] for by in alone.values() if "cudnn" in by]
+    text = BY_NAME["docs/decisions/0037-chunks-attend-by-flash-attention-3.md"].text
+    for values, whose in ((slower, "torch's"), (beside, "cuDNN")):
+        assert f"{min(values):.1f} to {max(values):.1f} times as fast as {whose}" in text
+
+
+def test_answers_through_vllm_are_those_stored():
+    """Needles and divergence of `bench served`, here and inside vLLM."""
+    said = rows(BY_NAME["docs/vllm.md"])
+    for name in ("served-smollm2-135m", "served-smollm2-135m-vllm"):
+        for row in stored(name)["rows"]:
+            cells = [
+                f"`{row['backend']}`",
+                f"{row['length']:,}",
+                f"{row['recalled']}/{row['needles']}",
+            ]
+            first = row["backend"] == stored(name)["baseline"]
+            kl = "-" if first else f"{row['kl']:.4f} +- {row['kl_standard_error']:.4f}"
+            assert [*cells, kl] in said
