@@ -33,6 +33,8 @@ class Request:
         num_dropped_tokens: tokens stored at the last preemption; 0 once the request runs again.
         num_recomputed_tokens: dropped tokens that the prefix cache no longer had.
         num_pages_sealed: pages sealed before preemptions.
+        max_cached_tokens: most tokens that the prefix cache may give, the others are computed;
+            None: as many as it has.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
     """
@@ -43,6 +45,7 @@ class Request:
     max_num_tokens: int | None = None
     cache_salt: str = ""
     pinned_spans: tuple[tuple[int, int], ...] = ()
+    max_cached_tokens: int | None = None
     status: RequestStatus = RequestStatus.WAITING
     preemptions: list[PreemptionReason] = field(default_factory=list)
     num_dropped_tokens: int = 0

@@ -27,6 +27,7 @@ class Cache(Protocol):
         cache_salt: str = "",
         pinned_spans: Sequence[tuple[int, int]] = (),
         resumed: bool = False,
+        max_cached_tokens: int | None = None,
     ) -> int | None: ...
     def try_reserve(self, seq_id: str, num_new: int) -> bool: ...
     def cancel_reservation(self, seq_id: str) -> None: ...
@@ -185,6 +186,7 @@ class Scheduler:
                 cache_salt=request.cache_salt,
                 pinned_spans=request.pinned_spans,
                 resumed=request.is_resumed,
+                max_cached_tokens=request.max_cached_tokens,
             )
             if cached is None:
                 return

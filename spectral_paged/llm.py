@@ -162,6 +162,7 @@ class LLM:
             eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, geometry.vocab_size),
             vocab_size=geometry.vocab_size,
             seed=chosen.seed,
+            max_logprobs=chosen.max_logprobs,
             async_scheduling=chosen.async_scheduling and where.type == "cuda",
         )
         self._tokenizer = loaded.tokenizer

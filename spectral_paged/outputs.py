@@ -79,7 +79,11 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's prompt, its completions so far, and its metrics."""
+    """A request's prompt, its completions so far, and its metrics.
+
+    `prompt_logprobs`: the table of each token of the prompt under the tokens before it, None for
+    the first one; None until the prompt is computed, and if the request did not ask for it.
+    """
 
     request_id: str
     prompt: str | None
@@ -88,6 +92,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: SpectralPagedError | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,7 @@ class TextDelta:
 
     `finish_reason` is set on the completion's last piece. `logprobs` has a table for each of
     `token_ids` and `text_offsets` its place, if the request asked for log-probabilities.
+    `prompt_logprobs`: those of the prompt, on the first piece of completion 0.
     """
 
     request_id: str
@@ -107,6 +113,7 @@ class TextDelta:
     error: SpectralPagedError | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     text_offsets: list[int] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 def ratio_text(ratio: float) -> str:

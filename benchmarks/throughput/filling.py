@@ -16,7 +16,7 @@ from spectral_paged.cache import Encoder, SpectralKVCache, StepPlan, replace_enc
 from spectral_paged.conformance.inputs import MadeUpTokens
 from spectral_paged.engine import Engine, Runner
 from spectral_paged.kernels.page.view import gather_units, put_units
-from spectral_paged.sampling import PendingTokens
+from spectral_paged.sampling import LogitsVisitor, PendingTokens
 
 FILL_TOKENS = 65_536  # most tokens of a step that only stores
 
@@ -74,9 +74,11 @@ class FillingRunner:
         token_ids: Sequence[int],
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
+        visitor: LogitsVisitor | None = None,
     ) -> Tensor:
         if plan.is_decode:
-            return self.runner.forward(plan, token_ids, logit_rows, pending)
+            return self.runner.forward(plan, token_ids, logit_rows, pending, visitor)
+        assert visitor is None, "made-up tokens have no log-probabilities"
         self._tokens.append(plan.num_tokens)
         return torch.zeros(len(logit_rows), self.vocab_size, device=self.cache.device)
 

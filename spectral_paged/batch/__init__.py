@@ -5,6 +5,7 @@ The package imports the LLM and OpenAI's formats.
 
 __all__ = [
     "file",
+    "records",
     "run",
     "source",
 ]

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -42,14 +41,9 @@ from spectral_paged.openai import (
     CHAT_URL,
     COMPLETIONS_URL,
     SAMPLING_FIELDS,
-    chat_choice,
     parse_body,
     parse_json,
-    text_choice,
-    token_counts,
-    usage,
 )
-from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 
 LINE_FIELDS = (
@@ -240,60 +234,6 @@ def _params(values: Mapping[str, Any]) -> SamplingParams:
     if unknown:
         raise InvalidRequestError(f"unknown sampling fields {shown(sorted(unknown))}")
     return SamplingParams(**values)
-
-
-# ---- records -----------------------------------------------------------------------------
-
-
-def error_record(line: BatchLine, error: SpectralPagedError) -> dict[str, Any]:
-    """Return the record of a line that could not be served."""
-    detail = {"type": type(error).__name__, "message": str(error), "line": line.number}
-    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
-    if line.custom_id is not None:
-        record["custom_id"] = line.custom_id
-    if line.url is not None:
-        record |= {"id": f"batch_req_{line.number}", "response": None}
-        detail["code"] = detail["type"]  # where OpenAI's clients look
-    return record | {"error": detail}
-
-
-def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[str, Any]:
-    """Return the record of a finished line, in OpenAI's format for an OpenAI batch line."""
-    record: dict[str, Any] = {"line": line.number, "line_hash": line.digest}
-    if line.custom_id is not None:
-        record["custom_id"] = line.custom_id
-    if line.url is None:
-        outputs = [
-            {
-                "index": c.index,
-                "text": c.text,
-                "token_ids": c.token_ids,
-                "finish_reason": c.finish_reason,
-            }
-            for c in output.outputs
-        ]
-        metrics = {
-            "cached_tokens": output.metrics.num_cached_tokens,
-            "pages_sealed": output.metrics.num_pages_sealed,
-            "compression_ratio": round(output.metrics.compression_ratio, 4),
-            "preemptions": output.metrics.num_preemptions,
-            "recomputed_tokens": output.metrics.num_recomputed_tokens,
-        }
-        counts = token_counts([output])
-        return record | {"outputs": outputs, "usage": counts, "metrics": metrics, "error": None}
-    chat = line.url == CHAT_URL
-    assert line.params is not None, "a line without an error has them"
-    choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{line.number}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": usage([output]),
-    }
-    response = {"status_code": 200, "request_id": output.request_id, "body": body}
-    return record | {"id": f"batch_req_{line.number}", "response": response, "error": None}
 
 
 class OutputFile:

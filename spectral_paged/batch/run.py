@@ -15,10 +15,9 @@ from spectral_paged.batch.file import (
     BatchLine,
     OutputFile,
     count_lines,
-    error_record,
     read_lines,
-    result_record,
 )
+from spectral_paged.batch.records import error_record, result_record
 from spectral_paged.engine import counted_refusal
 from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
 from spectral_paged.llm import LLM

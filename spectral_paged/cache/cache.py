@@ -179,6 +179,7 @@ class SpectralKVCache:
         cache_salt: str = "",
         pinned_spans: Spans = (),
         resumed: bool = False,
+        max_cached_tokens: int | None = None,
     ) -> int | None:
         """Register a sequence and attach its longest hit in the prefix cache.
 
@@ -190,6 +191,7 @@ class SpectralKVCache:
             pinned_spans: `(start, end)` positions of the prompt whose blocks are never sealed
                 (decision 0014).
             resumed: the prompt was computed before; prefix hits are counted separately.
+            max_cached_tokens: most tokens of the hit; None: as many as the cache has.
 
         Returns:
             Tokens that need no computing (0 without a hit); None if `max_num_seqs` are held.
@@ -201,6 +203,7 @@ class SpectralKVCache:
             cache_salt=cache_salt,
             pinned=pinned_blocks(self.format, pinned_spans, num_prompt_tokens),
             resumed=resumed,
+            max_cached_tokens=max_cached_tokens,
         )
         if state is not None:
             self._observers.added(seq_id, num_prompt_tokens)

@@ -16,6 +16,8 @@ def longest_hit(
     slots: Sequence[SequenceSlots],
     chain: PrefixChain,
     num_prompt_tokens: int,
+    *,
+    max_tokens: int | None = None,
 ) -> tuple[int, int]:
     """The tokens of the longest hit that leaves one to compute, and its blocks seen as pages.
 
@@ -28,10 +30,13 @@ def longest_hit(
         slots: the sequence's slots, one item a group, still empty.
         chain: keys of the sequence's full exact pages, its last token left out.
         num_prompt_tokens: position of the first generated token.
+        max_tokens: most tokens of the hit; None: as many as are cached.
     """
     whole = [held for held in slots if held.retention.window is None]
     sliding = [held for held in slots if held.retention.window is not None]
     limit = len(chain)
+    if max_tokens is not None:
+        limit = min(limit, max_tokens // EXACT_PAGE_TOKENS)
     best = (0, 0)
     start = 0
     while start <= limit * EXACT_PAGE_TOKENS:

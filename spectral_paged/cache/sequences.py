@@ -176,6 +176,7 @@ class SequenceTable:
         cache_salt: str,
         pinned: tuple[int, ...],
         resumed: bool,
+        max_cached_tokens: int | None,
     ) -> SequenceState | None:
         """A new sequence with its prefix hit attached; None if every row is taken."""
         row = self._take_row(seq_id)
@@ -196,7 +197,11 @@ class SequenceTable:
             state.chain = self._chain(state, cache_salt)
             if state.chain is not None:
                 num_hit, visible = longest_hit(
-                    self._rules.visibility, slots, state.chain, num_prompt_tokens
+                    self._rules.visibility,
+                    slots,
+                    state.chain,
+                    num_prompt_tokens,
+                    max_tokens=max_cached_tokens,
                 )
                 state.num_tokens = state.num_cached_tokens = num_hit
                 for held in slots:

@@ -176,9 +176,8 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--disable-access-log-for-endpoints": "",
         "--otlp-traces-endpoint": "",
     },
-    "an answer has what its request asks for: up to 20 log-probabilities a token, and usage by "
+    "an answer has what its request asks for: log-probabilities of raw logits, and usage by "
     "stream_options": {
-        "--max-logprobs": "20",
         "--logprobs-mode": "raw_logprobs",
         "--return-tokens-as-token-ids": "off",
         "--enable-prompt-tokens-details": "on",

@@ -17,6 +17,8 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import Scheduler
 
+MAX_LOGPROBS = 20
+
 
 def check_request(
     cache: SpectralKVCache,
@@ -24,6 +26,7 @@ def check_request(
     params: SamplingParams,
     pinned: Spans,
     vocab_size: int | None,
+    max_logprobs: int = MAX_LOGPROBS,
 ) -> None:
     """Refuse a request that could never be served.
 
@@ -46,8 +49,9 @@ def check_request(
             f"{cache.max_sequence_tokens} tokens{' without pins' if blocks else ''}: raise "
             f"kv_cache_bytes, {'pin less, ' if blocks else ''}or lower max_tokens"
         )
+    _check_logprobs(params, max_logprobs)
     if vocab_size is not None:
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             bad = [t for t in getattr(params, name) or () if not 0 <= t < vocab_size]
             if bad:
                 raise refusal(
@@ -60,7 +64,24 @@ def most_tokens(cache: SpectralKVCache, num_prompt_tokens: int, params: Sampling
     if params.max_tokens is None:
         room = min(cache.max_model_len, cache.max_sequence_tokens)
         return max(room, num_prompt_tokens + 1)  # a prompt without any room is refused
-    return min(num_prompt_tokens + params.max_tokens, cache.max_model_len)
+    # a token is sampled where none is asked for, because a prompt's last step samples one
+    return min(num_prompt_tokens + max(1, params.max_tokens), cache.max_model_len)
+
+
+def _check_logprobs(params: SamplingParams, max_logprobs: int) -> None:
+    if max_logprobs == -1:
+        return
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if name == "logprobs" and params.logprob_token_ids is not None:
+            continue  # it is their number
+        if value is not None and (value == -1 or value > max_logprobs):
+            many = "all tokens" if value == -1 else str(value)
+            raise refusal(
+                f"{name} asks for {many}; at most {max_logprobs} are allowed here: ask for fewer, "
+                "or raise max_logprobs",
+                name,
+            )
 
 
 def prompt_too_long(size: str, max_model_len: int) -> PromptTooLongError:

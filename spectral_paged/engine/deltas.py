@@ -27,6 +27,7 @@ class TextDeltas:
         """
         for completion in output.outputs:
             key = (output.request_id, completion.index)
+            first = completion.index == 0 and key not in self._shown
             num_chars, num_tokens = self._shown.get(key, (0, 0))
             if num_chars < 0:
                 continue
@@ -51,4 +52,5 @@ class TextDeltas:
                 output.error,
                 None if tables is None else tables[num_tokens:],
                 None if offsets is None else offsets[num_tokens:],
+                output.prompt_logprobs if first else None,
             )

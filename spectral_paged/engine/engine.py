@@ -18,10 +18,11 @@ from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.device import StepClock
-from spectral_paged.engine.admission import check_request, most_tokens, stalled
+from spectral_paged.engine.admission import MAX_LOGPROBS, check_request, most_tokens, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import counted_refusal
 from spectral_paged.engine.prompt_encoder import PromptEncoder
+from spectral_paged.engine.prompt_logprobs import PromptRows
 from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
@@ -34,7 +35,13 @@ from spectral_paged.errors import (
     shown,
 )
 from spectral_paged.outputs import RequestMetrics, RequestOutput
-from spectral_paged.sampling import PendingTokens, Sampled, SamplingParams, SamplingState
+from spectral_paged.sampling import (
+    LogitsVisitor,
+    PendingTokens,
+    Sampled,
+    SamplingParams,
+    SamplingState,
+)
 from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
@@ -51,6 +58,7 @@ class Runner(Protocol):
         token_ids: Sequence[int],
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
+        visitor: LogitsVisitor | None = None,
     ) -> Tensor: ...
     def stats(self) -> dict[str, object]: ...
 
@@ -64,6 +72,7 @@ class Engine:
         tokenizer: encodes string prompts and decodes tokens; None serves token ids only.
         eos_token_ids: ids that end a completion unless `ignore_eos`.
         seed: base of the seeds of requests without a seed.
+        max_logprobs: most log-probabilities of a token that a request may ask for; -1: of all.
         async_scheduling: queue a step before the tokens of the one before are fetched (decision
             0020). The step after one in which the siblings of `n > 1` start goes in lockstep.
     """
@@ -78,6 +87,7 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         vocab_size: int | None = None,
         seed: int = 0,
+        max_logprobs: int = MAX_LOGPROBS,
         async_scheduling: bool = False,
     ) -> None:
         self.runner = runner
@@ -86,6 +96,7 @@ class Engine:
         self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size, self.seed = vocab_size, seed
+        self.max_logprobs = max_logprobs
         self.tokenizer = tokenizer
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
@@ -141,7 +152,7 @@ class Engine:
                 prompt, truncate_prompt_tokens=params.truncate_prompt_tokens
             )
             spans = spans_of(pinned_spans)
-            check_request(self.cache, token_ids, params, spans, self.vocab_size)
+            check_request(self.cache, token_ids, params, spans, self.vocab_size, self.max_logprobs)
             group = RequestGroup(
                 request_id,
                 prompt if isinstance(prompt, str) else None,
@@ -159,7 +170,7 @@ class Engine:
                     cache_salt=cache_salt,
                     pinned_spans=spans,
                 )
-        self.requests.add(group)
+        self.requests.add(group, self.token_bytes)
 
     def abort(self, request_id: str) -> None:
         """End a request. Its output keeps the tokens so far. Unknown ids are ignored."""
@@ -261,11 +272,18 @@ class Engine:
         plan = self.cache.plan(new_tokens)
         inputs = StepInputs.of(plan, self.requests.by_sequence, self._in_flight)
         ready, rows = inputs.ready, inputs.logit_rows or [plan.num_tokens - 1]
+        prompts = self.requests.prompt_logprobs
+        visitor = PromptRows(plan, prompts) if prompts else None
         try:
             with clock.section("commit"):
                 self.cache.begin_step(plan)
             with clock.section("model"):
-                logits = self.runner.forward(plan, inputs.token_ids, rows, inputs.pending)
+                ids, pending = inputs.token_ids, inputs.pending
+                if visitor is not None and visitor.rows:
+                    logits = self.runner.forward(plan, ids, rows, pending, visitor)
+                    visitor.hand_out()
+                else:
+                    logits = self.runner.forward(plan, ids, rows, pending)
             with clock.section("sample"):
                 return self._draw(ready, logits) if ready else None
         except BaseException:
@@ -335,6 +353,8 @@ class Engine:
                     f"the logits of request {shown(group.request_id)} have NaN or Inf after "
                     f"{completion.request.num_tokens} tokens: check the model's dtype and weights"
                 )
+            if self.requests.prompt_logprobs:
+                self.requests.take_prompt_logprobs(completion)
             self.counters.count_token(completion, now)
             ending = completion.take(result, self.eos_token_ids)
         except SpectralPagedError as error:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import log_failure
+from spectral_paged.engine.prompt_logprobs import PromptLogprobs
 from spectral_paged.engine.requests import Completion, RequestGroup
+from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import NonFiniteError, SpectralPagedError
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingState
@@ -27,6 +29,7 @@ class RequestTable:
     Attributes:
         by_id: requests by their id.
         by_sequence: completions by the id of their sequence, whether the cache holds it or not.
+        prompt_logprobs: those that are being computed, by the id of the sequence that does.
     """
 
     def __init__(
@@ -38,18 +41,41 @@ class RequestTable:
     ) -> None:
         self.by_id: dict[str, RequestGroup] = {}
         self.by_sequence: dict[str, Completion] = {}
+        self.prompt_logprobs: dict[str, PromptLogprobs] = {}
         self._cache = cache
         self._scheduler = scheduler
         self._counters = counters
         self._state = state
         self._touched: dict[str, RequestGroup] = {}  # changed since outputs were taken
 
-    def add(self, group: RequestGroup) -> None:
+    def add(self, group: RequestGroup, tokens: TokenBytes | None) -> None:
         """Queue a request, the first of its completions alone: others are forked from it, once its
-        prompt is computed."""
+        prompt is computed.
+
+        Args:
+            tokens: the text of log-probabilities; None: they have none.
+        """
         self.by_sequence |= {c.request.request_id: c for c in group.completions}
         self.by_id[group.request_id] = group
-        self._scheduler.add(group.completions[0].request)
+        request, params = group.completions[0].request, group.params
+        if params.wanted_of_prompt is not None:
+            self.prompt_logprobs[request.request_id] = PromptLogprobs(
+                request,
+                params.wanted_of_prompt,
+                tokens if params.detokenize else None,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+        self._scheduler.add(request)
+
+    def take_prompt_logprobs(self, completion: Completion) -> None:
+        """Give a completion's request the log-probabilities of its prompt, if it has computed them.
+
+        Raises:
+            NonFiniteError: the prompt's logits have NaN or Inf.
+        """
+        found = self.prompt_logprobs.pop(completion.request.request_id, None)
+        if found is not None:
+            completion.owner.prompt_logprobs = found.finish()
 
     def touch(self, group: RequestGroup) -> None:
         """Let the next outputs include the request."""
@@ -126,4 +152,5 @@ class RequestTable:
         group.metrics.finished_time = time.monotonic()
         for completion in group.completions:
             self.by_sequence.pop(completion.request.request_id, None)
+            self.prompt_logprobs.pop(completion.request.request_id, None)
         self.by_id.pop(group.request_id, None)

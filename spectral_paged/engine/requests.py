@@ -11,6 +11,7 @@ from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
 from spectral_paged.outputs import (
     CompletionOutput,
+    Logprob,
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
@@ -44,6 +45,8 @@ class Completion:
     ) -> tuple[str, str | int | None] | None:
         """Add a sampled token; return the finish and stop reason if the completion ends with it."""
         output, params, text = self.output, self.owner.params, self.text
+        if params.max_tokens == 0:
+            return "length", None
         token = result.token_id
         self.request.token_ids.append(token)
         output.token_ids.append(token)
@@ -104,6 +107,7 @@ class RequestGroup:
     bad_words: token ids of what the output must not have.
     forked: the first completion's prompt is computed, and all completions have sampled from it.
     starting_siblings: the other completions have no sequence of their own yet.
+    prompt_logprobs: the table of each token of the prompt, once it is computed, if asked for.
     """
 
     request_id: str
@@ -115,6 +119,7 @@ class RequestGroup:
     completions: list[Completion] = field(default_factory=list)
     forked: bool = False
     starting_siblings: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: SpectralPagedError | None = None
 
     def add_completion(
@@ -146,7 +151,7 @@ class RequestGroup:
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
         output = CompletionOutput(index)
-        if params.logprobs is not None:
+        if params.wanted is not None:
             output.logprobs, output.text_offsets = [], []
         self.completions.append(Completion(request, self, output, text, seed))
         return self.completions[-1]
@@ -162,7 +167,10 @@ class RequestGroup:
             return self.result([c.output for c in self.completions])
         if kind is RequestOutputKind.DELTA:
             pieces = [piece for c in self.completions if (piece := c.take_piece()) is not None]
-            return self.result(pieces) if pieces or self.finished else None
+            if not pieces and not self.finished:
+                return None
+            found, self.prompt_logprobs = self.result(pieces), None  # they are told once
+            return found
         return self.result([c.output for c in self.completions]) if self.finished else None
 
     def result(self, outputs: list[CompletionOutput]) -> RequestOutput:
@@ -175,6 +183,7 @@ class RequestGroup:
             finished=self.finished,
             metrics=self.metrics,
             error=self.error,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

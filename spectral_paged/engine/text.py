@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spectral_paged.engine.stop_strings import stop_strings
-from spectral_paged.engine.token_bytes import UTF8, TokenBytes
+from spectral_paged.engine.token_bytes import UTF8, TokenBytes, chars_before
 from spectral_paged.outputs import Logprob
 
 
@@ -83,16 +83,7 @@ class OutputText:
         Args:
             token_id: the next token.
         """
-        data = self._shown(token_id)
-        waiting, _ = self._utf8.getstate()
-        if not waiting or not data:
-            return len(self.text)
-        ahead = UTF8("replace")
-        ahead.setstate((waiting, 0))
-        decided = ahead.decode(
-            data[:1]
-        )  # U+FFFD of what waits, if the token does not go on with it
-        return len(self.text) + len(decided) - (not ahead.getstate()[0])
+        return len(self.text) + chars_before(self._utf8, self._shown(token_id))
 
     def logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
         """Return the entry of a candidate for the next token."""

@@ -71,6 +71,17 @@ class TokenBytes:
         data = self.join(token_ids, skip_special_tokens=skip_special_tokens)
         return UTF8("replace").decode(data)
 
+    def places(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[int]:
+        """Return where in the text that the tokens begin the character of each token begins."""
+        utf8, length, behind, found = UTF8("replace"), 0, None, []
+        for token_id in token_ids:
+            data = self.shown(token_id, behind, skip_special_tokens=skip_special_tokens)
+            found.append(length + chars_before(utf8, data))
+            if data is not None:
+                length += len(utf8.decode(data))
+                behind = token_id
+        return found
+
     def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[int]:
         """Return the last shown tokens, enough for any character that they leave unfinished."""
         found: list[int] = []
@@ -153,6 +164,18 @@ class TokenBytes:
                 if alone and self._decode([token_id] * 2).startswith(alone):
                     return token_id
         return None
+
+
+def chars_before(utf8: codecs.IncrementalDecoder, data: bytes | None) -> int:
+    """Return the characters that begin before the one that `data` begins or goes on with.
+
+    They are those of the bytes that wait in `utf8`: none, or as many U+FFFD as they become if
+    `data` does not go on with them.
+    """
+    waiting, _ = utf8.getstate()
+    if not waiting or not data:
+        return 0
+    return len((waiting + data[:1]).decode("utf-8", "replace")) - 1
 
 
 def spelled_bytes(spelling: str) -> bytes | None:

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from spectral_paged.batch.file import BatchLine, OutputFile, count_lines, error_record
+from spectral_paged.batch.file import BatchLine, OutputFile, count_lines
+from spectral_paged.batch.records import error_record
 from spectral_paged.batch.run import BatchSummary, LineResult, serve_lines, unfinished_lines
 from spectral_paged.errors import ClusterError, InvalidRequestError, missing_extra, shown
 from spectral_paged.models.loader import EMBEDDED, model_name

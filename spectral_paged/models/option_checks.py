@@ -45,6 +45,11 @@ def check_options(options: LLMOptions) -> None:
             f"max_num_batched_tokens is {options.max_num_batched_tokens}; it must be an integer of "
             "at least 1"
         )
+    if options.max_logprobs < -1:
+        raise InvalidRequestError(
+            f"max_logprobs is {options.max_logprobs}; it must be an integer of at least 0, or -1 "
+            "for all"
+        )
     format = format_of(options, AnyHeads())
     choose_dtype(options.dtype, torch.device("cpu"))
     check_utilization(options.gpu_memory_utilization)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.device import upload
@@ -19,7 +21,9 @@ from spectral_paged.models.attention_choice import (
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
 from spectral_paged.models.weight_quantization import quantization_of
 from spectral_paged.pool.weak_method import WeakMethod
-from spectral_paged.sampling import PendingTokens
+from spectral_paged.sampling import LogitsVisitor, PendingTokens
+
+SLICE_BYTES = 32 << 20  # of fp32 logits that a visitor is shown at once
 
 
 def spectral_attention(
@@ -54,6 +58,24 @@ def uncompile(model: Any) -> None:
     """Undo the compilation of a model by a `ModelRunner`."""
     for part in compiled_parts(model):
         part._compiled_call_impl = None
+
+
+@contextmanager
+def head_alone(model: Any, hidden: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function from rows of `hidden`, `[1, T, d]`, to the model's logits `[rows, vocab]`.
+
+    The model's own forward makes them, with its scale and soft cap, over a base model that returns
+    `hidden` without running.
+    """
+    base = model.model
+    before = vars(base).get("forward")
+    base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield lambda rows: model(input_ids=None, logits_to_keep=rows).logits[0]
+    finally:
+        del base.forward
+        if before is not None:
+            base.forward = before
 
 
 class _AttentionLease:
@@ -167,6 +189,7 @@ class ModelRunner:
         token_ids: Sequence[int],
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
+        visitor: LogitsVisitor | None = None,
     ) -> Tensor:
         """Run a step between `begin_step` and `end_step` and return its logits.
 
@@ -176,9 +199,10 @@ class ModelRunner:
             token_ids: the step's tokens, flattened in plan order.
             logit_rows: indices into the flat batch whose logits are returned.
             pending: tokens that are on the device only; `token_ids` has any value in their place.
+            visitor: is shown the logits of more rows, however many, a slice at a time.
         """
         whole = len(logit_rows) == len(token_ids)
-        if self.graphs is not None and plan.is_decode:
+        if self.graphs is not None and plan.is_decode and visitor is None:
             logits = self.graphs.run(token_ids, [e.start for e in plan.entries], pending)
             return logits if whole else logits[upload(logit_rows, torch.long, self.device)]
         positions = [e.start + i for e in plan.entries for i in range(e.num_new)]
@@ -187,7 +211,28 @@ class ModelRunner:
             sources = upload(pending.sources(len(token_ids)), torch.long, self.device)
             ids = known_tokens(ids, sources, pending.ids)
         rows = None if whole else upload(logit_rows, torch.long, self.device)
+        if visitor is not None:
+            return self._visited(ids, where, logit_rows, visitor)
         return self._logits(ids, where, rows).float()
+
+    def _visited(
+        self, ids: Tensor, positions: Tensor, logit_rows: Sequence[int], visitor: LogitsVisitor
+    ) -> Tensor:
+        """Return the logits of `logit_rows`, after those of the visitor's rows were shown to it."""
+        base = self.model.model
+        hidden = base(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            spectral_cache=self.cache,
+        ).last_hidden_state
+        most = max(1, SLICE_BYTES // (4 * self.model.config.vocab_size))
+        with head_alone(self.model, hidden) as head:
+            for start in range(0, len(visitor.rows), most):
+                rows = visitor.rows[start : start + most]
+                visitor.visit(head(upload(rows, torch.long, self.device)).float())
+            return head(upload(logit_rows, torch.long, self.device)).float()
 
     def _decode_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self._logits(ids, positions, None)

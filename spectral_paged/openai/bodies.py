@@ -132,9 +132,7 @@ class Unserved(Strict):
     ec_transfer_params: Annotated[None, unserved()] = None
     kv_transfer_params: Annotated[None, unserved()] = None
     length_penalty: Annotated[None, unserved(1)] = None
-    logprob_token_ids: Annotated[None, unserved()] = None
     priority: Annotated[None, unserved(0)] = None
-    prompt_logprobs: Annotated[None, unserved()] = None
     request_id: Annotated[None, unserved()] = None
     return_mm_kwargs: Annotated[None, unserved(True)] = None
     return_token_ids: Annotated[None, unserved(False)] = None
@@ -182,6 +180,8 @@ class Body(Unserved):
     repetition_detection: Annotated[
         RepetitionDetectionParams | None, sampled("repetition_detection")
     ] = None
+    prompt_logprobs: Annotated[int | None, sampled("prompt_logprobs")] = None
+    logprob_token_ids: Annotated[list[int] | None, sampled("logprob_token_ids")] = None
     # what is sent, and what is shared
     stream: bool | None = None
     stream_options: StreamOptions | None = None

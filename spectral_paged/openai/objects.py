@@ -48,9 +48,19 @@ class ChatLogprobs(TypedDict):
 @closed
 class TextLogprobs(TypedDict):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+@closed
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id
 
 
 @closed
@@ -73,6 +83,7 @@ class TextChoice(TypedDict):
     finish_reason: str | None
     text: str
     logprobs: TextLogprobs | None
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
 
 
 @closed
@@ -85,6 +96,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
 
 
 @closed

@@ -18,11 +18,8 @@ CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 # what a line may name; an `output_kind` is for callers of an engine
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "output_kind")
 # fields that mean the same in a body as in `SamplingParams`
-_SAME = tuple(
-    name
-    for name in SAMPLING_FIELDS
-    if name in Body.model_fields and name not in ("max_tokens", "logprobs")
-)
+_OTHER = ("max_tokens", "logprobs", "prompt_logprobs")
+_SAME = tuple(name for name in SAMPLING_FIELDS if name in Body.model_fields and name not in _OTHER)
 # what a value must be, by the kind of pydantic's error
 _WANTED = {
     "bool_type": "true or false",
@@ -39,6 +36,7 @@ class OpenAIRequest:
     named: sampling fields that the body has; `params` has the defaults of the others.
     include_usage: a stream ends with its usage.
     continuous_usage: each chunk of a stream has the usage so far.
+    returns_prompt_logprobs: the answer has them as a field of their own, as in vLLM's API.
     """
 
     params: SamplingParams
@@ -50,6 +48,7 @@ class OpenAIRequest:
     include_usage: bool = False
     continuous_usage: bool = False
     echo: bool = False
+    returns_prompt_logprobs: bool = False
     named: frozenset[str] = frozenset()
 
 
@@ -101,6 +100,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         "model": asked.model,
         "cache_salt": asked.cache_salt,
         "stream": bool(asked.stream),
+        "returns_prompt_logprobs": asked.prompt_logprobs is not None,
         "include_usage": include_usage,
         "continuous_usage": continuous_usage,
         "named": frozenset(given),
@@ -111,16 +111,25 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
 
 
 def _limits(asked: ChatCompletionRequest | CompletionRequest) -> dict[str, int | None]:
-    """Return `max_tokens` and `logprobs`, which have other names or types in a body."""
+    """Return limits and log-probabilities, which have other names or types in a body."""
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    if asked.logprob_token_ids and asked.logprobs in (None, False):
+        raise refusal("logprob_token_ids needs logprobs", "logprob_token_ids")
+    if asked.prompt_logprobs is not None and asked.stream:
+        message = "prompt_logprobs are no part of a stream: leave one of them out"
+        raise refusal(message, "prompt_logprobs")
     if isinstance(asked, ChatCompletionRequest):
         if asked.top_logprobs and not asked.logprobs:
             raise refusal("top_logprobs needs logprobs to be true", "top_logprobs")
-        num_top = asked.top_logprobs or 0
-        return {"max_tokens": most, "logprobs": num_top if asked.logprobs else None}
-    if asked.echo and asked.logprobs is not None:
-        raise refusal("echo with logprobs is not supported: prompts have no logprobs", "echo")
-    return {"max_tokens": most, "logprobs": asked.logprobs}
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        of_prompt = asked.prompt_logprobs
+    else:
+        logprobs, of_prompt = asked.logprobs, asked.prompt_logprobs
+        if asked.echo and of_prompt is None:
+            of_prompt = logprobs
+    if asked.logprob_token_ids:
+        logprobs = None  # these tokens take the place of the most probable ones
+    return {"max_tokens": most, "logprobs": logprobs, "prompt_logprobs": of_prompt}
 
 
 def _usage(asked: Body) -> tuple[bool, bool]:

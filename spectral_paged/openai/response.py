@@ -8,6 +8,7 @@ from spectral_paged.openai.objects import (
     ChatChoice,
     ChatLogprobs,
     ContentLogprob,
+    PromptLogprobs,
     TextChoice,
     TextLogprobs,
     TokenLogprob,
@@ -63,8 +64,8 @@ def text_choice(completion: CompletionOutput) -> TextChoice:
 def chat_logprobs(
     token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], params: SamplingParams
 ) -> ChatLogprobs:
-    """Return `logprobs` of a chat choice: each token, with `params.logprobs` top tokens."""
-    num_top = params.logprobs or 0
+    """Return `logprobs` of a chat choice: each token, with the top or given tokens asked for."""
+    wanted = params.wanted
 
     def entry(found: Logprob, token_id: int) -> TokenLogprob:
         return {
@@ -77,7 +78,9 @@ def chat_logprobs(
     def top(table: Mapping[int, Logprob]) -> list[TokenLogprob]:
         # the table also has the sampled token, whatever its rank
         ranked = sorted(table.items(), key=lambda item: item[1].rank)
-        return [entry(found, token_id) for token_id, found in ranked[:num_top]]
+        if wanted is None or wanted.token_ids:
+            return [entry(found, token_id) for token_id, found in ranked]
+        return [entry(found, token_id) for token_id, found in ranked[: wanted.top(len(ranked))]]
 
     content: list[ContentLogprob] = [
         {**entry(table[token_id], token_id), "top_logprobs": top(table)}
@@ -87,24 +90,50 @@ def chat_logprobs(
 
 
 def text_logprobs(
-    token_ids: Sequence[int], tables: Sequence[Mapping[int, Logprob]], offsets: Sequence[int]
+    token_ids: Sequence[int],
+    tables: Sequence[Mapping[int, Logprob] | None],
+    offsets: Sequence[int],
+    *,
+    first: str = "",
 ) -> TextLogprobs:
     """Return `logprobs` of a text choice, as columns over its tokens.
 
     Args:
+        tables: None for the first token of an echoed prompt.
         offsets: the place of each token in the text.
+        first: the text of that first token.
     """
-    names = [_names(table) for table in tables]
-    pairs = list(zip(token_ids, tables, strict=True))
-    return {
-        "tokens": [known[token_id] for token_id, known in zip(token_ids, names, strict=True)],
-        "token_logprobs": [table[token_id].logprob for token_id, table in pairs],
-        "top_logprobs": [
-            {known[token_id]: found.logprob for token_id, found in table.items()}
-            for known, table in zip(names, tables, strict=True)
-        ],
+    found: TextLogprobs = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
         "text_offset": list(offsets),
     }
+    for token_id, table in zip(token_ids, tables, strict=True):
+        names = {token_id: first} if table is None else _names(table)
+        found["tokens"].append(names[token_id])
+        found["token_logprobs"].append(None if table is None else table[token_id].logprob)
+        found["top_logprobs"].append(
+            None if table is None else {names[t]: entry.logprob for t, entry in table.items()}
+        )
+    return found
+
+
+def prompt_tables(tables: Sequence[Mapping[int, Logprob] | None]) -> PromptLogprobs:
+    """Return a prompt's log-probabilities in vLLM's form, keyed by token id."""
+    return [
+        None
+        if table is None
+        else {
+            str(token_id): {
+                "logprob": entry.logprob,
+                "rank": entry.rank,
+                "decoded_token": entry.decoded_token,
+            }
+            for token_id, entry in table.items()
+        }
+        for table in tables
+    ]
 
 
 def _names(table: Mapping[int, Logprob]) -> dict[int, str]:

@@ -167,6 +167,8 @@ class LLMOptions(CacheOptions):
         trust_remote_code: run Python code that comes with the model. Otherwise such a model is
             refused.
         seed: base of the seeds of requests without a seed.
+        max_logprobs: most log-probabilities of a token that a request may ask for; -1 allows all of
+            the vocabulary, which take 100 bytes each.
         generation_config: `auto` takes the sampling values of the model's generation config where a
             request names none; `none` (on the command line also `vllm`) ignores them. End tokens
             of it count either way.
@@ -188,6 +190,7 @@ class LLMOptions(CacheOptions):
     async_scheduling: bool = field(default=True, metadata=option(bool))
     trust_remote_code: bool = field(default=False, metadata=option(bool))
     seed: int = field(default=0, metadata=option(int))
+    max_logprobs: int = field(default=20, metadata=option(int, metavar="N"))
     generation_config: str = field(
         default="auto", metadata=option(_generation_config, choices=("auto", "none"))
     )
@@ -221,5 +224,6 @@ class LLMOptionsDict(CacheOptionsDict, total=False):
     async_scheduling: bool
     trust_remote_code: bool
     seed: int
+    max_logprobs: int
     generation_config: str
     allow_special_tokens: bool

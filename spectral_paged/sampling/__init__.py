@@ -5,6 +5,12 @@ The package imports `device` and `outputs` only.
 
 from __future__ import annotations
 
+from spectral_paged.sampling.logprobs import (
+    LogitsVisitor,
+    Sampled,
+    TokenLogprobs,
+    Wanted,
+)
 from spectral_paged.sampling.params import (
     SamplingParams,
 )
@@ -23,7 +29,6 @@ from spectral_paged.sampling.rules import (
 )
 from spectral_paged.sampling.sampler import (
     PendingTokens,
-    Sampled,
     SampledTokens,
     SampleRow,
 )
@@ -32,6 +37,7 @@ from spectral_paged.sampling.state import (
 )
 
 __all__ = [
+    "LogitsVisitor",
     "Penalties",
     "PendingTokens",
     "RULES",
@@ -42,5 +48,7 @@ __all__ = [
     "SampledTokens",
     "SamplingParams",
     "SamplingState",
+    "TokenLogprobs",
+    "Wanted",
     "plain_list",
 ]

@@ -9,8 +9,12 @@ from typing import Any
 
 from spectral_paged.errors import SamplingParamsError, shown, suggestion
 from spectral_paged.outputs import RequestOutputKind
+from spectral_paged.sampling.logprobs import Wanted
 from spectral_paged.sampling.repetition import RepetitionDetectionParams
 from spectral_paged.sampling.rules import RULES
+
+# what `SamplingParams` derives from its fields, until one of them is assigned
+_DERIVED = ("wanted", "wanted_of_prompt", "has_penalties", "has_token_rules", "changes_logits")
 
 
 @dataclass(unsafe_hash=True)
@@ -35,10 +39,15 @@ class SamplingParams:
         stop: strings that end a completion; its text does not contain them.
         stop_token_ids: ids that end a completion.
         max_tokens, min_tokens: bounds on generated tokens; below `min_tokens` nothing stops. A
-            `max_tokens` of None is the room that `max_model_len` and the pool leave.
+            `max_tokens` of None is the room that `max_model_len` and the pool leave. With
+            `max_tokens=0` the prompt is computed, and nothing is generated.
         ignore_eos: continue past the end-of-sequence token.
         logprobs: number of top tokens whose log-probabilities are returned besides the chosen
-            token's.
+            token's; -1: all tokens. An LLM allows as many as its `max_logprobs`.
+        prompt_logprobs: the same for the tokens of the prompt, each under the tokens before it.
+            Such a request computes its whole prompt, without the prefix cache.
+        logprob_token_ids: tokens whose log-probabilities are returned besides the chosen token's;
+            `logprobs`, if given, is their number.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: False joins special tokens that follow each other, where the
             text has them.
@@ -73,6 +82,8 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -89,7 +100,7 @@ class SamplingParams:
             known = suggestion(name, list(RULES))
             raise AttributeError(f"SamplingParams has no field {name!r}{': ' * bool(known)}{known}")
         super().__setattr__(name, RULES[name].check(value, name))
-        for known in ("has_penalties", "has_token_rules", "changes_logits"):
+        for known in _DERIVED:
             self.__dict__.pop(known, None)
 
     def __post_init__(self) -> None:
@@ -105,6 +116,13 @@ class SamplingParams:
                 "in the text, so give stop_token_ids, or leave detokenize out",
                 "stop",
             )
+        ids = self.logprob_token_ids
+        if ids is not None and self.logprobs not in (None, len(ids)):
+            raise _refused(
+                f"logprobs is {shown(self.logprobs)}; with logprob_token_ids it must be None or "
+                f"their number ({len(ids)})",
+                "logprobs",
+            )
 
     def clone(self) -> SamplingParams:
         """Return a checked copy that has no list or mapping in common with this one.
@@ -119,6 +137,18 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @cached_property  # the sampler asks for every token
+    def wanted(self) -> Wanted | None:
+        """The log-probabilities of a generated token besides its own; None: no table."""
+        if self.logprob_token_ids is not None:
+            return Wanted(0, tuple(self.logprob_token_ids))
+        return None if self.logprobs is None else Wanted(self.logprobs)
+
+    @cached_property
+    def wanted_of_prompt(self) -> Wanted | None:
+        """The log-probabilities of a prompt token besides its own; None: of none."""
+        return None if self.prompt_logprobs is None else Wanted(self.prompt_logprobs)
 
     @cached_property
     def has_penalties(self) -> bool:

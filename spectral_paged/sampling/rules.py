@@ -15,7 +15,7 @@ from spectral_paged.sampling.repetition import RepetitionDetectionParams
 
 MAX_N = 1024
 MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
-MAX_LOGPROBS = 20
+MAX_LOGPROB_IDS = 128  # as in vLLM
 MAX_BAD_WORDS = 256  # a request's table of them stays below its other tables
 MAX_WORD_CHARS = 128
 GREEDY_BELOW = 1e-5  # as in vLLM; logits divided by less would overflow fp32
@@ -171,10 +171,19 @@ RULES: Mapping[str, Rule] = {
         _IDS,
         _read_list_or_none,
     ),
-    "max_tokens": _or_none(_whole("None or >= 1", 1)),
+    "max_tokens": _or_none(_whole("None or >= 0", 0)),
     "min_tokens": _whole("between 0 and max_tokens", 0),
     "ignore_eos": _FLAG,
-    "logprobs": _or_none(_whole(f"None or between 0 and {MAX_LOGPROBS}", 0, MAX_LOGPROBS)),
+    "logprobs": _or_none(_whole("None, -1 (all tokens) or more", -1)),
+    "prompt_logprobs": _or_none(_whole("None, -1 (all tokens) or more", -1)),
+    "logprob_token_ids": _or_none(
+        Rule(
+            f"None, or a list of 1 to {MAX_LOGPROB_IDS} token ids",
+            lambda value: _are_token_ids(value) and 1 <= len(value) <= MAX_LOGPROB_IDS,
+            _IDS | {"minItems": 1, "maxItems": MAX_LOGPROB_IDS},
+            _read_list,
+        )
+    ),
     "skip_special_tokens": _FLAG,
     "spaces_between_special_tokens": _FLAG,
     "include_stop_str_in_output": _FLAG,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_paged.device import Download, upload
+from spectral_paged.device import upload
+from spectral_paged.sampling.logprobs import TokenLogprobs
 from spectral_paged.sampling.params import SamplingParams
 from spectral_paged.sampling.rules import GREEDY_BELOW
 from spectral_paged.sampling.state import SamplingState
@@ -30,18 +31,6 @@ class SampleRow:
     blocked_token_ids: Sequence[int] = ()
     penalty_row: int = -1
     rule_row: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The token sampled for one row; `logprobs` maps token id to (log-probability, rank).
-
-    `token_id` is -1 where the row's parameters allow no token.
-    """
-
-    token_id: int
-    logprob: float
-    logprobs: dict[int, tuple[float, int]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +71,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-class SampledTokens:
-    """Tokens of a batch, sampled on the device from logits `[N, vocab]`.
+class SampledTokens(TokenLogprobs):
+    """Tokens of a batch, sampled on the device from logits `[N, vocab]`, with log-probabilities.
 
     The order is vLLM's: log-probabilities of the raw logits, then biases, allowed tokens and bad
     words, then penalties, then temperature, then min-p, top-k and top-p, then a draw by the Gumbel
@@ -108,21 +97,10 @@ class SampledTokens:
         self._ruled = [i for i in changing if rows[i].rule_row >= 0]
         adjusted = self._adjusted(logits)
         self.ids = _choose(adjusted, rows)
-        picked = logits.gather(-1, self.ids.unsqueeze(-1))
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        kind = torch.isfinite(logits).all(dim=-1, keepdim=True).long()
+        empty = None
         if self._ruled:
-            kind *= 1 + (adjusted.amax(dim=-1, keepdim=True) == float("-inf")).long()
-        whole, real = [self.ids.unsqueeze(-1), kind], [picked - total]
-        counts = [r.params.logprobs for r in rows if r.params.logprobs is not None]
-        self._num_top = max(counts, default=0)
-        if counts:
-            whole.append((logits > picked).sum(dim=-1, keepdim=True) + 1)
-        if self._num_top:
-            top = logits.topk(self._num_top, dim=-1)
-            whole.append(top.indices)
-            real.append(top.values - total)
-        self._download = Download(torch.cat(whole, dim=-1), torch.cat(real, dim=-1))
+            empty = adjusted.amax(dim=-1, keepdim=True) == float("-inf")
+        super().__init__(logits, self.ids, [row.params.wanted for row in rows], empty)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """`logits` under rules, after penalties and with blocked tokens at -inf; a copy if there
@@ -158,27 +136,6 @@ class SampledTokens:
             rows = [self.rows[i].rule_row for i in self._ruled]
             ids = self.ids[upload(self._ruled, torch.long, self.ids.device)]
             self._state.token_rules.count(rows, ids, times)
-
-    def get(self) -> list[Sampled | None]:
-        """The results, one a row; None where the row's logits have NaN or Inf."""
-        whole, real = self._download.get()
-        return [
-            self._result(row.params, ints, reals) if ints[1] else None
-            for row, ints, reals in zip(self.rows, whole.tolist(), real.tolist(), strict=True)
-        ]
-
-    @staticmethod
-    def _result(params: SamplingParams, ints: list[int], reals: list[float]) -> Sampled:
-        if ints[1] > 1:
-            return Sampled(-1, reals[0], None)
-        if params.logprobs is None:
-            return Sampled(ints[0], reals[0], None)
-        table = {ints[0]: (reals[0], ints[2])}
-        best = zip(ints[3:], reals[1:], strict=True)
-        for rank, (token, value) in enumerate(best, start=1):
-            if rank <= params.logprobs:
-                table.setdefault(token, (value, rank))
-        return Sampled(ints[0], reals[0], table)
 
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -17,7 +17,6 @@ from spectral_paged.errors import SpectralPagedError, cut, missing_extra
 from spectral_paged.llm import LLM
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL, ModelCard
 from spectral_paged.outputs import RequestOutput
-from spectral_paged.sampling import SamplingParams
 
 try:
     from fastapi import Depends, FastAPI, Request, Security
@@ -231,6 +230,7 @@ class Service:
             params=parsed.params,
             num_prompt_tokens=[len(prompt) for prompt in parsed.prompts],
             echoes=parsed.echoes,
+            returns_prompt_logprobs=asked.returns_prompt_logprobs,
         )
         generation = await self.engine.submit(
             request_id,
@@ -241,7 +241,7 @@ class Service:
         )
         stack.callback(generation.close)
         if not asked.stream:
-            return await self._whole(response, await generation.outputs(), parsed.params)
+            return await self._whole(response, await generation.outputs(), parsed)
         chunks = response.chunks(
             generation,
             include_usage=asked.include_usage,
@@ -251,12 +251,13 @@ class Service:
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
     async def _whole(
-        self, response: OpenAIResponse, outputs: Sequence[RequestOutput], params: SamplingParams
+        self, response: OpenAIResponse, outputs: Sequence[RequestOutput], parsed: ParsedRequest
     ) -> Response:
         """Build the response that is no stream; a large one in a thread, beside the event loop."""
         build = partial(list[bytes], response.pieces(outputs))
         num_tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-        if num_tokens * entries_of_token(params) <= FEW_ENTRIES:
+        per_token = entries_of_token(self.llm, parsed.params.wanted)
+        if num_tokens * per_token + parsed.num_prompt_entries <= FEW_ENTRIES:
             return Response(b"".join(build()), media_type="application/json")
         parts = await asyncio.get_running_loop().run_in_executor(self._writer, build)
         length = {"Content-Length": str(sum(map(len, parts)))}

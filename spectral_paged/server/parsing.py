@@ -9,8 +9,9 @@ from spectral_paged.engine import check_request, most_tokens
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
-from spectral_paged.sampling import SamplingParams
+from spectral_paged.sampling import SamplingParams, Wanted
 from spectral_paged.server.api_error import ApiError
+from spectral_paged.server.echo import Echo
 from spectral_paged.server.settings import ServerSettings
 
 
@@ -19,13 +20,15 @@ class ParsedRequest:
     """A parsed and tokenized body.
 
     prompts: the token ids of each prompt.
-    echoes: the text of each prompt, if the response repeats it.
+    echoes: of each prompt, if the response repeats it.
+    num_prompt_entries: log-probabilities of prompts in the response.
     """
 
     body: OpenAIRequest
     prompts: list[list[int]]
     params: SamplingParams
-    echoes: list[str] | None = None
+    echoes: list[Echo] | None = None
+    num_prompt_entries: int = 0
 
     @property
     def num_completions(self) -> int:
@@ -73,45 +76,56 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
         raise
     echoes = None
     if body.echo:
-        echoes = [_echo(llm, prompt, body.params) for prompt in body.prompts]
-    params = _with_room(llm, settings, body, prompts)
+        pairs = zip(body.prompts, prompts, strict=True)
+        echoes = [Echo.of(llm, prompt, ids, body.params) for prompt, ids in pairs]
+    num_entries = _prompt_entries(llm, body, prompts)
+    params = _with_room(llm, settings, body, prompts, num_entries)
     for prompt in prompts:  # here, because the engine's thread would read each token of a long one
-        check_request(llm.cache, prompt, params, (), llm.engine.vocab_size)
-    _check_size(llm, settings, prompts, params)
-    return ParsedRequest(body, prompts, params, echoes)
+        engine = llm.engine
+        check_request(llm.cache, prompt, params, (), engine.vocab_size, engine.max_logprobs)
+    _check_size(llm, settings, prompts, params, num_entries)
+    return ParsedRequest(body, prompts, params, echoes, num_entries)
 
 
-def entries_of_token(params: SamplingParams) -> int:
+def entries_of_token(llm: LLM, wanted: Wanted | None) -> int:
     """Return 1 for a token, and 1 for each log-probability that comes with it."""
-    return 1 if params.logprobs is None else 2 + params.logprobs
+    if wanted is None:
+        return 1
+    return 2 + wanted.top(llm.engine.vocab_size or 0) + len(wanted.token_ids)
+
+
+def _prompt_entries(llm: LLM, body: OpenAIRequest, prompts: Sequence[Sequence[int]]) -> int:
+    """Return the entries of prompts with their log-probabilities; an echo is in every choice."""
+    if body.params.wanted_of_prompt is None:
+        return 0
+    copies = body.params.n if body.messages is None else 1
+    each = entries_of_token(llm, body.params.wanted_of_prompt)
+    return copies * each * sum(map(len, prompts))
 
 
 def _check_size(
-    llm: LLM, settings: ServerSettings, prompts: Sequence[Sequence[int]], params: SamplingParams
+    llm: LLM,
+    settings: ServerSettings,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    num_prompt_entries: int,
 ) -> None:
     lengths = [len(prompt) for prompt in prompts]
     room = [most_tokens(llm.cache, length, params) - length for length in lengths]
     tokens = params.n * sum(room)
-    entries, most = tokens * entries_of_token(params), settings.max_response_entries
+    per_token, most = entries_of_token(llm, params.wanted), settings.max_response_entries
+    entries = tokens * per_token + num_prompt_entries
     if entries > most:
-        each = "" if params.logprobs is None else f" with {params.logprobs + 1} log-probabilities"
+        each = "" if params.wanted is None else f" with {per_token - 1} log-probabilities"
+        each += f", and {num_prompt_entries} entries of prompts" if num_prompt_entries else ""
         raise ApiError(
             400,
             f"the response may have {tokens} tokens (prompts times n times max_tokens){each}, "
             f"{entries} entries in all; this server allows {most}: ask for fewer completions, "
             "tokens or log-probabilities, or raise --max-response-entries",
-            param="max_tokens" if params.logprobs is None else "logprobs",
+            param="max_tokens" if params.wanted is None else "logprobs",
             code="response_too_large",
         )
-
-
-def _echo(llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> str:
-    """Return the text of a prompt, which its completion's text goes on from."""
-    if isinstance(prompt, str):
-        return prompt
-    if llm.engine.token_bytes is None:
-        raise InvalidRequestError("echo of token ids needs a tokenizer; send text")
-    return llm.engine.token_bytes.text(prompt, skip_special_tokens=params.skip_special_tokens)
 
 
 def unknown_model(name: str, settings: ServerSettings) -> ApiError:
@@ -158,7 +172,11 @@ def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
 
 
 def _with_room(
-    llm: LLM, settings: ServerSettings, body: OpenAIRequest, prompts: list[list[int]]
+    llm: LLM,
+    settings: ServerSettings,
+    body: OpenAIRequest,
+    prompts: list[list[int]],
+    num_prompt_entries: int,
 ) -> SamplingParams:
     """Return the parameters, with `max_tokens` from the room there is if the body has no limit."""
     if "max_tokens" in body.named:
@@ -169,8 +187,8 @@ def _with_room(
         most = min(most, llm.cache.max_sequence_tokens - len(prompts[0]))
     most = min(
         most,
-        settings.max_response_entries
-        // (len(prompts) * body.params.n * entries_of_token(body.params)),
+        (settings.max_response_entries - num_prompt_entries)
+        // (len(prompts) * body.params.n * entries_of_token(llm, body.params.wanted)),
     )
     # 1 without any room, so that the engine refuses the request
     return replace(body.params, max_tokens=max(1, min(asked, most)))

@@ -17,12 +17,14 @@ from spectral_paged.openai import (
     chat_choice,
     chat_logprobs,
     counts,
+    prompt_tables,
     text_choice,
     text_logprobs,
     usage,
 )
 from spectral_paged.outputs import CompletionOutput, RequestOutput, TextDelta
 from spectral_paged.sampling import SamplingParams
+from spectral_paged.server.echo import Echo
 from spectral_paged.server.pending import Generation
 
 TOKENS_AT_ONCE = 64
@@ -37,7 +39,8 @@ class OpenAIResponse:
         model: the model's name in the response.
         params: the request's sampling parameters.
         num_prompt_tokens: of each prompt.
-        echoes: the text of each prompt, put before its completions; None: no echo.
+        echoes: of each prompt, put before its completions; None: no echo.
+        returns_prompt_logprobs: the response has those of each prompt as a field of their own.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class OpenAIResponse:
         chat: bool,
         params: SamplingParams,
         num_prompt_tokens: Sequence[int],
-        echoes: Sequence[str] | None = None,
+        echoes: Sequence[Echo] | None = None,
+        returns_prompt_logprobs: bool = False,
     ) -> None:
         self._chat, self._params, self._echoes = chat, params, echoes
+        self._returns_prompt_logprobs = returns_prompt_logprobs
         self._num_choices = params.n
         self._num_prompt_tokens = num_prompt_tokens
         self._head: dict[str, Any] = {
@@ -74,24 +79,50 @@ class OpenAIResponse:
                 choice["index"] += place * self._num_choices
                 bare = {name: value for name, value in choice.items() if name != "logprobs"}
                 yield f'{comma}{_json(bare)[:-1]},"logprobs":'.encode()
-                yield from self._logprobs(completion)
+                yield from self._logprobs(completion, output, place)
+                if not self._chat:
+                    yield from self._prompt_logprobs(output)
                 yield b"}"
                 comma = ","
-        yield f'],"usage":{_json(usage(outputs))}}}'.encode()
+        yield b"]"
+        if self._chat:
+            yield from self._prompt_logprobs(outputs[0])
+        yield f',"usage":{_json(usage(outputs))}}}'.encode()
 
-    def _logprobs(self, completion: CompletionOutput) -> Iterator[bytes]:
+    def _prompt_logprobs(self, output: RequestOutput) -> Iterator[bytes]:
+        """Yield the JSON of the field `prompt_logprobs`, if the request asks for it."""
+        if not self._returns_prompt_logprobs:
+            return
+        before, tables = b',"prompt_logprobs":[', output.prompt_logprobs or []
+        for start in range(0, len(tables), TOKENS_AT_ONCE):
+            part = _json(prompt_tables(tables[start : start + TOKENS_AT_ONCE]))
+            yield before + part[1:-1].encode()
+            before = b","
+            time.sleep(0)  # gives up Python's lock
+        yield b"]"
+
+    def _logprobs(
+        self, completion: CompletionOutput, output: RequestOutput, place: int
+    ) -> Iterator[bytes]:
         """Yield the JSON of a choice's `logprobs`, an object of lists over its tokens."""
         if completion.logprobs is None:
             yield b"null"
             return
+        all_ids, all_tables = completion.token_ids, completion.logprobs
+        offsets, first = completion.text_offsets or [], ""
+        if self._echoes is not None:
+            echo, first = self._echoes[place], self._echoes[place].first
+            all_ids = [*echo.token_ids, *all_ids]
+            all_tables = [*(output.prompt_logprobs or ()), *all_tables]
+            offsets = [*echo.offsets, *(len(echo.text) + offset for offset in offsets)]
         columns: dict[str, list[bytes]] = {}
-        for start in range(0, max(1, len(completion.token_ids)), TOKENS_AT_ONCE):
+        for start in range(0, max(1, len(all_ids)), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            ids, tables = completion.token_ids[part], completion.logprobs[part]
+            ids, tables = all_ids[part], all_tables[part]
             found = (
                 chat_logprobs(ids, tables, self._params)
                 if self._chat
-                else text_logprobs(ids, tables, (completion.text_offsets or ())[part])
+                else text_logprobs(ids, tables, offsets[part], first=first)
             )
             for name, values in found.items():
                 text = ("," if start else "") + _json(values)[1:-1]
@@ -110,7 +141,7 @@ class OpenAIResponse:
             return chat_choice(completion, self._params)
         choice = text_choice(completion)
         if self._echoes is not None:
-            choice["text"] = self._echoes[place] + choice["text"]
+            choice["text"] = self._echoes[place].text + choice["text"]
         return choice
 
     async def chunks(
@@ -158,7 +189,22 @@ class OpenAIResponse:
             return [self._delta(i, {"role": "assistant", "content": ""}) for i in choices]
         if self._echoes is None:
             return []
-        return [self._text(i, self._echoes[i // self._num_choices]) for i in choices]
+        if self._params.prompt_logprobs is not None:
+            return []  # they begin with the log-probabilities of their prompt
+        return [self._text(i, self._echoes[i // self._num_choices].text) for i in choices]
+
+    def _echo(self, item: TextDelta) -> list[dict[str, Any]]:
+        """Return the echoes of a prompt with its log-probabilities, for all of its choices."""
+        if self._echoes is None or item.prompt_logprobs is None:
+            return []
+        echo, first = self._echoes[item.prompt_index], item.prompt_index * self._num_choices
+        found = None
+        if self._params.wanted is not None:
+            found = text_logprobs(
+                echo.token_ids, item.prompt_logprobs, echo.offsets, first=echo.first
+            )
+        choices = range(first, first + self._num_choices)
+        return [self._text(i, echo.text) | {"logprobs": found} for i in choices]
 
     def _pieces(self, item: TextDelta) -> list[dict[str, Any]]:
         index = item.prompt_index * self._num_choices + item.index
@@ -166,10 +212,10 @@ class OpenAIResponse:
         if not self._chat:
             piece = self._text(index, item.text, item.finish_reason)
             if item.logprobs is not None:
-                piece["logprobs"] = text_logprobs(
-                    item.token_ids, item.logprobs, item.text_offsets or ()
-                )
-            return [piece]
+                shift = 0 if self._echoes is None else len(self._echoes[item.prompt_index].text)
+                offsets = [shift + offset for offset in item.text_offsets or ()]
+                piece["logprobs"] = text_logprobs(item.token_ids, item.logprobs, offsets)
+            return [*self._echo(item), piece]
         piece = self._delta(index, {"content": item.text})
         if item.logprobs is not None:
             piece["logprobs"] = chat_logprobs(item.token_ids, item.logprobs, self._params)

@@ -121,6 +121,17 @@ def test_prompt_and_completion_say_what_all_tokens_say(name, data):
     )
 
 
+def test_bytes_that_begin_no_character_are_one_each():
+    """Python's decoder waits for more of a surrogate, and then finds that it was none."""
+    ids = spelled("gemma", b"\xed\xa0a\xe6\x97")
+    tokens, out = BYTES["gemma"], OutputText(BYTES["gemma"])
+    offsets = []
+    for token in ids:
+        offsets.append(out.offset_of(token))
+        out.append(token)
+    assert offsets == tokens.places(ids, skip_special_tokens=True) == [0, 1, 2, 3, 3]
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(WITH_BYTES)))
 def test_stops_are_found_over_the_borders_of_tokens_and_characters(data, name):

@@ -74,8 +74,8 @@ def test_a_field_takes_what_its_description_says(chat, name, data):
     body = BASES[chat] | {name: data.draw(values)}
     if name == "stream_options":
         body["stream"] = True
-    if name == "top_logprobs":
-        body["logprobs"] = True
+    if name in ("top_logprobs", "logprob_token_ids"):
+        body["logprobs"] = True if chat else 1
     if name == "min_tokens":
         body["max_tokens"] = 2**300
     said = jsonschema_rs.validator_for(SCHEMAS[chat]).is_valid(body)

@@ -11,9 +11,10 @@ import urllib.request
 import pytest
 
 from spectral_paged import SamplingParams
-from spectral_paged.openai import chat_choice, text_choice, usage
+from spectral_paged.openai import chat_choice, text_choice, text_logprobs, usage
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from spectral_paged.server import app
+from spectral_paged.server.echo import Echo
 from spectral_paged.server.response import TOKENS_AT_ONCE, OpenAIResponse
 from support.served import served_llm, serving, wait_until
 
@@ -101,11 +102,14 @@ def output_of(*completions):
     return RequestOutput("r", None, [1, 2], list(completions), True, RequestMetrics(0.0))
 
 
+ECHOES = [Echo("first ", [1, 2], [0, 4], "firs"), Echo("second ", [3, 2], [0, 5], "secon")]
+
+
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-@pytest.mark.parametrize("echoes", [None, ["first ", "second "]], ids=["", "echo"])
+@pytest.mark.parametrize("echoes", [None, ECHOES], ids=["", "echo"])
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
 def test_pieces_are_the_json_of_the_choices(chat, echoes, logprobs):
-    params = SamplingParams(n=3, logprobs=logprobs)
+    params = SamplingParams(n=3, logprobs=logprobs, prompt_logprobs=echoes and logprobs)
     sizes = [[0, 1, TOKENS_AT_ONCE], [TOKENS_AT_ONCE - 1, TOKENS_AT_ONCE + 1, 5 * TOKENS_AT_ONCE]]
     outputs = [output_of(*(completion(i, size) for i, size in enumerate(row))) for row in sizes]
     if logprobs is None:
@@ -114,6 +118,8 @@ def test_pieces_are_the_json_of_the_choices(chat, echoes, logprobs):
                 one.logprobs = None
     if chat and echoes:
         return
+    for done in outputs:
+        done.prompt_logprobs = [None, {2: Logprob(-1.5, 3, "x")}]
     response = OpenAIResponse(
         "id", "tiny", chat=chat, params=params, num_prompt_tokens=[2, 2], echoes=echoes
     )
@@ -124,7 +130,15 @@ def test_pieces_are_the_json_of_the_choices(chat, echoes, logprobs):
             choice = {"logprobs": None} | (chat_choice(one, params) if chat else text_choice(one))
             choice["index"] += 3 * place
             if echoes:
-                choice["text"] = echoes[place] + choice["text"]
+                choice["text"] = echoes[place].text + choice["text"]
+            if echoes and logprobs is not None:
+                echo, shift = echoes[place], len(echoes[place].text)
+                choice["logprobs"] = text_logprobs(
+                    [*echo.token_ids, *one.token_ids],
+                    [*done.prompt_logprobs, *one.logprobs],
+                    [*echo.offsets, *(shift + offset for offset in one.text_offsets)],
+                    first=echo.first,
+                )
             want.append(choice)
     assert got["choices"] == want
     assert got["usage"] == usage(outputs)

@@ -45,9 +45,22 @@ TEXT = {
     "temperature of another kind": ({"temperature": "hot"}, "temperature", "between 0"),
     "top_p": ({"top_p": 0}, "top_p", "top_p is 0"),
     "n": ({"n": 0}, "n", "n is 0"),
-    "max_tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+    "max_tokens": ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     "max_tokens above the server's": ({"max_tokens": 901}, "max_tokens", "this server allows 900"),
-    "logprobs": ({"logprobs": 21}, "logprobs", "between 0 and 20"),
+    "logprobs": ({"logprobs": 21}, "logprobs", "at most 20"),
+    "all logprobs": ({"logprobs": -1}, "logprobs", "asks for all tokens; at most 20"),
+    "prompt_logprobs": ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+    "streamed prompt_logprobs": (
+        {"prompt_logprobs": 1, "stream": True},
+        "prompt_logprobs",
+        "no part of a stream",
+    ),
+    "given tokens alone": ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs logprobs"),
+    "a given token": (
+        {"logprob_token_ids": [199], "logprobs": 1},
+        "logprob_token_ids",
+        "outside the vocabulary",
+    ),
     "presence_penalty": ({"presence_penalty": 3}, "presence_penalty", "in [-2, 2]"),
     "seed": ({"seed": "x"}, "seed", "None or an integer"),
     "stop": ({"stop": ["a", 1]}, "stop", "strings that are not empty"),
@@ -104,7 +117,6 @@ TEXT = {
     "logit_bias": ({"logit_bias": {"x": 1}}, "logit_bias", "numbers between"),
     "a typo": ({"temprature": 1}, "temprature", "not supported"),
     "a typo of zero": ({"temprature": 0}, "temprature", "not supported"),
-    "echo with logprobs": ({"echo": True, "logprobs": 1}, "echo", "echo with logprobs"),
 }
 CHAT = {
     "no messages": ({"messages": None}, "messages", "must be a list"),

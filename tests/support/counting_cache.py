@@ -36,6 +36,7 @@ class CountingCache:
         cache_salt="",
         pinned_spans=(),
         resumed=False,
+        max_cached_tokens=None,
     ):
         assert seq_id not in self.stored
         if len(self.stored) >= self.seats:

@@ -31,6 +31,7 @@ from support.cache_feed import slots_of
 
 LAYERS, DIM, VOCAB, EOS = 2, 16, 97, 96
 LONGEST = 2100
+SLICE = 33  # rows of logits that a visitor is shown at once
 DIGITS = 4  # of K, and as many of V, in the first elements of a head
 ROPE = RotaryTable.from_theta(10000.0, DIM, max_positions=LONGEST)
 LIKELY, SECOND, NEVER = 2.0, 1.5, -50.0  # logits: two tokens are possible, one wins when greedy
@@ -140,6 +141,8 @@ class Script:
 
     def speak(self, num_tokens):
         """Extend `ids` to `num_tokens`, or to where the sequence ends."""
+        if self.params.max_tokens == 0:
+            self.finish = "length"
         while len(self.ids) < num_tokens and self.finish is None:
             self.store(len(self.ids))
             likely, second = candidates(self._read[1], len(self.ids) - 1)
@@ -195,7 +198,7 @@ class DigitRunner:
     def stats(self):
         return {}
 
-    def forward(self, plan, token_ids, logit_rows, pending=None):
+    def forward(self, plan, token_ids, logit_rows, pending=None, visitor=None):
         ids = np.array(token_ids, dtype=np.uint64)
         if pending is not None:
             known = pending.ids.tolist()
@@ -213,10 +216,16 @@ class DigitRunner:
             k, v = torch.from_numpy(flat).to(self.cache.device)
             self.cache.append(layer, k, v)
             found = [sums(layer, 0, self._read(layer, e))[e.start :] for e in plan.entries]
-        flat, rows = np.concatenate(found), []
+        flat = np.concatenate(found)
         positions = np.concatenate([np.arange(e.start, e.start + e.num_new) for e in plan.entries])
-        rows = [logits_of(*candidates(flat[r], positions[r])) for r in logit_rows]
-        return torch.stack(rows).to(self.cache.device)
+
+        def logits(rows):
+            found = [logits_of(*candidates(flat[r], positions[r])) for r in rows]
+            return torch.stack(found).to(self.cache.device)
+
+        for start in range(0, 0 if visitor is None else len(visitor.rows), SLICE):
+            visitor.visit(logits(visitor.rows[start : start + SLICE]))
+        return logits(logit_rows)
 
     def _script(self, entry):
         return self.scripts[entry.seq_id]
