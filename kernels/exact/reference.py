@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,31 @@ def exact_gather(
     kv = pages.permute(2, 1, 0, 3, 4).reshape(2, num_heads, num_pages * EXACT_PAGE_TOKENS, dim)
     found = kv[0, :, :num_tokens], kv[1, :, :num_tokens]
     return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
+
+
+class ExactPlaces(NamedTuple):
+    """Exact pages of any sequences and where their tokens belong, int32 `[num_pages]` each.
+
+    units: the unit at which a page begins.
+    rows: the row of K and V to which its first token is written.
+    counts: the number of its tokens that are written, 0 to 64.
+    """
+
+    units: Tensor
+    rows: Tensor
+    counts: Tensor
+
+
+def exact_copy(plane: Tensor, places: ExactPlaces, out: Tensor) -> None:
+    """Copy tokens of exact pages to rows of K and V, `out` `[2 (K|V), H, rows, D]`."""
+    num_heads, _, dim = out.shape[1:]
+    page_bytes = exact_page_bytes(num_heads, dim, out.element_size())
+    raw = gather_units(plane, places.units, page_bytes).view(out.dtype)
+    pages = raw.view(-1, num_heads, 2, EXACT_PAGE_TOKENS, dim).permute(2, 1, 0, 3, 4)
+    tokens = torch.arange(EXACT_PAGE_TOKENS, device=plane.device)
+    rows = places.rows.long().unsqueeze(-1) + tokens
+    there = tokens < places.counts.unsqueeze(-1)
+    out[:, :, rows[there]] = pages[:, :, there]
 
 
 def read_blocks(

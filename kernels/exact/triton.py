@@ -1,4 +1,4 @@
-"""Writing of new keys and values into exact pages, in Triton."""
+"""Writing of new keys and values into exact pages, and copying of them, in Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.launch.configs import dependent_launch
 from spectral_paged.kernels.page.layout import UNIT_BYTES
 from spectral_paged.kernels.page.triton import after_previous, padded
@@ -42,6 +43,49 @@ def _append_kernel(
         v = tl.load(v_ptr + (token * v_heads + head) * DIM + dim, mask=ok)
         tl.store(to, k, mask=ok)
         tl.store(to + 64 * DIM, v, mask=ok)
+
+
+@triton.jit(
+    do_not_specialize=["head_stride"],
+    do_not_specialize_on_alignment=["units_ptr", "rows_ptr", "counts_ptr"],
+)
+def _copy_kernel(
+    plane_ptr,
+    units_ptr,
+    rows_ptr,
+    counts_ptr,
+    out_ptr,
+    head_stride,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Copy K or V of one head of an exact page; `head_stride` is in rows of `out`."""
+    page, head, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token, dim = tl.arange(0, 64)[:, None], tl.arange(0, DIM_PAD)[None, :]
+    ok = (token < tl.load(counts_ptr + page)) & (dim < DIM)
+    unit = tl.load(units_ptr + page).to(tl.int64)
+    read = plane_ptr + unit * UNIT + (head * 2 + side) * (64 * DIM) + token * DIM + dim
+    place = (side * tl.num_programs(1) + head).to(tl.int64) * head_stride
+    row = place + tl.load(rows_ptr + page) + token
+    tl.store(out_ptr + row * DIM + dim, tl.load(read, mask=ok), mask=ok)
+
+
+def exact_copy(plane: Tensor, places: ExactPlaces, out: Tensor) -> None:
+    """`exact.reference.exact_copy` in Triton: the same arguments; `out` is contiguous."""
+    assert out.is_contiguous(), "rows lie behind each other"
+    sides, num_heads, num_rows, dim = out.shape
+    if len(places.units):
+        _copy_kernel[(len(places.units), num_heads, sides)](
+            plane.view(out.dtype),
+            *places,
+            out,
+            num_rows,
+            DIM=dim,
+            DIM_PAD=padded(dim),
+            UNIT=UNIT_BYTES // out.element_size(),
+            num_warps=4,
+        )
 
 
 def exact_append(k: Tensor, v: Tensor, plane: Tensor, units: Tensor, offsets: Tensor) -> None:

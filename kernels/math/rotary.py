@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,10 +27,6 @@ class Rotation:
     def dim(self) -> int:
         """The number of a head's dimensions that RoPE turns."""
         return 2 * self.cos.shape[-1]
-
-    def from_block(self, block: int) -> Rotation:
-        """The same rotation for a table of pages that begins with `block`."""
-        return replace(self, first_position=self.first_position + block * BLOCK_TOKENS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:

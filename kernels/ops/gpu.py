@@ -14,7 +14,7 @@ from spectral_paged.kernels.decode.gpu import (
     planned_exact,
     planned_pages,
 )
-from spectral_paged.kernels.exact.triton import exact_append
+from spectral_paged.kernels.exact.triton import exact_append, exact_copy
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops.protocol import PageOps, SealKernel
@@ -29,6 +29,7 @@ class GpuOps(PageOps):
     """The ops over pages, each by its GPU kernels."""
 
     exact_append = staticmethod(exact_append)
+    exact_copy = staticmethod(exact_copy)
     decode_attention = staticmethod(decode_attention)
     rebuild_kernel = staticmethod(spectral_rebuild)
     chunk_kernel = staticmethod(chunk.chunk_attention)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
+from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import PageLayout
+from spectral_paged.kernels.rebuild.reference import PagePlaces
 
 
 class SealKernel(Protocol):
@@ -51,6 +53,7 @@ class RebuildKernel(Protocol):
         k_basis: Tensor | None = None,
         v_basis: Tensor | None = None,
         num_pages: int | None = None,
+        places: PagePlaces | None = None,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -87,6 +90,10 @@ class PageOps(ABC):
         """Store new keys and values in exact pages: `exact.reference.exact_append`."""
 
     @abstractmethod
+    def exact_copy(self, plane: Tensor, places: ExactPlaces, out: Tensor) -> None:
+        """Copy tokens of exact pages to rows of K and V: `exact.reference.exact_copy`."""
+
+    @abstractmethod
     def decode_attention(
         self,
         q: Tensor,
@@ -109,6 +116,7 @@ class PageOps(ABC):
         basis: Basis,
         dtype: torch.dtype,
         num_pages: int | None = None,
+        places: PagePlaces | None = None,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """K and V of pages, rebuilt: `rebuild.reference.spectral_rebuild`."""
@@ -123,6 +131,7 @@ class PageOps(ABC):
             k_basis=basis.k,
             v_basis=basis.v,
             num_pages=num_pages,
+            places=places,
             out=out,
         )
 

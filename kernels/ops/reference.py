@@ -8,7 +8,7 @@ from torch import Tensor
 from spectral_paged.kernels.chunk.reference import chunk_attention
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.decode.reference import decode_attention
-from spectral_paged.kernels.exact.reference import exact_append
+from spectral_paged.kernels.exact.reference import exact_append, exact_copy
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops.protocol import PageOps, SealKernel
@@ -21,6 +21,7 @@ class TorchOps(PageOps):
     """The ops over pages, each by its torch twin; none plans or compiles."""
 
     exact_append = staticmethod(exact_append)
+    exact_copy = staticmethod(exact_copy)
     decode_attention = staticmethod(decode_attention)
     rebuild_kernel = staticmethod(spectral_rebuild)
     chunk_kernel = staticmethod(chunk_attention)

@@ -18,6 +18,7 @@ from spectral_paged.kernels.page.triton import (
     load_values,
     padded,
 )
+from spectral_paged.kernels.rebuild.reference import PagePlaces
 
 
 @triton.jit
@@ -46,11 +47,12 @@ def _half_rows(
 
 
 # not specialized, because a sequence's pages begin anywhere in the table: one build serves all
-@triton.jit(do_not_specialize_on_alignment=["units_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["units_ptr", "blocks_ptr", "rows_ptr"])
 def _rebuild_kernel(
     plane_ptr,
     units_ptr,
-    place_ptr,
+    blocks_ptr,
+    rows_ptr,
     cos_ptr,
     sin_ptr,
     basis_ptr,
@@ -149,7 +151,7 @@ def _rebuild_kernel(
             own = tl.load(exact + high_dim, mask=there, other=0.0).to(tl.float32)
             high = tl.where(hit, own[None, :], high)
         if TURN > 0:
-            at = first_position + entry * 512 + tile * 128
+            at = first_position + tl.load(blocks_ptr + entry) * 512 + tile * 128
             at = at + token if TURN == 2 else at + 64 + token * 0
             angle = at[:, None] * HALF + place[None, :]
             use = (place < HALF)[None, :] & (token >= 0)[:, None]
@@ -158,7 +160,7 @@ def _rebuild_kernel(
             turned = low * cos - high * sin
             high = high * cos + low * sin
             low = turned
-        row = tl.load(place_ptr + entry) * 512 + tile * 128 + token
+        row = tl.load(rows_ptr + entry) + tile * 128 + token
         to = out_ptr + head.to(tl.int64) * head_stride + row[:, None] * DIM
         both = (token >= 0)[:, None] & there[None, :]
         tl.store(to + low_dim[None, :], low, mask=both)
@@ -177,6 +179,7 @@ def spectral_rebuild(
     k_basis: Tensor | None = None,
     v_basis: Tensor | None = None,
     num_pages: int | None = None,
+    places: PagePlaces | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     compile_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -189,9 +192,13 @@ def spectral_rebuild(
         ValueError: a component has more than one scale.
     """
     check_scales(layout)
-    present = units >= 0
-    count = int(present.sum()) if num_pages is None else num_pages
-    place = present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1
+    if places is None:
+        present = units >= 0
+        count = int(present.sum()) if num_pages is None else num_pages
+        rows = (present.to(torch.int32).cumsum(0, dtype=torch.int32) - 1) * BLOCK_TOKENS
+        places = PagePlaces(torch.arange(len(units), device=plane.device).int(), rows)
+    else:
+        count = len(units)
     heads, dim = layout.num_kv_heads, layout.head_dim
     if out is None:
         shape = heads, count * BLOCK_TOKENS, dim
@@ -208,7 +215,8 @@ def spectral_rebuild(
         launcher(_rebuild_kernel, grid, compile_only=compile_only)(
             plane,
             units,
-            place,
+            places.blocks,
+            places.rows,
             cos,
             sin,
             plane if basis is None else basis,

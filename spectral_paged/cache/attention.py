@@ -12,10 +12,9 @@ from spectral_paged.cache.index import ChunkBatch, DecodeBatch, GroupStep
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.errors import FormatError, MissingPackageError
 from spectral_paged.kernels.decode.batch import Basis
-from spectral_paged.kernels.exact.reference import exact_gather
+from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
-from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 
 
 class PagedAttention:
@@ -23,7 +22,7 @@ class PagedAttention:
 
     ```
     one new token   decode_attention (landmarks, tail and pages, merged)
-    several         spectral_rebuild (pages), exact_gather (landmarks, tail)  ->  chunk_attention
+    several         spectral_rebuild (pages), exact_copy (landmarks, tail)  ->  chunk_attention
     ```
 
     Args:
@@ -77,11 +76,14 @@ class PagedAttention:
             )
 
     def warm_up(self, group: LayerGroup) -> None:
-        """Compile the kernel that rebuilds history, so that the first long prompt need not wait.
+        """Compile the kernels that copy and rebuild history, so that no long prompt waits for it.
 
-        Nothing is written. An online calibration that still waits compiles nothing, because it has
-        no basis yet.
+        Nothing is written. Pages of an online calibration that still waits are not rebuilt, because
+        they have no basis yet.
         """
+        plane = group.plane(group.layers[0])
+        nothing = torch.zeros(1, dtype=torch.int32, device=plane.device)
+        self.ops.exact_copy(plane, ExactPlaces(*3 * (nothing,)), self._rows(plane, 1))
         if group.layout is not None and not self.basis.is_waiting:
             layer = group.layers[0]
             self.ops.compile_rebuild(
@@ -172,33 +174,31 @@ class PagedAttention:
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: Basis
     ) -> tuple[Tensor, Tensor]:
         """K and V `[Hkv, L, D]` of a batch's chunks in the rows of its spans, pages rebuilt."""
-        heads, dim = self.basis.format.num_kv_heads, self.basis.format.head_dim
-        shape = heads, batch.spans.num_key_rows, dim
-        keys, values = (plane.new_empty(shape, dtype=self.dtype) for _ in range(2))
-        for start in batch.spans.gap_starts:  # of keys there nothing is asked
-            values[:, start : start + batch.spans.gap].zero_()
-        for chunk, (_, span) in zip(batch.chunks, batch.spans, strict=True):
-            at = span.start
-            for run in chunk.runs:
-                out = keys[:, at : at + run.num_tokens], values[:, at : at + run.num_tokens]
-                at += run.num_tokens
-                table = group.page_table if run.sealed else group.exact_table
-                entries = table.device[chunk.row, run.start : run.stop]
-                if not run.sealed:
-                    exact_gather(plane, entries, run.num_tokens, heads, dim, self.dtype, out=out)
-                    continue
-                assert group.layout is not None, "only groups with pages have sealed runs"
-                self.ops.spectral_rebuild(
-                    plane,
-                    entries,
-                    layout=group.layout,
-                    rotation=group.rotation.from_block(run.start),
-                    basis=shared,
-                    dtype=self.dtype,
-                    num_pages=run.num_tokens // BLOCK_TOKENS,
-                    out=out,
-                )
-        return keys, values
+        stored = batch.stored
+        assert stored is not None, "the batch is located"
+        both = self._rows(plane, batch.spans.num_key_rows)
+        if stored.gaps is not None:  # nothing is asked of keys there
+            both[1].index_fill_(1, stored.gaps, 0.0)
+        self.ops.exact_copy(plane, stored.exact, both)
+        if stored.page_units is not None:
+            assert group.layout is not None, "only groups with pages have sealed runs"
+            self.ops.spectral_rebuild(
+                plane,
+                stored.page_units,
+                layout=group.layout,
+                rotation=group.rotation,
+                basis=shared,
+                dtype=self.dtype,
+                places=stored.pages,
+                out=(both[0], both[1]),
+            )
+        return both[0], both[1]
+
+    def _rows(self, plane: Tensor, count: int) -> Tensor:
+        """Rows of K and V to write to, `[2 (K|V), Hkv, count, D]`."""
+        format = self.basis.format
+        shape = 2, format.num_kv_heads, count, format.head_dim
+        return plane.new_empty(shape, dtype=self.dtype)
 
 
 def _of(batch: ChunkBatch, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def read_history(cache: SpectralKVCache, layer: int) -> list[tuple[Tensor, Tenso
     found = []
     shared = cache.attention.basis.rows(layer)
     for batch in chunk_batches(chunks, flat, cache.device):
+        batch = batch.located(group)
         keys, values = cache.attention.history(group, batch, group.plane(layer), shared)
         if group.rope is not None:
             keys = group.rope.pairs(keys)

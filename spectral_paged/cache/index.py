@@ -11,7 +11,7 @@ CUDA graphs replay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,8 +26,10 @@ from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans
 from spectral_paged.kernels.decode.batch import ExactTokens, Pages
+from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
+from spectral_paged.kernels.rebuild.reference import PagePlaces
 
 Array = np.ndarray[Any, Any]
 Column = TypeVar("Column")  # an array, a tensor, or a list
@@ -190,22 +192,73 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredKeys:
+    """The exact pages and the pages of a batch's chunks, and the rows that their tokens belong to.
+
+    All layers of a group share it.
+
+    page_units, pages: None if no chunk sees a page.
+    gaps: int64, the rows between chunks; None if there are none.
+    """
+
+    exact: ExactPlaces
+    page_units: Tensor | None
+    pages: PagePlaces | None
+    gaps: Tensor | None
+
+    @classmethod
+    def of(cls, group: LayerGroup, chunks: Sequence[Chunk], spans: ChunkSpans) -> StoredKeys:
+        """What the host's tables say of `chunks`."""
+        exact: list[Array] = []
+        pages: list[Array] = []
+        for chunk, (_, keys) in zip(chunks, spans, strict=True):
+            row = keys.start
+            for run in chunk.runs:
+                table = group.page_table if run.sealed else group.exact_table
+                units = table.host[chunk.row, run.start : run.stop].numpy()
+                places = np.arange(run.start, run.stop)
+                if run.sealed:  # a hole is a block that is exact, or gone
+                    units, places = units[units >= 0], places[units >= 0]
+                    rows = row + BLOCK_TOKENS * np.arange(len(units))
+                    pages.append(np.stack((units, places, rows)))
+                else:
+                    before = EXACT_PAGE_TOKENS * np.arange(len(units))
+                    counts = np.minimum(run.num_tokens - before, EXACT_PAGE_TOKENS)
+                    exact.append(np.stack((units, row + before, counts)))
+                row += run.num_tokens
+        device = group.exact_table.device.device
+        copied = ExactPlaces(*upload_rows(np.concatenate(exact, axis=1), device))
+        between = [slice(start, start + spans.gap) for start in spans.gap_starts]
+        gaps = _places(between, device) if between else None
+        if not pages:
+            return cls(copied, None, None, gaps)
+        page_units, *rest = upload_rows(np.concatenate(pages, axis=1), device)
+        return cls(copied, page_units, PagePlaces(*rest), gaps)
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkBatch:
     """Chunks that attend together.
 
     tokens: int64, their places in the flat batch; None: all.
     key_rows: int64, the rows of the keys of chunks without history; None if they lie without gaps,
         or if a chunk has history.
+    stored: where keys come from; None if no chunk has history.
     """
 
     chunks: tuple[Chunk, ...]
     spans: ChunkSpans
     tokens: Tensor | None
     key_rows: Tensor | None
+    stored: StoredKeys | None = None
 
     @property
     def is_fresh(self) -> bool:
         return all(chunk.is_fresh for chunk in self.chunks)
+
+    def located(self, group: LayerGroup) -> ChunkBatch:
+        """The batch with `stored` by the group's tables."""
+        return replace(self, stored=StoredKeys.of(group, self.chunks, self.spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +297,10 @@ class GroupStep:
                 return cls(rows.append_unit, rows.append_offset, decode, None, ())
             tokens = upload(index.tokens, torch.long, device)
         units, offsets = upload_rows(index.append, device)
-        chunks = tuple(chunk_batches(index.chunks, num_tokens, device))
+        chunks = tuple(
+            batch if batch.is_fresh else batch.located(group)
+            for batch in chunk_batches(index.chunks, num_tokens, device)
+        )
         return cls(units, offsets, decode, tokens, chunks)
 
 

@@ -25,10 +25,12 @@ from support.kernel_cases import (
     attend_error,
     blocks_at_once,
     captured_case,
+    copy_both,
     exact_case,
     exact_error,
     page_case,
     page_error,
+    placed_pages,
     rebuild_error,
     seal_zeros,
 )
@@ -39,7 +41,8 @@ from support.tiny_model import tiny_format, tiny_model
 if torch.cuda.is_available():  # elsewhere the kernels run in the interpreter, in other tests
     from spectral_paged.kernels.decode.gpu import decode_attention, spectral_decode
     from spectral_paged.kernels.decode.triton.exact import exact_decode
-    from spectral_paged.kernels.exact.triton import exact_append
+    from spectral_paged.kernels.exact import triton as exact_triton
+    from spectral_paged.kernels.exact.triton import exact_append, exact_copy
     from spectral_paged.kernels.launch.configs import DecodeConfig
     from spectral_paged.kernels.rebuild import triton as spectral_rebuild_triton
     from spectral_paged.kernels.rebuild.triton import spectral_rebuild
@@ -232,6 +235,20 @@ def test_history_is_rebuilt_as_the_twin_rebuilds_it(name):
     assert rebuild_error(spectral_rebuild, args, options) < 1e-5
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_of_several_sequences_are_rebuilt_where_they_belong(name):
+    args, options = page_case(name, heads=2, counts=(3, 4), device="cuda")
+    got, want = placed_pages(spectral_rebuild, args, options, dtype=torch.bfloat16)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 24, 64, 96, 128, 256])
+def test_exact_pages_are_copied_as_the_twin_copies_them(dtype, dim):
+    want, got = copy_both(exact_copy, dtype=dtype, dim=dim, device="cuda")
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_append_writes_the_bytes_that_the_twin_writes(dtype):
     want, got = append_both(exact_append, dtype=dtype, device="cuda")
@@ -324,6 +341,7 @@ def test_after_a_warm_up_nothing_that_seals_or_rebuilds_compiles():
         seal_triton._project_kernel,
         seal_triton._quantize_kernel,
         spectral_rebuild_triton._rebuild_kernel,
+        exact_triton._copy_kernel,
     )
     [group] = cache.groups
     cache.sealer.warm_up(group)

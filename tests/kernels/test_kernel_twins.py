@@ -7,13 +7,19 @@ import torch
 
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
 from spectral_paged.kernels.decode.reference import exact_decode, spectral_decode
-from spectral_paged.kernels.exact.reference import exact_append, exact_gather
+from spectral_paged.kernels.exact.reference import (
+    ExactPlaces,
+    exact_append,
+    exact_copy,
+    exact_gather,
+)
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.kernels.math.scores import merge
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
+from support.kernel_cases import placed_pages
 
 D = 16
 
@@ -88,6 +94,31 @@ def test_what_is_appended_is_gathered(count, dtype):
     plane, table, [(k, v)] = exact_setup([count], 2, dtype)
     got = exact_gather(plane, table[0], count, 2, D, dtype)
     assert torch.equal(got[0], k) and torch.equal(got[1], v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_copy_puts_what_is_gathered_into_its_rows_and_nothing_else(dtype):
+    plane, table, kv = exact_setup([65, 200, 1], 2, dtype)
+    parts, want, at = [], torch.full((2, 2, 300, D), 9.0).to(dtype), 3
+    for i, (k, v) in enumerate(kv):
+        count = k.shape[1]
+        before = 64 * torch.arange(-(-count // 64))
+        counts = (count - before).clamp(max=64)
+        parts.append(torch.stack((table[i][: len(before)], at + before, counts)))
+        want[:, :, at : at + count] = torch.stack((k, v))
+        at += count + 5
+    got = torch.full_like(want, 9.0)
+    exact_copy(plane, ExactPlaces(*torch.cat(parts, dim=1).int()), got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rope", ["frame", "post"])
+def test_pages_of_several_sequences_are_rebuilt_where_they_belong(rope):
+    format = page_format(rope=rope)
+    plane, table = page_setup([3, 4], format)
+    args = (None, plane, table, torch.tensor([3, 4]))
+    got, want = placed_pages(spectral_rebuild, args, where(format, WIDE_ROPE), dtype=torch.float32)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("first, count", [(0, 1), (1, 62), (63, 2), (64, 64), (100, 150)])

@@ -1,11 +1,10 @@
-"""Rotary tables against complex numbers, at the edges of a head and of a table of pages."""
+"""Rotary tables against complex numbers, at the edges of a head."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from spectral_paged.kernels.math.rotary import Rotation, block_rows
 from spectral_paged.rope import RotaryTable
 
 POSITIONS = torch.tensor([0, 1, 63, 500])
@@ -37,14 +36,3 @@ def test_pairs_turn_as_complex_numbers_and_other_dimensions_stay(rotary_dim, sca
     torch.testing.assert_close(turned[..., imaginary], want.imag, atol=1e-4, rtol=1e-4)
     assert torch.equal(turned[..., rotary_dim:], x[..., rotary_dim:])
     torch.testing.assert_close(rope.undo(turned, POSITIONS), x, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("rope", ["pre", "frame"])
-@pytest.mark.parametrize("landmarks", [0, 64])
-def test_a_table_of_pages_that_begins_later_turns_by_its_own_positions(rope, landmarks):
-    cos, sin = torch.randn(2, 4096, 8)
-    whole = Rotation(cos, sin, landmarks)
-    later = whole.from_block(3)
-    want = block_rows(cos, sin, torch.tensor([3, 5]), whole.first_position, rope)
-    got = block_rows(cos, sin, torch.tensor([0, 2]), later.first_position, rope)
-    assert all(map(torch.equal, got, want))

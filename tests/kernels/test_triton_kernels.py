@@ -12,7 +12,7 @@ from spectral_paged.kernels.decode.reference import (
     spectral_decode as twin,
 )
 from spectral_paged.kernels.decode.triton.exact import exact_decode
-from spectral_paged.kernels.exact.triton import exact_append
+from spectral_paged.kernels.exact.triton import exact_append, exact_copy
 from spectral_paged.kernels.launch.configs import DecodeConfig
 from spectral_paged.kernels.page.triton import check_layout
 from spectral_paged.kernels.page.view import side_view
@@ -25,10 +25,12 @@ from support.kernel_cases import (
     attend_case,
     attend_error,
     captured_case,
+    copy_both,
     exact_case,
     exact_error,
     page_case,
     page_error,
+    placed_pages,
     rebuild_error,
 )
 
@@ -157,6 +159,13 @@ def test_history_is_rebuilt_as_the_twin_rebuilds_it(name):
     assert rebuild_error(spectral_rebuild, args, options) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_pages_of_several_sequences_are_rebuilt_where_they_belong(name):
+    args, options = page_case(name, heads=2, counts=(3, 4))
+    got, want = placed_pages(spectral_rebuild, args, options, dtype=torch.float32)
+    assert torch.equal(got, want)
+
+
 def test_keys_before_rope_are_rebuilt_too(monkeypatch):
     dim, fields = PAGES["many-bands"]
     monkeypatch.setitem(PAGES, "many-bands", (dim, {**fields, "rope": "pre"}))
@@ -171,6 +180,13 @@ def test_a_sequence_of_blocks_held_exactly_has_no_history():
         args[1], torch.full((2,), -1, dtype=torch.int32), dtype=torch.float32, **options
     )
     assert k.shape == v.shape == (1, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 24, 96])
+def test_exact_pages_are_copied_as_the_twin_copies_them(dtype, dim):
+    want, got = copy_both(exact_copy, dtype=dtype, dim=dim)
+    assert torch.equal(got, want)
 
 
 # ---- exact pages and merging -------------------------------------------------------------

@@ -22,6 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from spectral_paged.kernels.decode import gpu
 from spectral_paged.kernels.decode.triton import exact as exact_decode_triton
 from spectral_paged.kernels.exact import triton as exact_append_triton
+from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.launch import configs as launch_configs
 from spectral_paged.kernels.rebuild import triton as spectral_rebuild_triton
 from spectral_paged.kernels.seal.triton import (
@@ -185,6 +186,8 @@ def main():
     k = torch.zeros(1, 2, 128, dtype=torch.bfloat16)
     place, plane = torch.zeros(1).int(), torch.zeros(1 << 16, dtype=torch.uint8)
     exact_append_triton.exact_append(k, k, plane, place, place)
+    rows = torch.zeros(2, 2, 64, 128, dtype=torch.bfloat16)
+    exact_append_triton.exact_copy(plane, ExactPlaces(*3 * (place,)), rows)
 
 
 if __name__ == "__main__":

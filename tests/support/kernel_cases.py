@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from spectral_paged.conformance.inputs import toy_calibration
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.decode.reference import decode_attention, exact_decode, spectral_decode
-from spectral_paged.kernels.exact.reference import exact_append
+from spectral_paged.kernels.exact.reference import ExactPlaces, exact_append, exact_copy
 from spectral_paged.kernels.math.rotary import Rotation, stored_keys
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.page.view import slot_tokens
-from spectral_paged.kernels.rebuild.reference import spectral_rebuild
+from spectral_paged.kernels.rebuild.reference import PagePlaces, spectral_rebuild
 from spectral_paged.kernels.seal.triton.seal import WORKSPACE_BYTES
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
@@ -172,6 +172,49 @@ def rebuild_error(op, args, options):
     got = op(plane, entries, dtype=torch.float32, **common)
     assert [x.shape for x in got] == [x.shape for x in want]
     return max(float((x - y).norm() / y.norm()) for x, y in zip(got, want))
+
+
+def copy_both(op, *, device="cpu", dtype=torch.float32, dim=24):
+    """Rows after the twin's copy of exact pages and after `op`'s, from any pages to any rows."""
+    heads, pages = 3, 7
+    size = exact_page_bytes(heads, dim, dtype.itemsize)
+    size = -(-size // 128) * 128
+    plane = torch.randn(pages * size // dtype.itemsize).to(dtype).view(torch.uint8).to(device)
+    units, rows, counts = [5, 0, 3, 6], [0, 70, 64, 200], [64, 1, 6, 63]
+    columns = (torch.tensor(x, dtype=torch.int32, device=device) for x in (units, rows, counts))
+    units, rows, counts = columns
+    places = ExactPlaces(units * (size // 128), rows, counts)
+    found = []
+    for copy in (exact_copy, op):
+        out = torch.full((2, heads, 264, dim), 9.0, dtype=dtype, device=device)
+        copy(plane, places, out)
+        found.append(out)
+    return found
+
+
+def placed_pages(op, args, options, **changes):
+    """K and V of the pages of two sequences by one call, and by a call for each sequence.
+
+    Rows around them keep what they have. Both are of `op`, and blocks that are exact are left out.
+    """
+    plane, table, counts = args[1], args[2], args[3]
+    common = {name: value for name, value in options.items() if name != "scale"} | changes
+    heads, dim = common["layout"].num_kv_heads, common["layout"].head_dim
+    out = torch.full((2, heads, 4096, dim), 9.0, dtype=common["dtype"], device=plane.device)
+    want = out.clone()
+    at, parts = 7, []
+    for i in range(2):
+        entries = table[i, : int(counts[i])].clone()
+        entries[1:2] = -1
+        blocks = (entries >= 0).nonzero().squeeze(-1)
+        k, v = op(plane, entries, **common)
+        want[:, :, at : at + k.shape[1]] = torch.stack((k, v))
+        rows = at + 512 * torch.arange(len(blocks), device=plane.device)
+        parts.append((entries[blocks], blocks.int(), rows.int()))
+        at += k.shape[1] + 5
+    units, *places = map(torch.cat, zip(*parts))
+    op(plane, units, places=PagePlaces(*places), out=(out[0], out[1]), **common)
+    return out, want
 
 
 def append_both(op, *, device="cpu", dtype=torch.float32):
