@@ -39,12 +39,17 @@ class PromptEncoder:
         self._control_tokens = ControlTokens(tokenizer, end_tokens)
 
     def encode(
-        self, prompt: str | Sequence[int], *, truncate_prompt_tokens: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        add_special_tokens: bool = True,
     ) -> list[int]:
         """Return the token ids of a prompt that is text, special tokens included, or token ids.
 
         Args:
             truncate_prompt_tokens: keep so many of its last tokens, -1: as many as fit.
+            add_special_tokens: those that the tokenizer puts around a text.
 
         Raises:
             InvalidRequestError: there is no tokenizer for text, the text is not valid Unicode, the
@@ -52,7 +57,7 @@ class PromptEncoder:
             PromptTooLongError: it cannot fit.
         """
         if isinstance(prompt, str):
-            return self._encode_text(prompt, truncate_prompt_tokens)
+            return self._encode_text(prompt, truncate_prompt_tokens, add_special_tokens)
         token_ids = plain_list(prompt, "prompt")
         if token_ids is None:
             raise InvalidRequestError(f"a prompt is text or token ids; got {shown(prompt)}")
@@ -76,12 +81,15 @@ class PromptEncoder:
         most = self._max_model_len - 1 if truncate_prompt_tokens == -1 else truncate_prompt_tokens
         return token_ids[-most:]
 
-    def _encode_text(self, text: str, truncate_prompt_tokens: int | None) -> list[int]:
+    def _encode_text(
+        self, text: str, truncate_prompt_tokens: int | None, add_special_tokens: bool
+    ) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError("a text prompt needs a tokenizer; pass token ids")
         self._check(text, any_length=truncate_prompt_tokens is not None)
         try:
-            token_ids = list(self.tokenizer(text)["input_ids"]) if text else []
+            options = {} if add_special_tokens else {"add_special_tokens": False}
+            token_ids = list(self.tokenizer(text, **options)["input_ids"]) if text else []
         except Exception as error:  # of any type, and must end no other request
             raise InvalidRequestError(
                 f"the tokenizer refuses the prompt: {shown(error)}"

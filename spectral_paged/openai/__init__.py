@@ -29,6 +29,7 @@ from spectral_paged.openai.request import (
     OpenAIRequest,
     parse_body,
     parse_json,
+    read_body,
 )
 from spectral_paged.openai.response import (
     chat_choice,
@@ -39,6 +40,14 @@ from spectral_paged.openai.response import (
     text_logprobs,
     token_counts,
     usage,
+)
+from spectral_paged.openai.tokenization import (
+    DETOKENIZE_URL,
+    TOKENIZE_URL,
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
 )
 
 __all__ = [
@@ -51,12 +60,18 @@ __all__ = [
     "Completion",
     "CompletionChunk",
     "CompletionRequest",
+    "DETOKENIZE_URL",
+    "DetokenizeRequest",
+    "Detokenized",
     "ErrorResponse",
     "ModelCard",
     "ModelList",
     "OpenAIRequest",
     "SAMPLING_FIELDS",
+    "TOKENIZE_URL",
     "TextChoice",
+    "TokenizeRequest",
+    "Tokenized",
     "Usage",
     "chat_choice",
     "chat_logprobs",
@@ -65,6 +80,7 @@ __all__ = [
     "parse_body",
     "parse_json",
     "prompt_tables",
+    "read_body",
     "text_choice",
     "text_logprobs",
     "token_counts",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError, cut, refusal, shown
@@ -20,6 +20,7 @@ SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "out
 # fields that mean the same in a body as in `SamplingParams`
 _OTHER = ("max_tokens", "logprobs", "prompt_logprobs")
 _SAME = tuple(name for name in SAMPLING_FIELDS if name in Body.model_fields and name not in _OTHER)
+Kind = TypeVar("Kind", bound=BaseModel)
 # what a value must be, by the kind of pydantic's error
 _WANTED = {
     "bool_type": "true or false",
@@ -74,6 +75,20 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no value of JSON")
 
 
+def read_body(kind: type[Kind], body: object) -> Kind:
+    """Read the fields of a body of one kind.
+
+    Raises:
+        InvalidRequestError, SamplingParamsError: `error.param` names the field at fault.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequestError("body must be an object")
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
 def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> OpenAIRequest:
     """Read a body of `/v1/chat/completions` (`chat`) or `/v1/completions`.
 
@@ -83,15 +98,9 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     Raises:
         InvalidRequestError, SamplingParamsError: `error.param` names the field at fault.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequestError("body must be an object")
-    kind: type[ChatCompletionRequest] | type[CompletionRequest] = (
-        ChatCompletionRequest if chat else CompletionRequest
+    asked: ChatCompletionRequest | CompletionRequest = (
+        read_body(ChatCompletionRequest, body) if chat else read_body(CompletionRequest, body)
     )
-    try:
-        asked = kind.model_validate(body)
-    except ValidationError as error:
-        raise _refused(error) from None
     given = {name: getattr(asked, name) for name in _SAME} | _limits(asked)
     given = {name: value for name, value in given.items() if value is not None}
     include_usage, continuous_usage = _usage(asked)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from spectral_paged.errors import SpectralPagedError, cut, missing_extra
 from spectral_paged.llm import LLM
-from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL, ModelCard
+from spectral_paged.openai import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    DETOKENIZE_URL,
+    TOKENIZE_URL,
+    ModelCard,
+)
 from spectral_paged.outputs import RequestOutput
 
 try:
@@ -55,7 +61,10 @@ from spectral_paged.server.parsing import (
 from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
 from spectral_paged.server.response import OpenAIResponse
 from spectral_paged.server.settings import ServerSettings
+from spectral_paged.server.tokenization import detokenize, tokenize
 
+Parsed = TypeVar("Parsed")
+Work = Coroutine[Any, Any, Response]
 FEW_ENTRIES = 4096  # tokens and log-probabilities that the event loop makes JSON of itself
 LONG_BODY_BYTES = 64 << 10
 
@@ -95,7 +104,7 @@ class Service:
             openapi_url="/openapi.json",
             # with keys, the names are told by /v1/models alone
             model_names=() if self.settings.api_keys else self.settings.model_names,
-            docs_url=None,  # the pages load scripts of other hosts
+            docs_url="/docs",
             redoc_url=None,
             lifespan=self._lifespan,
             exception_handlers={
@@ -122,10 +131,13 @@ class Service:
         app.add_api_route("/health", self._health, **description.HEALTH)
         app.add_api_route("/health", self._health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/metrics", self._scrape, **description.METRICS)
+        app.add_api_route("/version", self._version, **description.VERSION)
         app.add_api_route("/v1/models", self._models, **get, **description.MODELS)
         app.add_api_route("/v1/models/{name:path}", self._model, **get, **description.MODEL)
         app.add_api_route(CHAT_URL, self._chat, **post, **description.CHAT)
         app.add_api_route(COMPLETIONS_URL, self._complete, **post, **description.COMPLETIONS)
+        app.add_api_route(TOKENIZE_URL, self._tokenize, **post, **description.TOKENIZE)
+        app.add_api_route(DETOKENIZE_URL, self._detokenize, **post, **description.DETOKENIZE)
         return app
 
     @asynccontextmanager
@@ -164,6 +176,9 @@ class Service:
             return JSONResponse({"status": "unhealthy", "problem": problem}, 503)
         return JSONResponse({"status": "ok"})
 
+    async def _version(self) -> Response:
+        return JSONResponse({"version": version("spectral-paged")})
+
     async def _scrape(self, request: Request) -> Response:
         if self.settings.metrics_key is not None:
             check_key(request.headers, (self.settings.metrics_key,), "metrics")
@@ -190,14 +205,23 @@ class Service:
         }
 
     async def _chat(self, request: Request) -> Response:
-        return await self._respond(request, chat=True)
+        return await self._respond(request, partial(self._begin, request, chat=True))
 
     async def _complete(self, request: Request) -> Response:
-        return await self._respond(request, chat=False)
+        return await self._respond(request, partial(self._begin, request, chat=False))
+
+    async def _tokenize(self, request: Request) -> Response:
+        return await self._respond(request, partial(self._call, tokenize))
+
+    async def _detokenize(self, request: Request) -> Response:
+        return await self._respond(request, partial(self._call, detokenize))
 
     # ---- one request ---------------------------------------------------------------------
 
-    async def _respond(self, request: Request, *, chat: bool) -> Response:
+    async def _respond(
+        self, request: Request, begin: Callable[[Body, Lease, ExitStack], Work]
+    ) -> Response:
+        """Read the body of a request, and do what `begin` gives while its client is connected."""
         if self.stopping:
             raise stopping()
         with ExitStack() as stack:
@@ -206,25 +230,39 @@ class Service:
             stack.callback(body.drop)
             seconds = self.settings.body_seconds
             await read_body(request.receive, request.headers, body, seconds=seconds)
-            work = self._begin(request, body, lease, stack, chat=chat)
-            try:
-                return await while_connected(request.receive, work)
-            except ApiError as error:
-                if chat and error.param == "prompt":  # the prompt was made from the messages
-                    error.param = "messages"
-                raise
+            return await while_connected(request.receive, begin(body, lease, stack))
+
+    async def _call(
+        self,
+        function: Callable[[LLM, ServerSettings, bytes], Any],
+        body: Body,
+        lease: Lease,
+        stack: ExitStack,
+    ) -> Response:
+        """Respond with what a function that runs no step makes of a body."""
+        return JSONResponse(await self._parse(body, function))
 
     async def _begin(
         self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
     ) -> Response:
         """Queue the request and return its response; a stream takes over the exits of `stack`."""
-        parsed = await self._parse(body, chat)
+        try:
+            return await self._generate(request, body, lease, stack, chat=chat)
+        except ApiError as error:
+            if chat and error.param == "prompt":  # the prompt was made from the messages
+                error.param = "messages"
+            raise
+
+    async def _generate(
+        self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
+    ) -> Response:
+        parsed = await self._parse(body, partial(parse_request, chat=chat))
         if self._ended:
             raise stopping()
         lease.grow(parsed.num_completions)
-        asked, request_id = parsed.body, request.state.request_id
+        asked = parsed.body
         response = OpenAIResponse(
-            request_id,
+            request.state.request_id,
             asked.model or self.settings.model_names[0],
             chat=chat,
             params=parsed.params,
@@ -233,7 +271,7 @@ class Service:
             returns_prompt_logprobs=asked.returns_prompt_logprobs,
         )
         generation = await self.engine.submit(
-            request_id,
+            request.state.engine_id,
             parsed.prompts,
             parsed.params,
             cache_salt=self._salt(request, asked.cache_salt),
@@ -268,14 +306,16 @@ class Service:
             return cache_salt
         return salt_of(request.state.api_key, cache_salt)
 
-    async def _parse(self, body: Body, chat: bool) -> ParsedRequest:
+    async def _parse(
+        self, body: Body, function: Callable[[LLM, ServerSettings, bytes], Parsed]
+    ) -> Parsed:
         """Parse the body and drop it, because the request continues with its tokens only."""
         loop = asyncio.get_running_loop()
 
-        def parse() -> ParsedRequest:
+        def parse() -> Parsed:
             # the bytes are read here, so that a queued call does not keep those of a client that
             # has disconnected
-            return parse_request(self.llm, self.settings, bytes(body.data), chat=chat)
+            return function(self.llm, self.settings, bytes(body.data))
 
         try:
             is_long = len(body.data) > LONG_BODY_BYTES

@@ -16,9 +16,13 @@ from spectral_paged.openai import (
     Completion,
     CompletionChunk,
     CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
     ErrorResponse,
     ModelCard,
     ModelList,
+    Tokenized,
+    TokenizeRequest,
     closed,
 )
 
@@ -44,6 +48,11 @@ class Health(TypedDict):
     problem: NotRequired[str]
 
 
+@closed
+class Version(TypedDict):
+    version: str
+
+
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": _WHEN[status]} for status in statuses}
 
@@ -66,21 +75,12 @@ def _events(chunk: Any) -> dict[str, Any]:
     }
 
 
-def _completion(
-    name: str, summary: str, body: type[BaseModel], answer: Any, chunk: Any
-) -> dict[str, Any]:
-    """Describe a route that takes a body and answers as a whole or with a stream."""
+def _call(name: str, summary: str, body: type[BaseModel], answer: Any) -> dict[str, Any]:
+    """Describe a route that takes a body."""
     return {
         "operation_id": name,
         "summary": summary,
-        "responses": {
-            200: {
-                "model": answer,
-                "description": "The completions, at once or as a stream of chunks.",
-                "content": {"text/event-stream": {"schema": _events(chunk)}},
-            },
-            **_errors(*_WHEN),
-        },
+        "responses": {200: {"model": answer}, **_errors(*_WHEN)},
         "openapi_extra": {
             "requestBody": {
                 "required": True,
@@ -88,6 +88,18 @@ def _completion(
             }
         },
     }
+
+
+def _completion(
+    name: str, summary: str, body: type[BaseModel], answer: Any, chunk: Any
+) -> dict[str, Any]:
+    """Describe a route that answers as a whole or with a stream."""
+    found = _call(name, summary, body, answer)
+    found["responses"][200] |= {
+        "description": "The completions, at once or as a stream of chunks.",
+        "content": {"text/event-stream": {"schema": _events(chunk)}},
+    }
+    return found
 
 
 # keyword arguments of routes
@@ -101,6 +113,13 @@ CHAT = _completion(
 COMPLETIONS = _completion(
     "createCompletion", "Complete prompts", CompletionRequest, Completion, CompletionChunk
 )
+TOKENIZE = _call("tokenize", "Turn a prompt into token ids", TokenizeRequest, Tokenized)
+DETOKENIZE = _call("detokenize", "Turn token ids into text", DetokenizeRequest, Detokenized)
+VERSION: dict[str, Any] = {
+    "operation_id": "version",
+    "summary": "Name the version of the server",
+    "responses": {200: {"model": Version}},
+}
 MODELS: dict[str, Any] = {
     "operation_id": "listModels",
     "summary": "List the names of the model",
@@ -133,6 +152,14 @@ METRICS: dict[str, Any] = {
 }
 
 
+BODIES: tuple[type[BaseModel], ...] = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+
+
 class DescribedApp(FastAPI):
     """An application whose description has the bodies that its routes read themselves, too.
 
@@ -152,14 +179,13 @@ class DescribedApp(FastAPI):
             found = super().openapi()
             _, models = TypeAdapter.json_schemas(
                 [
-                    (CompletionRequest, "validation", TypeAdapter(CompletionRequest)),
-                    (ChatCompletionRequest, "validation", TypeAdapter(ChatCompletionRequest)),
+                    *((body, "validation", TypeAdapter(body)) for body in BODIES),
                     (CompletionChunk, "serialization", TypeAdapter(CompletionChunk)),
                     (ChatCompletionChunk, "serialization", TypeAdapter(ChatCompletionChunk)),
                 ],
                 ref_template=_COMPONENT,
             )
-            for body in (CompletionRequest, ChatCompletionRequest):
+            for body in BODIES:
                 name = {"anyOf": [_named("ModelName"), {"type": "null"}]}
                 models["$defs"][body.__name__]["properties"]["model"] = name
             found["components"]["schemas"] |= models["$defs"] | {"ModelName": self._name}

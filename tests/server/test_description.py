@@ -41,7 +41,7 @@ def test_no_request_is_answered_otherwise_than_described(served, tmp_path):
     """Right and wrong data, other methods and types: no 500, and no undescribed answer."""
     code, output = schemathesis(served.url, tmp_path, "--max-examples", "20")
     assert code == 0, output
-    assert "Selected: 6/6" in output and "Tested: 6" in output
+    assert "Selected: 9/9" in output and "Tested: 9" in output
 
 
 def card_of_more(self, name):
@@ -109,7 +109,8 @@ def test_a_key_is_described_where_it_is_asked_for(tmp_path):
         for path, operations in described["paths"].items()
         for operation in operations.values()
     }
-    assert keyed == {path: path.startswith("/v1/") for path in keyed} and len(keyed) == 6
+    open_to_all = {"/health", "/metrics", "/version"}
+    assert keyed == {path: path not in open_to_all for path in keyed} and len(keyed) == 9
     assert not {"secret", "tiny", "alias"} & set(re.findall(r"\w+", json.dumps(described)))
 
 
@@ -117,7 +118,7 @@ def test_a_description_names_no_status_that_is_never_sent(served):
     with urllib.request.urlopen(f"{served.url}/openapi.json") as answer:
         described = json.load(answer)
     operations = [op for path in described["paths"].values() for op in path.values()]
-    assert len({op["operationId"] for op in operations}) == len(operations) == 6
+    assert len({op["operationId"] for op in operations}) == len(operations) == 9
     assert not any("422" in op["responses"] for op in operations)
     assert described["components"]["schemas"]["ModelName"]["enum"] == ["tiny", "alias"]
     for name in ("ChatCompletionRequest", "CompletionRequest"):
@@ -131,7 +132,7 @@ ERRORS = TypeAdapter(ErrorResponse)
     "method, path, status, code",
     [
         ("GET", "/", 404, "not_found"),
-        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
         ("GET", "/v1/" + "x" * 30_000, 404, "not_found"),
         ("GET", "/v1/models/" + "x" * 30_000, 404, "model_not_found"),
@@ -145,6 +146,8 @@ ERRORS = TypeAdapter(ErrorResponse)
         ("X" * 30_000, "/v1/models", 405, "method_not_allowed"),
         ("POST", "/v1/completions", 415, None),
         ("POST", "/v1/chat/completions", 415, None),
+        ("GET", "/tokenize", 405, "method_not_allowed"),
+        ("POST", "/detokenize", 415, None),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -160,7 +163,9 @@ def test_every_error_has_openais_form(served, method, path, status, code):
     connection.close()
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+)
 @pytest.mark.parametrize(
     "body, status",
     [(b"{", 400), (b"[]", 400), (b"{}", 400), (b'{"model": "x", "prompt": 1}', 400)]

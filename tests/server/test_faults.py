@@ -199,7 +199,9 @@ def test_a_bug_is_answered_500_and_told_to_the_log_alone(monkeypatch, caplog):
         assert caught.value.code == "internal" and "secret detail" not in str(caught.value)
         assert "secret detail" in logged(caplog, caught.value)
         with urllib.request.urlopen(f"{served.url}/metrics") as answer:
-            counted = 'http_requests_total{route="/v1/completions",status="500"} 1.0'
+            counted = (
+                'http_requests_total{handler="/v1/completions",method="POST",status="500"} 1.0'
+            )
             assert counted in answer.read().decode()
         served.settle()
 

@@ -365,8 +365,8 @@ def test_metrics_are_the_llms_and_count_answers(client, served):
     [reading] = parse(text)
     assert reading.value("generation_tokens") == served.service.llm.stats()["generated_tokens"]
     assert reading.labels("request_refused").get("EmptyPromptError", 0) >= 1
-    assert 'http_requests_total{route="/v1/completions",status="200"}' in text
-    assert 'http_requests_total{route="/v1/completions",status="400"}' in text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="200"}' in text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="400"}' in text
 
 
 def test_neither_prompts_nor_answers_are_logged(client, caplog, capfd):
