@@ -2,7 +2,8 @@
 
 A chunk is fresh (it attends to itself), or the last queries of longer keys. Every backend is first
 compared with the fp32 twin. Keys and values lie as the engine gives them: the model's own for fresh
-chunks, heads apart for rebuilt history.
+chunks, heads apart for history. Where vLLM is installed, its FlashAttention 3 is timed too, of rows
+and of exact pages where they lie; the time of copying those pages into rows stands beside both.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from spectral_paged.benchmarks.prompts import in_place
+from spectral_paged.benchmarks.prompts.in_place import StoredSequence
 from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.chunk.gpu import BACKENDS, chunk_attention
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans, chunk_attention as twin
@@ -26,6 +30,9 @@ REPEATS = 5
 SLOW_FROM = 16_384  # keys from which torch's plain attention is not timed on a GPU
 FLUSHED_BYTES = 1 << 30  # written between two runs: more than any cache, longer than a launch
 MAX_ERROR = 1e-2  # of results, relative, in half precision
+
+Chunks = tuple[Tensor, Tensor, Tensor, ChunkSpans]  # q, k, v
+Attend = Callable[[Tensor, Tensor, Tensor, ChunkSpans], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,15 @@ class AttentionRow:
     most_ms: float
     tflops_per_second: float
     error: float
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRow:
+    """The median milliseconds of copying the exact pages of so many keys into rows."""
+
+    keys: int
+    ms: float
+    gigabytes_per_second: float
 
 
 def backends(kind: ChunkKind) -> list[str]:
@@ -81,21 +97,48 @@ def draw(
     return q, k, v
 
 
-def error(by: str, geometry: ModelGeometry, kind: ChunkKind) -> float:
-    """The relative error of a backend on two chunks, one of them with history.
+def error(attend: Attend, kind: ChunkKind, chunks: Chunks, what: str) -> float:
+    """The relative error of `attend` on chunks.
 
     Raises:
         ArithmeticError: it is larger than half precision explains.
     """
-    spans = ChunkSpans.of([97, 130], [257, 130], kind.device, gap=KEY_GAP)
-    q, k, v = draw(spans.num_key_rows, spans.q_ends[-1], geometry, kind)
-    options = {"spans": spans, "scale": kind.dim**-0.5}
-    want = twin(q, k, v, **options)
-    got = chunk_attention(q, k, v, by=by, **options).float()
-    found = float((got - want).norm() / want.norm())
+    want = twin(*chunks[:3], spans=chunks[3], scale=kind.dim**-0.5)
+    found = float((attend(*chunks).float() - want).norm() / want.norm())
     if not found < MAX_ERROR:
-        raise ArithmeticError(f"{by} differs from the fp32 twin by {found:.3g}; not timed")
+        raise ArithmeticError(f"{what} differs from the fp32 twin by {found:.3g}; not timed")
     return found
+
+
+def errors(geometry: ModelGeometry, kind: ChunkKind) -> dict[str, float]:
+    """The relative error of everything that is timed; raises as `error` does."""
+    spans = ChunkSpans.of([97, 130], [257, 130], kind.device, gap=KEY_GAP)
+    two = (*draw(spans.num_key_rows, spans.q_ends[-1], geometry, kind), spans)
+    found = {n: error(by_name(n, kind), kind, two, n) for n in backends(kind)}
+    if in_place.obstacle(kind) is None:
+        one = (*draw(321, 97, geometry, kind), ChunkSpans.of([97], [321], kind.device))
+        for name, attend in by_vllm(kind, one[1], one[2]).items():
+            found[name] = error(attend, kind, one, name)
+    return found
+
+
+def by_name(name: str, kind: ChunkKind) -> Attend:
+    """Attention by a backend of `chunk.gpu`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans) -> Tensor:
+        return chunk_attention(q, k, v, spans=spans, scale=kind.dim**-0.5, by=name)
+
+    return attend
+
+
+def by_vllm(kind: ChunkKind, k: Tensor, v: Tensor) -> dict[str, Attend]:
+    """Attention by vLLM's FlashAttention 3, of rows and of the pages where k and v are stored."""
+    scale, stored = kind.dim**-0.5, StoredSequence.of(k, v)
+
+    return {
+        "vllm": lambda q, k, v, spans: in_place.of_rows(q, k, v, scale),
+        "vllm in place": lambda q, k, v, spans: in_place.of_pages(q, stored, scale),
+    }
 
 
 def times(call: Callable[[], object], device: torch.device) -> list[float]:
@@ -122,25 +165,31 @@ def times(call: Callable[[], object], device: torch.device) -> list[float]:
 def measure(
     geometry: ModelGeometry, kind: ChunkKind, keys: Sequence[int], queries: Sequence[int]
 ) -> Iterator[AttentionRow]:
-    """Time every backend on every case; raises what `error` does."""
-    errors = {name: error(name, geometry, kind) for name in backends(kind)}
+    """Time every backend on every case; raises as `error` does."""
+    found = errors(geometry, kind)
     for num_keys, num_queries in cases(keys, queries):
         q, k, v = draw(num_keys, num_queries, geometry, kind)
         spans = ChunkSpans.of([num_queries], [num_keys], kind.device)
         work = operations(num_keys, num_queries, geometry.num_q_heads, kind.dim)
-        for name in errors:
-            if name == "sdpa" and num_keys >= SLOW_FROM and kind.device.type == "cuda":
-                continue
-            options = {"spans": spans, "scale": kind.dim**-0.5, "by": name}
-            found = times(lambda: chunk_attention(q, k, v, **options), kind.device)  # noqa: B023
-            ms = statistics.median(found)
-            yield AttentionRow(
-                name,
-                num_keys,
-                num_queries,
-                ms,
-                min(found),
-                max(found),
-                work / ms / 1e9,
-                errors[name],
-            )
+        calls = {name: by_name(name, kind) for name in backends(kind)}
+        if num_keys >= SLOW_FROM and kind.device.type == "cuda":
+            calls.pop("sdpa", None)
+        if in_place.obstacle(kind) is None:
+            calls |= by_vllm(kind, k, v)
+        for name, call in calls.items():
+            runs = times(partial(call, q, k, v, spans), kind.device)
+            ms = statistics.median(runs)
+            spread = ms, min(runs), max(runs)
+            yield AttentionRow(name, num_keys, num_queries, *spread, work / ms / 1e9, found[name])
+
+
+def measure_copies(
+    geometry: ModelGeometry, kind: ChunkKind, keys: Sequence[int]
+) -> Iterator[CopyRow]:
+    """Time how exact pages are brought together for a chunk that has them as history."""
+    for num_keys in keys:
+        _, k, v = draw(num_keys, 1, geometry, kind)
+        stored = StoredSequence.of(k, v)
+        ms = statistics.median(times(stored.copied, kind.device))
+        moved = 2 * (k.numel() + v.numel()) * k.element_size()  # read and written
+        yield CopyRow(num_keys, ms, moved / ms / 1e6)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spectral_paged.benchmarks.prompts import attention, engine
-from spectral_paged.benchmarks.prompts.attention import AttentionRow
+from spectral_paged.benchmarks.prompts.attention import AttentionRow, CopyRow
 from spectral_paged.benchmarks.prompts.engine import EngineRow
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
@@ -29,8 +29,9 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def attention_table(rows: Sequence[AttentionRow]) -> str:
-    """Milliseconds and TFLOP/s, a line a case, a column a backend."""
+def attention_table(rows: Sequence[AttentionRow], copies: Sequence[CopyRow]) -> str:
+    """Milliseconds and TFLOP/s, a line a case, a column a backend, and the copy of stored keys."""
+    copied = {row.keys: f"{row.ms:.3f}" for row in copies}
     names = list(dict.fromkeys(row.backend for row in rows))
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for row in rows:
@@ -39,9 +40,11 @@ def attention_table(rows: Sequence[AttentionRow]) -> str:
     lines = [
         [f"{keys:,}", "fresh" if keys == queries else f"{queries:,}"]
         + [found.get(name, "-") for name in names]
+        + ["-" if keys == queries else copied[keys]]
         for (keys, queries), found in cells.items()
     ]
-    return table([["keys", "queries", *(f"{name} ms (TFLOP/s)" for name in names)], *lines])
+    columns = [f"{name} ms (TFLOP/s)" for name in names]
+    return table([["keys", "queries", *columns, "copy ms"], *lines])
 
 
 def engine_table(rows: Sequence[EngineRow]) -> str:
@@ -101,9 +104,14 @@ def main(
     whole: list[EngineRow] = []
 
     def write() -> Path:
-        rows = {"attention": [asdict(x) for x in alone], "engine": [asdict(x) for x in whole]}
+        rows = {
+            "attention": [asdict(x) for x in alone],
+            "copies": [asdict(x) for x in copies],
+            "engine": [asdict(x) for x in whole],
+        }
         return write_result(output_dir, f"prompts-{name or file_stem(model)}", result | rows)
 
+    copies = list(attention.measure_copies(geometry, kind, keys))
     for row in attention.measure(geometry, kind, keys, queries):
         alone.append(row)
     path = write()
@@ -118,7 +126,7 @@ def main(
         ):
             whole.append(run)
             path = write()
-    print(f"raw results: {path}\n\n{attention_table(alone)}")
+    print(f"raw results: {path}\n\n{attention_table(alone, copies)}")
     if whole:
         print(f"\n{engine_table(whole)}")
     return 0
