@@ -136,8 +136,8 @@ def by_vllm(kind: ChunkKind, k: Tensor, v: Tensor) -> dict[str, Attend]:
     scale, stored = kind.dim**-0.5, StoredSequence.of(k, v)
 
     return {
-        "vllm": lambda q, k, v, spans: in_place.of_rows(q, k, v, scale),
-        "vllm in place": lambda q, k, v, spans: in_place.of_pages(q, stored, scale),
+        "vllm": lambda q, k, v, spans: in_place.of_rows(q, k, v, spans, scale),
+        "vllm in place": lambda q, k, v, spans: in_place.of_pages(q, stored, spans, scale),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk.backend import ChunkKind, capability
+from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS, UNIT_BYTES, exact_page_bytes
@@ -87,32 +88,32 @@ def obstacle(kind: ChunkKind) -> str | None:
     return None if importlib.util.find_spec("vllm") else "needs vLLM"
 
 
-def of_pages(q: Tensor, stored: StoredSequence, scale: float) -> Tensor:
-    """Causal attention of the sequence's last tokens `[T, Hq, D]`, reading pages where they lie."""
-    lengths = torch.tensor([stored.num_tokens], dtype=torch.int32).to(q.device)
+def of_pages(q: Tensor, stored: StoredSequence, spans: ChunkSpans, scale: float) -> Tensor:
+    """Causal attention of the sequence's last tokens `[T, Hq, D]`, reading pages where they lie.
+
+    Nothing is uploaded, because the time of that would count.
+    """
     table = stored.units.unsqueeze(0)
-    return _attend(
-        q, *stored.views(), scale, stored.num_tokens, seqused_k=lengths, block_table=table
-    )
+    return _attend(q, *stored.views(), spans, scale, seqused_k=spans.cu_k[1:], block_table=table)
 
 
-def of_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def of_rows(q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scale: float) -> Tensor:
     """The same attention to k and v `[Hkv, L, D]`."""
-    length = k.shape[1]
-    ends = torch.tensor([0, length], dtype=torch.int32).to(q.device)
-    return _attend(q, k.transpose(0, 1), v.transpose(0, 1), scale, length, cu_seqlens_k=ends)
+    return _attend(q, k.transpose(0, 1), v.transpose(0, 1), spans, scale, cu_seqlens_k=spans.cu_k)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, length: int, **keys: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scale: float, **keys: Tensor
+) -> Tensor:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     out: Tensor = flash_attn_varlen_func(
         q,
         k,
         v,
-        max_seqlen_q=len(q),
-        cu_seqlens_q=torch.tensor([0, len(q)], dtype=torch.int32).to(q.device),
-        max_seqlen_k=length,
+        max_seqlen_q=spans.max_q,
+        cu_seqlens_q=spans.cu_q,
+        max_seqlen_k=spans.max_k,
         softmax_scale=scale,
         causal=True,
         num_splits=1,

@@ -16,6 +16,7 @@ from spectral_paged.cli.commands import main
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels.chunk import gpu
 from spectral_paged.kernels.chunk.backend import ChunkKind
+from spectral_paged.kernels.chunk.reference import ChunkSpans
 
 CPU = torch.device("cpu")
 GEOMETRY = load_random("random:tiny", device=torch.device("meta"), dtype=torch.float32).geometry
@@ -113,7 +114,9 @@ def test_vllms_kernel_is_asked_to_read_rows_or_pages_by_their_units(monkeypatch)
     k, v = torch.randn(2, 2, 150, 64).bfloat16()
     stored = StoredSequence.of(k, v)
     q = torch.zeros(7, 4, 64).bfloat16()
-    assert in_place.of_pages(q, stored, 0.5) is in_place.of_rows(q, k, v, 0.5) is q
+    spans = ChunkSpans.of([7], [150], q.device)
+    assert in_place.of_pages(q, stored, spans, 0.5) is q
+    assert in_place.of_rows(q, k, v, spans, 0.5) is q
     (shape, apart, options), (rows, _, others) = calls
     assert rows == (150, 2, 64) and others.pop("cu_seqlens_k").tolist() == [0, 150]
     assert others.pop("cu_seqlens_q").tolist() == [0, 7]
