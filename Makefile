@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
   tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
 
-.PHONY: demo test check test-one gpu bench-decode map docs vllm soak coverage mutants audit format lint types clean
+.PHONY: demo test check test-one gpu bench-decode map docs vllm forms soak coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -73,6 +73,10 @@ mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/mutants .
 	cp -r tests build/mutants/suite/ && cp tests/mutmut.cfg build/mutants/setup.cfg
 	cd build/mutants && OMP_NUM_THREADS=1 ../../$(BIN)/mutmut run --max-children 1 $(if $(M),'$(M)')
+
+# Answers of 2,000 random schemas and regexes have their form.
+forms: $(STAMP)
+	SPECTRAL_PAGED_FORMS=2000 $(BIN)/python -m pytest tests/engine/test_structured_outputs.py -q -k has_its_form
 
 # A million operations on block pools, then minutes of an engine and of a small model:
 # MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.

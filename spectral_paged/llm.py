@@ -389,6 +389,7 @@ class LLM:
 
         Refusals are appended to `errors`. If that is None, a refusal aborts all and is raised.
         """
+        self.engine.grammars.prepare(p.structured_outputs for p in params)
         with self._turns:
             places = self._queue_all(prompts, params, errors)
             inbox = _Inbox(places, set(places))

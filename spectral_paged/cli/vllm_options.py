@@ -86,9 +86,9 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--tool-server": "",
         "--reasoning-parser": "",
     },
-    "logits are not constrained or processed: check the answer, and ask again": {
+    "llguidance constrains answers, and no code comes with a command line: leave it out": {
         "--structured-outputs-config": "",
-        "--guided-decoding-backend": "auto",
+        "--guided-decoding-backend": "auto guidance",
         "--logits-processors": "",
     },
     "models of text alone are served, and they generate": {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
-from spectral_paged.device import StepClock
+from spectral_paged.device import StepClock, upload
 from spectral_paged.engine.admission import MAX_LOGPROBS, check_request, most_tokens, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import counted_refusal
@@ -34,6 +34,7 @@ from spectral_paged.errors import (
     SpectralPagedError,
     shown,
 )
+from spectral_paged.grammar import GrammarCompiler, Vocabulary
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.sampling import (
     LogitsVisitor,
@@ -98,6 +99,9 @@ class Engine:
         self.vocab_size, self.seed = vocab_size, seed
         self.max_logprobs = max_logprobs
         self.tokenizer = tokenizer
+        self.grammars = GrammarCompiler(
+            None if self.token_bytes is None else self._vocabulary, self.eos_token_ids
+        )
         self.async_scheduling = async_scheduling
         self.counters = EngineCounters()
         self.sampling_state = SamplingState()
@@ -117,6 +121,14 @@ class Engine:
     def tokenizer(self, tokenizer: Any) -> None:
         longest = self.cache.max_model_len
         self.prompt_encoder = PromptEncoder(tokenizer, self.vocab_size, longest, self.eos_token_ids)
+
+    def _vocabulary(self) -> Vocabulary:
+        """Return the tokens that a text may have; those that end it have none."""
+        assert self.token_bytes is not None
+        tokens = self.token_bytes.vocabulary(self.vocab_size or 0)
+        for token in self.eos_token_ids:
+            tokens[token] = b""
+        return Vocabulary(tokens, self.token_bytes.encode)
 
     def use_clock(self, clock: StepClock) -> None:
         """Time the sections of steps, the cache's included, with `clock` from now on."""
@@ -153,6 +165,7 @@ class Engine:
             )
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size, self.max_logprobs)
+            asked = params.structured_outputs
             group = RequestGroup(
                 request_id,
                 prompt if isinstance(prompt, str) else None,
@@ -160,6 +173,7 @@ class Engine:
                 params,
                 RequestMetrics(arrival_time=time.monotonic()),
                 self.prompt_encoder.encode_bad_words(params.bad_words),
+                None if asked is None else self.grammars.compile(asked),
             )
             for index in range(params.n):
                 group.add_completion(
@@ -284,11 +298,27 @@ class Engine:
                     visitor.hand_out()
                 else:
                     logits = self.runner.forward(plan, ids, rows, pending)
+            if self.requests.reading:
+                ready, logits = self._known(ready, logits)
             with clock.section("sample"):
                 return self._draw(ready, logits) if ready else None
         except BaseException:
             self.cache.abort_step()
             raise
+
+    def _known(self, ready: list[Completion], logits: Tensor) -> tuple[list[Completion], Tensor]:
+        """Deliver the tokens before those to be drawn, if one of `ready` needs to know them.
+
+        The device runs the model meanwhile. Returns the completions that go on, and their logits.
+        """
+        if not any(c.owner.params.reads_output for c in ready):
+            return ready, logits
+        self._collect()
+        rows = [row for row, c in enumerate(ready) if c.output.finish_reason is None]
+        if len(rows) == len(ready):
+            return ready, logits
+        places = upload(rows, torch.long, logits.device)
+        return [ready[row] for row in rows], logits[places]
 
     def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
@@ -309,7 +339,9 @@ class Engine:
             if not errors or (len(errors) == len(ready) and several):
                 raise
             for row, cause in errors.items():
-                self.requests.fail(ready[row], unserved(ready[row], "its token was sampled", cause))
+                if not isinstance(cause, SpectralPagedError):
+                    cause = unserved(ready[row], "its token was sampled", cause)
+                self.requests.fail(ready[row], cause)
         rows = [row for row in range(len(ready)) if row not in errors]
         if not rows:
             return None

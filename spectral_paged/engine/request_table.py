@@ -30,6 +30,7 @@ class RequestTable:
         by_id: requests by their id.
         by_sequence: completions by the id of their sequence, whether the cache holds it or not.
         prompt_logprobs: those that are being computed, by the id of the sequence that does.
+        reading: ids of the requests whose tokens the host has to know before the next are drawn.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RequestTable:
         self.by_id: dict[str, RequestGroup] = {}
         self.by_sequence: dict[str, Completion] = {}
         self.prompt_logprobs: dict[str, PromptLogprobs] = {}
+        self.reading: set[str] = set()
         self._cache = cache
         self._scheduler = scheduler
         self._counters = counters
@@ -58,6 +60,8 @@ class RequestTable:
         self.by_sequence |= {c.request.request_id: c for c in group.completions}
         self.by_id[group.request_id] = group
         request, params = group.completions[0].request, group.params
+        if params.reads_output:
+            self.reading.add(group.request_id)
         if params.wanted_of_prompt is not None:
             self.prompt_logprobs[request.request_id] = PromptLogprobs(
                 request,
@@ -154,3 +158,4 @@ class RequestTable:
             self.by_sequence.pop(completion.request.request_id, None)
             self.prompt_logprobs.pop(completion.request.request_id, None)
         self.by_id.pop(group.request_id, None)
+        self.reading.discard(group.request_id)

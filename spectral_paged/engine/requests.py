@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from spectral_paged.engine.text import OutputText
 from spectral_paged.engine.token_bytes import TokenBytes
-from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
+from spectral_paged.errors import InvalidRequestError, RequestFailedError, SpectralPagedError, shown
+from spectral_paged.grammar import Constraint, Grammar
 from spectral_paged.outputs import (
     CompletionOutput,
     Logprob,
@@ -24,6 +25,7 @@ from spectral_paged.scheduler import Request
 class Completion:
     """One of a request's `n` sequences.
 
+    constraint: its place in the grammar of its request.
     token_time: when its newest token arrived, in seconds of the metrics' clock.
     told: characters, tokens and the ending that outputs of kind DELTA have had.
     """
@@ -33,6 +35,7 @@ class Completion:
     output: CompletionOutput
     text: OutputText
     seed: int
+    constraint: Constraint | None = None
     token_time: float | None = None
     told: tuple[int, int, bool] = (0, 0, False)
 
@@ -50,6 +53,8 @@ class Completion:
         token = result.token_id
         self.request.token_ids.append(token)
         output.token_ids.append(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
         output.cumulative_logprob += result.logprob
         may_stop = len(output.token_ids) >= params.min_tokens
         is_eos = may_stop and token in eos_token_ids and not params.ignore_eos
@@ -73,6 +78,8 @@ class Completion:
             ending = "stop", None if is_eos else token
         elif stop is not None:
             ending = "stop", stop
+        elif self.constraint is not None and self.constraint.ended:
+            ending = "stop", None
         elif most is not None and len(self.request.token_ids) >= most:
             ending = "length", None
         elif params.repetition_detection and params.repetition_detection.ends(output.token_ids):
@@ -105,6 +112,7 @@ class RequestGroup:
     """A user's request: `n` completions of one prompt.
 
     bad_words: token ids of what the output must not have.
+    grammar: what its outputs have to match.
     forked: the first completion's prompt is computed, and all completions have sampled from it.
     starting_siblings: the other completions have no sequence of their own yet.
     prompt_logprobs: the table of each token of the prompt, once it is computed, if asked for.
@@ -116,6 +124,7 @@ class RequestGroup:
     params: SamplingParams
     metrics: RequestMetrics
     bad_words: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
     completions: list[Completion] = field(default_factory=list)
     forked: bool = False
     starting_siblings: bool = False
@@ -153,7 +162,10 @@ class RequestGroup:
         output = CompletionOutput(index)
         if params.wanted is not None:
             output.logprobs, output.text_offsets = [], []
-        self.completions.append(Completion(request, self, output, text, seed))
+        constraint = None
+        if self.grammar is not None:
+            constraint = self.grammar.start(ignore_ends=params.ignore_eos)
+        self.completions.append(Completion(request, self, output, text, seed, constraint))
         return self.completions[-1]
 
     @property
@@ -197,12 +209,12 @@ def unserved(completion: Completion, what: str, cause: BaseException) -> Request
     return error
 
 
-def no_token(completion: Completion) -> RequestFailedError:
+def no_token(completion: Completion) -> InvalidRequestError:
     """Return the error of a request of which no token may come next."""
-    return RequestFailedError(
+    return InvalidRequestError(
         f"request {shown(completion.owner.request_id)} allows no token after "
-        f"{len(completion.generated)} generated ones: its allowed_token_ids, bad_words, logit_bias "
-        "and min_tokens exclude each other"
+        f"{len(completion.generated)} generated ones: its allowed_token_ids, bad_words, "
+        "logit_bias, structured_outputs and min_tokens exclude each other"
     )
 
 

@@ -139,7 +139,7 @@ def sample_row(
     if num_output_tokens < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
         blocked = (*eos, *params.stop_token_ids)
-    rows = (-1, -1)
+    rows, allowed = (-1, -1), None
     if params.changes_logits:
         rows = state.hold(
             completion,
@@ -150,4 +150,6 @@ def sample_row(
             bad_words=group.bad_words,
             siblings=group.completions,
         )
-    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows)
+        if completion.constraint is not None:
+            allowed = completion.constraint.allowed()
+    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows, allowed)

@@ -50,6 +50,24 @@ class TokenBytes:
             return None
         return self._known(token_id, self._context(behind))
 
+    def vocabulary(self, least: int) -> list[bytes]:
+        """Return the bytes of all tokens behind other text; none of special and unknown ones.
+
+        Args:
+            least: the fewest tokens to return.
+        """
+        backend = self._backend
+        known = len(self._tokenizer) if backend is None else backend.get_vocab_size()
+        ids = range(max(known, least))
+        found = (self.shown(i, self._anchor, skip_special_tokens=True) for i in ids)
+        return [data or b"" for data in found]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special ones."""
+        if self._backend is not None:  # which threads may share
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def joined(self, token_id: int, behind: int) -> bytes | None:
         """Return the bytes of an added token behind another without spaces; None of others."""
         if token_id not in self._added or behind not in self._added:

@@ -17,7 +17,8 @@ from pydantic_core import core_schema
 
 from spectral_paged.engine import MESSAGES_SCHEMA, check_messages, check_salt
 from spectral_paged.errors import EmptyPromptError, refusal, shown
-from spectral_paged.sampling import RULES, RepetitionDetectionParams
+from spectral_paged.openai.response_format import RESPONSE_FORMAT_SCHEMA, read_response_format
+from spectral_paged.sampling import RULES, RepetitionDetectionParams, StructuredOutputsParams
 
 Prompt = str | list[int]
 _NULL = {"type": "null"}
@@ -125,7 +126,6 @@ class Unserved(Strict):
     """Fields of OpenAI's and vLLM's APIs that are not served."""
 
     # OpenAI's
-    response_format: Annotated[None, unserved({"type": "text"})] = None
     service_tier: Annotated[None, unserved("auto", "default")] = None
     store: Annotated[None, unserved(False)] = None
     # vLLM's
@@ -140,7 +140,6 @@ class Unserved(Strict):
     return_tokens_as_token_ids: Annotated[None, unserved(False)] = None
     routed_experts_prompt_start: Annotated[None, unserved(0)] = None
     stream_interval: Annotated[None, unserved(1)] = None
-    structured_outputs: Annotated[None, unserved()] = None
     thinking_token_budget: Annotated[None, unserved(-1)] = None
     truncation_side: Annotated[None, unserved("left")] = None
     use_beam_search: Annotated[None, unserved(False)] = None
@@ -182,6 +181,12 @@ class Body(Unserved):
     ] = None
     prompt_logprobs: Annotated[int | None, sampled("prompt_logprobs")] = None
     logprob_token_ids: Annotated[list[int] | None, sampled("logprob_token_ids")] = None
+    structured_outputs: Annotated[StructuredOutputsParams | None, sampled("structured_outputs")] = (
+        None
+    )
+    response_format: Annotated[
+        StructuredOutputsParams | None, Checked(read_response_format, RESPONSE_FORMAT_SCHEMA)
+    ] = None
     # what is sent, and what is shared
     stream: bool | None = None
     stream_options: StreamOptions | None = None

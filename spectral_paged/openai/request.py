@@ -34,6 +34,7 @@ _WANTED = {
 class OpenAIRequest:
     """A body with its defaults, with `messages` (chat) or `prompts` (completions) set.
 
+    by_response_format: `response_format` asks for the structured outputs of `params`.
     named: sampling fields that the body has; `params` has the defaults of the others.
     include_usage: a stream ends with its usage.
     continuous_usage: each chunk of a stream has the usage so far.
@@ -50,6 +51,7 @@ class OpenAIRequest:
     continuous_usage: bool = False
     echo: bool = False
     returns_prompt_logprobs: bool = False
+    by_response_format: bool = False
     named: frozenset[str] = frozenset()
 
 
@@ -102,6 +104,13 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         read_body(ChatCompletionRequest, body) if chat else read_body(CompletionRequest, body)
     )
     given = {name: getattr(asked, name) for name in _SAME} | _limits(asked)
+    if asked.response_format is not None:
+        if asked.structured_outputs is not None:
+            raise refusal(
+                "response_format and structured_outputs are both given: leave one out",
+                "response_format",
+            )
+        given["structured_outputs"] = asked.response_format
     given = {name: value for name, value in given.items() if value is not None}
     include_usage, continuous_usage = _usage(asked)
     common: dict[str, Any] = {
@@ -112,6 +121,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         "returns_prompt_logprobs": asked.prompt_logprobs is not None,
         "include_usage": include_usage,
         "continuous_usage": continuous_usage,
+        "by_response_format": asked.response_format is not None,
         "named": frozenset(given),
     }
     if isinstance(asked, ChatCompletionRequest):

@@ -35,6 +35,9 @@ from spectral_paged.sampling.sampler import (
 from spectral_paged.sampling.state import (
     SamplingState,
 )
+from spectral_paged.sampling.structured_outputs import (
+    StructuredOutputsParams,
+)
 
 __all__ = [
     "LogitsVisitor",
@@ -48,6 +51,7 @@ __all__ = [
     "SampledTokens",
     "SamplingParams",
     "SamplingState",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "Wanted",
     "plain_list",

@@ -12,6 +12,7 @@ from spectral_paged.outputs import RequestOutputKind
 from spectral_paged.sampling.logprobs import Wanted
 from spectral_paged.sampling.repetition import RepetitionDetectionParams
 from spectral_paged.sampling.rules import RULES
+from spectral_paged.sampling.structured_outputs import StructuredOutputsParams
 
 # what `SamplingParams` derives from its fields, until one of them is assigned
 _DERIVED = ("wanted", "wanted_of_prompt", "has_penalties", "has_token_rules", "changes_logits")
@@ -61,6 +62,8 @@ class SamplingParams:
         bad_words: strings that the output never has: the last token of each, as the tokenizer
             splits it, is not sampled behind the ones before it.
         repetition_detection: ends a completion whose end repeats itself.
+        structured_outputs: the form that the completion has to have; end tokens come where it is
+            complete, and the completion ends where nothing may follow.
         output_kind: what `Engine.step` returns of a request before its end.
 
     Raises:
@@ -93,6 +96,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = field(default_factory=tuple)
     repetition_detection: RepetitionDetectionParams | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -165,7 +169,12 @@ class SamplingParams:
     @cached_property  # the engine asks for every token
     def changes_logits(self) -> bool:
         """True if tokens are drawn from other logits than the model's."""
-        return self.has_penalties or self.has_token_rules
+        return self.has_penalties or self.has_token_rules or self.reads_output
+
+    @property
+    def reads_output(self) -> bool:
+        """True if the host has to know all tokens before the next one is drawn."""
+        return self.structured_outputs is not None
 
 
 def _refused(message: str, name: str) -> SamplingParamsError:

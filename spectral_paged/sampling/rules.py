@@ -12,6 +12,7 @@ from spectral_paged.errors import SamplingParamsError, shown
 from spectral_paged.outputs import RequestOutputKind
 from spectral_paged.sampling.plain_values import plain
 from spectral_paged.sampling.repetition import RepetitionDetectionParams
+from spectral_paged.sampling.structured_outputs import StructuredOutputsParams
 
 MAX_N = 1024
 MAX_FACTOR = 1e6  # fp32 logits scaled by it do not overflow
@@ -229,6 +230,14 @@ RULES: Mapping[str, Rule] = {
             lambda value: isinstance(value, RepetitionDetectionParams),
             RepetitionDetectionParams.SCHEMA,
             _read_repetition,
+        )
+    ),
+    "structured_outputs": _or_none(
+        Rule(
+            "None or StructuredOutputsParams(...)",
+            lambda value: isinstance(value, StructuredOutputsParams),
+            StructuredOutputsParams.SCHEMA,
+            StructuredOutputsParams.read,
         )
     ),
     "output_kind": Rule(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class SampleRow:
     blocked_token_ids: tokens that are not allowed now.
     penalty_row: the row of `Penalties` that counts its tokens; -1 without penalties.
     rule_row: the row of `TokenRules` that has its rules; -1 without them.
+    allowed: a bit for each token that is allowed now, in int32 words; None allows all.
     """
 
     params: SamplingParams
@@ -31,6 +34,7 @@ class SampleRow:
     blocked_token_ids: Sequence[int] = ()
     penalty_row: int = -1
     rule_row: int = -1
+    allowed: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +99,11 @@ class SampledTokens(TokenLogprobs):
         changing = [i for i, row in enumerate(rows) if row.params.changes_logits]
         self._penalised = [i for i in changing if rows[i].penalty_row >= 0]
         self._ruled = [i for i in changing if rows[i].rule_row >= 0]
+        self._masked = [i for i in changing if rows[i].allowed is not None]
         adjusted = self._adjusted(logits)
         self.ids = _choose(adjusted, rows)
         empty = None
-        if self._ruled:
+        if self._ruled or self._masked:
             empty = adjusted.amax(dim=-1, keepdim=True) == float("-inf")
         super().__init__(logits, self.ids, [row.params.wanted for row in rows], empty)
 
@@ -106,9 +111,17 @@ class SampledTokens(TokenLogprobs):
         """`logits` under rules, after penalties and with blocked tokens at -inf; a copy if there
         are any."""
         blocked = [(i, token) for i, row in enumerate(self.rows) for token in row.blocked_token_ids]
-        if not (blocked or self._penalised or self._ruled):
+        if not (blocked or self._penalised or self._ruled or self._masked):
             return logits
         logits = logits.clone()
+        if self._masked:
+            places = upload(self._masked, torch.long, logits.device)
+            words = upload(
+                np.stack([row.allowed for row in self.rows if row.allowed is not None]),
+                torch.int32,
+                logits.device,
+            )
+            logits[places] = _masked(logits[places], words)
         if self._ruled:
             places = upload(self._ruled, torch.long, logits.device)
             logits[places] = self._state.token_rules.apply(
@@ -136,6 +149,13 @@ class SampledTokens(TokenLogprobs):
             rows = [self.rows[i].rule_row for i in self._ruled]
             ids = self.ids[upload(self._ruled, torch.long, self.ids.device)]
             self._state.token_rules.count(rows, ids, times)
+
+
+def _masked(logits: Tensor, words: Tensor) -> Tensor:
+    """`logits` `[N, vocab]` with -inf where the bits of `words`, int32 `[N, W]`, are 0."""
+    bits = words.unsqueeze(-1) >> torch.arange(32, device=words.device, dtype=torch.int32)
+    forbidden = (bits & 1).flatten(1)[:, : logits.shape[-1]] == 0
+    return logits.masked_fill(forbidden, float("-inf"))
 
 
 def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

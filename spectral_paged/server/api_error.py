@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from spectral_paged.errors import (
     CapacityError,
     EmptyPromptError,
+    InvalidRequestError,
     NonFiniteError,
     PromptTooLongError,
     RequestFailedError,
@@ -72,10 +73,12 @@ def refused(error: SpectralPagedError) -> ApiError:
 
 
 def failed(error: BaseException) -> ApiError:
-    """Return the error of an accepted request that failed (500).
+    """Return the error of an accepted request that failed: 500, or 400 by its own fault.
 
     An error whose text may have parts of an internal exception goes to the log.
     """
+    if isinstance(error, InvalidRequestError):
+        return refused(error)
     if isinstance(error, NonFiniteError):
         return ApiError(500, str(error), type=SERVER, code="generation_failed")
     return internal(log_fault("a request failed", error))

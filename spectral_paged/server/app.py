@@ -21,8 +21,10 @@ from spectral_paged.openai import (
     DETOKENIZE_URL,
     TOKENIZE_URL,
     ModelCard,
+    OpenAIRequest,
 )
 from spectral_paged.outputs import RequestOutput
+from spectral_paged.sampling import StructuredOutputsParams
 
 try:
     from fastapi import Depends, FastAPI, Request, Security
@@ -92,6 +94,7 @@ class Service:
         # long bodies have another, so that short ones do not wait for seconds of tokenization
         self._long_parser = ThreadPoolExecutor(1, thread_name_prefix="long-parser")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._compiler = ThreadPoolExecutor(4, thread_name_prefix="compiler")
         registry = CollectorRegistry()
         MetricsCollector(llm, registry=registry)
         self._metrics: Callable[[], bytes] = lambda: generate_latest(registry)
@@ -152,7 +155,7 @@ class Service:
         finally:
             gc.unfreeze()
             await self.engine.stop()
-            for executor in (self._parser, self._long_parser, self._writer):
+            for executor in (self._parser, self._long_parser, self._writer, self._compiler):
                 executor.shutdown(cancel_futures=True)
 
     def begin_to_stop(self) -> None:
@@ -257,6 +260,9 @@ class Service:
         self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
     ) -> Response:
         parsed = await self._parse(body, partial(parse_request, chat=chat))
+        form = parsed.params.structured_outputs
+        if form is not None:
+            await self._compile(parsed.body, form)
         if self._ended:
             raise stopping()
         lease.grow(parsed.num_completions)
@@ -305,6 +311,17 @@ class Service:
         if not self.settings.salts_by_key:
             return cache_salt
         return salt_of(request.state.api_key, cache_salt)
+
+    async def _compile(self, body: OpenAIRequest, asked: StructuredOutputsParams) -> None:
+        """Compile a request's grammar, beside the event loop, parsing and the engine's steps."""
+        compile_now = partial(self.llm.engine.grammars.compile, asked)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, compile_now)
+        except SpectralPagedError as error:
+            self.engine.count_refusal(error)
+            if body.by_response_format:
+                error.param = "response_format"
+            raise refused(error) from error
 
     async def _parse(
         self, body: Body, function: Callable[[LLM, ServerSettings, bytes], Parsed]

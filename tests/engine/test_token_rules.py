@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spectral_paged import SamplingParams
-from spectral_paged.errors import InvalidRequestError, RequestFailedError
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.sampling import SampledTokens
 from support.fault_runs import serve, tokens
 from support.served import LETTERS, served_llm
@@ -120,6 +120,6 @@ def test_a_request_that_allows_no_token_fails_alone(ahead):
     llm.engine.add_request("bad", "x", nothing)
     llm.engine.add_request("good", "x", FREE)
     done, _ = serve(llm)
-    assert isinstance(done["bad"].error, RequestFailedError)
+    assert isinstance(done["bad"].error, InvalidRequestError)
     assert "allows no token after 1 generated" in str(done["bad"].error)
     assert done["good"].error is None and len(done["good"].outputs[0].token_ids) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from spectral_paged.batch.run import serve_lines
 from spectral_paged.engine.requests import RequestGroup
 from spectral_paged.errors import InvalidRequestError, RequestFailedError, SpectralPagedError
 from spectral_paged.openai import CHAT_URL, COMPLETIONS_URL
+from spectral_paged.sampling import StructuredOutputsParams
 from spectral_paged.server.api_error import refused
 from spectral_paged.server.parsing import parse_request
 from spectral_paged.server.settings import ServerSettings
@@ -305,3 +307,47 @@ def test_sampling_fields_mean_the_same_at_every_door(llm, tmp_path):
     }
     (offline,) = llm.generate([GOOD], want, use_tqdm=False)
     assert tokens == {tuple(offline.outputs[0].token_ids)} and set(*tokens) <= {3, 4}
+
+
+PERSON = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": PERSON, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    "field, value, form",
+    [
+        ("response_format", {"type": "json_object"}, {"json_object": True}),
+        ("response_format", BY_SCHEMA, {"json": PERSON}),
+        ("structured_outputs", {"json": PERSON}, {"json": PERSON}),
+        ("structured_outputs", {"regex": "ab*", "json": None}, {"regex": "ab*"}),
+    ],
+)
+def test_structured_outputs_mean_the_same_at_every_door(tmp_path, llm, field, value, form):
+    want = StructuredOutputsParams(**form)
+    lines = [
+        openai_line(COMPLETIONS_URL, "a", prompt=GOOD, **{field: value}),
+        openai_line(CHAT_URL, "b", messages=TALK, **{field: value}),
+        {"prompt": GOOD, "structured_outputs": form},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [line.params.structured_outputs for line in read_lines(path, {})] == [want] * 3
+    body = json.dumps({"messages": TALK, field: value}).encode()
+    parsed = parse_request(llm, ServerSettings(("tiny",)), body, chat=True)
+    assert parsed.params.structured_outputs == want
+
+
+@pytest.mark.parametrize("door", [by_line, by_openai_line, by_generate])
+def test_a_schema_that_cannot_be_compiled_fails_alone(llm, tmp_path, door):
+    bad = {"structured_outputs": {"json": {"type": "strin"}}}
+    if door is by_generate:
+        params = [PARAMS, replace(PARAMS, **bad), PARAMS]
+        with pytest.raises(SpectralPagedError) as caught:
+            llm.generate([GOOD] * 3, params, use_tqdm=False)
+        told = of_outputs(caught.value)
+    else:
+        line = {"prompt": GOOD, **bad}
+        if door is by_openai_line:
+            line = openai_line(COMPLETIONS_URL, "bad", prompt=GOOD, **bad)
+        told = by_lines(llm, line, {"prompt": GOOD}, tmp_path)
+    assert "structured_outputs cannot be compiled: " in told and "strin" in told

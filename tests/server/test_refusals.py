@@ -159,9 +159,9 @@ CHAT = {
         "not supported",
     ),
     "response_format": (
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
         "response_format",
-        "not supported",
+        "an object of type text, json_object, json_schema",
     ),
     "audio": ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     "reasoning_effort": ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
