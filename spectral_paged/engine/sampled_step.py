@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,13 @@ from torch import Tensor
 from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
-from spectral_paged.sampling import PendingTokens, SampledTokens, SampleRow, SamplingState
+from spectral_paged.sampling import (
+    PendingTokens,
+    SampledTokens,
+    SampleRow,
+    SamplingState,
+    process,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ def sample_row(
     if num_output_tokens < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
         blocked = (*eos, *params.stop_token_ids)
-    rows, allowed = (-1, -1), None
+    rows, allowed, processor = (-1, -1), None, None
     if params.changes_logits:
         rows = state.hold(
             completion,
@@ -152,4 +159,8 @@ def sample_row(
         )
         if completion.constraint is not None:
             allowed = completion.constraint.allowed()
-    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows, allowed)
+        if params.logits_processors:
+            processor = partial(
+                process, params.logits_processors, group.prompt_token_ids, completion.generated
+            )
+    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows, allowed, processor)

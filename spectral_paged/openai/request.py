@@ -15,8 +15,10 @@ from spectral_paged.openai.bodies import Body, ChatCompletionRequest, Completion
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
-# what a line may name; an `output_kind` is for callers of an engine
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "output_kind")
+# what a line may name; the others are for callers of an engine
+SAMPLING_FIELDS = tuple(
+    f.name for f in fields(SamplingParams) if f.name not in ("logits_processors", "output_kind")
+)
 # fields that mean the same in a body as in `SamplingParams`
 _OTHER = ("max_tokens", "logprobs", "prompt_logprobs")
 _SAME = tuple(name for name in SAMPLING_FIELDS if name in Body.model_fields and name not in _OTHER)

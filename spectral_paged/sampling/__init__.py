@@ -5,6 +5,10 @@ The package imports `device` and `outputs` only.
 
 from __future__ import annotations
 
+from spectral_paged.sampling.logits_processors import (
+    LogitsProcessor,
+    process,
+)
 from spectral_paged.sampling.logprobs import (
     LogitsVisitor,
     Sampled,
@@ -40,6 +44,7 @@ from spectral_paged.sampling.structured_outputs import (
 )
 
 __all__ = [
+    "LogitsProcessor",
     "LogitsVisitor",
     "Penalties",
     "PendingTokens",
@@ -55,4 +60,5 @@ __all__ = [
     "TokenLogprobs",
     "Wanted",
     "plain_list",
+    "process",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from spectral_paged.errors import SamplingParamsError, shown, suggestion
 from spectral_paged.outputs import RequestOutputKind
+from spectral_paged.sampling.logits_processors import LogitsProcessor
 from spectral_paged.sampling.logprobs import Wanted
 from spectral_paged.sampling.repetition import RepetitionDetectionParams
 from spectral_paged.sampling.rules import RULES
@@ -64,6 +65,8 @@ class SamplingParams:
         repetition_detection: ends a completion whose end repeats itself.
         structured_outputs: the form that the completion has to have; end tokens come where it is
             complete, and the completion ends where nothing may follow.
+        logits_processors: functions that change the logits of the next token, in order, before
+            everything else does: see `LogitsProcessor`.
         output_kind: what `Engine.step` returns of a request before its end.
 
     Raises:
@@ -97,6 +100,7 @@ class SamplingParams:
     bad_words: Sequence[str] = field(default_factory=tuple)
     repetition_detection: RepetitionDetectionParams | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    logits_processors: Sequence[LogitsProcessor] = field(default_factory=tuple)
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -174,7 +178,7 @@ class SamplingParams:
     @property
     def reads_output(self) -> bool:
         """True if the host has to know all tokens before the next one is drawn."""
-        return self.structured_outputs is not None
+        return self.structured_outputs is not None or bool(self.logits_processors)
 
 
 def _refused(message: str, name: str) -> SamplingParamsError:

@@ -240,6 +240,12 @@ RULES: Mapping[str, Rule] = {
             StructuredOutputsParams.read,
         )
     ),
+    "logits_processors": Rule(
+        "a list of callables",
+        lambda value: isinstance(value, list | tuple) and all(map(callable, value)),
+        {},
+        lambda value: () if value is None else value,
+    ),
     "output_kind": Rule(
         "a RequestOutputKind", lambda value: isinstance(value, RequestOutputKind), {}
     ),

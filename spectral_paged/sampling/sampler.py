@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class SampleRow:
     blocked_token_ids: tokens that are not allowed now.
     penalty_row: the row of `Penalties` that counts its tokens; -1 without penalties.
     rule_row: the row of `TokenRules` that has its rules; -1 without them.
+    process: changes the row's logits, `[vocab]`, before anything else does.
     allowed: a bit for each token that is allowed now, in int32 words; None allows all.
     """
 
@@ -35,6 +36,7 @@ class SampleRow:
     penalty_row: int = -1
     rule_row: int = -1
     allowed: np.ndarray[Any, Any] | None = None
+    process: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +102,25 @@ class SampledTokens(TokenLogprobs):
         self._penalised = [i for i in changing if rows[i].penalty_row >= 0]
         self._ruled = [i for i in changing if rows[i].rule_row >= 0]
         self._masked = [i for i in changing if rows[i].allowed is not None]
+        self._processed = [i for i in changing if rows[i].process is not None]
         adjusted = self._adjusted(logits)
         self.ids = _choose(adjusted, rows)
         empty = None
-        if self._ruled or self._masked:
-            empty = adjusted.amax(dim=-1, keepdim=True) == float("-inf")
+        if self._ruled or self._masked or self._processed:
+            empty = ~(adjusted.amax(dim=-1, keepdim=True) > float("-inf"))  # NaN is no better
         super().__init__(logits, self.ids, [row.params.wanted for row in rows], empty)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """`logits` under rules, after penalties and with blocked tokens at -inf; a copy if there
         are any."""
         blocked = [(i, token) for i, row in enumerate(self.rows) for token in row.blocked_token_ids]
-        if not (blocked or self._penalised or self._ruled or self._masked):
+        if not (blocked or self._penalised or self._ruled or self._masked or self._processed):
             return logits
         logits = logits.clone()
+        for i in self._processed:
+            process = self.rows[i].process
+            assert process is not None
+            logits[i] = process(logits[i].clone())
         if self._masked:
             places = upload(self._masked, torch.long, logits.device)
             words = upload(
