@@ -24,13 +24,10 @@ SPARE = 3  # pages of a plane that no sequence has
 
 @dataclass(frozen=True, slots=True)
 class StoredSequence:
-    """The K and V of one sequence in exact pages at scattered units of a plane.
-
-    plane: uint8. units: int32 `[num_pages]`.
-    """
+    """The K and V of one sequence in exact pages at scattered units of a plane, uint8."""
 
     plane: Tensor
-    units: Tensor
+    places: ExactPlaces
     num_heads: int
     dim: int
     dtype: torch.dtype
@@ -54,19 +51,17 @@ class StoredSequence:
             units[place // EXACT_PAGE_TOKENS],
             (place % EXACT_PAGE_TOKENS).int(),
         )
-        return cls(plane, units, num_heads, dim, k.dtype, num_tokens)
+        rows = EXACT_PAGE_TOKENS * torch.arange(count, device=k.device).int()
+        counts = (num_tokens - rows).clamp(max=EXACT_PAGE_TOKENS)
+        places = ExactPlaces(units, rows, counts)
+        return cls(plane, places, num_heads, dim, k.dtype, num_tokens)
 
     def copied(self) -> Tensor:
         """K and V `[2, Hkv, L, D]`, copied out of the pages as the engine does."""
         shape = 2, self.num_heads, self.num_tokens, self.dim
         out = torch.empty(shape, dtype=self.dtype, device=self.plane.device)
-        page_ops(self.plane.device).exact_copy(self.plane, self.places(), out)
+        page_ops(self.plane.device).exact_copy(self.plane, self.places, out)
         return out
-
-    def places(self) -> ExactPlaces:
-        rows = EXACT_PAGE_TOKENS * torch.arange(len(self.units), device=self.plane.device).int()
-        counts = (self.num_tokens - rows).clamp(max=EXACT_PAGE_TOKENS)
-        return ExactPlaces(self.units, rows, counts)
 
     def views(self) -> tuple[Tensor, Tensor]:
         """K and V of the page at every unit, `[units, 64, Hkv, D]`, without a copy."""
@@ -93,7 +88,7 @@ def of_pages(q: Tensor, stored: StoredSequence, spans: ChunkSpans, scale: float)
 
     Nothing is uploaded, because the time of that would count.
     """
-    table = stored.units.unsqueeze(0)
+    table = stored.places.units.unsqueeze(0)
     return _attend(q, *stored.views(), spans, scale, seqused_k=spans.cu_k[1:], block_table=table)
 
 

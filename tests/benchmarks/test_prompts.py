@@ -97,7 +97,7 @@ def test_a_page_is_found_by_its_unit_in_the_views(dtype, heads, dim, length):
         assert all(step * dtype.itemsize % 16 == 0 for step in view.stride()[:-1])
         end = view.storage_offset() + sum((n - 1) * s for n, s in zip(view.shape, view.stride()))
         assert end < stored.plane.numel() // dtype.itemsize  # nothing outside can be read
-        read = view[stored.units.long()].flatten(0, 1)[:length]
+        read = view[stored.places.units.long()].flatten(0, 1)[:length]
         assert torch.equal(read.transpose(0, 1), want)
     assert torch.equal(stored.copied(), torch.stack((k, v)))
 
@@ -122,7 +122,7 @@ def test_vllms_kernel_is_asked_to_read_rows_or_pages_by_their_units(monkeypatch)
     assert others.pop("cu_seqlens_q").tolist() == [0, 7]
     assert shape[1:] == (64, 2, 64) and apart == 64 * 64
     table = options.pop("block_table")
-    assert table.dtype == torch.int32 and table.tolist() == [stored.units.tolist()]
+    assert table.dtype == torch.int32 and table.tolist() == [stored.places.units.tolist()]
     assert options.pop("cu_seqlens_q").tolist() == [0, 7]
     assert options.pop("seqused_k").tolist() == [150]
     assert (
