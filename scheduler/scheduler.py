@@ -29,6 +29,16 @@ class Cache(Protocol):
         resumed: bool = False,
         max_cached_tokens: int | None = None,
     ) -> int | None: ...
+    def prefetch(
+        self,
+        seq_id: str,
+        *,
+        num_prompt_tokens: int,
+        token_ids: Sequence[int],
+        cache_salt: str = "",
+        pinned_spans: Sequence[tuple[int, int]] = (),
+    ) -> bool | None: ...
+    def cancel_prefetch(self, seq_id: str) -> None: ...
     def try_reserve(self, seq_id: str, num_new: int) -> bool: ...
     def cancel_reservation(self, seq_id: str) -> None: ...
     def chunk_limit(self, seq_id: str) -> int: ...
@@ -55,10 +65,14 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """New tokens by request id, in batch order, and the ids of preempted requests."""
+    """New tokens by request id, in batch order, and the ids of preempted requests.
+
+    num_loading: waiting requests whose prefixes are on their way into the cache.
+    """
 
     new_tokens: dict[str, int] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
+    num_loading: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +125,7 @@ class Scheduler:
             self.cache.free(request.request_id, forget=forget)
         elif request.status is RequestStatus.WAITING and request in self.waiting:
             self.waiting.remove(request)
+            self.cache.cancel_prefetch(request.request_id)
         request.status = RequestStatus.FINISHED
 
     @property
@@ -139,7 +154,7 @@ class Scheduler:
     # ---- one step ------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Reserve slots for the next step's tokens; empty only when no request can run."""
+        """Reserve slots for the next step's tokens; empty only when no request can run (yet)."""
         output = SchedulerOutput()
         self._num_steps += 1
         if self._num_steps > STEPS_UNTIL_RAISED:
@@ -149,7 +164,7 @@ class Scheduler:
         self._schedule_running(output, budget)
         if not output.preempted:
             self._schedule_waiting(output, budget)
-        if not output.new_tokens and self.waiting and not self.running:
+        if not (output.new_tokens or output.num_loading or self.running) and self.waiting:
             # nothing runs, so only cached slots of other requests can be in the way
             self.cache.reset_prefix_cache()
             self._schedule_waiting(output, budget)
@@ -175,10 +190,27 @@ class Scheduler:
                 output.new_tokens[request.request_id] = num_new
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
-        while self.waiting and self.has_seat and budget.tokens:
-            request = self.waiting[0]
+        output.num_loading = 0  # requests whose prefix is on its way let others pass
+        while len(self.waiting) > output.num_loading and budget.tokens:
+            if len(self.running) + output.num_loading >= self.config.max_num_seqs:
+                return
+            request = self.waiting[output.num_loading]
             if request.num_pending:
                 return  # preempted before the host saw its last sampled token
+            loaded: bool | None = True
+            if request.max_cached_tokens is None:  # else more may come than may be used
+                loaded = self.cache.prefetch(
+                    request.request_id,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    token_ids=request.token_ids,
+                    cache_salt=request.cache_salt,
+                    pinned_spans=request.pinned_spans,
+                )
+            if loaded is None:
+                return
+            if not loaded:
+                output.num_loading += 1
+                continue
             cached = self.cache.add_sequence(
                 request.request_id,
                 num_prompt_tokens=request.num_prompt_tokens,
@@ -199,10 +231,12 @@ class Scheduler:
                     self.cache.free(request.request_id)
             if not reserved:
                 return
-            self.waiting.popleft()
+            del self.waiting[output.num_loading]
             request.status = RequestStatus.RUNNING
             if request.num_preemptions == 0:
                 request.num_cached_tokens = cached
+                stats = self.cache.sequence_stats(request.request_id)
+                request.num_host_cached_tokens = int(stats["host_cached_tokens"])
             lost = max(0, request.num_dropped_tokens - cached)
             request.num_dropped_tokens = 0
             request.num_recomputed_tokens += lost

@@ -198,15 +198,15 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Drop all requests, free pages and graphs, and restore the model's own attention.
+        """Drop all requests, free pages, host memory and graphs, and restore the model's attention.
 
         Later use of the LLM raises `SpectralPagedError`. Closing it again does nothing.
         """
-        if "engine" not in vars(self):
-            return
-        with self._turns:
-            self._runner.close()
-            del self.engine, self.cache, self._runner
+        if "engine" in vars(self):
+            with self._turns:
+                self._runner.close()
+                self.cache.close()
+                del self.engine, self.cache, self._runner
 
     def __enter__(self) -> LLM:
         return self

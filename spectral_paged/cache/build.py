@@ -10,15 +10,19 @@ from spectral_paged.cache.cache_basis import CacheBasis, check_calibration
 from spectral_paged.cache.capacity import Share, divide
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.layer_spec import LayerSpec, reached_windows
+from spectral_paged.cache.lower_tiers import LowerTiers
 from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
+from spectral_paged.cache.records import Records
 from spectral_paged.cache.retention import Retention, retention_of
-from spectral_paged.errors import FormatError
+from spectral_paged.cache.visibility import Visibility
+from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena, SlabPlan
 from spectral_paged.rope import RotaryTable
+from spectral_paged.store import CudaCopier, HostCopier, HostMemory, HostTier
 
 
 def check_shape(
@@ -34,6 +38,7 @@ def check_shape(
 
     Raises:
         FormatError: names the value, the limit and the remedy.
+        InvalidRequestError: host memory for prefixes, and no prefix caching.
     """
     if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
         raise FormatError(
@@ -49,6 +54,11 @@ def check_shape(
         raise FormatError(
             f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
             "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
+        )
+    if options.kv_host_memory is not None and not options.enable_prefix_caching:
+        raise InvalidRequestError(
+            "kv_host_memory keeps prefixes for later requests, and enable_prefix_caching is False: "
+            "leave one of them out"
         )
     try:
         if format.seals:
@@ -202,3 +212,33 @@ def build_groups(
             )
         )
     return groups
+
+
+def lower_tiers(
+    groups: list[LayerGroup],
+    visibility: Visibility,
+    options: CacheOptions,
+    max_model_len: int,
+    device: torch.device,
+) -> LowerTiers:
+    """The tiers below the pool that `options` ask for.
+
+    Raises:
+        CapacityError: `kv_host_memory` holds no prefix, or the system does not give so much.
+    """
+    records = Records(groups, visibility)
+    num_bytes = options.kv_host_memory
+    if num_bytes is None:
+        return LowerTiers(groups, records, visibility, None)
+    assert isinstance(num_bytes, int), "CacheOptions has read the text"
+    largest, usual = records.sizes(max_model_len)
+    if not largest:
+        raise CapacityError(
+            f"kv_host_memory is given, and no prompt of up to max_model_len {max_model_len} tokens "
+            "has a prefix that is kept there: raise it, or leave kv_host_memory out"
+        )
+    memory = HostMemory.of(
+        num_bytes, largest=largest, usual=usual, device=device, poison=options.debug_poison
+    )
+    copier = CudaCopier(device) if device.type == "cuda" else HostCopier()
+    return LowerTiers(groups, records, visibility, HostTier(memory, copier))

@@ -25,6 +25,7 @@ from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
+from spectral_paged.cache.lower_tiers import Asking
 from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
@@ -91,7 +92,6 @@ class SpectralKVCache:
         )
         chosen = replace(chosen, max_model_len=longest)
         self._basis = CacheBasis(chosen.calibration, format, num_layers, self.device)
-        format = self.format
         self.num_layers, self.num_q_heads = num_layers, num_q_heads
         self.max_num_seqs, self.max_model_len = chosen.max_num_seqs, longest
         self.prefix_caching = chosen.enable_prefix_caching
@@ -112,15 +112,17 @@ class SpectralKVCache:
             self.groups, self._basis, self.ops, num_q_heads, scale=scale, softcap=softcap
         )
         self.visibility = Visibility.of(self.format)
+        rules = StepRules.of(self.groups, self.visibility, longest)
         self._sequences = SequenceTable(
-            self.groups,
-            self._basis,
-            StepRules.of(self.groups, self.visibility, longest),
-            self.max_num_seqs,
-            prefix_caching=self.prefix_caching,
+            self.groups, self._basis, rules, self.max_num_seqs, prefix_caching=self.prefix_caching
         )
+        self._lower = build.lower_tiers(self.groups, self.visibility, chosen, longest, self.device)
         self.max_sequence_tokens = capacity.longest_sequence(self.groups, longest)
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
+
+    def close(self) -> None:
+        """Give back the memory of tiers below the pool. The cache goes on without them."""
+        self._lower.close()
 
     @property
     def format(self) -> PageFormat:
@@ -206,8 +208,30 @@ class SpectralKVCache:
             max_cached_tokens=max_cached_tokens,
         )
         if state is not None:
+            self._lower.admitted(state)
             self._observers.added(seq_id, num_prompt_tokens)
         return None if state is None else state.num_tokens
+
+    def prefetch(
+        self,
+        seq_id: str,
+        *,
+        num_prompt_tokens: int,
+        token_ids: Sequence[int],
+        cache_salt: str = "",
+        pinned_spans: Spans = (),
+    ) -> bool | None:
+        """Bring a sequence's prefix from tiers below the pool while steps run; True: it is there.
+
+        False: on its way. None: no room now. Once True, `add_sequence` or `cancel_prefetch`.
+        """
+        pinned = pinned_blocks(self.format, pinned_spans, num_prompt_tokens)
+        asking = Asking(seq_id, token_ids, num_prompt_tokens, cache_salt, pinned, self.format)
+        return self._lower.prefetch(asking, alone=not self.num_sequences)
+
+    def cancel_prefetch(self, seq_id: str) -> None:
+        """Give up the prefetch of a sequence that will not be added; unknown ones are ignored."""
+        self._lower.cancel(seq_id)
 
     def num_tokens(self, seq_id: str) -> int:
         """The number of tokens whose K and V are stored for a sequence."""
@@ -229,10 +253,8 @@ class SpectralKVCache:
         token_ids: Sequence[int] | None = None,
         cache_salt: str = "",
     ) -> bool:
-        """Make `child_id` a copy of `parent_id` that shares its full slots; False: not now.
-
-        With the child's own `token_ids`, other sequences can find its later tokens as a prefix.
-        """
+        """Make `child_id` a copy of `parent_id` that shares its full slots; False: not now. With
+        the child's own `token_ids`, other sequences can find its later tokens as a prefix."""
         parent = self._sequences.by_id[parent_id]
         child = self._sequences.fork(parent, child_id, token_ids=token_ids, cache_salt=cache_salt)
         if child is not None:
@@ -250,11 +272,16 @@ class SpectralKVCache:
         self.sealer.freed(state)
         if state.ran:
             self.counters.count_freed(self.groups, state)
+        self._lower.freed(state, forget=forget or state.error is not None)
         self._sequences.remove(state, forget=forget or state.error is not None)
         self._observers.freed(seq_id)
 
-    def reset_prefix_cache(self) -> int:
-        """Evict every cached slot; returns their number."""
+    def reset_prefix_cache(self, *, reset_store: bool = False) -> int:
+        """Evict every cached slot, with `reset_store` also what tiers below the pool have, and give
+        prefixes on their way up; returns the number of slots."""
+        self._lower.give_way()
+        if reset_store:
+            self._lower.forget_all()
         return sum(group.arena.slots.drop_cached() for group in self.groups)
 
     # ---- one step ------------------------------------------------------------------------
@@ -279,7 +306,7 @@ class SpectralKVCache:
         state = self._sequences.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {shown(seq_id)} is not held")
-        return state.reserve(num_new)
+        return state.reserve(num_new) or (self._lower.give_way() and state.reserve(num_new))
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
         """Reserve a whole step; None, with nothing reserved, if the step does not fit now.
@@ -372,6 +399,8 @@ class SpectralKVCache:
             state.store(entry.num_new)
         with self.clock.section("seal"):
             self.sealer.seal_due([state for _, state in held])
+        if self._lower.keeps:
+            self._lower.step_ended([state for _, state in held])
         report = self.sealer.take_report()
         self._observers.ended(StepPlan(tuple([entry for entry, _ in held])), report)
         return report
@@ -407,6 +436,7 @@ class SpectralKVCache:
             **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),
             "seal_seconds": self.sealer.timer.seconds,
             "seal_waiting_seconds": self.sealer.timer.waiting_seconds,
+            **cache_stats.tier_figures(self.counters, self._lower),
         }
 
     @property
@@ -415,5 +445,6 @@ class SpectralKVCache:
         return cache_stats.usage(self.groups)
 
     def check_integrity(self) -> None:
-        """Raise PoolError unless pools, tables and sequences agree."""
+        """Raise PoolError unless pools, tables, sequences and lower tiers agree."""
         self._sequences.check_integrity()
+        self._lower.check_integrity()

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from spectral_paged.cache.borrowed_slots import BorrowedSlots
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.retention import Retention
 from spectral_paged.cache.sequence_slots import SequenceSlots
@@ -64,6 +65,7 @@ class LayerGroup:
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
         self._held: dict[int, SequenceSlots] = {}  # by row
+        self.borrowed: list[BorrowedSlots] = []  # slots that no sequence holds
         arena.slots.on_move = WeakMethod(self._follow_moves)
 
     def plane(self, layer: int) -> Tensor:
@@ -81,10 +83,17 @@ class LayerGroup:
 
     def take_row(self, row: int, pinned: tuple[int, ...] = ()) -> SequenceSlots:
         """A new sequence in `row`, without slots yet; its `pinned` blocks are never sealed."""
-        slots = self._held[row] = SequenceSlots(
+        slots = self._held[row] = self._slots(row, pinned)
+        return slots
+
+    def probe(self, pinned: tuple[int, ...]) -> SequenceSlots:
+        """Slots of no sequence, which ask for cached slots and hold none."""
+        return self._slots(-1, pinned)
+
+    def _slots(self, row: int, pinned: tuple[int, ...]) -> SequenceSlots:
+        return SequenceSlots(
             row, self.retention, self.arena, self.exact_table, self.page_table, pinned
         )
-        return slots
 
     def free_row(self, row: int, chain: PrefixChain | None = None) -> None:
         """Release the slots of the sequence in `row`, if there is one."""
@@ -94,11 +103,15 @@ class LayerGroup:
 
     def _follow_moves(self, moves: list[tuple[SlotKind, int, int]]) -> None:
         names: dict[SlotKind, dict[int, int]] = {kind: {} for kind in SlotKind}
+        for borrowed in self.borrowed:
+            borrowed.settle()
         for kind, source, target in moves:
             self.arena.copy(kind, source, target)
             names[kind][source] = target
         for slots in self._held.values():
             slots.rename(names)
+        for borrowed in self.borrowed:
+            borrowed.rename(names)
 
     def check_integrity(self, held: Mapping[str, SequenceSlots]) -> None:
         """Raise PoolError unless references and table rows agree with the sequences `held`."""
@@ -108,6 +121,8 @@ class LayerGroup:
             references.update(slots.exact)
             references.update(slots.pages)
             slots.check_rows(seq_id)
+        for borrowed in self.borrowed:
+            references.update(borrowed.slots)
         counts = {slot: self.arena.slots.ref_count(slot) for slot in references}
         in_use = sum(self.arena.slots.num_in_use.values())
         if counts != dict(references) or in_use != len(references):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from spectral_paged.cache.cache_basis import CacheBasis
@@ -54,6 +54,7 @@ class SequenceState:
     num_tokens: int = 0
     pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
+    cached_below: dict[str, int] = field(default_factory=dict)  # of these, by tier below the pool
     num_pages_sealed: int = 0  # a fork starts at 0
     resumed: bool = False
     ran: bool = False  # prefix figures count sequences that ran, not attempts to admit one

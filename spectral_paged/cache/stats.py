@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.lower_tiers import LowerTiers
 from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.pool.slot_pool import SlotKind
+
+TIERS = ("host",)
+TIER_FIGURES = (
+    "capacity_bytes",
+    "bytes",
+    "records",
+    "written_bytes",
+    "read_bytes",
+    "evicted_records",
+    "dropped_records",
+    "failures",
+)
 
 
 @dataclass(slots=True)
@@ -21,6 +35,7 @@ class CacheCounters:
     pages_attended: int = 0  # page reads, summed over layers
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    below_hit_tokens: Counter[str] = field(default_factory=Counter)  # of these, by lower tier
     resumed_query_tokens: int = 0
     resumed_hit_tokens: int = 0
     freed_tokens: int = 0  # of sequences freed so far
@@ -42,6 +57,7 @@ class CacheCounters:
         else:
             self.prefix_query_tokens += min(asked, state.num_prompt_tokens)
             self.prefix_hit_tokens += min(found, state.num_prompt_tokens)
+            self.below_hit_tokens.update(state.cached_below)
 
     def count_freed(self, groups: Sequence[LayerGroup], state: SequenceState) -> None:
         """Count the tokens and bytes that a sequence holds when it is freed."""
@@ -76,12 +92,14 @@ def held_bytes(groups: Sequence[LayerGroup], state: SequenceState) -> int:
 
 
 def sequence_figures(groups: Sequence[LayerGroup], state: SequenceState) -> dict[str, float]:
-    """A sequence's tokens, cached_tokens, pages_sealed, bytes_per_token and compression_ratio."""
+    """A sequence's tokens, cached_tokens and of these host_cached_tokens, pages_sealed,
+    bytes_per_token and compression_ratio."""
     held = held_bytes(groups, state)
     plain = token_bytes(groups, state.num_tokens)
     return {
         "tokens": state.num_tokens,
         "cached_tokens": state.num_cached_tokens,
+        "host_cached_tokens": state.cached_below.get("host", 0),
         "pages_sealed": state.num_pages_sealed,
         "bytes_per_token": held / max(state.num_tokens, 1),
         "compression_ratio": plain / held if held else 1.0,
@@ -113,6 +131,18 @@ def cost_figures(
         "resumed_query_tokens": counters.resumed_query_tokens,
         "resumed_hit_tokens": counters.resumed_hit_tokens,
     }
+
+
+def tier_figures(counters: CacheCounters, lower: LowerTiers) -> dict[str, object]:
+    """The figures of tiers below the pool by the tier's name, 0 where there is no such tier; hits
+    also of the pool (`gpu`, on a CPU too)."""
+    below = {name: counters.below_hit_tokens[name] for name in TIERS}
+    stats = {tier.name: tier.stats() for tier in lower.tiers}
+    found = counters.prefix_hit_tokens - sum(below.values())
+    figures: dict[str, object] = {"prefix_hit_tokens_by_tier": {"gpu": found} | below}
+    for figure in TIER_FIGURES:
+        figures[f"store_{figure}"] = {name: stats.get(name, {}).get(figure, 0) for name in TIERS}
+    return figures
 
 
 def backends(

@@ -51,11 +51,13 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--block-size": "",
         "--num-gpu-blocks-override": "",
     },
-    "pages stay on the device and in the process: give them memory by --kv-cache-bytes": {
+    "name the host memory for prefixes in bytes by --kv-host-memory": {
         "--swap-space": "0",
-        "--cpu-offload-gb": "0",
         "--kv-offloading-size": "0",
         "--kv-offloading-backend": "native",
+    },
+    "weights stay on the device and pages in the process: see --kv-cache-bytes, --kv-host-memory": {
+        "--cpu-offload-gb": "0",
         "--kv-transfer-config": "",
         "--kv-events-config": "",
     },

@@ -186,6 +186,7 @@ class EngineCounters:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
             metrics.num_cached_tokens = completion.request.num_cached_tokens
+            metrics.num_host_cached_tokens = completion.request.num_host_cached_tokens
             self.time_to_first_token.append(now - metrics.arrival_time)
             self.time_to_first_token.fold_if_long()
             self.prompt_tokens += len(group.prompt_token_ids)

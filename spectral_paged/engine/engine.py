@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
+LOADING_SECONDS = 0.0005  # until a prefix on its way is asked for again, where nothing runs
+
 
 class Runner(Protocol):
     """Runs the model over a planned step; `models.runner.ModelRunner` is the one for LLMs."""
@@ -227,7 +229,9 @@ class Engine:
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not scheduled.preempted
             if idle and not self.requests.has_touched and self.scheduler.has_unfinished:
-                raise stalled(self.scheduler)
+                if not scheduled.num_loading:
+                    raise stalled(self.scheduler)
+                time.sleep(LOADING_SECONDS)
             self._collect()
             return
         launched = self._launch(scheduled.new_tokens)

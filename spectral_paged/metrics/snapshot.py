@@ -43,6 +43,45 @@ METRICS = (
         "prefix_hit_tokens",
         "Prompt tokens found in the prefix cache when a request first ran.",
     ),
+    MetricSpec(
+        "prefix_cache_tier_hits",
+        "counter",
+        "prefix_hit_tokens_by_tier",
+        "Prompt tokens found when a request first ran, by where they were (gpu, host).",
+        "tier",
+    ),
+    MetricSpec(
+        "store_capacity_bytes",
+        "gauge",
+        "store_capacity_bytes",
+        "Bytes that a tier below the cache may take.",
+        "tier",
+    ),
+    MetricSpec("store_bytes", "gauge", "store_bytes", "Bytes in use in a tier.", "tier"),
+    MetricSpec("store_records", "gauge", "store_records", "Records in a tier.", "tier"),
+    MetricSpec(
+        "store_written_bytes", "counter", "store_written_bytes", "Bytes written to a tier.", "tier"
+    ),
+    MetricSpec(
+        "store_read_bytes", "counter", "store_read_bytes", "Bytes read from a tier.", "tier"
+    ),
+    MetricSpec(
+        "store_evicted_records",
+        "counter",
+        "store_evicted_records",
+        "Records that left a tier for others.",
+        "tier",
+    ),
+    MetricSpec(
+        "store_dropped_records",
+        "counter",
+        "store_dropped_records",
+        "Records that a tier had no time or room to write.",
+        "tier",
+    ),
+    MetricSpec(
+        "store_failures", "counter", "store_failures", "Reads and writes that failed.", "tier"
+    ),
     MetricSpec("num_preemptions", "counter", "preemptions", "Sequences that had to give way."),
     MetricSpec("prompt_tokens", "counter", "prompt_tokens", "Prompt tokens of served requests."),
     MetricSpec("generation_tokens", "counter", "generated_tokens", "Tokens generated."),

@@ -108,6 +108,15 @@ class View:
             "first token": _percentiles(snapshot, "time_to_first_token_seconds"),
             "between tokens": _percentiles(snapshot, "inter_token_latency_seconds"),
         }
+        tiers = {t: n for t, n in snapshot.labels("store_capacity_bytes").items() if n}
+        if tiers:
+            below = snapshot.labels("prefix_cache_tier_hits")
+            used = snapshot.labels("store_bytes")
+            rows["store"] = [
+                f"{tier} {amount(int(used[tier]))} of {amount(int(size))}, "
+                f"{below[tier] / asked if asked else 0.0:.1%} of prompt tokens found"
+                for tier, size in tiers.items()
+            ]
         for name, words in rows.items():
             table.add_row(Text(name, style="bold"), Text(", ".join(words)))
         return table

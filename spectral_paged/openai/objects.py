@@ -12,7 +12,11 @@ closed = with_config(ConfigDict(extra="forbid"))
 
 @closed
 class PromptTokensDetails(TypedDict):
+    """Prompt tokens that were not computed; `host_cached_tokens` of these, where there are any,
+    came from host memory."""
+
     cached_tokens: int
+    host_cached_tokens: NotRequired[int]
 
 
 @closed

@@ -9,6 +9,7 @@ from spectral_paged.openai.objects import (
     ChatLogprobs,
     ContentLogprob,
     PromptLogprobs,
+    PromptTokensDetails,
     TextChoice,
     TextLogprobs,
     TokenLogprob,
@@ -35,8 +36,12 @@ def counts(num_prompt: int, num_generated: int) -> Usage:
 
 def usage(outputs: Sequence[RequestOutput]) -> Usage:
     """Return OpenAI's `usage`: token counts, and the prompt tokens that the prefix cache had."""
-    cached = sum(o.metrics.num_cached_tokens for o in outputs)
-    return {**token_counts(outputs), "prompt_tokens_details": {"cached_tokens": cached}}
+    details: PromptTokensDetails = {
+        "cached_tokens": sum(o.metrics.num_cached_tokens for o in outputs)
+    }
+    if from_host := sum(o.metrics.num_host_cached_tokens for o in outputs):
+        details["host_cached_tokens"] = from_host
+    return {**token_counts(outputs), "prompt_tokens_details": details}
 
 
 def chat_choice(completion: CompletionOutput, params: SamplingParams) -> ChatChoice:

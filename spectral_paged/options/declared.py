@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 from spectral_paged.errors import InvalidRequestError, shown, suggestion
 from spectral_paged.options.command_line import option
-from spectral_paged.options.readers import num_tokens, parse_bytes, positive
+from spectral_paged.options.readers import bytes_of, num_tokens, parse_bytes, positive
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,10 @@ def _quantization(text: str) -> str | None:
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("an integer", lambda value: type(value) is int),
     "int | None": ("an integer or None", lambda value: value is None or type(value) is int),
+    "int | str | None": (
+        "an integer, such as 34359738368, or a text such as '32GiB', or None",
+        lambda value: value is None or (type(value) is int and value > 0),
+    ),
     "bool": ("True or False", lambda value: isinstance(value, bool)),
     "Sequence[int]": (
         "a list of whole numbers",
@@ -71,6 +75,9 @@ class CacheOptions:
             `dim_weighting="none"`, so none of the presets); in Python also a `SharedBasis`.
         enable_prefix_caching: share cached tokens between sequences with a common prefix. Must be
             off if `prefill_segment` is 0.
+        kv_host_memory: bytes of host memory (also a text such as `32GiB`) for prefixes beyond those
+            that the cache has room for, allocated once, and pinned for CUDA; default: none. Prompts
+            that begin alike are then loaded instead of computed. Needs `enable_prefix_caching`.
         debug_poison: fill freed slots with NaN bytes, so that a stale read shows.
     """
 
@@ -88,10 +95,14 @@ class CacheOptions:
     enable_prefix_caching: bool = field(
         default=True, metadata=option(bool, also=["--prefix-caching"])
     )
+    kv_host_memory: int | str | None = field(
+        default=None, metadata=option(parse_bytes, metavar="BYTES")
+    )
     debug_poison: bool = field(default=False, metadata=option(bool))
 
     def __post_init__(self) -> None:
-        """Refuse values of another type; integers of numpy and torch become Python's.
+        """Refuse values of another type; integers of numpy and torch become Python's, and texts
+        such as `32GiB` become numbers of bytes.
 
         Raises:
             InvalidRequestError: names the option, its value and what it takes.
@@ -101,6 +112,9 @@ class CacheOptions:
             value = getattr(self, known.name)
             if rule is not None and "integer" in rule[0] and hasattr(value, "__index__"):
                 value = value if isinstance(value, bool) else index(value)
+                object.__setattr__(self, known.name, value)
+            if known.type == "int | str | None" and isinstance(value, str):
+                value = bytes_of(known.name, value)
                 object.__setattr__(self, known.name, value)
             if rule is not None and not rule[1](value):
                 raise InvalidRequestError(f"{known.name} is {shown(value)}; it must be {rule[0]}")
@@ -206,6 +220,7 @@ class CacheOptionsDict(TypedDict, total=False):
     exempt_layers: Sequence[int]
     calibration: SharedBasis | str | Path | None
     enable_prefix_caching: bool
+    kv_host_memory: int | str | None
     debug_poison: bool
 
 

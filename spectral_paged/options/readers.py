@@ -6,7 +6,7 @@ import argparse
 import re
 from fractions import Fraction
 
-from spectral_paged.errors import shown
+from spectral_paged.errors import InvalidRequestError, shown
 
 _AMOUNT = re.compile(r"\s*([0-9.]+)\s*([KMGT]?)(i?B)?\s*", re.IGNORECASE)
 
@@ -34,6 +34,18 @@ def parse_bytes(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no memory at all")
     return value
+
+
+def bytes_of(name: str, text: str) -> int:
+    """Read a text as `parse_bytes` does, where it is the option `name` of a Python call.
+
+    Raises:
+        InvalidRequestError: it is no amount of memory.
+    """
+    try:
+        return parse_bytes(text)
+    except argparse.ArgumentTypeError as error:
+        raise InvalidRequestError(f"{name}: {error}") from error
 
 
 def num_tokens(text: str) -> int:

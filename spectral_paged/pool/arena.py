@@ -164,13 +164,14 @@ class Arena:
         slab, index = self.slots.slab_and_index(slot)
         return (slab * self.slab_bytes + index * self.slot_bytes(kind)) // UNIT_BYTES
 
-    def _span(self, slot: int, kind: SlotKind) -> Tensor:
+    def span(self, slot: int, kind: SlotKind) -> Tensor:
+        """The bytes of a slot in every layer, uint8 `[num_layers, slot_bytes]`, of wide strides."""
         start = self.unit(slot, kind) * UNIT_BYTES
         return self.planes[:, start : start + self.slot_bytes(kind)]
 
     def _poison(self, kind: SlotKind, slot: int) -> None:
-        self._span(slot, kind).fill_(POISON)
+        self.span(slot, kind).fill_(POISON)
 
     def copy(self, kind: SlotKind, source: int, target: int) -> None:
         """Copy a slot's bytes in every layer."""
-        self._span(target, kind).copy_(self._span(source, kind))
+        self.span(target, kind).copy_(self.span(source, kind))

@@ -37,6 +37,7 @@ OTHERS = {
     "exempt_layers": (1,),
     "calibration": "online",
     "enable_prefix_caching": False,
+    "kv_host_memory": 1 << 30,
     "debug_poison": True,
 }
 
@@ -108,7 +109,9 @@ def test_no_signature_spells_them_again(folder):
                 if any("poison" in name for name in names):
                     poisons.add(path.name)
     assert found == []
-    assert poisons <= {"arena.py"}, "a debug option of a cache, and of the memory that does it"
+    assert poisons <= {"arena.py", "memory.py"}, (
+        "a debug option of a cache, and of the memory that does it"
+    )
 
 
 # ---- what a call means ----------------------------------------------------------------------
@@ -120,6 +123,11 @@ def test_an_option_means_the_same_by_name_and_in_an_object(name):
     named = CacheOptions.of(LLM, None, one)
     assert named == CacheOptions.of(LLM, CacheOptions(**one), {}) == CacheOptions(**one)
     assert named != CacheOptions.of(LLM, None, {}) == CacheOptions()
+
+
+@pytest.mark.parametrize("text, size", [("1GiB", 1 << 30), ("2g", 2 * 10**9), ("77", 77)])
+def test_an_amount_of_memory_may_be_a_text(text, size):
+    assert CacheOptions.of(LLM, None, {"kv_host_memory": text}).kv_host_memory == size
 
 
 def test_what_is_named_wins_over_the_object():

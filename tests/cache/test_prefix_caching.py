@@ -38,7 +38,7 @@ def stored_bytes(cache, ids):
     for kind, find in ((SlotKind.EXACT, free.cached_exact), (SlotKind.PAGE, free.cached_page)):
         slots = [find(chain, i) for i in range(len(chain))]
         found |= {
-            (kind, i): group.arena._span(slot, kind).clone().numpy().tobytes()
+            (kind, i): group.arena.span(slot, kind).clone().numpy().tobytes()
             for i, slot in enumerate(slots)
             if slot is not None
         }

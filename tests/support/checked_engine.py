@@ -31,6 +31,7 @@ class CheckedEngine:
         ahead=False,
         exempt_layers=(),
         strict=True,
+        host_bytes=None,
     ):
         self.cache = SpectralKVCache(
             num_layers=LAYERS,
@@ -43,6 +44,7 @@ class CheckedEngine:
             max_num_seqs=seats,
             max_model_len=LONGEST,
             exempt_layers=exempt_layers,
+            kv_host_memory=host_bytes,
             debug_poison=True,
         )
         self.runner = DigitRunner(self.cache)

@@ -21,6 +21,7 @@ class CountingCache:
         self.reserved: dict[str, int] = {}
         self.asked: dict[str, tuple] = {}
         self.resumed: dict[str, bool] = {}
+        self.prefetched: dict[str, bool | None] = {}  # answers for sequences that are not True
         self.forgotten: dict[str, bool] = {}  # `forget` of each sequence that was freed
         self.cached = self.num_resets = 0  # tokens of every prefix hit; slots that a reset frees
 
@@ -46,6 +47,12 @@ class CountingCache:
         self.stored[seq_id], self.reserved[seq_id] = self.cached, 0
         return self.cached
 
+    def prefetch(self, seq_id, **prompt):
+        return self.prefetched.get(seq_id, True)
+
+    def cancel_prefetch(self, seq_id):
+        self.prefetched.pop(seq_id, None)
+
     def try_reserve(self, seq_id, num_new):
         assert num_new >= 1 and self.reserved[seq_id] == 0
         self.reserved[seq_id] = num_new
@@ -70,7 +77,8 @@ class CountingCache:
         return self.stored[seq_id]
 
     def sequence_stats(self, seq_id):
-        return {"pages_sealed": self.stored[seq_id] // self.seal_every}
+        sealed = self.stored[seq_id] // self.seal_every
+        return {"pages_sealed": sealed, "host_cached_tokens": 0}
 
     def free(self, seq_id, *, forget=False):
         del self.stored[seq_id], self.reserved[seq_id]

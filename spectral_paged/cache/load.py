@@ -1,0 +1,128 @@
+"""A load brings the records of one request's prefix from a lower tier into slots of the pool."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectral_paged.cache.borrowed_slots import BorrowedSlots
+from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.records import Part, Record, Records
+from spectral_paged.pool.weak_method import WeakMethod
+from spectral_paged.store import Copy, HostRecord, HostTier
+
+MAX_BYTES_AT_ONCE = 1 << 30  # copies that one call begins; one record always passes
+
+
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """A record whose copy began: the borrowed slots of its parts, by place and index."""
+
+    copy: Copy
+    source: HostRecord
+    slots: list[tuple[Part, int]]
+
+
+class Load:
+    """The records that a prefix needs and the pool lacks, on their way into borrowed slots.
+
+    Slots that the pool has already are borrowed too, so that none is evicted meanwhile.
+
+    Args:
+        groups: the cache's layer groups.
+        records: the records of the cache's sequences.
+        host: the tier that has the records.
+        needed: all records of the prefix.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[LayerGroup],
+        records: Records,
+        host: HostTier,
+        needed: Sequence[Record],
+    ) -> None:
+        self._groups = groups
+        self._records = records
+        self._host = host
+        self._borrowed = [BorrowedSlots(group.arena, WeakMethod(self._settle)) for group in groups]
+        self._waiting: deque[tuple[Record, HostRecord]] = deque()
+        self._arriving: list[_Arriving] = []
+        self.failed = False
+        self.num_tokens: Counter[str] = Counter()  # by the tier that they come from
+        for group, borrowed in zip(groups, self._borrowed, strict=True):
+            group.borrowed.append(borrowed)
+        for record in needed:
+            lacking = [part for part in record.parts if not self._acquire(part)]
+            if lacking:
+                self._waiting.append((record, host.hold(record.key)))
+                self.num_tokens[host.name] += record.num_tokens
+        host.use([record.key for record in needed])
+
+    def _acquire(self, part: Part) -> bool:
+        return self._borrowed[part.place].acquire(part.slot_key)
+
+    def advance(self) -> bool | None:
+        """Begin further copies and publish what has come: True once everything is there or the load
+        has `failed`, False while something is on its way, None if the pool has no room now."""
+        begun = 0
+        while self._waiting and not self.failed and begun < MAX_BYTES_AT_ONCE:
+            num_bytes = self._begin(*self._waiting[0])
+            if num_bytes is None:
+                return None
+            self._waiting.popleft()
+            begun += num_bytes
+        arrived = [item for item in self._arriving if item.copy.is_done]
+        self._arriving = [item for item in self._arriving if item not in arrived]
+        for item in arrived:
+            self._host.let_go(item.source)
+            for part, index in item.slots:
+                self._borrowed[part.place].publish(index, part.slot_key)
+        return self.failed or not (self._waiting or self._arriving)
+
+    def _begin(self, record: Record, source: HostRecord) -> int | None:
+        """Begin a record's copy and return its bytes; None: not now."""
+        slots: list[tuple[Part, int]] = []
+        places: list[tuple[Part, int | None]] = []
+        for part in record.parts:
+            index = None
+            if not self._acquire(part):  # else it is borrowed already, or was computed meanwhile
+                index = self._borrowed[part.place].allocate(part.kind)
+                if index is None:
+                    return None
+                slots.append((part, index))
+            places.append((part, index))
+        views: list[Tensor | int] = [
+            self._records.part_bytes(part)
+            if index is None
+            else self._groups[part.place].arena.span(
+                self._borrowed[part.place].slots[index], part.kind
+            )
+            for part, index in places
+        ]
+        copy = self._host.load(source, views)
+        if copy is None:
+            self.failed = True
+            self._host.let_go(source)
+            return 0
+        self._arriving.append(_Arriving(copy, source, slots))
+        return sum(view.numel() for view in views if not isinstance(view, int))
+
+    def _settle(self) -> None:
+        for item in self._arriving:
+            item.copy.hold()
+
+    def end(self) -> None:
+        """Give all slots back. What has come stays cached in the pool."""
+        for item in self._arriving:
+            item.copy.wait()
+            self._host.let_go(item.source)
+        for _, source in self._waiting:
+            self._host.let_go(source)
+        self._arriving, self._waiting = [], deque()
+        for group, borrowed in zip(self._groups, self._borrowed, strict=True):
+            borrowed.release()
+            group.borrowed.remove(borrowed)
