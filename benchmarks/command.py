@@ -97,6 +97,7 @@ def bench_prompts(args: argparse.Namespace) -> int:
         keys=args.keys or attention.KEYS,
         queries=args.queries or attention.QUERIES,
         formats=args.format or engine.FORMATS,
+        segments=args.prefill_segment or engine.SEGMENTS,
         input_lens=args.input_len or engine.INPUT_LENS,
         budgets=args.max_num_batched_tokens or engine.BUDGETS,
         num_prompts=args.num_prompts,

@@ -205,6 +205,13 @@ def _add_prompts(parser: Parser) -> None:
     )
     _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
     _add_repeatable(
+        parser,
+        "--prefill-segment",
+        type=int,
+        metavar="TOKENS",
+        help="prompt tokens that stay exact until their segment ends; default: 2048",
+    )
+    _add_repeatable(
         parser, "--input-len", help="tokens of a prompt; default: 8192 and 32768", **many
     )
     _add_repeatable(

@@ -44,7 +44,7 @@ ROOM = 96  # most tokens that a sequence grows by: in steps, and while others ar
 GRAPH_GAP_US = 5.0  # kernels of a graph follow each other faster than the host can launch
 MAX_ERROR = 0.1  # of logits, relative: bf16 in another order is 0.06 off after 32 random layers
 KINDS = (  # the first that a kernel's name matches
-    ("attention", r"^_(append|exact|project|attend|reduce|apply)_kernel"),
+    ("attention", r"^_(append|copy|exact|project|attend|reduce|apply)_kernel"),
     ("seal", r"^_(quantize|rebuild|jacobi)_kernel"),
     ("products", r"gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
     ("copies", r"^Mem(cpy|set)"),

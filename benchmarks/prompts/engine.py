@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -17,6 +18,7 @@ from spectral_paged.models.loader import LoadedModel
 from spectral_paged.sampling import SamplingParams
 
 FORMATS = ("exact", "spectral-quality")
+SEGMENTS = (2_048,)
 INPUT_LENS = (8_192, 32_768)
 BUDGETS = (2_048, 8_192, 16_384)
 TOKENS = 65_536  # of all prompts of a run, unless their number is given
@@ -26,6 +28,7 @@ TOKENS = 65_536  # of all prompts of a run, unless their number is given
 class EngineRow:
     """The rate of one run.
 
+    segment: `prefill_segment`; 0 for formats that seal nothing and have none.
     budget: `max_num_batched_tokens`.
     seal_seconds: how long the device sealed.
     """
@@ -33,6 +36,7 @@ class EngineRow:
     format: str
     input_len: int
     num_prompts: int
+    segment: int
     budget: int
     tokens_per_second: float
     seconds: float
@@ -66,12 +70,14 @@ def measure(
     loaded: LoadedModel,
     *,
     formats: Sequence[str],
+    segments: Sequence[int],
     input_lens: Sequence[int],
     budgets: Sequence[int],
     num_prompts: int | None,
     enforce_eager: bool,
 ) -> Iterator[EngineRow]:
-    """Time prompts in one engine for each format and budget; the first run of each is not counted.
+    """Time prompts in one engine for each format, segment and budget; the first run of each is not
+    counted.
 
     Raises:
         SpectralPagedError: a request failed.
@@ -81,7 +87,8 @@ def measure(
     token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
     most = max(count * (n + 1024) for n, count in counts.items())  # exact, with room for tables
     for format in formats:
-        for budget in budgets:
+        kinds = segments if format != "exact" else (0,)
+        for segment, budget in product(kinds, budgets):
             forget(loaded.model.device)
             options = {
                 "device": str(loaded.model.device),
@@ -90,6 +97,7 @@ def measure(
                 "max_num_seqs": max(counts.values()),
                 "max_model_len": max(input_lens) + 1,
                 "max_num_batched_tokens": budget,
+                **({"prefill_segment": segment} if segment else {}),
                 "enable_prefix_caching": False,
                 "enforce_eager": enforce_eager,
             }
@@ -104,6 +112,7 @@ def measure(
                         format,
                         length,
                         count,
+                        segment,
                         budget,
                         count * length / seconds,
                         seconds,

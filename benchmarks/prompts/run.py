@@ -49,10 +49,11 @@ def attention_table(rows: Sequence[AttentionRow], copies: Sequence[CopyRow]) -> 
 
 def engine_table(rows: Sequence[EngineRow]) -> str:
     """Prompt tokens a second, a line a run."""
-    heading = ["format", "prompt", "step", "tokens/s", "sealing", "attention"]
+    heading = ["format", "segment", "prompts", "step", "tokens/s", "sealing", "attention"]
     lines = [
         [
             row.format,
+            f"{row.segment:,}" if row.segment else "-",
             f"{row.num_prompts} x {row.input_len:,}",
             f"{row.budget:,}",
             f"{row.tokens_per_second:,.0f}",
@@ -72,6 +73,7 @@ def main(
     keys: Sequence[int],
     queries: Sequence[int],
     formats: Sequence[str],
+    segments: Sequence[int],
     input_lens: Sequence[int],
     budgets: Sequence[int],
     num_prompts: int | None,
@@ -119,6 +121,7 @@ def main(
         for run in engine.measure(
             loaded,
             formats=formats,
+            segments=segments,
             input_lens=input_lens,
             budgets=budgets,
             num_prompts=num_prompts,

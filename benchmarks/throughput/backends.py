@@ -22,6 +22,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.options import LLMOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SamplingParams
 
@@ -93,7 +94,10 @@ def engine_of(loaded: LoadedModel, kv_format: str, options: dict[str, Any]) -> L
     """An LLM over a model; one with random weights gets a made-up calibration."""
     geometry = loaded.geometry
     format = PageFormat.preset(
-        kv_format, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
+        kv_format,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        prefill_segment=options.get("prefill_segment", LLMOptions.prefill_segment),
     )
     if is_random(loaded.name):
         options = options | {"calibration": random_calibration(format, loaded)}

@@ -52,6 +52,7 @@ def test_chunks_and_prompts_are_timed_written_and_shown(tmp_path, capsys):
     line = "bench prompts --model random:tiny --device cpu --dtype float32 --keys 96 --keys 64"
     line += " --queries 64 --input-len 700 --input-len 1300 --num-prompts 2"
     line += " --max-num-batched-tokens 512 --max-num-batched-tokens 2048"
+    line += " --prefill-segment 512 --prefill-segment 1024"
     assert main([*line.split(), "--output-dir", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "prompts-random-tiny.json").read_text())
     rows = result["attention"]
@@ -63,19 +64,26 @@ def test_chunks_and_prompts_are_timed_written_and_shown(tmp_path, capsys):
     assert set(result["not_here"]) == {"fa3", "xformers", "varlen", "cudnn"}
     assert result["heads"] == [4, 2, 64] and result["environment"]["torch"]
     whole = result["engine"]
-    assert [(r["format"], r["budget"], r["input_len"]) for r in whole] == [
-        (format, budget, length)
-        for format in ("exact", "spectral-quality")
+    assert [(r["format"], r["segment"], r["budget"], r["input_len"]) for r in whole] == [
+        (format, segment, budget, length)
+        for format, segments in (("exact", (0,)), ("spectral-quality", (512, 1024)))
+        for segment in segments
         for budget in (512, 2048)
         for length in (700, 1300)
     ]
     assert all(
         r["tokens_per_second"] * r["seconds"] == pytest.approx(2 * r["input_len"]) for r in whole
     )
-    assert [r["seal_seconds"] > 0 for r in whole] == [False] * 4 + [True] * 4
+    assert [r["seal_seconds"] > 0 for r in whole] == [False] * 4 + [True] * 8
     shown = capsys.readouterr().out
     assert "sdpa ms (TFLOP/s)" in shown and "2 x 1,300" in shown
-    assert shown.rstrip().splitlines()[-1].split()[:4] == ["spectral-quality", "2", "x", "1,300"]
+    assert shown.rstrip().splitlines()[-1].split()[:5] == [
+        "spectral-quality",
+        "1,024",
+        "2",
+        "x",
+        "1,300",
+    ]
 
 
 def test_chunks_alone_need_no_engine(tmp_path):
@@ -148,6 +156,7 @@ def test_a_format_that_does_not_exist_is_refused_before_work(tmp_path):
             keys=(64,),
             queries=(),
             formats=("spectral-fast",),
+            segments=(2048,),
             input_lens=(64,),
             budgets=(64,),
             num_prompts=1,
