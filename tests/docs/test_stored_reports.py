@@ -357,3 +357,43 @@ def test_answers_through_vllm_are_those_stored():
             first = row["backend"] == stored(name)["baseline"]
             kl = "-" if first else f"{row['kl']:.4f} +- {row['kl_standard_error']:.4f}"
             assert [*cells, kl] in said
+
+
+CACHES = {
+    "vllm": "vLLM's, bf16",
+    "vllm:fp8": "vLLM's, fp8",
+    "vllm-pages:spectral-quality": "pages, `spectral-quality`",
+}
+
+
+@pytest.mark.parametrize("workload", ["1k", "8k"])
+def test_pages_in_vllm_are_as_fast_as_stored(workload):
+    """The table of the page on vLLM, and what README says of it."""
+    found = by_backend(f"throughput-8b-vllm-{workload}")
+    said = {(row[1], *row[2:]) for row in rows(BY_NAME["docs/vllm.md"]) if len(row) == 5}
+
+    def than(backend, figure, other):
+        return f"{found[backend][figure] / found[other][figure]:.2f}x"
+
+    for backend, name in CACHES.items():
+        row, cells = found[backend], []
+        for figure in (OUTPUT, DECODE):
+            more = "" if backend == "vllm" else f" ({than(backend, figure, 'vllm')})"
+            cells.append(f"{row[figure]:,.0f}{more}")
+        assert (name, *cells, f"{row['stats']['capacity_sequences']:,}") in said
+    text = " ".join(BY_NAME["README.md"].text.split())
+    pages = "vllm-pages:spectral-quality"
+    gains = [
+        [than(pages, figure, other) for other in ("vllm", "vllm:fp8")]
+        for figure in (OUTPUT, DECODE)
+    ]
+    if workload == "8k":
+        assert (
+            "make {} of the tokens/s of vLLM's bf16 cache and {} of its fp8".format(*gains[0])
+            in text
+        )
+        assert "decoding alone {} and {}".format(*gains[1]) in text
+    else:
+        assert "256 of 1,024 in and 256 out {} and {}".format(*gains[0]) in text
+    commit = stored(f"throughput-8b-vllm-{workload}")["environment"]["commit"]
+    assert f"commit {commit}" in BY_NAME["docs/vllm.md"].text
