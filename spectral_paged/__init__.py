@@ -18,29 +18,46 @@ if TYPE_CHECKING:
     from spectral_paged.cache import SpectralKVCache
     from spectral_paged.engine import Engine
     from spectral_paged.llm import LLM
-    from spectral_paged.options import CacheOptions
+    from spectral_paged.llm_engine import LLMEngine
+    from spectral_paged.options import CacheOptions, EngineArgs
+    from spectral_paged.outputs import CompletionOutput, RequestOutput, RequestOutputKind
     from spectral_paged.pages import PageFormat, SharedBasis
-    from spectral_paged.sampling import SamplingParams
+    from spectral_paged.sampling import SamplingParams, StructuredOutputsParams
+    from spectral_paged.server.async_llm import AsyncLLM
 
     __version__: str
 
 __all__ = [
-    "LLM",
+    "AsyncLLM",
     "CacheOptions",
+    "CompletionOutput",
     "Engine",
+    "EngineArgs",
+    "LLM",
+    "LLMEngine",
     "PageFormat",
+    "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "SharedBasis",
     "SpectralKVCache",
+    "StructuredOutputsParams",
 ]
 _HOMES = {
-    "LLM": "llm",
+    "AsyncLLM": "server.async_llm",
     "CacheOptions": "options",
+    "CompletionOutput": "outputs",
     "Engine": "engine",
+    "EngineArgs": "options",
+    "LLM": "llm",
+    "LLMEngine": "llm_engine",
     "PageFormat": "pages",
+    "RequestOutput": "outputs",
+    "RequestOutputKind": "outputs",
     "SamplingParams": "sampling",
     "SharedBasis": "pages",
     "SpectralKVCache": "cache",
+    "StructuredOutputsParams": "sampling",
 }
 
 cpu_threads.share_cores(os.environ, cpu_threads.granted_cpus())

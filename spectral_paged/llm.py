@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 from tqdm import tqdm
 
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
+    Callers,
     Conversation,
     Engine,
+    Inbox,
     Message,
     Prompt,
     TextDeltas,
@@ -40,6 +42,7 @@ from spectral_paged.models.runner import ModelRunner
 from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
 from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
 from spectral_paged.outputs import RequestOutput, RequestOutputKind, TextDelta
+from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
@@ -55,28 +58,11 @@ INSTEAD = {
     "`transformers`' `generate` with a `SpectralPagedCache`": ("beam_search",),
     "the model that `LLM.from_model` was given": ("apply_model", "collective_rpc"),
     "`close()`, and another `LLM`": ("sleep", "wake_up"),
-    "`llm.cache.reset_prefix_cache()`": ("reset_prefix_cache",),
     "`llm.stats()`": ("get_metrics",),
     "`llm.engine`": ("llm_engine",),
     "`LLM.from_model(model, tokenizer)`": ("set_tokenizer",),
     "`spectral-paged bench`": ("start_profile", "stop_profile"),
 }
-
-Piece = TypeVar("Piece")
-
-
-@dataclass(slots=True, eq=False)
-class _Inbox:
-    """A caller's requests, and the latest output of each until the caller takes it.
-
-    Attributes:
-        places: index of each request's prompt in the caller's list.
-        running: requests that have not finished.
-    """
-
-    places: dict[str, int]
-    running: set[str]
-    latest: dict[str, RequestOutput] = field(default_factory=dict)
 
 
 class LLM:
@@ -167,8 +153,9 @@ class LLM:
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
-        self._inboxes: list[_Inbox] = []
         self._turns = Turns()
+        self._callers = Callers(WeakMethod(self._engine_now), self._turns)
+        self._enqueued: list[Inbox] = []
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LLM:
@@ -184,6 +171,9 @@ class LLM:
         if of_loading := [name for name in LOADING if name in options]:
             raise TypeError(f"from_model takes no {of_loading[0]}: the model is loaded already")
         return cls(given_model(model, tokenizer), **options)
+
+    def _engine_now(self) -> Engine:
+        return self.engine
 
     def warm_up(self, *, num_seqs: int | None = None, num_tokens: int | None = None) -> int:
         """Compile kernels and capture decode graphs now, instead of when a step first needs them.
@@ -206,7 +196,7 @@ class LLM:
             with self._turns:
                 self._runner.close()
                 self.cache.close()
-                del self.engine, self.cache, self._runner
+                del self.engine, self.cache, self._runner, self._callers
 
     def __enter__(self) -> LLM:
         return self
@@ -215,7 +205,7 @@ class LLM:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("engine", "cache", "_runner"):
+        if name in ("engine", "cache", "_runner", "_callers"):
             raise SpectralPagedError("this LLM was closed: make another")
         found = [instead for instead, names in INSTEAD.items() if name in names]
         take = f": take {found[0]}" if found else ""
@@ -257,12 +247,22 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
-        results: list[RequestOutput | None] = [None] * len(prompts)
         errors: list[SpectralPagedError] = []
-        inbox = self._submit_all(prompts, params, errors)
+        inbox = self._queue(prompts, params, errors)
+        return self._wait(inbox, len(prompts), errors, use_tqdm)
+
+    def _wait(
+        self, inbox: Inbox, num_prompts: int, errors: list[SpectralPagedError], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Run steps until all requests of an inbox have ended; return outputs in prompt order.
+
+        Args:
+            errors: those of prompts that were refused.
+        """
+        results: list[RequestOutput | None] = [None] * num_prompts
         bar = tqdm(total=len(inbox.places), desc="generate", unit="prompt", disable=not use_tqdm)
         try:
-            for output in self._pieces(inbox, lambda output: [output]):
+            for output in self._callers.pieces(inbox, lambda output: [output]):
                 if output.finished:
                     results[inbox.places[output.request_id]] = output
                     bar.update()
@@ -274,7 +274,7 @@ class LLM:
         finally:
             bar.close()
         if errors:
-            first, counts = errors[0], f"{len(errors)} of {len(prompts)} requests failed"
+            first, counts = errors[0], f"{len(errors)} of {num_prompts} requests failed"
             attach_outputs(first, results, f"{first.request_id}; {counts}")
             raise first
         return [r for r in results if r is not None]
@@ -326,6 +326,40 @@ class LLM:
                 truncate_prompt_tokens=truncate_prompt_tokens,
             )
 
+    def enqueue(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+    ) -> list[str]:
+        """Queue prompts without running a step; return the ids of their requests.
+
+        Steps of other calls serve them too. `wait_for_completion` returns their outputs.
+
+        Raises:
+            SpectralPagedError: a prompt is refused; none of them is queued.
+        """
+        listed = prompt_list(prompts)
+        params = params_list(sampling_params, len(listed), self.get_default_sampling_params())
+        inbox = self._queue(listed, params, None)
+        self._enqueued.append(inbox)
+        return list(inbox.places)
+
+    def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Run steps until all prompts of `enqueue` are complete; return outputs in their order.
+
+        Raises:
+            SpectralPagedError: as in `generate`.
+        """
+        inboxes, self._enqueued = self._enqueued, []
+        joined = self._callers.join(inboxes)
+        return self._wait(joined, len(joined.places), [], use_tqdm)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix that no running request holds; return True."""
+        with self._turns:
+            self.cache.reset_prefix_cache()
+        return True
+
     def stream(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -338,85 +372,19 @@ class LLM:
         """
         prompts = prompt_list(prompts)
         params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
-        inbox = self._submit_all(prompts, params, None)
+        inbox = self._queue(prompts, params, None)
         deltas = TextDeltas(self.engine)
-        yield from self._pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
+        yield from self._callers.pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
 
-    def _pieces(
-        self, inbox: _Inbox, pieces_of: Callable[[RequestOutput], Iterable[Piece]]
-    ) -> Iterator[Piece]:
-        """Run steps until the requests have finished and yield what is made of their outputs.
-
-        Callers may alternate (two streams at once, or two threads). A step serves all of them, and
-        another caller's outputs wait in its inbox. Closing the iterator aborts running requests.
-
-        Args:
-            pieces_of: called between steps, so the engine stands where the output was made.
-        """
-        try:
-            while inbox.running:
-                with self._turns:
-                    pieces = list(self._next_pieces(inbox, pieces_of))
-                yield from pieces
-        finally:
-            with self._turns:
-                self._inboxes.remove(inbox)
-                for request_id in inbox.running:
-                    self.engine.abort(request_id)
-
-    def _next_pieces(
-        self, inbox: _Inbox, pieces_of: Callable[[RequestOutput], Iterable[Piece]]
-    ) -> Iterator[Piece]:
-        """Yield what the caller's outputs give; a step is run first where there are none."""
-        if not inbox.latest:
-            for output in self.engine.step():
-                for other in self._inboxes:
-                    if output.request_id in other.running:
-                        other.latest[output.request_id] = output
-        for request_id, output in inbox.latest.items():
-            if output.finished:
-                inbox.running.discard(request_id)
-            yield from pieces_of(output)
-        inbox.latest.clear()
-
-    def _submit_all(
+    def _queue(
         self,
         prompts: Sequence[Prompt | Conversation],
-        params: list[SamplingParams],
+        params: Sequence[SamplingParams],
         errors: list[SpectralPagedError] | None,
-    ) -> _Inbox:
-        """Queue prompts and open an inbox for them, before anybody's next step.
-
-        Refusals are appended to `errors`. If that is None, a refusal aborts all and is raised.
-        """
+    ) -> Inbox:
         self.engine.grammars.prepare(p.structured_outputs for p in params)
-        with self._turns:
-            places = self._queue_all(prompts, params, errors)
-            inbox = _Inbox(places, set(places))
-            self._inboxes.append(inbox)
-            return inbox
-
-    def _queue_all(
-        self,
-        prompts: Sequence[Prompt | Conversation],
-        params: list[SamplingParams],
-        errors: list[SpectralPagedError] | None,
-    ) -> dict[str, int]:
-        places: dict[str, int] = {}
-        try:
-            for i, (prompt, row) in enumerate(zip(prompts, params, strict=True)):
-                try:
-                    places[self._submit(prompt, row)] = i
-                except SpectralPagedError as error:
-                    error.request_id = error.request_id or f"prompt {i}"
-                    if errors is None:
-                        raise
-                    errors.append(error)
-        except BaseException:
-            for request_id in places:
-                self.engine.abort(request_id)
-            raise
-        return places
+        pairs = zip(prompts, params, strict=True)
+        return self._callers.queue([partial(self._submit, *pair) for pair in pairs], errors)
 
     def _submit(self, prompt: Prompt | Conversation, params: SamplingParams) -> str:
         request_id = f"request-{next(self._request_numbers)}"

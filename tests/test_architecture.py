@@ -55,6 +55,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "grammar": {"sampling"},
     "engine": CACHE | {"cache", "sampling", "grammar", "scheduler", "outputs"},
     "llm": LLM,
+    "llm_engine": LLM,
     "openai": {"engine", "sampling", "outputs"},
     "batch": {"llm", "engine", "openai", "sampling", "outputs"},
     "metrics": LLM,
@@ -63,7 +64,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "server": LLM | {"openai", "metrics"},
     "benchmarks": LLM | {"integrations", "conformance"},
     "cli": LLM | {"batch", "metrics", "integrations", "server", "benchmarks"},
-    "__init__": LLM | {"cpu_threads"},
+    "__init__": LLM | {"cpu_threads", "llm_engine", "server"},
 }
 
 

@@ -9,6 +9,10 @@ from spectral_paged.engine.admission import (
     check_request,
     most_tokens,
 )
+from spectral_paged.engine.callers import (
+    Callers,
+    Inbox,
+)
 from spectral_paged.engine.counters import (
     Distribution,
 )
@@ -42,10 +46,12 @@ from spectral_paged.engine.turns import (
 )
 
 __all__ = [
+    "Callers",
     "Conversation",
     "Distribution",
     "ENCODING_KEYS",
     "Engine",
+    "Inbox",
     "MESSAGES_SCHEMA",
     "Message",
     "Prompt",

@@ -20,11 +20,18 @@ from spectral_paged.options.declared import (
     LLMOptions,
     LLMOptionsDict,
 )
+from spectral_paged.options.engine_args import (
+    EngineArgs,
+)
 from spectral_paged.options.readers import (
     num_tokens,
     parse_bytes,
     port_number,
     positive,
+)
+from spectral_paged.options.vllm_names import (
+    NOT_SERVED,
+    PAGE,
 )
 
 __all__ = [
@@ -32,8 +39,11 @@ __all__ = [
     "CacheOptionsDict",
     "CommandParser",
     "DEFAULT_MODEL",
+    "EngineArgs",
     "LLMOptions",
     "LLMOptionsDict",
+    "NOT_SERVED",
+    "PAGE",
     "add_options",
     "given_options",
     "num_tokens",

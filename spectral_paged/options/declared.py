@@ -10,6 +10,7 @@ spectral-paged serve MODEL --max-num-seqs 64                 by every command th
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 from spectral_paged.errors import InvalidRequestError, shown, suggestion
 from spectral_paged.options.command_line import option
 from spectral_paged.options.readers import bytes_of, num_tokens, parse_bytes, positive
+from spectral_paged.options.vllm_names import instead_of
 
 if TYPE_CHECKING:
     import torch
 
     from spectral_paged.pages import PageFormat, SharedBasis
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -141,6 +145,7 @@ class CacheOptions:
         """
         all_names = [field.name for field in fields(cls)]
         own = [name for name in all_names if name not in fixed]
+        named = cls._by_own_names(named)
         unknown = [name for name in named if name not in own]
         if unknown:
             kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
@@ -153,6 +158,10 @@ class CacheOptions:
             )
         held = {name: getattr(given, name) for name in all_names if hasattr(given, name)}
         return cls(**held | dict(named) | fixed)
+
+    @classmethod
+    def _by_own_names(cls, named: Mapping[str, Any]) -> Mapping[str, Any]:
+        return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +218,27 @@ class LLMOptions(CacheOptions):
         default="auto", metadata=option(_generation_config, choices=("auto", "none"))
     )
     allow_special_tokens: bool = field(default=False, metadata=option(bool))
+
+    @classmethod
+    def _by_own_names(cls, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments without those of vLLM's that ask for nothing.
+
+        Raises:
+            TypeError: an argument of vLLM's asks for what is not served; says what to do instead.
+        """
+        own = {known.name for known in fields(cls)}
+        found, ignored = {}, []
+        for name, value in named.items():
+            refused = None if name in own else instead_of(name, value)
+            if refused:
+                raise TypeError(refused)
+            if refused is None:
+                found[name] = value
+            else:
+                ignored.append(name)
+        if ignored:
+            logger.info("%s: nothing is asked for by these values", ", ".join(ignored))
+        return found
 
 
 class CacheOptionsDict(TypedDict, total=False):

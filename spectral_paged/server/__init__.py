@@ -6,6 +6,7 @@ the server starts.
 
 __all__ = [
     "app",
+    "async_llm",
     "command",
     "http_server",
     "settings",

@@ -65,11 +65,15 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self) -> None:
-        """Abort running requests with a 503, and wait until the thread has ended."""
+    def ask_to_stop(self) -> None:
+        """Abort running requests with a 503, and let the thread end."""
         with self._lock:
             self._stopped = True
         self._calls.put(lambda: None)  # wakes the thread
+
+    async def stop(self) -> None:
+        """Abort running requests with a 503, and wait until the thread has ended."""
+        self.ask_to_stop()
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
 
@@ -138,6 +142,22 @@ class EngineThread:
             generation.close()
             raise
         return generation
+
+    async def call(self, function: Callable[[], object]) -> None:
+        """Call a function between two steps, and wait until it has returned."""
+        done = asyncio.Event()
+
+        def run() -> None:
+            try:
+                function()
+            finally:
+                self._tell(done.set)
+
+        with self._lock:
+            if self._stopped:
+                raise stopping()
+            self._calls.put(run)
+        await done.wait()
 
     def count_refusal(self, error: SpectralPagedError) -> None:
         """Count a request that was refused before it reached the engine."""

@@ -11,9 +11,10 @@ import torch
 
 from spectral_paged.cli.commands import build_parser, main
 from spectral_paged.cli.generate import SAMPLING
-from spectral_paged.cli.vllm_options import NOT_SERVED, PAGE
 from spectral_paged.device import choose_dtype
 from spectral_paged.options import (
+    NOT_SERVED,
+    PAGE,
     CacheOptions,
     LLMOptions,
     add_options,

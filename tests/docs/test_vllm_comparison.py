@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from spectral_paged.cli.vllm_options import NOT_SERVED, PAGE
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.llm import INSTEAD
 from spectral_paged.openai import parse_body
+from spectral_paged.options import NOT_SERVED, PAGE
 from spectral_paged.server.app import Service
 from spectral_paged.server.settings import ServerSettings
 from support.markdown_pages import read, rows

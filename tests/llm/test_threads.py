@@ -33,7 +33,7 @@ def test_generate_from_many_threads(num_threads):
     with ThreadPoolExecutor(num_threads) as threads:
         assert list(threads.map(generate, calls, timeout=120)) == alone
     llm.cache.check_integrity()
-    assert not llm.engine.has_unfinished() and not llm._inboxes
+    assert not llm.engine.has_unfinished() and not llm._callers._inboxes
 
 
 def test_generate_chat_and_stream_together():
