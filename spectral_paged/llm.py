@@ -305,13 +305,13 @@ class LLM:
         messages: object,
         *,
         allow_special_tokens: bool | None = None,
-        truncate_prompt_tokens: int | None = None,
+        **options: Any,
     ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's turn.
 
         Args:
             allow_special_tokens: None: as the LLM was made.
-            truncate_prompt_tokens: as in `SamplingParams`.
+            options: `tools` and `truncate_prompt_tokens`, as `PromptEncoder.encode_chat` has them.
 
         Raises:
             InvalidRequestError, PromptTooLongError: as `PromptEncoder.encode_chat` does.
@@ -321,9 +321,7 @@ class LLM:
         with self._turns:
             encoder = self.engine.prompt_encoder
             return encoder.encode_chat(
-                messages,
-                allow_special_tokens=allow_special_tokens,
-                truncate_prompt_tokens=truncate_prompt_tokens,
+                messages, allow_special_tokens=allow_special_tokens, **options
             )
 
     def enqueue(

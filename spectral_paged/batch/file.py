@@ -41,6 +41,7 @@ from spectral_paged.openai import (
     CHAT_URL,
     COMPLETIONS_URL,
     SAMPLING_FIELDS,
+    ToolUse,
     parse_body,
     parse_json,
 )
@@ -73,7 +74,8 @@ class BatchLine:
     digest: str
     custom_id: str | None = None
     prompt: str | list[int] | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: ToolUse | None = None
     params: SamplingParams | None = None
     url: str | None = None
     cache_salt: str = ""
@@ -205,6 +207,7 @@ def _parse_openai(
         custom_id=value["custom_id"],
         prompt=request.prompts[0] if request.prompts else None,
         messages=request.messages,
+        tools=request.tools,
         params=request.params,
         url=url,
         cache_salt=request.cache_salt,

@@ -61,7 +61,9 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
         return record
     chat = line.url == CHAT_URL
     assert line.params is not None, "a line without an error has them"
-    choices = [chat_choice(c, line.params) if chat else text_choice(c) for c in output.outputs]
+    choices = [
+        chat_choice(c, line.params, line.tools) if chat else text_choice(c) for c in output.outputs
+    ]
     body: dict[str, Any] = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{line.number}",
         "object": "chat.completion" if chat else "text_completion",

@@ -71,6 +71,7 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
                     more = False
                     continue
                 try:
+                    line = _with_tools(llm, line)
                     in_flight[_submit(llm, line)] = line
                 except SpectralPagedError as error:
                     yield LineResult(error_record(line, error), failed=True)
@@ -83,6 +84,15 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
             llm.engine.abort(request_id)
 
 
+def _with_tools(llm: LLM, line: BatchLine) -> BatchLine:
+    """Return a line whose tools are bound to the model's form of calls."""
+    if line.tools is None or line.params is None:
+        return line
+    tokenizer = llm.get_tokenizer()
+    tools = line.tools.bound(tokenizer)
+    return replace(line, tools=tools, params=tools.params(line.params, tokenizer))
+
+
 def _submit(llm: LLM, line: BatchLine) -> str:
     """Queue a line and return its request id."""
     request_id = f"line-{line.number}"
@@ -93,7 +103,9 @@ def _submit(llm: LLM, line: BatchLine) -> str:
         assert line.params is not None, "a line without an error has sampling parameters"
         if line.messages is not None:
             prompt = llm.chat_tokens(
-                line.messages, truncate_prompt_tokens=line.params.truncate_prompt_tokens
+                line.messages,
+                tools=() if line.tools is None else line.tools.tools,
+                truncate_prompt_tokens=line.params.truncate_prompt_tokens,
             )
         assert prompt is not None, "a line without an error has a prompt"
         own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}

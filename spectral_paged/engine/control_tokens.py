@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,24 @@ from spectral_paged.errors import refusal
 # A code point that Unicode keeps for use inside of programs. It stands where a control token would
 # be read, and goes when the text around it is normalized, which is after control tokens are found.
 MARK = "\ufdd0"
+
+
+# roles of messages and the type of tools, which templates compare
+WORDS = ("system", "user", "assistant", "tool", "function")
+Parts = Mapping[str, Any]  # what a template takes: lists of messages and of tools, by name
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in lists and objects, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield str(key)
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
 
 
 class ControlTokens:
@@ -32,8 +50,8 @@ class ControlTokens:
         self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         self._end_tokens = frozenset(end_tokens)
 
-    def marked(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
-        """Return messages with marks where their text would be read as control tokens.
+    def marked(self, parts: Parts) -> Parts | None:
+        """Return messages or tools with marks where their text would be read as control tokens.
 
         None: nothing needs a mark.
 
@@ -41,20 +59,29 @@ class ControlTokens:
             InvalidRequestError: the text of a message has a control token which this tokenizer
                 cannot read as text.
         """
-        found = [
-            {
-                key: text if key == "role" else self._mark(text, f"messages.{place}.{key}")
-                for key, text in message.items()
-            }
-            for place, message in enumerate(messages)
-        ]
-        if found == list(messages) and not self._in_normalized(messages):
+        found = {name: self._mark_all(value, name) for name, value in parts.items()}
+        if found == parts and not self._in_normalized(parts):
             return None
         return found
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text with marks, which have no tokens themselves."""
         return list(self._unmarking.encode_batch([text], add_special_tokens=False)[0].ids)
+
+    def _mark_all(self, value: Any, where: str) -> Any:
+        """Mark every text in lists and objects, but for words that templates compare."""
+        if isinstance(value, str):
+            return self._mark(value, where)
+        if isinstance(value, Mapping):
+            return {
+                self._mark(str(key), where): part
+                if key in ("role", "type") and part in WORDS
+                else self._mark_all(part, f"{where}.{key}")
+                for key, part in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._mark_all(part, f"{where}.{place}") for place, part in enumerate(value)]
+        return value
 
     def _mark(self, text: str, where: str) -> str:
         spelled = [t for t in self._spellings if t[:2] in text and t in text]
@@ -80,13 +107,13 @@ class ControlTokens:
             core = f"{MARK}{core}"
         return f"{head}{core}{tail}"
 
-    def _in_normalized(self, messages: Sequence[Mapping[str, str]]) -> bool:
+    def _in_normalized(self, parts: Parts) -> bool:
         """Return whether a text spells a control token that is looked for in normalized text."""
         if not self._normalized or self._backend is None or self._backend.normalizer is None:
             return False
         normalize = self._backend.normalizer.normalize_str
         names = [normalize(token.content) for token in self._normalized]
-        texts = [normalize(text) for message in messages for text in message.values()]
+        texts = [normalize(text) for text in _texts(parts)]
         return any(name in text for name in names for text in texts)
 
     @cached_property

@@ -100,12 +100,14 @@ class PromptEncoder:
         self,
         messages: object,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         allow_special_tokens: bool = False,
         truncate_prompt_tokens: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's turn.
 
         Args:
+            tools: functions that the model may call, in OpenAI's form.
             allow_special_tokens: special tokens in the text of messages are tokens; else they are
                 text, and the template's are the only ones.
             truncate_prompt_tokens: as in `encode`.
@@ -121,9 +123,16 @@ class PromptEncoder:
                 "the model has no chat template: use generate with a prompt, or give its tokenizer "
                 "a chat_template"
             )
-        text = self._render(checked)
+        if tools and "tools" not in str(self.tokenizer.chat_template):
+            raise refusal(
+                "the model's chat template takes no tools: leave them out, or serve a model that "
+                "was trained to call them",
+                "tools",
+            )
+        parts = {"messages": checked, "tools": list(tools)}
+        text = self._render(parts)
         self._check(text, any_length=truncate_prompt_tokens is not None)
-        marked = None if allow_special_tokens else self._control_tokens.marked(checked)
+        marked = None if allow_special_tokens else self._control_tokens.marked(parts)
         if marked is not None:
             text = self._render(marked)
         try:
@@ -167,11 +176,12 @@ class PromptEncoder:
             ) from error
         return self._in_vocabulary(token_ids)
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _render(self, parts: Mapping[str, Any]) -> str:
+        tools = {"tools": parts["tools"]} if parts["tools"] else {}
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False
+                    parts["messages"], add_generation_prompt=True, tokenize=False, **tools
                 )
             )
         except Exception as error:  # templates raise errors of any type for roles and orders

@@ -19,6 +19,7 @@ from spectral_paged.openai.objects import (
     ModelCard,
     ModelList,
     TextChoice,
+    ToolCallObject,
     Usage,
     closed,
 )
@@ -32,6 +33,7 @@ from spectral_paged.openai.request import (
     read_body,
 )
 from spectral_paged.openai.response import (
+    call_object,
     chat_choice,
     chat_logprobs,
     counts,
@@ -49,6 +51,15 @@ from spectral_paged.openai.tokenization import (
     Tokenized,
     TokenizeRequest,
 )
+from spectral_paged.openai.tool_calls import (
+    FORMS,
+    ForcedReader,
+    ToolCall,
+    ToolCallReader,
+)
+from spectral_paged.openai.tools import (
+    ToolUse,
+)
 
 __all__ = [
     "CHAT_URL",
@@ -64,6 +75,8 @@ __all__ = [
     "DetokenizeRequest",
     "Detokenized",
     "ErrorResponse",
+    "FORMS",
+    "ForcedReader",
     "ModelCard",
     "ModelList",
     "OpenAIRequest",
@@ -72,7 +85,12 @@ __all__ = [
     "TextChoice",
     "TokenizeRequest",
     "Tokenized",
+    "ToolCall",
+    "ToolCallObject",
+    "ToolCallReader",
+    "ToolUse",
     "Usage",
+    "call_object",
     "chat_choice",
     "chat_logprobs",
     "closed",

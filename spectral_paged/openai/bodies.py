@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import Field, ValidationInfo
 from pydantic_core import core_schema
 
 from spectral_paged.engine import MESSAGES_SCHEMA, check_messages, check_salt
 from spectral_paged.errors import EmptyPromptError, refusal, shown
 from spectral_paged.openai.response_format import RESPONSE_FORMAT_SCHEMA, read_response_format
+from spectral_paged.openai.strict import Strict
+from spectral_paged.openai.tools import ToolChoice, Tools
 from spectral_paged.sampling import RULES, RepetitionDetectionParams, StructuredOutputsParams
 
 Prompt = str | list[int]
@@ -87,7 +89,7 @@ def _prompts(prompt: object, name: str) -> list[Prompt]:
     raise refusal("prompt must be a string, a list of token ids, or a list of those", name)
 
 
-def _messages(messages: object, name: str) -> list[dict[str, str]]:
+def _messages(messages: object, name: str) -> list[dict[str, Any]]:
     return check_messages(messages)
 
 
@@ -106,12 +108,6 @@ def _salt(salt: object, name: str) -> str:
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
 _PROMPT = [{"type": "string", "minLength": 1}, _IDS]
 _PROMPTS = {"anyOf": [*_PROMPT, {"type": "array", "minItems": 1, "items": {"anyOf": _PROMPT}}]}
-
-
-class Strict(BaseModel):
-    """A part of a body, which takes no other fields, and no values of another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class StreamOptions(Strict):
@@ -217,9 +213,11 @@ class CompletionRequest(Body):
 class ChatCompletionRequest(Body):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, str]], Checked(_messages, MESSAGES_SCHEMA)]
+    messages: Annotated[list[dict[str, Any]], Checked(_messages, MESSAGES_SCHEMA)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, sampled("logprobs")] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     # OpenAI's fields that are not served
     audio: Annotated[None, unserved()] = None
     function_call: Annotated[None, unserved("none", "auto")] = None
@@ -229,8 +227,6 @@ class ChatCompletionRequest(Body):
     prediction: Annotated[None, unserved()] = None
     prompt_cache_options: Annotated[None, unserved()] = None
     reasoning_effort: Annotated[None, unserved("none")] = None
-    tool_choice: Annotated[None, unserved("none", "auto")] = None
-    tools: Annotated[None, unserved([])] = None
     verbosity: Annotated[None, unserved("medium")] = None
     web_search_options: Annotated[None, unserved()] = None
     # vLLM's

@@ -68,9 +68,26 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id
 
 
 @closed
+class FunctionCall(TypedDict):
+    name: str
+    arguments: str
+
+
+@closed
+class ToolCallObject(TypedDict):
+    """A call of a function; pieces of a stream say which one of several they belong to."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+    index: NotRequired[int]
+
+
+@closed
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
 @closed
@@ -119,6 +136,7 @@ class Completion(TypedDict):
 class Delta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    tool_calls: list[ToolCallObject]
 
 
 @closed

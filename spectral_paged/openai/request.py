@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError, cut, refusal, shown
 from spectral_paged.openai.bodies import Body, ChatCompletionRequest, CompletionRequest, Prompt
+from spectral_paged.openai.tools import ToolUse
 from spectral_paged.sampling import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
@@ -45,7 +46,8 @@ class OpenAIRequest:
 
     params: SamplingParams
     prompts: list[Prompt]
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: ToolUse | None = None
     model: str | None = None
     cache_salt: str = ""
     stream: bool = False
@@ -127,7 +129,13 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
         "named": frozenset(given),
     }
     if isinstance(asked, ChatCompletionRequest):
-        return OpenAIRequest(prompts=[], messages=asked.messages, **common)
+        tools = ToolUse.of(asked.tools or (), asked.tool_choice, asked.parallel_tool_calls)
+        if tools is not None and tools.choice == "required" and "structured_outputs" in given:
+            raise refusal(
+                "tool_choice and another form of the answer are both given: leave one out",
+                "tool_choice",
+            )
+        return OpenAIRequest(prompts=[], messages=asked.messages, tools=tools, **common)
     return OpenAIRequest(prompts=asked.prompt, echo=bool(asked.echo), **common)
 
 

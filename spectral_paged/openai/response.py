@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from spectral_paged.openai.objects import (
+    AssistantMessage,
     ChatChoice,
     ChatLogprobs,
     ContentLogprob,
@@ -13,8 +14,11 @@ from spectral_paged.openai.objects import (
     TextChoice,
     TextLogprobs,
     TokenLogprob,
+    ToolCallObject,
     Usage,
 )
+from spectral_paged.openai.tool_calls import ToolCall
+from spectral_paged.openai.tools import ToolUse
 from spectral_paged.outputs import CompletionOutput, Logprob, RequestOutput
 from spectral_paged.sampling import SamplingParams
 
@@ -44,14 +48,42 @@ def usage(outputs: Sequence[RequestOutput]) -> Usage:
     return {**token_counts(outputs), "prompt_tokens_details": details}
 
 
-def chat_choice(completion: CompletionOutput, params: SamplingParams) -> ChatChoice:
-    """Return a completion as a choice of `chat.completion`."""
+def chat_choice(
+    completion: CompletionOutput, params: SamplingParams, tools: ToolUse | None = None
+) -> ChatChoice:
+    """Return a completion as a choice of `chat.completion`.
+
+    Args:
+        tools: those that it may call, bound to the model's form of calls.
+    """
     tables = completion.logprobs
+    message: AssistantMessage = {"role": "assistant", "content": completion.text}
+    reason = completion.finish_reason
+    if tools is not None:
+        items = tools.reader().read(completion.text, end=True)
+        calls = [item for item in items if isinstance(item, ToolCall)]
+        if calls:
+            text = "".join(item for item in items if isinstance(item, str))
+            message = {
+                "role": "assistant",
+                "content": text or None,
+                "tool_calls": [call_object(call) for call in calls],
+            }
+            reason = tools.finish_reason(reason)
     return {
         "index": completion.index,
-        "finish_reason": completion.finish_reason,
-        "message": {"role": "assistant", "content": completion.text},
+        "finish_reason": reason,
+        "message": message,
         "logprobs": None if tables is None else chat_logprobs(completion.token_ids, tables, params),
+    }
+
+
+def call_object(call: ToolCall) -> ToolCallObject:
+    """Return a tool call in OpenAI's form."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
     }
 
 

@@ -8,8 +8,10 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from spectral_paged.engine import MESSAGES_SCHEMA, check_messages
-from spectral_paged.openai.bodies import Checked, Strict, unserved
+from spectral_paged.openai.bodies import Checked, unserved
 from spectral_paged.openai.objects import closed
+from spectral_paged.openai.strict import Strict
+from spectral_paged.openai.tools import Tools
 
 TOKENIZE_URL, DETOKENIZE_URL = "/tokenize", "/detokenize"
 
@@ -29,6 +31,7 @@ class TokenizeRequest(Strict):
     messages: Annotated[list[dict[str, Any]] | None, Checked(_messages, _MESSAGES)] = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    tools: Tools | None = None
     # not served
     add_generation_prompt: Annotated[None, unserved(True)] = None
     chat_template: Annotated[None, unserved()] = None
@@ -36,7 +39,6 @@ class TokenizeRequest(Strict):
     continue_final_message: Annotated[None, unserved(False)] = None
     media_io_kwargs: Annotated[None, unserved({})] = None
     mm_processor_kwargs: Annotated[None, unserved({})] = None
-    tools: Annotated[None, unserved([])] = None
 
 
 class DetokenizeRequest(Strict):

@@ -79,11 +79,13 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--spec-model": "",
         "--spec-tokens": "0",
     },
-    "neither tools nor reasoning are parsed: read them from the text of the answer": {
-        "--enable-auto-tool-choice": "off",
-        "--tool-call-parser": "",
+    "tools are parsed wherever a body has them, by --tool-call-parser hermes, llama3_json or "
+    "mistral": {
+        "--enable-auto-tool-choice": "on",
         "--tool-parser-plugin": "",
         "--tool-server": "",
+    },
+    "reasoning is not parsed: read it from the text of the answer": {
         "--reasoning-parser": "",
     },
     "llguidance constrains answers, and no code comes with a command line: leave it out": {

@@ -275,6 +275,7 @@ class Service:
             num_prompt_tokens=[len(prompt) for prompt in parsed.prompts],
             echoes=parsed.echoes,
             returns_prompt_logprobs=asked.returns_prompt_logprobs,
+            tools=asked.tools,
         )
         generation = await self.engine.submit(
             request.state.engine_id,
@@ -321,6 +322,8 @@ class Service:
             self.engine.count_refusal(error)
             if body.by_response_format:
                 error.param = "response_format"
+            elif body.tools is not None:
+                error.param = "tools"
             raise refused(error) from error
 
     async def _parse(

@@ -56,12 +56,16 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
             param="prompt",
             code="too_many_completions",
         )
+    if body.tools is not None:
+        tools = body.tools.bound(llm.get_tokenizer(), settings.tool_call_parser)
+        body = replace(body, tools=tools, params=tools.params(body.params, llm.get_tokenizer()))
     encoder, keep = llm.engine.prompt_encoder, body.params.truncate_prompt_tokens
     try:
         prompts = (
             [
                 encoder.encode_chat(
                     body.messages,
+                    tools=() if body.tools is None else body.tools.tools,
                     allow_special_tokens=llm.allow_special_tokens,
                     truncate_prompt_tokens=keep,
                 )
@@ -72,7 +76,8 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
         if not all(prompts):
             raise EmptyPromptError("the prompt is empty: give at least one token")
     except InvalidRequestError as error:
-        error.param = "messages" if chat else "prompt"
+        if error.param != "tools":
+            error.param = "messages" if chat else "prompt"
         raise
     echoes = None
     if body.echo:

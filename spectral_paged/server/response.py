@@ -12,8 +12,14 @@ from typing import Any
 
 from spectral_paged.openai import (
     ChatChoice,
+    ForcedReader,
     TextChoice,
+    ToolCall,
+    ToolCallObject,
+    ToolCallReader,
+    ToolUse,
     Usage,
+    call_object,
     chat_choice,
     chat_logprobs,
     counts,
@@ -41,6 +47,7 @@ class OpenAIResponse:
         num_prompt_tokens: of each prompt.
         echoes: of each prompt, put before its completions; None: no echo.
         returns_prompt_logprobs: the response has those of each prompt as a field of their own.
+        tools: those that completions may call, in the model's form of calls.
     """
 
     def __init__(
@@ -53,9 +60,13 @@ class OpenAIResponse:
         num_prompt_tokens: Sequence[int],
         echoes: Sequence[Echo] | None = None,
         returns_prompt_logprobs: bool = False,
+        tools: ToolUse | None = None,
     ) -> None:
         self._chat, self._params, self._echoes = chat, params, echoes
         self._returns_prompt_logprobs = returns_prompt_logprobs
+        self._tools = tools
+        self._readers: dict[int, ToolCallReader | ForcedReader] = {}  # of a stream, by choice
+        self._num_calls: Counter[int] = Counter()
         self._num_choices = params.n
         self._num_prompt_tokens = num_prompt_tokens
         self._head: dict[str, Any] = {
@@ -138,7 +149,7 @@ class OpenAIResponse:
 
     def _choice(self, completion: CompletionOutput, place: int) -> ChatChoice | TextChoice:
         if self._chat:
-            return chat_choice(completion, self._params)
+            return chat_choice(completion, self._params, self._tools)
         choice = text_choice(completion)
         if self._echoes is not None:
             choice["text"] = self._echoes[place].text + choice["text"]
@@ -216,13 +227,31 @@ class OpenAIResponse:
                 offsets = [shift + offset for offset in item.text_offsets or ()]
                 piece["logprobs"] = text_logprobs(item.token_ids, item.logprobs, offsets)
             return [*self._echo(item), piece]
-        piece = self._delta(index, {"content": item.text})
+        reason = item.finish_reason
+        text, calls = (item.text, []) if self._tools is None else self._divided(index, item)
+        piece = self._delta(index, {"content": text})
         if item.logprobs is not None:
             piece["logprobs"] = chat_logprobs(item.token_ids, item.logprobs, self._params)
-        found = [piece] if item.text or item.logprobs else []
-        if item.finish_reason is not None:
-            found.append(self._delta(index, {}, item.finish_reason))
+        found = [piece] if text or item.logprobs else []
+        found += [self._delta(index, {"tool_calls": [call]}) for call in calls]
+        if reason is not None:
+            if self._tools is not None and self._num_calls[index]:
+                reason = self._tools.finish_reason(reason)
+            found.append(self._delta(index, {}, reason))
         return found
+
+    def _divided(self, index: int, item: TextDelta) -> tuple[str, list[ToolCallObject]]:
+        """Return the content and the tool calls that a piece of a choice's text decides."""
+        assert self._tools is not None
+        if index not in self._readers:
+            self._readers[index] = self._tools.reader()
+        items = self._readers[index].read(item.text, end=item.finish_reason is not None)
+        calls: list[ToolCallObject] = []
+        for call in items:
+            if isinstance(call, ToolCall):
+                calls.append({**call_object(call), "index": self._num_calls[index]})
+                self._num_calls[index] += 1
+        return "".join(text for text in items if isinstance(text, str)), calls
 
     def _delta(
         self, index: int, delta: dict[str, Any], finish_reason: str | None = None

@@ -23,6 +23,8 @@ class ServerSettings:
             none, and `/v1` is open to all.
         metrics_key: bearer token that `/metrics` asks for; default: that of
             $SPECTRAL_PAGED_METRICS_KEY, else none, and `/metrics` is open to all.
+        tool_call_parser: form in which the model calls tools (`hermes`, `llama3_json`, `mistral`);
+            default: the one that its chat template shows.
         prefix_cache_per_key: requests share cached prompt tokens with requests of the same API
             key only, so `cached_tokens` and response times tell nothing of other keys' prompts;
             default: where there are several keys.
@@ -60,6 +62,7 @@ class ServerSettings:
         metadata=option(name="--api-key", nargs="+", action="extend", metavar="KEY"),
     )
     metrics_key: str | None = field(default=None, metadata=option(metavar="KEY"))
+    tool_call_parser: str | None = field(default=None, metadata=option(metavar="FORM"))
     prefix_cache_per_key: bool | None = field(default=None, metadata=option(bool))
     allowed_origins: tuple[str, ...] = field(
         default=(), metadata=option(nargs="+", metavar="ORIGIN")
@@ -91,6 +94,14 @@ class ServerSettings:
                     f"allowed origin {shown(origin)} is none that a browser sends: write "
                     "scheme://host or scheme://host:port, in small letters and without a path, "
                     "several behind each other; 'null' for local files, or '*' for all"
+                )
+        if self.tool_call_parser is not None:
+            from spectral_paged.openai import FORMS  # not before it is asked for: it loads torch
+
+            if self.tool_call_parser not in FORMS:
+                raise InvalidRequestError(
+                    f"--tool-call-parser {shown(self.tool_call_parser)} is none of "
+                    f"{', '.join(FORMS)}"
                 )
         metrics_keys = () if self.metrics_key is None else (self.metrics_key,)
         for name, keys in (("an API", self.api_keys), ("the metrics", metrics_keys)):

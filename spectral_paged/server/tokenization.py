@@ -35,7 +35,9 @@ def tokenize(llm: LLM, settings: ServerSettings, raw: bytes) -> Tokenized:
         message = "add_special_tokens is for a prompt: a chat template has its own special tokens"
         raise refusal(message, "add_special_tokens")
     else:
-        ids = encoder.encode_chat(asked.messages, allow_special_tokens=llm.allow_special_tokens)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+        special = llm.allow_special_tokens
+        ids = encoder.encode_chat(asked.messages, tools=tools, allow_special_tokens=special)
     names = None
     if asked.return_token_strs:
         names = [str(name) for name in llm.get_tokenizer().convert_ids_to_tokens(ids)]

@@ -203,7 +203,7 @@ def test_a_character_is_no_control_token():
     """Some tokenizers end a text with `!`, which messages have to have."""
     made = byte_level()
     made.backend_tokenizer.add_special_tokens(["!"])
-    assert ControlTokens(made).marked([{"role": "user", "content": "a!"}]) is None
+    assert ControlTokens(made).marked({"messages": [{"role": "user", "content": "a!"}]}) is None
 
 
 def test_plain_prompts_spell_control_tokens():

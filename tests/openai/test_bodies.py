@@ -122,7 +122,8 @@ def test_an_answer_may_be_sent_back_as_it_came(name):
         assert error_of({"messages": sent}, True) is None
     for asks in ("x", {"id": "1"}, [{}], True, False, 0):
         sent = [*talk, {"role": "assistant", "content": "x", name: asks}]
-        assert error_of({"messages": sent}, True).param == f"messages.1.{name}"
+        place = f"messages.1.{name}" + ".0" * (name == "tool_calls" and asks == [{}])
+        assert error_of({"messages": sent}, True).param == place
 
 
 @CHAT
@@ -217,3 +218,31 @@ def test_a_batch_line_has_no_other_fields(tmp_path):
 
 def test_fields_that_are_not_served_have_no_value_afterwards():
     assert Unserved(store=False, vllm_xargs={}).model_dump() == dict.fromkeys(Unserved.model_fields)
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(data=st.data())
+def test_a_message_of_tools_takes_what_its_description_says(data):
+    """Messages with calls and results, each with one field changed or left out."""
+    kind = data.draw(st.sampled_from(["assistant", "tool", "user"]))
+    calls = [json.loads(json.dumps(CALL))] if kind == "assistant" else []
+    message = {"role": kind, "content": "x"} | ({"tool_calls": calls} if calls else {})
+    message |= {"tool_call_id": "c"} if kind == "tool" else {}
+    functions = [call["function"] for call in calls]
+    part = data.draw(st.sampled_from([message, *calls, *functions]))
+    name = data.draw(st.sampled_from([*part, "tool_calls", "tool_call_id", "index", "mood"]))
+    if data.draw(st.booleans()):
+        part.pop(name, None)
+    else:
+        part[name] = data.draw(VALUES)
+    body = {"messages": [{"role": "user", "content": "x"}, message]}
+    said = jsonschema_rs.validator_for(SCHEMAS[True]).is_valid(body)
+    for function in functions:
+        text = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(text, str) and text.strip() not in ("", "{}"):
+            said = False  # no schema describes the JSON in a string
+    error = error_of(body, True)
+    assert (error is None) == said, error

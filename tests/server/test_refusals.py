@@ -123,10 +123,10 @@ CHAT = {
     "no message": ({"messages": []}, "messages", "must be a list"),
     "a message that is text": ({"messages": ["x"]}, "messages.0", "must be an object"),
     "a role": ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "one of"),
-    "a tool's answer": (
-        {"messages": [*USER, {"role": "tool", "content": "x"}]},
-        "messages.1.role",
-        "one of",
+    "a tool's answer without an answer": (
+        {"messages": [*USER, {"role": "tool", "tool_call_id": "x"}]},
+        "messages.1.content",
+        "text parts",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "messages.0.content", "text parts"),
     "an image": (
@@ -145,6 +145,11 @@ CHAT = {
     ),
     "a tool call": (
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+        "messages.0.tool_calls.0",
+        "an object with a function",
+    ),
+    "a tool call of another role": (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
         "messages.0.tool_calls",
         "not supported",
     ),
@@ -155,9 +160,15 @@ CHAT = {
     ),
     "tools": (
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        "tools",
-        "not supported",
+        "tool_choice",
+        "--tool-call-parser",
     ),
+    "tools that the template does not take": (
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+        "tools",
+        "takes no tools",
+    ),
+    "tools of another kind": ({"tools": [{"type": "web_search"}]}, "tools.0.type", "tools.0.type"),
     "response_format": (
         {"response_format": {"type": "xml"}},
         "response_format",
