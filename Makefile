@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
   tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
 
-.PHONY: demo test check test-one gpu bench-decode map docs vllm forms soak coverage mutants audit format lint types clean
+.PHONY: demo test check test-one check-builds gpu bench-decode map docs vllm forms soak coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -33,6 +33,11 @@ check: $(STAMP) lint types
 test-one: $(STAMP)
 	@test -n "$(T)" || { echo "which one? make test-one T=cache"; exit 1; }
 	$(BIN)/python -m pytest tests/$(T)
+
+# Every kernel of every preset, compiled for every kind of GPU that is served, within its limits; no
+# GPU is needed, but an hour. `make test` compiles a few of them.
+check-builds: $(STAMP)
+	CHECK_BUILDS=all $(BIN)/python -m pytest tests/kernels/test_kernel_builds.py
 
 # On a machine with a CUDA device: kernels against their twins, graphs, memory.
 gpu: $(STAMP)

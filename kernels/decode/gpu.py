@@ -7,7 +7,6 @@ cores. The choice depends on layout and capability only, so no kernel falls back
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -32,6 +31,7 @@ from spectral_paged.kernels.decode.triton import (
 )
 from spectral_paged.kernels.decode.triton.exact import attend_exact, plan_exact
 from spectral_paged.kernels.decode.triton.finish import finish, merge_items
+from spectral_paged.kernels.launch.card import card_of
 from spectral_paged.kernels.launch.configs import DecodeConfig, decode_config
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import PageLayout
@@ -68,9 +68,8 @@ def plan_pages(
 
 def has_tensor_cores(device: torch.device) -> bool:
     """Return whether `device` runs Gluon kernels: it is sm_80 or newer, and not interpreted."""
-    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    card = card_of(device)
+    return card is not None and card.has_tensor_cores
 
 
 def _explicit_parts(

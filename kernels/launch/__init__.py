@@ -1,5 +1,6 @@
 """Launch parameters of kernels by GPU; nothing is tuned while serving."""
 
 __all__ = [
+    "card",
     "configs",
 ]

@@ -9,7 +9,6 @@ tune` writes the table. Nothing is tuned while serving.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from spectral_paged.kernels.launch.card import card_of
 from spectral_paged.kernels.page.layout import PageLayout
 
 TABLE = "configs.json"
@@ -59,27 +59,20 @@ def case_of(layout: PageLayout) -> str:
     return f"{where}-{layout.rope}-{layout.head_dim}-{layout.k.rank}-{layout.v.rank}"
 
 
-@cache
 def gpus_of(device: torch.device) -> tuple[str, ...]:
     """The table's names of a GPU, the closest first; none for a CPU, which interprets kernels."""
-    if device.type != "cuda":
-        return ()
-    major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+    card = card_of(device)
+    return () if card is None else (card.name, card.kind)
 
 
-@cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Launch arguments for programmatic dependent launch, on sm_90 and newer.
+    """Launch arguments for programmatic dependent launch, where the GPU has it.
 
     Programs start while the kernel before drains, and wait for its end in `after_previous`. The
     kernels of a layer are so short that their starts would take a visible share of the time.
     """
-    able = (
-        device.type == "cuda"
-        and os.environ.get("TRITON_INTERPRET") != "1"
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    card = card_of(device)
+    able = card is not None and card.has_dependent_launch
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.launch.card import Card, halved, limits_of
 from spectral_paged.kernels.launch.configs import launcher
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, TILE_TOKENS, PageLayout
 from spectral_paged.kernels.page.triton import (
@@ -75,65 +78,73 @@ def _rebuild_kernel(
     SLOT_AT: tl.constexpr,
     INDEX_AT: tl.constexpr,
     SLOTS: tl.constexpr,
-    HALF_PAD: tl.constexpr,
     RANK_PAD: tl.constexpr,
+    COMPS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """Rebuild a tile of 128 tokens of one side. `TURN` keys: 0 none, 1 by frame, 2 by token."""
-    entry, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Rebuild `PAIRS` pairs of dimensions of a tile of 128 tokens of one side, from `COMPS`
+    components at a time. `TURN` keys: 0 none, 1 by frame, 2 by token."""
+    entry, head = tl.program_id(0), tl.program_id(1)
+    tile, part = tl.program_id(2) % 4, tl.program_id(2) // 4
     unit = tl.load(units_ptr + entry)
     if unit >= 0:
         record = plane_ptr + unit.to(tl.int64) * 128 + head * HEAD_BYTES
-        token, comp = tl.arange(0, 128), tl.arange(0, RANK_PAD)
-        place = tl.arange(0, HALF_PAD)
+        token, place = tl.arange(0, 128), part * PAIRS + tl.arange(0, PAIRS)
         low_dim = tl.where(place < HALF, place, place + HALF)
         high_dim = tl.where(place < HALF, place + HALF, place + DIM // 2)
         there = place < DIM // 2
-        ok = (comp < RANK)[:, None] & there[None, :]
-        scale = tl.load(
-            (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16)) + comp, mask=comp < RANK, other=0.0
-        ).to(tl.float32)
-        codes = load_values(
-            record,
-            levels_ptr,
-            tile,
-            token[None, :] if BY_COMPONENT else token[:, None],
-            comp[:, None] if BY_COMPONENT else comp[None, :],
-            BANDS,
-            BY_COMPONENT,
-            RANK,
-        ).to(tl.float16)
-        if BY_COMPONENT:
-            codes = tl.trans(codes)
-        first, rest = _half_rows(
-            record,
-            basis_ptr,
-            row_levels_ptr,
-            head,
-            comp,
-            low_dim,
-            ok,
-            scale,
-            SHARED,
-            BANDS,
-            RANK,
-            DIM,
-        )
-        low = tl.dot(codes, rest, tl.dot(codes, first))
-        first, rest = _half_rows(
-            record,
-            basis_ptr,
-            row_levels_ptr,
-            head,
-            comp,
-            high_dim,
-            ok,
-            scale,
-            SHARED,
-            BANDS,
-            RANK,
-            DIM,
-        )
-        high = tl.dot(codes, rest, tl.dot(codes, first))
+        low = tl.zeros([128, PAIRS], tl.float32)
+        high = tl.zeros([128, PAIRS], tl.float32)
+        for start in range(0, RANK_PAD, COMPS):
+            comp = start + tl.arange(0, COMPS)
+            ok = (comp < RANK)[:, None] & there[None, :]
+            scale = tl.load(
+                (record + SCALE_AT).to(tl.pointer_type(tl.bfloat16)) + comp,
+                mask=comp < RANK,
+                other=0.0,
+            ).to(tl.float32)
+            codes = load_values(
+                record,
+                levels_ptr,
+                tile,
+                token[None, :] if BY_COMPONENT else token[:, None],
+                comp[:, None] if BY_COMPONENT else comp[None, :],
+                BANDS,
+                BY_COMPONENT,
+                RANK,
+            ).to(tl.float16)
+            if BY_COMPONENT:
+                codes = tl.trans(codes)
+            first, rest = _half_rows(
+                record,
+                basis_ptr,
+                row_levels_ptr,
+                head,
+                comp,
+                low_dim,
+                ok,
+                scale,
+                SHARED,
+                BANDS,
+                RANK,
+                DIM,
+            )
+            low = tl.dot(codes, rest, tl.dot(codes, first, low))
+            first, rest = _half_rows(
+                record,
+                basis_ptr,
+                row_levels_ptr,
+                head,
+                comp,
+                high_dim,
+                ok,
+                scale,
+                SHARED,
+                BANDS,
+                RANK,
+                DIM,
+            )
+            high = tl.dot(codes, rest, tl.dot(codes, first, high))
         if GAIN_AT >= 0:
             gain = tl.load(record + GAIN_AT + tile * 128 + token).to(tl.float32)
             gain = tl.exp2((gain - 128.0) * 0.0625)
@@ -165,6 +176,26 @@ def _rebuild_kernel(
         both = (token >= 0)[:, None] & there[None, :]
         tl.store(to + low_dim[None, :], low, mask=both)
         tl.store(to + high_dim[None, :], high, mask=both)
+
+
+@cache
+def _tile(half: int, rank: int, card: Card) -> tuple[int, int]:
+    """Components and pairs of dimensions that a program takes at once.
+
+    It keeps 128 codes of each component and two fp16 parts of their basis rows, and two results of
+    each token and pair. Operands that pass through registers are smaller.
+    """
+    most, pairs = (32, 64) if card.has_tensor_cores else (16, 32)
+    if card.has_warp_groups:
+        most = 128
+    pairs = min(half, pairs)
+    [comps] = halved(
+        min(rank, most),
+        fits=lambda comps: (
+            comps * (128 + 2 * pairs) * card.operand_bytes <= card.shared_bytes * 2 // 3
+        ),
+    )
+    return comps, pairs
 
 
 def spectral_rebuild(
@@ -211,7 +242,9 @@ def spectral_rebuild(
     turn = {"post": 0, "frame": 1, "pre": 2}[layout.rope]
     sides = ((layout.k, k_basis, turn, out[0]), (layout.v, v_basis, 0, out[1]))
     for side, basis, turned, to in sides:
-        grid = len(units), heads, BLOCK_TOKENS // TILE_TOKENS
+        half, rank = padded(dim // 2), padded(side.rank)
+        comps, pairs = _tile(half, rank, limits_of(plane.device))
+        grid = len(units), heads, BLOCK_TOKENS // TILE_TOKENS * (half // pairs)
         launcher(_rebuild_kernel, grid, compile_only=compile_only)(
             plane,
             units,
@@ -239,9 +272,10 @@ def spectral_rebuild(
             SLOT_AT=side.slot_offset,
             INDEX_AT=layout.index_offset,
             SLOTS=layout.num_slots,
-            HALF_PAD=padded(dim // 2),
-            RANK_PAD=padded(side.rank),
-            num_warps=4,
+            RANK_PAD=rank,
+            COMPS=comps,
+            PAIRS=pairs,
+            num_warps=4 if rank <= 128 else 8,
             num_stages=1,
         )
     return out

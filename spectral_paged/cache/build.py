@@ -15,6 +15,7 @@ from spectral_paged.cache.pins import MAX_PINNED_BLOCKS
 from spectral_paged.cache.records import Records
 from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.cache.visibility import Visibility
+from spectral_paged.device import check_device
 from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
@@ -33,13 +34,16 @@ def check_shape(
     num_kv_heads: int,
     head_dim: int,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Raise if the format does not fit the model, the options or the device's kernels.
 
     Raises:
         FormatError: names the value, the limit and the remedy.
-        InvalidRequestError: host memory for prefixes, and no prefix caching.
+        InvalidRequestError: host memory for prefixes, and no prefix caching; no kernel serves the
+            device, or it does not compute in `dtype`.
     """
+    check_device(device, dtype)
     if (format.num_kv_heads, format.head_dim) != (num_kv_heads, head_dim):
         raise FormatError(
             f"format {format.name!r} is for {format.num_kv_heads} KV heads of width "
@@ -86,9 +90,10 @@ def check_cache(
             without `kv_cache_bytes` the capacity is not.
 
     Raises:
-        FormatError, CapacityError: as in `SpectralKVCache`.
+        FormatError, CapacityError, InvalidRequestError: as in `SpectralKVCache`.
     """
-    check_shape(format, options, num_layers, num_q_heads, num_kv_heads, head_dim, device)
+    heads = num_q_heads, num_kv_heads, head_dim
+    check_shape(format, options, num_layers, *heads, device, dtype)
     if options.calibration != "auto":
         check_calibration(options.calibration, format, num_layers)
     longest = options.max_model_len

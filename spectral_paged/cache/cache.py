@@ -59,6 +59,7 @@ class SpectralKVCache:
         FormatError: unknown preset, a format that does not fit the geometry, or one that needs a
             calibration without it.
         CapacityError: `kv_cache_bytes` is too small for two slabs.
+        InvalidRequestError: no kernel serves the GPU, or it does not compute in `dtype`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SpectralKVCache:
         if chosen.kv_cache_bytes is None:
             raise TypeError("SpectralKVCache needs kv_cache_bytes, the bytes of its arenas")
         heads = num_q_heads, num_kv_heads, head_dim
-        build.check_shape(format, chosen, num_layers, *heads, self.device)
+        build.check_shape(format, chosen, num_layers, *heads, self.device, dtype)
         longest = chosen.max_model_len
         self.layers, longest = layer_specs(
             format, num_layers, rope, sliding_windows, max_model_len=longest, device=self.device
@@ -434,8 +435,7 @@ class SpectralKVCache:
             "capacity_tokens": self.capacity_tokens,
             "max_sequence_tokens": self.max_sequence_tokens,
             **cache_stats.cost_figures(self.groups, self._sequences.all(), self.counters),
-            "seal_seconds": self.sealer.timer.seconds,
-            "seal_waiting_seconds": self.sealer.timer.waiting_seconds,
+            **cache_stats.seal_figures(self.sealer.timer),
             **cache_stats.tier_figures(self.counters, self._lower),
         }
 

@@ -10,6 +10,8 @@ from spectral_paged.cache.encoder import Encoder
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.lower_tiers import LowerTiers
 from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.device import DeviceTimer
+from spectral_paged.kernels.launch.card import card_of
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.pool.slot_pool import SlotKind
@@ -145,6 +147,11 @@ def tier_figures(counters: CacheCounters, lower: LowerTiers) -> dict[str, object
     return figures
 
 
+def seal_figures(timer: DeviceTimer) -> dict[str, float]:
+    """The seconds of all seals, and how many of them the device waited for the host, at most."""
+    return {"seal_seconds": timer.seconds, "seal_waiting_seconds": timer.waiting_seconds}
+
+
 def backends(
     ops: PageOps,
     encoders: Mapping[LayerGroup, Encoder],
@@ -152,8 +159,8 @@ def backends(
     num_q_heads: int,
     scores: Scores,
 ) -> dict[str, object]:
-    """The backends in use for decode attention, prompt chunks and sealing; names are joined where
-    groups differ."""
+    """The device, and the backends in use there for decode attention, prompt chunks and sealing;
+    names are joined where groups differ."""
     arena = groups[0].arena
     format, dtype, device = arena.format, arena.dtype, arena.planes.device
     num_queries = num_q_heads // format.num_kv_heads
@@ -163,7 +170,9 @@ def backends(
 
     # groups that never seal read exact pages only, so they count only if no group seals
     sealing = [g for g in groups if g.seals] or groups[:1]
+    card = card_of(device)
     return {
+        "device": str(device) if card is None else f"{card.name} ({card.kind})",
         "backend": named(
             [
                 ops.backend(g.layout, num_queries, device, g.rotation.dim or format.head_dim)

@@ -6,6 +6,7 @@ The package may import kernels; it imports neither pages nor sequences.
 from __future__ import annotations
 
 from spectral_paged.device.placement import (
+    check_device,
     check_utilization,
     choose_cache_bytes,
     choose_device,
@@ -25,6 +26,7 @@ __all__ = [
     "DeviceTimer",
     "Download",
     "StepClock",
+    "check_device",
     "check_utilization",
     "choose_cache_bytes",
     "choose_device",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_paged.errors import CapacityError, InvalidRequestError, shown
+from spectral_paged.kernels.launch.card import card_of, check_card
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 
@@ -13,13 +14,12 @@ def choose_device(device: str) -> torch.device:
     """The torch device of that name; `auto` is CUDA where the machine has it, else the CPU.
 
     Raises:
-        InvalidRequestError: the name is no device, or the machine has none of that name.
+        InvalidRequestError: the name is no device, the machine has none of that name, or it is a
+            GPU that no kernel serves.
     """
     cuda = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if cuda else "cpu")
     try:
-        where = torch.device(device)
+        where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise InvalidRequestError(f"device is {shown(device)}; use auto, cpu or cuda") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0}.get(where.type, 0)
@@ -28,17 +28,40 @@ def choose_device(device: str) -> torch.device:
             f"device is {shown(device)}, which is not there: this machine offers "
             f"{'cpu and cuda' if cuda else 'cpu'}"
         )
+    check_device(where)
     return where
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of that name; `auto` is fp32 on the CPU and bf16 on CUDA.
+def check_device(device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Refuse a GPU that no kernel serves, or that does not compute in `dtype`.
 
     Raises:
-        InvalidRequestError: the name is no supported dtype.
+        InvalidRequestError: names the GPU, and what to use instead.
+    """
+    try:
+        check_card(device)
+    except ValueError as error:
+        raise InvalidRequestError(f"device is {str(device)!r}: {error}") from error
+    card = card_of(device)
+    if dtype is torch.bfloat16 and card is not None and not card.has_bf16:
+        raise InvalidRequestError(
+            f"dtype is 'bfloat16', and {card.name} ({card.kind}) does not compute in it: use "
+            "'auto' or 'float16'"
+        )
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of that name; `auto` is fp32 on the CPU, and on CUDA bf16, or fp16 where the GPU
+    has no bf16.
+
+    Raises:
+        InvalidRequestError: the name is no supported dtype, or the GPU does not compute in it.
     """
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type == "cpu":
+            return torch.float32
+        card = card_of(device)
+        return torch.bfloat16 if card is None or card.has_bf16 else torch.float16
     names = {
         "float32": torch.float32,
         "float": torch.float32,
@@ -46,11 +69,14 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         "half": torch.float16,
         "bfloat16": torch.bfloat16,
     }
-    if isinstance(dtype, torch.dtype) and dtype in names.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in names:
+    if isinstance(dtype, str):
+        found = names.get(dtype)
+    else:
+        found = dtype if dtype in names.values() else None
+    if found is None:
         raise InvalidRequestError(f"dtype is {shown(dtype)}; use 'auto' or one of {sorted(names)}")
-    return names[dtype]
+    check_device(device, found)
+    return found
 
 
 def check_utilization(utilization: float) -> None:

@@ -1,16 +1,19 @@
-"""Every kernel that the presets launch, compiled for a Hopper GPU; no GPU is needed.
+"""Every kernel that the presets launch, compiled for a GPU that need not be there.
 
-Run outside of the interpreter: `python tests/support compile_kernels`. Prints a JSON line a
-kernel: its name, the case that launched it, bytes of shared memory, bytes spilled to the stack.
+Run outside of the interpreter: `python tests/support compile_kernels [sm_86 ...] [--case REGEX]`.
+Prints a JSON line a kernel and kind of GPU: its name, the case that launched it, bytes of shared
+memory, registers of a thread, and bytes that were spilled to the stack.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +33,8 @@ from spectral_paged.kernels.seal.triton import (
     seal as seal_triton,
 )
 from spectral_paged.pages import PRESETS, PageFormat
-from support.kernel_cases import SealCase, attend, exact_case
+from support.cards import CARDS, stand_on
+from support.kernel_cases import attend, exact_case, seal_zeros
 from support.kernel_launches import every_kernel, short_name
 from support.page_parts import toy_basis
 
@@ -47,15 +51,16 @@ POINTERS = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def spilled(cubin: bytes) -> int:
-    """Bytes of stack that the kernel uses, which are registers spilled to memory."""
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which are registers spilled to memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
+        found = subprocess.run(
             [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
+    registers, stack = (max(map(int, re.findall(rf"{x}:(\d+)", found))) for x in ("REG", "STACK"))
+    return registers, stack
 
 
 def int32_products(ttir):
@@ -73,6 +78,7 @@ def int32_products(ttir):
 class Compiled:
     """A stand-in for a kernel that compiles each launch and runs nothing."""
 
+    card = CARDS["sm_90"]
     label = ""
     seen: set[str] = set()
 
@@ -95,14 +101,14 @@ class Compiled:
                 aligned[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32" if isinstance(args[i], float) else "i32"
-        key = f"{self.kernel.__module__} {signature} {fixed}"
+        key = f"{self.card.kind} {self.kernel.__module__} {signature} {fixed} {num_warps} {maxnreg}"
         if key in self.seen:
             return
         self.seen.add(key)
         source = self.source(self.kernel, signature=signature, constexprs=fixed, attrs=aligned)
         built = triton.compile(
             source,
-            target=GPUTarget("cuda", 90, 32),
+            target=GPUTarget("cuda", 10 * self.card.capability[0] + self.card.capability[1], 32),
             options={
                 "num_warps": num_warps,
                 "num_stages": num_stages,
@@ -110,12 +116,15 @@ class Compiled:
                 "launch_pdl": launch_pdl,
             },
         )
+        registers, spilled = usage(built.asm["cubin"])
         ttir = built.asm.get("ttir") or built.asm["ttgir"]  # Gluon begins with the second
         found = {
+            "card": self.card.kind,
             "kernel": self.name,
             "for": self.label,
             "shared": built.metadata.shared,
-            "spilled": spilled(built.asm["cubin"]),
+            "registers": registers,
+            "spilled": spilled,
             "int32_products": int32_products(ttir),
         }
         print(json.dumps(found), flush=True)
@@ -124,70 +133,117 @@ class Compiled:
 def stand_in():
     for module, name in list(every_kernel()):
         setattr(module, name, Compiled(getattr(module, name), short_name(module, name)))
-        if hasattr(module, "dependent_launch"):
-            module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
 
 
-def launch_pages(format, group, **scores):
-    """Launch the kernels of decode attention and rebuild over one empty page of `format`."""
+def page_options(format):
+    """The arguments that ops over pages of `format` share: layout, rotation, basis."""
     rows = {}
     if format.needs_calibration:
         basis = toy_basis(1, format.num_kv_heads, format.head_dim).bind(format)
         format = basis.format
         rows = {"k_basis": basis.k.rows[0].half(), "v_basis": basis.v.rows[0].half()}
     half = format.head_dim // 2
-    plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
-    common = {
+    return {
         "layout": format.layout,
         "first_position": 64,
         "cos": torch.ones(600, half),
         "sin": torch.zeros(600, half),
         **rows,
     }
-    q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=torch.bfloat16)
-    gpu.spectral_decode(
-        q, plane, table, torch.ones(1).int(), scale=0.1, explicit=True, **common, **scores
-    )
-    if format.name == "spectral-quality" and group == 4 and not scores:
+
+
+def compile_decode(format, group, **scores):
+    """Compile the kernels of a decode step over pages, and over pages and exact tokens."""
+    plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
+    common, dtype, one = page_options(format), model_dtype(), torch.ones(1).int()
+    q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=dtype)
+    gpu.spectral_decode(q, plane, table, one, scale=0.1, **common, **scores)
+    if not scores:
+        options = common | {"num_kv_heads": format.num_kv_heads, "scale": 0.1, "dtype": dtype}
         config = launch_configs.decode_config(format.layout, q.device)
-        tokens = torch.zeros(1).int()
-        args = (q, plane, table, tokens, table, torch.ones(1).int())
-        options = common | {"num_kv_heads": format.num_kv_heads, "scale": 0.1, "dtype": q.dtype}
         config = replace(config, second_stream=False)
-        attend(gpu.decode_attention, args, options, config=config)
-    if group == 4 and format.head_dim == 128:
-        spectral_rebuild_triton.spectral_rebuild(plane, table[0], dtype=torch.bfloat16, **common)
+        attend(gpu.decode_attention, (q, plane, table, one, table, one), options, config=config)
+
+
+def compile_rebuild(format):
+    plane, units = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1).int()
+    spectral_rebuild_triton.spectral_rebuild(
+        plane, units, dtype=model_dtype(), **page_options(format)
+    )
+
+
+def compile_exact(dim, dtype):
+    args, options = exact_case([65], dim=dim, dtype=dtype)
+    exact_decode_triton.exact_decode(*args, **options)
+    k = torch.zeros(1, 2, dim, dtype=dtype)
+    place, plane = torch.zeros(1).int(), torch.zeros(1 << 16, dtype=torch.uint8)
+    exact_append_triton.exact_append(k, k, plane, place, place)
+    rows = torch.zeros(2, 2, 64, dim, dtype=dtype)
+    exact_append_triton.exact_copy(plane, ExactPlaces(*3 * (place,)), rows)
+
+
+def model_dtype():
+    return torch.bfloat16 if Compiled.card.has_bf16 else torch.float16
+
+
+def preset(name, dim):
+    return PageFormat.preset(name, num_kv_heads=1, head_dim=dim)
+
+
+def cases():
+    """What to compile, by name."""
+    for name in PRESETS:
+        if name == "exact":
+            continue
+        for dim, groups in ((64, (3,)), (96, (4,)), (128, (4, 7)), (256, (4,))):
+            for group in (*groups, 16) if (name, dim) == ("spectral-int8", 128) else groups:
+                yield (
+                    f"{name}, width {dim}, {group} queries",
+                    partial(compile_decode, preset(name, dim), group),
+                )
+        for dim in (64, 96, 128, 256):
+            yield f"rebuilding {name}, width {dim}", partial(compile_rebuild, preset(name, dim))
+    for name in ("spectral-quality", "spectral-int8"):
+        yield (
+            f"{name}, softcap and window",
+            partial(
+                compile_decode,
+                preset(name, 128),
+                4,
+                softcap=50.0,
+                first_visible=torch.zeros(1).int(),
+            ),
+        )
+    for name in ("spectral-quality", "spectral-compact"):
+        for dim in (64, 96, 128, 256):
+            layout = preset(name, dim).layout
+            yield f"sealing {name}, width {dim}", partial(compile_seal, layout)
+    for dim in (64, 96, 128, 256):
+        yield (
+            f"eigenvectors, width {dim}",
+            partial(eigenvectors_triton.eigenvectors, torch.eye(dim)[None]),
+        )
+        for dtype in (model_dtype(), torch.float32):
+            yield f"exact, width {dim}, {dtype}", partial(compile_exact, dim, dtype)
+
+
+def compile_seal(layout):
+    seal_zeros(seal_triton.seal, (1, 1, layout.head_dim), 1, layout=layout, dtype=model_dtype())
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cards", nargs="*", choices=[*CARDS, []], help="kinds of GPU; all")
+    parser.add_argument("--case", default="", help="a pattern that the names of cases contain")
+    options = parser.parse_args()
     stand_in()
-    launch_configs.gpus_of = lambda device: ("sm_90",)
-    cases = [(n, dim, group) for n in PRESETS for dim, group in ((64, 3), (128, 4)) if n != "exact"]
-    cases += [("spectral-quality", 128, 7), ("spectral-compact", 128, 7)]
-    cases += [("spectral-int8", 128, 8), ("spectral-int8", 128, 16)]
-    cases += [("spectral-quality", 256, 4)]  # the portable kernels at their widest
-    for name, dim, group in cases:
-        Compiled.label = f"{name}, width {dim}, {group} queries"
-        launch_pages(PageFormat.preset(name, num_kv_heads=1, head_dim=dim), group)
-    for name in ("spectral-quality", "spectral-int8"):
-        Compiled.label = f"{name}, softcap and window"
-        format = PageFormat.preset(name, num_kv_heads=1, head_dim=128)
-        launch_pages(format, 4, softcap=50.0, first_visible=torch.zeros(1).int())
-    for name, dim in (("quality-64", 64), ("quality-128", 128), ("wide-256", 256)):
-        Compiled.label = f"sealing, width {dim}"
-        SealCase(name, heads=1, blocks=1, dtype=torch.bfloat16).seal(seal_triton.seal)
-    for dim in (64, 96, 128, 256):
-        Compiled.label = f"eigenvectors, width {dim}"
-        eigenvectors_triton.eigenvectors(torch.eye(dim)[None])
-    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
-        Compiled.label = f"exact, width {dim}, {dtype}"
-        args, options = exact_case([65], dim=dim, dtype=dtype)
-        exact_decode_triton.exact_decode(*args, **options)
-    k = torch.zeros(1, 2, 128, dtype=torch.bfloat16)
-    place, plane = torch.zeros(1).int(), torch.zeros(1 << 16, dtype=torch.uint8)
-    exact_append_triton.exact_append(k, k, plane, place, place)
-    rows = torch.zeros(2, 2, 64, 128, dtype=torch.bfloat16)
-    exact_append_triton.exact_copy(plane, ExactPlaces(*3 * (place,)), rows)
+    for kind in options.cards or CARDS:
+        Compiled.card = CARDS[kind]
+        stand_on(Compiled.card)
+        for label, compile_one in cases():
+            if re.search(options.case, label):
+                Compiled.label = label
+                compile_one()
 
 
 if __name__ == "__main__":

@@ -312,15 +312,20 @@ def blocks_at_once(shape):
     return WORKSPACE_BYTES // (layers * heads * 2 * dim * 2 * 512)
 
 
-def seal_zeros(op, shape, blocks, *, device="cpu", compile_only=False):
+def seal_zeros(
+    op, shape, blocks, *, device="cpu", layout=None, dtype=torch.bfloat16, compile_only=False
+):
     """Seal `blocks` blocks of zeros into one page; `shape` is (layers, KV heads, head width)."""
     layers, heads, dim = shape
-    fields = PAGES["quality-64" if dim == 64 else "quality-128"][1]
-    layout = PageFormat("zeros", heads, dim, **fields).layout
+    if layout is None:
+        fields = PAGES["quality-64" if dim == 64 else "quality-128"][1]
+        layout = PageFormat("zeros", heads, dim, **fields).layout
     page = 8 * exact_page_bytes(heads, dim, 2)
     planes = torch.zeros(layers, page + layout.page_bytes, dtype=torch.uint8, device=device)
     ints = {"dtype": torch.int32, "device": device}
-    projection = torch.zeros(layers, heads, dim, dim, device=device)
+    projections = [
+        torch.zeros(layers, heads, dim, side.rank, device=device) for side in (layout.k, layout.v)
+    ]
     table = torch.zeros(600, dim // 2, device=device)
     return op(
         planes,
@@ -328,11 +333,11 @@ def seal_zeros(op, shape, blocks, *, device="cpu", compile_only=False):
         torch.full((blocks,), page // 128, **ints),
         torch.zeros(blocks, **ints),
         layout=layout,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         cos=table + 1,
         sin=table,
-        k_projection=projection,
-        v_projection=projection,
+        k_projection=projections[0],
+        v_projection=projections[1],
         compile_only=compile_only,
     )
 

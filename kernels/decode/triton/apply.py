@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spectral_paged.kernels.decode.parts import Partials, adds_values, group_sizes
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.launch.card import Card, halved, limits_of
 from spectral_paged.kernels.launch.configs import DecodeConfig
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import (
@@ -42,11 +45,14 @@ def _apply_kernel(
     HEAD_BYTES: tl.constexpr,
     MEAN_AT: tl.constexpr,
     VALUES: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
     RANK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Multiply one item's vectors in rank space by the bases of their pages, and merge them."""
+    """Multiply one item's vectors in rank space by the bases of their pages, and merge them.
+
+    A program takes `COLUMNS` dimensions.
+    """
     item, head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(item_seq_ptr + item)
     if seq < num_seqs:
@@ -54,10 +60,11 @@ def _apply_kernel(
         SIZE: tl.constexpr = RANK + DIM if VALUES else RANK
         group = tl.arange(0, ROWS)
         real = group < P
-        dim, comp = tl.arange(0, DIM_PAD), tl.arange(0, RANK_PAD)
+        dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        comp = tl.arange(0, RANK_PAD)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for entry in range(tl.load(item_start_ptr + item), tl.load(item_end_ptr + item)):
             position = tl.load(table_ptr + seq * table_width + entry)
             if position >= 0:
@@ -88,8 +95,22 @@ def _apply_kernel(
         out = item.to(tl.int64) * HEADS + head
         to = out_ptr + (out * P + group)[:, None] * DIM + dim[None, :]
         tl.store(to, acc, mask=real[:, None] & (dim < DIM)[None, :])
-        tl.store(out_sums_ptr + out * 2 * P + group, top, mask=real)
-        tl.store(out_sums_ptr + (out * 2 + 1) * P + group, total, mask=real)
+        once = real & (tl.program_id(2) == 0)
+        tl.store(out_sums_ptr + out * 2 * P + group, top, mask=once)
+        tl.store(out_sums_ptr + (out * 2 + 1) * P + group, total, mask=once)
+
+
+@cache
+def _columns(dim: int, rank: int, card: Card) -> int:
+    """Dimensions that a program multiplies: at most 16,384 elements of a basis in registers, and in
+    half of the shared memory."""
+    return halved(
+        dim,
+        fits=lambda columns: (
+            columns * rank <= 16384
+            and columns * rank * card.operand_bytes <= card.shared_bytes // 2
+        ),
+    )[0]
 
 
 def apply_bases(
@@ -106,7 +127,8 @@ def apply_bases(
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     width = group_sizes(q, layout)[1]
     out = Partials.sized(plan.num_items, layout, width, dim, q.device)
-    _apply_kernel[(plan.num_items, heads)](
+    columns = _columns(padded(dim), padded(side.rank), limits_of(q.device))
+    _apply_kernel[(plan.num_items, heads, padded(dim) // columns)](
         plane,
         table,
         plan.item_seq,
@@ -128,7 +150,7 @@ def apply_bases(
         HEAD_BYTES=layout.head_bytes,
         MEAN_AT=side.mean_offset,
         VALUES=adds_values(layout),
-        DIM_PAD=padded(dim),
+        COLUMNS=columns,
         RANK_PAD=padded(side.rank),
         ROWS=padded(width),
         num_warps=4,

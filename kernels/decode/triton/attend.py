@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,7 @@ from spectral_paged.kernels.decode.parts import (
     group_sizes,
 )
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.launch.card import Card, halved, limits_of
 from spectral_paged.kernels.launch.configs import DecodeConfig
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import band_tuples, capped, level_table, load_values, padded
@@ -87,10 +90,11 @@ def _attend_kernel(
     K_PAD: tl.constexpr,
     V_PAD: tl.constexpr,
     COLS: tl.constexpr,
+    TOKENS: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Attend to the pages of one item for one KV head.
+    """Attend to the pages of one item for one KV head, `TOKENS` tokens at a time.
 
     `PER_PAGE`: a part is a page, not an item. `VALUES`: `adds_values` of the layout.
     """
@@ -100,7 +104,6 @@ def _attend_kernel(
         start = tl.load(item_start_ptr + item)
         first_entry = tl.load(first_entry_ptr + seq)
         end = tl.load(item_end_ptr + item)
-        token = tl.arange(0, 128)
         k_comp, v_comp = tl.arange(0, K_PAD), tl.arange(0, V_PAD)
         dim = tl.arange(0, DIM_PAD)
         group = tl.arange(0, COLS)
@@ -123,7 +126,9 @@ def _attend_kernel(
                     other=0.0,
                 ).to(tl.float32)
                 page_sum = tl.zeros([COLS], tl.float32)
-                for tile in range(4):
+                for step in range(512 // TOKENS):
+                    tile = step * TOKENS // 128
+                    token = step * TOKENS % 128 + tl.arange(0, TOKENS)
                     codes = load_values(
                         record,
                         levels_ptr,
@@ -248,6 +253,19 @@ def _attend_kernel(
             )
 
 
+@cache
+def _tokens(k_rank: int, v_rank: int, card: Card) -> int:
+    """Tokens whose codes are taken at once: at most 16,384 codes of a side in registers, and those
+    of both in half of the shared memory."""
+    return halved(
+        128,
+        fits=lambda tokens: (
+            tokens * max(k_rank, v_rank) <= 16384
+            and tokens * (k_rank + v_rank) * card.operand_bytes <= card.shared_bytes * 2 // 3
+        ),
+    )[0]
+
+
 def attend_pages(
     q: Tensor,
     plane: Tensor,
@@ -304,9 +322,10 @@ def attend_pages(
         K_PAD=padded(k.rank),
         V_PAD=padded(v.rank),
         COLS=padded(width),
+        TOKENS=_tokens(padded(k.rank), padded(v.rank), limits_of(q.device)),
         CAPPED=options.capped,
         WINDOW=options.window,
-        num_warps=2,
+        num_warps=2 if padded(v.rank) <= 128 else 4,
         num_stages=1,
     )
     return partials

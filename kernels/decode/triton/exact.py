@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from spectral_paged.kernels.decode.parts import LOG2_E, Partials, ScoreOptions
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.decode.triton.finish import merge_items
+from spectral_paged.kernels.launch.card import Card, halved, limits_of
 from spectral_paged.kernels.launch.configs import dependent_launch
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 from spectral_paged.kernels.page.triton import after_previous, capped, padded
@@ -17,6 +20,18 @@ from spectral_paged.kernels.page.triton import after_previous, capped, padded
 PROGRAMS = 2112  # about what keeps a GPU of 132 multiprocessors busy: 16 programs each
 GRAIN = 4  # pages that a program should have, so that it loads one while it computes another
 WARPS, STAGES = 4, 3
+
+
+@cache
+def _tile(dim: int, itemsize: int, card: Card) -> tuple[int, int]:
+    """Tokens of a page that are taken at once, and stages in which they are loaded and computed.
+
+    K and V of the tokens lie in shared memory, and those of every further stage but one; a quarter
+    of it is for the queries and the weights.
+    """
+    room, token = card.shared_bytes * 3 // 4, 2 * dim * max(itemsize, card.operand_bytes)
+    [tokens] = halved(EXACT_PAGE_TOKENS, fits=lambda tokens: tokens * token <= room)
+    return tokens, max(1, min(STAGES, 1 + room // (tokens * token)))
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -42,6 +57,7 @@ def _exact_kernel(
     DIM_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
+    TOKENS: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOW: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,7 +69,7 @@ def _exact_kernel(
         tokens = tl.load(num_tokens_ptr + seq)
         start = tl.load(item_start_ptr + item)
         end = tl.load(item_end_ptr + item)
-        group, dim, token = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, 64)
+        group, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
         dim_ok = dim < DIM
         q_at = ((seq * HEADS + head) * GROUP + group)[:, None] * DIM + dim[None, :]
         q = tl.load(q_ptr + q_at, mask=(group < GROUP)[:, None] & dim_ok[None, :], other=0.0)
@@ -62,7 +78,10 @@ def _exact_kernel(
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         row = table_ptr + seq * table_width
-        for entry in range(start, end):
+        PARTS: tl.constexpr = 64 // TOKENS
+        for step in range(start * PARTS, end * PARTS):
+            entry = step // PARTS
+            token = step % PARTS * TOKENS + tl.arange(0, TOKENS)
             position = tl.load(row + entry).to(tl.int64)
             k_at = plane_ptr + position * UNIT + head * (128 * DIM)
             seen = entry * 64 + token < tokens
@@ -116,6 +135,7 @@ def attend_exact(
     num_seqs, num_q_heads, dim = q.shape
     group = num_q_heads // num_kv_heads
     width = padded(group, 1)
+    tokens, stages = _tile(padded(dim), dtype.itemsize, limits_of(q.device))
     parts, sums = (
         torch.empty(plan.num_items, num_kv_heads, *shape, dtype=torch.float32, device=q.device)
         for shape in ((width, dim), (2, width))
@@ -142,10 +162,11 @@ def attend_exact(
         DIM_PAD=padded(dim),
         ROWS=padded(width),
         UNIT=128 // dtype.itemsize,
+        TOKENS=tokens,
         CAPPED=options.capped,
         WINDOW=options.window,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=stages,
         **dependent_launch(q.device),
     )
     return Partials(parts, sums)

@@ -15,6 +15,7 @@ Coefficients lie in a bf16 workspace between passes: their rounding (0.1 %) is s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectral_paged.kernels.launch.card import Card, halved, limits_of
 from spectral_paged.kernels.launch.configs import SealConfig, launcher, seal_config
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, UNIT_BYTES, PageLayout
 from spectral_paged.kernels.page.triton import band_tuples, halves, padded
@@ -287,6 +289,21 @@ def supports(layout: PageLayout) -> bool:
     )
 
 
+@cache
+def _projection_tile(dim: int, rank: int, rows: int, card: Card) -> tuple[int, int]:
+    """Tokens and components of the tile whose coefficients are computed at once.
+
+    Both operands of the product lie in shared memory, each as two halves of fp16. A program keeps
+    at most 16,384 elements of the matrix.
+    """
+    tokens, components = halved(
+        rows,
+        min(rank, 16384 // dim),
+        fits=lambda r, c: 2 * card.operand_bytes * dim * (r + c) <= card.shared_bytes,
+    )
+    return tokens, components
+
+
 def seal(
     planes: Tensor,
     exact: Tensor,
@@ -345,7 +362,6 @@ def seal(
             "SLOTS": layout.num_slots,
             "DIM_PAD": padded(dim),
             "RANK_PAD": rank,
-            "ROWS": config.rows,
             "num_warps": config.warps,
             "num_stages": 1,
         }
@@ -367,6 +383,7 @@ def seal(
         for side, rank, matrix, work, common in zip(
             sides, ranks, (k_projection, v_projection), works, commons, strict=True
         ):
+            rows, columns = _projection_tile(padded(dim), rank, config.rows, limits_of(device))
             launcher(_project_kernel, (items,), compile_only=compile_only)(
                 values,
                 planes,
@@ -380,7 +397,8 @@ def seal(
                 plane_bytes,
                 values.shape[1],
                 MEAN_AT=side.mean_offset,
-                COLUMNS=min(rank, 16384 // padded(dim)),
+                ROWS=rows,
+                COLUMNS=columns,
                 PAGE_BYTES=layout.page_bytes,
                 **common,
             )
@@ -402,6 +420,7 @@ def seal(
                 SLOT_AT=side.slot_offset,
                 INDEX_AT=layout.index_offset,
                 COUNT_PADS=tuple(padded(band.count) for band in side.bands),
+                ROWS=config.rows,
                 **common,
             )
     return bad
