@@ -46,12 +46,8 @@ from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
-LOADING = (
-    "device",
-    "dtype",
-    "quantization",
-    "trust_remote_code",
-)  # options that a loaded model does not take
+# options that a loaded model does not take
+LOADING = ("device", "dtype", "quantization", "trust_remote_code")
 # vLLM's methods that are not here, by what is (docs/vllm-comparison.md)
 INSTEAD = {
     "models that generate": ("embed", "encode", "classify", "score", "reward"),

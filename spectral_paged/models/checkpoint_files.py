@@ -80,7 +80,7 @@ def _pickle_message(what: str) -> str:
 
 
 def check_checkpoint(where: str, config: Any) -> None:
-    """Refuse a model whose weights are not all plain safetensors files of its own.
+    """Refuse a model whose weights are not all safetensors files of its own that can be read.
 
     Args:
         where: folder or hub id.
@@ -105,9 +105,9 @@ def check_checkpoint(where: str, config: Any) -> None:
         path = find_file(where, name)
         if path is not None:
             if name.endswith(".json"):
-                check_tensors(where, check_index(path))
+                check_tensors(where, check_index(path), config)
             else:
-                check_tensors(where, tensor_names(path))
+                check_tensors(where, tensor_names(path), config)
             return
     folder = Path(where)
     held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []

