@@ -51,8 +51,9 @@ def blocks(config: Any) -> Sequence[int] | None:
     if not isinstance(given, dict) or given.get("quant_method") != "fp8":
         return None
     size = given.get("weight_block_size")
-    whole = isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)
-    return size if whole and min(size) > 0 else None
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    return size if all(type(count) is int and count > 0 for count in size) else None
 
 
 def method_in(config: Any) -> str | None:
