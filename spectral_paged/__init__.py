@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from spectral_paged.options import CacheOptions, EngineArgs
     from spectral_paged.outputs import CompletionOutput, RequestOutput, RequestOutputKind
     from spectral_paged.pages import PageFormat, SharedBasis
-    from spectral_paged.sampling import SamplingParams, StructuredOutputsParams
+    from spectral_paged.sampling import BeamSearchParams, SamplingParams, StructuredOutputsParams
     from spectral_paged.server.async_llm import AsyncLLM
 
     __version__: str
 
 __all__ = [
     "AsyncLLM",
+    "BeamSearchParams",
     "CacheOptions",
     "CompletionOutput",
     "Engine",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 _HOMES = {
     "AsyncLLM": "server.async_llm",
+    "BeamSearchParams": "sampling",
     "CacheOptions": "options",
     "CompletionOutput": "outputs",
     "Engine": "engine",

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
+    BeamSearch,
     Callers,
     Conversation,
     Engine,
@@ -21,6 +22,7 @@ from spectral_paged.engine import (
     Prompt,
     TextDeltas,
     Turns,
+    check_request,
     conversations,
     counted_refusal,
     params_list,
@@ -28,6 +30,7 @@ from spectral_paged.engine import (
     prompt_list,
 )
 from spectral_paged.errors import (
+    InvalidRequestError,
     SpectralPagedError,
     attach_outputs,
 )
@@ -41,9 +44,9 @@ from spectral_paged.models.option_checks import check_fit, check_options, format
 from spectral_paged.models.runner import ModelRunner
 from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
 from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
-from spectral_paged.outputs import RequestOutput, RequestOutputKind, TextDelta
+from spectral_paged.outputs import BeamSearchOutput, RequestOutput, RequestOutputKind, TextDelta
 from spectral_paged.pool.weak_method import WeakMethod
-from spectral_paged.sampling import SamplingParams
+from spectral_paged.sampling import BeamSearchParams, SamplingParams
 from spectral_paged.scheduler import SchedulerConfig
 
 # options that a loaded model does not take
@@ -51,7 +54,6 @@ LOADING = ("device", "dtype", "quantization", "trust_remote_code")
 # vLLM's methods that are not here, by what is (docs/vllm-comparison.md)
 INSTEAD = {
     "models that generate": ("embed", "encode", "classify", "score", "reward"),
-    "`transformers`' `generate` with a `SpectralPagedCache`": ("beam_search",),
     "the model that `LLM.from_model` was given": ("apply_model", "collective_rpc"),
     "`close()`, and another `LLM`": ("sleep", "wake_up"),
     "`llm.stats()`": ("get_metrics",),
@@ -347,6 +349,35 @@ class LLM:
         inboxes, self._enqueued = self._enqueued, []
         joined = self._callers.join(inboxes)
         return self._wait(joined, len(joined.places), [], use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """Return the best sequences of each prompt, one prompt after another.
+
+        Other callers' steps run in between.
+
+        Raises:
+            SpectralPagedError: a prompt can never be served, or the beams do not fit.
+        """
+        found = []
+        for prompt in tqdm(
+            prompt_list(prompts), "beam search", unit="prompt", disable=not use_tqdm
+        ):
+            body, salt, pinned = parts_of(prompt)
+            if pinned:
+                raise InvalidRequestError("a beam search takes no pinned_spans: leave them out")
+            with self._turns:
+                tokens = self.engine.prompt_encoder.encode(body)
+                as_request = SamplingParams(max_tokens=params.max_tokens)
+                check_request(self.cache, tokens, as_request, (), None)
+                search = BeamSearch(self.engine, tokens, params, salt)
+            found.append(BeamSearchOutput(search.run(self._turns)))
+        return found
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no running request holds; return True."""

@@ -97,6 +97,29 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """A sequence of a beam search.
+
+    `tokens`: prompt and output; `text` is theirs, special tokens spelled out. `logprobs`: for each
+    token of the output, the most probable ones in its place. `cum_logprob`: the sum of the
+    output's. `finish_reason` is stop or length.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str = ""
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The sequences of one prompt's beam search, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """A piece of a streaming completion.

@@ -9,6 +9,9 @@ from spectral_paged.engine.admission import (
     check_request,
     most_tokens,
 )
+from spectral_paged.engine.beam_search import (
+    BeamSearch,
+)
 from spectral_paged.engine.callers import (
     Callers,
     Inbox,
@@ -46,6 +49,7 @@ from spectral_paged.engine.turns import (
 )
 
 __all__ = [
+    "BeamSearch",
     "Callers",
     "Conversation",
     "Distribution",

@@ -5,6 +5,9 @@ The package imports `device` and `outputs` only.
 
 from __future__ import annotations
 
+from spectral_paged.sampling.beam_search_params import (
+    BeamSearchParams,
+)
 from spectral_paged.sampling.logits_processors import (
     LogitsProcessor,
     process,
@@ -44,6 +47,7 @@ from spectral_paged.sampling.structured_outputs import (
 )
 
 __all__ = [
+    "BeamSearchParams",
     "LogitsProcessor",
     "LogitsVisitor",
     "Penalties",
