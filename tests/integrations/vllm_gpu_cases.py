@@ -16,6 +16,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from spectral_paged.kernels.chunk import fa3
+from spectral_paged.kernels.chunk.gpu import chunk_attention
+from spectral_paged.kernels.chunk.reference import KEY_GAP, chunk_attention as twin
+from support.chunk_kernels import chunk_case
 
 pytestmark = pytest.mark.gpu
 
@@ -166,6 +172,42 @@ def test_blocks_are_sealed_and_read(found, name):
 def test_the_default_format_is_sealed_and_read_by_the_fast_kernels(found):
     stats = of(found, "pages")["first"]
     assert stats["backend"] == "gluon" and stats["seal_backend"] == "triton"
+
+
+@pytest.fixture
+def hopper():
+    """vLLM's build of FlashAttention 3 in this process."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    from spectral_paged.integrations.vllm.flash_attention import BUILD
+
+    fa3.use_build(BUILD)
+    yield
+    fa3.use_build(None)
+
+
+def test_prompts_attend_through_vllms_flash_attention_3(hopper, found):
+    for name in ("exact", "pages", "pages eager"):
+        assert of(found, name)["first"]["prefill_backend"] == "fa3"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window, softcap", [(None, None), (50, None), (None, 3.0), (50, 3.0)])
+@pytest.mark.parametrize("group, dim", [(1, 64), (4, 128), (7, 128), (3, 96), (2, 256)])
+def test_vllms_build_attends_to_chunks_as_the_twin_does(hopper, group, dim, window, softcap, dtype):
+    q, k, v, spans = chunk_case(group, dim, dtype, KEY_GAP)
+    options = {"spans": spans, "scale": 0.1, "window": window, "softcap": softcap}
+    want = twin(q, k, v, **options)
+    got = chunk_attention(q, k, v, by="fa3", **options)
+    assert float((got.float() - want).norm() / want.norm()) < 5e-3
+    values = v.clone()
+    for start in spans.gap_starts:
+        values[:, start : start + spans.gap] = 0
+    _, last = list(spans)[-1]
+    values[:, last] = torch.nan
+    spoiled = chunk_attention(q, k, values, by="fa3", **options)
+    others = slice(spans.q_ends[-2])
+    assert torch.equal(spoiled[others], got[others]) and spoiled[spans.q_ends[-2] :].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["exact", "pages"])

@@ -15,6 +15,7 @@ from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans, chunk_attention
 from spectral_paged.pages import decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
+from support.chunk_kernels import chunk_case
 from support.kernel_cases import (
     PAGES,
     SEAL_SHAPES,
@@ -385,18 +386,6 @@ def test_gpu_bytes_do_not_depend_on_the_encoders_batch(heads, dim, decomposition
 
 
 KEPT = ("fa3", "xformers", "varlen", "cudnn")
-CHUNKS = ([1, 37, 300, 64], [1, 700, 300, 65])  # queries, keys
-
-
-def chunk_case(group, dim, dtype, gap):
-    generator = torch.Generator("cuda").manual_seed(1)
-    spans = ChunkSpans.of(*CHUNKS, torch.device("cuda"), gap=gap)
-
-    def draw(*shape):
-        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
-
-    q = draw(spans.q_ends[-1], 2 * group, dim)
-    return q, *(draw(2, spans.num_key_rows, dim) for _ in range(2)), spans
 
 
 @pytest.mark.parametrize("by", KEPT)

@@ -1,4 +1,4 @@
-"""A chunk kernel on a CPU that loads whole tiles of keys, as FlashAttention 3 does."""
+"""Chunks for kernels on a GPU, and a kernel on a CPU that loads whole tiles of keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from spectral_paged.kernels.chunk.reference import ChunkSpans
+
 TILE = 176  # the widest that FlashAttention 3 loads
+QUERIES, KEYS = [1, 37, 300, 64], [1, 700, 300, 65]
+
+
+def chunk_case(group, dim, dtype, gap):
+    """q, k, v and spans of four chunks on a GPU, two of them with history."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    spans = ChunkSpans.of(QUERIES, KEYS, torch.device("cuda"), gap=gap)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+    q = draw(spans.q_ends[-1], 2 * group, dim)
+    return q, *(draw(2, spans.num_key_rows, dim) for _ in range(2)), spans
 
 
 def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, spans, scores, window) -> Tensor:
