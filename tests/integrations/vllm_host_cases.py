@@ -324,6 +324,7 @@ def test_the_host_time_of_a_step_is_counted(folder):
     host.finish()
     stats = host.runtime.stats()
     assert stats["num_steps"] == host.num_steps and 0 < stats["host_seconds"] < 5
+    assert 0 < stats["decode_host_ms"] < 1e3 * stats["host_seconds"]
 
 
 @pytest.mark.parametrize(

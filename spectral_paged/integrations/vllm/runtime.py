@@ -37,6 +37,9 @@ class PagedRuntime:
         self.serving = False
         self.num_steps = self.num_replays = 0
         self.host_seconds = self.wait_seconds = 0.0
+        self.decode_host_seconds = 0.0
+        self.num_decode_pairs = 0
+        self._seconds_at_decode: float | None = None  # when the last step began, if it decoded
         self._in_step = False
 
     @classmethod
@@ -74,10 +77,18 @@ class PagedRuntime:
                     f"vLLM counts {start} tokens stored of {entry.seq_id!r}, the cache counts "
                     f"{entry.start}"
                 )
+        self._count_decode(plan.is_decode)
         self.cache.begin_step(plan)
         self._in_step = True
         self.num_steps += 1
         return plan
+
+    def _count_decode(self, decodes: bool) -> None:
+        """Count the host's seconds from one decode step to the next, if none came between."""
+        if decodes and self._seconds_at_decode is not None:
+            self.decode_host_seconds += self.host_seconds - self._seconds_at_decode
+            self.num_decode_pairs += 1
+        self._seconds_at_decode = self.host_seconds if decodes else None
 
     def close_step(self) -> None:
         """End the open step, if there is one, and note the sequences that failed."""
@@ -106,14 +117,19 @@ class PagedRuntime:
         return failed
 
     def stats(self) -> dict[str, object]:
-        """Return the cache's figures, the steps run, and the host's seconds spent on pages, those
-        of waiting for the device apart."""
+        """Return the cache's figures, the steps run, and the host's seconds spent on pages.
+
+        `host_seconds` is of all steps, without `wait_seconds`, in which the host waited for the
+        device; `decode_host_ms` is the mean from one decode step to the next.
+        """
+        pairs = self.num_decode_pairs
         return {
             **self.cache.stats(),
             "num_steps": self.num_steps,
             "graph_replays": self.num_replays,
             "host_seconds": self.host_seconds,
             "wait_seconds": self.wait_seconds,
+            "decode_host_ms": 1e3 * self.decode_host_seconds / pairs if pairs else None,
         }
 
 
