@@ -119,7 +119,7 @@ def _add_served(parser: Parser) -> None:
     ):
         parser.add_argument(name, type=positive, default=default, metavar="N", help=what)
     _add_llm_options(parser, "device", "dtype", "gpu_memory_utilization")
-    _add_llm_options(parser, "kv_cache_bytes", help=ARENAS)
+    _add_llm_options(parser, "kv_cache_bytes")
     _add_llm_options(parser, "max_num_seqs", default=16)
     _add_name(parser)
     _add_output_dir(parser)
