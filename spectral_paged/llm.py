@@ -15,6 +15,7 @@ from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
     BeamSearch,
     Callers,
+    ChatOptions,
     Conversation,
     Engine,
     Inbox,
@@ -284,6 +285,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         allow_special_tokens: bool | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Complete one conversation or many, formatted by the tokenizer's chat template.
 
@@ -291,11 +293,12 @@ class LLM:
             messages: `{"role": ..., "content": ...}`; content is text, or a list of text parts,
                 which are joined by line ends.
             allow_special_tokens: None: as the LLM was made.
+            options: the fields of `ChatTemplate` (`tools`, `chat_template_kwargs`, ...).
 
         Raises:
             SpectralPagedError: as in `generate`.
         """
-        talks = conversations(messages, allow_special_tokens)
+        talks = conversations(messages, allow_special_tokens, **options)
         return self._complete(talks, sampling_params, use_tqdm)
 
     def chat_tokens(
@@ -309,7 +312,7 @@ class LLM:
 
         Args:
             allow_special_tokens: None: as the LLM was made.
-            options: `tools` and `truncate_prompt_tokens`, as `PromptEncoder.encode_chat` has them.
+            options: as `PromptEncoder.encode_chat` has them.
 
         Raises:
             InvalidRequestError, PromptTooLongError: as `PromptEncoder.encode_chat` does.
@@ -419,6 +422,7 @@ class LLM:
                     prompt.messages,
                     allow_special_tokens=prompt.allow_special_tokens,
                     truncate_prompt_tokens=params.truncate_prompt_tokens,
+                    **prompt.options,
                 )
             body, salt, pinned = parts_of(prompt)
             if params.output_kind is not RequestOutputKind.CUMULATIVE:  # pieces are cut of those

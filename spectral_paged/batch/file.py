@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ from typing import IO, Any
 import filelock
 
 from spectral_paged.batch.source import raw_lines
-from spectral_paged.engine import ENCODING_KEYS, check_messages, check_salt, parts_of
+from spectral_paged.engine import ENCODING_KEYS, ChatOptions, check_messages, check_salt, parts_of
 from spectral_paged.errors import (
     CorruptFileError,
     InvalidRequestError,
@@ -67,6 +67,7 @@ class BatchLine:
     """One line of input, with `messages` or `prompt` set, or else `error`.
 
     digest: 16 hex digits of SHA-256 over the line's bytes.
+    template: what the line says of the chat template.
     named: sampling fields that the line or the run names; the model's own defaults are for others.
     """
 
@@ -76,6 +77,7 @@ class BatchLine:
     prompt: str | list[int] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: ToolUse | None = None
+    template: ChatOptions = field(default_factory=ChatOptions)
     params: SamplingParams | None = None
     url: str | None = None
     cache_salt: str = ""
@@ -208,6 +210,7 @@ def _parse_openai(
         prompt=request.prompts[0] if request.prompts else None,
         messages=request.messages,
         tools=request.tools,
+        template=request.template,
         params=request.params,
         url=url,
         cache_salt=request.cache_salt,

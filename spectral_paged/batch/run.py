@@ -106,6 +106,7 @@ def _submit(llm: LLM, line: BatchLine) -> str:
                 line.messages,
                 tools=() if line.tools is None else line.tools.tools,
                 truncate_prompt_tokens=line.params.truncate_prompt_tokens,
+                **line.template,
             )
         assert prompt is not None, "a line without an error has a prompt"
         own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}

@@ -16,6 +16,9 @@ from spectral_paged.engine.callers import (
     Callers,
     Inbox,
 )
+from spectral_paged.engine.chat_template import (
+    ChatOptions,
+)
 from spectral_paged.engine.counters import (
     Distribution,
 )
@@ -51,6 +54,7 @@ from spectral_paged.engine.turns import (
 __all__ = [
     "BeamSearch",
     "Callers",
+    "ChatOptions",
     "Conversation",
     "Distribution",
     "ENCODING_KEYS",

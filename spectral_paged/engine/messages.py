@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Unpack
 
+from spectral_paged.engine.chat_template import ChatOptions
 from spectral_paged.errors import refusal, shown
 from spectral_paged.sampling import plain_list
 
@@ -89,22 +90,29 @@ class Conversation:
     """A prompt that is messages, which the chat template turns into tokens. They are unchecked.
 
     allow_special_tokens: None: as the LLM was told.
+    options: the fields of `ChatTemplate`.
     """
 
     messages: object
     allow_special_tokens: bool | None = None
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
-def conversations(messages: object, allow_special_tokens: bool | None = None) -> list[Conversation]:
+def conversations(
+    messages: object, allow_special_tokens: bool | None = None, **options: Unpack[ChatOptions]
+) -> list[Conversation]:
     """Return one conversation, or each of a list or column of conversations.
 
     Raises:
         InvalidRequestError: `messages` is a table.
+        TypeError: an option does not exist.
     """
+    if unknown := sorted(options.keys() - ChatOptions.__annotations__.keys()):
+        raise TypeError(f"chat takes no {unknown[0]!r}: {', '.join(ChatOptions.__annotations__)}")
     given = plain_list(messages, "messages")
     if given and isinstance(given[0], list | tuple):
-        return [Conversation(one, allow_special_tokens) for one in given]
-    return [Conversation(messages if given is None else given, allow_special_tokens)]
+        return [Conversation(one, allow_special_tokens, options) for one in given]
+    return [Conversation(messages if given is None else given, allow_special_tokens, options)]
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -139,12 +147,12 @@ def _message(message: object, where: str) -> dict[str, Any]:
     content = message.get("content")
     # a call has nothing to say beside it
     found["content"] = "" if calls and content is None else _content(content, f"{where}.content")
-    for field in ("name", "tool_call_id"):
-        value = message.get(field)
+    for key in ("name", "tool_call_id"):
+        value = message.get(key)
         if value is not None and value != []:
             if not isinstance(value, str):
-                raise refusal(f"{where}.{field} must be a string", f"{where}.{field}")
-            found[field] = value
+                raise refusal(f"{where}.{key} must be a string", f"{where}.{key}")
+            found[key] = value
     return found
 
 

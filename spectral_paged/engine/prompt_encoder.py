@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 from spectral_paged.engine.admission import prompt_too_long
+from spectral_paged.engine.chat_template import ChatOptions, ChatTemplate
 from spectral_paged.engine.control_tokens import ControlTokens
 from spectral_paged.engine.messages import check_messages
 from spectral_paged.engine.text_bound import TextBound, text_bound
@@ -100,14 +101,14 @@ class PromptEncoder:
         self,
         messages: object,
         *,
-        tools: Sequence[Mapping[str, Any]] = (),
         allow_special_tokens: bool = False,
         truncate_prompt_tokens: int | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's turn.
 
         Args:
-            tools: functions that the model may call, in OpenAI's form.
+            options: the fields of `ChatTemplate`.
             allow_special_tokens: special tokens in the text of messages are tokens; else they are
                 text, and the template's are the only ones.
             truncate_prompt_tokens: as in `encode`.
@@ -117,24 +118,18 @@ class PromptEncoder:
                 template.
             PromptTooLongError: they cannot fit.
         """
-        checked = check_messages(messages)
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequestError(
-                "the model has no chat template: use generate with a prompt, or give its tokenizer "
-                "a chat_template"
-            )
-        if tools and "tools" not in str(self.tokenizer.chat_template):
-            raise refusal(
-                "the model's chat template takes no tools: leave them out, or serve a model that "
-                "was trained to call them",
-                "tools",
-            )
-        parts = {"messages": checked, "tools": list(tools)}
-        text = self._render(parts)
+        checked, template = check_messages(messages), ChatTemplate(**options)
+        template.check(self.tokenizer)
+        parts = {
+            "messages": checked,
+            "tools": list(template.tools or ()),
+            "chat_template_kwargs": dict(template.chat_template_kwargs or {}),
+        }
+        text = self._render(template, parts)
         self._check(text, any_length=truncate_prompt_tokens is not None)
         marked = None if allow_special_tokens else self._control_tokens.marked(parts)
         if marked is not None:
-            text = self._render(marked)
+            text = self._render(template, marked)
         try:
             if marked is not None:
                 token_ids = self._control_tokens.encode(text)
@@ -176,14 +171,9 @@ class PromptEncoder:
             ) from error
         return self._in_vocabulary(token_ids)
 
-    def _render(self, parts: Mapping[str, Any]) -> str:
-        tools = {"tools": parts["tools"]} if parts["tools"] else {}
+    def _render(self, template: ChatTemplate, parts: Mapping[str, Any]) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    parts["messages"], add_generation_prompt=True, tokenize=False, **tools
-                )
-            )
+            return template.render(self.tokenizer, parts)
         except Exception as error:  # templates raise errors of any type for roles and orders
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {cut(str(error))}"

@@ -216,6 +216,9 @@ class ChatCompletionRequest(Body):
     messages: Annotated[list[dict[str, Any]], Checked(_messages, MESSAGES_SCHEMA)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, sampled("logprobs")] = None
+    add_generation_prompt: bool | None = None  # vLLM's, like the next two
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     # OpenAI's fields that are not served
@@ -230,11 +233,8 @@ class ChatCompletionRequest(Body):
     verbosity: Annotated[None, unserved("medium")] = None
     web_search_options: Annotated[None, unserved()] = None
     # vLLM's
-    add_generation_prompt: Annotated[None, unserved(True)] = None
     add_special_tokens: Annotated[None, unserved(False)] = None
     chat_template: Annotated[None, unserved()] = None
-    chat_template_kwargs: Annotated[None, unserved({})] = None
-    continue_final_message: Annotated[None, unserved(False)] = None
     documents: Annotated[None, unserved([])] = None
     echo: Annotated[None, unserved(False)] = None
     include_reasoning: Annotated[None, unserved(True)] = None

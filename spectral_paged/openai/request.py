@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from spectral_paged.engine import ChatOptions
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError, cut, refusal, shown
 from spectral_paged.openai.bodies import Body, ChatCompletionRequest, CompletionRequest, Prompt
 from spectral_paged.openai.tools import ToolUse
@@ -38,6 +39,7 @@ class OpenAIRequest:
     """A body with its defaults, with `messages` (chat) or `prompts` (completions) set.
 
     by_response_format: `response_format` asks for the structured outputs of `params`.
+    template: what the body says of the chat template.
     named: sampling fields that the body has; `params` has the defaults of the others.
     include_usage: a stream ends with its usage.
     continuous_usage: each chunk of a stream has the usage so far.
@@ -48,6 +50,7 @@ class OpenAIRequest:
     prompts: list[Prompt]
     messages: list[dict[str, Any]] | None = None
     tools: ToolUse | None = None
+    template: ChatOptions = field(default_factory=ChatOptions)
     model: str | None = None
     cache_salt: str = ""
     stream: bool = False
@@ -135,7 +138,16 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
                 "tool_choice and another form of the answer are both given: leave one out",
                 "tool_choice",
             )
-        return OpenAIRequest(prompts=[], messages=asked.messages, tools=tools, **common)
+        template = ChatOptions()
+        if asked.add_generation_prompt is not None:
+            template["add_generation_prompt"] = asked.add_generation_prompt
+        if asked.continue_final_message is not None:
+            template["continue_final_message"] = asked.continue_final_message
+        if asked.chat_template_kwargs is not None:
+            template["chat_template_kwargs"] = asked.chat_template_kwargs
+        return OpenAIRequest(
+            prompts=[], messages=asked.messages, tools=tools, template=template, **common
+        )
     return OpenAIRequest(prompts=asked.prompt, echo=bool(asked.echo), **common)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spectral_paged.engine import check_request, most_tokens
+from spectral_paged.engine import ChatOptions, check_request, most_tokens
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
@@ -13,6 +13,8 @@ from spectral_paged.sampling import SamplingParams, Wanted
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.echo import Echo
 from spectral_paged.server.settings import ServerSettings
+
+OF_TEMPLATE = tuple(ChatOptions.__annotations__)  # fields beside the messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,18 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
     if body.tools is not None:
         tools = body.tools.bound(llm.get_tokenizer(), settings.tool_call_parser)
         body = replace(body, tools=tools, params=tools.params(body.params, llm.get_tokenizer()))
+    options: ChatOptions = {**body.template}
+    if body.tools is not None:
+        options["tools"] = body.tools.tools
     encoder, keep = llm.engine.prompt_encoder, body.params.truncate_prompt_tokens
     try:
         prompts = (
             [
                 encoder.encode_chat(
                     body.messages,
-                    tools=() if body.tools is None else body.tools.tools,
                     allow_special_tokens=llm.allow_special_tokens,
                     truncate_prompt_tokens=keep,
+                    **options,
                 )
             ]
             if body.messages is not None
@@ -76,7 +81,7 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
         if not all(prompts):
             raise EmptyPromptError("the prompt is empty: give at least one token")
     except InvalidRequestError as error:
-        if error.param != "tools":
+        if error.param not in OF_TEMPLATE:
             error.param = "messages" if chat else "prompt"
         raise
     echoes = None
