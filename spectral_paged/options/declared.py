@@ -173,7 +173,8 @@ class LLMOptions(CacheOptions):
             which needs no calibration file, or `exact`; in Python also a `PageFormat`.
         device: `cpu`, `cuda` or `cuda:1`; `auto` takes CUDA if it is available.
         dtype: `float32` (also `float`), `bfloat16` or `float16` (also `half`), of weights and
-            activations; `auto` is `float32` on a CPU and `bfloat16` on CUDA.
+            activations; `auto` is `float32` on a CPU, and on CUDA `bfloat16`, or `float16` where
+            the GPU has none.
         quantization: `fp8` quantizes the weights of linear layers to FP8 as they are loaded, and
             multiplies on FP8 tensor cores (compute capability 8.9 or more); `fp8-emulated` rounds
             in the same way and multiplies in fp32, on any device; default: weights as they are.

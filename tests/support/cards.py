@@ -19,6 +19,15 @@ CARDS = {
     "sm_100": Card("B200", (10, 0), 227 * KIB),
     "sm_120": Card("RTX 5090", (12, 0), 99 * KIB),
 }
+SOLD_AS = {
+    "sm_75": "T4, RTX 20",
+    "sm_80": "A100, A30",
+    "sm_86": "RTX 30, A10, A40, RTX A6000",
+    "sm_89": "RTX 40, L4, L40S",
+    "sm_90": "H100, H200, GH200",
+    "sm_100": "B200, GB200",
+    "sm_120": "RTX 50, RTX PRO 6000 Blackwell",
+}
 
 
 def stand_on(card, setattr=setattr):
