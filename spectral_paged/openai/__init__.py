@@ -43,6 +43,11 @@ from spectral_paged.openai.response import (
     token_counts,
     usage,
 )
+from spectral_paged.openai.responses import (
+    RESPONSES_URL,
+    ResponseObject,
+    ResponsesRequest,
+)
 from spectral_paged.openai.tokenization import (
     DETOKENIZE_URL,
     TOKENIZE_URL,
@@ -80,6 +85,9 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "OpenAIRequest",
+    "RESPONSES_URL",
+    "ResponseObject",
+    "ResponsesRequest",
     "SAMPLING_FIELDS",
     "TOKENIZE_URL",
     "TextChoice",

@@ -19,6 +19,7 @@ from spectral_paged.openai import (
     CHAT_URL,
     COMPLETIONS_URL,
     DETOKENIZE_URL,
+    RESPONSES_URL,
     TOKENIZE_URL,
     ModelCard,
     OpenAIRequest,
@@ -60,8 +61,10 @@ from spectral_paged.server.parsing import (
     parse_request,
     unknown_model,
 )
+from spectral_paged.server.pending import Generation
 from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
 from spectral_paged.server.response import OpenAIResponse
+from spectral_paged.server.responses import ResponsesResponse, parse_response, renamed
 from spectral_paged.server.settings import ServerSettings
 from spectral_paged.server.tokenization import detokenize, tokenize
 
@@ -139,6 +142,7 @@ class Service:
         app.add_api_route("/v1/models/{name:path}", self._model, **get, **description.MODEL)
         app.add_api_route(CHAT_URL, self._chat, **post, **description.CHAT)
         app.add_api_route(COMPLETIONS_URL, self._complete, **post, **description.COMPLETIONS)
+        app.add_api_route(RESPONSES_URL, self._create_response, **post, **description.RESPONSES)
         app.add_api_route(TOKENIZE_URL, self._tokenize, **post, **description.TOKENIZE)
         app.add_api_route(DETOKENIZE_URL, self._detokenize, **post, **description.DETOKENIZE)
         return app
@@ -213,6 +217,9 @@ class Service:
     async def _complete(self, request: Request) -> Response:
         return await self._respond(request, partial(self._begin, request, chat=False))
 
+    async def _create_response(self, request: Request) -> Response:
+        return await self._respond(request, partial(self._begin_response, request))
+
     async def _tokenize(self, request: Request) -> Response:
         return await self._respond(request, partial(self._call, tokenize))
 
@@ -250,22 +257,12 @@ class Service:
     ) -> Response:
         """Queue the request and return its response; a stream takes over the exits of `stack`."""
         try:
-            return await self._generate(request, body, lease, stack, chat=chat)
+            parsed = await self._parse(body, partial(parse_request, chat=chat))
+            generation = await self._generate(request, parsed, lease, stack)
         except ApiError as error:
             if chat and error.param == "prompt":  # the prompt was made from the messages
                 error.param = "messages"
             raise
-
-    async def _generate(
-        self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
-    ) -> Response:
-        parsed = await self._parse(body, partial(parse_request, chat=chat))
-        form = parsed.params.structured_outputs
-        if form is not None:
-            await self._compile(parsed.body, form)
-        if self._ended:
-            raise stopping()
-        lease.grow(parsed.num_completions)
         asked = parsed.body
         response = OpenAIResponse(
             request.state.request_id,
@@ -277,14 +274,6 @@ class Service:
             returns_prompt_logprobs=asked.returns_prompt_logprobs,
             tools=asked.tools,
         )
-        generation = await self.engine.submit(
-            request.state.engine_id,
-            parsed.prompts,
-            parsed.params,
-            cache_salt=self._salt(request, asked.cache_salt),
-            streams=asked.stream,
-        )
-        stack.callback(generation.close)
         if not asked.stream:
             return await self._whole(response, await generation.outputs(), parsed)
         chunks = response.chunks(
@@ -295,8 +284,47 @@ class Service:
         seconds = self.settings.send_seconds
         return EventStream(chunks, stack.pop_all().close, seconds=seconds)
 
+    async def _begin_response(
+        self, request: Request, body: Body, lease: Lease, stack: ExitStack
+    ) -> Response:
+        """Queue a request of `/v1/responses` and return its response."""
+        try:
+            asked, parsed = await self._parse(body, parse_response)
+            generation = await self._generate(request, parsed, lease, stack)
+        except ApiError as error:
+            raise renamed(error) from error
+        name = asked.model or self.settings.model_names[0]
+        response = ResponsesResponse(request.state.request_id, name, asked, parsed.body.tools)
+        if not asked.stream:
+            return await self._whole(response, await generation.outputs(), parsed)
+        end, seconds = stack.pop_all().close, self.settings.send_seconds
+        return EventStream(response.chunks(generation), end, seconds=seconds, named=True)
+
+    async def _generate(
+        self, request: Request, parsed: ParsedRequest, lease: Lease, stack: ExitStack
+    ) -> Generation:
+        """Queue a parsed request, whose completions end with `stack`."""
+        form = parsed.params.structured_outputs
+        if form is not None:
+            await self._compile(parsed.body, form)
+        if self._ended:
+            raise stopping()
+        lease.grow(parsed.num_completions)
+        generation = await self.engine.submit(
+            request.state.engine_id,
+            parsed.prompts,
+            parsed.params,
+            cache_salt=self._salt(request, parsed.body.cache_salt),
+            streams=parsed.body.stream,
+        )
+        stack.callback(generation.close)
+        return generation
+
     async def _whole(
-        self, response: OpenAIResponse, outputs: Sequence[RequestOutput], parsed: ParsedRequest
+        self,
+        response: OpenAIResponse | ResponsesResponse,
+        outputs: Sequence[RequestOutput],
+        parsed: ParsedRequest,
     ) -> Response:
         """Build the response that is no stream; a large one in a thread, beside the event loop."""
         build = partial(list[bytes], response.pieces(outputs))

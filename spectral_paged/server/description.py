@@ -21,6 +21,8 @@ from spectral_paged.openai import (
     ErrorResponse,
     ModelCard,
     ModelList,
+    ResponseObject,
+    ResponsesRequest,
     Tokenized,
     TokenizeRequest,
     closed,
@@ -113,6 +115,16 @@ CHAT = _completion(
 COMPLETIONS = _completion(
     "createCompletion", "Complete prompts", CompletionRequest, Completion, CompletionChunk
 )
+RESPONSES = _call("createResponse", "Answer a conversation", ResponsesRequest, ResponseObject)
+RESPONSES["responses"][200]["content"] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+            "required": ["data"],
+        }
+    }
+}
 TOKENIZE = _call("tokenize", "Turn a prompt into token ids", TokenizeRequest, Tokenized)
 DETOKENIZE = _call("detokenize", "Turn token ids into text", DetokenizeRequest, Detokenized)
 VERSION: dict[str, Any] = {
@@ -157,6 +169,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    ResponsesRequest,
 )
 
 

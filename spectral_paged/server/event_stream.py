@@ -22,6 +22,7 @@ class EventStream(Response):
     Args:
         chunks: an `ApiError` of the iterator becomes the last event, because the status is sent.
         on_end: called once, also after an error.
+        named: events have their type as a name, and none ends the stream, as those of responses.
         seconds: a client that receives nothing for so long, with all buffers full, counts as
             disconnected.
     """
@@ -34,11 +35,13 @@ class EventStream(Response):
         on_end: Callable[[], None],
         *,
         seconds: float,
+        named: bool = False,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._chunks, self._on_end, self._seconds = chunks, on_end, seconds
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -59,10 +62,16 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for chunks in self._chunks:
-                await _body(send, b"".join(map(_event, chunks)), more=True)
+                names = [_name(chunk) if self._named else b"" for chunk in chunks]
+                events = map(bytes.__add__, names, map(_event, chunks))
+                await _body(send, b"".join(events), more=True)
         except ApiError as error:
             await _body(send, _event(error.content), more=True)
-        await _body(send, DONE, more=False)
+        await _body(send, b"" if self._named else DONE, more=False)
+
+
+def _name(chunk: Mapping[str, Any]) -> bytes:
+    return f"event: {chunk['type']}\n".encode()
 
 
 def _event(chunk: Mapping[str, Any]) -> bytes:

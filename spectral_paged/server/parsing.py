@@ -38,7 +38,12 @@ class ParsedRequest:
 
 
 def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool) -> ParsedRequest:
-    """Parse and tokenize a body.
+    """Parse and tokenize a body; raises as `prepare` does."""
+    return prepare(llm, settings, parse_json(raw), chat=chat)
+
+
+def prepare(llm: LLM, settings: ServerSettings, value: object, *, chat: bool) -> ParsedRequest:
+    """Read and tokenize a body that is parsed.
 
     Raises:
         SpectralPagedError: the request can never be served.
@@ -46,7 +51,7 @@ def parse_request(llm: LLM, settings: ServerSettings, raw: bytes, *, chat: bool)
     """
     # by default a chat completion may use all the room there is, as OpenAI's may
     longest = {"max_tokens": llm.cache.max_model_len} if chat else {}
-    body = parse_body(parse_json(raw), chat=chat, defaults=longest | llm.sampling_defaults)
+    body = parse_body(value, chat=chat, defaults=longest | llm.sampling_defaults)
     if body.model is not None and body.model not in settings.model_names:
         raise unknown_model(body.model, settings)
     _check_limits(body, settings)
