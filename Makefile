@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
   tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
 
-.PHONY: demo test check test-one check-builds gpu bench-decode map docs vllm forms soak coverage mutants audit format lint types clean
+.PHONY: demo test check test-one check-builds gpu bench-decode map docs vllm forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -85,6 +85,10 @@ forms: $(STAMP)
 
 # A million operations on block pools, then minutes of an engine and of a small model:
 # MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.
+# Kills writers of a store 200 times, and looks at every record.
+kills: $(STAMP)
+	STORE_KILLS=200 $(BIN)/python -m pytest tests/store/test_disk_tier.py -k kills
+
 soak: $(STAMP)
 	$(BIN)/python tests/soak --minutes $${MINUTES:-5} --device $${DEVICE:-cpu}
 

@@ -33,7 +33,8 @@ class Request:
         num_dropped_tokens: tokens stored at the last preemption; 0 once the request runs again.
         num_recomputed_tokens: dropped tokens that the prefix cache no longer had.
         num_cached_tokens: tokens that the cache had when the request first ran;
-            `num_host_cached_tokens` of these came from host memory.
+            of these `num_host_cached_tokens` came from host memory and `num_disk_cached_tokens`
+            from disk.
         num_pages_sealed: pages sealed before preemptions.
         max_cached_tokens: most tokens that the prefix cache may give, the others are computed;
             None: as many as it has.
@@ -54,6 +55,7 @@ class Request:
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
     num_host_cached_tokens: int = 0
+    num_disk_cached_tokens: int = 0
     num_pages_sealed: int = 0
     num_pending: int = 0
 

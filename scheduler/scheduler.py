@@ -237,6 +237,7 @@ class Scheduler:
                 request.num_cached_tokens = cached
                 stats = self.cache.sequence_stats(request.request_id)
                 request.num_host_cached_tokens = int(stats["host_cached_tokens"])
+                request.num_disk_cached_tokens = int(stats["disk_cached_tokens"])
             lost = max(0, request.num_dropped_tokens - cached)
             request.num_dropped_tokens = 0
             request.num_recomputed_tokens += lost

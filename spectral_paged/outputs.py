@@ -60,7 +60,8 @@ class RequestMetrics:
     """Times and counts of one request. Times are seconds of a monotonic clock.
 
     `num_cached_tokens`: prompt tokens that the prefix cache had when the request began, of which
-    `num_host_cached_tokens` came from host memory (`kv_host_memory`).
+    `num_host_cached_tokens` came from host memory (`kv_host_memory`) and
+    `num_disk_cached_tokens` from disk (`kv_store`).
     `num_pages_sealed`: summed over all completions, preempted runs included; pages that forks
     share count once. `preemption_reasons`: one for each preemption. `num_recomputed_tokens`:
     tokens that a preemption dropped and the prefix cache no longer had on resumption.
@@ -71,6 +72,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_cached_tokens: int = 0
     num_host_cached_tokens: int = 0
+    num_disk_cached_tokens: int = 0
     num_pages_sealed: int = 0
     num_preemptions: int = 0
     preemption_reasons: list[str] = field(default_factory=list)

@@ -63,7 +63,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "integrations": LLM | {"batch"},
     "server": LLM | {"openai", "metrics"},
     "benchmarks": LLM | {"integrations", "conformance"},
-    "cli": LLM | {"batch", "metrics", "integrations", "server", "benchmarks"},
+    "cli": LLM | {"store", "batch", "metrics", "integrations", "server", "benchmarks"},
     "__init__": LLM | {"cpu_threads", "llm_engine", "server"},
 }
 

@@ -49,6 +49,7 @@ def result_record(line: BatchLine, output: RequestOutput, model: str) -> dict[st
         metrics = {
             "cached_tokens": output.metrics.num_cached_tokens,
             "host_cached_tokens": output.metrics.num_host_cached_tokens,
+            "disk_cached_tokens": output.metrics.num_disk_cached_tokens,
             "pages_sealed": output.metrics.num_pages_sealed,
             "compression_ratio": round(output.metrics.compression_ratio, 4),
             "preemptions": output.metrics.num_preemptions,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 
 import torch
 
@@ -16,14 +19,26 @@ from spectral_paged.cache.records import Records
 from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import check_device
-from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError
+from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError, shown
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.arena import Arena, SlabPlan
 from spectral_paged.rope import RotaryTable
-from spectral_paged.store import CudaCopier, HostCopier, HostMemory, HostTier
+from spectral_paged.store import (
+    CudaCopier,
+    DiskTier,
+    Folder,
+    HostCopier,
+    HostMemory,
+    HostRecord,
+    HostTier,
+    Tiers,
+)
+
+PASSING_BYTES = 1 << 30  # of host memory, where pages only pass through it to disk and back
+PASSING_RECORDS = 8  # of the largest, at least
 
 
 def check_shape(
@@ -59,16 +74,29 @@ def check_shape(
             f"format {format.name!r} has prefill_segment=0, so what its pages hold depends on how "
             "prompts were cut, and no other prompt may find them: pass enable_prefix_caching=False"
         )
-    if options.kv_host_memory is not None and not options.enable_prefix_caching:
-        raise InvalidRequestError(
-            "kv_host_memory keeps prefixes for later requests, and enable_prefix_caching is False: "
-            "leave one of them out"
-        )
+    _check_store(format, options)
     try:
         if format.seals:
             page_ops(device).check_layout(format.layout)
     except ValueError as error:
         raise FormatError(f"format {format.name!r}: {error}") from error
+
+
+def _check_store(format: PageFormat, options: CacheOptions) -> None:
+    """Raise if a store is asked for that nothing could be found in."""
+    for name in ("kv_host_memory", "kv_store"):
+        if getattr(options, name) is not None and not options.enable_prefix_caching:
+            raise InvalidRequestError(
+                f"{name} keeps prefixes for later requests, and enable_prefix_caching is False: "
+                "leave one of them out"
+            )
+    if options.kv_store is None:
+        return
+    if format.needs_calibration and options.calibration == "online":
+        raise FormatError(
+            "kv_store keeps pages for other runs, and calibration='online' makes a basis that no "
+            "other run has: calibrate the model, or keep prefixes in kv_host_memory alone"
+        )
 
 
 def check_cache(
@@ -229,21 +257,64 @@ def lower_tiers(
     """The tiers below the pool that `options` ask for.
 
     Raises:
-        CapacityError: `kv_host_memory` holds no prefix, or the system does not give so much.
+        CapacityError: `kv_host_memory` or `kv_store_size` holds no prefix, or the system does not
+            give so much.
+        InvalidRequestError: `kv_store` is no folder and cannot become one, or nothing says of which
+            model its pages are.
     """
     records = Records(groups, visibility)
-    num_bytes = options.kv_host_memory
-    if num_bytes is None:
+    num_bytes, disk_bytes = options.kv_host_memory, options.kv_store_size
+    if num_bytes is None and options.kv_store is None:
         return LowerTiers(groups, records, visibility, None)
-    assert isinstance(num_bytes, int), "CacheOptions has read the text"
     largest, usual = records.sizes(max_model_len)
     if not largest:
         raise CapacityError(
-            f"kv_host_memory is given, and no prompt of up to max_model_len {max_model_len} tokens "
-            "has a prefix that is kept there: raise it, or leave kv_host_memory out"
+            f"a store is given, and no prompt of up to max_model_len {max_model_len} tokens has a "
+            "prefix that is kept there: raise it, or leave kv_host_memory and kv_store out"
         )
+    if num_bytes is None:
+        num_bytes = max(PASSING_BYTES, PASSING_RECORDS * largest)
+    assert isinstance(num_bytes, int) and isinstance(disk_bytes, int), "texts are read by now"
     memory = HostMemory.of(
         num_bytes, largest=largest, usual=usual, device=device, poison=options.debug_poison
     )
-    copier = CudaCopier(device) if device.type == "cuda" else HostCopier()
-    return LowerTiers(groups, records, visibility, HostTier(memory, copier))
+    host = HostTier(memory, CudaCopier(device) if device.type == "cuda" else HostCopier())
+    disk: DiskTier[HostRecord] | None = None
+    if options.kv_store is not None:
+        if disk_bytes < largest + usual:
+            raise CapacityError(
+                f"kv_store_size is {disk_bytes} bytes; a prefix of this cache takes at least "
+                f"{largest + usual}: give more"
+            )
+        if options.model_fingerprint is None:
+            raise InvalidRequestError(
+                "kv_store keeps pages that later runs may find, and nothing says of which model: "
+                "give model_fingerprint, such as a digest of its weights"
+            )
+        identity = _identity(groups, options.model_fingerprint, device)
+        disk = DiskTier(_folder(options.kv_store, disk_bytes), identity)
+    return LowerTiers(groups, records, visibility, Tiers(host, disk))
+
+
+def _folder(path: str | PathLike[str], max_bytes: int) -> Folder:
+    try:
+        return Folder(Path(path).expanduser(), max_bytes)
+    except OSError as error:
+        raise InvalidRequestError(
+            f"kv_store {shown(str(path))} cannot be a folder of pages ({error.strerror}): name one "
+            "that you may write"
+        ) from error
+
+
+def _identity(groups: list[LayerGroup], fingerprint: str, device: torch.device) -> bytes:
+    """32 bytes that are the same only for caches whose records hold the same for the same keys.
+
+    Keys contain the format; here is what makes K and V of it, and how a record is cut.
+    """
+    said: list[object] = [fingerprint, device.type]
+    for group in groups:
+        arena, rope = group.arena, group.rope
+        table = b"" if rope is None else rope.cos[:64].cpu().contiguous().numpy().tobytes()
+        sizes = (arena.exact_bytes, arena.page_bytes, str(arena.dtype))
+        said.append((group.layers, repr(group.retention), sizes, table))
+    return hashlib.sha256(repr(said).encode()).digest()

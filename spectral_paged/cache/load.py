@@ -12,7 +12,7 @@ from spectral_paged.cache.borrowed_slots import BorrowedSlots
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.records import Part, Record, Records
 from spectral_paged.pool.weak_method import WeakMethod
-from spectral_paged.store import Copy, HostRecord, HostTier
+from spectral_paged.store import Copy, HostRecord, Tiers
 
 MAX_BYTES_AT_ONCE = 1 << 30  # copies that one call begins; one record always passes
 
@@ -34,7 +34,7 @@ class Load:
     Args:
         groups: the cache's layer groups.
         records: the records of the cache's sequences.
-        host: the tier that has the records.
+        tiers: they have the records.
         needed: all records of the prefix.
     """
 
@@ -42,25 +42,26 @@ class Load:
         self,
         groups: Sequence[LayerGroup],
         records: Records,
-        host: HostTier,
+        tiers: Tiers,
         needed: Sequence[Record],
     ) -> None:
         self._groups = groups
         self._records = records
-        self._host = host
+        self._tiers = tiers
         self._borrowed = [BorrowedSlots(group.arena, WeakMethod(self._settle)) for group in groups]
-        self._waiting: deque[tuple[Record, HostRecord]] = deque()
+        self._waiting: deque[Record] = deque()
+        self._coming: deque[tuple[Record, HostRecord]] = deque()  # in host memory, or on their way
         self._arriving: list[_Arriving] = []
         self.failed = False
         self.num_tokens: Counter[str] = Counter()  # by the tier that they come from
         for group, borrowed in zip(groups, self._borrowed, strict=True):
             group.borrowed.append(borrowed)
         for record in needed:
-            lacking = [part for part in record.parts if not self._acquire(part)]
-            if lacking:
-                self._waiting.append((record, host.hold(record.key)))
-                self.num_tokens[host.name] += record.num_tokens
-        host.use([record.key for record in needed])
+            found = [self._acquire(part) for part in record.parts]
+            if not all(found):
+                self._waiting.append(record)
+        tiers.use([(record.key, record.parent) for record in needed])
+        self._call()
 
     def _acquire(self, part: Part) -> bool:
         return self._borrowed[part.place].acquire(part.slot_key)
@@ -68,20 +69,41 @@ class Load:
     def advance(self) -> bool | None:
         """Begin further copies and publish what has come: True once everything is there or the load
         has `failed`, False while something is on its way, None if the pool has no room now."""
+        self._call()
         begun = 0
-        while self._waiting and not self.failed and begun < MAX_BYTES_AT_ONCE:
-            num_bytes = self._begin(*self._waiting[0])
+        while self._coming and not self.failed and begun < MAX_BYTES_AT_ONCE:
+            record, source = self._coming[0]
+            if not source.copy.is_done:
+                break
+            num_bytes = self._begin(record, source)
             if num_bytes is None:
                 return None
-            self._waiting.popleft()
+            self._coming.popleft()
             begun += num_bytes
         arrived = [item for item in self._arriving if item.copy.is_done]
         self._arriving = [item for item in self._arriving if item not in arrived]
         for item in arrived:
-            self._host.let_go(item.source)
+            self._tiers.let_go(item.source)
             for part, index in item.slots:
                 self._borrowed[part.place].publish(index, part.slot_key)
-        return self.failed or not (self._waiting or self._arriving)
+        return self.failed or not (self._waiting or self._coming or self._arriving)
+
+    def _call(self) -> None:
+        """Hold what is in host memory, and have what is on disk read there, as long as it has
+        room."""
+        while self._waiting and not self.failed:
+            record = self._waiting[0]
+            tier = self._tiers.where(record.key, record.parent)
+            try:
+                source = self._tiers.hold(record.key, record.parent)
+            except KeyError:  # evicted meanwhile
+                self.failed = True
+                return
+            if source is None:
+                return
+            self._waiting.popleft()
+            self._coming.append((record, source))
+            self.num_tokens[tier or self._tiers.host.name] += record.num_tokens
 
     def _begin(self, record: Record, source: HostRecord) -> int | None:
         """Begin a record's copy and return its bytes; None: not now."""
@@ -103,10 +125,10 @@ class Load:
             )
             for part, index in places
         ]
-        copy = self._host.load(source, views)
+        copy = None if source.copy.failed else self._tiers.load(source, views)
         if copy is None:
             self.failed = True
-            self._host.let_go(source)
+            self._tiers.let_go(source)
             return 0
         self._arriving.append(_Arriving(copy, source, slots))
         return sum(view.numel() for view in views if not isinstance(view, int))
@@ -119,10 +141,10 @@ class Load:
         """Give all slots back. What has come stays cached in the pool."""
         for item in self._arriving:
             item.copy.wait()
-            self._host.let_go(item.source)
-        for _, source in self._waiting:
-            self._host.let_go(source)
-        self._arriving, self._waiting = [], deque()
+            self._tiers.let_go(item.source)
+        for _, source in self._coming:
+            self._tiers.let_go(source)
+        self._arriving, self._waiting, self._coming = [], deque(), deque()
         for group, borrowed in zip(self._groups, self._borrowed, strict=True):
             borrowed.release()
             group.borrowed.remove(borrowed)

@@ -25,7 +25,7 @@ from spectral_paged.cache.sequences import SequenceState
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 from spectral_paged.pages import PageFormat
-from spectral_paged.store import HostTier
+from spectral_paged.store import DiskTier, HostRecord, HostTier, Tiers
 
 MAX_LOADS = 4  # requests whose prefixes come at a time
 MAX_KNOWN_CHAINS = 1024
@@ -91,7 +91,7 @@ class LowerTiers:
         groups: the cache's layer groups.
         records: the records of its sequences.
         visibility: the rule for the blocks that queries see as pages.
-        host: the tier in host memory; None: nothing is kept, and every call returns at once.
+        tiers: host memory and disk; None: nothing is kept, and every call returns at once.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class LowerTiers:
         groups: Sequence[LayerGroup],
         records: Records,
         visibility: Visibility,
-        host: HostTier | None,
+        tiers: Tiers | None,
     ) -> None:
         self._groups = groups
         self._records = records
         self._visibility = visibility
-        self._host = host
-        self.keeps = host is not None
+        self._all = tiers
+        self.keeps = tiers is not None
         self._progress: dict[SequenceState, _Progress] = {}
         self._noted: list[tuple[SequenceState, range, list[int]]] = []
         self._loads: dict[str, Load] = {}
@@ -113,14 +113,14 @@ class LowerTiers:
         self._num_freed = 0
 
     @property
-    def tiers(self) -> tuple[HostTier, ...]:
+    def tiers(self) -> tuple[HostTier | DiskTier[HostRecord], ...]:
         """The tiers, the fastest first."""
-        return () if self._host is None else (self._host,)
+        return () if self._all is None else self._all.all
 
     @property
-    def _tier(self) -> HostTier:
-        assert self._host is not None, "nothing is asked of no tier"
-        return self._host
+    def _tiers(self) -> Tiers:
+        assert self._all is not None, "nothing is asked of no tier"
+        return self._all
 
     # ---- write behind --------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class LowerTiers:
         most = self._records.num_runs(state.num_prompt_tokens)
         while known < most:
             run = self._records.run(chain, known, state.pinned)
-            if run is None or not self._tier.is_known(run.key):
+            if run is None or not self._tiers.is_known(run.key, run.parent):
                 break
             known += 1
         points = self._records.hit_points(state.num_prompt_tokens - 1)
@@ -204,22 +204,22 @@ class LowerTiers:
     def _save(self, record: Record) -> bool:
         if not record.parts:
             return True
-        if self._tier.is_known(record.key):
-            self._tier.use([record.key])
+        if self._tiers.is_known(record.key, record.parent):
+            self._tiers.use([(record.key, record.parent)])
             return True
         views = []
         for part in record.parts:
             arena = self._groups[part.place].arena
             slot = arena.slots.lookup(part.slot_key)
             if slot is None:  # evicted meanwhile
-                self._tier.counters.dropped += 1
+                self._tiers.host.counters.dropped += 1
                 return False
             views.append(arena.span(slot, part.kind))
-        return self._tier.save(record.key, record.parent, views)
+        return self._tiers.save(record.key, record.parent, views)
 
     def freed(self, state: SequenceState, *, forget: bool) -> None:
         """Write what was noted of a sequence that ends now; with `forget` remove what it wrote."""
-        if self._host is None:
+        if self._all is None:
             return
         noted = [item for item in self._noted if item[0] is state]
         self._noted = [item for item in self._noted if item[0] is not state]
@@ -230,14 +230,16 @@ class LowerTiers:
             self._forget(state, state.chain)
         self._progress.pop(state, None)
         self._num_freed += 1
+        if not self._progress:  # nothing runs that would take note of copies that arrive
+            self._tiers.finish()
 
     def _forget(self, state: SequenceState, chain: PrefixChain) -> None:
         for point in self._records.hit_points(EXACT_PAGE_TOKENS * len(chain)):
-            self._tier.forget(self._records.anchor_key(chain, point))
+            self._tiers.forget(*self._records.anchor_keys(chain, point))
         for number in range(self._records.num_runs(EXACT_PAGE_TOKENS * len(chain))):
             record = self._records.run(chain, number, state.pinned)
             if record is not None:
-                self._tier.forget(record.key)
+                self._tiers.forget(record.key, record.parent)
 
     # ---- read ahead ----------------------------------------------------------------------
 
@@ -249,7 +251,7 @@ class LowerTiers:
         """
         seq_id = asking.seq_id
         load = self._loads.get(seq_id)
-        if self._host is None:
+        if self._all is None:
             return True
         if load is None:
             if len(self._loads) >= MAX_LOADS:
@@ -263,7 +265,7 @@ class LowerTiers:
             if not needed:
                 asked.ready_at = self._now
                 return True
-            load = self._loads[seq_id] = Load(self._groups, self._records, self._tier, needed)
+            load = self._loads[seq_id] = Load(self._groups, self._records, self._tiers, needed)
         ready = load.advance()
         if ready is None:
             return self._no_room(seq_id, alone=alone)
@@ -290,7 +292,7 @@ class LowerTiers:
     @property
     def _now(self) -> tuple[int, int]:
         """A pair that changes when a record has come to a tier, or the pool loses a slot."""
-        return self._tier.version, sum(group.arena.slots.num_evicted for group in self._groups)
+        return self._tiers.version, sum(group.arena.slots.num_evicted for group in self._groups)
 
     def _find(self, asked: _Asked) -> list[Record]:
         """The records of the longest prefix that the tiers have, if it is longer than the pool's;
@@ -317,10 +319,11 @@ class LowerTiers:
 
     def _is_here(self, record: Record) -> bool:
         """True if the pool has all of a record, or a tier has it."""
-        return record.key in self._tier or all(
+        in_pool = all(
             self._groups[part.place].arena.slots.lookup(part.slot_key) is not None
             for part in record.parts
         )
+        return in_pool or self._tiers.where(record.key, record.parent) is not None
 
     def _in_pool(self, asked: _Asked) -> int:
         """The tokens of the longest prefix that the pool has."""
@@ -357,19 +360,22 @@ class LowerTiers:
         for seq_id in list(self._loads):
             self.cancel(seq_id)
         self._noted.clear()
-        for tier in self.tiers:
-            tier.forget_all()
+        if self._all is not None:
+            self._all.forget_all()
 
     def close(self) -> None:
-        """Give all memory of the tiers back; nothing is kept from now on."""
-        self.forget_all()
+        """Write to disk what is to be written, and give all memory and threads of the tiers back.
+        Nothing is kept from now on."""
+        for seq_id in list(self._loads):
+            self.cancel(seq_id)
+        self._noted.clear()
         self._asked.clear()
         self._progress.clear()
-        for tier in self.tiers:
-            tier.close()
-        self._host, self.keeps = None, False
+        if self._all is not None:
+            self._all.close()
+        self._all, self.keeps = None, False
 
     def check_integrity(self) -> None:
         """Raise PoolError unless every tier's records and memory agree."""
-        for tier in self.tiers:
-            tier.check_integrity()
+        if self._all is not None:
+            self._all.check_integrity()

@@ -140,15 +140,15 @@ class Records:
                     else index in in_runs
                 )
             ]
-        parent = None
-        if runs:
-            parent = _key(b"run", chain[in_runs[-1]])
         tokens = num_tokens - len(in_runs) * EXACT_PAGE_TOKENS
-        return Record(self.anchor_key(chain, num_tokens), parent, tuple(parts), tokens)
+        return Record(*self.anchor_keys(chain, num_tokens), tuple(parts), tokens)
 
-    def anchor_key(self, chain: PrefixChain, num_tokens: int) -> bytes:
-        """The key of the anchor after `num_tokens` tokens."""
-        return _key(b"anchor", chain[num_tokens // EXACT_PAGE_TOKENS - 1])
+    def anchor_keys(self, chain: PrefixChain, num_tokens: int) -> tuple[bytes, bytes | None]:
+        """The keys of the anchor after `num_tokens` tokens and of the record before it."""
+        runs = self.runs_before(num_tokens)
+        last = self.num_tokens(runs) // EXACT_PAGE_TOKENS - 1
+        key = _key(b"anchor", chain[num_tokens // EXACT_PAGE_TOKENS - 1])
+        return key, _key(b"run", chain[last]) if runs else None
 
     def num_bytes(self, record: Record) -> int:
         """The bytes of a record."""

@@ -16,7 +16,7 @@ from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.pool.slot_pool import SlotKind
 
-TIERS = ("host",)
+TIERS = ("host", "disk")
 TIER_FIGURES = (
     "capacity_bytes",
     "bytes",
@@ -94,14 +94,15 @@ def held_bytes(groups: Sequence[LayerGroup], state: SequenceState) -> int:
 
 
 def sequence_figures(groups: Sequence[LayerGroup], state: SequenceState) -> dict[str, float]:
-    """A sequence's tokens, cached_tokens and of these host_cached_tokens, pages_sealed,
-    bytes_per_token and compression_ratio."""
+    """A sequence's tokens, cached_tokens, of these host_cached_tokens and disk_cached_tokens,
+    pages_sealed, bytes_per_token and compression_ratio."""
     held = held_bytes(groups, state)
     plain = token_bytes(groups, state.num_tokens)
     return {
         "tokens": state.num_tokens,
         "cached_tokens": state.num_cached_tokens,
         "host_cached_tokens": state.cached_below.get("host", 0),
+        "disk_cached_tokens": state.cached_below.get("disk", 0),
         "pages_sealed": state.num_pages_sealed,
         "bytes_per_token": held / max(state.num_tokens, 1),
         "compression_ratio": plain / held if held else 1.0,

@@ -11,6 +11,7 @@ from pathlib import Path
 from spectral_paged.cli.generate import add_generate, generate
 from spectral_paged.cli.kept import add_cache, cache
 from spectral_paged.cli.logs import FORMATS, LEVELS, logging_to_stderr
+from spectral_paged.cli.store import add_store, store
 from spectral_paged.cli.vllm_args import add_vllm_args, vllm_args
 from spectral_paged.cli.vllm_options import refuse_vllm_options
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
@@ -80,6 +81,7 @@ def build_parser() -> CommandParser:
         help=f"that of `serve`; default: that of ${METRICS_KEY_VARIABLE}, else none",
     )
     add_cache(commands.add_parser("cache", help="list or delete what is kept between runs"))
+    add_store(commands.add_parser("store", help="show, check or shrink a folder of --kv-store"))
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     throughput = _add_bench(bench)["throughput"]
     for one in (generating, serving, throughput):
@@ -208,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": info,
         "calibrate": calibrate,
         "cache": cache,
+        "store": store,
         "bench": bench,
     }
     try:

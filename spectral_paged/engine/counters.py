@@ -187,6 +187,7 @@ class EngineCounters:
             metrics.first_token_time = now
             metrics.num_cached_tokens = completion.request.num_cached_tokens
             metrics.num_host_cached_tokens = completion.request.num_host_cached_tokens
+            metrics.num_disk_cached_tokens = completion.request.num_disk_cached_tokens
             self.time_to_first_token.append(now - metrics.arrival_time)
             self.time_to_first_token.fold_if_long()
             self.prompt_tokens += len(group.prompt_token_ids)

@@ -47,7 +47,7 @@ METRICS = (
         "prefix_cache_tier_hits",
         "counter",
         "prefix_hit_tokens_by_tier",
-        "Prompt tokens found when a request first ran, by where they were (gpu, host).",
+        "Prompt tokens found when a request first ran, by where they were (gpu, host, disk).",
         "tier",
     ),
     MetricSpec(

@@ -12,6 +12,7 @@ from spectral_paged.errors import FormatError, InvalidRequestError, shown
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.weights_digest import weights_digest
 from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
@@ -95,12 +96,15 @@ def model_cache(
         kv_cache_bytes=num_bytes,
         calibration=find_calibration(options.calibration, format, loaded),
     )
+    ropes = layer_ropes(model, longest, model.device) if ropes is None else ropes
+    if options.kv_store is not None and options.model_fingerprint is None:
+        options = replace(options, model_fingerprint=weights_digest(model, ropes))
     return SpectralKVCache(
         num_layers=geometry.num_layers,
         num_q_heads=geometry.num_q_heads,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
-        rope=layer_ropes(model, longest, model.device) if ropes is None else ropes,
+        rope=ropes,
         format=format,
         device=model.device,
         dtype=model.dtype,

@@ -12,11 +12,12 @@ closed = with_config(ConfigDict(extra="forbid"))
 
 @closed
 class PromptTokensDetails(TypedDict):
-    """Prompt tokens that were not computed; `host_cached_tokens` of these, where there are any,
-    came from host memory."""
+    """Prompt tokens that were not computed; of these `host_cached_tokens` came from host memory
+    and `disk_cached_tokens` from disk, where any did."""
 
     cached_tokens: int
     host_cached_tokens: NotRequired[int]
+    disk_cached_tokens: NotRequired[int]
 
 
 @closed

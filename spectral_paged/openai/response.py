@@ -45,6 +45,8 @@ def usage(outputs: Sequence[RequestOutput]) -> Usage:
     }
     if from_host := sum(o.metrics.num_host_cached_tokens for o in outputs):
         details["host_cached_tokens"] = from_host
+    if from_disk := sum(o.metrics.num_disk_cached_tokens for o in outputs):
+        details["disk_cached_tokens"] = from_disk
     return {**token_counts(outputs), "prompt_tokens_details": details}
 
 

@@ -50,6 +50,15 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an integer, such as 34359738368, or a text such as '32GiB', or None",
         lambda value: value is None or (type(value) is int and value > 0),
     ),
+    "int | str": (
+        "an integer, such as 34359738368, or a text such as '32GiB'",
+        lambda value: type(value) is int and value > 0,
+    ),
+    "str | Path | None": (
+        "a path or None",
+        lambda value: value is None or isinstance(value, str | Path),
+    ),
+    "str | None": ("a text or None", lambda value: value is None or isinstance(value, str)),
     "bool": ("True or False", lambda value: isinstance(value, bool)),
     "Sequence[int]": (
         "a list of whole numbers",
@@ -82,6 +91,12 @@ class CacheOptions:
         kv_host_memory: bytes of host memory (also a text such as `32GiB`) for prefixes beyond those
             that the cache has room for, allocated once, and pinned for CUDA; default: none. Prompts
             that begin alike are then loaded instead of computed. Needs `enable_prefix_caching`.
+        kv_store: folder in which prefixes outlive the process, and which other processes may share;
+            default: none. It is made if it is not there. Needs `enable_prefix_caching`. What goes
+            there passes through `kv_host_memory`, by default then 1GiB.
+        kv_store_size: most bytes of the folder's records together (also a text such as `1TiB`).
+        model_fingerprint: separates the pages of models in a `kv_store`; default: a digest of the
+            model's weights. A `SpectralKVCache` of your own must be told, because it has no model.
         debug_poison: fill freed slots with NaN bytes, so that a stale read shows.
     """
 
@@ -102,6 +117,11 @@ class CacheOptions:
     kv_host_memory: int | str | None = field(
         default=None, metadata=option(parse_bytes, metavar="BYTES")
     )
+    kv_store: str | Path | None = field(default=None, metadata=option(metavar="FOLDER"))
+    kv_store_size: int | str = field(
+        default=64 << 30, metadata=option(parse_bytes, metavar="BYTES")
+    )
+    model_fingerprint: str | None = field(default=None, metadata=option(metavar="NAME"))
     debug_poison: bool = field(default=False, metadata=option(bool))
 
     def __post_init__(self) -> None:
@@ -117,7 +137,7 @@ class CacheOptions:
             if rule is not None and "integer" in rule[0] and hasattr(value, "__index__"):
                 value = value if isinstance(value, bool) else index(value)
                 object.__setattr__(self, known.name, value)
-            if known.type == "int | str | None" and isinstance(value, str):
+            if str(known.type).startswith("int | str") and isinstance(value, str):
                 value = bytes_of(known.name, value)
                 object.__setattr__(self, known.name, value)
             if rule is not None and not rule[1](value):
@@ -252,6 +272,9 @@ class CacheOptionsDict(TypedDict, total=False):
     calibration: SharedBasis | str | Path | None
     enable_prefix_caching: bool
     kv_host_memory: int | str | None
+    kv_store: str | Path | None
+    kv_store_size: int | str
+    model_fingerprint: str | None
     debug_poison: bool
 
 

@@ -54,7 +54,7 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--kv-offloading-size": "0",
         "--kv-offloading-backend": "native",
     },
-    "weights stay on the device and pages in the process: see --kv-cache-bytes, --kv-host-memory": {
+    "weights stay on the device, and pages go to --kv-host-memory and --kv-store": {
         "--cpu-offload-gb": "0",
         "--kv-transfer-config": "",
         "--kv-events-config": "",

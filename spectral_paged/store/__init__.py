@@ -1,4 +1,4 @@
-"""Tiers below the device's pages: records in host memory, found again by their keys.
+"""Tiers below the device's pages: records in host memory and on disk, found again by their keys.
 
 The package knows bytes and keys, and nothing of pages, slots or sequences.
 """
@@ -13,6 +13,13 @@ from spectral_paged.store.copies import (
 from spectral_paged.store.cuda import (
     CudaCopier,
 )
+from spectral_paged.store.disk_tier import (
+    DiskTier,
+)
+from spectral_paged.store.folder import (
+    Entry,
+    Folder,
+)
 from spectral_paged.store.host_tier import (
     HostRecord,
     HostTier,
@@ -20,13 +27,26 @@ from spectral_paged.store.host_tier import (
 from spectral_paged.store.memory import (
     HostMemory,
 )
+from spectral_paged.store.record_file import (
+    BadRecordError,
+    check_record,
+)
+from spectral_paged.store.tiers import (
+    Tiers,
+)
 
 __all__ = [
+    "BadRecordError",
     "Copier",
     "Copy",
     "CudaCopier",
+    "DiskTier",
+    "Entry",
+    "Folder",
     "HostCopier",
     "HostMemory",
     "HostRecord",
     "HostTier",
+    "Tiers",
+    "check_record",
 ]

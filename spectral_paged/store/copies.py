@@ -14,6 +14,10 @@ class Copy(Protocol):
 
     @property
     def is_done(self) -> bool: ...
+    @property
+    def failed(self) -> bool:
+        """True once it is known that the bytes never come."""
+
     def wait(self) -> None:
         """Wait for the copy on the host."""
 
@@ -33,7 +37,12 @@ class Copier(Protocol):
 
 def join(views: Sequence[Tensor]) -> Tensor:
     """The bytes of `views` one behind the other, on their device."""
-    return torch.cat([view.reshape(-1) for view in views])
+    total = sum(view.numel() for view in views)
+    flat, at = torch.empty(total, dtype=torch.uint8, device=views[0].device), 0
+    for view in views:
+        flat[at : at + view.numel()].view(view.shape).copy_(view)
+        at += view.numel()
+    return flat
 
 
 def scatter(flat: Tensor, views: Sequence[Tensor | int]) -> None:
@@ -50,7 +59,7 @@ def scatter(flat: Tensor, views: Sequence[Tensor | int]) -> None:
 class DoneCopy:
     """A copy that was done when it began."""
 
-    is_done = True
+    is_done, failed = True, False
 
     def wait(self) -> None:
         pass

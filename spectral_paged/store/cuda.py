@@ -44,6 +44,8 @@ class CudaCopy:
         self._event = event
         self._kept = kept
 
+    failed = False
+
     @property
     def is_done(self) -> bool:
         if self._kept and self._event.query():

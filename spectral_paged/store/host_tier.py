@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,13 +20,17 @@ MAX_BYTES_ON_WAY = 256 << 20  # of copies to the host that are not done; one rec
 class HostRecord:
     """A record in host memory.
 
-    copy: how its bytes came there. readers: those who need the bytes to stay.
+    copy: how its bytes came there. readers: those who need the bytes to stay. is_new: no tier below
+    has it.
     """
 
+    key: bytes
+    parent: bytes | None
     frames: list[int]
     num_bytes: int
     copy: Copy
     readers: int = 0
+    is_new: bool = True
 
     @property
     def is_busy(self) -> bool:
@@ -44,6 +48,7 @@ class HostTier:
     """
 
     name = "host"
+    hands_on = False  # keep what comes from the device for `take_arrived`
 
     def __init__(self, memory: HostMemory, copier: Copier) -> None:
         self._memory = memory
@@ -52,6 +57,7 @@ class HostTier:
         self._order = ChainOrder()
         self._on_way: list[HostRecord] = []  # their copies to the host may not be done
         self._doomed: list[HostRecord] = []  # forgotten, but still read or written
+        self._arrived: list[HostRecord] = []  # since `take_arrived`
         self._num_arrived = 0
         self.counters = TierCounters()
 
@@ -64,7 +70,7 @@ class HostTier:
     def __contains__(self, key: bytes) -> bool:
         """True if a record is there, whole."""
         record = self._records.get(key)
-        return record is not None and record.copy.is_done
+        return record is not None and record.copy.is_done and not record.copy.failed
 
     def is_known(self, key: bytes) -> bool:
         """True if a record is there or on its way."""
@@ -87,7 +93,8 @@ class HostTier:
         num_bytes = sum(view.numel() for view in views)
         pending = sum(record.num_bytes for record in self._on_way)
         frames = None
-        if not pending or pending + num_bytes <= MAX_BYTES_ON_WAY:
+        fits = not pending or pending + num_bytes <= MAX_BYTES_ON_WAY
+        if fits and self.may_hold(num_bytes):
             frames = self._take(self._memory.frames_of(num_bytes), parent)
         if frames is None:
             self.counters.dropped += 1
@@ -98,12 +105,49 @@ class HostTier:
             self._memory.give_back(frames)
             self.counters.count_failure("a copy to host memory", error)
             return False
-        record = self._records[key] = HostRecord(frames, num_bytes, copy)
-        self._order.add(key, parent)
-        self._on_way.append(record)
+        self._add(HostRecord(key, parent, frames, num_bytes, copy))
         self.counters.written += 1
         self.counters.written_bytes += num_bytes
         return True
+
+    def _add(self, record: HostRecord) -> None:
+        self._records[record.key] = record
+        self._order.add(record.key, record.parent)
+        self._on_way.append(record)
+
+    def receive(
+        self,
+        key: bytes,
+        parent: bytes | None,
+        num_bytes: int,
+        begin: Callable[[list[Tensor]], Copy],
+    ) -> HostRecord | None:
+        """A record that comes from a tier below, held as by `hold`; None: there is no room now.
+
+        Args:
+            begin: begins to copy its bytes to the tensors that it is given.
+        """
+        self.settle()
+        frames = self._take(self._memory.frames_of(num_bytes), parent)
+        if frames is None:
+            return None
+        copy = begin(self._memory.pieces(frames, num_bytes))
+        record = HostRecord(key, parent, frames, num_bytes, copy, readers=1, is_new=False)
+        self._add(record)
+        return record
+
+    def may_hold(self, num_bytes: int) -> bool:
+        """True if a record of so many bytes is not larger than the memory."""
+        return self._memory.frames_of(num_bytes) <= self._memory.num_frames
+
+    def pieces(self, record: HostRecord) -> list[Tensor]:
+        """The bytes of a record that is held."""
+        return self._memory.pieces(record.frames, record.num_bytes)
+
+    def take_arrived(self) -> list[HostRecord]:
+        """The records that came from the device since the last call, each held for the caller."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def _take(self, count: int, parent: bytes | None) -> list[int] | None:
         """Frames, for which ends of chains other than `parent`, without which the new record would
@@ -112,8 +156,6 @@ class HostTier:
         def may_go(key: bytes) -> bool:
             return key != parent and not self._records[key].is_busy
 
-        if count > self._memory.num_frames:
-            return None
         while (frames := self._memory.take(count)) is None:
             oldest = self._order.oldest(may_go)
             if oldest is None:
@@ -146,12 +188,13 @@ class HostTier:
 
     def forget(self, key: bytes) -> None:
         """Remove a record, if it is there."""
-        record = self._records.pop(key, None)
-        if record is None:
-            return
+        if key in self._records:
+            self._forget(key)
+            self.settle()
+
+    def _forget(self, key: bytes) -> None:
+        self._doomed.append(self._records.pop(key))
         self._order.remove(key)
-        self._doomed.append(record)
-        self.settle()
 
     def forget_all(self) -> None:
         for key in list(self._records):
@@ -160,9 +203,17 @@ class HostTier:
     def settle(self) -> None:
         """Take note of the copies that are done."""
         if self._on_way:
-            before = len(self._on_way)
-            self._on_way = [record for record in self._on_way if not record.copy.is_done]
-            self._num_arrived += before - len(self._on_way)
+            on_way, self._on_way = self._on_way, []
+            for record in on_way:
+                if not record.copy.is_done:
+                    self._on_way.append(record)
+                elif not record.copy.failed:
+                    self._num_arrived += 1
+                    if record.is_new and self.hands_on:
+                        record.readers += 1
+                        self._arrived.append(record)
+                elif self._records.get(record.key) is record:
+                    self._forget(record.key)
         if self._doomed:
             busy = []
             for record in self._doomed:
@@ -172,11 +223,15 @@ class HostTier:
                     self._memory.give_back(record.frames)
             self._doomed = busy
 
+    def wait(self) -> None:
+        """Wait for the copies on their way here."""
+        for record in self._on_way:
+            record.copy.wait()
+
     def close(self) -> None:
         """Wait for copies on their way, and give the memory back."""
-        for record in (*self._records.values(), *self._doomed):
-            record.copy.wait()
-        self._records, self._doomed, self._on_way = {}, [], []
+        self.wait()
+        self._records, self._doomed, self._on_way, self._arrived = {}, [], [], []
         self._order = ChainOrder()
         self._memory.close()
 

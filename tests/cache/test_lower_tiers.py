@@ -271,7 +271,7 @@ def test_a_copy_that_fails_lets_the_prompt_be_computed():
     host_of(cache)._copier = LateCopier(failing=1.0)
     assert ready(cache, "b", 1800, PROMPT)
     assert cache.add_sequence("b", num_prompt_tokens=1800, token_ids=PROMPT) == 0
-    assert cache.stats()["store_failures"] == {"host": 1}
+    assert cache.stats()["store_failures"] == {"host": 1, "disk": 0}
     assert cache.sequence_stats("b")["host_cached_tokens"] == 0
     cache.check_integrity()
 
@@ -292,7 +292,7 @@ def test_without_a_store_a_prefix_is_ready_at_once():
     assert cache.prefetch("a", num_prompt_tokens=1800, token_ids=IDS) is True
     cache.cancel_prefetch("a")
     cache.close()
-    assert cache.stats()["store_bytes"] == {"host": 0}
+    assert cache.stats()["store_bytes"] == {"host": 0, "disk": 0}
 
 
 def test_a_closed_store_keeps_nothing():

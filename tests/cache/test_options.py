@@ -38,6 +38,9 @@ OTHERS = {
     "calibration": "online",
     "enable_prefix_caching": False,
     "kv_host_memory": 1 << 30,
+    "kv_store": "folder",
+    "kv_store_size": 1 << 30,
+    "model_fingerprint": "mine",
     "debug_poison": True,
 }
 

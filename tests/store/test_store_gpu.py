@@ -92,3 +92,26 @@ def test_tokens_are_the_same_with_and_without_host_memory(format, eager):
             by_tier = llm.stats()["prefix_hit_tokens_by_tier"]
     assert by_tier["host"] > 2000
     assert outputs[:3] == outputs[3:]
+
+
+@pytest.mark.parametrize("format", ["spectral-quality", "exact"])
+def test_a_restart_is_warm_and_says_the_same(format, tmp_path):
+    """Graphs and steps queued ahead; the second LLM finds what the first one left on disk."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    outputs = []
+    for folder in (None, tmp_path, tmp_path):
+        with LLM.from_model(
+            tiny_model().cuda(),
+            kv_format=format,
+            kv_cache_bytes=16 << 20,
+            max_num_seqs=4,
+            prefill_segment=512,
+            kv_store=folder,
+            compile_layers=False,
+            debug_poison=True,
+        ) as llm:
+            found = llm.generate(PROMPTS, params, use_tqdm=False)
+            by_tier = llm.stats()["prefix_hit_tokens_by_tier"]
+        outputs.append([o.outputs[0].token_ids for o in found])
+    assert by_tier["disk"] > 3000
+    assert outputs[0] == outputs[1] == outputs[2]

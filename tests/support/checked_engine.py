@@ -12,7 +12,8 @@ from support.digit_model import DIM, EOS, LAYERS, LONGEST, ROPE, VOCAB, DigitRun
 
 
 class CheckedEngine:
-    """Operations of an engine, each followed by the proof that nothing was lost or stale.
+    """Operations of an engine, each followed by the proof that nothing was lost or stale; `store`
+    are options of tiers below its cache.
 
     Attributes:
         count: the number of events by kind: steps, requests, finished, aborted, refused, ...
@@ -31,7 +32,7 @@ class CheckedEngine:
         ahead=False,
         exempt_layers=(),
         strict=True,
-        host_bytes=None,
+        **store,
     ):
         self.cache = SpectralKVCache(
             num_layers=LAYERS,
@@ -44,7 +45,7 @@ class CheckedEngine:
             max_num_seqs=seats,
             max_model_len=LONGEST,
             exempt_layers=exempt_layers,
-            kv_host_memory=host_bytes,
+            **store,
             debug_poison=True,
         )
         self.runner = DigitRunner(self.cache)

@@ -78,7 +78,7 @@ class CountingCache:
 
     def sequence_stats(self, seq_id):
         sealed = self.stored[seq_id] // self.seal_every
-        return {"pages_sealed": sealed, "host_cached_tokens": 0}
+        return {"pages_sealed": sealed, "host_cached_tokens": 0, "disk_cached_tokens": 0}
 
     def free(self, seq_id, *, forget=False):
         del self.stored[seq_id], self.reserved[seq_id]

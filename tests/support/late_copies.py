@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 
 from spectral_paged.store.copies import join, scatter
 
 
 class LateCopy:
     """A copy that happens when it was asked for a number of times, or when somebody waits."""
+
+    failed = False
 
     def __init__(self, make, asks):
         self._make, self._asks = make, asks
@@ -26,6 +29,21 @@ class LateCopy:
         if self._asks < 0:
             self.wait()
         return self._make is None
+
+
+class NoThread:
+    """An executor that does everything at once, so that a test runs the same again."""
+
+    def submit(self, call, *args):
+        done = Future()
+        try:
+            done.set_result(call(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def shutdown(self, **how):
+        pass
 
 
 class LateCopier:

@@ -1,0 +1,231 @@
+"""The tier on disk: records in a folder, read and written by threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from spectral_paged.store.counters import TierCounters
+from spectral_paged.store.folder import Folder, name_of
+from spectral_paged.store.record_file import (
+    HEADER_BYTES,
+    BadRecordError,
+    header,
+    read_record,
+    write_body,
+)
+
+logger = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+NUM_READERS = 4
+MAX_BYTES_QUEUED = 1 << 30  # of records that wait to be written; one always passes
+
+
+class DiskRead:
+    """A record on its way from disk, as a `Copy`; `failed` once it cannot come."""
+
+    def __init__(self, future: Future[bool]) -> None:
+        self._future = future
+
+    @property
+    def is_done(self) -> bool:
+        return self._future.done()
+
+    @property
+    def failed(self) -> bool:
+        return self._future.done() and (self._future.cancelled() or not self._future.result())
+
+    def wait(self) -> None:
+        if not self._future.cancelled():
+            self._future.exception()
+
+    def hold(self) -> None:
+        self.wait()
+
+
+class DiskTier(Generic[Given]):
+    """Records of one model and format in a folder, which other processes may share.
+
+    A record that is damaged, truncated, foreign or of another version is a miss: the log tells of
+    it once, and it is removed. Where the disk is full, the folder for reading only or gone, writes
+    fail, which the log tells once, and nothing else happens.
+
+    Args:
+        folder: the folder.
+        identity: 32 bytes that separate the records of models and formats.
+    """
+
+    name = "disk"
+
+    def __init__(self, folder: Folder, identity: bytes) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._writer = ThreadPoolExecutor(1, "store-writer")
+        self._readers = ThreadPoolExecutor(NUM_READERS, "store-reader")
+        self._queued = 0  # bytes
+        self._lock = threading.Lock()  # of counters, which threads change
+        self._written: deque[Given] = deque()  # needed no more
+        self._used_bytes = 0
+        self._num_records = 0
+        self.counters = TierCounters()
+        self._writer.submit(self._count)
+
+    def find(self, key: bytes, parent: bytes | None) -> int | None:
+        """The bytes of a record; None if it is not there."""
+        size = self._folder.size_of(name_of(self._identity, key, parent))
+        return None if size is None or size <= HEADER_BYTES else size - HEADER_BYTES
+
+    def use(self, records: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Count records, a key and its parent's each, as used now."""
+        names = [name_of(self._identity, key, parent) for key, parent in records]
+        self._writer.submit(self._folder.use, names)
+
+    # ---- reading -------------------------------------------------------------------------
+
+    def read(self, key: bytes, parent: bytes | None, pieces: list[Tensor]) -> DiskRead:
+        """Begin to read a record into `pieces`."""
+        return DiskRead(self._readers.submit(self._read, key, parent, pieces))
+
+    def _read(self, key: bytes, parent: bytes | None, pieces: list[Tensor]) -> bool:
+        name = name_of(self._identity, key, parent)
+        path = self._folder.path / name
+        try:
+            read_record(path, self._identity, key, pieces)
+        except FileNotFoundError:
+            return False  # another process evicted it
+        except BadRecordError as error:
+            with self._lock:
+                self.counters.count_failure(f"reading {path}", error)
+            self._folder.remove(name)
+            return False
+        except (OSError, MemoryError, RuntimeError) as error:
+            with self._lock:
+                self.counters.count_failure(f"reading the store {self._folder.path}", error)
+            return False
+        with self._lock:
+            self.counters.read += 1
+            self.counters.read_bytes += sum(len(piece) for piece in pieces)
+        return True
+
+    # ---- writing -------------------------------------------------------------------------
+
+    def write(self, key: bytes, parent: bytes | None, pieces: list[Tensor], given: Given) -> bool:
+        """Queue a record to be written; False if it is dropped, because too much is queued.
+
+        Args:
+            pieces: its bytes, which must stay until `given` is in `take_written`.
+        """
+        num_bytes = sum(len(piece) for piece in pieces)
+        with self._lock:
+            if self._queued and self._queued + num_bytes > MAX_BYTES_QUEUED:
+                self.counters.dropped += 1
+                return False
+            self._queued += num_bytes
+        self._writer.submit(self._write, key, parent, pieces, given)
+        return True
+
+    def _write(self, key: bytes, parent: bytes | None, pieces: list[Tensor], given: Given) -> None:
+        num_bytes = sum(len(piece) for piece in pieces)
+        try:
+            written = self._put(name_of(self._identity, key, parent), key, pieces)
+            with self._lock:
+                if written:
+                    self.counters.written += 1
+                    self.counters.written_bytes += num_bytes
+        except (OSError, MemoryError, RuntimeError) as error:
+            with self._lock:
+                self.counters.count_failure(f"writing to the store {self._folder.path}", error)
+        finally:
+            with self._lock:
+                self._queued -= num_bytes
+            self._written.append(given)
+
+    def _put(self, name: str, key: bytes, pieces: list[Tensor]) -> bool:
+        if self._folder.size_of(name) is not None:  # another process wrote it
+            self._folder.use([name])
+            return False
+        size = HEADER_BYTES + sum(len(piece) for piece in pieces)
+        found = self._folder.reserve(size)
+        if found is None:
+            with self._lock:
+                self.counters.dropped += 1
+            return False
+        file, path, evicted = found
+        try:
+            with file:
+                write_body(file, header(self._identity, key, pieces), pieces)
+                self._folder.keep(path, name)
+        except BaseException:
+            self._folder.drop(path, size)
+            raise
+        with self._lock:
+            self.counters.evicted += evicted
+        self._num_records += 1 - evicted
+        self._used_bytes = self._folder.used()
+        return True
+
+    def take_written(self) -> list[Given]:
+        """What was given with records that were written or dropped since the last call."""
+        found = []
+        while self._written:
+            found.append(self._written.popleft())
+        return found
+
+    def forget(self, key: bytes, parent: bytes | None) -> None:
+        """Remove a record, behind the writes that are queued."""
+        self._writer.submit(self._folder.remove, name_of(self._identity, key, parent))
+
+    def forget_all(self) -> None:
+        """Remove all records of this model and format."""
+        self._writer.submit(self._forget_all)
+
+    def _forget_all(self) -> None:
+        try:
+            for entry in self._folder.entries():
+                if entry.identity == self._identity.hex()[:16]:
+                    self._folder.remove(entry.name)
+        except OSError as error:
+            with self._lock:
+                self.counters.count_failure(f"emptying the store {self._folder.path}", error)
+
+    def _count(self) -> None:
+        """What the folder has now; later it is known by what this process writes."""
+        with suppress(OSError):  # it may be for reading only
+            self._folder.recount()
+        try:
+            entries = self._folder.entries()
+        except OSError as error:
+            with self._lock:
+                self.counters.count_failure(f"reading the store {self._folder.path}", error)
+            return
+        self._used_bytes = sum(entry.num_bytes for entry in entries)
+        self._num_records = len(entries)
+
+    def flush(self) -> None:
+        """Wait until everything that is queued is written."""
+        self._writer.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Write what is queued, and end the threads."""
+        self._writer.shutdown(wait=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def stats(self) -> dict[str, int]:
+        """The bytes that the folder may take, those of its records, their number, and totals."""
+        return {
+            "capacity_bytes": self._folder.max_bytes or 0,
+            "bytes": self._used_bytes,
+            "records": self._num_records,
+            **self.counters.stats(),
+        }
+
+    def check_integrity(self) -> None:
+        """Nothing: other processes change the folder as they like."""
