@@ -235,6 +235,7 @@ def test_a_sequence_freed_while_its_bytes_are_read_is_left_out(monkeypatch):
         cache_salt="",
         pinned=(),
         resumed=False,
+        max_cached_tokens=None,
     )
     llm.cache.free("gone")
     monkeypatch.setattr(llm.cache._sequences, "all", lambda: [state])
