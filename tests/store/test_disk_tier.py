@@ -263,6 +263,25 @@ def test_a_folder_that_disappears_is_a_miss(disk):
     tier.flush()
 
 
+def test_a_file_system_for_reading_only_is_read(disk, monkeypatch, caplog):
+    """As for root, whom no permission keeps from writing."""
+    write(disk(), b"a")
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for call in ("open", "utime", "unlink", "rename"):
+        monkeypatch.setattr(folder_module.os, call, refused)
+    tier = disk()
+    with caplog.at_level(logging.WARNING):
+        tier.use([(b"a", None)])
+        assert read(tier, b"a") is not None
+        write(tier, b"b")
+        write(tier, b"c")
+    assert tier.find(b"b", None) is None and tier.counters.failed == 2
+    assert len(caplog.records) == 1 and "Read-only file system" in caplog.text
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_for_reading_only_is_read(disk):
     tier = disk()
