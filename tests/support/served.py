@@ -60,7 +60,8 @@ class Served:
         """Wait until no request is in work, then check that no sequence or body is left."""
         deadline = time.monotonic() + seconds
         engine = self.service.llm.engine
-        while self.service.concurrency.taken or engine.has_unfinished():
+        answering = self.server.server_state.tasks  # what is logged and counted comes last
+        while self.service.concurrency.taken or engine.has_unfinished() or answering:
             assert time.monotonic() < deadline, "requests are left behind"
             time.sleep(0.01)
         stats = self.service.llm.stats()
