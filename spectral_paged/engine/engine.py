@@ -26,7 +26,7 @@ from spectral_paged.engine.prompt_logprobs import PromptRows
 from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
-from spectral_paged.engine.sampled_step import SampledStep, StepInputs, unsampled
+from spectral_paged.engine.sampled_step import OUT_OF_MEMORY, SampledStep, StepInputs, faults_of
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
@@ -46,8 +46,6 @@ from spectral_paged.sampling import (
 from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
-
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 LOADING_SECONDS = 0.0005  # until a prefix on its way is asked for again, where nothing runs
 
@@ -318,6 +316,11 @@ class Engine:
         if not any(c.owner.params.reads_output for c in ready):
             return ready, logits
         self._collect()
+        return self._going_on(ready, logits)
+
+    @staticmethod
+    def _going_on(ready: list[Completion], logits: Tensor) -> tuple[list[Completion], Tensor]:
+        """Return those of `ready` that have not ended, and their rows of `logits`."""
         rows = [row for row, c in enumerate(ready) if c.output.finish_reason is None]
         if len(rows) == len(ready):
             return ready, logits
@@ -327,30 +330,28 @@ class Engine:
     def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
 
-        If that raises, completions whose row raises when sampled separately fail, and the others
-        are sampled again. None: no completion is left.
+        If that raises, the requests that are to blame fail, and the others are sampled again.
+        None: no completion is left.
 
         Raises:
-            Exception: no single row raises, or the rows of all of several requests do.
+            Exception: no request is to blame: see `faults_of`.
         """
-        try:
-            return SampledStep.draw(ready, logits, self.eos_token_ids, self.sampling_state)
-        except OUT_OF_MEMORY:
-            raise
-        except Exception:
-            errors = unsampled(ready, logits, self.eos_token_ids, self.sampling_state)
-            several = len({c.owner.request_id for c in ready}) > 1
-            if not errors or (len(errors) == len(ready) and several):
+        while ready:
+            try:
+                return SampledStep.draw(ready, logits, self.eos_token_ids, self.sampling_state)
+            except OUT_OF_MEMORY:
                 raise
-            for row, cause in errors.items():
+            except Exception as error:
+                eos = self.eos_token_ids
+                faults = faults_of(error, ready, logits, eos, self.sampling_state)
+                if not faults:
+                    raise
+            for row, cause in faults.items():
                 if not isinstance(cause, SpectralPagedError):
                     cause = unserved(ready[row], "its token was sampled", cause)
                 self.requests.fail(ready[row], cause)
-        rows = [row for row in range(len(ready)) if row not in errors]
-        if not rows:
-            return None
-        left = [ready[row] for row in rows]
-        return SampledStep.draw(left, logits[rows], self.eos_token_ids, self.sampling_state)
+            ready, logits = self._going_on(ready, logits)
+        return None
 
     def _collect(self) -> None:
         """Fetch the tokens of the step in flight and deliver them to their completions.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,8 @@ from spectral_paged.sampling import (
     SamplingState,
     process,
 )
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +122,61 @@ class SampledStep:
             group.forked = group.starting_siblings = False
 
 
-def unsampled(
+class RowFault(Exception):
+    """A request's own functions or grammar raised, as `__cause__` says, for one completion."""
+
+    def __init__(self, completion: Completion) -> None:
+        super().__init__()
+        self.completion = completion
+
+
+@contextmanager
+def _own_work(completion: Completion) -> Iterator[None]:
+    try:
+        yield
+    except OUT_OF_MEMORY:
+        raise  # by no fault of the request: the step is taken again
+    except Exception as error:
+        raise RowFault(completion) from error
+
+
+def faults_of(
+    error: Exception,
     ready: Sequence[Completion],
     logits: Tensor,
     eos_token_ids: Sequence[int],
     state: SamplingState,
-) -> dict[int, Exception]:
-    """Sample each of `ready` separately and return the errors by row of `logits`."""
-    errors: dict[int, Exception] = {}
+) -> dict[int, BaseException]:
+    """Return what is to blame for the `error` of a draw, by row of `logits`; nothing: no row is.
+
+    Each of `ready` is sampled separately. Where all rows of several requests raise, only those
+    whose own functions or grammars do are to blame.
+    """
+    faults: dict[int, Exception] = {}
     for row, completion in enumerate(ready):
         try:
             alone = sample_row(completion, eos_token_ids, state, logits)
             SampledTokens(logits[row : row + 1], [alone], state)
-        except Exception as error:
-            errors[row] = error
-    return errors
+        except Exception as fault:
+            faults[row] = fault
+    if isinstance(error, RowFault):  # it may not raise twice
+        owner = error.completion.owner
+        faults |= {row: error for row, c in enumerate(ready) if c.owner is owner}
+    several = len({c.owner.request_id for c in ready}) > 1
+    if several and len(faults) == len(ready):
+        faults = {row: fault for row, fault in faults.items() if isinstance(fault, RowFault)}
+    return {
+        row: fault.__cause__ if isinstance(fault, RowFault) and fault.__cause__ else fault
+        for row, fault in faults.items()
+    }
+
+
+def _process(completion: Completion, logits: Tensor) -> Tensor:
+    group = completion.owner
+    with _own_work(completion):
+        return process(
+            group.params.logits_processors, group.prompt_token_ids, completion.generated, logits
+        )
 
 
 def sample_row(
@@ -158,9 +201,8 @@ def sample_row(
             siblings=group.completions,
         )
         if completion.constraint is not None:
-            allowed = completion.constraint.allowed()
+            with _own_work(completion):
+                allowed = completion.constraint.allowed()
         if params.logits_processors:
-            processor = partial(
-                process, params.logits_processors, group.prompt_token_ids, completion.generated
-            )
+            processor = partial(_process, completion)
     return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows, allowed, processor)

@@ -15,11 +15,13 @@ LogitsProcessor = Callable[..., Tensor]
 """Changes the logits of a request's next token.
 
 It is called as `f(output_token_ids, logits)`, or as `f(prompt_token_ids, output_token_ids, logits)`
-if it takes three arguments. The ids are lists of all tokens so far, and not the caller's to change.
+if it has three parameters without a default. The ids are copies of all tokens so far.
 `logits` is fp32 `[vocab]` on the model's device, a copy that may be changed in place. It returns a
 tensor of that shape, in which -inf rules a token out. It may be called again for the same token,
 where a step is taken again. What it raises fails its request, and no other one.
 """
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def process(
@@ -48,6 +50,8 @@ def process(
 
 def _num_arguments(processor: LogitsProcessor) -> int:
     try:
-        return len(inspect.signature(processor).parameters)
+        parameters = inspect.signature(processor).parameters.values()
     except (TypeError, ValueError):  # of a function that is not Python's
         return 2
+    # one that has a default is not of the contract
+    return sum(p.kind in _BY_PLACE and p.default is p.empty for p in parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -74,6 +76,29 @@ def test_siblings_have_tokens_of_their_own(ahead):
     assert [c.token_ids for c in output.outputs] == [list(range(7, 19))] * 3
 
 
+def scaled(output, logits, scale=0.0, *more, **others):
+    assert scale == 0.0
+    return follows(output, logits)
+
+
+def of_three(prompt, output, logits, *, shift=0):
+    assert prompt == PROMPTS[2]
+    return follows(output, logits)
+
+
+class Counting:
+    def __call__(self, output, logits):
+        return follows(output, logits)
+
+
+@pytest.mark.parametrize(
+    "processor", [scaled, of_three, Counting(), partial(of_three, shift=1)], ids=str
+)
+def test_parameters_with_a_default_are_the_functions_own(processor):
+    (output,) = made().generate(PROMPTS[2:], with_processors(processor), use_tqdm=False)
+    assert output.outputs[0].token_ids == list(range(7, 19))
+
+
 def broken(output, logits):
     if len(output) == 3:
         raise KeyError("no such state")
@@ -115,6 +140,39 @@ def test_a_function_that_fails_fails_its_request_alone(processor, error, says, a
     assert isinstance(done["bad"].error, error) and says in str(done["bad"].error)
     for name in "ac":
         assert done[name].error is None and len(done[name].outputs[0].token_ids) == 12
+
+
+@AHEAD
+def test_functions_that_fail_in_every_request_of_a_step_fail_each_by_its_own_fault(ahead):
+    llm = made(ahead)
+    for i in range(3):
+        llm.engine.add_request(str(i), PROMPTS[0], with_processors(broken))
+    done, _ = serve(llm)
+    assert [len(o.outputs[0].token_ids) for o in done.values()] == [3] * 3
+    assert all("no such state" in str(o.error) for o in done.values())
+
+
+@AHEAD
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 5, 6])
+def test_a_function_that_fails_once_fails_its_request_alone(ahead, n, call):
+    calls = []
+
+    def fails_once(output, logits):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError("gone for a moment")
+        return logits
+
+    llm = made(ahead)
+    llm.engine.add_request("free", PROMPTS[0], FREE)
+    params = with_processors(fails_once, n=n, logit_bias={5: 1.0}, presence_penalty=0.1)
+    llm.engine.add_request("bad", PROMPTS[2], params)
+    done, _ = serve(llm)
+    assert "gone for a moment" in str(done["bad"].error)
+    assert done["free"].error is None and len(done["free"].outputs[0].token_ids) == 12
+    stats = llm.stats()
+    assert (stats["token_rule_rows"], stats["penalty_rows"]) == (0, 0)
 
 
 @AHEAD

@@ -246,14 +246,8 @@ def test_a_step_that_is_taken_again_is_at_the_same_place(monkeypatch, error, whe
     assert not llm.engine.requests.reading
 
 
-@AHEAD
-def test_a_grammar_that_raises_on_the_way_fails_its_request_alone(monkeypatch, ahead):
-    llm = served_llm()
-    llm.engine.async_scheduling = ahead
-    llm.engine.add_request("bad", "x", structured(regex="[a-f]{60}"))
-    llm.engine.add_request("good", "y", structured(regex="[a-f]{30}"))
-    llm.engine.add_request("free", "y", FREE)
-    victim = llm.engine.requests.by_id["bad"].completions[0].constraint
+def let_grow_too_large(monkeypatch, llm, name):
+    victim = llm.engine.requests.by_id[name].completions[0].constraint
     count = [0]
     allowed = victim.allowed
 
@@ -264,6 +258,27 @@ def test_a_grammar_that_raises_on_the_way_fails_its_request_alone(monkeypatch, a
         return allowed()
 
     monkeypatch.setattr(victim, "allowed", too_large)
+
+
+@AHEAD
+def test_grammars_that_raise_in_every_request_of_a_step_fail_each(monkeypatch, ahead):
+    llm = served_llm()
+    llm.engine.async_scheduling = ahead
+    for name in ("a", "b"):
+        llm.engine.add_request(name, "x", structured(regex="[a-f]{60}"))
+        let_grow_too_large(monkeypatch, llm, name)
+    done, _ = serve(llm)
+    assert all("too large" in str(done[name].error) for name in "ab")
+
+
+@AHEAD
+def test_a_grammar_that_raises_on_the_way_fails_its_request_alone(monkeypatch, ahead):
+    llm = served_llm()
+    llm.engine.async_scheduling = ahead
+    llm.engine.add_request("bad", "x", structured(regex="[a-f]{60}"))
+    llm.engine.add_request("good", "y", structured(regex="[a-f]{30}"))
+    llm.engine.add_request("free", "y", FREE)
+    let_grow_too_large(monkeypatch, llm, "bad")
     done, _ = serve(llm)
     assert "too large" in str(done["bad"].error)
     assert done["good"].error is None and len(done["good"].outputs[0].text) == 30
