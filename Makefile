@@ -35,7 +35,7 @@ test-one: $(STAMP)
 	$(BIN)/python -m pytest tests/$(T)
 
 # Every kernel of every preset, compiled for every kind of GPU that is served, within its limits; no
-# GPU is needed, but an hour. `make test` compiles a few of them.
+# GPU is needed, but half an hour. `make test` compiles a few of them.
 check-builds: $(STAMP)
 	CHECK_BUILDS=all $(BIN)/python -m pytest tests/kernels/test_kernel_builds.py
 

@@ -122,6 +122,7 @@ class LLM:
             reserved = activation_bytes(
                 loaded.model,
                 geometry,
+                format,
                 num_tokens=chosen.max_num_batched_tokens,
                 num_rows=chosen.max_num_seqs,
                 max_model_len=longest,

@@ -183,3 +183,27 @@ def projection_constants(q: Tensor, layout: PageLayout) -> dict[str, Any]:
         "INDEX_AT": layout.index_offset,
         "SLOTS": layout.num_slots,
     }
+
+
+def page_scratch_bytes(
+    layout: PageLayout, num_q_heads: int, *, num_seqs: int, max_entries: int, num_items: int
+) -> int:
+    """The bytes that one layer's attention over pages takes for its parts, and the step for plans.
+
+    Args:
+        max_entries: most page table entries that all sequences read together.
+        num_items: most items into which they are cut.
+    """
+    meta = torch.device("meta")
+    q = torch.empty(num_seqs, num_q_heads, layout.head_dim, device=meta)
+    width = group_sizes(q, layout)[1]
+    projected = Projected.empty(max_entries, layout, width, meta)
+    size = layout.v.rank + (layout.head_dim if adds_values(layout) else 0)
+    parts = num_items if layout.v.shared_basis else max_entries
+    partials = [Partials.sized(parts, layout, width, size, meta)]
+    if not layout.v.shared_basis:
+        partials.append(Partials.sized(num_items, layout, width, layout.head_dim, meta))
+    held = [projected.digits, projected.affine, projected.slots]
+    held += [x for part in partials for x in (part.vectors, part.sums)]
+    merged = num_seqs * num_q_heads * (size + layout.head_dim + 1)  # fp32, in `finish`
+    return sum(x.nbytes for x in held) + 4 * (merged + 2 * max_entries + 3 * num_items)

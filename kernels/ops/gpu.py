@@ -14,7 +14,9 @@ from spectral_paged.kernels.decode.gpu import (
     planned_exact,
     planned_pages,
 )
+from spectral_paged.kernels.decode.parts import page_scratch_bytes
 from spectral_paged.kernels.exact.triton import exact_append, exact_copy
+from spectral_paged.kernels.launch.configs import decode_config
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops.protocol import PageOps, SealKernel
@@ -64,6 +66,24 @@ class GpuOps(PageOps):
 
     def seal_kernel(self, layout: PageLayout) -> SealKernel | None:
         return seal.seal if seal.supports(layout) else None
+
+    def decode_scratch_bytes(
+        self,
+        layout: PageLayout,
+        num_q_heads: int,
+        device: torch.device,
+        *,
+        num_seqs: int,
+        max_entries: int,
+    ) -> int:
+        target = decode_config(layout, device).programs // layout.num_kv_heads
+        return page_scratch_bytes(
+            layout,
+            num_q_heads,
+            num_seqs=num_seqs,
+            max_entries=max_entries,
+            num_items=min(max_entries, max(1, target) + num_seqs),
+        )
 
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int

@@ -198,6 +198,22 @@ class PageOps(ABC):
         ...
 
     @abstractmethod
+    def decode_scratch_bytes(
+        self,
+        layout: PageLayout,
+        num_q_heads: int,
+        device: torch.device,
+        *,
+        num_seqs: int,
+        max_entries: int,
+    ) -> int:
+        """The bytes that a decode step over pages takes between its kernels, of one layer.
+
+        `max_entries` bounds the page table entries that `num_seqs` sequences read together.
+        """
+        ...
+
+    @abstractmethod
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
     ) -> str:

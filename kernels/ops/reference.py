@@ -51,6 +51,17 @@ class TorchOps(PageOps):
     def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
         return pages
 
+    def decode_scratch_bytes(
+        self,
+        layout: PageLayout,
+        num_q_heads: int,
+        device: torch.device,
+        *,
+        num_seqs: int,
+        max_entries: int,
+    ) -> int:
+        return 0  # it attends to one sequence after the other
+
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int
     ) -> str:

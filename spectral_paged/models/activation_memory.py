@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache import HISTORY_TOKENS
+from spectral_paged.kernels.ops import PageOps, page_ops
+from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
+from spectral_paged.models.decode_graphs import graph_capacity
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.pages import PageFormat
 from spectral_paged.sampling import SampledTokens, SampleRow, SamplingParams, SamplingState
 
-GRAPH_BYTES = 512 << 20  # the most that graphs and kernel modules were seen to take
+# kernel modules and the nodes of graphs, which nothing counts before they are there
+MODULE_BYTES = 512 << 20
 # the sampler's largest temporaries, the counts that penalties keep, and biases
 COSTLY = SamplingParams(temperature=1.0, top_p=0.9, frequency_penalty=1.0, logit_bias={0: 1.0})
 
@@ -31,9 +36,47 @@ def history_bytes(geometry: ModelGeometry, max_model_len: int, itemsize: int) ->
     return 2 * tokens * geometry.num_kv_heads * geometry.head_dim * itemsize
 
 
+def graph_bytes(
+    geometry: ModelGeometry,
+    format: PageFormat,
+    ops: PageOps,
+    device: torch.device,
+    *,
+    num_rows: int,
+    max_model_len: int,
+    memory: int,
+) -> int:
+    """Return the bytes that the largest graph of a decode step holds for attention and logits.
+
+    Graphs share their memory, because they run one after the other.
+
+    Args:
+        num_rows: sequences of the largest batch.
+        memory: bytes of the device, which bound the pages that a step can read.
+    """
+    logits = 4 * num_rows * geometry.vocab_size
+    if not format.seals:
+        return logits
+    asked = num_rows * (max_model_len // BLOCK_TOKENS)
+    held = memory // (format.page_bytes * geometry.num_layers)
+    return logits + ops.decode_scratch_bytes(
+        format.layout,
+        geometry.num_q_heads,
+        device,
+        num_seqs=num_rows,
+        max_entries=graph_capacity(min(asked, held)),
+    )
+
+
 @torch.inference_mode()
 def activation_bytes(
-    model: Any, geometry: ModelGeometry, *, num_tokens: int, num_rows: int, max_model_len: int
+    model: Any,
+    geometry: ModelGeometry,
+    format: PageFormat,
+    *,
+    num_tokens: int,
+    num_rows: int,
+    max_model_len: int,
 ) -> int:
     """Return the peak bytes of a step of `num_tokens` tokens that samples `num_rows`, 0 off CUDA.
 
@@ -62,6 +105,14 @@ def activation_bytes(
     peak = torch.cuda.max_memory_allocated(device) - before
     del logits, state
     torch.cuda.empty_cache()
-    graph_logits = 4 * num_rows * geometry.vocab_size
     history = history_bytes(geometry, max_model_len, model.dtype.itemsize)
-    return peak + history + graph_logits + GRAPH_BYTES
+    graphs = graph_bytes(
+        geometry,
+        format,
+        page_ops(device),
+        device,
+        num_rows=num_rows,
+        max_model_len=max_model_len,
+        memory=torch.cuda.mem_get_info(device)[1],
+    )
+    return peak + history + graphs + MODULE_BYTES
