@@ -35,7 +35,7 @@ FEW = {
 # bytes of a thread's stack: explicit kernels keep all in registers, and portable ones nearly all;
 # those without tensor cores hold whole rows of operands
 EXPLICIT_SPILL = 64
-PORTABLE_SPILL = dict.fromkeys(CARDS, 3072) | {"sm_75": 12288}
+PORTABLE_SPILL = dict.fromkeys(CARDS, 8192) | {"sm_75": 12288}
 
 
 @pytest.fixture(scope="module")
