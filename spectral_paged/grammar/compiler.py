@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from collections import OrderedDict
@@ -145,11 +144,11 @@ def _source_of(asked: StructuredOutputsParams) -> str:
         return str(grammar_from("grammar", asked.grammar))
     schema: Any = {"type": "object"}
     if asked.json is not None:
-        schema = json.loads(asked.json) if isinstance(asked.json, str) else dict(asked.json)
+        text = asked.json if isinstance(asked.json, str) else json.dumps(asked.json, default=dict)
+        schema = json.loads(text)  # a copy, of any mappings
         if not isinstance(schema, dict):
             raise ValueError("a JSON schema is an object")
     if asked.disable_additional_properties:
-        schema = copy.deepcopy(schema)
         _close(schema)
     options: Any = {"whitespace_flexible": not asked.disable_any_whitespace}
     if asked.whitespace_pattern is not None:

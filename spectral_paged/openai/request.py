@@ -154,7 +154,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
 def _limits(asked: ChatCompletionRequest | CompletionRequest) -> dict[str, int | None]:
     """Return limits and log-probabilities, which have other names or types in a body."""
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    if asked.logprob_token_ids and asked.logprobs in (None, False):
+    if asked.logprob_token_ids and (asked.logprobs is None or asked.logprobs is False):
         raise refusal("logprob_token_ids needs logprobs", "logprob_token_ids")
     if asked.prompt_logprobs is not None and asked.stream:
         message = "prompt_logprobs are no part of a stream: leave one of them out"

@@ -49,6 +49,7 @@ class StructuredOutputsParams:
             "disable_any_whitespace": _FLAG,
             "disable_additional_properties": _FLAG,
             "whitespace_pattern": _TEXT,
+            "structural_tag": {"type": "null"},
         },
         "oneOf": [
             {"required": [kind], "properties": {kind: {"not": {"type": "null"}}}} for kind in KINDS
@@ -102,6 +103,8 @@ class StructuredOutputsParams:
         if not isinstance(value, Mapping):
             return value
         names = {field.name for field in fields(cls)}
+        # vLLM's parameters have a field more, which is null in those that are served
+        value = {k: v for k, v in value.items() if k != "structural_tag" or v is not None}
         extra = sorted(str(name) for name in value if name not in names)
         if extra:
             raise _refused(

@@ -177,6 +177,16 @@ def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:
             param="stop",
             code="stop_too_long",
         )
+    for name in ("logit_bias", "allowed_token_ids"):
+        rules = len(getattr(params, name) or ()) * max(1, len(body.prompts))
+        if rules > settings.max_token_rules:
+            raise ApiError(
+                400,
+                f"{name} has {rules} entries for all prompts; this server allows "
+                f"{settings.max_token_rules}: send fewer prompts at once, or fewer tokens",
+                param=name,
+                code="too_many_token_rules",
+            )
     if len(body.cache_salt) > settings.max_salt_chars:
         raise ApiError(
             400,

@@ -41,6 +41,8 @@ class ServerSettings:
         max_stops: most stop strings, and stop token ids, of a request, because each is searched
             after every token.
         max_stop_chars: most characters of a stop string.
+        max_token_rules: most entries of `logit_bias`, and of `allowed_token_ids`, times prompts,
+            because the engine reads each of them for every prompt, between two steps.
         max_salt_chars: most characters of a cache salt, which every completion stores and hashes.
         body_seconds: the time in which a body must arrive.
         send_seconds: the time after which a client that receives nothing of its stream counts as
@@ -78,6 +80,7 @@ class ServerSettings:
     max_response_entries: int = field(default=1 << 20, metadata=option(positive, metavar="N"))
     max_stops: int = 16
     max_stop_chars: int = 256
+    max_token_rules: int = 1 << 18
     max_salt_chars: int = 256
     body_seconds: float = 60.0
     send_seconds: float = 60.0

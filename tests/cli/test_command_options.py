@@ -34,6 +34,7 @@ from support.paths import ROOT
 OF_THE_LIBRARY = {
     "max_stops",
     "max_stop_chars",
+    "max_token_rules",
     "max_salt_chars",
     "body_seconds",
     "send_seconds",

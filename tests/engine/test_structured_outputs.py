@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -98,6 +99,15 @@ def test_a_json_object_is_any_object(llm):
     params.bad_words, params.logit_bias = ["{{"], {llm.get_tokenizer()("}")["input_ids"][0]: 9.0}
     (text,), _ = said(llm, params)
     assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_schema_may_be_of_any_mappings(llm, closed):
+    parts = MappingProxyType({"a": MappingProxyType({"type": "null"})})
+    schema = MappingProxyType({"type": "object", "properties": parts, "required": ("a",)})
+    params = structured(json=schema, disable_additional_properties=closed)
+    params.max_tokens = 16
+    assert said(llm, params)[0][0].startswith("{") and "additionalProperties" not in schema
 
 
 def test_additional_properties_may_be_closed(llm):

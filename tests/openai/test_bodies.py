@@ -165,6 +165,21 @@ def test_null_stands_for_the_default(chat):
     assert bare.params.temperature == 0.5 and bare.named == frozenset()
 
 
+def test_given_tokens_need_logprobs_of_any_number():
+    body = {"prompt": "a", "logprobs": 0, "logprob_token_ids": [3, 1]}
+    params = parse_body(body, chat=False, defaults={}).params
+    assert (params.logprobs, params.logprob_token_ids) == (None, [3, 1])
+
+
+def test_null_stands_for_a_structural_tag_too():
+    form = {"regex": "a", "structural_tag": None}
+    body = {"prompt": "a", "structured_outputs": form}
+    assert parse_body(body, chat=False, defaults={}).params.structured_outputs.regex == "a"
+    body["structured_outputs"] = form | {"structural_tag": "x"}
+    with pytest.raises(SamplingParamsError, match="structural_tag"):
+        parse_body(body, chat=False, defaults={})
+
+
 @CHAT
 def test_values_come_through(chat):
     body = BASES[chat] | {"n": 2, "temperature": 0, "top_k": 5, "stop": "x", "seed": -1}

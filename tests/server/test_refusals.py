@@ -23,7 +23,9 @@ USER = [{"role": "user", "content": "x"}]
 @pytest.fixture(scope="module")
 def served():
     llm = served_llm(kv_cache_bytes=700_000, max_num_seqs=4, max_model_len=2048)
-    with serving(llm, max_num_requests=6, max_body_bytes=40_000, max_tokens=900) as running:
+    with serving(
+        llm, max_num_requests=6, max_body_bytes=40_000, max_tokens=900, max_token_rules=999
+    ) as running:
         yield running
         running.settle()
 
@@ -67,6 +69,16 @@ TEXT = {
     "many stops": ({"stop": ["a"] * 17}, "stop", "allows 16"),
     "a long stop": ({"stop": "a" * 257}, "stop", "256 characters"),
     "many stop tokens": ({"stop_token_ids": [1] * 17}, "stop_token_ids", "allows 16"),
+    "many allowed tokens": (
+        {"prompt": ["a"] * 6, "allowed_token_ids": [1] * 200},
+        "allowed_token_ids",
+        "1200 entries for all prompts",
+    ),
+    "many biases": (
+        {"prompt": ["a"] * 6, "logit_bias": dict.fromkeys(range(200), 1)},
+        "logit_bias",
+        "1200 entries for all prompts",
+    ),
     "a stop token": ({"stop_token_ids": [199]}, "stop_token_ids", "outside the vocabulary"),
     "min_tokens": ({"min_tokens": 17}, "min_tokens", "between 0 and max_tokens"),
     "a model": ({"model": "gpt-4o"}, "model", "is not served here"),
