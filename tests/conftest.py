@@ -29,3 +29,10 @@ settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, P
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that differ from one process to the next, with which no two share the tests."""
+    unstable = sorted({item.nodeid.split("[")[0] for item in items if " at 0x" in item.nodeid})
+    if unstable:
+        raise pytest.UsageError(f"give ids without addresses: {', '.join(unstable)}")

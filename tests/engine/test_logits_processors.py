@@ -92,7 +92,9 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-    "processor", [scaled, of_three, Counting(), partial(of_three, shift=1)], ids=str
+    "processor",
+    [scaled, of_three, Counting(), partial(of_three, shift=1)],
+    ids=["two", "three", "an object", "partial"],
 )
 def test_parameters_with_a_default_are_the_functions_own(processor):
     (output,) = made().generate(PROMPTS[2:], with_processors(processor), use_tqdm=False)

@@ -84,7 +84,7 @@ def test_every_answer_has_its_form_and_no_request_is_disturbed(llm, forms, seed,
         ({"grammar": 'start: "a" b+ \n b: "(" b ")" | "x"'}, lambda text: text[0] == "a"),
         ({"grammar": 'root ::= "a" b\nb ::= "(" b ")" | "x"'}, lambda text: text[0] == "a"),
     ],
-    ids=str,
+    ids=["choice", "regex", "json", "json as text", "lark", "gbnf"],
 )
 def test_each_kind_of_form_holds(llm, form, good):
     for seed in range(3):
