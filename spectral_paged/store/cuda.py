@@ -37,11 +37,12 @@ class CudaCopy:
 
     Args:
         event: recorded behind the copy.
+        device: whose stream waits in `hold`.
         kept: tensors that the copy reads or writes, kept until it is done.
     """
 
-    def __init__(self, event: torch.cuda.Event, kept: list[Tensor]) -> None:
-        self._event = event
+    def __init__(self, event: torch.cuda.Event, device: torch.device, kept: list[Tensor]) -> None:
+        self._event, self._device = event, device
         self._kept = kept
 
     failed = False
@@ -59,7 +60,7 @@ class CudaCopy:
 
     def hold(self) -> None:
         """Let later work of the current stream wait for the copy."""
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class CudaCopier:
@@ -84,7 +85,7 @@ class CudaCopier:
                 piece.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        return CudaCopy(event, [flat, *pieces])
+        return CudaCopy(event, self._device, [flat, *pieces])
 
     def load(self, pieces: Sequence[Tensor], views: Sequence[Tensor | int]) -> CudaCopy:
         """Copy the host's `pieces` to `views`, in order; a number skips so many bytes."""
@@ -97,4 +98,4 @@ class CudaCopier:
             scatter(flat, views)
             event = torch.cuda.Event()
             event.record()
-        return CudaCopy(event, [flat, *pieces])
+        return CudaCopy(event, self._device, [flat, *pieces])

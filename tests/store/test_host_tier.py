@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from spectral_paged.errors import CapacityError
 from spectral_paged.store import HostCopier, HostTier
+from spectral_paged.store.cuda import CudaCopy
 from spectral_paged.store.memory import HostMemory
 from support.late_copies import LateCopier
 
@@ -193,3 +194,17 @@ def test_memory_that_holds_no_prefix_is_refused_with_what_it_takes():
 def test_memory_that_the_system_has_not_is_refused():
     with pytest.raises(CapacityError, match="kv_host_memory"):
         HostMemory.of(1 << 60, largest=100, usual=100, device=CPU, poison=False)
+
+
+def test_later_work_of_a_copys_own_device_waits_for_it(monkeypatch):
+    """The current device may be another one."""
+    waited = []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_event = lambda event: waited.append((device, event))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    device = torch.device("cuda:1")
+    CudaCopy("an event", device, []).hold()
+    assert waited == [(device, "an event")]
