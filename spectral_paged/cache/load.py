@@ -14,7 +14,7 @@ from spectral_paged.cache.records import Part, Record, Records
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.store import Copy, HostRecord, Tiers
 
-MAX_BYTES_AT_ONCE = 1 << 30  # copies that one call begins; one record always passes
+MAX_BYTES_ON_WAY = 256 << 20  # of a load's copies, which take as much of the device's memory
 
 
 @dataclass(slots=True, eq=False)
@@ -70,8 +70,8 @@ class Load:
         """Begin further copies and publish what has come: True once everything is there or the load
         has `failed`, False while something is on its way, None if the pool has no room now."""
         self._call()
-        begun = 0
-        while self._coming and not self.failed and begun < MAX_BYTES_AT_ONCE:
+        on_way = sum([item.source.num_bytes for item in self._arriving if not item.copy.is_done])
+        while self._coming and not self.failed and on_way < MAX_BYTES_ON_WAY:
             record, source = self._coming[0]
             if not source.copy.is_done:
                 break
@@ -79,7 +79,7 @@ class Load:
             if num_bytes is None:
                 return None
             self._coming.popleft()
-            begun += num_bytes
+            on_way += num_bytes
         arrived = [item for item in self._arriving if item.copy.is_done]
         self._arriving = [item for item in self._arriving if item not in arrived]
         for item in arrived:
@@ -131,7 +131,7 @@ class Load:
             self._tiers.let_go(source)
             return 0
         self._arriving.append(_Arriving(copy, source, slots))
-        return sum(view.numel() for view in views if not isinstance(view, int))
+        return source.num_bytes
 
     def _settle(self) -> None:
         for item in self._arriving:

@@ -29,17 +29,29 @@ from spectral_paged.store import DiskTier, HostRecord, HostTier, Tiers
 
 MAX_LOADS = 4  # requests whose prefixes come at a time
 MAX_KNOWN_CHAINS = 1024
+MAX_NOTED = 1024  # parts of sequences that wait to be written
 
 
 @dataclass(slots=True)
 class _Progress:
     """What of a sequence is written: `num_runs` runs, and the anchors that are no longer in
     `anchors` (tokens before each, ascending). `broken`: a record is missing, so later ones are of
-    no use."""
+    no use. `complete`: nothing will be added."""
 
     anchors: list[int]
     num_runs: int = 0
     broken: bool = False
+    complete: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Noted:
+    """Runs and anchors of a sequence that are to be written."""
+
+    state: SequenceState
+    progress: _Progress
+    runs: range
+    anchors: list[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +87,7 @@ class _Asked:
     Attributes:
         ready_at: what was written and evicted when the pool had all that could be had.
         num_freed: sequences freed when there was no room.
+        queued: True if it needs a load and others were in the way.
     """
 
     by: Asking
@@ -82,6 +95,7 @@ class _Asked:
     chain: PrefixChain
     ready_at: tuple[int, int] | None = None
     num_freed: int | None = None
+    queued: bool = False
 
 
 class LowerTiers:
@@ -107,7 +121,7 @@ class LowerTiers:
         self._all = tiers
         self.keeps = tiers is not None
         self._progress: dict[SequenceState, _Progress] = {}
-        self._noted: list[tuple[SequenceState, range, list[int]]] = []
+        self._noted: list[_Noted] = []
         self._loads: dict[str, Load] = {}
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
         self._num_freed = 0
@@ -140,13 +154,21 @@ class LowerTiers:
             progress = self._progress.get(state)
             if progress is None:
                 progress = self._progress[state] = self._begin(state, chain)
-            if progress.broken:
+                self._asked.pop(state.seq_id, None)  # it runs, so it asks no more
+            if progress.broken or progress.complete:
                 continue
             complete = self._complete_runs(state, chain)
             anchors = self._complete_anchors(state, progress)
             if complete > progress.num_runs or anchors:
-                self._noted.append((state, range(progress.num_runs, complete), anchors))
+                if len(self._noted) >= MAX_NOTED:  # copies never keep up with what is computed
+                    progress.complete = True
+                    self._tiers.host.counters.dropped += 1
+                    continue
+                runs = range(progress.num_runs, complete)
+                self._noted.append(_Noted(state, progress, runs, anchors))
                 progress.num_runs = max(complete, progress.num_runs)
+            if self._records.seals and not progress.anchors:
+                progress.complete = complete == self._records.num_runs(state.num_prompt_tokens)
 
     def _begin(self, state: SequenceState, chain: PrefixChain) -> _Progress:
         """The anchors that a sequence is to write: at the end of its prompt, and at the end of what
@@ -184,22 +206,31 @@ class LowerTiers:
         return [n for n in found if n == state.num_tokens or not exactly]
 
     def _write_noted(self) -> None:
-        noted, self._noted = self._noted, []
-        for state, runs, anchors in noted:
-            self._write(state, runs, anchors)
+        self._noted = self._write(self._noted)
 
-    def _write(self, state: SequenceState, runs: range, anchors: list[int]) -> None:
-        chain, progress = state.chain, self._progress.get(state)
-        if chain is None or progress is None or state.error is not None:
-            return
-        for number in runs:
-            record = self._records.run(chain, number, state.pinned)
-            if progress.broken or record is None:
-                break
-            progress.broken = not self._save(record)
-        for num_tokens in anchors:
-            if not progress.broken:
-                self._save(self._records.anchor(chain, num_tokens, state.pinned))
+    def _write(self, noted: Sequence[_Noted]) -> list[_Noted]:
+        """Begin to write; returns what has to wait, because too much is on its way already."""
+        for place, item in enumerate(noted):
+            if not self._is_begun(item):
+                return list(noted[place:])
+        return []
+
+    def _is_begun(self, noted: _Noted) -> bool:
+        """Begin to write, as far as may be; True if nothing is left to begin."""
+        state, progress = noted.state, noted.progress
+        if state.chain is None or state.error is not None:
+            return True
+        while not progress.broken and (noted.runs or noted.anchors):
+            if self._tiers.host.is_crowded:
+                return False
+            if noted.runs:
+                number, noted.runs = noted.runs[0], noted.runs[1:]
+                record = self._records.run(state.chain, number, state.pinned)
+                progress.broken = record is None or not self._save(record)
+            else:
+                point = noted.anchors.pop(0)
+                self._save(self._records.anchor(state.chain, point, state.pinned))
+        return True
 
     def _save(self, record: Record) -> bool:
         if not record.parts:
@@ -221,11 +252,10 @@ class LowerTiers:
         """Write what was noted of a sequence that ends now; with `forget` remove what it wrote."""
         if self._all is None:
             return
-        noted = [item for item in self._noted if item[0] is state]
-        self._noted = [item for item in self._noted if item[0] is not state]
+        own = [item for item in self._noted if item.state is state]
+        self._noted = [item for item in self._noted if item.state is not state]
         if not forget:
-            for _, runs, anchors in noted:
-                self._write(state, runs, anchors)
+            self._noted[:0] = self._write(own)
         elif state.chain is not None:
             self._forget(state, state.chain)
         self._progress.pop(state, None)
@@ -253,15 +283,20 @@ class LowerTiers:
         load = self._loads.get(seq_id)
         if self._all is None:
             return True
+        if self._noted and not self._progress:  # nothing runs, so no step would go on with it
+            self._write_noted()
         if load is None:
-            if len(self._loads) >= MAX_LOADS:
-                return False
             asked = self._ask(asking)
+            if asked.queued and len(self._loads) >= MAX_LOADS:
+                return False
             if asked.ready_at == self._now:
                 return True
-            if asked.num_freed == self._num_freed and not alone:
+            if asked.num_freed == self._num_freed and not (alone and not self._loads):
                 return None
             needed = self._find(asked)
+            asked.queued = bool(needed) and len(self._loads) >= MAX_LOADS
+            if asked.queued:
+                return False
             if not needed:
                 asked.ready_at = self._now
                 return True

@@ -13,7 +13,7 @@ from spectral_paged.store.copies import Copier, Copy
 from spectral_paged.store.counters import TierCounters
 from spectral_paged.store.memory import HostMemory
 
-MAX_BYTES_ON_WAY = 256 << 20  # of copies to the host that are not done; one record always passes
+MAX_BYTES_ON_WAY = 256 << 20  # of copies to the host: none begins while so many are not done
 
 
 @dataclass(slots=True, eq=False)
@@ -80,21 +80,24 @@ class HostTier:
         """Count records as used now."""
         self._order.use(keys)
 
+    @property
+    def is_crowded(self) -> bool:
+        """True if so much is on its way here that no other copy may begin now."""
+        self.settle()
+        return sum([record.num_bytes for record in self._on_way]) >= MAX_BYTES_ON_WAY
+
     def save(self, key: bytes, parent: bytes | None, views: Sequence[Tensor]) -> bool:
-        """Begin to copy a record here; False if it is dropped, because too much is on its way
-        already, everything here is busy, or the copy cannot be made.
+        """Begin to copy a record here; False if it is dropped, because the tier `is_crowded`,
+        everything here is busy, or the copy cannot be made.
 
         Args:
             key: of a record that is not known.
             parent: key of the record before it in its chain.
             views: its bytes on the device, which later work of the current stream may overwrite.
         """
-        self.settle()
         num_bytes = sum(view.numel() for view in views)
-        pending = sum(record.num_bytes for record in self._on_way)
         frames = None
-        fits = not pending or pending + num_bytes <= MAX_BYTES_ON_WAY
-        if fits and self.may_hold(num_bytes):
+        if not self.is_crowded and self.may_hold(num_bytes):
             frames = self._take(self._memory.frames_of(num_bytes), parent)
         if frames is None:
             self.counters.dropped += 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from spectral_paged.cache import SpectralKVCache
+from spectral_paged.cache import SpectralKVCache, load, lower_tiers
 from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.pages import PageFormat
 from spectral_paged.pool.slot_pool import SlotKind
 from spectral_paged.rope import RotaryTable
+from spectral_paged.store import host_tier
 from support import cache_feed
 from support.cache_feed import Feed, drive, fmt, make
 from support.late_copies import LateCopier
@@ -282,6 +286,117 @@ def test_a_request_of_another_prompt_may_take_the_name_of_one_that_waits():
     assert cache.prefetch("b", num_prompt_tokens=1800, token_ids=other)
     assert ready(cache, "b", 1800, PROMPT)
     assert cache.add_sequence("b", num_prompt_tokens=1800, token_ids=PROMPT) == 1600
+
+
+@pytest.mark.parametrize("name", ["int8-512", "exact"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_prompt_of_more_bytes_than_may_be_on_their_way_is_kept_whole(monkeypatch, name, most):
+    """What has to wait is written by later steps."""
+    cache = make(FORMATS[name](), kv_host_memory=8 << 20)
+    monkeypatch.setattr(host_tier, "MAX_BYTES_ON_WAY", 60_000)
+    host_of(cache)._copier = LateCopier(most=most)
+    drive(cache, {"a": Feed(1, LENGTH)}, {"a": 1800}, {"a": LENGTH}, {"a": PROMPT})
+    cache.free("a")
+    assert host_of(cache).counters.dropped == 0
+    cache.reset_prefix_cache()
+    assert ready(cache, "b", 1800, PROMPT)
+    assert cache.add_sequence("b", num_prompt_tokens=1800, token_ids=PROMPT) >= 1600
+
+
+def test_a_prompt_that_ends_before_it_is_written_is_written_when_the_next_comes(monkeypatch):
+    cache, num_runs = make(fmt("exact"), kv_host_memory=8 << 20), 1800 // 64
+    monkeypatch.setattr(host_tier, "MAX_BYTES_ON_WAY", 60_000)
+    host = host_of(cache)
+    host._copier = LateCopier()
+    host._copier.random.randint = lambda a, b: 10**9
+    drive(cache, {"a": Feed(1, 1800)}, {"a": 1800}, {"a": 1800}, {"a": PROMPT})
+    cache.free("a")
+    assert 0 < host.counters.written < num_runs
+    for _ in range(num_runs):
+        host.wait()
+        assert cache.prefetch("b", num_prompt_tokens=1800, token_ids=PROMPT)
+    assert host.counters.written == num_runs and not host.counters.dropped
+
+
+def test_what_waits_to_be_written_is_bounded(monkeypatch):
+    cache = make(kv_host_memory=8 << 20)
+    monkeypatch.setattr(lower_tiers, "MAX_NOTED", 1)
+    monkeypatch.setattr(host_tier, "MAX_BYTES_ON_WAY", 0)
+    names = {"a": PROMPT, "b": [9, *PROMPT[1:]]}
+    lengths = dict.fromkeys(names, 1800)
+    drive(cache, {n: Feed(1, 1800) for n in names}, lengths, lengths, names)
+    assert len(cache._lower._noted) == 1
+    assert host_of(cache).counters.dropped == 2, "each of them once"
+
+
+def test_a_load_takes_a_bounded_amount_of_the_devices_memory(monkeypatch):
+    """Copies come through a buffer there, and a prefix may have any length."""
+    cache = warm_cache()
+    monkeypatch.setattr(load, "MAX_BYTES_ON_WAY", 100_000)
+    loading(cache)
+    for _ in range(5):
+        assert cache.prefetch("b", num_prompt_tokens=1800, token_ids=PROMPT) is False
+    (only,) = cache._lower._loads.values()
+    sizes = [item.source.num_bytes for item in only._arriving]
+    assert only._coming and sum(sizes[:-1]) < 100_000
+    for item in only._arriving:
+        item.copy.wait()
+    host_of(cache)._copier = LateCopier()
+    assert ready(cache, "b", 1800, PROMPT)
+
+
+def test_requests_without_a_hit_do_not_wait_for_loads_of_others():
+    cache = warm_cache(kv_cache_bytes=24 << 20)
+    for name in "bcdef":
+        loading(cache, name)
+    assert len(cache._lower._loads) == lower_tiers.MAX_LOADS
+    assert cache.prefetch("x", num_prompt_tokens=1800, token_ids=[7, *PROMPT[1:]]) is True
+    cache.cancel_prefetch("b")
+    assert len(cache._lower._loads) == lower_tiers.MAX_LOADS - 1
+    loading(cache, "f")
+    assert "f" in cache._lower._loads
+
+
+def test_a_load_that_has_no_room_beside_another_begins_once():
+    """Nothing runs, so the engine asks again and again."""
+    cache = make(kv_host_memory=8 << 20, kv_cache_bytes=900_000)
+    both = [[i, *PROMPT[1:]] for i in range(2)]
+    for ids in both:
+        drive(cache, {"a": Feed(1, 1800)}, {"a": 1800}, {"a": 1800}, {"a": ids})
+        cache.free("a")
+    cache.reset_prefix_cache()
+    copier = host_of(cache)._copier = LateCopier()
+    copier.random.randint = lambda a, b: 10**9
+    read = []
+    for _ in range(3):
+        got = [cache.prefetch(str(i), num_prompt_tokens=1800, token_ids=both[i]) for i in range(2)]
+        assert got == [False, None]
+        read.append(host_of(cache).counters.read)
+    assert read == [read[0]] * 3
+    cache.cancel_prefetch("0")
+    assert cache.prefetch("1", num_prompt_tokens=1800, token_ids=both[1]) is False
+
+
+class Ids(list):
+    """Token ids that can be watched."""
+
+
+def test_the_tokens_of_a_request_that_ran_are_not_kept():
+    cache, ids = make(kv_host_memory=8 << 20), Ids(PROMPT)
+    gone = weakref.ref(ids)
+    assert ready(cache, "a", 1800, ids)
+    drive(cache, {"a": Feed(1, 1800)}, {"a": 1800}, {"a": 1800}, {"a": ids})
+    cache.free("a")
+    del ids
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_step_asks_nothing_of_a_prompt_that_is_written(monkeypatch):
+    cache = make(kv_host_memory=8 << 20)
+    drive(cache, {"a": Feed(1, LENGTH)}, {"a": 1800}, {"a": 1870}, {"a": PROMPT})
+    monkeypatch.setattr(cache._lower, "_complete_runs", None)
+    drive(cache, {"a": Feed(1, LENGTH)}, {"a": 1800}, {"a": LENGTH})
 
 
 # ---- doors -------------------------------------------------------------------------------
