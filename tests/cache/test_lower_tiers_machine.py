@@ -132,17 +132,24 @@ class TiersMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.folder is not None)
     @rule(place=st.integers(0, 1 << 20), lose=st.booleans())
     def damage_a_file(self, place, lose):
-        """One bit of any record on disk is flipped, or another process evicts it."""
+        """A bit is flipped in any records on disk and they are wanted, or another process evicts
+        one."""
         files = sorted(self.folder.glob("*.page"))
         if not files:
             return
-        path = files[place % len(files)]
+        first = place % len(files)
         if lose:
-            path.unlink()
+            files[first].unlink()
             return
-        data = bytearray(path.read_bytes())
-        data[place % len(data)] ^= 1 << place % 8
-        path.write_bytes(data)
+        for path in files[first:]:
+            data = bytearray(path.read_bytes())
+            data[place % len(data)] ^= 1 << place % 8
+            path.write_bytes(data)
+        self.host.forget_all()
+        self.engine.reset_prefix_cache()
+        for family in range(3):
+            self.submit(family, 1700, 1, 1, 0.0, "", ())
+        self.drain()
 
     @rule(failing=st.sampled_from([0.05, 0.0, 0.3]))
     def let_copies_fail(self, failing):
