@@ -38,16 +38,21 @@ class TierCounters:
             "failures": self.failed,
         }
 
-    def count_failure(self, what: str, error: BaseException) -> None:
-        """Count a read or write that failed; the log tells of each kind once."""
+    def count_failure(self, what: str, error: BaseException, *, where: str = "") -> None:
+        """Count a read or write that failed; the log tells of each kind once.
+
+        Args:
+            where: the one file of many that it was; it is told, and makes no kind of its own.
+        """
         self.failed += 1
         kind = f"{what}: {type(error).__name__}"
         if kind not in self._told:
             self._told.add(kind)
             logger.warning(
-                "%s failed: %s. What it held is computed again; further failures of this kind are "
-                "only counted",
+                "%s failed: %s%s. What it held is computed again; further failures of this kind "
+                "are only counted",
                 what,
+                where and f"{where}: ",
                 shown(error),
                 extra={"event": "store_failure"},
             )

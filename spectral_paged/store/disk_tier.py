@@ -103,7 +103,7 @@ class DiskTier(Generic[Given]):
             return False  # another process evicted it
         except BadRecordError as error:
             with self._lock:
-                self.counters.count_failure(f"reading {path}", error)
+                self.counters.count_failure("reading a record", error, where=str(path))
             self._folder.remove(name)
             return False
         except (OSError, MemoryError, RuntimeError) as error:

@@ -145,8 +145,20 @@ def test_a_record_that_is_not_whole_is_a_miss_told_once_and_removed(disk, how, c
     with caplog.at_level(logging.WARNING):
         assert read(tier, b"a") is None and read(tier, b"a") is None
     assert tier.counters.failed == len(caplog.records) == 1
+    assert str(path_of(tier, b"a")) in caplog.text
     assert tier.find(b"a", None) is None and tier.find(b"b", None)
     assert write(tier, b"a") and read(tier, b"a") is not None
+
+
+def test_many_damaged_records_are_told_once(disk, caplog):
+    tier = disk()
+    keys = [bytes([i]) for i in range(5)]
+    for key in keys:
+        write(tier, key)
+        spoil(path_of(tier, key), "truncated")
+    with caplog.at_level(logging.WARNING):
+        assert [read(tier, key) for key in keys] == [None] * 5
+    assert tier.counters.failed == 5 and len(caplog.records) == 1
 
 
 def test_a_bit_that_is_flipped_anywhere_is_noticed(disk):
