@@ -10,8 +10,8 @@ usage                            bytes that records take; whoever changes them h
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import struct
@@ -22,7 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.store.chain_order import ChainOrder
+
+HAS_LOCKS = importlib.util.find_spec("fcntl") is not None  # Windows has none
+if HAS_LOCKS:
+    import fcntl
 
 _NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}-[0-9a-f]{32}\.page")
 _TOTAL = struct.Struct("<Q")
@@ -72,9 +77,15 @@ class Folder:
 
     Raises:
         OSError: there is no such folder and none can be made.
+        InvalidRequestError: this system has no locks that end with their process.
     """
 
     def __init__(self, path: Path, max_bytes: int | None) -> None:
+        if not HAS_LOCKS:
+            raise InvalidRequestError(
+                f"kv_store={str(path)!r}: a store in a folder needs POSIX file locks (fcntl), "
+                "which this system has not: leave kv_store out, and take kv_host_memory"
+            )
         self.path = path
         self.max_bytes = max_bytes
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

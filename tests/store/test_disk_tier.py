@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.store import (
     BadRecordError,
     DiskTier,
@@ -148,6 +149,13 @@ def test_a_record_that_is_not_whole_is_a_miss_told_once_and_removed(disk, how, c
     assert str(path_of(tier, b"a")) in caplog.text
     assert tier.find(b"a", None) is None and tier.find(b"b", None)
     assert write(tier, b"a") and read(tier, b"a") is not None
+
+
+def test_a_system_without_file_locks_has_no_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "HAS_LOCKS", False)
+    with pytest.raises(InvalidRequestError, match="kv_store=.* take kv_host_memory"):
+        Folder(tmp_path / "store", 1 << 20)
+    assert not (tmp_path / "store").exists()
 
 
 def test_many_damaged_records_are_told_once(disk, caplog):
