@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import os
 import re
 import struct
@@ -25,9 +24,12 @@ from typing import BinaryIO
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.store.chain_order import ChainOrder
 
-HAS_LOCKS = importlib.util.find_spec("fcntl") is not None  # Windows has none
-if HAS_LOCKS:
+try:
     import fcntl
+except ModuleNotFoundError:  # on Windows
+    HAS_LOCKS = False
+else:
+    HAS_LOCKS = True
 
 _NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}-[0-9a-f]{32}\.page")
 _TOTAL = struct.Struct("<Q")
