@@ -13,24 +13,6 @@ GREEDY = {"model": "tiny", "temperature": 0}
 LONG = "".join(LETTERS[(i * 37) % 90] for i in range(700))
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return served_llm()
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving(served_llm()) as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture
-def client(served):
-    with served.client() as found:
-        yield found
-
-
 def own(llm, prompt, **values):
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 1} | values))
     return llm.generate([prompt], params, use_tqdm=False)[0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import openai
 import pydantic
 import pytest
 
-from spectral_paged import LLM, SamplingParams
-from support.served import letter_tokenizer, serving
-from support.tiny_model import tiny_format, tiny_model
+from spectral_paged import SamplingParams
+from support.served import templated_llm
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
@@ -34,30 +34,9 @@ TOOLS = [
 GREEDY = {"model": "tiny", "temperature": 0, "max_output_tokens": 9}
 
 
-def made_llm():
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return LLM.from_model(
-        tiny_model(), tokenizer, kv_format=tiny_format(), kv_cache_bytes=16 << 20, max_num_seqs=8
-    )
-
-
 @pytest.fixture(scope="module")
-def reference():
-    return made_llm()
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving(made_llm()) as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture
-def client(served):
-    with served.client() as found:
-        yield found
+def make_llm():
+    return partial(templated_llm, TEMPLATE)
 
 
 INPUTS = [

@@ -22,24 +22,6 @@ LONG = "".join(LETTERS[(i * 37) % 90] for i in range(700))
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return served_llm()
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving(served_llm()) as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture
-def client(served):
-    with served.client() as found:
-        yield found
-
-
 def own(llm, prompt, **values):
     values = {"temperature": 0.0, "max_tokens": 12} | values
     return llm.generate([prompt], SamplingParams(**values), use_tqdm=False)[0]

@@ -13,16 +13,9 @@ import pytest
 
 from spectral_paged import LLM
 from spectral_paged.metrics.prometheus import parse
-from support.served import LETTERS, served_llm, serving, wait_until
+from support.served import LETTERS, serving, wait_until
 from support.small_tokenizers import byte_fallback
 from support.tiny_model import tiny_format, tiny_model
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving(served_llm()) as running:
-        yield running
-        running.settle()
 
 
 def call(served, path, body=None, **headers):

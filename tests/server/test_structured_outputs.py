@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from spectral_paged.grammar import GrammarCompiler
-from support.served import VALUES, served_llm, serving
+from support.served import VALUES
 
 SCHEMA = {
     "type": "object",
@@ -21,12 +21,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TALK = [{"role": "user", "content": "x"}]
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving(served_llm()) as running:
-        yield running
 
 
 class Answer(pydantic.BaseModel):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import openai
 import pytest
 
-from spectral_paged import LLM
 from spectral_paged.batch.file import OutputFile
 from spectral_paged.batch.run import BatchRun
-from support.served import letter_tokenizer, serving
-from support.tiny_model import tiny_format, tiny_model
+from support.served import serving, templated_llm
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function | tojson }}]{% endfor %}"
@@ -42,19 +41,9 @@ SAID = (
 )
 
 
-def tools_llm(template=TEMPLATE):
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = template
-    return LLM.from_model(
-        tiny_model(), tokenizer, kv_format=tiny_format(), kv_cache_bytes=16 << 20, max_num_seqs=8
-    )
-
-
 @pytest.fixture(scope="module")
-def served():
-    with serving(tools_llm()) as running:
-        yield running
-        running.settle()
+def make_llm():
+    return partial(templated_llm, TEMPLATE)
 
 
 def create(served, stream=False, **values):
@@ -157,14 +146,18 @@ def test_the_template_gets_tools_calls_and_their_results(served):
     [
         ({"tools": [*TOOLS, TOOLS[0]]}, "tools", "'weather' twice"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "no tools"),
-        ({"tool_choice": "sometimes"}, "tool_choice", ""),
+        ({"tool_choice": "sometimes"}, "tool_choice", "is .sometimes.; Input should be"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "rain"}}},
             "tool_choice",
             "'rain'",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools", ""),
-        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", ""),
+        ({"tools": [{"type": "web_search"}]}, "tools", "Input should be .function."),
+        (
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools",
+            "at least 1 character",
+        ),
         (
             {"tool_choice": "required", "response_format": {"type": "json_object"}},
             "tool_choice",
@@ -181,7 +174,7 @@ def test_the_template_gets_tools_calls_and_their_results(served):
                 ],
             },
             "tools",
-            "",
+            "Invalid type: nonsense",
         ),
         (
             {"messages": [*TALK, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
@@ -210,16 +203,16 @@ def test_what_no_tool_is_is_refused_by_name(served, values, param, says):
 
 
 def test_a_template_that_shows_no_form_needs_its_name():
-    with serving(tools_llm(TEMPLATE.replace("<tool_call>", ""))) as other:
+    with serving(templated_llm(TEMPLATE.replace("<tool_call>", ""))) as other:
         with pytest.raises(openai.BadRequestError, match="--tool-call-parser") as caught:
             create(other)
         assert caught.value.param == "tool_choice"
         assert create(other, tool_choice="required", seed=4)[0][2] == "tool_calls"
-    with serving(tools_llm("{{ messages[0].content }}")) as other:
+    with serving(templated_llm("{{ messages[0].content }}")) as other:
         with pytest.raises(openai.BadRequestError, match="takes no tools") as caught:
             create(other, tool_choice="required")
         assert caught.value.param == "tools"
-    with serving(tools_llm(), tool_call_parser="llama3_json") as other:
+    with serving(templated_llm(TEMPLATE), tool_call_parser="llama3_json") as other:
         said = '{"name": "now", "parameters": {}}'
         assert create(other, **saying(said)) == [(None, [("now", "{}")], "tool_calls")]
 
@@ -238,7 +231,7 @@ def test_lines_of_a_batch_call_tools(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = OutputFile(target)
-    BatchRun(tools_llm(), source, output).run({}, quiet=True)
+    BatchRun(templated_llm(TEMPLATE), source, output).run({}, quiet=True)
     output.close()
     records = [json.loads(line) for line in target.read_text().splitlines()]
     choices = {r["custom_id"]: r["response"]["body"]["choices"][0] for r in records}

@@ -42,6 +42,15 @@ def served_llm(**options):
     )
 
 
+def templated_llm(template):
+    """A model whose tokenizer has another chat template."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = template
+    return LLM.from_model(
+        tiny_model(), tokenizer, kv_format=tiny_format(), kv_cache_bytes=16 << 20, max_num_seqs=8
+    )
+
+
 class Served:
     """A running server. `url` ends with the port."""
 
