@@ -1,6 +1,8 @@
-"""A plain cache that stores every token and attends by the written rule, query by query."""
+"""A plain cache that stores every token and attends by the written rule, without pools."""
 
 from __future__ import annotations
+
+from itertools import groupby
 
 import torch
 
@@ -45,19 +47,25 @@ class PlainCache:
                 yield b
 
     def attend(self, q, k, v):
-        """Append [T, H, D] and return the queries' outputs [T, Hq, D]."""
-        start = self.k.shape[0]
+        """Append [T, H, D] and return the queries' outputs [T, Hq, D].
+
+        Queries that see the same blocks as pages are computed together, up to 256 of them.
+        """
+        start, group = self.k.shape[0], q.shape[1] // self.fmt.num_kv_heads
         self.k, self.v = torch.cat((self.k, k)), torch.cat((self.v, v))
         outs = []
-        for i in range(q.shape[0]):
-            t = start + i
-            keys, values = self.k[: t + 1].float().clone(), self.v[: t + 1].float().clone()
-            for b in self.shown_blocks(t):
-                at = self.fmt.num_landmark_tokens + 512 * b
-                keys[at : at + 512], values[at : at + 512] = self._block(b)
-            group = q.shape[1] // self.fmt.num_kv_heads
+        for (blocks, _), run in groupby(
+            range(start, self.k.shape[0]), lambda t: (tuple(self.shown_blocks(t)), t // 256)
+        ):
+            at = torch.tensor(list(run))
+            end = int(at[-1]) + 1
+            keys, values = self.k[:end].float().clone(), self.v[:end].float().clone()
+            for b in blocks:
+                first = self.fmt.num_landmark_tokens + 512 * b
+                keys[first : first + 512], values[first : first + 512] = self._block(b)
             keys = keys.repeat_interleave(group, dim=1)
             values = values.repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,thd->ht", q[i].float(), keys) * self.scale
-            outs.append(torch.einsum("ht,thd->hd", torch.softmax(scores, -1), values))
-        return torch.stack(outs)
+            scores = torch.einsum("qhd,thd->hqt", q[at - start].float(), keys) * self.scale
+            scores.masked_fill_(torch.arange(end) > at[:, None], float("-inf"))
+            outs.append(torch.einsum("hqt,thd->qhd", torch.softmax(scores, -1), values))
+        return torch.cat(outs)
