@@ -87,7 +87,7 @@ forms: $(STAMP)
 # MINUTES=60 DEVICE=cuda; the exit code is not 0 where anything was lost, stale or not whole.
 # Kills writers of a store 200 times, and looks at every record.
 kills: $(STAMP)
-	STORE_KILLS=200 $(BIN)/python -m pytest tests/store/test_disk_tier.py -k kills
+	STORE_KILLS=200 $(BIN)/python -m pytest tests/store/test_kills.py
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak --minutes $${MINUTES:-5} --device $${DEVICE:-cpu}

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypedDict
+
+
+class Prompt(TypedDict):
+    """The tokens of a request as a cache takes them, to look for their prefix and to store them."""
+
+    num_prompt_tokens: int
+    token_ids: list[int]
+    cache_salt: str
+    pinned_spans: tuple[tuple[int, int], ...]
 
 
 class RequestStatus(Enum):
@@ -58,6 +68,15 @@ class Request:
     num_disk_cached_tokens: int = 0
     num_pages_sealed: int = 0
     num_pending: int = 0
+
+    @property
+    def prompt(self) -> Prompt:
+        return {
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "token_ids": self.token_ids,
+            "cache_salt": self.cache_salt,
+            "pinned_spans": self.pinned_spans,
+        }
 
     @property
     def num_preemptions(self) -> int:

@@ -199,13 +199,7 @@ class Scheduler:
                 return  # preempted before the host saw its last sampled token
             loaded: bool | None = True
             if request.max_cached_tokens is None:  # else more may come than may be used
-                loaded = self.cache.prefetch(
-                    request.request_id,
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    token_ids=request.token_ids,
-                    cache_salt=request.cache_salt,
-                    pinned_spans=request.pinned_spans,
-                )
+                loaded = self.cache.prefetch(request.request_id, **request.prompt)
             if loaded is None:
                 return
             if not loaded:
@@ -213,10 +207,7 @@ class Scheduler:
                 continue
             cached = self.cache.add_sequence(
                 request.request_id,
-                num_prompt_tokens=request.num_prompt_tokens,
-                token_ids=request.token_ids,
-                cache_salt=request.cache_salt,
-                pinned_spans=request.pinned_spans,
+                **request.prompt,
                 resumed=request.is_resumed,
                 max_cached_tokens=request.max_cached_tokens,
             )

@@ -25,10 +25,10 @@ from spectral_paged.cache.attention import PagedAttention
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
-from spectral_paged.cache.lower_tiers import Asking
 from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.pins import Spans, pinned_blocks
 from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
+from spectral_paged.cache.read_ahead import Asking
 from spectral_paged.cache.sealer import Sealer
 from spectral_paged.cache.sequences import SequenceTable, StepRules
 from spectral_paged.cache.visibility import Visibility
@@ -400,7 +400,7 @@ class SpectralKVCache:
             state.store(entry.num_new)
         with self.clock.section("seal"):
             self.sealer.seal_due([state for _, state in held])
-        if self._lower.keeps:
+        if self._lower.moves is not None:
             self._lower.step_ended([state for _, state in held])
         report = self.sealer.take_report()
         self._observers.ended(StepPlan(tuple([entry for entry, _ in held])), report)

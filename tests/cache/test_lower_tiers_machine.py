@@ -74,13 +74,14 @@ class TiersMachine(RuleBasedStateMachine):
             disk._writer = disk._readers = NoThread()
         self.copier = self.host._copier = LateCopier(most=most, failing=failing)
         self.num_submitted = 0
-        give_up = self.lower._no_room
+        ahead = self.lower.moves.ahead
+        give_up = ahead._no_room
 
         def counted(*args, **kwargs):
             self.total["given up"] += 1
             return give_up(*args, **kwargs)
 
-        self.lower._no_room = counted
+        ahead._no_room = counted
 
     @rule(
         family=st.integers(0, 2),
@@ -104,7 +105,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.engine.step()
         running = {r.request_id for r in self.engine.engine.scheduler.running}
         waiting = {r.request_id for r in self.engine.engine.scheduler.waiting}
-        self.total["passed"] += bool(set(self.lower._loads) & waiting) and bool(running)
+        self.total["passed"] += bool(set(self.lower.moves.ahead._loads) & waiting) and bool(running)
 
     @precondition(lambda self: self.engine.running)
     @rule(count=st.sampled_from([60, 1, 3]))
@@ -171,7 +172,7 @@ class TiersMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.drain()
-        assert not self.lower._loads, "a request that ended is still loaded"
+        assert not self.lower.moves.ahead._loads, "a request that ended is still loaded"
         held = [group.borrowed for group in self.engine.cache.groups]
         assert not any(held), "slots are borrowed for nobody"
         stats = self.engine.cache.stats()

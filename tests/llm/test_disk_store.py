@@ -81,7 +81,7 @@ def test_two_llms_share_a_folder(tmp_path):
             (found,) = llms[i % 2].generate([prompt], GREEDY, use_tqdm=False)
             assert found.outputs[0].token_ids == tokens(plain)[i % 3]
             for llm in llms:
-                llm.cache._lower._tiers.disk.flush()
+                llm.cache._lower.moves.tiers.disk.flush()
         hits = [llm.stats()["prefix_hit_tokens_by_tier"]["disk"] for llm in llms]
         assert all(hits), "each found what the other wrote"
     finally:
@@ -139,7 +139,7 @@ def test_requests_finish_where_the_folder_is_gone(tmp_path):
     with tiny_llm(tiny_format(), kv_cache_bytes=2 << 20, max_num_seqs=2, kv_store=folder) as llm:
         shutil.rmtree(folder)
         found = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-        llm.cache._lower._tiers.disk.flush()
+        llm.cache._lower.moves.tiers.disk.flush()
         assert tokens(found) == tokens(plain)
         assert llm.stats()["store_failures"]["disk"] >= 1
 

@@ -106,9 +106,9 @@ def test_aborted_requests_leave_nothing_on_its_way():
         llm.engine.add_request("a", PROMPTS[1], GREEDY)
         for _ in range(3):
             assert llm.engine.step() == []  # nothing runs, and nothing is stalled
-        assert llm.cache._lower._loads
+        assert llm.cache._lower.moves.ahead._loads
         llm.engine.abort("a")
-        assert not llm.cache._lower._loads and not llm.engine.has_unfinished()
+        assert not llm.cache._lower.moves.ahead._loads and not llm.engine.has_unfinished()
         llm.cache.check_integrity()
 
 
