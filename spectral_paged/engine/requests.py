@@ -69,7 +69,8 @@ class Completion:
             output.text_offsets.append(text.offset_of(token))
         stop, most = None, self.request.max_num_tokens
         if not is_end:
-            stop = text.append(token, may_stop=may_stop)
+            # as in vLLM, a stop string ends with a token after the first `min_tokens`
+            stop = text.append(token, may_stop=len(output.token_ids) > params.min_tokens)
         elif params.include_stop_str_in_output:
             text.append(token, may_stop=False)
             text.finish()

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
 from spectral_paged.engine.requests import Completion, RequestGroup
+from spectral_paged.grammar import Constraint
 from spectral_paged.sampling import (
     PendingTokens,
     SampledTokens,
@@ -99,6 +100,7 @@ class SampledStep:
         if len(picked) > len(ready):
             logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
         completions = [completion for _, completion in picked]
+        Constraint.fill(c.constraint for c in completions if c.constraint is not None)
         rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
         tokens = SampledTokens(logits, rows, state)
         tokens.count()

@@ -59,8 +59,20 @@ class TokenBytes:
         backend = self._backend
         known = len(self._tokenizer) if backend is None else backend.get_vocab_size()
         ids = range(max(known, least))
-        found = (self.shown(i, self._anchor, skip_special_tokens=True) for i in ids)
-        return [data or b"" for data in found]
+        if backend is None:
+            slow = (self.shown(i, self._anchor, skip_special_tokens=True) for i in ids)
+            return [data or b"" for data in slow]
+        spellings = {token_id: text for text, token_id in backend.get_vocab(True).items()}
+        shown = [i for i in ids if i in spellings and i not in self._special]
+        found = [b""] * len(ids)
+        anchor = self._anchor
+        before = [] if anchor is None else [anchor]
+        lead = "" if anchor is None else self._decode(before)
+        texts = backend.decode_batch([[*before, i] for i in shown], skip_special_tokens=False)
+        for token_id, text in zip(shown, texts, strict=True):
+            text = text[len(lead) :] if text.startswith(lead) else self._decode([token_id])
+            found[token_id] = self._bytes_of(text, spellings[token_id])
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special ones."""
@@ -122,6 +134,11 @@ class TokenBytes:
             before, both = self._decode([behind]), self._decode([behind, token_id])
             if both.startswith(before):
                 text = both[len(before) :]
+        return self._bytes_of(text, spelling)
+
+    @staticmethod
+    def _bytes_of(text: str, spelling: str) -> bytes:
+        """Return the bytes of a token whose text may be a part of a character."""
         if "\ufffd" in text:
             data = spelled_bytes(spelling)
             if data is not None:

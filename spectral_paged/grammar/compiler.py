@@ -51,6 +51,7 @@ class GrammarCompiler:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self._executor: Any = None
         self._num_tokens = 0
         self._known: OrderedDict[str, Grammar] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
@@ -62,7 +63,7 @@ class GrammarCompiler:
             InvalidRequestError: it cannot be compiled, or not in time; the message says why.
             MissingPackageError: llguidance is not installed.
         """
-        key = _key_of(asked)
+        key = asked.text
         with self._lock:
             known = self._known.get(key)
             if known is not None:
@@ -100,13 +101,14 @@ class GrammarCompiler:
                 "structured_outputs",
             )
         try:
-            from llguidance import LLTokenizer, TokenizerWrapper
+            from llguidance import LLExecutor, LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise missing_extra(
                 "structured outputs need the package llguidance", "structured"
             ) from error
         words = self._vocabulary()
         self._num_tokens = words.num_tokens
+        self._executor = LLExecutor()
         return LLTokenizer(TokenizerWrapper(words), n_vocab=len(words.tokens))
 
     def _without_beginning(self, matcher: Any) -> str:
@@ -128,24 +130,24 @@ class GrammarCompiler:
             error = str(cause)
         if error:
             raise _refused(cut(error.partition("\n<state>")[0]))
-        return Grammar(matcher, self._num_tokens, self._end_tokens)
+        return Grammar(matcher, self._executor, self._num_tokens, self._end_tokens)
 
 
 def _source_of(asked: StructuredOutputsParams) -> str:
-    """Return a grammar as llguidance reads it."""
+    """Return a grammar as llguidance reads it, of what was asked for when `asked` was made."""
     from llguidance import LLMatcher, grammar_from
 
-    if asked.regex is not None:
-        return str(LLMatcher.grammar_from_regex(asked.regex))
-    if asked.choice is not None:
-        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice)
+    form = json.loads(asked.text)
+    if form["regex"] is not None:
+        return str(LLMatcher.grammar_from_regex(form["regex"]))
+    if form["choice"] is not None:
+        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in form["choice"])
         return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
-    if asked.grammar is not None:
-        return str(grammar_from("grammar", asked.grammar))
+    if form["grammar"] is not None:
+        return str(grammar_from("grammar", form["grammar"]))
     schema: Any = {"type": "object"}
-    if asked.json is not None:
-        text = asked.json if isinstance(asked.json, str) else json.dumps(asked.json, default=dict)
-        schema = json.loads(text)  # a copy, of any mappings
+    if form["json"] is not None:
+        schema = json.loads(form["json"]) if isinstance(form["json"], str) else form["json"]
         if not isinstance(schema, dict):
             raise ValueError("a JSON schema is an object")
     if asked.disable_additional_properties:
@@ -166,14 +168,6 @@ def _close(schema: Any) -> None:
     elif isinstance(schema, list):
         for inner in schema:
             _close(inner)
-
-
-def _key_of(asked: StructuredOutputsParams) -> str:
-    # the order of properties is that of the answer
-    try:
-        return json.dumps(vars(asked), default=dict)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _refused(f"its schema is no JSON: {error}") from None
 
 
 def _refused(why: str) -> InvalidRequestError:

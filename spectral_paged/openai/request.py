@@ -121,7 +121,7 @@ def parse_body(body: object, *, chat: bool, defaults: Mapping[str, Any]) -> Open
     given = {name: value for name, value in given.items() if value is not None}
     include_usage, continuous_usage = _usage(asked)
     common: dict[str, Any] = {
-        "params": SamplingParams(**dict(defaults) | given),
+        "params": SamplingParams.from_optional(**dict(defaults) | given),
         "model": asked.model,
         "cache_salt": asked.cache_salt,
         "stream": bool(asked.stream),

@@ -53,6 +53,16 @@ def option_fields(options: type) -> list[Field[Any]]:
     return [field for field in fields(options) if _KEY in field.metadata]
 
 
+def further_names(options: type) -> dict[str, str]:
+    """Return fields of a dataclass by the further names of their options, as a call has them."""
+    found = {}
+    for field in option_fields(options):
+        for name in field.metadata[_KEY][1]:
+            if name.startswith("--"):
+                found[name.removeprefix("--").replace("-", "_")] = field.name
+    return found
+
+
 def add_options(parser: argparse._ActionsContainer, options: type, *names: str, **how: Any) -> None:
     """Add options of a dataclass to a command: all of them, or those of the fields in `names`.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 from spectral_paged.errors import InvalidRequestError, shown, suggestion
-from spectral_paged.options.command_line import option
+from spectral_paged.options.command_line import further_names, option
 from spectral_paged.options.readers import bytes_of, num_tokens, parse_bytes, positive
 from spectral_paged.options.vllm_names import instead_of
 
@@ -32,14 +32,16 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def _generation_config(text: str) -> str:
-    """Read a choice of generation config; vLLM's word for `none` is `vllm`."""
-    return {"vllm": "none"}.get(text, text)
+# option -> a value of vLLM's -> the one that asks for the same here
+_VLLM_VALUES: dict[str, dict[str, str | None]] = {
+    "generation_config": {"vllm": "none"},
+    "quantization": {"gguf": None},  # reading the file does all that it asks for
+}
 
 
-def _quantization(text: str) -> str | None:
-    """Read a method; vLLM's `gguf` asks for nothing that reading the file does not do."""
-    return None if text == "gguf" else text
+def _read(name: str) -> Callable[[str], str | None]:
+    """Return the reader of an option that has values of vLLM's."""
+    return lambda text: _VLLM_VALUES[name].get(text, text)
 
 
 # annotation of a field -> (the values as an error message names them, True for such a value)
@@ -214,7 +216,7 @@ class LLMOptions(CacheOptions):
         max_logprobs: most log-probabilities of a token that a request may ask for; -1 allows all of
             the vocabulary, which take 100 bytes each.
         generation_config: `auto` takes the sampling values of the model's generation config where a
-            request names none; `none` (on the command line also `vllm`) ignores them. End tokens
+            request names none; `none` (also `vllm`) ignores them. End tokens
             of it count either way.
         allow_special_tokens: special tokens that the text of a message spells (`<|im_end|>`) are
             tokens. Otherwise they are text, so that no message ends its turn and begins another's.
@@ -224,7 +226,7 @@ class LLMOptions(CacheOptions):
     device: str = field(default="auto", metadata=option())
     dtype: str | torch.dtype = field(default="auto", metadata=option())
     quantization: str | None = field(
-        default=None, metadata=option(_quantization, also=["-q"], metavar="METHOD")
+        default=None, metadata=option(_read("quantization"), also=["-q"], metavar="METHOD")
     )
     gpu_memory_utilization: float = field(default=0.9, metadata=option(float, metavar="SHARE"))
     max_num_batched_tokens: int = field(default=8192, metadata=option(num_tokens, metavar="TOKENS"))
@@ -236,9 +238,16 @@ class LLMOptions(CacheOptions):
     seed: int = field(default=0, metadata=option(int))
     max_logprobs: int = field(default=20, metadata=option(int, metavar="N"))
     generation_config: str = field(
-        default="auto", metadata=option(_generation_config, choices=("auto", "none"))
+        default="auto", metadata=option(_read("generation_config"), choices=("auto", "none"))
     )
     allow_special_tokens: bool = field(default=False, metadata=option(bool))
+
+    def __post_init__(self) -> None:
+        for name, ours in _VLLM_VALUES.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value in ours:
+                object.__setattr__(self, name, ours[value])
+        super().__post_init__()
 
     @classmethod
     def _by_own_names(cls, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,8 +257,10 @@ class LLMOptions(CacheOptions):
             TypeError: an argument of vLLM's asks for what is not served; says what to do instead.
         """
         own = {known.name for known in fields(cls)}
+        further = further_names(cls)
         found, ignored = {}, []
         for name, value in named.items():
+            name = further.get(name, name)
             refused = None if name in own else instead_of(name, value)
             if refused:
                 raise TypeError(refused)

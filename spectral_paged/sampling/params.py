@@ -15,11 +15,12 @@ from spectral_paged.sampling.repetition import RepetitionDetectionParams
 from spectral_paged.sampling.rules import RULES
 from spectral_paged.sampling.structured_outputs import StructuredOutputsParams
 
+MAX_API_BIAS = 100.0  # of OpenAI's API
 # what `SamplingParams` derives from its fields, until one of them is assigned
 _DERIVED = ("wanted", "wanted_of_prompt", "has_penalties", "has_token_rules", "changes_logits")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass
 class SamplingParams:
     """The parameters by which a request samples; names and meaning are vLLM's.
 
@@ -132,6 +133,23 @@ class SamplingParams:
                 "logprobs",
             )
 
+    def __hash__(self) -> int:  # fields may be lists and mappings
+        return hash(tuple(_hashable(getattr(self, name)) for name in RULES))
+
+    @classmethod
+    def from_optional(cls, **given: Any) -> SamplingParams:
+        """Return parameters of what an API's request gives, as vLLM's method does.
+
+        None stands for the default, and biases beyond 100 for 100, which OpenAI's API ends at.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        if "logit_bias" in given:
+            biases = RULES["logit_bias"].check(given["logit_bias"], "logit_bias")
+            given["logit_bias"] = {
+                token: min(MAX_API_BIAS, max(-MAX_API_BIAS, bias)) for token, bias in biases.items()
+            }
+        return cls(**given)
+
     def clone(self) -> SamplingParams:
         """Return a checked copy that has no list or mapping in common with this one.
 
@@ -179,6 +197,12 @@ class SamplingParams:
     def reads_output(self) -> bool:
         """True if the host has to know all tokens before the next one is drawn."""
         return self.structured_outputs is not None or bool(self.logits_processors)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset(value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _refused(message: str, name: str) -> SamplingParamsError:

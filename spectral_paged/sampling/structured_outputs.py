@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from spectral_paged.errors import SamplingParamsError, shown
@@ -30,8 +31,12 @@ class StructuredOutputsParams:
             others, where it does not say.
         whitespace_pattern: regex of the whitespace between parts of JSON.
 
+    Attributes:
+        text: all of it as JSON, made once. Grammars are compiled from it and known by it.
+
     Raises:
-        SamplingParamsError: none or several are given, or one is of another type.
+        SamplingParamsError: none or several are given, one is of another type, or the schema has
+            values that JSON does not have.
     """
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
@@ -65,6 +70,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -93,6 +99,12 @@ class StructuredOutputsParams:
                 raise _refused(
                     f"structured_outputs.{name} is {shown(value)}; it must be True or False"
                 )
+        form = {known.name: getattr(self, known.name) for known in fields(self) if known.init}
+        try:  # the order of properties is that of the answer
+            text = json.dumps(form, default=dict)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _refused(f"structured_outputs cannot be written as JSON: {error}") from None
+        object.__setattr__(self, "text", text)
 
     def __hash__(self) -> int:  # schemas are mappings
         return hash((self.regex, self.grammar, self.json_object))
@@ -102,7 +114,7 @@ class StructuredOutputsParams:
         """Return parameters from an object of JSON; other values are returned unchanged."""
         if not isinstance(value, Mapping):
             return value
-        names = {field.name for field in fields(cls)}
+        names = {known.name for known in fields(cls) if known.init}
         # vLLM's parameters have a field more, which is null in those that are served
         value = {k: v for k, v in value.items() if k != "structural_tag" or v is not None}
         extra = sorted(str(name) for name in value if name not in names)

@@ -16,6 +16,7 @@ from spectral_paged.options import (
     NOT_SERVED,
     PAGE,
     CacheOptions,
+    EngineArgs,
     LLMOptions,
     add_options,
     given_options,
@@ -210,6 +211,21 @@ def test_names_and_numbers_of_vllm_are_understood(command, words, field, value):
     first = {"serve": ["tiny"], "generate": ["-i", "a", "-o", "b"]}[command]
     args = build_parser().parse_args(with_dashes([command, *first, *words.split()]))
     assert given_options(args, LLMOptions) == {field: value}
+
+
+@pytest.mark.parametrize(
+    "given, same",
+    [
+        ({"quantization": "gguf"}, {}),
+        ({"generation_config": "vllm"}, {"generation_config": "none"}),
+        ({"kv_cache_memory_bytes": 2 << 30}, {"kv_cache_bytes": 2 << 30}),
+        ({"kv_cache_dtype_skip_layers": [0, 5]}, {"exempt_layers": [0, 5]}),
+        ({"prefix_caching": False}, {"enable_prefix_caching": False}),
+    ],
+    ids=str,
+)
+def test_names_and_values_of_vllm_are_understood_in_a_call_as_in_a_command(given, same):
+    assert EngineArgs("m", **given) == EngineArgs("m", **same)
 
 
 @pytest.mark.parametrize(

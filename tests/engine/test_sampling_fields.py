@@ -178,3 +178,20 @@ def test_assigned_values_that_do_not_go_together_are_refused_and_counted(llm):
     with pytest.raises(SamplingParamsError, match="between 0 and max_tokens"):
         llm.engine.add_request("a", "tell me", params)
     assert llm.stats()["refused"]["SamplingParamsError"] == 1
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_a_stop_string_ends_with_a_token_after_the_first_min_tokens(llm, place, keep):
+    """As in vLLM, whose detokenizer looks for them once there are more than `min_tokens`."""
+    (free,) = llm.generate(["tell me"], GREEDY, use_tqdm=False)
+    text = free.outputs[0].text
+    stop = text[place]
+    for least in range(12):
+        params = GREEDY.clone()
+        params.stop, params.min_tokens, params.include_stop_str_in_output = stop, least, keep
+        (out,) = llm.generate(["tell me"], params, use_tqdm=False)
+        at = text.find(stop, least)  # a token is a character here
+        ended = at >= 0
+        assert out.outputs[0].finish_reason == ("stop" if ended else "length")
+        assert out.outputs[0].text == (text[: at + keep] if ended else text)

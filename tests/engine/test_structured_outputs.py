@@ -207,6 +207,63 @@ def test_a_grammar_is_compiled_once(monkeypatch):
     assert len(calls) == 2
 
 
+def test_what_is_asked_for_is_written_out_once_with_its_parameters(monkeypatch):
+    """A large schema costs the engine's thread nothing, however many prompts have it."""
+    schema = {"enum": [f"value {i}" for i in range(50)]}
+    params, calls = structured(json=schema), []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **how: calls.append(1) or dumps(*args, **how))
+    llm = served_llm()
+    llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    written = len(calls)
+    llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert len(calls) == written  # the grammar was written once, and nothing again
+    schema["enum"].clear()  # what it was when it was asked for counts
+    (text,), _ = said(served_llm(), params)
+    assert json.loads(text).startswith("value ")
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object()], ids=["set", "object"])
+def test_a_schema_that_json_does_not_have_is_refused_where_it_is_made(value):
+    with pytest.raises(SamplingParamsError, match="cannot be written as JSON") as caught:
+        StructuredOutputsParams(json={"enum": value})
+    assert caught.value.param == "structured_outputs"
+
+
+def test_masks_of_a_step_are_filled_together_and_say_the_same(monkeypatch):
+    forms = [{"regex": "[a-f]{9}"}, {"choice": ["yes", "no"]}, {"regex": "(a|ab|abc|b|bc|c)+"}]
+    llm = served_llm()
+    compiler = llm.engine.grammars
+    grammars = [compiler.compile(StructuredOutputsParams(**form)) for form in forms]
+    alone, together = [g.start() for g in grammars], [g.start() for g in grammars]
+    for _ in range(3):
+        Constraint.fill(together)
+        for one, other in zip(alone, together, strict=True):
+            assert one.allowed().tolist() == other.allowed().tolist()
+            bits = np.unpackbits(one.allowed().view(np.uint8), bitorder="little")
+            token = int(np.flatnonzero(bits)[0])
+            one.accept(token), other.accept(token)
+    filled = []
+    fill = Constraint.fill
+    monkeypatch.setattr(
+        Constraint, "fill", lambda many: filled.append(len(p := [*many])) or fill(p)
+    )
+    params = [structured(**form) for form in forms]
+    llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert max(filled) == len(forms)
+
+
+def test_a_mask_that_was_filled_is_computed_again_behind_a_token():
+    compiler = GrammarCompiler(lambda: Vocabulary([b"a", b"b"], lambda text: []), ())
+    grammar = compiler.compile(StructuredOutputsParams(regex="ab"))
+    places = [grammar.start() for _ in range(2)]
+    Constraint.fill(places)
+    assert [int(p.allowed()[0]) & 3 for p in places] == [1, 1]
+    places[1].accept(0)
+    Constraint.fill(places)
+    assert [int(p.allowed()[0]) & 3 for p in places] == [1, 2]
+
+
 def test_structured_outputs_without_a_tokenizer_are_refused():
     with pytest.raises(InvalidRequestError, match="need a tokenizer"):
         tiny_llm().engine.add_request("a", [1], structured(regex="ab"))

@@ -230,3 +230,23 @@ def test_candidates_of_one_text_have_entries_of_their_own():
             "token_id:9001": -6.0,
         }
     ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_whole_vocabulary_has_the_bytes_of_its_tokens_behind_text(name):
+    known = BYTES[name]
+    size = len(TOKENIZERS[name]) + 3
+    found = known.vocabulary(size)
+    one_by_one = [
+        known.shown(i, known._anchor, skip_special_tokens=True) or b"" for i in range(size)
+    ]
+    assert found == one_by_one and any(found)
+
+
+def test_a_whole_vocabulary_is_read_in_few_calls(monkeypatch):
+    tokenizer = TOKENIZERS["llama2"]
+    known, calls = TokenBytes(tokenizer), []
+    decode = known._decode
+    monkeypatch.setattr(known, "_decode", lambda ids: calls.append(ids) or decode(ids))
+    known.vocabulary(0)
+    assert len(calls) < len(tokenizer) / 4

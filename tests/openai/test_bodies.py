@@ -261,3 +261,10 @@ def test_a_message_of_tools_takes_what_its_description_says(data):
             said = False  # no schema describes the JSON in a string
     error = error_of(body, True)
     assert (error is None) == said, error
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_biases_end_at_100_as_in_vllm(chat):
+    body = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    asked = parse_body(body | {"logit_bias": {"5": 1000, "6": -3}}, chat=chat, defaults={})
+    assert asked.params.logit_bias == {5: 100.0, 6: -3}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from spectral_paged import SamplingParams
 from spectral_paged.errors import SamplingParamsError
-from spectral_paged.sampling import RepetitionDetectionParams
+from spectral_paged.sampling import RepetitionDetectionParams, StructuredOutputsParams
 
 
 def test_a_field_may_be_assigned_and_is_checked_then():
@@ -129,3 +131,37 @@ def test_an_end_that_repeats_itself_is_found_by_its_definition(tokens, least, mo
         if size * count <= len(tokens)
     )
     assert RepetitionDetectionParams(most, least, count).ends(tokens) == want
+
+
+FIELDS = {
+    "stop": ["a", "b"],
+    "stop_token_ids": [1, 2],
+    "logit_bias": {3: 1.0, 4: -1.0},
+    "allowed_token_ids": [1, 2],
+    "bad_words": ["a"],
+    "logprob_token_ids": [5],
+    "structured_outputs": StructuredOutputsParams(json={"enum": [1]}),
+    "repetition_detection": RepetitionDetectionParams(4, 1, 2),
+    "logits_processors": [len],
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_parameters_are_hashed_whatever_they_have(name):
+    first, second = (SamplingParams(**{name: FIELDS[name]}) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+    assert len({first, second, SamplingParams()}) == 2
+
+
+@pytest.mark.parametrize("bias, meant", [(250, 100.0), (-1e5, -100.0), (99.5, 99.5)])
+def test_biases_of_an_apis_request_end_at_100(bias, meant):
+    assert SamplingParams.from_optional(logit_bias={"7": bias}).logit_bias == {7: meant}
+    assert SamplingParams(logit_bias={7: bias}).logit_bias == {7: bias}  # as in vLLM
+
+
+def test_parameters_of_an_apis_request_have_defaults_for_none():
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    assert SamplingParams.from_optional(**dict.fromkeys(names)) == SamplingParams()
+    with pytest.raises(SamplingParamsError, match="logit_bias"):
+        SamplingParams.from_optional(logit_bias={"x": 1})
