@@ -19,7 +19,8 @@ HARNESS = (  # modules that every number depends on
 )
 CODEC = (  # modules that the numbers of our formats depend on as well
     *(f"spectral_paged.pages.{name}" for name in ("codec", "decompose", "sections", "quantize")),
-    *("spectral_paged.pages.shared_basis", f"{BENCH}.page_methods"),
+    *(f"spectral_paged.pages.{name}" for name in ("page_mean", "shared_basis")),
+    f"{BENCH}.page_methods",
     *(f"spectral_paged.kernels.page.{name}" for name in ("bit_packing", "layout", "view")),
 )
 

@@ -5,7 +5,7 @@ tokens), on the format and on the calibration it is bound to, never on other blo
 Everything runs in fp32 and is batched over blocks, layers and heads.
 
 ```
-x        K or V of a block, page mean removed, scaled near 1 by a power of two
+x        K or V of a block, page mean removed (page_mean.py), scaled near 1 by a power of two
 y        x W                                            W: root of the calibrated metric, or 1
 C, B     y ~= C (B W)                                   basis of the page, or shared
 codes    C / gain / scale -> nearest levels             quantize.py
@@ -33,6 +33,7 @@ from spectral_paged.kernels.page.view import (
 )
 from spectral_paged.pages.decompose import band_vectors, decompose
 from spectral_paged.pages.format import PageFormat
+from spectral_paged.pages.page_mean import mean_of, ordinary_tokens
 from spectral_paged.pages.quantize import INT8_MAX, Quantized, encode_values, quantize
 from spectral_paged.pages.sections import Bands
 from spectral_paged.pages.shared_basis import BoundBasis, SideRows
@@ -63,10 +64,12 @@ def _project(
 ) -> _Projected:
     """Project `x` fp32 `[N', 512, D]` on its basis; `rows` are the calibration's for each of N'."""
     given, mean = x, None
+    ordinary = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if format.outlier_slots:
+        ordinary = ordinary_tokens(x)
     if format.mean:
         # The part of the mean that fp16 cannot hold stays in the residual, which the basis fits.
-        # Division comes before the sum, because a sum of 512 finite values may overflow.
-        mean = (x / BLOCK_TOKENS).sum(dim=-2).clamp(-FP16_MAX, FP16_MAX).half()
+        mean = mean_of(x, ordinary).clamp(-FP16_MAX, FP16_MAX).half()
         x = x - mean.float().unsqueeze(-2)
     # A power of two per head scales the values near 1, exactly, so that squares of any finite block
     # fit (decision 0006).
@@ -81,7 +84,10 @@ def _project(
         coeff = y @ rows.vectors.transpose(-1, -2)
         unit = (1 / power).squeeze(-1).expand_as(coeff[:, 0])
         return _Projected(given, coeff, unit, mean, [])
-    target = y if token_weights is None else y * token_weights.sqrt().unsqueeze(-1)
+    # loud tokens are left out as those of the slots are from scales, or they take rows of the basis
+    target = y.masked_fill(~ordinary.unsqueeze(-1), 0.0)
+    if token_weights is not None:
+        target = target * token_weights.sqrt().unsqueeze(-1)
     eigenvectors = page_ops(x.device).eigenvectors
     vectors = decompose(target, sum(count for count, _ in bands), format, eigenvectors)
     vectors = band_vectors(vectors, bands, format)

@@ -21,7 +21,7 @@ from spectral_paged.store.folder import digest_of, start_of_name
 
 MAGIC = b"SPKVPAGE"
 CHUNK_BYTES = 4 << 20
-VERSION = 1  # of this layout, and of what records hold
+VERSION = 2  # of this layout, and of what records hold
 _START = struct.Struct("<8sIQ")  # magic, version, checksum of the rest
 _REST = struct.Struct(
     "<32s32sQ16s"

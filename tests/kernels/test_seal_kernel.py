@@ -58,6 +58,27 @@ def test_outlier_tokens_are_the_loud_ones_in_ascending_order():
     assert bool((case.outliers(0) == torch.tensor([3, 77, 130, 500])).all())
 
 
+@pytest.mark.parametrize("size", [10, 1_000, 10_000])
+@pytest.mark.parametrize("name, num_loud", [("quality-64", 4), ("quality-64", 9)])
+def test_loud_tokens_cost_the_others_what_they_cost_in_the_twins_page(name, num_loud, size):
+    loud = torch.randperm(512)[:num_loud]
+
+    def shout(k, v):
+        for x in (k, v):
+            x[..., loud, :] = size * torch.randn(x[..., loud, :].shape).to(x)
+
+    case = SealCase(name, heads=1, blocks=1, change=shout)
+    assert not case.seal(seal).any()
+    rest = torch.ones(512, dtype=torch.bool).index_fill(0, loud, False)
+    for got, want in zip(*case.errors(0, rest)):
+        assert got < 1.03 * want
+    if num_loud <= 4:
+        plain = SealCase(name, heads=1, blocks=1)
+        plain.seal(seal)
+        for got, want in zip(case.errors(0, rest)[0], plain.errors(0, rest)[0]):
+            assert got < 1.05 * want
+
+
 def test_nan_and_inf_are_counted_where_they_lie():
     """K's in block 1, V's in block 0: of both, the first and the last element of a head."""
     where = {(1, 0, 1): (0, 511, 63), (1, 1, 0): (0, 0, 0), (0, 0, 1): (1, 511, 63)}

@@ -391,8 +391,8 @@ class SealCase:
         start = int(self.pages[block]) * 128
         return self.arena[:, start : start + self.format.page_bytes].contiguous()
 
-    def errors(self, block):
-        """Relative errors of K and V: (sealed page, page of the torch encoder)."""
+    def errors(self, block, tokens=slice(None)):
+        """Relative errors of K and V over `tokens`: (sealed page, page of the torch encoder)."""
         span = slice(int(self.first[block]), int(self.first[block]) + 512)
         cos, sin = self.rope.cos[span], self.rope.sin[span]
         k = stored_keys(self.k[block], cos, sin, self.format.rope)
@@ -401,7 +401,7 @@ class SealCase:
         twin = encode_pages(*given, self.format, **rows)
         return [
             [
-                float((x - y).norm() / y.norm())
+                float((x - y)[..., tokens, :].norm() / y[..., tokens, :].norm())
                 for x, y in zip(decode_pages(pages, self.format, **rows), given)
             ]
             for pages in (self.page(block), twin)

@@ -1,4 +1,7 @@
-"""Outlier tokens of a block: their choice, and their storing in the page (Triton)."""
+"""Outlier tokens of a block: a mean without them, their choice, their storing in the page (Triton).
+
+`spectral_paged.pages.page_mean` and `spectral_paged.pages.codec` do the same for a batch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,61 @@ import triton
 import triton.language as tl
 
 from spectral_paged.kernels.seal.triton.exact_tokens import tokens_of
+
+
+@triton.jit
+def ordinary_mean(
+    mean,
+    inverse,
+    steps_ptr,
+    pages_ptr,
+    values_ptr,
+    cos_ptr,
+    sin_ptr,
+    first,
+    TURN: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The mean of the tokens that are not loud about `mean`, and 1 where some are, else 0.
+
+    `steps_ptr` takes 512 floats. They are log2 of the tokens' squared distances; the threshold is
+    `page_mean.LOUD_STEPS` above their mean.
+    """
+    place, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    total, most = 0.0, -1000.0
+    centre = mean * inverse
+    for start in range(0, 512, ROWS):
+        token = start + place
+        x = tokens_of(
+            pages_ptr, values_ptr, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT
+        )
+        off = x * inverse - centre[None, :]
+        steps = tl.log2(tl.maximum(tl.sum(off * off, axis=1), 1e-30))
+        tl.store(steps_ptr + token, steps)
+        total += tl.sum(steps)
+        most = tl.maximum(most, tl.max(steps))
+    tl.debug_barrier()
+    threshold = total / 512 + 6.0
+    loud = tl.where(most >= threshold, 1, 0)
+    if loud > 0:
+        count = 0
+        for start in range(0, 512, ROWS):
+            count += tl.sum((tl.load(steps_ptr + start + place) < threshold).to(tl.int32))
+        share = 1.0 / count
+        mean = tl.zeros([DIM_PAD], tl.float32)
+        for start in range(0, 512, ROWS):
+            token = start + place
+            x = tokens_of(
+                pages_ptr, values_ptr, cos_ptr, sin_ptr, first, token, dim, TURN, DIM, HALF, UNIT
+            )
+            kept = tl.load(steps_ptr + token) < threshold
+            mean += tl.sum(tl.where(kept[:, None], x * share, 0.0), axis=0)
+        tl.debug_barrier()
+    return mean, loud
 
 
 @triton.jit

@@ -40,7 +40,7 @@ from spectral_paged.kernels.seal.triton.fit import (
     nearest_levels,
     stored_scale,
 )
-from spectral_paged.kernels.seal.triton.outliers import worst, write_slots
+from spectral_paged.kernels.seal.triton.outliers import ordinary_mean, worst, write_slots
 
 WORKSPACE_BYTES = 256 << 20
 MAX_SLOTS = 8
@@ -118,17 +118,38 @@ def _project_kernel(
         top = tl.maximum(top, tl.max(size))
         mean += tl.sum(x * (1.0 / 512), axis=0)
     tl.store(bad_ptr + side_item, bad)
+    # a power of two, exact, brings values near 1: squares of any finite block fit (decision 0006)
+    exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(power_ptr + side_item, inverse)
+    errors = errors_ptr + side_item.to(tl.int64) * 512
+    if SLOTS > 0 and MEAN_AT >= 0:
+        more = 1
+        for _ in range(2):  # as often as `page_mean.LOUD_PASSES`
+            if more > 0:
+                mean, more = ordinary_mean(
+                    mean,
+                    inverse,
+                    errors,
+                    exact,
+                    values,
+                    cos_ptr,
+                    sin_ptr,
+                    first,
+                    TURN,
+                    DIM,
+                    HALF,
+                    UNIT,
+                    DIM_PAD,
+                    ROWS,
+                )
     half_mean = tl.minimum(tl.maximum(mean, -65504.0), 65504.0).to(tl.float16)
     mean = tl.zeros([DIM_PAD], tl.float32)
     if MEAN_AT >= 0:
         mean_at = (record + MEAN_AT).to(tl.pointer_type(tl.float16)) + dim
         tl.store(mean_at, half_mean, mask=dim < DIM)
         mean = half_mean.to(tl.float32)
-    # a power of two, exact, brings values near 1: squares of any finite block fit (decision 0006)
-    exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
-    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(power_ptr + side_item, inverse)
 
     basis = projection_ptr + (layer * HEADS + head).to(tl.int64) * (DIM * RANK)
     for first_comp in tl.static_range(0, RANK_PAD, COLUMNS):  # as many as fit shared memory
@@ -153,7 +174,6 @@ def _project_kernel(
         bits = bits_of(comp, BANDS)
         step = stored_scale(first_scale(energy, weight, bits, SIZES), inverse)[1]
         apart = 1.0 / tl.where(step == 0, 1.0, step)
-        errors = errors_ptr + side_item.to(tl.int64) * 512
         for start in range(0, 512, ROWS):
             token = start + place
             x = coefficients(work, token, comp, token * 0, RANK, RANK_PAD)
