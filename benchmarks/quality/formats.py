@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from spectral_paged.benchmarks.quality.methods import Exact, Method, peer_methods
+import torch
+
+from spectral_paged.benchmarks.quality.methods import Exact, Method, hadamard
 from spectral_paged.benchmarks.quality.page_methods import (
     OnlineMethod,
     SpectralMethod,
     WeightedMethod,
 )
+from spectral_paged.benchmarks.quality.peers import peer_methods
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel
@@ -37,6 +40,30 @@ def unique(methods: Iterable[Method]) -> list[Method]:
     for method in methods:
         found.setdefault(method.name, method)
     return list(found.values())
+
+
+def hadamard_page(format: PageFormat, num_layers: int, device: torch.device) -> SpectralMethod:
+    """Pages of `format`, byte for byte as many, whose basis knows nothing: Hadamard's matrix.
+
+    It has no metric either. What the preset does better than this row is its basis's.
+    """
+    heads, dim = format.num_kv_heads, format.head_dim
+    rows = hadamard(torch.eye(dim))
+    strength = torch.arange(dim, 0, -1.0)  # an order of its rows
+    moment, plain = (
+        x.expand(num_layers, heads, dim, dim).contiguous()
+        for x in ((rows.mT * strength) @ rows, torch.eye(dim))
+    )
+    names = ("k_pre", "k_frame", "k_post", "v")
+    basis = SharedBasis(
+        **dict.fromkeys(names, moment),
+        **dict.fromkeys(("q_pre", "q_post", "o"), plain),
+        model_fingerprint="hadamard",
+        num_tokens=0,
+    )
+    changes: dict[str, Any] = {"dim_weighting": "none", "band_rotation": False, "basis_id": ""}
+    bound = basis.bind(replace(format, name=f"{format.name}-hadamard", **changes), device)
+    return SpectralMethod(bound.format, bound, family="rotated")
 
 
 class MethodSet:
@@ -65,7 +92,20 @@ class MethodSet:
         self.formats: dict[str, dict[str, Any]] = {}
         wanted = names or [p for p in PRESETS if p != "exact"]
         self.ours = unique(self.preset_method(name) for name in wanted)
-        self.peers = peer_methods() if peers else []
+        self.peers = [*peer_methods(), *self._hadamard_pages()] if peers else []
+
+    def _hadamard_pages(self) -> list[Method]:
+        """The base preset on Hadamard's matrix, if it is judged and keeps all components."""
+        judged = [m.format for m in self.ours if isinstance(m, SpectralMethod) and m.name == BASE]
+        geometry = self._loaded.geometry
+        width = geometry.head_dim
+        pages = [
+            hadamard_page(format, geometry.num_layers, self._loaded.model.device)
+            for format in judged
+            if format.k_rank == format.v_rank == width and not width & (width - 1)
+        ]
+        self.formats |= {page.name: asdict(page.format) for page in pages}
+        return list[Method](pages)
 
     @property
     def main(self) -> list[Method]:

@@ -1,4 +1,6 @@
-"""Methods to store a sealed block of 512 tokens: their interface, and the peers of our formats.
+"""Methods to store a sealed block of 512 tokens: their interface, and the older peers.
+
+`peers.py` has those of 2025 and 2026, and the list of all.
 
 A method gets keys before RoPE and returns the K and V that attention would read: keys after RoPE,
 values as stored. The arithmetic is fp32 and elementwise (or a sum in a fixed order) over a block,
@@ -33,7 +35,7 @@ class Method(Protocol):
 
     Attributes:
         name: label in reports, unique.
-        family: `spectral | fp8 | int | kivi | rotated | exact`.
+        family: `spectral | fp8 | int | kivi | rotated | turboquant | oscar | kvtc | exact`.
         num_landmark_tokens: first tokens of a sequence that stay exact.
         hot_tokens: newest tokens that stay exact.
     """
@@ -91,12 +93,27 @@ class WantsQueries(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Keys, values and queries of a text that is never judged, fp32.
+
+    `k` (before RoPE) and `v` `[layers, H, tokens, D]`, `q` (after RoPE) `[layers, H, G, tokens,
+    D]`, `cos` and `sin` `[tokens, rotary_dim / 2]`.
+    """
+
+    k: Tensor
+    v: Tensor
+    q: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
 @runtime_checkable
 class Calibrated(Protocol):
-    """A method that needs keys and values of another text once, before it is used."""
+    """A method that needs keys, values and queries of another text once, before it is used."""
 
-    def calibrate(self, k: Tensor, v: Tensor) -> None:
-        """Learn from keys after RoPE and values `[layers, H, tokens, D]`."""
+    def calibrate(self, sample: Sample) -> None:
+        """Learn from the sample."""
         ...
 
 
@@ -206,10 +223,11 @@ class Fp8:
     def bytes_per_token(self, head_dim: int) -> float:
         return 2.0 * head_dim
 
-    def calibrate(self, k: Tensor, v: Tensor) -> None:
-        """Set scales from keys after RoPE and values `[layers, H, tokens, D]`, unless unit."""
+    def calibrate(self, sample: Sample) -> None:
+        """Set scales from keys after RoPE and values, unless unit."""
         if self.calibrated:
-            peaks = [x.abs().amax(dim=(1, 2, 3)).float().clamp_min(1e-12) for x in (k, v)]
+            keys = rotate(sample.k, sample.cos, sample.sin)
+            peaks = [x.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) for x in (keys, sample.v)]
             k_peaks, v_peaks = ((p / FP8_MAX).tolist() for p in peaks)
             self.scales = list(zip(k_peaks, v_peaks, strict=True))
 
@@ -252,36 +270,36 @@ class Kivi:
     """K per channel over 32 tokens, V per token over 32 channels, post-RoPE (Liu et al. 2024).
 
     bits + 32/32 bits an element at D >= 32: 3 bits cost 4 (4.0x), 2 bits 3 (5.3x). A narrower
-    head has one group of its own width.
+    head has one group of its own width. With another `group` bytes come near those of our formats.
     """
 
     bits: int
     num_landmark_tokens: int = LANDMARKS
     hot_tokens: int = HOT
     family: str = "kivi"
+    group: int = KIVI_GROUP
 
     @property
     def name(self) -> str:
-        return f"kivi{self.bits}"
+        return f"kivi{self.bits}" + (f"-g{self.group}" if self.group != KIVI_GROUP else "")
 
     def bytes_per_token(self, head_dim: int) -> float:
-        k_bits = self.bits + SCALE_AND_ZERO_BITS / KIVI_GROUP
+        k_bits = self.bits + SCALE_AND_ZERO_BITS / self.group
         v_bits = self.bits + SCALE_AND_ZERO_BITS / self._v_group(head_dim)
         return head_dim * (k_bits + v_bits) / 8
 
     def rebuild(
         self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        columns = rotate(k, cos, sin).transpose(-1, -2).unflatten(-1, (-1, KIVI_GROUP))
+        columns = rotate(k, cos, sin).transpose(-1, -2).unflatten(-1, (-1, self.group))
         groups = v.unflatten(-1, (-1, self._v_group(v.shape[-1])))
         new_k = quantized(columns.contiguous(), self.bits).flatten(-2).transpose(-1, -2)
         return new_k, quantized(groups, self.bits).flatten(-2)
 
-    @staticmethod
-    def _v_group(head_dim: int) -> int:
-        group = min(KIVI_GROUP, head_dim)
+    def _v_group(self, head_dim: int) -> int:
+        group = min(self.group, head_dim)
         if head_dim % group:
-            raise FormatError(f"head_dim is {head_dim}; KIVI groups {KIVI_GROUP} channels")
+            raise FormatError(f"head_dim is {head_dim}; {self.name} groups {self.group} channels")
         return group
 
 
@@ -320,15 +338,3 @@ class Rotated:
             return hadamard(quantized(hadamard(x), self.bits)).view_as(x)
         mean = block_mean(x)
         return hadamard(quantized(hadamard(x - mean), self.bits)).view_as(x) + mean
-
-
-def peer_methods(num_landmark_tokens: int = LANDMARKS) -> list[Method]:
-    """Every peer, widest first; `fp8-calibrated` needs `Replay.calibrate` before use."""
-    marks = num_landmark_tokens
-    return [
-        Fp8(num_landmark_tokens=marks),
-        Fp8(calibrated=True, num_landmark_tokens=marks),
-        *(PerToken(bits, marks) for bits in (8, 4)),
-        *(Kivi(bits, marks) for bits in (4, 3, 2)),
-        *(Rotated(bits, mean, marks) for mean in (False, True) for bits in (4, 3)),
-    ]

@@ -18,6 +18,7 @@ from spectral_paged.benchmarks.quality.methods import (
     Calibrated,
     ManyLayers,
     Method,
+    Sample,
     WantsQueries,
 )
 from spectral_paged.benchmarks.quality.shared_attention import Pass, take_over
@@ -144,12 +145,18 @@ class Replay:
         return self._seal_until(copy, method, context.num_tokens)
 
     def calibrate(self, methods: Iterable[Method], ids: Sequence[int]) -> None:
-        """Calibrate every method that needs it on the keys and values of a text."""
+        """Calibrate every method that needs it on the keys, values and queries of a text."""
         waiting = [m for m in methods if isinstance(m, Calibrated)]
         if waiting:
-            context = self.prefill(ids)
+            context = self.prefill(ids, keep_queries=True)
+            assert context.q is not None
+            rope = rotary_table(self.model, len(ids), self.model.device)
+            cos, sin = rope.cos[: len(ids)], rope.sin[: len(ids)]
+            q = context.q.unflatten(1, (self.geometry.num_kv_heads, -1)).float()
+            k, v = context.k.float(), context.v.float()
+            sample = Sample(rotate(k, cos, sin, inverse=True), v, q, cos, sin)
             for method in waiting:
-                method.calibrate(context.k, context.v)
+                method.calibrate(sample)
 
     def _empty(self, num_tokens: int, keep_queries: bool) -> Context:
         limit = self.geometry.max_position_embeddings

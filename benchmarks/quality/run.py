@@ -25,7 +25,7 @@ from spectral_paged.benchmarks.quality.judge import (
     judge_tasks,
 )
 from spectral_paged.benchmarks.quality.layers import judge_reconstruction, judge_sensitivity
-from spectral_paged.benchmarks.quality.methods import Method
+from spectral_paged.benchmarks.quality.methods import Calibrated, Method
 from spectral_paged.benchmarks.quality.needle_tokens import judge_needle_tokens
 from spectral_paged.benchmarks.quality.plots import pareto_of_models
 from spectral_paged.benchmarks.quality.replay import Replay
@@ -239,7 +239,7 @@ class Run:
 
     def judge(self) -> None:
         """Judge every chosen section, until the time limit."""
-        if any(m.name == "fp8-calibrated" for m in self.methods.peers):
+        if any(isinstance(m, Calibrated) for m in self.methods.peers):
             text = "\n\n".join(t.text for t in text_sources.calibration_texts())
             limit = min(CALIBRATION_TOKENS, self.hay.max_tokens)
             self.replay.calibrate(self.methods.peers, self.hay.encode(text)[:limit])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 BENCH = "spectral_paged.benchmarks.quality"
 HARNESS = (  # modules that every number depends on
-    *(f"{BENCH}.{name}" for name in ("divergence", "methods", "replay", "shared_attention")),
+    *(f"{BENCH}.{name}" for name in ("divergence", "methods", "peers", "replay")),
+    f"{BENCH}.shared_attention",
     "spectral_paged.kernels.math.rotary",
 )
 CODEC = (  # modules that the numbers of our formats depend on as well

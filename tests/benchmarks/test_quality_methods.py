@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from spectral_paged.benchmarks.quality.formats import hadamard_page
 from spectral_paged.benchmarks.quality.methods import (
     Calibrated,
     Exact,
@@ -13,14 +14,24 @@ from spectral_paged.benchmarks.quality.methods import (
     Kivi,
     PerToken,
     Rotated,
+    Sample,
     block_mean,
     hadamard,
-    peer_methods,
     quantized,
 )
 from spectral_paged.benchmarks.quality.page_methods import SpectralMethod
+from spectral_paged.benchmarks.quality.peers import (
+    Kvtc,
+    Oscar,
+    SawInt4,
+    TurboQuant,
+    lloyd_max,
+    peer_methods,
+    shared_bits,
+)
 from spectral_paged.errors import FormatError
 from spectral_paged.kernels.math.rotary import rotate
+from spectral_paged.pages import PageFormat
 from spectral_paged.rope import RotaryTable
 from support.tiny_model import tiny_format
 
@@ -39,8 +50,10 @@ def blocks(num=3, heads=2, dim=64, seed=0, bias=0.0):
 
 def calibrated(method, k, v, cos, sin):
     if isinstance(method, Calibrated):
-        k, v = rotate(k, cos, sin), v
-        method.calibrate(*(x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (k, v)))
+        k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (k, v))
+        cos, sin = (x.flatten(0, 2) for x in (cos, sin))
+        q = torch.randn(k.unsqueeze(2).shape, generator=torch.Generator().manual_seed(9))
+        method.calibrate(Sample(k, v, q, cos, sin))
     return method
 
 
@@ -187,6 +200,143 @@ def test_kivi_groups_32_tokens_of_a_channel_and_32_channels_of_a_token():
     assert {32 <= t < 64 for t in changed.nonzero()[:, 0].tolist()} == {True}
 
 
+# ---- peers of 2025 and 2026 --------------------------------------------------------------
+
+
+def gaussian_error(levels):
+    """The mean square error of rounding N(0, 1) to the nearest of `levels`."""
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    off = (x.unsqueeze(-1) - torch.tensor(levels, dtype=torch.float64)).abs().amin(dim=-1)
+    return float((off.square() * torch.exp(-x.square() / 2)).mean() * 18 / (2 * torch.pi) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "bits, error", [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002505)]
+)
+def test_levels_are_those_of_maxs_table(bits, error):
+    levels, borders, found = lloyd_max(bits)
+    assert len(levels) == 2**bits and len(borders) == 2**bits - 1
+    assert found == pytest.approx(error, rel=2e-3)
+    assert gaussian_error(levels.tolist()) == pytest.approx(error, rel=2e-3)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_turboquant_errs_as_lloyd_max_levels_of_unit_vectors_do(bits):
+    """Brought to norm 1, codes whose cosine is sqrt(1 - e) err by 2 - 2 sqrt(1 - e)."""
+    k, v, cos, sin = blocks(dim=128)
+    keys, loud = rotate(k, cos, sin), 7.0
+    error = lloyd_max(bits)[2]
+    for scale in (1.0, loud):
+        new_k, _ = TurboQuant(bits).rebuild(0, k * scale, v, cos, sin)
+        got = mean_square(new_k, keys * scale) / float((keys * scale).square().mean())
+        assert got == pytest.approx(2 - 2 * (1 - error) ** 0.5, rel=0.05)
+        norms = new_k.norm(dim=-1) / (keys * scale).norm(dim=-1)
+        assert float((norms - 1).abs().max()) < 2**-10
+
+
+@pytest.mark.parametrize("build", [TurboQuant, lambda bits: SawInt4()])
+def test_values_of_a_token_have_even_levels_between_its_ends(build):
+    k, v, cos, sin = blocks()
+    _, new_v = build(4).rebuild(0, k, v, cos, sin)
+    low, high = v.aminmax(dim=-1)
+    want = float(((high - low) / 15).square().mean() / 12)
+    assert mean_square(new_v, v) == pytest.approx(want, rel=0.12)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_saw_int4_rounds_what_blocks_of_16_components_mix(before):
+    k, v, cos, sin = blocks(bias=20.0)
+    new_k, _ = SawInt4(before).rebuild(0, k, v, cos, sin)
+    keys = k if before else rotate(k, cos, sin)
+    mixed = hadamard(keys.unflatten(-1, (-1, 16))).view_as(keys)
+    low, high = mixed.aminmax(dim=-1)
+    want = float(((high - low) / 15).square().mean() / 12)
+    assert mean_square(new_k, rotate(k, cos, sin)) == pytest.approx(want, rel=0.12)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kivi_with_groups_of_256_rounds_longer_ranges(bits):
+    k, v, cos, sin = blocks()
+    new_k, new_v = Kivi(bits, group=256).rebuild(0, k, v, cos, sin)
+    keys = rotate(k, cos, sin)
+    for new, x, groups in (
+        (new_k, keys, keys.transpose(-1, -2).unflatten(-1, (-1, 256))),
+        (new_v, v, v),
+    ):
+        low, high = groups.aminmax(dim=-1)
+        want = float(((high - low) / (2**bits - 1)).square().mean() / 12)
+        assert mean_square(new, x) == pytest.approx(want, rel=0.12)
+
+
+def test_oscar_errs_as_four_levels_over_the_clipped_share_do():
+    k, v, cos, sin = blocks(dim=128)
+    method = calibrated(Oscar(), k, v, cos, sin)
+    out = method.rebuild(0, k, v, cos, sin)
+    for new, x, share in zip(out, (rotate(k, cos, sin), v), (0.96, 0.92)):
+        reach = float(torch.special.ndtri(torch.tensor((1 + share) / 2)))
+        levels = [-reach, -reach / 3, reach / 3, reach]
+        assert mean_square(new, x) == pytest.approx(gaussian_error(levels), rel=0.05)
+
+
+def test_oscar_turns_by_what_queries_see():
+    """Queries that look one way: every component of a turned key then has its share of that way."""
+    k, v, cos, sin = blocks(num=1, heads=1, dim=64)
+    flat = (torch.ones_like(cos), torch.zeros_like(sin))
+    way = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    q = 30 * torch.randn(1, 1, 1, 512, 1) * way + 0.1 * torch.randn(1, 1, 1, 512, 64)
+    method = Oscar()
+    method.calibrate(Sample(k[:, :, :], v, q, flat[0].flatten(0, 2), flat[1].flatten(0, 2)))
+    [basis] = method.bases["k"]
+    assert torch.allclose(basis[0] @ basis[0].T, torch.eye(64), atol=1e-5)
+    assert torch.allclose((way @ basis[0]).abs(), torch.full((64,), 1 / 8), atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kvtc_errs_as_lloyd_max_levels_where_all_components_are_alike(bits):
+    k, v, cos, sin = blocks(num=8, bias=5.0)
+    method = calibrated(Kvtc(bits), k, v, cos, sin)
+    new_k, new_v = method.rebuild(0, k, v, cos, sin)
+    for new, x in ((new_k, rotate(k, cos, sin)), (new_v, v)):
+        assert mean_square(new, x) == pytest.approx(lloyd_max(bits)[2], rel=0.06)
+
+
+def test_kvtc_gives_bits_to_strong_components_and_none_to_silent_ones():
+    energy = 4.0 ** -torch.arange(8)
+    given = shared_bits(energy, 24)
+    assert int(given.sum()) == 24 and bool((given.diff() <= 0).all())
+    errors = [lloyd_max(b)[2] if b else 1.0 for b in range(9)]
+
+    def left(bits):
+        return sum(float(e) * errors[b] for e, b in zip(energy, bits))
+
+    best = left(given.tolist())
+    for a in range(8):
+        for b in range(8):
+            moved = given.tolist()
+            moved[a] += 1
+            moved[b] -= 1
+            if moved[b] >= 0 and moved[a] <= 8:
+                assert best <= left(moved) + 1e-9
+    assert shared_bits(torch.tensor([1.0, 0.0, 1.0]), 4).tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize("method", [Oscar(), Kvtc(2)], ids=lambda m: m.name)
+def test_a_scheme_that_learns_refuses_to_guess(method):
+    with pytest.raises(FormatError, match=r"learnt nothing for layer 0.*Replay\.calibrate"):
+        method.rebuild(0, *blocks(num=1))
+
+
+def test_a_hadamard_page_has_the_presets_bytes_and_rounds_as_its_bits_say():
+    format = PageFormat.preset("spectral-quality", num_kv_heads=2, head_dim=64)
+    method = hadamard_page(format, 1, torch.device("cpu"))
+    assert method.bytes_per_token(64) == SpectralMethod(format).bytes_per_token(64)
+    k, v, cos, sin = blocks(num=4)
+    new_k, new_v = method.rebuild(0, k, v, cos, sin)
+    keys = (lloyd_max(4)[2] + lloyd_max(2)[2]) / 2  # half of the components each
+    assert mean_square(new_k, rotate(k, cos, sin)) == pytest.approx(keys, rel=0.1)
+    assert mean_square(new_v, v) == pytest.approx(lloyd_max(3)[2], rel=0.1)
+
+
 # ---- contract ----------------------------------------------------------------------------
 
 
@@ -234,8 +384,21 @@ def test_byte_counts_and_ratios():
         "rotated-int3": 104,
         "rotated-int4-pre-mean": 137,  # 2 x 2 x 128 / 512 bytes of means
         "rotated-int3-pre-mean": 105,
+        "kivi3-g256": 48 + 128 * 4 / 256 + 48 + 4,  # codes; 4 bytes a channel of K and 256 tokens,
+        "kivi2-g256": 32 + 128 * 4 / 256 + 32 + 4,  # and a token of V
+        "saw-int4": 64 + 4 + 64 + 4,
+        "saw-int4-pre": 64 + 4 + 64 + 4,
+        "turboquant4": 134,  # the slots that vLLM allots: 64 + 2 and 64 + 4 bytes
+        "turboquant3": 102,  # 48 + 2 and 48 + 4
+        "kvtc3": 2 * (48 + 128 * 2 / 512),  # a deviation in fp16 for 512 tokens of a component
+        "kvtc2": 2 * (32 + 128 * 2 / 512),
+        "oscar2": 72,  # 2.25 bits an element: 32 + 4 bytes, K and V
     }
     assert Kivi(3).bytes_per_token(16) == 16 * (4 + 5) / 8  # one V group of 16
+    assert Kivi(3, group=256).bytes_per_token(64) == 24 + 1 + 24 + 4  # one V group of 64
+    assert TurboQuant(3).bytes_per_token(64) == 24 + 2 + 24 + 4
+    assert Oscar().bytes_per_token(64) == 2 * (16 + 4)
+    assert Oscar().bytes_per_token(256) == 2 * (64 + 2 * 4)  # two groups of 128
     format = tiny_format()
     assert SpectralMethod(format).bytes_per_token(16) == format.page_bytes / 1024
 

@@ -17,9 +17,9 @@ from spectral_paged.benchmarks.quality.methods import (
     Kivi,
     PerToken,
     Rotated,
-    peer_methods,
 )
 from spectral_paged.benchmarks.quality.page_methods import SpectralMethod
+from spectral_paged.benchmarks.quality.peers import peer_methods
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.shared_attention import attend_with_lse, merged
 from spectral_paged.cache import Visibility
