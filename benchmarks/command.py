@@ -133,6 +133,7 @@ def bench_throughput(args: argparse.Namespace) -> int:
             only=args.only,
             backends=args.backend,
             quantization=args.quantization,
+            append=args.append,
             output_dir=args.output_dir,
         )
     return run.main(
@@ -157,6 +158,7 @@ def bench_throughput(args: argparse.Namespace) -> int:
             fit=args.fit,
             **{name: getattr(args, name) for name in SERVED},
             name=args.name,
+            append=args.append,
             output_dir=args.output_dir,
         )
     )

@@ -315,6 +315,12 @@ def _add_throughput(parser: Parser) -> None:
     )
     _add_name(parser)
     parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="keep the rows of other backends that the same workload left on this machine and "
+        "commit, so that a table may be measured in several runs",
+    )
     _add_output_dir(parser)
 
 

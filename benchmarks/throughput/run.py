@@ -13,7 +13,12 @@ import torch
 
 from spectral_paged.benchmarks.quality.summary import mean, percentile
 from spectral_paged.benchmarks.results_io.environment import environment
-from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.results_io.result_file import (
+    earlier_rows,
+    file_stem,
+    model_label,
+    write_result,
+)
 from spectral_paged.benchmarks.throughput.backends import (
     Served,
     needs_calibration,
@@ -72,6 +77,7 @@ class Options:
     max_model_len: int | None = LLMOptions.max_model_len
     enforce_eager: bool = LLMOptions.enforce_eager
     name: str = ""
+    append: bool = False  # to the rows of an earlier run of the same workload on the same machine
     output_dir: Path = field(default_factory=lambda: Path("benchmarks/results"))
 
     def of_engine(self, max_num_seqs: int) -> dict[str, Any]:
@@ -190,7 +196,7 @@ class Report:
 
     Raises:
         InvalidRequestError: no backend, one that does not do what is asked for, or a workload that
-            the model does not take.
+            the model does not take, or a file to append to that was measured otherwise.
     """
 
     def __init__(self, options: Options, loaded: LoadedModel) -> None:
@@ -230,6 +236,9 @@ class Report:
         }
         options.output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work
         self.stem = f"throughput-{options.name or file_stem(options.model)}"
+        if options.append:
+            rows = earlier_rows(options.output_dir / f"{self.stem}.json", self.result)
+            self.rows += [row for row in rows if row["backend"] not in options.backends]
 
     @property
     def longest(self) -> int:

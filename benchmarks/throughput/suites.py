@@ -100,6 +100,7 @@ def main(
     only: Sequence[str],
     backends: Sequence[str] = (),
     quantization: str | None = None,
+    append: bool = False,
     output_dir: Path,
 ) -> int:
     """Run the workloads of a suite and write a result for each.
@@ -108,6 +109,7 @@ def main(
         only: the workloads to run; default all.
         backends: the backends to run in place of the suite's own.
         quantization: of the weights, for all backends.
+        append: keep the rows of other backends of an earlier run on the same machine and commit.
 
     Raises:
         InvalidRequestError: no such suite or workload.
@@ -125,7 +127,10 @@ def main(
     weights = "" if quantization is None else f"-{quantization}"
     loaded = run.load(next(iter(chosen.values())))
     reports = [
-        run.Report(replace(options, name=f"{name}-{one}{weights}", output_dir=output_dir), loaded)
+        run.Report(
+            replace(options, name=f"{name}-{one}{weights}", append=append, output_dir=output_dir),
+            loaded,
+        )
         for one, options in chosen.items()
     ]
     run.measure_all(reports, loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -156,6 +157,30 @@ def test_a_run_over_several_prompt_lengths_has_a_row_and_a_point_for_each(tmp_pa
     assert found == [(n, b, 2 * (n + 3)) for n in (20, 90) for b in (1, 2)]
     for over in ("", "-over-input-len"):
         assert (tmp_path / f"throughput-tiny{over}.png").stat().st_size > 1000
+
+
+def test_a_table_may_be_measured_in_several_runs_of_the_same_workload(tmp_path):
+    options = run.Options(
+        model="tiny",
+        workload=WorkloadOptions(num_prompts=2, input_len=20, output_len=3),
+        backends=("exact", "spectral-int8"),
+        device="cpu",
+        dtype="float32",
+        kv_cache_bytes=16 << 20,
+        output_dir=tmp_path,
+    )
+    model = loaded()
+    assert run.main(options, model) == 0
+    before = json.loads((tmp_path / "throughput-tiny.json").read_text())["rows"]
+    again = replace(options, backends=("exact",), append=True)
+    assert run.main(again, model) == 0
+    rows = json.loads((tmp_path / "throughput-tiny.json").read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["spectral-int8", "exact"]
+    assert rows[0] == before[1] and rows[1] != before[0]
+    other = replace(again, workload=replace(options.workload, output_len=4))
+    with pytest.raises(InvalidRequestError, match="measured with another workload: give another"):
+        run.main(other, model)
+    assert json.loads((tmp_path / "throughput-tiny.json").read_text())["rows"] == rows
 
 
 def test_a_profiled_run_says_where_its_time_went():

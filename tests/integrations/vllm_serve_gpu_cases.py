@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from contextlib import closing, contextmanager
+from pathlib import Path
 from socket import socket
 
 import pytest
@@ -136,7 +137,7 @@ def test_streams_of_the_official_client_all_end_whole(tmp_path):
     rng = random.Random(0)
     lengths = [40 + 3100 * (i % 4 == 3) + 7 * i for i in range(STREAMS)]  # every fourth seals
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
-    log = tmp_path / "serve.log"
+    log = Path(os.environ.get("OUT", tmp_path)) / "vllm-serve.log"
     with serving(tmp_path, log) as url:
         begin = time.monotonic()
         found = asyncio.run(streams(url, prompts))

@@ -49,7 +49,11 @@ def layer(inputs, outputs, *, emulated=False):
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 65, 257, 2048])
 @pytest.mark.parametrize("inputs, outputs", [(16, 16), (64, 96), (4096, 1024), (1536, 8960)])
 def test_tensor_cores_give_the_emulated_product(num_tokens, inputs, outputs):
-    """Within bf16's rounding, and that of the tensor cores' sums: 2^-12 of all terms' sizes."""
+    """Within bf16's rounding on the whole, and 2^-10 of all terms' sizes in each element.
+
+    The tensor cores add FP8 products 32 at a time and keep 13 bits of the sum so far, so an element
+    of 8,960 terms may lose some hundred roundings of its largest partial sum.
+    """
     torch.manual_seed(num_tokens)
     codes, scales = to_fp8(torch.randn(num_tokens, inputs, device=GPU))
     weight, weight_scale = to_fp8(torch.randn(outputs, inputs, device=GPU))
@@ -57,7 +61,8 @@ def test_tensor_cores_give_the_emulated_product(num_tokens, inputs, outputs):
     got = scaled_product(codes, scales, weight, weight_scale, torch.bfloat16).float()
     sizes = codes.float().abs(), weight.float().abs()  # CUDA has no abs of FP8
     size = emulated_product(sizes[0], scales, sizes[1], weight_scale, torch.float32)
-    assert bool(((got - want).abs() <= want.abs() * 2**-8 + size * 2**-12).all())
+    assert bool(((got - want).abs() <= want.abs() * 2**-8 + size * 2**-10).all())
+    assert float((got - want).norm() / want.norm()) < 2**-8
 
 
 @torch.inference_mode()

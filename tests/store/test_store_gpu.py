@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from spectral_paged import LLM, SamplingParams
+from spectral_paged.models.calibration import model_fingerprint
 from spectral_paged.store import CudaCopier, HostTier
 from spectral_paged.store.memory import HostMemory
+from support.page_parts import toy_basis
 from support.tiny_model import random_prompts, tiny_format, tiny_model
 
 pytestmark = [
@@ -15,6 +17,17 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROMPTS = random_prompts([1300, 1700, 1200, 1500])
+
+
+def of_format(format):
+    """The tiny model on the device, its format and basis; the fast kernels take width 64."""
+    if format == "spectral-int8":
+        return tiny_model().cuda(), {"kv_format": tiny_format(format)}
+    if format == "exact":
+        return tiny_model().cuda(), {"kv_format": format}
+    model = tiny_model(head_dim=64)
+    basis = toy_basis(2, 2, 64, model=model_fingerprint(model))
+    return model.cuda(), {"kv_format": format, "calibration": basis}
 
 
 def test_memory_is_pinned_until_it_is_closed():
@@ -72,11 +85,13 @@ def test_tokens_are_the_same_with_and_without_host_memory(format, eager):
     """With graphs and steps queued ahead too; rounds are as many as lose the pool's prefixes."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     outputs = []
+    model, given = of_format(format)
+    sizes = {"exact": 1_200_000, "spectral-int8": 2 << 20, "spectral-quality": 5 << 20}
     for memory in (None, "64MiB"):
         llm = LLM.from_model(
-            tiny_model().cuda(),
-            kv_format=format if format != "spectral-int8" else tiny_format(format),
-            kv_cache_bytes=1_200_000 if format == "exact" else 2 << 20,
+            model,
+            **given,
+            kv_cache_bytes=sizes[format],
             max_num_seqs=2,
             prefill_segment=512,
             kv_host_memory=memory,
@@ -99,11 +114,12 @@ def test_a_restart_is_warm_and_says_the_same(format, tmp_path):
     """Graphs and steps queued ahead; the second LLM finds what the first one left on disk."""
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     outputs = []
+    model, given = of_format(format)
     for folder in (None, tmp_path, tmp_path):
         with LLM.from_model(
-            tiny_model().cuda(),
-            kv_format=format,
-            kv_cache_bytes=16 << 20,
+            model,
+            **given,
+            kv_cache_bytes=32 << 20,
             max_num_seqs=4,
             prefill_segment=512,
             kv_store=folder,
