@@ -224,6 +224,7 @@ def bench(args: argparse.Namespace) -> int:
             lengths=sorted(set(args.length)),
             windows=args.windows,
             needles=args.needles,
+            samples=args.samples,
             texts=args.text,
             calibration=args.calibration,
             journal=args.journal,

@@ -355,6 +355,12 @@ def _add_quality(parser: Parser) -> None:
         metavar="N",
         help="needles that exact must recall; default: 64, with --quick 16",
     )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="tasks of each of RULER's kinds a length; default: 8, with --quick 1",
+    )
     _add_repeatable(
         parser, "--text", metavar="[GENRE=]FILE", help="text to judge by; default: the built-in one"
     )

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from spectral_paged.benchmarks.quality import texts as text_sources
+from spectral_paged.benchmarks.quality.causes import CAUSES, judge_causes
 from spectral_paged.benchmarks.quality.experiments import (
     EXPERIMENTS,
     Experiment,
     judge_experiments,
     weighting_pair,
 )
-from spectral_paged.benchmarks.quality.formats import MethodSet
+from spectral_paged.benchmarks.quality.formats import MethodSet, unique
 from spectral_paged.benchmarks.quality.journal import Journal
 from spectral_paged.benchmarks.quality.judge import (
     judge_continuation,
@@ -30,6 +31,7 @@ from spectral_paged.benchmarks.quality.needle_tokens import judge_needle_tokens
 from spectral_paged.benchmarks.quality.plots import pareto_of_models
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.report import write_report
+from spectral_paged.benchmarks.quality.ruler import judge_ruler
 from spectral_paged.benchmarks.quality.sources import harness_digest
 from spectral_paged.benchmarks.quality.spectra import judge_spectra
 from spectral_paged.benchmarks.quality.summary import aggregate
@@ -50,6 +52,7 @@ QUICK_SECTIONS = ("continuation", "needles", "reconstruction")
 QUICK_LENGTHS, FULL_LENGTHS = (1024, 2048), (2048, 4096, 8192)
 QUICK_WINDOWS, FULL_WINDOWS = 4, 16
 QUICK_NEEDLES, FULL_NEEDLES = 16, 64
+QUICK_SAMPLES, FULL_SAMPLES = 1, 8
 SEGMENTS = (512, 2048, 8192)
 SEGMENT_WINDOWS, SENSITIVITY_WINDOWS = 4, 2
 COMPANIONS = ("fp8-unit", "kivi3")  # peers in the section of free generation
@@ -71,6 +74,7 @@ class Options:
     windows: int | None = None
     continuation_tokens: int = 256
     needles: int | None = None
+    samples: int | None = None
     texts: Sequence[str] = ()
     calibration: str = "auto"
     journal: Path | None = None
@@ -129,16 +133,20 @@ class Run:
         self.experiments: list[Experiment] = [
             build(self.methods) for name, build in EXPERIMENTS.items() if name in self.sections
         ]
+        self.causes = [
+            e for name in CAUSES if name in self.sections for e in CAUSES[name](self.methods)
+        ]
         file = options.journal or Path("build/quality") / f"{options.label}.jsonl"
         self.journal = Journal(file, self._journal_name())
         default = QUICK_LENGTHS if options.quick else FULL_LENGTHS
         self.lengths = list(options.lengths) or [n for n in default if n <= limit] or [limit]
 
     def _chosen_sections(self) -> list[str]:
-        given, known = self.options.sections, list(dict.fromkeys([*SECTIONS, *EXPERIMENTS]))
+        given, usual = self.options.sections, list(dict.fromkeys([*SECTIONS, *EXPERIMENTS]))
+        known = [*usual, *CAUSES]
         if unknown := [s for s in given if s not in known]:
             raise InvalidRequestError(f"--sections {','.join(unknown)}: use {', '.join(known)}")
-        return list(given or (QUICK_SECTIONS if self.options.quick else known))
+        return list(given or (QUICK_SECTIONS if self.options.quick else usual))
 
     def _journal_name(self) -> str:
         model = self.loaded.model
@@ -199,6 +207,33 @@ class Run:
             **self.shared,
         )
 
+    def ruler(self) -> None:
+        default = QUICK_SAMPLES if self.options.quick else FULL_SAMPLES
+        samples = self.options.samples or default
+        too_short = judge_ruler(
+            self.replay,
+            self.methods.main,
+            self.hay,
+            self.lengths,
+            samples=samples,
+            **self.shared,
+        )
+        self.notes += [f"ruler: {text}" for text in too_short]
+
+    def find_causes(self) -> None:
+        """Judge all variants of `sides` and `scales` together, length by length."""
+        methods = unique(m for e in self.causes for m in e.methods)
+        for length in self.lengths:
+            judge_causes(
+                self.replay,
+                methods,
+                self.windows(length),
+                self.hay,
+                length,
+                target=self.num_facts,
+                **self.shared,
+            )
+
     def compare(self) -> None:
         """Judge all experiments at once, so that a context is prefilled once for all formats."""
         windows = self.windows(self.base_length)
@@ -246,6 +281,8 @@ class Run:
         steps = [(name, work) for name, work in SECTIONS.items() if name in self.sections]
         if self.experiments:
             steps.insert(sum(n in FIRST for n, _ in steps), ("experiments", Run.compare))
+        if self.causes:
+            steps.append(("sides and scales", Run.find_causes))
         for i, step in enumerate(steps):
             try:
                 step[1](self)
@@ -264,7 +301,10 @@ class Run:
         return aggregate(
             self.journal.used(),
             main=[m.name for m in self.methods.main],
-            comparisons=[e.described(self.base_length) for e in self.experiments],
+            comparisons=[
+                *(e.described(self.base_length) for e in self.experiments),
+                *(e.described(length) for length in self.lengths for e in self.causes),
+            ],
             model=self.options.label,
             environment={
                 **environment(),
@@ -286,13 +326,14 @@ SECTIONS: dict[str, Callable[[Run], None]] = {  # in the order of work
     "continuation": Run.continuation,
     "needles": Run.needles,
     "tasks": Run.tasks,
+    "ruler": Run.ruler,
     "reconstruction": Run.reconstruction,
     "weighting": Run.needle_tokens,
     "segments": Run.segments,
     "sensitivity": Run.sensitivity,
     "generation": Run.generation,
 }
-FIRST = ("continuation", "needles", "tasks")  # before the experiments
+FIRST = ("continuation", "needles", "tasks", "ruler")  # before the experiments
 
 
 def main(options: Options) -> int:

@@ -25,6 +25,7 @@ from spectral_paged.benchmarks.quality.tables import (
     by_ratio,
     cell,
     number,
+    points,
     share,
     times,
 )
@@ -80,6 +81,9 @@ def comparisons(results: Results) -> list[Section]:
             genres = genres_of(chosen)
             columns = [*KL_HEAD, *genres, "top-1", "ppl ratio", "tokens"]
             rows = continuation_rows(list(chosen.items()), genres)
+            if recall := group.get("recall"):
+                columns.append("code needles")
+                rows = [[*row, share(recall.get(row[0]))] for row in rows]
             sections.append(Section(group["title"], group["text"], columns, rows))
     return sections
 
@@ -202,6 +206,35 @@ def tasks(results: Results) -> Section | None:
     )
 
 
+def ruler(results: Results) -> list[Section]:
+    """A section for each length of RULER's tasks."""
+    if not (summary := results.get("ruler")):
+        return []
+    sections = []
+    for length, exact in sorted(summary["exact"].items(), key=lambda item: int(item[0])):
+        kinds = list(exact["kinds"])
+        rows = []
+        for name, m in by_ratio(summary["methods"]):
+            if found := m["lengths"].get(length):
+                scores = [found["mean"], *(found["kinds"].get(kind) for kind in kinds)]
+                rows.append([name, times(m["ratio"]), *map(points, scores)])
+        base = [exact["mean"], *(exact["kinds"][kind] for kind in kinds)]
+        rows.append(["exact cache", "-", *map(points, base)])
+        asked = sum(exact["asked"].values())
+        sections.append(
+            Section(
+                f"RULER at {length} tokens",
+                f"The {len(kinds)} kinds of RULER's tasks, made here, {asked} questions in all: "
+                "shares of the answers that the generated text contains, in percent, and their "
+                "mean. Pages are sealed before the question is read. All questions count, those "
+                "that the exact cache fails too.",
+                ["method", "ratio", "mean", *kinds],
+                rows,
+            )
+        )
+    return sections
+
+
 def generation(results: Results) -> Section | None:
     if not (summary := results.get("generation")):
         return None
@@ -250,6 +283,7 @@ SECTIONS: tuple[Callable[[Results], Section | None | list[Section]], ...] = (
     needles,
     needle_details,
     tasks,
+    ruler,
     progressive,
     segments,
     comparisons,

@@ -202,6 +202,32 @@ def generation_summary(records: Iterable[Record]) -> dict[str, Any]:
     return {"exact": exact, "methods": methods}
 
 
+def ruler_summary(records: Iterable[Record]) -> dict[str, Any]:
+    """Mean scores of RULER's tasks by length and kind, exact and of every method.
+
+    `mean` is that of the kinds, each counting alike. A score is a share of 1.
+    """
+    records = unique(records)
+
+    def table(rows: Iterable[Record]) -> dict[str, Any]:
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            scores = [answer["score"] for answer in row["result"]]
+            found[str(row["length"])][row["kind"]] += scores
+        lengths = {}
+        for length, kinds in found.items():
+            means = {kind: mean(scores) or 0.0 for kind, scores in kinds.items()}
+            asked = {kind: len(scores) for kind, scores in kinds.items()}
+            lengths[length] = {"mean": mean(list(means.values())), "kinds": means, "asked": asked}
+        return lengths
+
+    methods = {
+        name: {**described(rows[0]), "lengths": table(rows)}
+        for name, rows in by_method(records).items()
+    }
+    return {"exact": table(r for r in records if r["method"] == BASELINE), "methods": methods}
+
+
 def layer_table(records: Iterable[Record], task: str) -> dict[str, Any]:
     """Per-layer results of every method: reconstruction errors, or KL with one layer sealed."""
     return {
@@ -243,7 +269,10 @@ def continuation_cells(rows: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def compared(records: Sequence[Record], group: Mapping[str, Any]) -> dict[str, Any]:
-    """`group` with a summary of its methods, in their order, over the windows of its length."""
+    """`group` with a summary of its methods, in their order, over the windows of its length.
+
+    `recall` has needles of kind `code` in sealed blocks, right of asked, where they were judged.
+    """
     wanted = [BASELINE, *group["methods"]]
     summary = continuation_summary(
         r
@@ -253,7 +282,15 @@ def compared(records: Sequence[Record], group: Mapping[str, Any]) -> dict[str, A
         and r["method"] in wanted
         and group.get("length") in (None, r["length"])
     )["methods"]
-    return {**group, "summary": {n: summary[n] for n in group["methods"] if n in summary}}
+    found = {**group, "summary": {n: summary[n] for n in group["methods"] if n in summary}}
+    recall: dict[str, list[bool]] = defaultdict(list)
+    for r in records:
+        is_code = r["task"] == "probe" and r["probe"].startswith("code-")
+        if is_code and r["method"] in wanted and group.get("length") in (None, r["length"]):
+            recall[r["method"]] += [a["correct"] for a in r["result"] if a["sealed"]]
+    if recall:
+        found["recall"] = {n: tally(recall[n]) for n in group["methods"] if n in recall}
+    return found
 
 
 def aggregate(
@@ -290,6 +327,8 @@ def aggregate(
         results["needles"] = probe_summary(needles)
     if others := [r for r in probes if r["probe"] == "task"]:
         results["tasks"] = probe_summary(others)
+    if rows := tasks["ruler"]:
+        results["ruler"] = ruler_summary(rows)
     if rows := tasks["generation"]:
         results["generation"] = generation_summary(rows)
     if tasks["reconstruction"]:

@@ -36,6 +36,11 @@ def share(pair: Sequence[int] | None) -> str:
     return f"{pair[0]}/{pair[1]}" if pair and pair[1] else "-"
 
 
+def points(value: float | None) -> str:
+    """A share of 1 in percent."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def by_ratio(methods: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Methods in order of their ratio, the largest pages first."""
     return sorted(methods.items(), key=lambda item: (item[1].get("ratio") or 0.0, item[0]))

@@ -226,25 +226,33 @@ def needle_facts(style: str, count: int, rng: random.Random) -> list[Fact]:
 
 
 def needle_probes(
-    hay: Haystack, lengths: Sequence[int], round: int, num_depths: int = 8, seed: int = 0
+    hay: Haystack,
+    lengths: Sequence[int],
+    round: int,
+    num_depths: int = 8,
+    seed: int = 0,
+    *,
+    styles: Sequence[str] = STYLES,
+    family: str = "needle",
 ) -> Iterator[Probe]:
-    """The needle probes of one round, two contexts a length.
+    """The needle probes of one round, two contexts a length, of families like `needle-8`.
 
     One context has a needle at every depth, the other a single needle, whose depth changes with the
     round. Style and genre change with the round too.
     """
-    style = STYLES[round % len(STYLES)]
-    genre = hay.genres[(round + round // len(STYLES)) % len(hay.genres)]
+    style = styles[round % len(styles)]
+    genre = hay.genres[(round + round // len(styles)) % len(hay.genres)]
     for i, length in enumerate(lengths):
         rng = random.Random(f"{seed}/{length}/{round}")
         depths = [(d + 0.5) / num_depths for d in range(num_depths)]
         single = depths[(5 * round + i) % num_depths]
-        groups = {f"needle-{num_depths}": depths, "needle-1": [single]}
-        for family, at in groups.items():
+        groups = {f"{family}-{num_depths}": depths, f"{family}-1": [single]}
+        for name_of_family, at in groups.items():
             facts = list(zip(at, needle_facts(style, len(at), rng), strict=True))
             context, questions = plant(hay, genre, length, facts, rng.randrange(10**6))
             name = f"{style} {length} round {round}"
-            yield Probe(family, name, genre, length, tuple(context), tuple(questions))
+            facts_of = (tuple(context), tuple(questions))
+            yield Probe(name_of_family, name, genre, length, *facts_of)
 
 
 def qa_facts(rng: random.Random) -> list[tuple[float, Fact]]:

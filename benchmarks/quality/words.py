@@ -30,6 +30,15 @@ NOUNS = listed(
     "tide signal orbit ledger voltage cargo harvest beacon turbine glacier pollen circuit"
 )
 TRADES = listed("clockmaker baker printer weaver potter tailor brewer glazier saddler carpenter")
+ADJECTIVES = listed(
+    "amber ancient bitter blue bold brave bright broad calm careful clever cold crimson curious "
+    "dark deep distant dusty eager early empty faint famous fierce final frozen gentle golden "
+    "grand green heavy hidden hollow honest humble idle jolly keen late lively lonely loud loyal "
+    "mellow modern narrow noble odd old pale patient plain proud quick quiet rapid rare rough "
+    "royal rusty scarlet secret sharp shiny short silent simple slow small smooth solemn spare "
+    "steady steep strange sturdy sudden swift tall tame tender thin tidy tiny vast warm weary "
+    "wide wild wise"
+)
 VERBS = listed("compute estimate resolve merge encode balance restore filter predict calibrate")
 STYLES = ("mixed", "code", "mixed", "passphrase")  # styles of needles, round by round
 SENTENCES = (  # (beginning of a needle, kind of its answer)

@@ -16,7 +16,7 @@ from spectral_paged.benchmarks.quality.journal import Journal
 from spectral_paged.benchmarks.quality.judge import num_sealed
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.tasks import continuation_windows
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import FormatError, InvalidRequestError
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS
@@ -87,6 +87,7 @@ def test_every_section_is_run_and_written(tmp_path, text, monkeypatch, capsys):
         "Divergence from the exact cache",
         "Needles",
         "Tasks with exact answers",
+        "RULER at 1024 tokens",
         "Ranks",
         "Longer contexts",
         "Prefill over pages",
@@ -113,6 +114,37 @@ def test_every_section_is_run_and_written(tmp_path, text, monkeypatch, capsys):
     assert re.search(r"\[ +\d+\.\d s\] window 1/1: fiction 1024", capsys.readouterr().out)
     assert run.plot([tmp_path / "out" / "quality-Tiny-0.1B.json"] * 2, tmp_path) == 0
     assert (tmp_path / "quality-pareto.png").stat().st_size > 10_000
+
+
+def test_causes_are_judged_at_every_length_on_code_needles_of_their_own(
+    tmp_path, text, monkeypatch
+):
+    monkeypatch.setattr("spectral_paged.benchmarks.quality.judge.is_answer", lambda *_: True)
+    asked = options(
+        tmp_path,
+        text,
+        sections=["sides", "scales"],
+        formats=["spectral-quality"],
+        lengths=[1024, 1536],
+        peers=False,
+    )
+    assert run.main(asked) == 0
+    results, report = written(tmp_path)
+    assert len(results["comparisons"]) == 4 and "needles" not in results
+    sides, scales = results["comparisons"][:2]
+    assert sides["methods"][1:] == [f"spectral-quality, {s} alone" for s in "KV"]
+    assert scales["methods"][1:4] == [
+        f"spectral-quality, unbiased {what}" for what in ("K", "V", "K and V")
+    ]
+    for group in results["comparisons"]:
+        assert set(group["summary"]) == set(group["recall"]) == set(group["methods"])
+        assert {asked for _, asked in group["recall"].values()} == {9}
+    assert report.count("code needles") == 4
+
+
+def test_causes_of_formats_without_a_calibration_are_refused(tmp_path, text):
+    with pytest.raises(FormatError, match="spectral-quality or spectral-compact"):
+        run.main(options(tmp_path, text, sections=["sides"]))
 
 
 def test_a_second_run_finds_everything_and_says_the_same(tmp_path, text, monkeypatch):
