@@ -1,19 +1,10 @@
 """Pages inside vLLM on a GPU: tokens beside vLLM's own attention, graphs, preemption, prefix hits.
 
 Run by name on a machine with vLLM and a CUDA device: `pytest tests/integrations/vllm_gpu_cases.py`.
-Engines run in processes of their own, all at once, over one model: eight layers of the 8B shape
-with random weights, large enough that attention decides the next token. bf16 sums depend on the
-size of a batch, so tokens may part where two logits are nearly equal; a wrong kernel or a stale
-page parts them at once.
+All engines run at once, over eight layers of the 8B shape.
 """
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,12 +13,10 @@ from spectral_paged.kernels.chunk import fa3
 from spectral_paged.kernels.chunk.gpu import chunk_attention
 from spectral_paged.kernels.chunk.reference import KEY_GAP, chunk_attention as twin
 from support.chunk_kernels import chunk_case
+from support.vllm_engines import CLOSE, LENGTHS, NUM_TOKENS, agree, of, run_engines
 
 pytestmark = pytest.mark.gpu
 
-LENGTHS = (40, 700, 1500, 3000, 5000)
-NUM_TOKENS = 96
-CLOSE = 0.02  # of a log-prob
 ENGINES = {
     "flash": {"own": True},
     "flash eager": {"own": True, "enforce_eager": True},
@@ -38,111 +27,24 @@ ENGINES = {
     "pages little": {"kv_format": "spectral-quality", "gigabytes": 0.18},
 }
 
-CHILD = r"""
-import json, os, pathlib, sys, tempfile
-os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-import numpy as np
-import torch
-from vllm import LLM, SamplingParams
-from spectral_paged.benchmarks.throughput.vllm_server import byte_tokenizer
-from spectral_paged.integrations.vllm import engine_args
-
-given = json.loads(sys.argv[1])
-own, gigabytes = given.pop("own", False), given.pop("gigabytes", 8)
-folder = pathlib.Path(tempfile.mkdtemp())
-(folder / "config.json").write_text(json.dumps({
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "tie_word_embeddings": False}))
-byte_tokenizer(folder)  # a calibration reads text
-options = {} if own else engine_args(max_num_seqs=16, **{"kv_format": given.pop("kv_format")})
-options |= given
-options.setdefault("max_num_seqs", 16)
-llm = LLM(model=str(folder), load_format="dummy", dtype="bfloat16",
-          max_model_len=8192, kv_cache_memory_bytes=int(gigabytes * 2**30), seed=0,
-          gpu_memory_utilization=0.1, generation_config="vllm", disable_log_stats=False, **options)
-
-def louder(model):
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                noise = torch.randn(weight.shape, generator=generator, device=weight.device)
-                weight.copy_(noise * 0.02)
-
-llm.apply_model(louder)
-rng = np.random.default_rng(0)
-prompts = [{"prompt_token_ids": rng.integers(256, 100000, n).tolist()} for n in LENGTHS]
-def run(some, num_tokens=NUM_TOKENS):
-    found = []
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True,
-                            detokenize=False, logprobs=1)
-    for output in llm.generate(some, params, use_tqdm=False):
-        one = output.outputs[0]
-        logprobs = [next(iter(entry.values())).logprob for entry in one.logprobs]
-        found.append({"tokens": list(one.token_ids), "logprobs": logprobs,
-                      "cached": output.num_cached_tokens, "reason": one.finish_reason})
-    return found
-
-def stats():
-    return {} if own else llm.collective_rpc("page_stats")[0]
-
+BODY = r"""
 result = {"cold": run(prompts), "first": stats()}
 result["hit"] = run(prompts)
 llm.reset_prefix_cache()
 result["alone"] = run(prompts[3:4])
-crowd = [{"prompt_token_ids": rng.integers(256, 100000, 300 + 90 * i).tolist()} for i in range(11)]
+crowd = [made_up(300 + 90 * i) for i in range(11)]
 result["crowd"] = run(prompts + crowd)
 # admitted together, they outgrow a small cache
-short = [{"prompt_token_ids": rng.integers(256, 100000, 40).tolist()} for i in range(16)]
+short = [made_up(40) for i in range(16)]
 result["grown"] = run(short, 600)
 result["preemptions"] = sum(m.value for m in llm.get_metrics() if "num_preemptions" in m.name)
 result["end"] = stats()
-print("RESULT " + json.dumps(result, default=str))
 """
-
-
-def run_engine(options):
-    code = CHILD.replace("LENGTHS", repr(LENGTHS)).replace("NUM_TOKENS", repr(NUM_TOKENS))
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(options)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(lines[0][7:]) if lines else done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def found():
-    with ThreadPoolExecutor(len(ENGINES)) as pool:
-        results = dict(zip(ENGINES, pool.map(run_engine, ENGINES.values())))
-    if where := os.environ.get("OUT"):
-        with open(f"{where}/vllm-cases.json", "w") as file:
-            json.dump(results, file)
-    return results
-
-
-def of(found, name):
-    assert isinstance(found[name], dict), found[name]
-    return found[name]
-
-
-def agree(one, other):
-    """Equal first log-probs, and equal tokens for most of the way in most prompts."""
-    lengths = []
-    for a, b in zip(one, other, strict=True):
-        assert abs(a["logprobs"][0] - b["logprobs"][0]) < CLOSE
-        pairs = list(zip(a["tokens"], b["tokens"], strict=True))
-        same = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        lengths.append(same)
-        if same < len(pairs):  # a near tie: both had about the same log-prob
-            assert abs(a["logprobs"][same] - b["logprobs"][same]) < 10 * CLOSE
-    assert sorted(lengths)[len(lengths) // 2] >= 0.9 * NUM_TOKENS, lengths
+    return run_engines(ENGINES, BODY, "vllm-cases")
 
 
 @pytest.mark.parametrize("how", ["", " eager"])
