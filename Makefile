@@ -57,7 +57,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Pages inside vLLM, without a GPU: its own scheduler over a real cache, with a release that is fetched
-# for it (900 MB unpacked). On a GPU with vLLM: pytest tests/integrations/vllm_gpu_cases.py
+# for it (900 MB unpacked). On a GPU with vLLM: pytest tests/integrations/vllm*gpu_cases.py
 vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt

@@ -60,7 +60,7 @@ def adapter(number):
         "target_modules": [name.rpartition(".")[2] for name in SHAPES]}))
     return LoRARequest(f"adapter-{number}", number, str(where))
 
-result = {"cold": run(prompts), "first": stats()}
+result |= {"cold": run(prompts), "first": stats()}
 if options.get("enable_lora"):
     one, two = adapter(1), adapter(2)
     result["one"] = run(prompts, lora_request=one)
@@ -70,6 +70,7 @@ if options.get("enable_lora"):
     named = [None] * len(prompts) + [one] * len(prompts) + [two] * len(prompts)
     result["mixed"] = run(prompts * 3, lora_request=named)
 result["hit"] = run(prompts)
+result["end"] = stats()
 held = SamplingParams(temperature=1.0, seed=1, max_tokens=60,
                       structured_outputs=StructuredOutputsParams(regex=PATTERN))
 free = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)

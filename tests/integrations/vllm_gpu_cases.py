@@ -28,7 +28,7 @@ ENGINES = {
 }
 
 BODY = r"""
-result = {"cold": run(prompts), "first": stats()}
+result |= {"cold": run(prompts), "first": stats()}
 result["hit"] = run(prompts)
 llm.reset_prefix_cache()
 result["alone"] = run(prompts[3:4])

@@ -83,14 +83,25 @@ def stats():
     return {} if own else llm.collective_rpc("page_stats")[0]
 
 """
-END = '\nprint("RESULT " + json.dumps(result, default=str))\n'
+RUN = r"""
+import traceback
+result = {}
+try:
+    exec(BODY)
+except Exception:
+    result["failed"] = traceback.format_exc()[-3000:]
+print("RESULT " + json.dumps(result, default=str))
+"""
 
 
 def run_engine(options, body):
-    """Start an engine with these options and run the code of `body`; its `result`, or the log."""
+    """Start an engine with these options and run the code of `body`, which fills `result`.
+
+    Returns what `result` had at the end, or when `body` raised, or the log of a failed start.
+    """
     start = START.replace("LENGTHS", repr(LENGTHS)).replace("NUM_TOKENS", repr(NUM_TOKENS))
     done = subprocess.run(
-        [sys.executable, "-c", start + body + END, json.dumps(options)],
+        [sys.executable, "-c", start + RUN.replace("BODY", repr(body)), json.dumps(options)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -111,8 +122,9 @@ def run_engines(engines, body, name):
 
 
 def of(found, name):
-    """The result of one engine; fails with the end of its log where there is none."""
+    """The result of one engine; fails with the end of its log where it is not whole."""
     assert isinstance(found[name], dict), found[name]
+    assert "failed" not in found[name], found[name]["failed"]
     return found[name]
 
 

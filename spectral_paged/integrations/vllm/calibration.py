@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -42,11 +43,17 @@ def layer_calibration(
     model: nn.Module,
     layers: PagedLayers,
     device: torch.device,
+    without_adapters: Callable[[int], None],
 ) -> SharedBasis | Literal["online"] | None:
-    """Find or make the calibration that `format` needs; None: it needs none.
+    """Find or make the calibration that `format` needs, of the model without adapters.
 
     Args:
         given: `PageOptions.calibration`.
+        without_adapters: is called before each pass, with its number of tokens: layers that take
+            adapters read whose tokens they get from tensors of their own.
+
+    Returns:
+        None for a format that needs none.
 
     Raises:
         InvalidRequestError: no such file, no tokenizer, or quantized weights.
@@ -60,6 +67,7 @@ def layer_calibration(
 
     def forward(ids: Tensor, recorder: Recorder) -> None:
         num_tokens = ids.shape[1]
+        without_adapters(num_tokens)
         step = RecordingPass(recorder, num_tokens, layers.softmax_scale)
         with set_forward_context(
             dict.fromkeys(names, step),

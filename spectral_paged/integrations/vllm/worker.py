@@ -95,6 +95,12 @@ class SpectralWorker(Worker):
             self.model_runner.cudagraph_manager, self.model_config.max_model_len
         )
 
+    def _without_adapters(self, num_tokens: int) -> None:
+        """Tell layers that take LoRA adapters that the next tokens use none."""
+        if self.lora_config is not None:
+            longest = self.scheduler_config.max_num_batched_tokens  # that vLLM has places for
+            self.model_runner._set_active_loras((0,), (0,) * min(num_tokens, longest), set())
+
     def _make_cache(self) -> SpectralKVCache:
         """Make the cache that `determine_available_memory` found bytes for, and log its size.
 
@@ -128,6 +134,7 @@ class SpectralWorker(Worker):
                 model,
                 layers,
                 self.device,
+                self._without_adapters,
             ),
             enable_prefix_caching=bool(self.cache_config.enable_prefix_caching),
         )
