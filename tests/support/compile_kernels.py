@@ -1,6 +1,7 @@
 """Every kernel that the presets launch, compiled for a GPU that need not be there.
 
-Run outside of the interpreter: `python tests/support compile_kernels [sm_86 ...] [--case REGEX]`.
+Run outside of the interpreter: `python tests/support compile_kernels [sm_86 ...]
+[--case [sm_86=]REGEX ...]`.
 Prints a JSON line a kernel and kind of GPU: its name, the case that launched it, bytes of shared
 memory, registers of a thread, and bytes that were spilled to the stack.
 """
@@ -234,14 +235,23 @@ def compile_seal(layout):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cards", nargs="*", choices=[*CARDS, []], help="kinds of GPU; all")
-    parser.add_argument("--case", default="", help="a pattern that the names of cases contain")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        help="a pattern that the names of cases contain; sm_86=PATTERN is for one kind of GPU",
+    )
     options = parser.parse_args()
+    wanted = dict.fromkeys(options.cards or CARDS, "")
+    for case in options.case:
+        kind, _, pattern = case.rpartition("=")
+        wanted |= {kind: pattern} if kind else dict.fromkeys(wanted, pattern)
     stand_in()
-    for kind in options.cards or CARDS:
+    for kind, pattern in wanted.items():
         Compiled.card = CARDS[kind]
         stand_on(Compiled.card)
         for label, compile_one in cases():
-            if re.search(options.case, label):
+            if re.search(pattern, label):
                 Compiled.label = label
                 compile_one()
 

@@ -343,17 +343,27 @@ def seal_zeros(
 
 
 class SealCase:
-    """Blocks of two layers in scattered exact pages of one arena, to be sealed and compared."""
+    """Blocks of `layers` layers in scattered exact pages of one arena, sealed and compared."""
 
-    def __init__(self, name, *, heads=2, blocks=2, device="cpu", dtype=torch.float32, change=None):
+    def __init__(
+        self,
+        name,
+        *,
+        layers=2,
+        heads=2,
+        blocks=2,
+        device="cpu",
+        dtype=torch.float32,
+        change=None,
+    ):
         dim, fields = PAGES[name]
         format = PageFormat(name, heads, dim, **fields)
-        self.layers, self.blocks = 2, blocks
-        self.basis = toy_basis(2, heads, dim).bind(format, device)
+        self.layers, self.blocks = range(layers), blocks
+        self.basis = toy_basis(layers, heads, dim).bind(format, device)
         self.format = format = self.basis.format
         self.k, self.v = (
-            x.to(dtype).unflatten(0, (blocks, 2))
-            for x in toy_blocks(2 * blocks, heads, dim, rank=20)
+            x.to(dtype).unflatten(0, (blocks, layers))
+            for x in toy_blocks(layers * blocks, heads, dim, rank=20)
         )
         self.k[..., 7, :] *= 5
         if change is not None:
@@ -364,10 +374,10 @@ class SealCase:
         start = len(order) * size
         pages = (start + torch.arange(blocks).flip(0) * format.page_bytes) // 128
         self.first = 64 + 512 * torch.arange(blocks)
-        arena = torch.full((2, start + blocks * format.page_bytes), 255, dtype=torch.uint8)
+        arena = torch.full((layers, start + blocks * format.page_bytes), 255, dtype=torch.uint8)
         place = torch.arange(512)
         for b in range(blocks):
-            for layer in range(2):
+            for layer in self.layers:
                 k, v = (x[b, layer].transpose(0, 1).contiguous() for x in (self.k, self.v))
                 exact_append(k, v, arena[layer], exact[b][place // 64], place % 64)
         self.arena, self.k, self.v = arena.to(device), self.k.to(device), self.v.to(device)
@@ -378,7 +388,7 @@ class SealCase:
             "dtype": dtype,
             "cos": self.rope.cos,
             "sin": self.rope.sin,
-            **self.basis.projections(range(2)),
+            **self.basis.projections(self.layers),
         }
 
     def seal(self, op, blocks=slice(None)):
@@ -397,7 +407,7 @@ class SealCase:
         cos, sin = self.rope.cos[span], self.rope.sin[span]
         k = stored_keys(self.k[block], cos, sin, self.format.rope)
         given = (k, self.v[block].float())
-        rows = {"basis": self.basis, "layers": [0, 1]}
+        rows = {"basis": self.basis, "layers": [*self.layers]}
         twin = encode_pages(*given, self.format, **rows)
         return [
             [
