@@ -8,7 +8,10 @@ STAMP := $(VENV)/.ready
 QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
   tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
 
-.PHONY: demo test check test-one check-builds gpu bench-decode map docs vllm forms soak kills coverage mutants audit format lint types clean
+# Tests of random cases that take more of them under the profile `deep`.
+DEEP := tests/engine/test_engine_machine.py tests/cache/test_cache_machine.py tests/server/test_description.py
+
+.PHONY: demo test test-deep check test-one check-builds gpu bench-decode map docs vllm forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -24,6 +27,10 @@ demo: $(STAMP)
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# State machines, and requests to the server, with many more random cases than `make test` tries.
+test-deep: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=deep $(DEEP)
 
 # Before a commit: lint, types, and the quick tests, in a minute or so on two cores.
 check: $(STAMP) lint types

@@ -28,6 +28,9 @@ if not torch.cuda.is_available():
 # `make mutants` only asks which tests fail, so examples are not shrunk.
 settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
 
+# `make test-deep`: support.effort.examples asks for it
+settings.register_profile("deep")
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:

@@ -26,6 +26,7 @@ from spectral_paged.kernels.math.rotary import read_keys, stored_keys
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.pool.slot_pool import SlotKind
 from spectral_paged.rope import RotaryTable
+from support.effort import examples
 
 HQ, H, D, VOCAB, LONGEST = 4, 2, 16, 40, 2100
 ROPE = RotaryTable.from_theta(10000.0, D, max_positions=LONGEST)
@@ -40,6 +41,7 @@ FORMATS |= {f"{name}, layers differ": FORMATS[name] for name in ("pre-512", "exa
 PAIRS = RotaryTable.from_inv_freq(
     torch.tensor([0.7, 0.2, 0.03]), max_positions=LONGEST, interleaved=True
 )
+
 ALIKE = [(ROPE, None)]
 DIFFERENT = [(ROPE, None), (PAIRS, 1100), (None, 130), (None, None)]  # rotary table, window
 UNTURNED = RotaryTable(torch.ones(LONGEST, 1), torch.zeros(LONGEST, 1))
@@ -335,7 +337,7 @@ def test_any_order_of_operations_gives_the_written_answer(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40 if "differ" in name else 110,
+            max_examples=examples(24, 200) if "differ" in name else examples(60, 500),
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

@@ -53,7 +53,8 @@ def parsers(parser, name="spectral-paged"):
                 yield from parsers(inner, f"{name} {word}")
 
 
-PARSERS = dict(parsers(build_parser()))
+PARSER = build_parser()
+PARSERS = dict(parsers(PARSER))
 
 
 def options(parser):
@@ -296,7 +297,7 @@ REFUSED = [
 def outcome(capsys, words):
     """The message of the command line for `words`, or "" if it takes them."""
     try:
-        build_parser().parse_args(words)
+        PARSER.parse_args(words)
     except SystemExit as exit:
         assert exit.code == 2
         return capsys.readouterr().err

@@ -24,6 +24,7 @@ from spectral_paged.options import LLMOptions
 from support import markdown_pages, small_world
 from support.markdown_pages import BY_NAME, MANUAL, PROJECT, ROOT, Block, commands, read
 
+PARSER = build_parser()
 EVERY_PAGE = pytest.mark.parametrize("page", BY_NAME.values(), ids=BY_NAME)
 WITH_PYTHON = {n: p for n, p in BY_NAME.items() if any(b.language == "python" for b in p.blocks)}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -117,7 +118,7 @@ def test_an_example_runs(name, world, monkeypatch, capsys):
 
 def subparser(words):
     """The parser of the subcommand that `words` name, and the words that are left."""
-    parser, words = build_parser(), list(words)
+    parser, words = PARSER, list(words)
     while words:
         inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not inner or words[0] not in inner[0].choices:
@@ -139,7 +140,7 @@ def check_command(line):
         required = [a for a in parser._actions if a.required or not a.option_strings]
         words[at : at + 1] = [w for a in required for w in [*a.option_strings[:1], "1"]]
     try:
-        build_parser().parse_args(words)
+        PARSER.parse_args(words)
     except SystemExit:
         raise AssertionError(f"the command line refuses: {line}") from None
 
@@ -286,7 +287,7 @@ def strangers(span):
             yield path
     if span.startswith("--"):
         option = re.split(r"[ =]", span)[0]
-        if option not in all_options(build_parser()) | OTHERS_OPTIONS:
+        if option not in all_options(PARSER) | OTHERS_OPTIONS:
             yield option
     yield from wrong_keywords(span)
 

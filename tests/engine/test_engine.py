@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -55,22 +56,31 @@ def test_batch_mates_order_and_budget_change_no_token(alone, order, budget):
     assert stats["pages_sealed"] > 0 and stats["pages_attended"] > 0
 
 
+LONG = (
+    random_prompts([300, 600, 650, 700, 400, 620, 900, 560, 610], seed=5),
+    SamplingParams(temperature=0.0, max_tokens=90),
+)
+
+
+@functools.cache
+def in_a_roomy_pool(format):
+    roomy = tiny_llm(tiny_format(format), enable_prefix_caching=False)
+    found = tokens(generate(roomy, *LONG))
+    assert roomy.stats()["preemptions"] == 0
+    return found
+
+
 @pytest.mark.parametrize("format", ["spectral-int8", "exact"])
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_a_full_pool_preempts_and_changes_no_token(format, prefix_caching):
-    prompts = random_prompts([300, 600, 650, 700, 400, 620, 900, 560, 610], seed=5)
-    params = SamplingParams(temperature=0.0, max_tokens=90)
-    roomy = tiny_llm(tiny_format(format), enable_prefix_caching=False)
-    want = tokens(generate(roomy, prompts, params))
     tight = tiny_llm(
         tiny_format(format),
         kv_cache_bytes=1_100_000 if format == "exact" else 700_000,
         enable_prefix_caching=prefix_caching,
     )
-    out = generate(tight, prompts, params)
+    out = generate(tight, *LONG)
     stats = tight.stats()
-    assert stats["preemptions"] > 0 and roomy.stats()["preemptions"] == 0
-    assert tokens(out) == want
+    assert stats["preemptions"] > 0 and tokens(out) == in_a_roomy_pool(format)
     assert sum(o.metrics.num_preemptions for o in out) == stats["preemptions"]
 
 

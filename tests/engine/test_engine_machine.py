@@ -25,6 +25,7 @@ from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.sequences import SequenceTable
 from support.checked_engine import CheckedEngine
 from support.digit_model import EOS, VOCAB, formats
+from support.effort import examples
 
 # format, bytes of the smallest pool, steps queued ahead, layers that stay exact
 MACHINES = {
@@ -150,7 +151,7 @@ def test_any_order_of_requests_gives_the_written_tokens(name):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=22,
+            max_examples=examples(12, 100),
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

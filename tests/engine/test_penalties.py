@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import replace
 
@@ -189,22 +190,29 @@ def test_a_prompt_is_uploaded_once_for_all_of_its_completions(monkeypatch):
     assert max(found) < 8 * len(prompt), "only repetition_penalty looks at the prompt"
 
 
+def queued(ahead):
+    """An LLM that two requests with penalties wait for."""
+    params = SamplingParams(
+        n=2, temperature=1.0, seed=3, max_tokens=8, repetition_penalty=1.3, frequency_penalty=2.0
+    )
+    llm = tiny_llm()
+    llm.engine.async_scheduling = ahead
+    for i, prompt in enumerate(random_prompts([700, 30], seed=4)):
+        llm.engine.add_request(str(i), prompt, params)
+    return llm
+
+
+@functools.cache
+def undisturbed(ahead):
+    return tokens(serve(queued(ahead))[0])
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 5])
 @pytest.mark.parametrize("where", ["get", "draw", "count", "seal", "end_step", "forward"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no")], ids=repr)
 def test_tokens_of_a_step_that_is_taken_again_count_once(monkeypatch, error, where, call, ahead):
-    prompts = random_prompts([700, 30], seed=4)
-    params = SamplingParams(
-        n=2, temperature=1.0, seed=3, max_tokens=8, repetition_penalty=1.3, frequency_penalty=2.0
-    )
-    llms = tiny_llm(), tiny_llm()
-    for llm in llms:
-        llm.engine.async_scheduling = ahead
-        for i, prompt in enumerate(prompts):
-            llm.engine.add_request(str(i), prompt, params)
-    want, _ = serve(llms[0])
-    llm = llms[1]
+    want, llm = undisturbed(ahead), queued(ahead)
     owner, name = {
         "get": (SampledTokens, "get"),
         "draw": (sampled_step, "SampledTokens"),
@@ -215,7 +223,7 @@ def test_tokens_of_a_step_that_is_taken_again_count_once(monkeypatch, error, whe
     }[where]
     raise_once(monkeypatch, owner, name, error, call)
     done, _ = serve(llm, type(error))
-    assert tokens(done) == tokens(want) and all(o.error is None for o in done.values())
+    assert tokens(done) == want and all(o.error is None for o in done.values())
     assert llm.stats()["penalty_rows"] == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -287,20 +288,26 @@ def test_requests_that_gave_way_go_on_where_they_were(ahead):
     assert small.stats()["preemptions"] > 0
 
 
+def queued(ahead):
+    """An LLM that two requests with a form and a free one wait for."""
+    llm, params = served_llm(), structured(json=PERSON)
+    params.n, llm.engine.async_scheduling = 2, ahead
+    for i, prompt in enumerate(["some words", "x" * 600]):
+        llm.engine.add_request(str(i), prompt, params)
+    llm.engine.add_request("free", "y", FREE)
+    return llm
+
+
+@functools.cache
+def undisturbed(ahead):
+    return tokens(serve(queued(ahead))[0])
+
+
 @AHEAD
 @pytest.mark.parametrize("where", ["get", "draw", "forward", "end_step"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no")], ids=repr)
 def test_a_step_that_is_taken_again_is_at_the_same_place(monkeypatch, error, where, ahead):
-    llms = served_llm(), served_llm()
-    params = structured(json=PERSON)
-    params.n = 2
-    for llm in llms:
-        llm.engine.async_scheduling = ahead
-        for i, prompt in enumerate(["some words", "x" * 600]):
-            llm.engine.add_request(str(i), prompt, params)
-        llm.engine.add_request("free", "y", FREE)
-    want, _ = serve(llms[0])
-    llm = llms[1]
+    want, llm = undisturbed(ahead), queued(ahead)
     owner, name = {
         "get": (SampledTokens, "get"),
         "draw": (Constraint, "allowed"),
@@ -309,7 +316,7 @@ def test_a_step_that_is_taken_again_is_at_the_same_place(monkeypatch, error, whe
     }[where]
     raise_once(monkeypatch, owner, name, error, 5)
     done, raised = serve(llm, type(error))
-    assert tokens(done) == tokens(want) and all(o.error is None for o in done.values())
+    assert tokens(done) == want and all(o.error is None for o in done.values())
     assert not llm.engine.requests.reading
 
 

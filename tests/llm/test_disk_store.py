@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -34,6 +35,25 @@ def tokens(outputs):
     return [o.outputs[0].token_ids for o in outputs]
 
 
+@functools.cache
+def plain():
+    """What an LLM without a store says to `PROMPTS`."""
+    return tokens(run(None)[0])
+
+
+@pytest.fixture(scope="module")
+def first_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "kept"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def kept(first_folder, tmp_path):
+    """A folder in which `PROMPTS` are kept."""
+    return shutil.copytree(first_folder, tmp_path / "kept")
+
+
 @pytest.mark.parametrize("format", ["spectral-int8", "exact"])
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_a_restart_is_warm_and_says_the_same(tmp_path, format, params):
@@ -54,7 +74,6 @@ def test_a_restart_is_warm_and_says_the_same(tmp_path, format, params):
 
 def test_prompts_come_back_through_every_tier(tmp_path):
     """Neither the pool nor host memory holds more than one of the prompts."""
-    plain, _ = run(None)
     size = 700 << 10
     with tiny_llm(
         tiny_format(),
@@ -65,7 +84,7 @@ def test_prompts_come_back_through_every_tier(tmp_path):
     ) as llm:
         for _ in range(3):
             found = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-            assert tokens(found) == tokens(plain)
+            assert tokens(found) == plain()
             llm.cache.reset_prefix_cache()
             llm.cache.check_integrity()
         stats = llm.stats()
@@ -74,12 +93,11 @@ def test_prompts_come_back_through_every_tier(tmp_path):
 
 
 def test_two_llms_share_a_folder(tmp_path):
-    plain, _ = run(None)
     llms = [tiny_llm(tiny_format(), kv_store=tmp_path) for _ in range(2)]
     try:
         for i, prompt in enumerate(PROMPTS * 2):
             (found,) = llms[i % 2].generate([prompt], GREEDY, use_tqdm=False)
-            assert found.outputs[0].token_ids == tokens(plain)[i % 3]
+            assert found.outputs[0].token_ids == plain()[i % 3]
             for llm in llms:
                 llm.cache._lower.moves.tiers.disk.flush()
         hits = [llm.stats()["prefix_hit_tokens_by_tier"]["disk"] for llm in llms]
@@ -89,24 +107,22 @@ def test_two_llms_share_a_folder(tmp_path):
             llm.close()
 
 
-def test_other_weights_find_nothing(tmp_path):
-    run(tmp_path)
+def test_other_weights_find_nothing(kept):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight[3, 5] += 1e-3
     with LLM.from_model(
-        model, kv_format=tiny_format(), kv_cache_bytes=2 << 20, kv_store=tmp_path
+        model, kv_format=tiny_format(), kv_cache_bytes=2 << 20, kv_store=kept
     ) as llm:
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         assert llm.stats()["prefix_hit_tokens_by_tier"]["disk"] == 0
 
 
 @pytest.mark.parametrize("change", [{"exempt_layers": (1,)}, {"prefill_segment": 1024}])
-def test_another_configuration_finds_nothing(tmp_path, change):
-    run(tmp_path)
+def test_another_configuration_finds_nothing(kept, change):
     segment = change.pop("prefill_segment", 512)
     with tiny_llm(
-        tiny_format(prefill_segment=segment), kv_cache_bytes=4 << 20, kv_store=tmp_path, **change
+        tiny_format(prefill_segment=segment), kv_cache_bytes=4 << 20, kv_store=kept, **change
     ) as llm:
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         assert llm.stats()["prefix_hit_tokens_by_tier"]["disk"] == 0
@@ -114,9 +130,7 @@ def test_another_configuration_finds_nothing(tmp_path, change):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BadRecordError("damaged")])
 @pytest.mark.parametrize("call", [1, 3])
-def test_requests_finish_where_reads_fail(tmp_path, monkeypatch, error, call):
-    plain, _ = run(None)
-    run(tmp_path)
+def test_requests_finish_where_reads_fail(kept, monkeypatch, error, call):
     from spectral_paged.store import disk_tier
 
     read, calls = disk_tier.read_record, []
@@ -127,20 +141,20 @@ def test_requests_finish_where_reads_fail(tmp_path, monkeypatch, error, call):
             raise error
         read(*args)
 
+    want = plain()
     monkeypatch.setattr(disk_tier, "read_record", failing)
-    found, stats = run(tmp_path)
-    assert tokens(found) == tokens(plain)
+    found, stats = run(kept)
+    assert tokens(found) == want
     assert stats["store_failures"]["disk"] >= 1
 
 
 def test_requests_finish_where_the_folder_is_gone(tmp_path):
-    plain, _ = run(None)
     folder = tmp_path / "s"
     with tiny_llm(tiny_format(), kv_cache_bytes=2 << 20, max_num_seqs=2, kv_store=folder) as llm:
         shutil.rmtree(folder)
         found = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         llm.cache._lower.moves.tiers.disk.flush()
-        assert tokens(found) == tokens(plain)
+        assert tokens(found) == plain()
         assert llm.stats()["store_failures"]["disk"] >= 1
 
 

@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
     [("quality-64", 1), ("quality-64", 7), ("int8-128", 4), ("slots-without-gain", 7)],
 )
 def test_the_bytes_counted_are_those_that_a_layer_takes(monkeypatch, name, group):
-    args, options = attend_case(name, (300, 1), (65, 1), group=group)
+    (q, plane, exact_table, tokens, *_), options = attend_case(name, (1, 1), (65, 1), group=group)
+    table = torch.zeros(2, 301, dtype=torch.int32)  # many pages; which, is read by kernels only
+    args = (q, plane, exact_table, tokens, table, torch.tensor([300, 1], dtype=torch.int32))
     record_launches(monkeypatch)  # the kernels themselves take nothing
     real, taken = torch.empty, []
 

@@ -25,6 +25,7 @@ MODELS = {False: CompletionRequest, True: ChatCompletionRequest}
 BASES = {False: {"prompt": "x"}, True: {"messages": [{"role": "user", "content": "x"}]}}
 CHAT = pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 SCHEMAS = {chat: model.model_json_schema() for chat, model in MODELS.items()}
+VALIDATORS = {chat: jsonschema_rs.validator_for(schema) for chat, schema in SCHEMAS.items()}
 
 
 def choices(chat, name):
@@ -78,7 +79,7 @@ def test_a_field_takes_what_its_description_says(chat, name, data):
         body["logprobs"] = True if chat else 1
     if name == "min_tokens":
         body["max_tokens"] = 2**300
-    said = jsonschema_rs.validator_for(SCHEMAS[chat]).is_valid(body)
+    said = VALIDATORS[chat].is_valid(body)
     error = error_of(body, chat)
     assert (error is None) == said, error
     if error is not None:
@@ -254,7 +255,7 @@ def test_a_message_of_tools_takes_what_its_description_says(data):
     else:
         part[name] = data.draw(VALUES)
     body = {"messages": [{"role": "user", "content": "x"}, message]}
-    said = jsonschema_rs.validator_for(SCHEMAS[True]).is_valid(body)
+    said = VALIDATORS[True].is_valid(body)
     for function in functions:
         text = function.get("arguments") if isinstance(function, dict) else None
         if isinstance(text, str) and text.strip() not in ("", "{}"):

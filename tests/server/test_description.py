@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from spectral_paged.openai import ErrorResponse, parse_body
 from spectral_paged.server.app import Service
 from spectral_paged.server.response import OpenAIResponse
+from support.effort import examples
 from support.paths import ROOT
 from support.served import served_llm, serving
 
@@ -39,7 +40,7 @@ def schemathesis(url, folder, *options):
 
 def test_no_request_is_answered_otherwise_than_described(served, tmp_path):
     """Right and wrong data, other methods and types: no 500, and no undescribed answer."""
-    code, output = schemathesis(served.url, tmp_path, "--max-examples", "20")
+    code, output = schemathesis(served.url, tmp_path, "--max-examples", str(examples(10, 100)))
     assert code == 0, output
     assert "Selected: 10/10" in output and "Tested: 10" in output
 

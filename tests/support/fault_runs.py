@@ -39,9 +39,16 @@ def tokens(done):
 
 
 def want(format="spectral-int8", params=GREEDY, prompts=PROMPTS):
-    llm = tiny_llm(tiny_format(format))
-    queue(llm, prompts, params)
-    return tokens(serve(llm)[0])
+    """The tokens where nothing raises, served once for all tests that ask for the same."""
+    asked = format, repr(params), str(prompts)
+    if asked not in FOUND:
+        llm = tiny_llm(tiny_format(format))
+        queue(llm, prompts, params)
+        FOUND[asked] = tokens(serve(llm)[0])
+    return dict(FOUND[asked])
+
+
+FOUND: dict[tuple[str, str, str], dict[str, list[list[int]]]] = {}
 
 
 def make_llm(ahead, format="spectral-int8", **options):
