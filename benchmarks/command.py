@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from spectral_paged.benchmarks.parsers import SERVED
 from spectral_paged.errors import InvalidRequestError
@@ -187,6 +188,24 @@ def bench_served(args: argparse.Namespace) -> int:
     )
 
 
+def bench_store(args: argparse.Namespace) -> int:
+    """Time prompts that come back from host memory and disk, and workloads with and without."""
+    from spectral_paged.benchmarks.store import run as store
+
+    return store.main(
+        store.Options(
+            suite=args.suite,
+            only=args.only,
+            kv_format=args.kv_format,
+            device=args.device,
+            dtype=args.dtype,
+            kv_store=None if args.kv_store is None else Path(args.kv_store),
+            num_conversations=args.conversations,
+            output_dir=args.output_dir,
+        )
+    )
+
+
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
     from spectral_paged.benchmarks import seal
@@ -208,6 +227,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_capacity(args)
     if args.bench == "throughput":
         return bench_throughput(args)
+    if args.bench == "store":
+        return bench_store(args)
     if args.bench == "served":
         return bench_served(args)
     if args.plot:

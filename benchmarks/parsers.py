@@ -74,6 +74,7 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     _add_capacity(benches.add_parser("capacity", help="how much context a memory holds, by format"))
     _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     _add_served(benches.add_parser("served", help="needles and divergence through whole engines"))
+    _add_store(benches.add_parser("store", help="prompts that come back from host memory and disk"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
     _add_prompts(benches.add_parser("prompts", help="how fast prompts are computed, and by what"))
     _add_unsloth(
@@ -122,6 +123,28 @@ def _add_served(parser: Parser) -> None:
     _add_llm_options(parser, "kv_cache_bytes")
     _add_llm_options(parser, "max_num_seqs", default=16)
     _add_name(parser)
+    _add_output_dir(parser)
+
+
+def _add_store(parser: Parser) -> None:
+    parser.add_argument(
+        "--suite", default="8b", help="8b, for one H200, or tiny, for a CPU; default: 8b"
+    )
+    _add_repeatable(
+        parser,
+        "--only",
+        metavar="NAME",
+        help="ttft, turns, documents, nohit, or vllm (turns, in vLLM); default: all but vllm",
+    )
+    _add_llm_options(parser, "kv_format", "device", "dtype")
+    _add_llm_options(
+        parser,
+        "kv_store",
+        help="a folder on the disk to measure; default: where temporary files are",
+    )
+    parser.add_argument(
+        "--conversations", type=positive, metavar="N", help="of turns; default: the suite's"
+    )
     _add_output_dir(parser)
 
 

@@ -11,22 +11,13 @@ from spectral_paged.benchmarks.prompts.attention import AttentionRow, CopyRow
 from spectral_paged.benchmarks.prompts.engine import EngineRow
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import file_stem, model_label, write_result
+from spectral_paged.benchmarks.results_io.text_table import table
 from spectral_paged.benchmarks.throughput.random_models import load_either
 from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.chunk.gpu import BACKENDS
 from spectral_paged.pages import PRESETS
-
-
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows of cells, the first one a heading, in columns of even width."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
 
 
 def attention_table(rows: Sequence[AttentionRow], copies: Sequence[CopyRow]) -> str:

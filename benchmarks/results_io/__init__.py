@@ -1,6 +1,7 @@
-"""Result files of benchmarks: their names, their content on disk, and the machine behind them."""
+"""Results of benchmarks: their files, the machine behind them, and tables of them."""
 
 __all__ = [
     "environment",
     "result_file",
+    "text_table",
 ]

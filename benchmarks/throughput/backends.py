@@ -199,7 +199,7 @@ def serve_with_pages(
     if fit:
         longest = max(len(job.prompt_token_ids) + job.output_len for job in jobs)
         jobs = fitting(jobs, llm.cache.concurrency(longest), llm.cache.max_num_seqs)
-    _warm_up(llm, jobs)
+    warm_up(llm, jobs)
     if profile:
         llm.engine.use_clock(StepClock(device))
     _reset_peak(device)
@@ -223,7 +223,7 @@ def serve_with_pages(
     return Served(elapsed, jobs, first, gaps, seconds, stats, peak, rate)
 
 
-def _warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
+def warm_up(llm: LLM, jobs: Sequence[Job]) -> None:
     """Compile the kernels that the run will need, and capture its graphs."""
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     longest = max(len(job.prompt_token_ids) for job in jobs)

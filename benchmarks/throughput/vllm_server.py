@@ -56,9 +56,9 @@ class VLLMServer:
     Args:
         backend: a name as in this module's picture.
         options: `max_num_seqs`, `max_model_len`, `gpu_memory_utilization`, `kv_cache_bytes`,
-            `enforce_eager`, `enable_prefix_caching` and `quantization` are vLLM's too. All others,
-            the token budget of a step among them, are vLLM's defaults, which it chooses for the
-            card.
+            `enforce_eager`, `enable_prefix_caching` and `quantization` are vLLM's too, and
+            `kv_host_memory` is its `kv_offloading_size`. All others, the token budget of a step
+            among them, are vLLM's defaults, which it chooses for the card.
 
     Raises:
         MissingPackageError: no vLLM, or one that pages were not tried with.
@@ -80,6 +80,8 @@ class VLLMServer:
             given["kv_cache_dtype"] = what
         if options.kv_cache_bytes is not None:
             given["kv_cache_memory_bytes"] = options.kv_cache_bytes
+        if options.kv_host_memory is not None:
+            given["kv_offloading_size"] = float(options.kv_host_memory) / (1 << 30)
         self._folder = tempfile.TemporaryDirectory(prefix="spectral-paged-vllm-")
         if is_random(loaded.name):
             folder = Path(self._folder.name)

@@ -1,0 +1,5 @@
+"""Prompts that come back from host memory and disk, timed against computing them."""
+
+__all__ = [
+    "run",
+]
