@@ -239,6 +239,7 @@ def bench(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             formats=args.format,
+            variants=args.variant,
             peers=not args.no_peers,
             sections=[s.strip() for s in args.sections.split(",") if s.strip()],
             quick=args.quick,

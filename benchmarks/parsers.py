@@ -351,6 +351,12 @@ def _add_quality(parser: Parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
     _add_llm_options(parser, "device", "dtype", "calibration")
     _add_formats(parser, "a preset, or exact; default: all presets")
+    _add_repeatable(
+        parser,
+        "--variant",
+        metavar="TEXT",
+        help='one more format: a preset and its changes, as "spectral-quality k=16x8+48x2 v=64x3"',
+    )
     parser.add_argument("--no-peers", action="store_true", help="our formats alone")
     parser.add_argument(
         "--sections",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from spectral_paged.benchmarks.quality.page_methods import (
     WeightedMethod,
 )
 from spectral_paged.benchmarks.quality.peers import peer_methods
-from spectral_paged.errors import InvalidRequestError
+from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.pages import PRESETS, BoundBasis, PageFormat, SharedBasis
@@ -40,6 +40,42 @@ def unique(methods: Iterable[Method]) -> list[Method]:
     for method in methods:
         found.setdefault(method.name, method)
     return list(found.values())
+
+
+def parsed_bands(text: str) -> tuple[tuple[int, int], ...]:
+    """Bands written as `16x8+48x2`: 16 components of 8 bits, then 48 of 2."""
+    pairs = (band.split("x") for band in text.split("+"))
+    return tuple((int(count), int(bits)) for count, bits in pairs)
+
+
+def parsed_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """The preset and the changed fields of a variant like `spectral-quality k=64x4 rope=pre`.
+
+    `k` and `v` are the bands of a side, and all other names are fields of `PageFormat`.
+
+    Raises:
+        InvalidRequestError: a part is written otherwise, or is no field.
+    """
+    preset, *parts = text.split()
+    known = {f.name: f for f in fields(PageFormat)}
+    changes: dict[str, Any] = {}
+    for part in parts:
+        name, given, value = part.partition("=")
+        try:
+            if name in ("k", "v"):
+                changes[f"{name}_bands"] = parsed_bands(value)
+            elif not given or name not in known:
+                raise ValueError
+            elif value in ("true", "false"):
+                changes[name] = value == "true"
+            else:
+                changes[name] = int(value) if value.isdigit() else value
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"--variant {shown(text)}: {shown(part)} is neither bands, as k=16x8+48x2, nor a "
+                f"field of PageFormat with its value; fields are {', '.join(known)}"
+            ) from error
+    return preset, changes
 
 
 def hadamard_page(format: PageFormat, num_layers: int, device: torch.device) -> SpectralMethod:
@@ -71,6 +107,7 @@ class MethodSet:
 
     Args:
         names: presets to judge; empty for all.
+        variants: more formats, each a preset and its changed fields; see `parsed_variant`.
         calibration: `auto` for the model's calibration on the built-in text, or a file.
         peers: judge the peers too.
 
@@ -84,6 +121,7 @@ class MethodSet:
         loaded: LoadedModel,
         names: Sequence[str] = (),
         *,
+        variants: Sequence[str] = (),
         calibration: str = "auto",
         peers: bool = True,
     ) -> None:
@@ -91,7 +129,7 @@ class MethodSet:
         self._basis: SharedBasis | None = None
         self.formats: dict[str, dict[str, Any]] = {}
         wanted = names or [p for p in PRESETS if p != "exact"]
-        self.ours = unique(self.preset_method(name) for name in wanted)
+        self.ours = unique([*map(self.preset_method, wanted), *map(self.variant_method, variants)])
         self.peers = [*peer_methods(), *self._hadamard_pages()] if peers else []
 
     def _hadamard_pages(self) -> list[Method]:
@@ -129,6 +167,11 @@ class MethodSet:
     def preset_method(self, name: str) -> Method:
         """The preset `name` as a method; raises FormatError for an unknown name."""
         return self.method(self.preset(name))
+
+    def variant_method(self, text: str) -> Method:
+        """The variant that `text` describes as a method of that name; see `parsed_variant`."""
+        preset, changes = parsed_variant(text)
+        return self.method(replace(self.preset(preset), name=text, **changes))
 
     def method(self, format: PageFormat) -> Method:
         """`format` as a method, bound to the calibration if it needs one."""

@@ -67,6 +67,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     formats: Sequence[str] = ()
+    variants: Sequence[str] = ()
     peers: bool = True
     sections: Sequence[str] = ()
     quick: bool = False
@@ -127,7 +128,11 @@ class Run:
         limit = loaded.geometry.max_position_embeddings
         self.hay = Haystack(self.texts, loaded.tokenizer, limit)
         self.methods = MethodSet(
-            loaded, options.formats, calibration=options.calibration, peers=options.peers
+            loaded,
+            options.formats,
+            variants=options.variants,
+            calibration=options.calibration,
+            peers=options.peers,
         )
         self.sections = self._chosen_sections()
         self.experiments: list[Experiment] = [

@@ -61,11 +61,14 @@ def test_bench_quality_hands_its_options_over(monkeypatch):
     monkeypatch.setattr(run, "plot", lambda files, folder: asked.append((files, folder)) or 0)
     line = "bench quality --format exact --format spectral-int8 --length 4096 --length 2048"
     line += " --sections needles,ranks --no-peers --windows 3 --time-limit 60"
+    line += " --variant spectral-page --samples 2"
     assert main(line.split()) == main(["bench", "quality"]) == 0
     assert asked[0] == run.Options(
         formats=["exact", "spectral-int8"],
         lengths=[2048, 4096],
         sections=["needles", "ranks"],
+        variants=["spectral-page"],
+        samples=2,
         texts=[],
         peers=False,
         windows=3,

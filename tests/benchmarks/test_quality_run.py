@@ -11,7 +11,7 @@ import pytest
 
 from spectral_paged.benchmarks.quality import page_methods, run, sources
 from spectral_paged.benchmarks.quality.experiments import EXPERIMENTS, judge_experiments, refitted
-from spectral_paged.benchmarks.quality.formats import MethodSet, rank_grid
+from spectral_paged.benchmarks.quality.formats import MethodSet, parsed_variant, rank_grid
 from spectral_paged.benchmarks.quality.journal import Journal
 from spectral_paged.benchmarks.quality.judge import num_sealed
 from spectral_paged.benchmarks.quality.replay import Replay
@@ -114,6 +114,24 @@ def test_every_section_is_run_and_written(tmp_path, text, monkeypatch, capsys):
     assert re.search(r"\[ +\d+\.\d s\] window 1/1: fiction 1024", capsys.readouterr().out)
     assert run.plot([tmp_path / "out" / "quality-Tiny-0.1B.json"] * 2, tmp_path) == 0
     assert (tmp_path / "quality-pareto.png").stat().st_size > 10_000
+
+
+def test_a_variant_of_a_preset_is_judged_under_the_text_that_describes_it(tmp_path, text):
+    given = "spectral-page k=16x8 v=16x4 outlier_slots=2 gain=false rope=pre"
+    asked = options(tmp_path, text, variants=[given], peers=False, sections=["continuation"])
+    assert run.main(asked) == 0
+    results, _ = written(tmp_path)
+    format = results["formats"][given]
+    assert (format["k_bands"], format["v_bands"]) == ([[16, 8]], [[16, 4]])
+    assert (format["outlier_slots"], format["gain"], format["rope"]) == (2, False, "pre")
+    assert format["basis"] == "page" and format["mean"] is True
+    assert set(results["methods"]) == {"spectral-int8", given}
+
+
+@pytest.mark.parametrize("part", ["k=16", "k=16x8,48x2", "colour=red", "gain"])
+def test_a_variant_that_is_written_otherwise_is_refused_with_the_fields(part):
+    with pytest.raises(InvalidRequestError, match="k=16x8.48x2.*fields are name, num_kv_heads"):
+        parsed_variant(f"spectral-page {part}")
 
 
 def test_causes_are_judged_at_every_length_on_code_needles_of_their_own(
