@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}
 ADAPTERS = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 2}
-WINDOW = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1000}
+WINDOW = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 3500}
 ENGINES = {
     f"{way} {kind}": {"gigabytes": 1.5, "config": SMALL | config} | cache | options
     for kind, options, config in (

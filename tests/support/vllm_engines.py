@@ -16,7 +16,7 @@ from itertools import repeat
 
 LENGTHS = (40, 700, 1500, 3000, 5000)
 NUM_TOKENS = 96
-CLOSE = 0.02  # of a log-prob
+CLOSE = 0.05  # of a log-prob: bf16 steps of a logit of 4 to 8 are 0.03
 
 START = r"""
 import json, os, pathlib, sys, tempfile
@@ -29,7 +29,7 @@ from spectral_paged.benchmarks.throughput.vllm_server import byte_tokenizer
 from spectral_paged.integrations.vllm import engine_args
 
 given = json.loads(sys.argv[1])
-own, gigabytes = given.pop("own", False), given.pop("gigabytes", 8)
+own, gigabytes = given.pop("own", False), given.pop("gigabytes", 4)
 folder = pathlib.Path(tempfile.mkdtemp())
 config = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
@@ -53,11 +53,16 @@ def louder(model):
     generator = torch.Generator(device="cuda").manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2 and min(weight.shape) > 1:
+            if name.endswith("norm.weight"):  # made up ones are near zero: all tokens alike
+                weight.fill_(1.0)
+            elif weight.dim() == 2 and min(weight.shape) > 1:
                 noise = torch.randn(weight.shape, generator=generator, device=weight.device) * 0.02
                 owner = model.get_submodule(name.rpartition(".")[0])
                 scale = getattr(owner, "weight_scale", None)  # of weights in FP8
-                weight.copy_(noise if scale is None else noise / scale.max())
+                if scale is not None:
+                    scale.fill_(0.1 / 448)
+                    noise = (noise / (0.1 / 448)).clamp(-448, 448)
+                weight.copy_(noise)
 
 llm.apply_model(louder)
 rng = np.random.default_rng(0)
@@ -129,13 +134,12 @@ def of(found, name):
 
 
 def agree(one, other):
-    """Equal first log-probs, and equal tokens for most of the way in most prompts."""
+    """Equal log-probs for as long as the tokens are equal, and they part at near ties only."""
     lengths = []
     for a, b in zip(one, other, strict=True):
-        assert abs(a["logprobs"][0] - b["logprobs"][0]) < CLOSE
         pairs = list(zip(a["tokens"], b["tokens"], strict=True))
         same = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
         lengths.append(same)
-        if same < len(pairs):  # a near tie: both had about the same log-prob
-            assert abs(a["logprobs"][same] - b["logprobs"][same]) < 10 * CLOSE
-    assert sorted(lengths)[len(lengths) // 2] >= 0.9 * NUM_TOKENS, lengths
+        apart = [abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)]
+        assert apart[0] < CLOSE and max(apart[: same + 1]) < 4 * CLOSE, apart[: same + 1]
+    assert sorted(lengths)[len(lengths) // 2] >= NUM_TOKENS // 4, lengths
