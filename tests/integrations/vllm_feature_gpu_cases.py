@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from support.vllm_engines import LENGTHS, agree, of, run_engines
+from support.vllm_engines import CLOSE, LENGTHS, agree, of, run_engines
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +86,11 @@ result["end"] = stats()
 PAGED = [name for name in ENGINES if "flash" not in name]
 
 
+def close_of(name):
+    """FP8 rounds inputs too: FLASH_ATTN in another batch is up to 0.13 from itself."""
+    return 2 * CLOSE if "fp8" in name else CLOSE
+
+
 @pytest.fixture(scope="module")
 def found():
     return run_engines(ENGINES, BODY, "vllm-features")
@@ -93,7 +98,7 @@ def found():
 
 @pytest.mark.parametrize("kind", ["adapters", "window", "fp8"])
 def test_exact_pages_give_the_tokens_of_flash_attention(found, kind):
-    agree(of(found, f"flash {kind}")["cold"], of(found, f"exact {kind}")["cold"])
+    agree(of(found, f"flash {kind}")["cold"], of(found, f"exact {kind}")["cold"], close_of(kind))
 
 
 @pytest.mark.parametrize("name", [name for name in PAGED if "pages" in name])
@@ -130,7 +135,7 @@ def test_adapters_of_one_batch_say_what_each_says_alone(found, name):
 def test_a_prefix_hit_gives_the_tokens_of_a_cold_run(found, name):
     result = of(found, name)
     assert all(one["cached"] > 0 for one in result["hit"][1:])
-    agree(result["cold"], result["hit"])
+    agree(result["cold"], result["hit"], close_of(name))
 
 
 @pytest.mark.parametrize("name", PAGED)
@@ -138,7 +143,7 @@ def test_grammars_hold_and_leave_other_requests_as_they_were(found, name):
     result = of(found, name)
     assert len(result["held"]) == len(LENGTHS)
     assert all(re.fullmatch(PATTERN, text) for text in result["held"]), result["held"]
-    agree(result["cold"], result["free"])
+    agree(result["cold"], result["free"], close_of(name))
 
 
 @pytest.mark.parametrize("name", PAGED)

