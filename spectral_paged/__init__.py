@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spectral_paged.engine import Engine
     from spectral_paged.llm import LLM
     from spectral_paged.llm_engine import LLMEngine
-    from spectral_paged.options import CacheOptions, EngineArgs
+    from spectral_paged.options import CacheOptions, EngineArgs, LoRARequest
     from spectral_paged.outputs import CompletionOutput, RequestOutput, RequestOutputKind
     from spectral_paged.pages import PageFormat, SharedBasis
     from spectral_paged.sampling import BeamSearchParams, SamplingParams, StructuredOutputsParams
@@ -36,6 +36,7 @@ __all__ = [
     "EngineArgs",
     "LLM",
     "LLMEngine",
+    "LoRARequest",
     "PageFormat",
     "RequestOutput",
     "RequestOutputKind",
@@ -53,6 +54,7 @@ _HOMES = {
     "EngineArgs": "options",
     "LLM": "llm",
     "LLMEngine": "llm_engine",
+    "LoRARequest": "options",
     "PageFormat": "pages",
     "RequestOutput": "outputs",
     "RequestOutputKind": "outputs",

@@ -42,6 +42,10 @@ class CapacityError(InvalidRequestError):
     """A request that can never fit the pool, even without other requests."""
 
 
+class AdapterError(InvalidRequestError):
+    """A LoRA adapter that is unknown, damaged or not served, or for which there is no room."""
+
+
 class SamplingParamsError(SpectralPagedError, ValueError):
     """A sampling value outside its range."""
 

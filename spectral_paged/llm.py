@@ -11,7 +11,6 @@ from typing import Any, Unpack
 
 from tqdm import tqdm
 
-from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.engine import (
     BeamSearch,
     Callers,
@@ -30,21 +29,22 @@ from spectral_paged.engine import (
     parts_of,
     prompt_list,
 )
-from spectral_paged.errors import (
-    InvalidRequestError,
-    SpectralPagedError,
-    attach_outputs,
-)
-from spectral_paged.models.activation_memory import activation_bytes
-from spectral_paged.models.cache_for_model import longest_sequence, model_cache
-from spectral_paged.models.calibration import find_calibration
+from spectral_paged.errors import InvalidRequestError, SpectralPagedError, attach_outputs
 from spectral_paged.models.generation import end_tokens, sampling_defaults
 from spectral_paged.models.given_model import given_model
-from spectral_paged.models.loader import LoadedModel, load_model
-from spectral_paged.models.option_checks import check_fit, check_options, format_of
+from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.lora import of_llm
+from spectral_paged.models.ready_model import ReadyModel, ready_model
 from spectral_paged.models.runner import ModelRunner
-from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
-from spectral_paged.options import DEFAULT_MODEL, CacheOptions, LLMOptions, LLMOptionsDict
+from spectral_paged.options import (
+    DEFAULT_MODEL,
+    CacheOptions,
+    LLMOptions,
+    LLMOptionsDict,
+    LoRARequest,
+    LoRARequests,
+    lora_list,
+)
 from spectral_paged.outputs import BeamSearchOutput, RequestOutput, RequestOutputKind, TextDelta
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import BeamSearchParams, SamplingParams
@@ -89,67 +89,38 @@ class LLM:
         cache_options: CacheOptions | None = None,
         **options: Unpack[LLMOptionsDict],
     ) -> None:
-        chosen = LLMOptions.of(LLM, cache_options, options)
-        check_options(chosen)
-        config = SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens)
-        if isinstance(model, LoadedModel):
-            loaded = model
-            check_quantized(loaded, chosen.quantization)
-        else:
-            where = choose_device(chosen.device)
-            dtype = choose_dtype(chosen.dtype, where)
-            check_device(chosen.quantization, where, dtype)
-            loaded = load_model(
-                model,
-                device=where if chosen.quantization is None else choose_device("cpu"),
-                dtype=dtype,
-                trust_remote_code=chosen.trust_remote_code,
-                check=partial(check_fit, chosen, device=where, dtype=dtype),
-            )
-        geometry = loaded.geometry
-        longest = longest_sequence(geometry, chosen.max_model_len)
-        format = format_of(chosen, geometry)
-        if (method := chosen.quantization) is not None and loaded.quantization is None:
-            basis = find_calibration(chosen.calibration, format, loaded, device=where)
-            chosen = replace(chosen, calibration=basis)
-            loaded = quantized(loaded, method, where)
-        where = loaded.model.device
+        ready = ready_model(model, LLMOptions.of(LLM, cache_options, options))
+        try:
+            self._start(ready)
+        except BaseException:
+            ready.close()
+            raise
+
+    def _start(self, ready: ReadyModel) -> None:
+        """Make cache, runner and engine of a model."""
+        loaded, chosen, self.adapters = ready.loaded, ready.options, ready.adapters
         self.model_name = loaded.name
         self.allow_special_tokens = chosen.allow_special_tokens
         self.sampling_defaults = sampling_defaults(loaded.model, chosen.generation_config)
-        reserved = 0
-        if chosen.kv_cache_bytes is None:
-            reserved = activation_bytes(
-                loaded.model,
-                geometry,
-                format,
-                num_tokens=chosen.max_num_batched_tokens,
-                num_rows=chosen.max_num_seqs,
-                max_model_len=longest,
-            )
-        self.cache = model_cache(
-            loaded,
-            format,
-            chosen,
-            gpu_memory_utilization=chosen.gpu_memory_utilization,
-            reserved_bytes=reserved,
-        )
+        self.cache = ready.cache()
         self._runner = ModelRunner(
             loaded.model,
             self.cache,
             enforce_eager=chosen.enforce_eager,
             compile_layers=chosen.compile_layers,
+            adapters=None if ready.adapters is None else ready.adapters.tokens,
         )
         self.engine = Engine(
             self._runner,
             self.cache,
             tokenizer=loaded.tokenizer,
-            scheduler_config=config,
-            eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, geometry.vocab_size),
-            vocab_size=geometry.vocab_size,
+            scheduler_config=SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens),
+            eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, loaded.geometry.vocab_size),
+            vocab_size=loaded.geometry.vocab_size,
             seed=chosen.seed,
             max_logprobs=chosen.max_logprobs,
-            async_scheduling=chosen.async_scheduling and where.type == "cuda",
+            async_scheduling=chosen.async_scheduling and self.cache.device.type == "cuda",
+            adapters=ready.adapters,
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
@@ -162,6 +133,7 @@ class LLM:
         """Make an LLM over a loaded transformers model, whose attention is replaced.
 
         Args:
+            model: with `enable_lora` also one of PEFT, whose adapters requests may name.
             options: those of the constructor, without `device`, `dtype` and `trust_remote_code`.
 
         Raises:
@@ -188,7 +160,7 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Drop all requests, free pages, host memory and graphs, and restore the model's attention.
+        """Drop all requests, free pages, host memory and graphs, and restore the model.
 
         Later use of the LLM raises `SpectralPagedError`. Closing it again does nothing.
         """
@@ -196,7 +168,9 @@ class LLM:
             with self._turns:
                 self._runner.close()
                 self.cache.close()
-                del self.engine, self.cache, self._runner, self._callers
+                if self.adapters is not None:
+                    self.adapters.close()
+                del self.engine, self.cache, self._runner, self._callers, self.adapters
 
     def __enter__(self) -> LLM:
         return self
@@ -205,7 +179,7 @@ class LLM:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("engine", "cache", "_runner", "_callers"):
+        if name in ("engine", "cache", "_runner", "_callers", "adapters"):
             raise SpectralPagedError("this LLM was closed: make another")
         found = [instead for instead, names in INSTEAD.items() if name in names]
         take = f": take {found[0]}" if found else ""
@@ -219,6 +193,7 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
     ) -> list[RequestOutput]:
         """Complete every prompt and return the outputs in prompt order.
 
@@ -234,21 +209,22 @@ class LLM:
                 token counts: a tokenizer's whole answer says which are pads.
             sampling_params: one for all, or one for each prompt; None: those of
                 `get_default_sampling_params`.
+            lora_request: the LoRA adapter of all, or one for each prompt (None: the base model).
 
         Raises:
             SpectralPagedError: the first error of any request, after all others have finished.
         """
-        return self._complete(prompt_list(prompts), sampling_params, use_tqdm)
+        return self._complete(prompt_list(prompts), sampling_params, use_tqdm, lora_request)
 
     def _complete(
         self,
         prompts: Sequence[Prompt | Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None,
         use_tqdm: bool,
+        lora_request: LoRARequests,
     ) -> list[RequestOutput]:
-        params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
         errors: list[SpectralPagedError] = []
-        inbox = self._queue(prompts, params, errors)
+        inbox = self._queue(prompts, sampling_params, lora_request, errors)
         return self._wait(inbox, len(prompts), errors, use_tqdm)
 
     def _wait(
@@ -286,6 +262,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         allow_special_tokens: bool | None = None,
+        lora_request: LoRARequests = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Complete one conversation or many, formatted by the tokenizer's chat template.
@@ -294,13 +271,14 @@ class LLM:
             messages: `{"role": ..., "content": ...}`; content is text, or a list of text parts,
                 which are joined by line ends.
             allow_special_tokens: None: as the LLM was made.
+            lora_request: as in `generate`.
             options: the fields of `ChatTemplate` (`tools`, `chat_template_kwargs`, ...).
 
         Raises:
             SpectralPagedError: as in `generate`.
         """
         talks = conversations(messages, allow_special_tokens, **options)
-        return self._complete(talks, sampling_params, use_tqdm)
+        return self._complete(talks, sampling_params, use_tqdm, lora_request)
 
     def chat_tokens(
         self,
@@ -330,6 +308,8 @@ class LLM:
         self,
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        lora_request: LoRARequests = None,
     ) -> list[str]:
         """Queue prompts without running a step; return the ids of their requests.
 
@@ -338,9 +318,7 @@ class LLM:
         Raises:
             SpectralPagedError: a prompt is refused; none of them is queued.
         """
-        listed = prompt_list(prompts)
-        params = params_list(sampling_params, len(listed), self.get_default_sampling_params())
-        inbox = self._queue(listed, params, None)
+        inbox = self._queue(prompt_list(prompts), sampling_params, lora_request, None)
         self._enqueued.append(inbox)
         return list(inbox.places)
 
@@ -360,6 +338,7 @@ class LLM:
         params: BeamSearchParams,
         *,
         use_tqdm: bool = False,
+        lora_request: LoRARequests = None,
     ) -> list[BeamSearchOutput]:
         """Return the best sequences of each prompt, one prompt after another.
 
@@ -368,9 +347,10 @@ class LLM:
         Raises:
             SpectralPagedError: a prompt can never be served, or the beams do not fit.
         """
-        found = []
-        for prompt in tqdm(
-            prompt_list(prompts), "beam search", unit="prompt", disable=not use_tqdm
+        found, listed = [], prompt_list(prompts)
+        pairs = zip(listed, lora_list(lora_request, len(listed)), strict=True)
+        for prompt, lora in tqdm(
+            pairs, "beam search", len(listed), unit="prompt", disable=not use_tqdm
         ):
             body, salt, pinned = parts_of(prompt)
             if pinned:
@@ -379,7 +359,7 @@ class LLM:
                 tokens = self.engine.prompt_encoder.encode(body)
                 as_request = SamplingParams(max_tokens=params.max_tokens)
                 check_request(self.cache, tokens, as_request, (), None)
-                search = BeamSearch(self.engine, tokens, params, salt)
+                search = BeamSearch(self.engine, tokens, params, salt, lora)
             found.append(BeamSearchOutput(search.run(self._turns)))
         return found
 
@@ -393,29 +373,34 @@ class LLM:
         self,
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        lora_request: LoRARequests = None,
     ) -> Iterator[TextDelta]:
         """Yield pieces of text of all prompts, once no later stop string can remove them.
 
         Closing the iterator aborts running requests. A refused prompt raises before any piece. A
         request that fails while it runs yields a last piece with its error.
         """
-        prompts = prompt_list(prompts)
-        params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
-        inbox = self._queue(prompts, params, None)
+        inbox = self._queue(prompt_list(prompts), sampling_params, lora_request, None)
         deltas = TextDeltas(self.engine)
         yield from self._callers.pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
 
     def _queue(
         self,
         prompts: Sequence[Prompt | Conversation],
-        params: Sequence[SamplingParams],
+        sampling_params: SamplingParams | Iterable[SamplingParams | None] | None,
+        lora_request: LoRARequests,
         errors: list[SpectralPagedError] | None,
     ) -> Inbox:
+        params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
+        loras = lora_list(lora_request, len(prompts))
         self.engine.grammars.prepare(p.structured_outputs for p in params)
-        pairs = zip(prompts, params, strict=True)
-        return self._callers.queue([partial(self._submit, *pair) for pair in pairs], errors)
+        parts = zip(prompts, params, loras, strict=True)
+        return self._callers.queue([partial(self._submit, *part) for part in parts], errors)
 
-    def _submit(self, prompt: Prompt | Conversation, params: SamplingParams) -> str:
+    def _submit(
+        self, prompt: Prompt | Conversation, params: SamplingParams, lora: LoRARequest | None
+    ) -> str:
         request_id = f"request-{next(self._request_numbers)}"
         with counted_refusal(self.engine.counters, request_id):
             if isinstance(prompt, Conversation):
@@ -428,8 +413,24 @@ class LLM:
             body, salt, pinned = parts_of(prompt)
             if params.output_kind is not RequestOutputKind.CUMULATIVE:  # pieces are cut of those
                 params = replace(params, output_kind=RequestOutputKind.CUMULATIVE)
-        self.engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
+        self.engine.add_request(
+            request_id, body, params, cache_salt=salt, pinned_spans=pinned, lora_request=lora
+        )
         return request_id
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter that stays until `remove_lora`; False: it is loaded already."""
+        with self._turns:
+            return of_llm(self.adapters).load(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Unload a LoRA adapter, with which running requests end; False: none has the id."""
+        with self._turns:
+            return of_llm(self.adapters).unload(lora_int_id)
+
+    def list_loras(self) -> list[LoRARequest]:
+        """Return the LoRA adapters that are loaded."""
+        return [] if self.adapters is None else self.adapters.requests
 
     # ---- questions -----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from spectral_paged.engine import Prompt, counted_refusal, parts_of
 from spectral_paged.llm import LLM
-from spectral_paged.options import EngineArgs
+from spectral_paged.options import EngineArgs, LoRARequest
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 
@@ -28,7 +28,12 @@ class LLMEngine:
         return cls(LLM(engine_args.model, cache_options=engine_args.options))
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """Queue a prompt and return its id.
 
@@ -39,7 +44,14 @@ class LLMEngine:
         with counted_refusal(engine.counters, request_id):
             body, salt, pinned = parts_of(prompt)
         params = params or self.llm.get_default_sampling_params()
-        engine.add_request(request_id, body, params, cache_salt=salt, pinned_spans=pinned)
+        engine.add_request(
+            request_id,
+            body,
+            params,
+            cache_salt=salt,
+            pinned_spans=pinned,
+            lora_request=lora_request,
+        )
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -56,6 +68,18 @@ class LLMEngine:
 
     def get_num_unfinished_requests(self) -> int:
         return len(self.llm.engine.requests.by_id)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter that stays until `remove_lora`; False: it is loaded already."""
+        return self.llm.add_lora(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Unload a LoRA adapter, with which running requests end; False: none has the id."""
+        return self.llm.remove_lora(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """Return the ids of the LoRA adapters that are loaded."""
+        return {request.lora_int_id for request in self.llm.list_loras()}
 
     def get_tokenizer(self) -> Any:
         return self.llm.get_tokenizer()

@@ -57,7 +57,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "llm": LLM,
     "llm_engine": LLM,
     "openai": {"engine", "sampling", "outputs"},
-    "batch": {"llm", "engine", "openai", "sampling", "outputs"},
+    "batch": {"llm", "engine", "openai", "options", "sampling", "outputs"},
     "metrics": LLM,
     "conformance": LLM,
     "integrations": LLM | {"batch"},

@@ -75,9 +75,10 @@ class FillingRunner:
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
         visitor: LogitsVisitor | None = None,
+        adapters: Sequence[int] | None = None,
     ) -> Tensor:
         if plan.is_decode:
-            return self.runner.forward(plan, token_ids, logit_rows, pending, visitor)
+            return self.runner.forward(plan, token_ids, logit_rows, pending, visitor, adapters)
         assert visitor is None, "made-up tokens have no log-probabilities"
         self._tokens.append(plan.num_tokens)
         return torch.zeros(len(logit_rows), self.vocab_size, device=self.cache.device)

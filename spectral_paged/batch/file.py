@@ -56,6 +56,7 @@ LINE_FIELDS = (
     "id",
     "sampling_params",
     "cache_salt",
+    "model",
 )
 _RECORD_START = b'{"line": '
 
@@ -69,6 +70,7 @@ class BatchLine:
     digest: 16 hex digits of SHA-256 over the line's bytes.
     template: what the line says of the chat template.
     named: sampling fields that the line or the run names; the model's own defaults are for others.
+    model: the LoRA adapter that serves it, or the model itself, by name.
     """
 
     number: int
@@ -83,6 +85,7 @@ class BatchLine:
     cache_salt: str = ""
     error: SpectralPagedError | None = None
     named: frozenset[str] = frozenset(SAMPLING_FIELDS)
+    model: str | None = None
 
 
 def read_lines(path: str | PathLike[str], defaults: Mapping[str, Any]) -> Iterator[BatchLine]:
@@ -179,6 +182,7 @@ def _parse(
         params=_params(dict(defaults) | given),
         cache_salt=_cache_salt(value),
         named=frozenset({*defaults, *given}),
+        model=_model(value),
     )
 
 
@@ -215,12 +219,20 @@ def _parse_openai(
         url=url,
         cache_salt=request.cache_salt,
         named=request.named | set(defaults),
+        model=request.model,
     )
 
 
 def _cache_salt(value: Mapping[str, Any]) -> str:
     salt = value.get("cache_salt")
     return "" if salt is None else check_salt(salt)
+
+
+def _model(value: Mapping[str, Any]) -> str | None:
+    model = value.get("model")
+    if not isinstance(model, str | None):
+        raise InvalidRequestError(f"model is {shown(model)}; it must be a text")
+    return model
 
 
 def _prompt(value: Mapping[str, Any]) -> str | list[int] | None:

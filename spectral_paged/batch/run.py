@@ -19,8 +19,9 @@ from spectral_paged.batch.file import (
 )
 from spectral_paged.batch.records import error_record, result_record
 from spectral_paged.engine import counted_refusal
-from spectral_paged.errors import RequestFailedError, SpectralPagedError, shown
+from spectral_paged.errors import AdapterError, RequestFailedError, SpectralPagedError, shown
 from spectral_paged.llm import LLM
+from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import RequestOutput
 
 
@@ -78,7 +79,7 @@ def serve_lines(llm: LLM, lines: Iterator[BatchLine]) -> Generator[LineResult, N
             for output in llm.engine.step() if in_flight else ():
                 line = in_flight.pop(output.request_id, None) if output.finished else None
                 if line is not None:  # else it still runs, or belongs to another caller
-                    yield _result(line, output, llm.model_name)
+                    yield _result(line, output, _model_of(llm, line))
     finally:
         for request_id in in_flight:
             llm.engine.abort(request_id)
@@ -111,8 +112,35 @@ def _submit(llm: LLM, line: BatchLine) -> str:
         assert prompt is not None, "a line without an error has a prompt"
         own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}
         params = replace(line.params, **own)
-    llm.engine.add_request(request_id, prompt, params, cache_salt=line.cache_salt)
+        lora = _lora_of(llm, line)
+    llm.engine.add_request(
+        request_id, prompt, params, cache_salt=line.cache_salt, lora_request=lora
+    )
     return request_id
+
+
+def _lora_of(llm: LLM, line: BatchLine) -> LoRARequest | None:
+    """Return the adapter that a line names as its model.
+
+    Where there are no adapters, a line may name any model, because files are written for others.
+
+    Raises:
+        AdapterError: the line names neither an adapter that is loaded nor the model.
+    """
+    if llm.adapters is None or line.model is None or line.model == llm.model_name:
+        return None
+    try:
+        return llm.adapters.named(line.model)
+    except AdapterError as error:
+        raise AdapterError(
+            f"model {shown(line.model)} is neither {shown(llm.model_name)} nor an adapter of "
+            f"lora_modules: {error}"
+        ) from None
+
+
+def _model_of(llm: LLM, line: BatchLine) -> str:
+    """Return the name in the record of a line that was served."""
+    return llm.model_name if llm.adapters is None or line.model is None else line.model
 
 
 def _result(line: BatchLine, output: RequestOutput, model_name: str) -> LineResult:

@@ -165,6 +165,7 @@ def _run_values(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str,
         "seed",
         "generation_config",
         "allow_special_tokens",
+        "lora_modules",
     ]
     options = {"--" + name.replace("_", "-"): given[name] for name in names if name in given}
     return {

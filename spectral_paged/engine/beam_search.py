@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from spectral_paged.device import Download
+from spectral_paged.engine.adapters import held, prefix_salt
 from spectral_paged.engine.engine import Engine
 from spectral_paged.engine.turns import Turns
 from spectral_paged.errors import CapacityError, NonFiniteError
+from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import BeamSearchSequence, Logprob
 from spectral_paged.sampling import BeamSearchParams
 
@@ -44,21 +46,32 @@ class BeamSearch:
         engine: its cache has a seat for each beam; nobody steps it while `step` runs.
         prompt: token ids.
         cache_salt: as in `Engine.add_request`.
+        lora_request: the LoRA adapter of all beams, held until `close`.
 
     Attributes:
         finished: `result` is known.
+
+    Raises:
+        AdapterError: the adapter cannot be loaded.
     """
 
     def __init__(
-        self, engine: Engine, prompt: Sequence[int], params: BeamSearchParams, cache_salt: str = ""
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        params: BeamSearchParams,
+        cache_salt: str = "",
+        lora_request: LoRARequest | None = None,
     ) -> None:
-        self._engine, self._params, self._salt = engine, params, cache_salt
+        self._engine, self._params = engine, params
         self._num_prompt = len(prompt)
         self._beams = [_Beam(self._name(), list(prompt))]
         self._ended: list[BeamSearchSequence] = []
         self._started = self.finished = False
         longest = min(engine.cache.max_model_len, len(prompt) + params.max_tokens)
         self._num_left = longest - len(prompt)
+        self._adapter = held(engine.adapters, lora_request)
+        self._salt = prefix_salt(cache_salt, self._adapter)
 
     def run(self, turns: Turns) -> list[BeamSearchSequence]:
         """Run all steps, each in its turn with other callers, and return the best sequences.
@@ -101,8 +114,11 @@ class BeamSearch:
         return best
 
     def close(self) -> None:
-        """Free the beams' sequences; may be called more than once."""
+        """Free the beams' sequences and their adapter; may be called more than once."""
         self.finished = True
+        if self._adapter is not None:
+            self._adapter.release()
+            self._adapter = None
         for beam in self._beams:
             if beam.seq_id in self._engine.cache:
                 self._engine.cache.free(beam.seq_id)
@@ -141,7 +157,11 @@ class BeamSearch:
         flat = [token for new in tokens.values() for token in new]
         try:
             cache.begin_step(plan)
-            logits = self._engine.runner.forward(plan, flat, rows).clone()
+            if self._adapter is None:
+                logits = self._engine.runner.forward(plan, flat, rows).clone()
+            else:
+                own = [self._adapter.index] * len(tokens)
+                logits = self._engine.runner.forward(plan, flat, rows, adapters=own).clone()
             report = cache.end_step()
         except BaseException:
             cache.abort_step()

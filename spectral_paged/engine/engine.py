@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
 from spectral_paged.device import StepClock, upload
+from spectral_paged.engine.adapters import Adapters, ModelInputs, held, indices_of, prefix_salt
 from spectral_paged.engine.admission import MAX_LOGPROBS, check_request, most_tokens, stalled
 from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import counted_refusal
@@ -35,6 +37,7 @@ from spectral_paged.errors import (
     shown,
 )
 from spectral_paged.grammar import GrammarCompiler, Vocabulary
+from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.sampling import (
     LogitsVisitor,
@@ -60,6 +63,7 @@ class Runner(Protocol):
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
         visitor: LogitsVisitor | None = None,
+        adapters: Sequence[int] | None = None,
     ) -> Tensor: ...
     def stats(self) -> dict[str, object]: ...
 
@@ -76,6 +80,7 @@ class Engine:
         max_logprobs: most log-probabilities of a token that a request may ask for; -1: of all.
         async_scheduling: queue a step before the tokens of the one before are fetched (decision
             0020). The step after one in which the siblings of `n > 1` start goes in lockstep.
+        adapters: LoRA adapters that requests may name; the runner is told which sequence has which.
     """
 
     def __init__(
@@ -90,7 +95,9 @@ class Engine:
         seed: int = 0,
         max_logprobs: int = MAX_LOGPROBS,
         async_scheduling: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
+        self.adapters = adapters
         self.runner = runner
         self.cache = cache
         self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
@@ -144,18 +151,20 @@ class Engine:
         *,
         cache_salt: str = "",
         pinned_spans: Spans = (),
+        lora_request: LoRARequest | None = None,
     ) -> None:
         """Queue a prompt (text or token ids).
 
         Args:
             cache_salt: requests with different salts never share cached tokens.
             pinned_spans: `(start, end)` positions of prompt tokens that are never sealed.
+            lora_request: the adapter that computes it, which is loaded if need be.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
                 can never be served. Nothing is queued.
         """
-        with counted_refusal(self.counters, request_id):
+        with counted_refusal(self.counters, request_id), ExitStack() as undo:
             if request_id in self.requests.by_id:
                 raise InvalidRequestError(f"request id {shown(request_id)} is running already")
             check_salt(cache_salt)
@@ -166,6 +175,10 @@ class Engine:
             spans = spans_of(pinned_spans)
             check_request(self.cache, token_ids, params, spans, self.vocab_size, self.max_logprobs)
             asked = params.structured_outputs
+            grammar = None if asked is None else self.grammars.compile(asked)
+            adapter = held(self.adapters, lora_request)
+            if adapter is not None:
+                undo.callback(adapter.release)
             group = RequestGroup(
                 request_id,
                 prompt if isinstance(prompt, str) else None,
@@ -173,7 +186,8 @@ class Engine:
                 params,
                 RequestMetrics(arrival_time=time.monotonic()),
                 self.prompt_encoder.encode_bad_words(params.bad_words),
-                None if asked is None else self.grammars.compile(asked),
+                grammar,
+                adapter,
             )
             for index in range(params.n):
                 group.add_completion(
@@ -181,9 +195,10 @@ class Engine:
                     self.token_bytes,
                     max_num_tokens=most_tokens(self.cache, len(token_ids), params),
                     seed=seed_of(params, f"{self.seed}/{request_id}", index),
-                    cache_salt=cache_salt,
+                    cache_salt=prefix_salt(cache_salt, adapter),
                     pinned_spans=spans,
                 )
+            undo.pop_all()
         self.requests.add(group, self.token_bytes)
 
     def abort(self, request_id: str) -> None:
@@ -295,11 +310,14 @@ class Engine:
                 self.cache.begin_step(plan)
             with clock.section("model"):
                 ids, pending = inputs.token_ids, inputs.pending
+                how: ModelInputs = {}
+                if self.adapters is not None:
+                    how = indices_of(plan, self.requests.by_sequence)
                 if visitor is not None and visitor.rows:
-                    logits = self.runner.forward(plan, ids, rows, pending, visitor)
+                    logits = self.runner.forward(plan, ids, rows, pending, visitor, **how)
                     visitor.hand_out()
                 else:
-                    logits = self.runner.forward(plan, ids, rows, pending)
+                    logits = self.runner.forward(plan, ids, rows, pending, **how)
             if self.requests.reading:
                 ready, logits = self._known(ready, logits)
             with clock.section("sample"):
@@ -368,7 +386,7 @@ class Engine:
         while self._arrived:
             self._deliver(*self._arrived.popleft(), now)
         while self._siblings:
-            self._start_sibling(self._siblings.popleft())
+            self.requests.start_sibling(self._siblings.popleft())
         self.counters.inter_token_latency.fold_if_long()
 
     def _deliver(self, completion: Completion, result: Sampled | None, now: float) -> None:
@@ -402,33 +420,6 @@ class Engine:
                 raise
         if ending is not None:
             self.requests.finish(completion, *ending)
-
-    def _start_sibling(self, completion: Completion) -> None:
-        """Fork a sampled sibling from the first completion, or queue it to compute its prompt."""
-        if completion.output.finish_reason is not None:
-            return
-        request = completion.request
-        parent_id = completion.owner.completions[0].request.request_id
-        forked = False
-        try:
-            forked = (
-                parent_id in self.cache
-                and self.scheduler.has_seat
-                and self.cache.fork(
-                    parent_id,
-                    request.request_id,
-                    token_ids=request.token_ids,
-                    cache_salt=request.cache_salt,
-                )
-            )
-        except OUT_OF_MEMORY as error:
-            logger.warning("%s is recomputed: its fork failed: %s", request.request_id, error)
-        finally:
-            if forked:
-                self.scheduler.adopt(request)
-            else:
-                self.sampling_state.release(completion)
-                self.scheduler.requeue(request)
 
     def settled_text(self, request_id: str, index: int) -> str:
         """Return the text of a running completion that no later stop string can remove."""

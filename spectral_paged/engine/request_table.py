@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
@@ -10,11 +11,14 @@ from spectral_paged.engine.counters import EngineCounters
 from spectral_paged.engine.events import log_failure
 from spectral_paged.engine.prompt_logprobs import PromptLogprobs
 from spectral_paged.engine.requests import Completion, RequestGroup
+from spectral_paged.engine.sampled_step import OUT_OF_MEMORY
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import NonFiniteError, SpectralPagedError
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingState
 from spectral_paged.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class RequestTable:
@@ -80,6 +84,33 @@ class RequestTable:
         found = self.prompt_logprobs.pop(completion.request.request_id, None)
         if found is not None:
             completion.owner.prompt_logprobs = found.finish()
+
+    def start_sibling(self, completion: Completion) -> None:
+        """Fork a sampled sibling from the first completion, or queue it to compute its prompt."""
+        if completion.output.finish_reason is not None:
+            return
+        request = completion.request
+        parent_id = completion.owner.completions[0].request.request_id
+        forked = False
+        try:
+            forked = (
+                parent_id in self._cache
+                and self._scheduler.has_seat
+                and self._cache.fork(
+                    parent_id,
+                    request.request_id,
+                    token_ids=request.token_ids,
+                    cache_salt=request.cache_salt,
+                )
+            )
+        except OUT_OF_MEMORY as error:
+            logger.warning("%s is recomputed: its fork failed: %s", request.request_id, error)
+        finally:
+            if forked:
+                self._scheduler.adopt(request)
+            else:
+                self._state.release(completion)
+                self._scheduler.requeue(request)
 
     def touch(self, group: RequestGroup) -> None:
         """Let the next outputs include the request."""
@@ -157,5 +188,6 @@ class RequestTable:
         for completion in group.completions:
             self.by_sequence.pop(completion.request.request_id, None)
             self.prompt_logprobs.pop(completion.request.request_id, None)
-        self.by_id.pop(group.request_id, None)
+        if self.by_id.pop(group.request_id, None) is not None and group.adapter is not None:
+            group.adapter.release()
         self.reading.discard(group.request_id)

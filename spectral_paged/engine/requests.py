@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from spectral_paged.engine.text import OutputText
 from spectral_paged.engine.token_bytes import TokenBytes
@@ -19,6 +20,20 @@ from spectral_paged.outputs import (
 )
 from spectral_paged.sampling import Sampled, SamplingParams
 from spectral_paged.scheduler import Request
+
+
+class Adapter(Protocol):
+    """A LoRA adapter that a request holds.
+
+    index: its place in the tensors of all adapters, at least 1.
+    key: 64 hex digits of what it is.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    def release(self) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +129,7 @@ class RequestGroup:
 
     bad_words: token ids of what the output must not have.
     grammar: what its outputs have to match.
+    adapter: the LoRA adapter that it holds until it is forgotten.
     forked: the first completion's prompt is computed, and all completions have sampled from it.
     starting_siblings: the other completions have no sequence of their own yet.
     prompt_logprobs: the table of each token of the prompt, once it is computed, if asked for.
@@ -126,6 +142,7 @@ class RequestGroup:
     metrics: RequestMetrics
     bad_words: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
+    adapter: Adapter | None = None
     completions: list[Completion] = field(default_factory=list)
     forked: bool = False
     starting_siblings: bool = False

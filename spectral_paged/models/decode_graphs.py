@@ -6,11 +6,14 @@ There is one graph for each batch size and number of page reads, captured when f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from spectral_paged.cache import SpectralKVCache
+from spectral_paged.device import upload
+from spectral_paged.models.lora import TokenAdapters
 from spectral_paged.models.static_inputs import StaticInputs
 from spectral_paged.sampling import PendingTokens
 
@@ -54,16 +57,22 @@ class DecodeGraphs:
         cache: graphs read and write its tables and arenas.
         forward: returns logits `[n, vocab]` for input ids and positions, int64 `[n]`. Its attention
             calls `cache.attend`.
+        adapters: what layers read of tokens' LoRA adapters. Steps without any have graphs of their
+            own, which compute none.
     """
 
-    def __init__(self, cache: SpectralKVCache, forward: Forward) -> None:
+    def __init__(
+        self, cache: SpectralKVCache, forward: Forward, adapters: TokenAdapters | None = None
+    ) -> None:
         self.cache = cache
         self.forward = forward
+        self._adapters = adapters
+        self._indices = torch.zeros(cache.max_num_seqs, dtype=torch.int32, device=cache.device)
         self.sizes = batch_sizes(cache.max_num_seqs)
         self._inputs = StaticInputs(cache)
         self._sampled = torch.zeros(cache.max_num_seqs, dtype=torch.int64, device=cache.device)
         self._logits: Tensor | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.num_replays = 0
 
@@ -72,15 +81,26 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def run(
-        self, token_ids: Sequence[int], positions: Sequence[int], pending: PendingTokens | None
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        pending: PendingTokens | None,
+        adapters: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the cache's open step, one token a sequence, and return its logits.
 
         fp32 `[n, vocab]`; the next call overwrites them.
+
+        Args:
+            adapters: as `ModelRunner.forward` takes them.
         """
         size = next(size for size in self.sizes if size >= len(token_ids))
-        graph = self.prepare(size, graph_capacity(self._inputs.num_blocks))
+        blocks = graph_capacity(self._inputs.num_blocks)
+        graph = self.prepare(size, blocks, adapted=adapters is not None)
         self._inputs.fill(token_ids, positions, pending)
+        if adapters is not None:
+            padded = [*adapters, *[0] * (size - len(adapters))]
+            self._indices[:size] = upload(padded, torch.int32, self.cache.device)
         if pending is not None:
             self._sampled[: len(pending.ids)] = pending.ids
         graph.replay()
@@ -88,37 +108,46 @@ class DecodeGraphs:
         assert self._logits is not None
         return self._logits[: len(token_ids)]
 
-    def prepare(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
-        """Return the graph of `size` sequences and up to `max_blocks` page reads, captured once."""
-        key = size, max_blocks
+    def prepare(self, size: int, max_blocks: int, *, adapted: bool = False) -> torch.cuda.CUDAGraph:
+        """Return the graph of `size` sequences and up to `max_blocks` page reads, captured once.
+
+        Args:
+            adapted: with the products of LoRA adapters.
+        """
+        key = size, max_blocks, adapted
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
-    def _capture(self, size: int, max_blocks: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, size: int, max_blocks: int, adapted: bool) -> torch.cuda.CUDAGraph:
         """Capture the step of a batch of `size` with up to `max_blocks` page reads.
 
         The step runs once before the capture, so that kernels are compiled and loaded. Its
         sequences have no tokens, so nothing is stored.
         """
         self._inputs.clear()
-        self._step(size, max_blocks)
+        self._step(size, max_blocks, adapted)
         graph = torch.cuda.CUDAGraph()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             graph.capture_begin(pool=self._pool)
             try:
-                self._step(size, max_blocks)
+                self._step(size, max_blocks, adapted)
             finally:
                 graph.capture_end()
         current.wait_stream(side)
         return graph
 
-    def _step(self, size: int, max_blocks: int) -> None:
+    def _step(self, size: int, max_blocks: int, adapted: bool) -> None:
         tokens = self._inputs.tokens(size)
         ids = known_tokens(tokens.ids, tokens.sources, self._sampled)
-        with self._inputs.reading(self._inputs.steps(size, max_blocks)):
+        steps = self._inputs.steps(size, max_blocks)
+        own: AbstractContextManager[None] = nullcontext()
+        if adapted:
+            assert self._adapters is not None, "the model has places for adapters"
+            own = self._adapters.of(self._indices[:size])
+        with self._inputs.reading(steps), own:
             logits = self.forward(ids, tokens.positions.long())
         if self._logits is None:
             shape = self.cache.max_num_seqs, logits.shape[-1]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from spectral_paged.errors import InvalidRequestError, UnsupportedModelError, shown
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.lora import PeftAdapters, adapted_layers
 
 
 def given_model(model: Any, tokenizer: Any) -> LoadedModel:
     """Return a causal LM of transformers, in eval mode, with its tokenizer (or None).
+
+    It may be one of PEFT, or have its adapters in it.
 
     Raises:
         UnsupportedModelError: the family is not served, or the model is a name or a pipeline, has
@@ -23,12 +27,16 @@ def given_model(model: Any, tokenizer: Any) -> LoadedModel:
         raise UnsupportedModelError(
             f"from_model takes a loaded model; LLM({shown(str(model))}) loads one by its name"
         )
-    if hasattr(model, "merge_and_unload") or hasattr(model, "get_base_model"):
-        raise UnsupportedModelError(
-            f"the model has adapters around it ({kind}), which may change between requests while "
-            "their tokens stay cached: give from_model what model.merge_and_unload() returns (or "
-            "model.get_base_model() of one without adapters)"
-        )
+    configs = getattr(model, "peft_config", None)
+    around = hasattr(model, "merge_and_unload") or hasattr(model, "get_base_model")
+    if around:
+        if not isinstance(configs, Mapping):
+            raise UnsupportedModelError(
+                f"the model has adapters around it ({kind}), which may change between requests "
+                "while their tokens stay cached: give from_model what model.merge_and_unload() "
+                "returns (or model.get_base_model() of one without adapters)"
+            )
+        model = model.get_base_model()
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         parts = "from_model(pipe.model, pipe.tokenizer)" if hasattr(model, "tokenizer") else ""
         raise UnsupportedModelError(
@@ -40,10 +48,14 @@ def given_model(model: Any, tokenizer: Any) -> LoadedModel:
             f"{kind} has no head that makes logits, and nothing but text is generated here: load "
             "the model with AutoModelForCausalLM"
         )
-    if adapted := [name for name, part in model.named_modules() if hasattr(part, "base_layer")]:
+    peft = PeftAdapters.of(model, configs) if isinstance(configs, Mapping) else None
+    if peft is not None and not peft.layers and not around:
+        peft = None  # it had adapters once
+    if peft is None and (adapted := adapted_layers(model)):
         raise UnsupportedModelError(
-            f"{adapted[0]} and {len(adapted) - 1} other layers have adapters in them: merge them "
-            "with PeftModel.merge_and_unload() and give from_model what it returns"
+            f"{next(iter(adapted))} and {len(adapted) - 1} other layers have adapters in them: "
+            "merge them with PeftModel.merge_and_unload() and give from_model what it returns, or "
+            "give the PeftModel around them"
         )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1 or devices == ["meta"]:
@@ -57,4 +69,4 @@ def given_model(model: Any, tokenizer: Any) -> LoadedModel:
             "AutoTokenizer.from_pretrained(name), or PreTrainedTokenizerFast(tokenizer_object=...)"
         )
     geometry = ModelGeometry.from_config(model.config)
-    return LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry)
+    return LoadedModel(type(model).__name__, model.eval(), tokenizer, geometry, peft=peft)

@@ -36,6 +36,7 @@ from spectral_paged.models.geometry import FAMILIES, ModelGeometry
 from spectral_paged.models.gguf import convert_gguf
 from spectral_paged.models.hub import did_you_mean, find_on_hub, looks_like_a_path
 from spectral_paged.models.kept_files import is_conversion
+from spectral_paged.models.lora import PeftAdapters
 from spectral_paged.models.quantized_weights import blocks, check_unpacked
 
 # alias -> (package that carries the weights, what to install)
@@ -48,6 +49,7 @@ class LoadedModel:
 
     quantization: how its linear layers were quantized after loading, or None.
     fingerprint: that of the weights before; None if they are as they were loaded.
+    peft: the adapters that PEFT has put into its layers, if any.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LoadedModel:
     geometry: ModelGeometry
     quantization: str | None = None
     fingerprint: str | None = None
+    peft: PeftAdapters | None = None
 
 
 def embedded_gguf(alias: str) -> Path:

@@ -15,13 +15,14 @@ import torch
 
 from spectral_paged.cache import check_cache
 from spectral_paged.device import check_utilization, choose_cache_bytes, choose_dtype
-from spectral_paged.errors import FormatError, InvalidRequestError, shown
+from spectral_paged.errors import AdapterError, FormatError, InvalidRequestError, shown
 from spectral_paged.models.cache_for_model import Heads, longest_sequence, model_format
 from spectral_paged.models.calibration import calibration_file
 from spectral_paged.models.generation import check_choice
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.lora import check_folder
 from spectral_paged.models.weight_quantization import check_method
-from spectral_paged.options import LLMOptions
+from spectral_paged.options import LLMOptions, lora_modules
 from spectral_paged.pages import PageFormat, SharedBasis
 
 
@@ -55,6 +56,7 @@ def check_options(options: LLMOptions) -> None:
     check_utilization(options.gpu_memory_utilization)
     check_choice(options.generation_config)
     check_method(options.quantization)
+    check_adapters(options)
     given = options.calibration
     if not (given is None or isinstance(given, SharedBasis | str | Path)):
         raise InvalidRequestError(
@@ -62,6 +64,28 @@ def check_options(options: LLMOptions) -> None:
         )
     if format.needs_calibration and isinstance(given, str | Path):
         calibration_file(given)
+
+
+def check_adapters(options: LLMOptions) -> None:
+    """Refuse options of LoRA that contradict, and adapters of the start by their configs.
+
+    Raises:
+        InvalidRequestError: a number is below 1, or there are adapters without `enable_lora`.
+        AdapterError: there are too many of them, or one is not served.
+    """
+    for name in ("max_loras", "max_lora_rank"):
+        if (value := getattr(options, name)) < 1:
+            raise InvalidRequestError(f"{name} is {value}; it must be an integer of at least 1")
+    modules = lora_modules(options.lora_modules)
+    if modules and not options.enable_lora:
+        raise InvalidRequestError("lora_modules needs enable_lora: give both, or neither")
+    if len(modules) > options.max_loras:
+        raise AdapterError(
+            f"lora_modules has {len(modules)} adapters, and max_loras is {options.max_loras}: give "
+            f"max_loras={len(modules)}"
+        )
+    for module in modules:
+        check_folder(module.lora_name, module.lora_path, options.max_lora_rank)
 
 
 def format_of(options: LLMOptions, heads: Heads) -> PageFormat:

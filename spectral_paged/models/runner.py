@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -19,6 +19,7 @@ from spectral_paged.models.attention_choice import (
     register_attention,
 )
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
+from spectral_paged.models.lora import TokenAdapters
 from spectral_paged.models.weight_quantization import quantization_of
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import LogitsVisitor, PendingTokens
@@ -119,6 +120,7 @@ class ModelRunner:
     Args:
         enforce_eager: no CUDA graphs and no `torch.compile`.
         compile_layers: `torch.compile` the decoder layers around attention, with dynamic lengths.
+        adapters: what the model's layers read of tokens' LoRA adapters, where they have places.
     """
 
     def __init__(
@@ -128,12 +130,15 @@ class ModelRunner:
         *,
         enforce_eager: bool = False,
         compile_layers: bool = True,
+        adapters: TokenAdapters | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.device = cache.device
         fast = self.device.type == "cuda" and not enforce_eager
-        self.graphs = DecodeGraphs(cache, WeakMethod(self._decode_logits)) if fast else None
+        self._adapters = adapters
+        decode = WeakMethod(self._decode_logits)
+        self.graphs = DecodeGraphs(cache, decode, adapters) if fast else None
         self.compiles = fast and compile_layers
         self._weights = {
             "quantization": quantization_of(model),
@@ -178,6 +183,8 @@ class ModelRunner:
         for size in self.graphs.sizes:
             for entries in graph_capacities(min(size, num_seqs) * blocks):
                 self.graphs.prepare(size, entries)
+                if self._adapters is not None:
+                    self.graphs.prepare(size, entries, adapted=True)
             if size >= num_seqs:
                 break
         return self.graphs.num_graphs
@@ -190,6 +197,7 @@ class ModelRunner:
         logit_rows: Sequence[int],
         pending: PendingTokens | None = None,
         visitor: LogitsVisitor | None = None,
+        adapters: Sequence[int] | None = None,
     ) -> Tensor:
         """Run a step between `begin_step` and `end_step` and return its logits.
 
@@ -200,10 +208,13 @@ class ModelRunner:
             logit_rows: indices into the flat batch whose logits are returned.
             pending: tokens that are on the device only; `token_ids` has any value in their place.
             visitor: is shown the logits of more rows, however many, a slice at a time.
+            adapters: the index of each sequence's LoRA adapter, 0 for none, in plan order; None: no
+                sequence has one.
         """
         whole = len(logit_rows) == len(token_ids)
         if self.graphs is not None and plan.is_decode and visitor is None:
-            logits = self.graphs.run(token_ids, [e.start for e in plan.entries], pending)
+            starts = [e.start for e in plan.entries]
+            logits = self.graphs.run(token_ids, starts, pending, adapters)
             return logits if whole else logits[upload(logit_rows, torch.long, self.device)]
         positions = [e.start + i for e in plan.entries for i in range(e.num_new)]
         ids, where = upload([token_ids, positions], torch.long, self.device)
@@ -211,9 +222,17 @@ class ModelRunner:
             sources = upload(pending.sources(len(token_ids)), torch.long, self.device)
             ids = known_tokens(ids, sources, pending.ids)
         rows = None if whole else upload(logit_rows, torch.long, self.device)
-        if visitor is not None:
-            return self._visited(ids, where, logit_rows, visitor)
-        return self._logits(ids, where, rows).float()
+        with nullcontext() if adapters is None else self._adapted(plan, adapters):
+            if visitor is not None:
+                return self._visited(ids, where, logit_rows, visitor)
+            return self._logits(ids, where, rows).float()
+
+    def _adapted(self, plan: StepPlan, adapters: Sequence[int]) -> AbstractContextManager[None]:
+        """Give the tokens of a step their sequences' adapters inside a `with` block."""
+        assert self._adapters is not None, "the model has places for adapters"
+        pairs = zip(adapters, plan.entries, strict=True)
+        of_tokens = [index for index, entry in pairs for _ in range(entry.num_new)]
+        return self._adapters.of(upload(of_tokens, torch.int32, self.device))
 
     def _visited(
         self, ids: Tensor, positions: Tensor, logit_rows: Sequence[int], visitor: LogitsVisitor

@@ -5,6 +5,12 @@ The package imports sampling parameters, prompts and outputs. It serves nothing.
 
 from __future__ import annotations
 
+from spectral_paged.openai.adapters import (
+    LOAD_ADAPTER_URL,
+    UNLOAD_ADAPTER_URL,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
 from spectral_paged.openai.bodies import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -82,6 +88,8 @@ __all__ = [
     "ErrorResponse",
     "FORMS",
     "ForcedReader",
+    "LOAD_ADAPTER_URL",
+    "LoadAdapterRequest",
     "ModelCard",
     "ModelList",
     "OpenAIRequest",
@@ -97,6 +105,8 @@ __all__ = [
     "ToolCallObject",
     "ToolCallReader",
     "ToolUse",
+    "UNLOAD_ADAPTER_URL",
+    "UnloadAdapterRequest",
     "Usage",
     "call_object",
     "chat_choice",

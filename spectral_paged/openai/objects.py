@@ -179,6 +179,7 @@ class ModelCard(TypedDict):
     created: int
     owned_by: str
     max_model_len: int
+    parent: NotRequired[str]  # of a LoRA adapter: the name of its model
 
 
 @closed

@@ -23,6 +23,12 @@ from spectral_paged.options.declared import (
 from spectral_paged.options.engine_args import (
     EngineArgs,
 )
+from spectral_paged.options.lora_request import (
+    LoRARequest,
+    LoRARequests,
+    lora_list,
+    lora_modules,
+)
 from spectral_paged.options.readers import (
     num_tokens,
     parse_bytes,
@@ -42,10 +48,14 @@ __all__ = [
     "EngineArgs",
     "LLMOptions",
     "LLMOptionsDict",
+    "LoRARequest",
+    "LoRARequests",
     "NOT_SERVED",
     "PAGE",
     "add_options",
     "given_options",
+    "lora_list",
+    "lora_modules",
     "num_tokens",
     "option",
     "option_fields",

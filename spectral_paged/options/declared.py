@@ -66,6 +66,14 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a list of whole numbers",
         lambda value: isinstance(value, Sequence) and all(type(item) is int for item in value),
     ),
+    "Sequence[str]": (
+        "a list of texts",
+        lambda value: (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and all(isinstance(item, str) for item in value)
+        ),
+    ),
 }
 
 
@@ -220,6 +228,12 @@ class LLMOptions(CacheOptions):
             of it count either way.
         allow_special_tokens: special tokens that the text of a message spells (`<|im_end|>`) are
             tokens. Otherwise they are text, so that no message ends its turn and begins another's.
+        enable_lora: make room for LoRA adapters, which requests may name.
+        max_loras: adapters that are loaded at a time. Each takes memory on the device, of
+            `max_lora_rank` in every linear layer.
+        max_lora_rank: the highest rank of an adapter.
+        lora_modules: adapters that are loaded at the start, as `NAME=FOLDER`: a request names one
+            as its model. Default: none.
     """
 
     kv_format: str | PageFormat = field(default="auto", metadata=option())
@@ -241,6 +255,12 @@ class LLMOptions(CacheOptions):
         default="auto", metadata=option(_read("generation_config"), choices=("auto", "none"))
     )
     allow_special_tokens: bool = field(default=False, metadata=option(bool))
+    enable_lora: bool = field(default=False, metadata=option(bool))
+    max_loras: int = field(default=1, metadata=option(positive, metavar="N"))
+    max_lora_rank: int = field(default=16, metadata=option(positive, metavar="RANK"))
+    lora_modules: Sequence[str] = field(
+        default=(), metadata=option(nargs="+", action="extend", metavar="NAME=FOLDER")
+    )
 
     def __post_init__(self) -> None:
         for name, ours in _VLLM_VALUES.items():
@@ -307,3 +327,7 @@ class LLMOptionsDict(CacheOptionsDict, total=False):
     max_logprobs: int
     generation_config: str
     allow_special_tokens: bool
+    enable_lora: bool
+    max_loras: int
+    max_lora_rank: int
+    lora_modules: Sequence[str]

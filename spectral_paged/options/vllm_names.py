@@ -62,11 +62,7 @@ NOT_SERVED: dict[str, dict[str, str]] = {
     "--quantization names the method, and there is nothing else to choose": {
         "--quantization-config": "",
     },
-    "merge the adapter into the model (peft: merge_and_unload) and serve what comes of it": {
-        "--enable-lora": "off",
-        "--lora-modules": "",
-        "--max-loras": "1",
-        "--max-lora-rank": "16",
+    "adapters lie on the device in the model's dtype, --max-loras of them at a time": {
         "--max-cpu-loras": "",
         "--lora-dtype": "auto",
         "--fully-sharded-loras": "off",

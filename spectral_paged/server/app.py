@@ -19,8 +19,10 @@ from spectral_paged.openai import (
     CHAT_URL,
     COMPLETIONS_URL,
     DETOKENIZE_URL,
+    LOAD_ADAPTER_URL,
     RESPONSES_URL,
     TOKENIZE_URL,
+    UNLOAD_ADAPTER_URL,
     ModelCard,
     OpenAIRequest,
 )
@@ -51,6 +53,7 @@ except ImportError as error:
         "the server needs the packages fastapi and prometheus-client", "server"
     ) from error
 
+from spectral_paged.server.adapter_routes import read_load, read_unload
 from spectral_paged.server.api_error import ApiError, internal, log_fault, refused, stopping
 from spectral_paged.server.api_keys import check_key, salt_of
 from spectral_paged.server.concurrency import ConcurrencyLimit, Lease
@@ -59,12 +62,12 @@ from spectral_paged.server.parsing import (
     ParsedRequest,
     entries_of_token,
     parse_request,
-    unknown_model,
 )
 from spectral_paged.server.pending import Generation
 from spectral_paged.server.request_body import Body, BodyRoom, read_body, while_connected
 from spectral_paged.server.response import OpenAIResponse
 from spectral_paged.server.responses import ResponsesResponse, parse_response, renamed
+from spectral_paged.server.served_names import check_names, lora_of, served_names
 from spectral_paged.server.settings import ServerSettings
 from spectral_paged.server.tokenization import detokenize, tokenize
 
@@ -82,6 +85,8 @@ class Service:
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
+        names = [request.lora_name for request in llm.list_loras()]
+        check_names(settings, names, enable_lora=llm.adapters is not None)
         llm.model_name = settings.model_names[0]  # for metrics and errors: no path of this machine
         self.engine = EngineThread(llm)
         self.concurrency = ConcurrencyLimit(settings.max_num_requests, settings.retry_seconds)
@@ -108,8 +113,8 @@ class Service:
             title="spectral-paged",
             version=version("spectral-paged"),
             openapi_url="/openapi.json",
-            # with keys, the names are told by /v1/models alone
-            model_names=() if self.settings.api_keys else self.settings.model_names,
+            # with keys, the names are told by /v1/models alone; adapters come and go
+            model_names=() if self._names_change else served_names(self.llm, self.settings),
             docs_url="/docs",
             redoc_url=None,
             lifespan=self._lifespan,
@@ -145,7 +150,15 @@ class Service:
         app.add_api_route(RESPONSES_URL, self._create_response, **post, **description.RESPONSES)
         app.add_api_route(TOKENIZE_URL, self._tokenize, **post, **description.TOKENIZE)
         app.add_api_route(DETOKENIZE_URL, self._detokenize, **post, **description.DETOKENIZE)
+        if self.settings.allow_runtime_lora_updating:
+            load, unload = description.LOAD_ADAPTER, description.UNLOAD_ADAPTER
+            app.add_api_route(LOAD_ADAPTER_URL, self._load_adapter, **post, **load)
+            app.add_api_route(UNLOAD_ADAPTER_URL, self._unload_adapter, **post, **unload)
         return app
+
+    @property
+    def _names_change(self) -> bool:
+        return bool(self.settings.api_keys) or self.settings.allow_runtime_lora_updating
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -193,23 +206,25 @@ class Service:
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     async def _models(self) -> Response:
-        names = self.settings.model_names
+        names = served_names(self.llm, self.settings)
         return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self.settings.model_names:
-            raise unknown_model(name, self.settings)
+        lora_of(self.llm, self.settings, name)
         return JSONResponse(self._card(name))
 
     def _card(self, name: str) -> ModelCard:
-        return {
+        card: ModelCard = {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "spectral-paged",
             "max_model_len": self.llm.cache.max_model_len,
         }
+        if name not in self.settings.model_names:
+            card["parent"] = self.settings.model_names[0]
+        return card
 
     async def _chat(self, request: Request) -> Response:
         return await self._respond(request, partial(self._begin, request, chat=True))
@@ -225,6 +240,12 @@ class Service:
 
     async def _detokenize(self, request: Request) -> Response:
         return await self._respond(request, partial(self._call, detokenize))
+
+    async def _load_adapter(self, request: Request) -> Response:
+        return await self._respond(request, partial(self._change, read_load))
+
+    async def _unload_adapter(self, request: Request) -> Response:
+        return await self._respond(request, partial(self._change, read_unload))
 
     # ---- one request ---------------------------------------------------------------------
 
@@ -251,6 +272,16 @@ class Service:
     ) -> Response:
         """Respond with what a function that runs no step makes of a body."""
         return JSONResponse(await self._parse(body, function))
+
+    async def _change(
+        self,
+        function: Callable[[LLM, ServerSettings, bytes], Callable[[], str]],
+        body: Body,
+        lease: Lease,
+        stack: ExitStack,
+    ) -> Response:
+        """Do between two steps what a function makes of a body, and respond with what it says."""
+        return PlainTextResponse(await self.engine.call(await self._parse(body, function)))
 
     async def _begin(
         self, request: Request, body: Body, lease: Lease, stack: ExitStack, *, chat: bool
@@ -316,6 +347,7 @@ class Service:
             parsed.params,
             cache_salt=self._salt(request, parsed.body.cache_salt),
             streams=parsed.body.stream,
+            lora_request=parsed.lora,
         )
         stack.callback(generation.close)
         return generation

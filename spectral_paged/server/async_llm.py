@@ -10,7 +10,7 @@ from typing import Any
 from spectral_paged.engine import Prompt, parts_of
 from spectral_paged.errors import InvalidRequestError, shown
 from spectral_paged.llm import LLM
-from spectral_paged.options import EngineArgs
+from spectral_paged.options import EngineArgs, LoRARequest
 from spectral_paged.outputs import (
     CompletionOutput,
     RequestMetrics,
@@ -45,6 +45,8 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str = "",
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's output as it grows, as its `output_kind` says, until it has ended.
 
@@ -62,7 +64,7 @@ class AsyncLLM:
         kind, params.output_kind = params.output_kind, RequestOutputKind.CUMULATIVE
         ids, salt = await asyncio.to_thread(self._prepare, prompt, params)
         generation = await self._thread().submit(
-            request_id, [ids], params, cache_salt=salt, streams=True
+            request_id, [ids], params, cache_salt=salt, streams=True, lora_request=lora_request
         )
         self._running[request_id] = generation
         text = prompt if isinstance(prompt, str) else None
@@ -87,6 +89,18 @@ class AsyncLLM:
         """Forget every cached prefix that no running request holds; return True."""
         await self._thread().call(self.llm.cache.reset_prefix_cache)
         return True
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter that stays until `remove_lora`; False: it is loaded already."""
+        return await self._thread().call(lambda: self.llm.add_lora(lora_request))
+
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        """Unload a LoRA adapter, with which running requests end; False: none has the id."""
+        return await self._thread().call(lambda: self.llm.remove_lora(lora_int_id))
+
+    async def list_loras(self) -> set[int]:
+        """Return the ids of the LoRA adapters that are loaded."""
+        return {request.lora_int_id for request in self.llm.list_loras()}
 
     async def stop(self) -> None:
         """Abort what runs, and wait until the thread has ended."""

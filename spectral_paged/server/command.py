@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from spectral_paged.errors import InvalidRequestError, shown
-from spectral_paged.options import LLMOptions, add_options, given_options, port_number
+from spectral_paged.options import LLMOptions, add_options, given_options, lora_modules, port_number
 from spectral_paged.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
 METRICS_KEY_VARIABLE = "SPECTRAL_PAGED_METRICS_KEY"
+UPDATING_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,8 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         given["api_keys"] = (key,)
     if "metrics_key" not in given and (key := os.environ.get(METRICS_KEY_VARIABLE)):
         given["metrics_key"] = key
+    if os.environ.get(UPDATING_VARIABLE, "").strip().lower() in ("1", "true"):
+        given = {"allow_runtime_lora_updating": True} | given
     if "allowed_origins" in given:
         given["allowed_origins"] = _origins(given["allowed_origins"])
     lists = ("model_names", "api_keys")
@@ -68,12 +71,15 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return 0, or 1 if the engine's thread died."""
     from spectral_paged.server.app import Service  # first: raises if a package is missing
     from spectral_paged.server.http_server import HttpServer
+    from spectral_paged.server.served_names import check_names
 
-    settings = settings_of(args)
+    settings, options = settings_of(args), given_options(args, LLMOptions)
+    names = [module.lora_name for module in lora_modules(options.get("lora_modules", ()))]
+    check_names(settings, names, enable_lora=options.get("enable_lora", False))
     with bound(args.host, args.port) as listener:
         from spectral_paged.llm import LLM
 
-        llm = LLM(args.model, **given_options(args, LLMOptions))
+        llm = LLM(args.model, **options)
         if args.warm_up:
             llm.warm_up()
         service = Service(llm, settings)

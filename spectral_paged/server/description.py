@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 from typing_extensions import TypedDict
 
 from spectral_paged.openai import (
+    LOAD_ADAPTER_URL,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -19,12 +20,14 @@ from spectral_paged.openai import (
     Detokenized,
     DetokenizeRequest,
     ErrorResponse,
+    LoadAdapterRequest,
     ModelCard,
     ModelList,
     ResponseObject,
     ResponsesRequest,
     Tokenized,
     TokenizeRequest,
+    UnloadAdapterRequest,
     closed,
 )
 
@@ -127,6 +130,17 @@ RESPONSES["responses"][200]["content"] = {
 }
 TOKENIZE = _call("tokenize", "Turn a prompt into token ids", TokenizeRequest, Tokenized)
 DETOKENIZE = _call("detokenize", "Turn token ids into text", DetokenizeRequest, Detokenized)
+
+
+def _change(name: str, summary: str, body: type[BaseModel]) -> dict[str, Any]:
+    """Describe a route that says in a text what it has done."""
+    found = _call(name, summary, body, None)
+    found["responses"][200] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    return found
+
+
+LOAD_ADAPTER = _change("loadAdapter", "Load a LoRA adapter", LoadAdapterRequest)
+UNLOAD_ADAPTER = _change("unloadAdapter", "Unload a LoRA adapter", UnloadAdapterRequest)
 VERSION: dict[str, Any] = {
     "operation_id": "version",
     "summary": "Name the version of the server",
@@ -171,6 +185,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     DetokenizeRequest,
     ResponsesRequest,
 )
+ADAPTER_BODIES = (LoadAdapterRequest, UnloadAdapterRequest)
 
 
 class DescribedApp(FastAPI):
@@ -190,16 +205,18 @@ class DescribedApp(FastAPI):
         """Return the description, which the first call makes."""
         if self.openapi_schema is None:
             found = super().openapi()
+            bodies = [*BODIES, *(ADAPTER_BODIES if LOAD_ADAPTER_URL in found["paths"] else ())]
             _, models = TypeAdapter.json_schemas(
                 [
-                    *((body, "validation", TypeAdapter(body)) for body in BODIES),
+                    *((body, "validation", TypeAdapter(body)) for body in bodies),
                     (CompletionChunk, "serialization", TypeAdapter(CompletionChunk)),
                     (ChatCompletionChunk, "serialization", TypeAdapter(ChatCompletionChunk)),
                 ],
                 ref_template=_COMPONENT,
             )
-            for body in BODIES:
+            for body in bodies:
                 name = {"anyOf": [_named("ModelName"), {"type": "null"}]}
-                models["$defs"][body.__name__]["properties"]["model"] = name
+                if "model" in body.model_fields:
+                    models["$defs"][body.__name__]["properties"]["model"] = name
             found["components"]["schemas"] |= models["$defs"] | {"ModelName": self._name}
         return super().openapi()

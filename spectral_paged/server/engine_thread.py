@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from spectral_paged.engine import TextDeltas
 from spectral_paged.errors import SpectralPagedError
 from spectral_paged.llm import LLM
+from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.api_error import (
@@ -31,6 +33,7 @@ from spectral_paged.server.pending import Generation, News
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 MAX_FAILED_STEPS = 3  # in a row; a step that raised can be taken again
 PROBE_SECONDS = 5.0  # between a step that raised and a probe, if no request arrives
 PROBE_ID = "probe"  # the ids of requests are longer
@@ -99,6 +102,7 @@ class EngineThread:
         *,
         cache_salt: str = "",
         streams: bool = False,
+        lora_request: LoRARequest | None = None,
     ) -> Generation:
         """Queue all prompts (token ids), or none of them.
 
@@ -121,7 +125,7 @@ class EngineThread:
         def add() -> None:
             error: BaseException | None = None
             try:
-                self._add(generation, ids, prompts, params, cache_salt)
+                self._add(generation, ids, prompts, params, cache_salt, lora_request)
             except SpectralPagedError as refusal:
                 error = refused(refusal)
             except ApiError as stop:
@@ -143,21 +147,29 @@ class EngineThread:
             raise
         return generation
 
-    async def call(self, function: Callable[[], object]) -> None:
-        """Call a function between two steps, and wait until it has returned."""
-        done = asyncio.Event()
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Call a function between two steps, and return or raise what it does."""
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def tell(finish: Callable[[], None]) -> None:
+            self._tell(lambda: None if done.done() else finish())
 
         def run() -> None:
             try:
-                function()
-            finally:
-                self._tell(done.set)
+                result = function()
+            except BaseException as error:
+                failure = error  # the name of an except clause ends with it
+                tell(lambda: done.set_exception(failure))
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                tell(lambda: done.set_result(result))
 
         with self._lock:
             if self._stopped:
                 raise stopping()
             self._calls.put(run)
-        await done.wait()
+        return await done
 
     def count_refusal(self, error: SpectralPagedError) -> None:
         """Count a request that was refused before it reached the engine."""
@@ -206,12 +218,15 @@ class EngineThread:
         ids: Sequence[str],
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        cache_salt: str,
+        cache_salt: str = "",
+        lora_request: LoRARequest | None = None,
     ) -> None:
         if self._stopped:
             raise stopping()
         for request_id, prompt in zip(ids, prompts, strict=True):
-            self.llm.engine.add_request(request_id, prompt, params, cache_salt=cache_salt)
+            self.llm.engine.add_request(
+                request_id, prompt, params, cache_salt=cache_salt, lora_request=lora_request
+            )
             self._generations[request_id] = generation
 
     def _abort(self, ids: Sequence[str]) -> None:
@@ -232,7 +247,7 @@ class EngineThread:
         """
         self._probe_time = time.monotonic() + PROBE_SECONDS  # of the next one, if this one fails
         generation = Generation([PROBE_ID], None, lambda: None)
-        self._add(generation, [PROBE_ID], [[0]], SamplingParams(max_tokens=1), "")
+        self._add(generation, [PROBE_ID], [[0]], SamplingParams(max_tokens=1))
 
     def _step(self) -> None:
         try:

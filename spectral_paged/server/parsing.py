@@ -9,9 +9,11 @@ from spectral_paged.engine import ChatOptions, check_request, most_tokens
 from spectral_paged.errors import EmptyPromptError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
 from spectral_paged.openai import OpenAIRequest, parse_body, parse_json
+from spectral_paged.options import LoRARequest
 from spectral_paged.sampling import SamplingParams, Wanted
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.echo import Echo
+from spectral_paged.server.served_names import lora_of
 from spectral_paged.server.settings import ServerSettings
 
 OF_TEMPLATE = tuple(ChatOptions.__annotations__)  # fields beside the messages
@@ -24,6 +26,7 @@ class ParsedRequest:
     prompts: the token ids of each prompt.
     echoes: of each prompt, if the response repeats it.
     num_prompt_entries: log-probabilities of prompts in the response.
+    lora: the adapter that the body names as its model.
     """
 
     body: OpenAIRequest
@@ -31,6 +34,7 @@ class ParsedRequest:
     params: SamplingParams
     echoes: list[Echo] | None = None
     num_prompt_entries: int = 0
+    lora: LoRARequest | None = None
 
     @property
     def num_completions(self) -> int:
@@ -52,8 +56,7 @@ def prepare(llm: LLM, settings: ServerSettings, value: object, *, chat: bool) ->
     # by default a chat completion may use all the room there is, as OpenAI's may
     longest = {"max_tokens": llm.cache.max_model_len} if chat else {}
     body = parse_body(value, chat=chat, defaults=longest | llm.sampling_defaults)
-    if body.model is not None and body.model not in settings.model_names:
-        raise unknown_model(body.model, settings)
+    lora = lora_of(llm, settings, body.model)
     _check_limits(body, settings)
     if len(body.prompts) * body.params.n > settings.max_num_requests:
         raise ApiError(
@@ -99,7 +102,7 @@ def prepare(llm: LLM, settings: ServerSettings, value: object, *, chat: bool) ->
         engine = llm.engine
         check_request(llm.cache, prompt, params, (), engine.vocab_size, engine.max_logprobs)
     _check_size(llm, settings, prompts, params, num_entries)
-    return ParsedRequest(body, prompts, params, echoes, num_entries)
+    return ParsedRequest(body, prompts, params, echoes, num_entries, lora)
 
 
 def entries_of_token(llm: LLM, wanted: Wanted | None) -> int:
@@ -141,16 +144,6 @@ def _check_size(
             param="max_tokens" if params.wanted is None else "logprobs",
             code="response_too_large",
         )
-
-
-def unknown_model(name: str, settings: ServerSettings) -> ApiError:
-    return ApiError(
-        404,
-        f"model {shown(name)} is not served here: this server has "
-        f"{', '.join(map(repr, settings.model_names))}",
-        param="model",
-        code="model_not_found",
-    )
 
 
 def _check_limits(body: OpenAIRequest, settings: ServerSettings) -> None:

@@ -30,6 +30,9 @@ class ServerSettings:
             default: where there are several keys.
         allowed_origins: origins of pages whose scripts may read answers (CORS), as browsers send
             them: such as https://chat.example, `*` for all, or a JSON list; default: none.
+        allow_runtime_lora_updating: serve routes that load and unload LoRA adapters. Whoever may
+            send requests may then name folders of this machine, so give it with `--api-key`;
+            default: on where $VLLM_ALLOW_RUNTIME_LORA_UPDATING is `1` or `true`, as in vLLM.
         max_num_requests: most completions (prompts times `n`) that run or wait at once; more get a
             429.
         max_body_bytes: most bytes of a body.
@@ -69,6 +72,7 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = field(
         default=(), metadata=option(nargs="+", metavar="ORIGIN")
     )
+    allow_runtime_lora_updating: bool = field(default=False, metadata=option(bool))
     max_num_requests: int = field(default=1024, metadata=option(positive, metavar="N"))
     max_body_bytes: int = field(default=8 << 20, metadata=option(parse_bytes, metavar="BYTES"))
     max_total_body_bytes: int = field(

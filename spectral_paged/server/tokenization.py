@@ -12,7 +12,7 @@ from spectral_paged.openai import (
     parse_json,
     read_body,
 )
-from spectral_paged.server.parsing import unknown_model
+from spectral_paged.server.served_names import lora_of
 from spectral_paged.server.settings import ServerSettings
 
 
@@ -24,7 +24,7 @@ def tokenize(llm: LLM, settings: ServerSettings, raw: bytes) -> Tokenized:
         ApiError: 404, the model is not served.
     """
     asked = read_body(TokenizeRequest, parse_json(raw))
-    _check_model(asked.model, settings)
+    lora_of(llm, settings, asked.model)
     encoder = llm.engine.prompt_encoder
     if (asked.prompt is None) == (asked.messages is None):
         raise refusal("a body has either a 'prompt' or 'messages'", "prompt")
@@ -57,7 +57,7 @@ def detokenize(llm: LLM, settings: ServerSettings, raw: bytes) -> Detokenized:
         ApiError: 404, the model is not served.
     """
     asked = read_body(DetokenizeRequest, parse_json(raw))
-    _check_model(asked.model, settings)
+    lora_of(llm, settings, asked.model)
     if llm.engine.token_bytes is None:
         raise InvalidRequestError("the model has no tokenizer: its tokens have no text")
     try:
@@ -67,8 +67,3 @@ def detokenize(llm: LLM, settings: ServerSettings, raw: bytes) -> Detokenized:
         raise
     data = llm.engine.token_bytes.join(ids, skip_special_tokens=False)
     return {"prompt": data.decode("utf-8", "replace")}
-
-
-def _check_model(name: str | None, settings: ServerSettings) -> None:
-    if name is not None and name not in settings.model_names:
-        raise unknown_model(name, settings)

@@ -22,6 +22,7 @@ from spectral_paged.cli.commands import build_parser
 from spectral_paged.models import calibration
 from spectral_paged.options import LLMOptions
 from support import markdown_pages, small_world
+from support.lora_adapters import save_adapter
 from support.markdown_pages import BY_NAME, MANUAL, PROJECT, ROOT, Block, commands, read
 
 PARSER = build_parser()
@@ -46,6 +47,7 @@ def workplace(tmp_path_factory):
     loaded = small_world.load_model("any", device="cpu", dtype=torch.float32)
     basis = calibration.calibrate(loaded, [calibration.builtin_text()], max_spans=1)
     basis.save(folder / "spectral_basis.safetensors")
+    save_adapter(folder / "adapters" / "sql", model=small_world.model())
     return folder
 
 

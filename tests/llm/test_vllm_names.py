@@ -61,7 +61,7 @@ def test_prefixes_are_forgotten_where_asked():
     "given, says",
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 of vLLM is not served: one process"),
-        ({"enable_lora": True}, "merge the adapter"),
+        ({"max_cpu_loras": 2}, "adapters lie on the device"),
         ({"speculative_config": {"method": "x"}}, "speculative_config={'method': 'x'} of vLLM"),
         ({"max_num_seq": 2}, "did you mean 'max_num_seqs'"),
     ],

@@ -16,9 +16,8 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from spectral_paged import llm
 from spectral_paged.conformance.small_llama import small_llama
-from spectral_paged.models import calibration, loader
+from spectral_paged.models import calibration, loader, ready_model
 from spectral_paged.models.geometry import ModelGeometry
 from support.paths import ROOT
 
@@ -74,7 +73,7 @@ def enter(monkeypatch, folder):
     """Make every way to load a model return the small one, and `folder` the working folder."""
     monkeypatch.setenv("SPECTRAL_PAGED_CACHE", str(folder.parent / "cache"))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(llm, "load_model", load_model)
+    monkeypatch.setattr(ready_model, "load_model", load_model)
     monkeypatch.setattr(loader, "load_model", load_model)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", pretrained_tokenizer)

@@ -1,0 +1,360 @@
+"""The LoRA adapters of a running model: loaded by name, held by requests, and unloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+from torch import nn
+
+from spectral_paged.errors import AdapterError, UnsupportedModelError, shown, suggestion
+from spectral_paged.models.fp8_linear import FP8Linear
+from spectral_paged.models.lora.adapter_files import MERGE, check_rank, read_folder
+from spectral_paged.models.lora.adapter_weights import AdapterWeights
+from spectral_paged.models.lora.lora_linear import LoRALinear, TokenAdapters
+from spectral_paged.models.lora.peft_model import PeftAdapters
+from spectral_paged.options import LoRARequest
+
+ALIGNMENT = 8  # elements; grouped products take rows at multiples of 16 bytes
+STACKED_WIDTH = 256  # ranks of all adapters together up to which the stacked form is taken
+
+
+@dataclass(slots=True, eq=False)
+class LoadedAdapter:
+    """An adapter that is loaded.
+
+    Attributes:
+        request: its name, id and path.
+        index: its place in the stacked tensors, at least 1.
+        key: 64 hex digits of name, id and content, which separate what is cached.
+        stays: it gives way to no other.
+        places: indices that are free, to which its own returns.
+        num_requests: requests that hold it.
+        last_use: a number that grows with every request.
+        removed: its name is forgotten; requests that hold it go on.
+    """
+
+    request: LoRARequest
+    index: int
+    key: str
+    stays: bool
+    places: list[int]
+    num_requests: int = 0
+    last_use: int = 0
+    removed: bool = False
+
+    def release(self) -> None:
+        """End one request's hold."""
+        self.num_requests -= 1
+        if self.removed and not self.num_requests:
+            self.places.append(self.index)
+
+    def remove(self) -> None:
+        """Let no new request have it; its place is free once no request holds it."""
+        self.removed = True
+        if not self.num_requests:
+            self.places.append(self.index)
+
+
+class LoadedAdapters:
+    """The adapters of one model, whose linear layers are replaced until `close`.
+
+    Args:
+        model: of transformers, on its device.
+        max_loras: adapters that are loaded at a time.
+        max_lora_rank: the highest rank.
+        peft: adapters that are in the model's layers; they are loaded by their names.
+
+    Raises:
+        UnsupportedModelError: another `LLM` has adapters in the model.
+        AdapterError: an adapter of `peft` is not served, or there is no room for all.
+    """
+
+    def __init__(
+        self, model: Any, *, max_loras: int, max_lora_rank: int, peft: PeftAdapters | None = None
+    ) -> None:
+        if any(isinstance(part, LoRALinear) for part in model.modules()):
+            raise UnsupportedModelError(
+                "the model has adapters of another LLM: close that first, or load them there"
+            )
+        found = {} if peft is None else peft.read(max_lora_rank)
+        self.max_loras, self.max_lora_rank = max_loras, max_lora_rank
+        self._model = model
+        self._by_name: dict[str, LoadedAdapter] = {}
+        self._free = list(range(max_loras, 0, -1))
+        self._uses = itertools.count(1)
+        if peft is not None:
+            peft.take_out(model)
+        linears = {
+            f"model.layers.{name}": part
+            for name, part in model.model.layers.named_modules()
+            if isinstance(part, nn.Linear | FP8Linear)
+        }
+        self.close = finalize(self, _put_back, ref(model), linears, peft)  # restores it, once
+        self.close.atexit = False
+        try:
+            self.tokens, self._layers = _with_adapters(model, linears, max_loras, max_lora_rank)
+            self._put_in()
+            for number, (name, weights) in enumerate(found.items(), start=1):
+                self.add(LoRARequest(name, number), weights)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- by name -------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    @property
+    def requests(self) -> list[LoRARequest]:
+        """Return the names, ids and paths of all that are loaded."""
+        return [adapter.request for adapter in list(self._by_name.values())]  # of any thread
+
+    def named(self, name: str) -> LoRARequest:
+        """Return the name, id and path of an adapter that is loaded.
+
+        Raises:
+            AdapterError: none has the name.
+        """
+        if name in self._by_name:
+            return self._by_name[name].request
+        names = self.names
+        meant = suggestion(name, names) or f"loaded are {', '.join(map(repr, names)) or 'none'}"
+        raise AdapterError(f"adapter {shown(name)} is not loaded: {meant}")
+
+    def next_id(self) -> int:
+        """Return an id that no adapter has."""
+        taken = {adapter.request.lora_int_id for adapter in self._by_name.values()}
+        return next(number for number in itertools.count(1) if number not in taken)
+
+    def hold(self, request: LoRARequest) -> LoadedAdapter:
+        """Return an adapter, loaded if need be, which stays until the request releases it.
+
+        Raises:
+            AdapterError: it is unknown, not served or damaged, its name or id is another's, or all
+                places are taken by adapters that are in use.
+        """
+        adapter = self._by_name.get(request.lora_name)
+        if adapter is None:
+            adapter = self.add(request, self.read(request), stays=False)
+        else:
+            self._check_same(adapter.request, request)
+        adapter.num_requests += 1
+        adapter.last_use = next(self._uses)
+        return adapter
+
+    def read(self, request: LoRARequest) -> AdapterWeights:
+        """Return the weights in an adapter's folder; nothing is loaded.
+
+        Raises:
+            AdapterError: it is not served or damaged.
+        """
+        if not request.lora_path:
+            self.named(request.lora_name)
+        return read_folder(request.lora_name, request.lora_path, self.max_lora_rank)
+
+    def add(
+        self, request: LoRARequest, weights: AdapterWeights, *, stays: bool = True
+    ) -> LoadedAdapter:
+        """Load an adapter under a new name.
+
+        Args:
+            stays: it is not unloaded to make room for others.
+
+        Raises:
+            AdapterError: name or id is another's, a layer is not served, or there is no room.
+        """
+        name = request.lora_name
+        for known in self._by_name.values():
+            if known.request.lora_name == name or known.request.lora_int_id == request.lora_int_id:
+                raise AdapterError(
+                    f"adapter {shown(name)} with id {request.lora_int_id}: "
+                    f"{shown(known.request.lora_name)} with id {known.request.lora_int_id} is "
+                    "loaded: give another name and id, or unload that first"
+                )
+        check_rank(name, weights.rank, self.max_lora_rank)
+        self._check_layers(name, weights)
+        index = self._take_index(name)
+        try:
+            self._write(index, weights)
+        except BaseException:
+            self._free.append(index)
+            raise
+        key = _key(request, weights)
+        adapter = LoadedAdapter(request, index, key, stays, self._free)
+        self._by_name[name] = adapter
+        return adapter
+
+    def load(self, request: LoRARequest) -> bool:
+        """Load an adapter that stays; False: it is loaded already.
+
+        Raises:
+            AdapterError: as `read` and `add`.
+        """
+        if not isinstance(request, LoRARequest):
+            raise AdapterError(f"{shown(request)} is no adapter: give LoRARequest(name, id, path)")
+        known = self._by_name.get(request.lora_name)
+        if known is not None and known.request == request:
+            known.stays = True
+            return False
+        self.add(request, self.read(request))
+        return True
+
+    def unload(self, lora_int_id: int) -> bool:
+        """Forget the adapter of an id, as `remove` does; False: none has it."""
+        names = [r.lora_name for r in self.requests if r.lora_int_id == lora_int_id]
+        for name in names:
+            self.remove(name)
+        return bool(names)
+
+    def remove(self, name: str) -> None:
+        """Forget a name; requests that have the adapter end with it.
+
+        Raises:
+            AdapterError: none has the name.
+        """
+        self.named(name)
+        self._by_name.pop(name).remove()
+
+    # ---- the model -----------------------------------------------------------------------
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """Have the model without adapters inside a `with` block: its own layers, by their names."""
+        for name, layer in self._layers.items():
+            self._model.set_submodule(name, layer.base)
+        try:
+            yield
+        finally:
+            self._put_in()
+
+    def _put_in(self) -> None:
+        for name, layer in self._layers.items():
+            self._model.set_submodule(name, layer)
+
+    @contextmanager
+    def busiest(self, num_tokens: int) -> Iterator[None]:
+        """Run a step of so many tokens as if all had adapters, to measure what that takes."""
+        device = self._model.device
+        with self.tokens.of(torch.zeros(num_tokens, dtype=torch.int32, device=device)):
+            yield
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stacked tensors."""
+        return sum(layer.a.nbytes + layer.b.nbytes for layer in self._layers.values())
+
+    # ---- parts ---------------------------------------------------------------------------
+
+    def _check_same(self, known: LoRARequest, asked: LoRARequest) -> None:
+        same_path = asked.lora_path in ("", known.lora_path)
+        if asked.lora_int_id != known.lora_int_id or not same_path:
+            raise AdapterError(
+                f"adapter {shown(known.lora_name)} is loaded with id {known.lora_int_id} from "
+                f"{shown(known.lora_path)}, and {shown(asked)} is asked for: give the same, or "
+                "unload it first"
+            )
+
+    def _check_layers(self, name: str, weights: AdapterWeights) -> None:
+        for where, adapter in weights.layers.items():
+            layer = self._layers.get(where)
+            if layer is None:
+                served = sorted({known.rpartition(".")[2] for known in self._layers})
+                raise AdapterError(
+                    f"adapter {shown(name)} targets {shown(where)}, which is no linear layer "
+                    f"of this model's decoder layers ({', '.join(served)}): train an adapter for "
+                    f"those, or {MERGE}"
+                )
+            wanted = layer.out_features, layer.in_features
+            shape = len(adapter.b), adapter.a.shape[1]
+            if shape != wanted:
+                raise AdapterError(
+                    f"adapter {shown(name)} is made for {shape[0]} x {shape[1]} weights in "
+                    f"{where}, and this model has {wanted[0]} x {wanted[1]}: take the adapter of "
+                    "this model"
+                )
+
+    def _take_index(self, name: str) -> int:
+        if not self._free:
+            idle = [
+                known
+                for known in self._by_name.values()
+                if not known.num_requests and not known.stays
+            ]
+            if not idle:
+                raise AdapterError(
+                    f"adapter {shown(name)} finds no place: max_loras is {self.max_loras}, and "
+                    f"{', '.join(map(repr, self.names)) or 'adapters that end'} are loaded for "
+                    f"good or in use: raise max_loras, unload one, or ask again later"
+                )
+            self.remove(min(idle, key=lambda known: known.last_use).request.lora_name)
+        return self._free.pop()
+
+    @torch.no_grad()
+    def _write(self, index: int, weights: AdapterWeights) -> None:
+        for name, layer in self._layers.items():
+            found = weights.layers.get(name)
+            if found is None:
+                layer.write(index, None, None, 0.0)
+            else:
+                layer.write(index, found.a, found.b, found.scale)
+
+
+def of_llm(adapters: LoadedAdapters | None) -> LoadedAdapters:
+    """Return the adapters of an LLM.
+
+    Raises:
+        AdapterError: it has room for none.
+    """
+    if adapters is None:
+        raise AdapterError("there is room for no adapter: make the LLM with enable_lora=True")
+    return adapters
+
+
+def _with_adapters(
+    model: Any, linears: Mapping[str, Any], max_loras: int, max_lora_rank: int
+) -> tuple[TokenAdapters, dict[str, LoRALinear]]:
+    """Return layers with places for adapters around a model's linear layers."""
+    device, dtype = model.device, model.dtype
+    rank = -(-max_lora_rank // ALIGNMENT) * ALIGNMENT
+    widths = [w for part in linears.values() for w in (part.in_features, part.out_features)]
+    grouped = rank * max_loras > STACKED_WIDTH and _has_grouped(device, dtype, widths)
+    tokens = TokenAdapters(max_loras, rank, device, grouped=grouped)
+    return tokens, {
+        name: LoRALinear(part, tokens, max_loras, rank, device=device, dtype=dtype)
+        for name, part in linears.items()
+    }
+
+
+def _put_back(
+    reference: ref[Any], layers: Mapping[str, nn.Module], peft: PeftAdapters | None
+) -> None:
+    """Give a model its own layers back, if it is still there."""
+    model = reference()
+    if model is None:
+        return
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    if peft is not None:
+        peft.put_back(model)
+
+
+def _key(request: LoRARequest, weights: AdapterWeights) -> str:
+    whole = repr((request.lora_name, request.lora_int_id, weights.digest))
+    return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _has_grouped(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Return whether torch has a kernel of grouped products that needs no wait of the host."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    aligned = all(width % ALIGNMENT == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(device) >= (9, 0)
