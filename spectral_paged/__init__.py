@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from spectral_paged.cache import SpectralKVCache
     from spectral_paged.engine import Engine
     from spectral_paged.llm import LLM
-    from spectral_paged.llm_engine import LLMEngine
-    from spectral_paged.options import CacheOptions, EngineArgs, LoRARequest
+    from spectral_paged.options import AsyncEngineArgs, CacheOptions, EngineArgs, LoRARequest
     from spectral_paged.outputs import CompletionOutput, RequestOutput, RequestOutputKind
     from spectral_paged.pages import PageFormat, SharedBasis
     from spectral_paged.sampling import BeamSearchParams, SamplingParams, StructuredOutputsParams
     from spectral_paged.server.async_llm import AsyncLLM
+    from spectral_paged.server.llm_engine import LLMEngine
 
     __version__: str
 
 __all__ = [
+    "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
     "CacheOptions",
@@ -46,6 +47,7 @@ __all__ = [
     "StructuredOutputsParams",
 ]
 _HOMES = {
+    "AsyncEngineArgs": "options",
     "AsyncLLM": "server.async_llm",
     "BeamSearchParams": "sampling",
     "CacheOptions": "options",
@@ -53,7 +55,7 @@ _HOMES = {
     "Engine": "engine",
     "EngineArgs": "options",
     "LLM": "llm",
-    "LLMEngine": "llm_engine",
+    "LLMEngine": "server.llm_engine",
     "LoRARequest": "options",
     "PageFormat": "pages",
     "RequestOutput": "outputs",

@@ -19,17 +19,19 @@ from spectral_paged.engine import (
     Engine,
     Inbox,
     Message,
+    Metric,
     Prompt,
     TextDeltas,
     Turns,
-    check_request,
     conversations,
     counted_refusal,
+    metrics_of,
     params_list,
     parts_of,
     prompt_list,
+    take_snapshot,
 )
-from spectral_paged.errors import InvalidRequestError, SpectralPagedError, attach_outputs
+from spectral_paged.errors import SpectralPagedError, attach_outputs
 from spectral_paged.models.generation import end_tokens, sampling_defaults
 from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel
@@ -43,6 +45,7 @@ from spectral_paged.options import (
     LLMOptionsDict,
     LoRARequest,
     LoRARequests,
+    instead_of_method,
     lora_list,
 )
 from spectral_paged.outputs import BeamSearchOutput, RequestOutput, RequestOutputKind, TextDelta
@@ -52,16 +55,6 @@ from spectral_paged.scheduler import SchedulerConfig
 
 # options that a loaded model does not take
 LOADING = ("device", "dtype", "quantization", "trust_remote_code")
-# vLLM's methods that are not here, by what is (docs/vllm-comparison.md)
-INSTEAD = {
-    "models that generate": ("embed", "encode", "classify", "score", "reward"),
-    "the model that `LLM.from_model` was given": ("apply_model", "collective_rpc"),
-    "`close()`, and another `LLM`": ("sleep", "wake_up"),
-    "`llm.stats()`": ("get_metrics",),
-    "`llm.engine`": ("llm_engine",),
-    "`LLM.from_model(model, tokenizer)`": ("set_tokenizer",),
-    "`spectral-paged bench`": ("start_profile", "stop_profile"),
-}
 
 
 class LLM:
@@ -154,10 +147,29 @@ class LLM:
         the number of graphs (0 on the CPU).
         """
         with self._turns:
+            self.engine.sleep.check()
             return self._runner.warm_up(
                 min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
                 min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
             )
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Run no steps until `wake_up`; give a GPU's memory to others meanwhile.
+
+        Level 0 runs no steps; level 1 forgets prompts that no lower tier has, frees the memory of
+        pages, and on a GPU moves weights to host memory. Mode `abort` fails the requests of other
+        callers, `wait` runs them to their end, and `keep` (level 0) lets them wait.
+
+        Raises:
+            InvalidRequestError: level 2, which drops the weights, or an unknown level or mode.
+        """
+        with self._turns:
+            self.engine.sleep.begin(level, mode, self._callers.finish)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Wake up; `tags` (`weights`, `kv_cache`, `scheduling`) name a part to bring back now."""
+        with self._turns:
+            self.engine.sleep.end(tags)
 
     def close(self) -> None:
         """Drop all requests, free pages, host memory and graphs, and restore the model.
@@ -181,9 +193,8 @@ class LLM:
     def __getattr__(self, name: str) -> Any:
         if name in ("engine", "cache", "_runner", "_callers", "adapters"):
             raise SpectralPagedError("this LLM was closed: make another")
-        found = [instead for instead, names in INSTEAD.items() if name in names]
-        take = f": take {found[0]}" if found else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{take}")
+        instead = instead_of_method(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     # ---- generation ----------------------------------------------------------------------
 
@@ -232,8 +243,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Run steps until all requests of an inbox have ended; return outputs in prompt order.
 
-        Args:
-            errors: those of prompts that were refused.
+        `errors` has those of prompts that were refused.
         """
         results: list[RequestOutput | None] = [None] * num_prompts
         bar = tqdm(total=len(inbox.places), desc="generate", unit="prompt", disable=not use_tqdm)
@@ -340,28 +350,17 @@ class LLM:
         use_tqdm: bool = False,
         lora_request: LoRARequests = None,
     ) -> list[BeamSearchOutput]:
-        """Return the best sequences of each prompt, one prompt after another.
-
-        Other callers' steps run in between.
+        """Return the best sequences of each prompt in turn; other callers' steps run in between.
 
         Raises:
             SpectralPagedError: a prompt can never be served, or the beams do not fit.
         """
-        found, listed = [], prompt_list(prompts)
-        pairs = zip(listed, lora_list(lora_request, len(listed)), strict=True)
-        for prompt, lora in tqdm(
-            pairs, "beam search", len(listed), unit="prompt", disable=not use_tqdm
-        ):
-            body, salt, pinned = parts_of(prompt)
-            if pinned:
-                raise InvalidRequestError("a beam search takes no pinned_spans: leave them out")
-            with self._turns:
-                tokens = self.engine.prompt_encoder.encode(body)
-                as_request = SamplingParams(max_tokens=params.max_tokens)
-                check_request(self.cache, tokens, as_request, (), None)
-                search = BeamSearch(self.engine, tokens, params, salt, lora)
-            found.append(BeamSearchOutput(search.run(self._turns)))
-        return found
+        listed = prompt_list(prompts)
+        pairs = list(zip(listed, lora_list(lora_request, len(listed)), strict=True))
+        return [
+            BeamSearchOutput(BeamSearch.of_prompt(self.engine, prompt, params, self._turns, lora))
+            for prompt, lora in tqdm(pairs, "beam search", unit="prompt", disable=not use_tqdm)
+        ]
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no running request holds; return True."""
@@ -421,6 +420,7 @@ class LLM:
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Load a LoRA adapter that stays until `remove_lora`; False: it is loaded already."""
         with self._turns:
+            self.engine.sleep.check()
             return of_llm(self.adapters).load(lora_request)
 
     def remove_lora(self, lora_int_id: int) -> bool:
@@ -438,11 +438,12 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the sampling parameters of a request that names none, as vLLM's method does.
-
-        They have the values of the model's generation config.
-        """
+        """Return the parameters of a request that names none: the model's generation config's."""
         return SamplingParams(**self.sampling_defaults)
+
+    def get_metrics(self) -> list[Metric]:
+        """Return the figures of `/metrics` as vLLM's objects: `Counter`, `Gauge`, `Histogram`."""
+        return metrics_of(take_snapshot(self))
 
     def stats(self) -> dict[str, object]:
         """Return the backend, the capacity and counts since construction (pages, preemptions)."""

@@ -98,6 +98,11 @@ class RequestOutput:
     error: SpectralPagedError | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, by vLLM's name."""
+        return self.metrics.num_cached_tokens
+
 
 @dataclass(slots=True)
 class BeamSearchSequence:

@@ -51,11 +51,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "store": set(),
     "cache": CACHE | {"store"},
     "sampling": {"device", "outputs"},
+    "sampling_params": {"sampling", "outputs"},
     "models": CACHE | {"cache", "sampling", "data"},
     "grammar": {"sampling"},
     "engine": CACHE | {"cache", "sampling", "grammar", "scheduler", "outputs"},
     "llm": LLM,
-    "llm_engine": LLM,
     "openai": {"engine", "sampling", "outputs"},
     "batch": {"llm", "engine", "openai", "options", "sampling", "outputs"},
     "metrics": LLM,
@@ -64,7 +64,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "server": LLM | {"openai", "metrics"},
     "benchmarks": LLM | {"integrations", "conformance"},
     "cli": LLM | {"store", "batch", "metrics", "integrations", "server", "benchmarks"},
-    "__init__": LLM | {"cpu_threads", "llm_engine", "server"},
+    "__init__": LLM | {"cpu_threads", "server"},
 }
 
 

@@ -67,6 +67,7 @@ class FillingRunner:
         self.cache = cache
         self.vocab_size = vocab_size
         self._tokens = MadeUpTokens(cache)
+        self.sleep, self.wake_up = runner.sleep, runner.wake_up
 
     def forward(
         self,

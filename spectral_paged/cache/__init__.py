@@ -26,6 +26,10 @@ from spectral_paged.cache.index import (
     GroupStep,
     StepIndex,
 )
+from spectral_paged.cache.memory import (
+    give_memory_back,
+    take_memory_again,
+)
 from spectral_paged.cache.observer import (
     CacheObserver,
 )
@@ -64,9 +68,11 @@ __all__ = [
     "StepReport",
     "Visibility",
     "check_cache",
+    "give_memory_back",
     "pinned_blocks",
     "read_history",
     "replace_encoders",
     "retention_of",
     "spans_of",
+    "take_memory_again",
 ]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from spectral_paged.errors import cut
-from spectral_paged.options import NOT_SERVED, PAGE
+from spectral_paged.options import NOT_SERVED, PAGE, TAKEN
+
+FLAGS = ("on", "off", "on off")  # values of flags that ask for nothing
 
 
 class _NotServed(argparse.Action):
@@ -15,7 +17,7 @@ class _NotServed(argparse.Action):
 
     def __init__(self, option_strings: Sequence[str], dest: str, *, neutral: str, instead: str):
         self.neutral, self.instead = neutral.split(), instead
-        flag = neutral in ("on", "off")
+        flag = neutral in FLAGS
         super().__init__(
             option_strings,
             dest,
@@ -42,10 +44,14 @@ def refuse_vllm_options(parser: argparse.ArgumentParser) -> None:
     """Have a command refuse by name what vLLM has and this has not; help does not show it."""
     for instead, options in NOT_SERVED.items():
         for names, neutral in options.items():
-            strings = [n for n in names.split() if n not in parser._option_string_actions]
-            if strings and neutral in ("on", "off"):
-                strings.append(f"--no-{strings[0][2:]}")
-            if strings:
-                parser.add_argument(
-                    *strings, action=_NotServed, dest="", neutral=neutral, instead=instead
-                )
+            _add(parser, names.split(), neutral, instead)
+    for name in TAKEN:
+        _add(parser, [name], "on off", "")
+
+
+def _add(parser: argparse.ArgumentParser, names: Sequence[str], neutral: str, instead: str) -> None:
+    strings = [n for n in names if n not in parser._option_string_actions]
+    if strings and neutral in FLAGS:
+        strings.append(f"--no-{strings[0][2:]}")
+    if strings:
+        parser.add_argument(*strings, action=_NotServed, dest="", neutral=neutral, instead=instead)

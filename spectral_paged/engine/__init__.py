@@ -39,6 +39,14 @@ from spectral_paged.engine.messages import (
     check_messages,
     conversations,
 )
+from spectral_paged.engine.metrics import (
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    Vector,
+    metrics_of,
+)
 from spectral_paged.engine.prompts import (
     ENCODING_KEYS,
     Prompt,
@@ -46,6 +54,16 @@ from spectral_paged.engine.prompts import (
     params_list,
     parts_of,
     prompt_list,
+)
+from spectral_paged.engine.sleep import (
+    Sleep,
+)
+from spectral_paged.engine.snapshot import (
+    DURATIONS,
+    METRICS,
+    PREFIX,
+    Snapshot,
+    take_snapshot,
 )
 from spectral_paged.engine.turns import (
     Turns,
@@ -56,23 +74,35 @@ __all__ = [
     "Callers",
     "ChatOptions",
     "Conversation",
+    "Counter",
+    "DURATIONS",
     "Distribution",
     "ENCODING_KEYS",
     "Engine",
+    "Gauge",
+    "Histogram",
     "Inbox",
     "MESSAGES_SCHEMA",
+    "METRICS",
     "Message",
+    "Metric",
+    "PREFIX",
     "Prompt",
     "Runner",
+    "Sleep",
+    "Snapshot",
     "TextDeltas",
     "Turns",
+    "Vector",
     "check_messages",
     "check_request",
     "check_salt",
     "conversations",
     "counted_refusal",
+    "metrics_of",
     "most_tokens",
     "params_list",
     "parts_of",
     "prompt_list",
+    "take_snapshot",
 ]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from spectral_paged.device import Download
 from spectral_paged.engine.adapters import held, prefix_salt
+from spectral_paged.engine.admission import check_request
 from spectral_paged.engine.engine import Engine
+from spectral_paged.engine.prompts import Prompt, parts_of
 from spectral_paged.engine.turns import Turns
-from spectral_paged.errors import CapacityError, NonFiniteError
+from spectral_paged.errors import CapacityError, InvalidRequestError, NonFiniteError
 from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import BeamSearchSequence, Logprob
-from spectral_paged.sampling import BeamSearchParams
+from spectral_paged.sampling import BeamSearchParams, SamplingParams
 
 _numbers = itertools.count()
 
@@ -72,6 +74,31 @@ class BeamSearch:
         self._num_left = longest - len(prompt)
         self._adapter = held(engine.adapters, lora_request)
         self._salt = prefix_salt(cache_salt, self._adapter)
+
+    @classmethod
+    def of_prompt(
+        cls,
+        engine: Engine,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        turns: Turns,
+        lora_request: LoRARequest | None = None,
+    ) -> list[BeamSearchSequence]:
+        """Search one prompt, in turns with other callers, and return the best sequences.
+
+        Raises:
+            SpectralPagedError: the prompt can never be served, or the beams do not fit.
+        """
+        body, salt, pinned = parts_of(prompt)
+        if pinned:
+            raise InvalidRequestError("a beam search takes no pinned_spans: leave them out")
+        with turns:
+            engine.sleep.check()
+            tokens = engine.prompt_encoder.encode(body)
+            as_request = SamplingParams(max_tokens=params.max_tokens)
+            check_request(engine.cache, tokens, as_request, (), None)
+            search = cls(engine, tokens, params, salt, lora_request)
+        return search.run(turns)
 
     def run(self, turns: Turns) -> list[BeamSearchSequence]:
         """Run all steps, each in its turn with other callers, and return the best sequences.

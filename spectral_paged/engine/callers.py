@@ -117,12 +117,22 @@ class Callers:
     ) -> Iterator[Piece]:
         """Yield what the caller's outputs give; a step is run first where there are none."""
         if not inbox.latest:
-            for output in self._engine().step():
-                for other in self._inboxes:
-                    if output.request_id in other.running:
-                        other.latest[output.request_id] = output
+            self._step()
         for request_id, output in inbox.latest.items():
             if output.finished:
                 inbox.running.discard(request_id)
             yield from pieces_of(output)
         inbox.latest.clear()
+
+    def _step(self) -> None:
+        """Run a step and put its outputs into the callers' inboxes."""
+        for output in self._engine().step():
+            for other in self._inboxes:
+                if output.request_id in other.running:
+                    other.latest[output.request_id] = output
+
+    def finish(self) -> None:
+        """Run steps until no request is left; outputs wait in their inboxes."""
+        with self._turns:
+            while self._engine().has_unfinished():
+                self._step()

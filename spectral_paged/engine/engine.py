@@ -29,6 +29,7 @@ from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
 from spectral_paged.engine.sampled_step import OUT_OF_MEMORY, SampledStep, StepInputs, faults_of
+from spectral_paged.engine.sleep import Sleep
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
@@ -65,6 +66,8 @@ class Runner(Protocol):
         visitor: LogitsVisitor | None = None,
         adapters: Sequence[int] | None = None,
     ) -> Tensor: ...
+    def sleep(self) -> None: ...
+    def wake_up(self) -> None: ...
     def stats(self) -> dict[str, object]: ...
 
 
@@ -97,14 +100,11 @@ class Engine:
         async_scheduling: bool = False,
         adapters: Adapters | None = None,
     ) -> None:
-        self.adapters = adapters
-        self.runner = runner
-        self.cache = cache
+        self.runner, self.cache, self.adapters = runner, cache, adapters
         self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self.scheduler = Scheduler(cache, scheduler_config or SchedulerConfig())
         self.eos_token_ids = tuple(eos_token_ids)
-        self.vocab_size, self.seed = vocab_size, seed
-        self.max_logprobs = max_logprobs
+        self.vocab_size, self.seed, self.max_logprobs = vocab_size, seed, max_logprobs
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(
             None if self.token_bytes is None else self._vocabulary, self.eos_token_ids
@@ -113,6 +113,7 @@ class Engine:
         self.counters = EngineCounters()
         self.sampling_state = SamplingState()
         self.requests = RequestTable(cache, self.scheduler, self.counters, self.sampling_state)
+        self.sleep = Sleep(runner, cache, self.requests)
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
@@ -222,6 +223,8 @@ class Engine:
         Raises:
             PoolError: nothing can run and nothing was preempted: another caller holds the pool.
         """
+        if self.sleep.parts:
+            self.sleep.check()
         try:
             self._step()
         except OUT_OF_MEMORY as error:

@@ -100,7 +100,8 @@ class SampledStep:
         if len(picked) > len(ready):
             logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
         completions = [completion for _, completion in picked]
-        Constraint.fill(c.constraint for c in completions if c.constraint is not None)
+        if constraints := [c.constraint for c in completions if c.constraint is not None]:
+            Constraint.fill(constraints)
         rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
         tokens = SampledTokens(logits, rows, state)
         tokens.count()

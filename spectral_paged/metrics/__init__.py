@@ -1,4 +1,4 @@
-"""Figures of a running LLM: snapshots, Prometheus metrics, a live view.
+"""Figures of a running LLM: objects, Prometheus metrics, a live view.
 
 The package imports the LLM and its dependencies. Prometheus metrics and the view need packages
 outside the base install, so they are imported on first use.
@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spectral_paged.engine import Counter, Gauge, Histogram, Metric, Vector
+
 if TYPE_CHECKING:
     from spectral_paged.metrics.prometheus import MetricsCollector, serving
 
-__all__ = ["MetricsCollector", "prometheus", "serving", "snapshot", "top"]
+__all__ = [
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Metric",
+    "MetricsCollector",
+    "Vector",
+    "prometheus",
+    "serving",
+    "top",
+]
 
 
 def __getattr__(name: str) -> object:

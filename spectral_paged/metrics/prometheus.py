@@ -23,10 +23,16 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from spectral_paged.engine import Distribution
+from spectral_paged.engine import (
+    DURATIONS,
+    METRICS,
+    PREFIX,
+    Distribution,
+    Snapshot,
+    take_snapshot,
+)
 from spectral_paged.errors import CorruptFileError, missing_extra
 from spectral_paged.llm import LLM
-from spectral_paged.metrics.snapshot import DURATIONS, METRICS, PREFIX, Snapshot, take_snapshot
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, start_http_server

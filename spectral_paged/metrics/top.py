@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from spectral_paged.engine import Snapshot, take_snapshot
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError, missing_extra, shown
 from spectral_paged.file_limits import MAX_METRICS_BYTES, amount
 from spectral_paged.llm import LLM
-from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
 from spectral_paged.outputs import ratio_text
 
 try:

@@ -80,6 +80,12 @@ class DecodeGraphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
+    def drop(self) -> None:
+        """Forget all graphs and free their memory, because what they read lies elsewhere later."""
+        self._graphs.clear()
+        self._logits = None
+        self._pool = torch.cuda.graph_pool_handle()
+
     def run(
         self,
         token_ids: Sequence[int],

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.device import upload
+from spectral_paged.errors import InvalidRequestError
 from spectral_paged.models.attention_choice import (
     FlatAttention,
     attend_heads,
@@ -20,6 +21,7 @@ from spectral_paged.models.attention_choice import (
 )
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
 from spectral_paged.models.lora import TokenAdapters
+from spectral_paged.models.parked_weights import ParkedWeights
 from spectral_paged.models.weight_quantization import quantization_of
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import LogitsVisitor, PendingTokens
@@ -95,6 +97,14 @@ class _AttentionLease:
         cls.models[model] = own  # garbage collection may have given back the last one meanwhile
 
     @classmethod
+    def check_alone(cls, model: Any) -> None:
+        """Raise where several runners use a model."""
+        if (number := cls.models[model].runners) > 1:
+            raise InvalidRequestError(
+                f"{number} LLMs run this model, which sleeps for all of them: close the others"
+            )
+
+    @classmethod
     def give_back(cls, reference: ref[Any]) -> None:
         """Count one runner less; after the last one restore the model's attention and layers."""
         model = reference()
@@ -140,6 +150,7 @@ class ModelRunner:
         decode = WeakMethod(self._decode_logits)
         self.graphs = DecodeGraphs(cache, decode, adapters) if fast else None
         self.compiles = fast and compile_layers
+        self._parked: ParkedWeights | None = None  # while the model sleeps
         self._weights = {
             "quantization": quantization_of(model),
             "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
@@ -152,8 +163,27 @@ class ModelRunner:
                 part.compile(dynamic=True)
         model.set_attn_implementation(PAGED_ATTENTION)
 
+    def sleep(self) -> None:
+        """Drop the graphs, and move the weights to host memory, where they are in no other.
+
+        Raises:
+            InvalidRequestError: another runner uses the same weights.
+        """
+        _AttentionLease.check_alone(self.model)
+        if self.graphs is not None:
+            self.graphs.drop()
+        if self.device.type != "cpu":
+            self._parked = ParkedWeights(self.model)
+
+    def wake_up(self) -> None:
+        """Bring the weights back. Graphs are captured again when steps need them."""
+        if self._parked is not None:
+            self._parked.restore()
+            self._parked = None
+
     def close(self) -> None:
         """Drop the graphs; if no other runner is left, the model attends as it did before."""
+        self.wake_up()
         self.graphs = None
         self._give_back()
 

@@ -21,6 +21,7 @@ from spectral_paged.options.declared import (
     LLMOptionsDict,
 )
 from spectral_paged.options.engine_args import (
+    AsyncEngineArgs,
     EngineArgs,
 )
 from spectral_paged.options.lora_request import (
@@ -36,11 +37,15 @@ from spectral_paged.options.readers import (
     positive,
 )
 from spectral_paged.options.vllm_names import (
+    METHODS_NOT_SERVED,
     NOT_SERVED,
     PAGE,
+    TAKEN,
+    instead_of_method,
 )
 
 __all__ = [
+    "AsyncEngineArgs",
     "CacheOptions",
     "CacheOptionsDict",
     "CommandParser",
@@ -50,10 +55,13 @@ __all__ = [
     "LLMOptionsDict",
     "LoRARequest",
     "LoRARequests",
+    "METHODS_NOT_SERVED",
     "NOT_SERVED",
     "PAGE",
+    "TAKEN",
     "add_options",
     "given_options",
+    "instead_of_method",
     "lora_list",
     "lora_modules",
     "num_tokens",

@@ -39,6 +39,36 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--headless": "off",
         "--api-server-count -asc": "1",
         "--worker-cls": "auto",
+        "--all2all-backend": "allgather_reducescatter",
+        "--cp-kv-cache-interleave-size": "1",
+        "--cpu-distributed-timeout-seconds": "",
+        "--data-parallel-external-lb": "off",
+        "--data-parallel-hybrid-lb": "off",
+        "--data-parallel-multi-port-external-lb": "off",
+        "--data-parallel-supervisor-port": "9256",
+        "--dbo-decode-token-threshold": "",
+        "--dbo-prefill-token-threshold": "",
+        "--dcp-comm-backend": "ag_rs",
+        "--dcp-kv-cache-interleave-size": "1",
+        "--device-ids": "",
+        "--disable-nccl-for-dp-synchronization": "off",
+        "--distributed-timeout-seconds": "",
+        "--dp-supervisor-probe-failure-threshold": "3",
+        "--dp-supervisor-probe-interval-s": "5.0",
+        "--dp-supervisor-probe-timeout-s": "5.0",
+        "--enable-dbo": "off",
+        "--enable-elastic-ep": "off",
+        "--enable-ep-weight-filter": "off",
+        "--eplb-config": "",
+        "--expert-placement-strategy": "linear",
+        "--max-parallel-loading-workers": "",
+        "--numa-bind": "off",
+        "--numa-bind-cpus": "",
+        "--numa-bind-nodes": "",
+        "--ray-workers-use-nsight": "off",
+        "--renderer-num-workers": "1",
+        "--ubatch-size": "",
+        "--worker-extension-cls": "",
     },
     "name the model as the first argument": {"--model": ""},
     "name the format of pages by --kv-format: `exact`, or a preset": {
@@ -48,6 +78,16 @@ NOT_SERVED: dict[str, dict[str, str]] = {
     "a page has 512 tokens and an exact page 64; --kv-cache-bytes says how much memory they get": {
         "--block-size": "",
         "--num-gpu-blocks-override": "",
+        "--disable-hybrid-kv-cache-manager": "off",
+        "--enable-mamba-cache-stochastic-rounding": "off",
+        "--mamba-backend": "",
+        "--mamba-block-size": "",
+        "--mamba-cache-dtype": "auto",
+        "--mamba-cache-mode": "none",
+        "--mamba-cache-philox-rounds": "0",
+        "--mamba-ssm-cache-dtype": "auto",
+        "--prefix-caching-hash-algo": "sha256",
+        "--prefix-match-unit": "",
     },
     "name the host memory for prefixes in bytes by --kv-host-memory": {
         "--swap-space": "0",
@@ -58,14 +98,29 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--cpu-offload-gb": "0",
         "--kv-transfer-config": "",
         "--kv-events-config": "",
+        "--cpu-offload-params": "",
+        "--ec-transfer-config": "",
+        "--kv-sharing-fast-prefill": "off",
+        "--offload-backend": "auto",
+        "--offload-group-size": "",
+        "--offload-num-in-group": "",
+        "--offload-params": "",
+        "--offload-prefetch-step": "",
     },
     "--quantization names the method, and there is nothing else to choose": {
         "--quantization-config": "",
+        "--allow-deprecated-quantization": "off",
     },
     "adapters lie on the device in the model's dtype, --max-loras of them at a time": {
         "--max-cpu-loras": "",
         "--lora-dtype": "auto",
         "--fully-sharded-loras": "off",
+        "--default-mm-loras": "",
+        "--enable-mixed-moe-lora-format": "off",
+        "--enable-moe-shared-loras": "off",
+        "--enable-tower-connector-lora": "off",
+        "--lora-target-modules": "",
+        "--specialize-active-lora": "off",
     },
     "no draft model is run: leave it out": {
         "--speculative-config -sc": "",
@@ -80,9 +135,12 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--enable-auto-tool-choice": "on",
         "--tool-parser-plugin": "",
         "--tool-server": "",
+        "--exclude-tools-when-tool-choice-none": "off",
     },
     "reasoning is not parsed: read it from the text of the answer": {
         "--reasoning-parser": "",
+        "--reasoning-config": "",
+        "--reasoning-parser-plugin": "",
     },
     "llguidance constrains answers, and no code comes with a command line: leave it out": {
         "--structured-outputs-config": "",
@@ -100,6 +158,27 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--convert": "auto none",
         "--pooler-config": "",
         "--enable-prompt-embeds": "off",
+        "--allowed-media-domains": "",
+        "--diffusion-config": "",
+        "--disable-chunked-mm-input": "off",
+        "--enable-flash-late-interaction": "on",
+        "--enable-mm-embeds": "off",
+        "--interleave-mm-strings": "off",
+        "--io-processor-plugin": "",
+        "--mm-encoder-attn-backend": "",
+        "--mm-encoder-attn-dtype": "",
+        "--mm-encoder-fp8-scale-path": "",
+        "--mm-encoder-fp8-scale-save-margin": "",
+        "--mm-encoder-fp8-scale-save-path": "",
+        "--mm-encoder-only": "off",
+        "--mm-encoder-tp-mode": "weights",
+        "--mm-ipc-gpu-memory-gb": "",
+        "--mm-processor-cache-gb": "",
+        "--mm-processor-cache-type": "lru",
+        "--mm-shm-cache-max-object-size-mb": "",
+        "--mm-tensor-ipc": "direct_rpc",
+        "--skip-mm-profiling": "off",
+        "--video-pruning-rate": "",
     },
     "the model's own files decide: put other ones into its folder": {
         "--tokenizer": "",
@@ -118,6 +197,15 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--config-format": "auto hf",
         "--load-format": "auto safetensors gguf",
         "--model-impl": "auto transformers",
+        "--ignore-patterns": "",
+        "--model-class-overrides": "",
+        "--model-loader-extra-config": "",
+        "--pt-load-map-location": "cpu",
+        "--safetensors-load-strategy": "",
+        "--safetensors-prefetch-block-size": "",
+        "--safetensors-prefetch-num-threads": "",
+        "--use-tqdm-on-load": "on",
+        "--weight-transfer-config": "",
     },
     "fetch it first (`hf download MODEL --revision REVISION --local-dir FOLDER`; a token stands in "
     "$HF_TOKEN, the folder of downloads in $HF_HOME) and name the folder": {
@@ -137,6 +225,11 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--long-prefill-token-threshold": "0",
         "--num-scheduler-steps": "1",
         "--stream-interval": "1",
+        "--max-num-scheduled-tokens": "",
+        "--performance-mode": "balanced",
+        "--prefill-schedule-interval": "",
+        "--scheduler-reserve-full-isl": "on",
+        "--watermark": "",
     },
     "kernels and graphs are chosen by layout and GPU: --enforce-eager and --no-compile-layers are "
     "what there is to choose": {
@@ -148,6 +241,20 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--cudagraph-capture-sizes": "",
         "--disable-sliding-window": "off",
         "--disable-cascade-attn": "on",
+        "--additional-config": "",
+        "--enable-bf16x3-router-gemm": "off",
+        "--enable-cumem-allocator": "off",
+        "--enable-flashinfer-autotune": "off",
+        "--gdn-prefill-backend": "",
+        "--ir-op-priority": "",
+        "--jit-monitor-mode": "warn",
+        "--jit-monitor-verbose": "off",
+        "--kernel-config": "",
+        "--linear-backend": "auto",
+        "--max-cudagraph-capture-size": "",
+        "--moe-backend": "auto",
+        "--override-attention-dtype": "",
+        "--use-fp64-gumbel": "off",
     },
     "put a proxy in front, which has TLS, headers and paths of its own": {
         "--ssl-keyfile": "",
@@ -160,19 +267,42 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--allowed-methods": '["*"]',
         "--allowed-headers": '["*"]',
         "--enable-request-id-headers": "off",
+        "--disable-fastapi-docs": "off",
+        "--enable-offline-docs": "off",
+        "--enable-ssl-refresh": "off",
+        "--fingerprint-mode": "full",
+        "--fingerprint-value": "",
+        "--grpc": "off",
+        "--h11-max-header-count": "",
+        "--h11-max-incomplete-event-size": "",
+        "--ssl-cert-reqs": "",
+        "--ssl-ciphers": "",
     },
     "neither prompts nor answers are logged; --log-level warning leaves out the line of each "
     "answer, and --log-format json writes objects": {
         "--enable-log-requests": "off",
         "--disable-log-requests": "on",
         "--enable-log-outputs": "off",
-        "--disable-log-stats": "on",
         "--max-log-len": "",
         "--log-config-file": "",
         "--uvicorn-log-level": "info",
         "--disable-uvicorn-access-log": "off",
         "--disable-access-log-for-endpoints": "",
         "--otlp-traces-endpoint": "",
+        "--aggregate-engine-logging": "off",
+        "--collect-detailed-traces": "",
+        "--cudagraph-metrics": "off",
+        "--enable-layerwise-nvtx-tracing": "off",
+        "--enable-log-deltas": "on",
+        "--enable-logging-iteration-details": "off",
+        "--enable-mfu-metrics": "off",
+        "--enable-per-request-metrics": "off",
+        "--enable-server-load-tracking": "off",
+        "--kv-cache-metrics": "off",
+        "--kv-cache-metrics-sample": "",
+        "--log-error-stack": "off",
+        "--profiler-config": "",
+        "--show-hidden-metrics-for-version": "",
     },
     "an answer has what its request asks for: log-probabilities of raw logits, and usage by "
     "stream_options": {
@@ -180,10 +310,45 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--return-tokens-as-token-ids": "off",
         "--enable-prompt-tokens-details": "on",
         "--enable-force-include-usage": "off",
+        "--enable-return-routed-experts": "off",
+        "--enable-tokenizer-info-endpoint": "off",
+        "--tokens-only": "off",
     },
-    "write the options on the command line": {"--config": ""},
-    "stop the server, and start it again": {"--enable-sleep-mode": "off"},
+    "write the options on the command line": {
+        "--config": "",
+        "--fail-on-environ-validation": "off",
+    },
 }
+# Flags of vLLM's that ask for nothing, on or off -> why
+TAKEN: dict[str, str] = {
+    "--disable-log-stats": "figures are counted always",
+    "--enable-sleep-mode": "every LLM can sleep",
+}
+# What to do instead -> methods of vLLM's `LLM` that are not here
+METHODS_NOT_SERVED: dict[str, tuple[str, ...]] = {
+    "models that generate": ("embed", "encode", "classify", "score", "reward", "reset_mm_cache"),
+    "the model that `LLM.from_model` was given": (
+        "apply_model",
+        "collective_rpc",
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ),
+    "`LLM(args.model, cache_options=args.options)`": ("from_engine_args",),
+    "`llm.chat`": ("enqueue_chat",),
+    "1, because there is one process": ("get_world_size",),
+    "`llm.engine`": ("llm_engine",),
+    "`LLM.from_model(model, tokenizer)`": ("set_tokenizer",),
+    "`spectral-paged bench`": ("start_profile", "stop_profile"),
+}
+
+
+def instead_of_method(name: str) -> str:
+    """Return what to do instead of a method of vLLM's `LLM`, as a part of a sentence, if any."""
+    found = [instead for instead, names in METHODS_NOT_SERVED.items() if name in names]
+    return f": take {found[0]}" if found else ""
 
 
 def instead_of(name: str, value: Any) -> str | None:
@@ -195,6 +360,8 @@ def instead_of(name: str, value: Any) -> str | None:
         name: as in a call, `tensor_parallel_size`.
     """
     option = f"--{name.replace('_', '-')}"
+    if option in TAKEN:
+        return ""
     for instead, options in NOT_SERVED.items():
         for names, neutral in options.items():
             if option in names.split():

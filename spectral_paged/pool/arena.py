@@ -145,8 +145,18 @@ class Arena:
         self.trash_unit = num_slabs * self.slab_bytes // UNIT_BYTES
         plane_bytes = num_slabs * self.slab_bytes + trash_bytes
         self.planes = torch.zeros(num_layers, plane_bytes, dtype=torch.uint8, device=device)
-        if debug_poison:
-            self.planes[:, : num_slabs * self.slab_bytes] = POISON
+        self._poisoned_bytes = num_slabs * self.slab_bytes if debug_poison else 0
+        self.planes[:, : self._poisoned_bytes] = POISON
+
+    def give_back(self) -> None:
+        """Free the memory, until `allocate`. Tensors over it stay, and are empty meanwhile."""
+        self.planes.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        """Take the memory again that `give_back` freed; nothing is in its slots."""
+        self.planes.untyped_storage().resize_(self.num_bytes)
+        self.planes.zero_()
+        self.planes[:, : self._poisoned_bytes] = POISON
 
     @property
     def num_bytes(self) -> int:

@@ -9,5 +9,6 @@ __all__ = [
     "async_llm",
     "command",
     "http_server",
+    "llm_engine",
     "settings",
 ]

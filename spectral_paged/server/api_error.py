@@ -109,6 +109,16 @@ def no_room(message: str, *, code: str, retry_seconds: int, **headers: str) -> A
     return ApiError(429, message, type="rate_limit_error", code=code, headers=headers)
 
 
+def asleep() -> ApiError:
+    """Return the error of a request that is aborted because the engine falls asleep."""
+    return ApiError(
+        503,
+        "the server falls asleep: send the request again when it is awake",
+        type=SERVER,
+        code="server_asleep",
+    )
+
+
 def stopping() -> ApiError:
     """Return the error of requests that arrive or run while the server stops (503)."""
     return ApiError(

@@ -47,6 +47,7 @@ try:
     from spectral_paged.server import description
     from spectral_paged.server.access_log import AccessLog
     from spectral_paged.server.description import DescribedApp
+    from spectral_paged.server.dev_routes import add_dev_routes
     from spectral_paged.server.event_stream import EventStream
 except ImportError as error:
     raise missing_extra(
@@ -154,6 +155,8 @@ class Service:
             load, unload = description.LOAD_ADAPTER, description.UNLOAD_ADAPTER
             app.add_api_route(LOAD_ADAPTER_URL, self._load_adapter, **post, **load)
             app.add_api_route(UNLOAD_ADAPTER_URL, self._unload_adapter, **post, **unload)
+        if self.settings.dev_mode:
+            add_dev_routes(app, self.engine, keyed)
         return app
 
     @property

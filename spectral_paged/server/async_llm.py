@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,20 @@ class AsyncLLM:
     async def list_loras(self) -> set[int]:
         """Return the ids of the LoRA adapters that are loaded."""
         return {request.lora_int_id for request in self.llm.list_loras()}
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Run no steps until `wake_up`, and give memory to others meanwhile: see `LLM.sleep`.
+
+        Requests that come meanwhile wait.
+        """
+        await self._thread().sleep(level, mode)
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Wake up, or only the parts that `tags` name: see `LLM.wake_up`."""
+        await self._thread().wake_up(tags)
+
+    async def is_sleeping(self) -> bool:
+        return self._thread().is_sleeping
 
     async def stop(self) -> None:
         """Abort what runs, and wait until the thread has ended."""

@@ -16,6 +16,7 @@ from spectral_paged.options import LLMOptions, add_options, given_options, lora_
 from spectral_paged.server.settings import ServerSettings
 
 API_KEY_VARIABLE = "SPECTRAL_PAGED_API_KEY"
+DEV_MODE_VARIABLE = "SPECTRAL_PAGED_SERVER_DEV_MODE"
 METRICS_KEY_VARIABLE = "SPECTRAL_PAGED_METRICS_KEY"
 UPDATING_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
@@ -47,6 +48,10 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         given["metrics_key"] = key
     if os.environ.get(UPDATING_VARIABLE, "").strip().lower() in ("1", "true"):
         given = {"allow_runtime_lora_updating": True} | given
+    if "dev_mode" not in given and (mode := os.environ.get(DEV_MODE_VARIABLE)):
+        if mode not in ("0", "1"):
+            raise InvalidRequestError(f"${DEV_MODE_VARIABLE} is {shown(mode)}: write 0 or 1")
+        given["dev_mode"] = mode == "1"
     if "allowed_origins" in given:
         given["allowed_origins"] = _origins(given["allowed_origins"])
     lists = ("model_names", "api_keys")

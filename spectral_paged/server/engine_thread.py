@@ -23,6 +23,7 @@ from spectral_paged.outputs import RequestOutput
 from spectral_paged.sampling import SamplingParams
 from spectral_paged.server.api_error import (
     ApiError,
+    asleep,
     failed,
     internal,
     log_fault,
@@ -171,6 +172,29 @@ class EngineThread:
             self._calls.put(run)
         return await done
 
+    async def sleep(self, level: int, mode: str) -> None:
+        """Run no steps until `wake_up`: see `LLM.sleep`. Requests that come meanwhile wait.
+
+        Raises:
+            InvalidRequestError: there is no such level or mode.
+        """
+
+        def begin() -> None:
+            self.llm.engine.sleep.check_asked(level, mode)
+            if mode == "abort":
+                self._end_all(asleep)
+            self.llm.engine.sleep.begin(level, mode, self._finish)
+
+        await self.call(begin)
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Run steps again: see `LLM.wake_up`."""
+        await self.call(lambda: self.llm.engine.sleep.end(tags))
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self.llm.engine.sleep.parts)
+
     def count_refusal(self, error: SpectralPagedError) -> None:
         """Count a request that was refused before it reached the engine."""
         self._calls.put(lambda: self.llm.engine.counters.count_refusal(error))
@@ -185,11 +209,13 @@ class EngineThread:
         reason: Callable[[], ApiError] = stopping
         try:
             while not self._stopped:
-                self._take_calls(wait=not self.llm.engine.has_unfinished())
+                self._take_calls(wait=not self._has_work)
                 if self._stopped:
                     break
-                if self.llm.engine.has_unfinished():
+                if self._has_work:
                     self._step()
+                elif self.is_sleeping:
+                    continue
                 elif self._failure is not None and time.monotonic() >= self._probe_time:
                     self._probe()
         except BaseException as error:
@@ -203,6 +229,15 @@ class EngineThread:
             logger.exception("what was in work could not be aborted")
         self._generations.clear()
         self._take_calls(wait=False)  # so that requests that wait for admission get an error
+
+    @property
+    def _has_work(self) -> bool:
+        return self.llm.engine.has_unfinished() and not self.is_sleeping
+
+    def _finish(self) -> None:
+        """Run the steps of all requests that are there."""
+        while self.llm.engine.has_unfinished() and not self._stopped:
+            self._step()
 
     def _take_calls(self, *, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):

@@ -33,6 +33,9 @@ class ServerSettings:
         allow_runtime_lora_updating: serve routes that load and unload LoRA adapters. Whoever may
             send requests may then name folders of this machine, so give it with `--api-key`;
             default: on where $VLLM_ALLOW_RUNTIME_LORA_UPDATING is `1` or `true`, as in vLLM.
+        dev_mode: serve what a caller may do to the whole server too, with an API key if there are
+            any: `/sleep`, `/wake_up`, `/is_sleeping`, `/reset_prefix_cache`; default: on where
+            $SPECTRAL_PAGED_SERVER_DEV_MODE is 1.
         max_num_requests: most completions (prompts times `n`) that run or wait at once; more get a
             429.
         max_body_bytes: most bytes of a body.
@@ -73,6 +76,7 @@ class ServerSettings:
         default=(), metadata=option(nargs="+", metavar="ORIGIN")
     )
     allow_runtime_lora_updating: bool = field(default=False, metadata=option(bool))
+    dev_mode: bool | None = field(default=None, metadata=option(bool))
     max_num_requests: int = field(default=1024, metadata=option(positive, metavar="N"))
     max_body_bytes: int = field(default=8 << 20, metadata=option(parse_bytes, metavar="BYTES"))
     max_total_body_bytes: int = field(

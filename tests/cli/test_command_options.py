@@ -15,6 +15,7 @@ from spectral_paged.device import choose_dtype
 from spectral_paged.options import (
     NOT_SERVED,
     PAGE,
+    TAKEN,
     CacheOptions,
     EngineArgs,
     LLMOptions,
@@ -319,6 +320,14 @@ def test_an_option_that_is_not_served_is_refused_with_what_to_do(name, neutral, 
     assert f"error: {' '.join(wrong)} of vLLM is not served: {one_line(instead)}" in message
     assert f"({PAGE})" in message and "unrecognized" not in message
     assert outcome(capsys, [*line, *right]) == ""
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_flags_that_ask_for_nothing_are_taken(name, capsys):
+    for word in (name, f"--no-{name[2:]}"):
+        assert outcome(capsys, ["serve", "tiny", word]) == ""
+    for value in (True, False):
+        assert EngineArgs("m", **{name[2:].replace("-", "_"): value}) == EngineArgs("m")
 
 
 @pytest.mark.parametrize("command", ["generate -i a -o b", "bench throughput"])

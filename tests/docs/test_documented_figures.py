@@ -11,7 +11,7 @@ import pytest
 
 from spectral_paged import PageFormat
 from spectral_paged.cache import Visibility
-from spectral_paged.metrics.snapshot import DURATIONS, METRICS
+from spectral_paged.engine import DURATIONS, METRICS
 from spectral_paged.models.geometry import FAMILIES
 from spectral_paged.options import LLMOptions
 from spectral_paged.pages import PRESETS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spectral_paged import SamplingParams
+from spectral_paged.engine import METRICS, take_snapshot
 from spectral_paged.metrics.prometheus import parse
-from spectral_paged.metrics.snapshot import METRICS, take_snapshot
 from spectral_paged.openai.response import usage
 from support.late_copies import LateCopier
 from support.tiny_model import random_prompts, tiny_format, tiny_llm

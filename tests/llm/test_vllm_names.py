@@ -85,7 +85,7 @@ def test_arguments_that_ask_for_nothing_are_taken():
 
 def test_an_engine_is_run_a_step_at_a_time(monkeypatch):
     made = served_llm()
-    monkeypatch.setattr("spectral_paged.llm_engine.LLM", lambda model, cache_options: made)
+    monkeypatch.setattr("spectral_paged.server.llm_engine.LLM", lambda model, cache_options: made)
     engine = LLMEngine.from_engine_args(EngineArgs("tiny", max_num_seqs=4))
     params = GREEDY.clone()
     params.output_kind = RequestOutputKind.FINAL_ONLY

@@ -18,12 +18,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from spectral_paged import SamplingParams
 from spectral_paged.device import DeviceTimer
-from spectral_paged.engine import Distribution
+from spectral_paged.engine import DURATIONS, METRICS, Distribution, take_snapshot
 from spectral_paged.engine.counters import FINISH_REASONS, Durations
 from spectral_paged.errors import InvalidRequestError, MissingPackageError, SpectralPagedError
 from spectral_paged.metrics import MetricsCollector, serving
 from spectral_paged.metrics.prometheus import parse
-from spectral_paged.metrics.snapshot import DURATIONS, METRICS, take_snapshot
 from support.paths import ROOT
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
@@ -386,13 +385,14 @@ def test_only_their_own_modules_import_what_an_extra_brings():
     want = {
         "prometheus_client": {"prometheus", "app", "access_log"},
         "rich": {"top"},
-        "fastapi": {"app", "description"},
+        "fastapi": {"app", "description", "dev_routes"},
         "starlette": {"app", "access_log", "event_stream"},
         "uvicorn": {"http_server"},
         "ray": {"ray"},
         "pyarrow": {"ray"},
         "spectral_paged.metrics.prometheus": set(),
         "spectral_paged.server.access_log": {"app"},
+        "spectral_paged.server.dev_routes": {"app"},
         "spectral_paged.server.event_stream": {"app"},
         "spectral_paged.server.app": {"http_server"},
         "spectral_paged.server.http_server": set(),

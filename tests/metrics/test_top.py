@@ -15,11 +15,10 @@ from rich.console import Console
 import spectral_paged.llm
 import spectral_paged.metrics
 from spectral_paged.cli.commands import main
-from spectral_paged.engine import Distribution
+from spectral_paged.engine import Distribution, Snapshot, take_snapshot
 from spectral_paged.errors import CorruptFileError, InvalidRequestError
 from spectral_paged.metrics import serving, top
 from spectral_paged.metrics.prometheus import parse
-from spectral_paged.metrics.snapshot import Snapshot, take_snapshot
 from spectral_paged.options import port_number
 from support.tiny_model import tiny_llm
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spectral_paged.engine import Prompt, counted_refusal, parts_of
+from spectral_paged.engine import Metric, Prompt, counted_refusal, parts_of
 from spectral_paged.llm import LLM
 from spectral_paged.options import EngineArgs, LoRARequest
 from spectral_paged.outputs import RequestOutput
@@ -80,6 +80,21 @@ class LLMEngine:
     def list_loras(self) -> set[int]:
         """Return the ids of the LoRA adapters that are loaded."""
         return {request.lora_int_id for request in self.llm.list_loras()}
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Run no steps until `wake_up`, and give memory to others meanwhile: see `LLM.sleep`."""
+        self.llm.sleep(level, mode)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Wake up, or only the parts that `tags` name: see `LLM.wake_up`."""
+        self.llm.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        return bool(self.llm.engine.sleep.parts)
+
+    def get_metrics(self) -> list[Metric]:
+        """Return the figures of the engine: see `LLM.get_metrics`."""
+        return self.llm.get_metrics()
 
     def get_tokenizer(self) -> Any:
         return self.llm.get_tokenizer()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from spectral_paged.engine import Distribution
-from spectral_paged.llm import LLM
+from spectral_paged.engine.counters import Distribution
+from spectral_paged.engine.engine import Engine
 
 PREFIX = "spectral_paged:"
 
@@ -166,9 +166,16 @@ class Snapshot:
         return {label: x for (other, label), x in self.values.items() if other == name and label}
 
 
-def take_snapshot(llm: LLM, engine: str = "0") -> Snapshot:
+class Measured(Protocol):
+    """What has figures, as an `LLM` does."""
+
+    model_name: str
+    engine: Engine
+
+
+def take_snapshot(llm: Measured, engine: str = "0") -> Snapshot:
     """Read an LLM's figures now. Steps may run in another thread meanwhile."""
-    stats, counters = llm.stats(), llm.engine.counters
+    stats, counters = llm.engine.stats(), llm.engine.counters
     values: dict[tuple[str, str], float] = {}
     for spec in METRICS:
         found = stats[spec.key]
