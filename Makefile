@@ -11,7 +11,7 @@ QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/sche
 # Tests of random cases that take more of them under the profile `deep`.
 DEEP := tests/engine/test_engine_machine.py tests/cache/test_cache_machine.py tests/server/test_description.py
 
-.PHONY: demo test test-deep check test-one check-builds gpu bench-decode map docs vllm forms soak kills coverage mutants audit format lint types clean
+.PHONY: demo test test-deep check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -69,6 +69,17 @@ vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
 	PYTHONPATH=build/vllm $(BIN)/python -m pytest tests/integrations/vllm_host_cases.py
+
+# Others' clients against a server on a CPU, in a folder of their own (600 MB unpacked), which is fetched
+# once; vLLM's `bench serve` runs where `make vllm` was run before.
+CLIENTS := build/clients/.ready
+$(CLIENTS): $(STAMP) tests/clients-requirements.txt
+	rm -rf build/clients
+	$(BIN)/python -m pip install --quiet --no-deps --target build/clients -r tests/clients-requirements.txt
+	touch $@
+
+clients: $(CLIENTS)
+	PYTHONPATH=build/clients $(BIN)/python -m pytest tests/clients/*_cases.py
 
 # Lines and branches of the package and its scheduler; kernels have tests of their own on a GPU.
 coverage: $(STAMP)

@@ -67,7 +67,12 @@ class FillingRunner:
         self.cache = cache
         self.vocab_size = vocab_size
         self._tokens = MadeUpTokens(cache)
-        self.sleep, self.wake_up = runner.sleep, runner.wake_up
+
+    def sleep(self) -> None:
+        self.runner.sleep()
+
+    def wake_up(self) -> None:
+        self.runner.wake_up()
 
     def forward(
         self,

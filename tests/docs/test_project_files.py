@@ -108,7 +108,7 @@ def test_the_package_is_installed_from_a_checkout():
     for path in WRITTEN:
         text = path.read_text(encoding="utf-8")
         assert not [line for line in text.splitlines() if INSTALLED_BY_NAME.search(line)], path
-        for extras in re.findall(r"""['"]\.\[([a-z,]+)\]['"]""", text):
+        for extras in re.findall(r"""['"]\.\[([a-z,-]+)\]['"]""", text):
             assert set(extras.split(",")) <= set(project["optional-dependencies"]), path
 
 
