@@ -48,11 +48,11 @@ def replaced(name, ids, skip):
         bytes.fromhex(t[3:5]) if t.startswith("<0x") else t.replace("▁", " ").encode()
         for t in tokens
     )
-    if name == "metaspace":  # only spaces that the vocabulary spells so
-        is_cut = tokens[0].startswith("▁")
+    if name == "metaspace":  # all spaces that the first token spells so
+        num_cut = tokens[0].count("▁")
     else:
-        is_cut = name != "gemma" and data.startswith(b" ")
-    return data[is_cut:].decode("utf-8", "replace")
+        num_cut = name != "gemma" and data.startswith(b" ")
+    return data[num_cut:].decode("utf-8", "replace")
 
 
 def places(data):
