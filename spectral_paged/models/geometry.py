@@ -10,6 +10,7 @@ import torch
 from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.rope import RotaryTable
 
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")  # mixtures of experts
 FAMILIES = (
     "llama",
     "mistral",
@@ -24,10 +25,12 @@ FAMILIES = (
     "phi3",
     "olmo2",
     "smollm3",
+    *EXPERTS,
 )
 INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
-ALL_SLIDE = ("mistral", "phi3")  # all layers have the window, whatever layer_types contain
+# all layers have the window, whatever layer_types contain
+ALL_SLIDE = ("mistral", "phi3", "mixtral", "qwen3_moe")
 SCALED_TYPES = ("linear", "yarn")  # whose factor lengthens the longest sequence
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INSTEAD = {
@@ -46,6 +49,7 @@ class ModelGeometry:
         windows: tokens that a query of each layer sees, its own included; None: all before it.
         rotates: True for each layer that rotates queries and keys.
         softcap: the cap of attention scores; None: they are not capped.
+        has_experts: a token's MLP is that of a few experts, which a router chooses.
     """
 
     num_layers: int
@@ -57,6 +61,7 @@ class ModelGeometry:
     windows: tuple[int | None, ...]
     rotates: tuple[bool, ...]
     softcap: float | None
+    has_experts: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelGeometry:
@@ -104,6 +109,7 @@ class ModelGeometry:
             windows=_windows(config),
             rotates=_rotates(config),
             softcap=cap,
+            has_experts=family in EXPERTS,
         )
 
 

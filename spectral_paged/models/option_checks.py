@@ -25,6 +25,8 @@ from spectral_paged.models.weight_quantization import check_method
 from spectral_paged.options import LLMOptions, lora_modules
 from spectral_paged.pages import PageFormat, SharedBasis
 
+GROUPED_CAPABILITY = (9, 0)  # from which torch groups products on the device
+
 
 @dataclass(frozen=True, slots=True)
 class AnyHeads:
@@ -88,6 +90,31 @@ def check_adapters(options: LLMOptions) -> None:
         check_folder(module.lora_name, module.lora_path, options.max_lora_rank)
 
 
+def check_experts(
+    options: LLMOptions, geometry: ModelGeometry, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse what a mixture of experts cannot be run with.
+
+    Raises:
+        InvalidRequestError: a quantization, which would leave experts out, or CUDA graphs where
+            torch's grouped products wait for the host.
+    """
+    if not geometry.has_experts:
+        return
+    if options.quantization is not None:
+        raise InvalidRequestError(
+            f"quantization={options.quantization!r} quantizes linear layers, and the weights of "
+            "experts are none, so most of this model would stay as it is: leave it out"
+        )
+    if device.type != "cuda" or options.enforce_eager:
+        return
+    if dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < GROUPED_CAPABILITY:
+        raise InvalidRequestError(
+            "the products of experts wait for the host, so no CUDA graph has them, but in bfloat16 "
+            "on compute capability 9.0 or more: pass enforce_eager=True"
+        )
+
+
 def format_of(options: LLMOptions, heads: Heads) -> PageFormat:
     """Return the page format of an `LLM` for these heads.
 
@@ -119,6 +146,7 @@ def check_fit(
         InvalidRequestError: as in `longest_sequence`.
         CorruptFileError: the calibration's file is damaged.
     """
+    check_experts(options, geometry, device=device, dtype=dtype)
     format, longest = (
         format_of(options, geometry),
         longest_sequence(geometry, options.max_model_len),

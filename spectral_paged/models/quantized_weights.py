@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from spectral_paged.errors import UnsupportedModelError
+from spectral_paged.models.geometry import ModelGeometry
 
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
 # method -> endings of the names of tensors that only its weights have
@@ -69,6 +70,19 @@ def method_in(config: Any) -> str | None:
             method = "bitsandbytes" if loads else f"{field} names no method"
         return str(getattr(method, "value", method))
     return None
+
+
+def check_dense(where: str, geometry: ModelGeometry) -> None:
+    """Refuse a checkpoint of FP8 weights that has experts, of which nothing checks the scales.
+
+    Raises:
+        UnsupportedModelError: it has.
+    """
+    if geometry.has_experts:
+        raise UnsupportedModelError(
+            f"{where} is an FP8 checkpoint of a mixture of experts, and those of dense models are "
+            "unpacked: take the checkpoint in bf16 that it was made of"
+        )
 
 
 def check_unpacked(where: str, model: Any, block: Sequence[int]) -> None:

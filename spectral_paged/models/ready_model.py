@@ -15,7 +15,12 @@ from spectral_paged.models.cache_for_model import longest_sequence, model_cache
 from spectral_paged.models.calibration import find_calibration
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.lora import LoadedAdapters
-from spectral_paged.models.option_checks import check_fit, check_options, format_of
+from spectral_paged.models.option_checks import (
+    check_experts,
+    check_fit,
+    check_options,
+    format_of,
+)
 from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
 from spectral_paged.options import LLMOptions, lora_modules
 from spectral_paged.pages import PageFormat
@@ -78,8 +83,9 @@ def ready_model(model: str | PathLike[str] | LoadedModel, options: LLMOptions) -
     """
     check_options(options)
     if isinstance(model, LoadedModel):
-        loaded = model
+        loaded, own = model, model.model
         check_quantized(loaded, options.quantization)
+        check_experts(options, loaded.geometry, device=own.device, dtype=own.dtype)
     else:
         where = choose_device(options.device)
         dtype = choose_dtype(options.dtype, where)

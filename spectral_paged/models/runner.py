@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.device import upload
@@ -72,7 +72,7 @@ def head_alone(model: Any, hidden: Tensor) -> Iterator[Callable[[Tensor], Tensor
     """
     base = model.model
     before = vars(base).get("forward")
-    base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
     try:
         yield lambda rows: model(input_ids=None, logits_to_keep=rows).logits[0]
     finally:

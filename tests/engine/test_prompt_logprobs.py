@@ -38,7 +38,8 @@ def check(tables, ids, want, num_top):
         assert [table[t].rank for t in best.indices.tolist()] == list(range(1, num_top + 1))
 
 
-MODELS = [pytest.param(model_variants.build, n, id=n) for n in ("llama", "granite")]
+ALIKE = ("llama", "granite", "granitemoe", "olmoe, clipped", "qwen2_moe, a shared expert")
+MODELS = [pytest.param(model_variants.build, n, id=n) for n in ALIKE]
 MODELS += [pytest.param(families.build, name, id=name) for name in families.FAMILIES]
 
 

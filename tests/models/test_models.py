@@ -128,7 +128,7 @@ REFUSED = {
     "phi": (tf.PhiConfig, {}, "'phi' .* take a model of"),
     "gpt2": (tf.GPT2Config, {}, "'gpt2' .* take a model of"),
     "encoder-decoder": (tf.T5Config, {}, "'t5' .* take a model of"),
-    "mixture of experts": (tf.MixtralConfig, {}, "'mixtral' .* take a model of"),
+    "mixture of experts": (tf.DeepseekV3Config, {}, "'deepseek_v3' .* take a model of"),
     "soft cap": (
         tf.LlamaConfig,
         {"attn_logit_softcapping": 50.0},

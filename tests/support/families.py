@@ -50,6 +50,12 @@ FAMILIES = {
         tf.Qwen3Config,
         {"use_sliding_window": True, **MIXED},
     ),
+    "mixtral, a window": (tf.MixtralConfig, {"sliding_window": WINDOW, "num_local_experts": 3}),
+    "qwen3_moe, a window": (
+        tf.Qwen3MoeConfig,
+        {"use_sliding_window": True, "sliding_window": WINDOW, "num_experts": 5}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
     "gemma2, a window that is sealed": (
         tf.Gemma2Config,
         MIXED | {"query_pre_attn_scalar": 24, "sliding_window": 1100},

@@ -69,6 +69,52 @@ VARIANTS = {
             "logits_scaling": 4.0,
         },
     ),
+    "mixtral": (tf.MixtralConfig, {"num_local_experts": 4}),
+    "qwen2_moe, a shared expert": (
+        tf.Qwen2MoeConfig,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "qwen2_moe, a window in the first layer": (
+        tf.Qwen2MoeConfig,
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+            "use_sliding_window": True,
+            "sliding_window": 96,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3_moe, a dense layer": (
+        tf.Qwen3MoeConfig,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "head_dim": 32,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe, clipped": (
+        tf.OlmoeConfig,
+        {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 1.5},
+    ),
+    "granitemoe": (
+        tf.GraniteMoeConfig,
+        {
+            "num_local_experts": 4,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 3.0,
+        },
+    ),
     "granite, tied, attention bias": (
         tf.GraniteConfig,
         {"attention_multiplier": 0.5, "tie_word_embeddings": True, "attention_bias": True},
