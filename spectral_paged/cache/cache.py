@@ -122,7 +122,8 @@ class SpectralKVCache:
         self.capacity_tokens = capacity.capacity_tokens(self.groups)
 
     def close(self) -> None:
-        """Give back the memory of tiers below the pool. The cache goes on without them."""
+        """Write what the store is to keep, and give its memory back. The cache goes on without."""
+        self.sealer.wait()  # blocks with NaN are known then
         self._lower.close()
 
     @property
@@ -147,8 +148,7 @@ class SpectralKVCache:
         return self._observers.joined(observer)
 
     def concurrency(self, num_tokens: int) -> int:
-        """The number of sequences of `num_tokens` tokens that fit at once, with all due blocks
-        sealed; prompts need a little more until their last segment ends."""
+        """The sequences of `num_tokens` tokens that fit at once; prompts need a little more."""
         return capacity.concurrency(self.groups, num_tokens)
 
     def fits_alone(
@@ -165,8 +165,7 @@ class SpectralKVCache:
     def has_room(self, lengths: Mapping[str, int]) -> bool:
         """True if these sequences can grow to so many tokens each, beside all that is in use now.
 
-        Nothing is reserved. A sequence counts with its peak, which a prompt reaches before its
-        last blocks are sealed.
+        Nothing is reserved. A prompt counts with its peak, before its last blocks are sealed.
         """
         held = self._sequences.by_id
         return capacity.has_room(self.groups, [(held[s].slots, n) for s, n in lengths.items()])
@@ -191,8 +190,7 @@ class SpectralKVCache:
             token_ids: prompt and (after a resume) generated tokens; the caller may append to the
                 list later. Needed for prefix caching.
             cache_salt: sequences with different salts never share slots.
-            pinned_spans: `(start, end)` positions of the prompt whose blocks are never sealed
-                (decision 0014).
+            pinned_spans: `(start, end)` positions whose blocks are never sealed (decision 0014).
             resumed: the prompt was computed before; prefix hits are counted separately.
             max_cached_tokens: most tokens of the hit; None: as many as the cache has.
 
@@ -278,9 +276,8 @@ class SpectralKVCache:
         self._observers.freed(seq_id)
 
     def reset_prefix_cache(self, *, reset_store: bool = False) -> int:
-        """Evict every cached slot, with `reset_store` also what tiers below the pool have, and give
-        prefixes on their way up; returns the number of slots."""
-        self._lower.give_way()
+        """Evict every cached slot, with `reset_store` the store's too; returns their number."""
+        self._lower.give_up()
         if reset_store:
             self._lower.forget_all()
         return sum(group.arena.slots.drop_cached() for group in self.groups)
@@ -288,8 +285,7 @@ class SpectralKVCache:
     # ---- one step ------------------------------------------------------------------------
 
     def chunk_limit(self, seq_id: str) -> int:
-        """The most tokens of a sequence that one step may compute: queries of a step share one view
-        (decision 0001), and windows slide between steps."""
+        """The most tokens of a sequence that a step may compute, in one view (decision 0001)."""
         return self._sequences.by_id[seq_id].chunk_limit()
 
     def seals_due(self, seq_id: str, num_new: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ MAX_BYTES_ON_WAY = 256 << 20  # of a load's copies, which take as much of the de
 class _Arriving:
     """A record whose copy began: the borrowed slots of its parts, by place and index."""
 
+    record: Record
+    tier: str
     copy: Copy
     source: HostRecord
     slots: list[tuple[Part, int]]
@@ -50,10 +52,10 @@ class Load:
         self._tiers = tiers
         self._borrowed = [BorrowedSlots(group.arena, WeakMethod(self._settle)) for group in groups]
         self._waiting: deque[Record] = deque()
-        self._coming: deque[tuple[Record, HostRecord]] = deque()  # in host memory, or on their way
+        self._coming: deque[tuple[Record, str, HostRecord]] = deque()  # in host memory, or coming
         self._arriving: list[_Arriving] = []
         self.failed = False
-        self.num_tokens: Counter[str] = Counter()  # by the tier that they come from
+        self.came: dict[bytes, tuple[str, int]] = {}  # the tier and the tokens of each record
         for group, borrowed in zip(groups, self._borrowed, strict=True):
             group.borrowed.append(borrowed)
         for record in needed:
@@ -72,10 +74,10 @@ class Load:
         self._call()
         on_way = sum([item.source.num_bytes for item in self._arriving if not item.copy.is_done])
         while self._coming and not self.failed and on_way < MAX_BYTES_ON_WAY:
-            record, source = self._coming[0]
+            record, tier, source = self._coming[0]
             if not source.copy.is_done:
                 break
-            num_bytes = self._begin(record, source)
+            num_bytes = self._begin(record, tier, source)
             if num_bytes is None:
                 return None
             self._coming.popleft()
@@ -84,6 +86,7 @@ class Load:
         self._arriving = [item for item in self._arriving if item not in arrived]
         for item in arrived:
             self._tiers.let_go(item.source)
+            self.came[item.record.key] = item.tier, item.record.num_tokens
             for part, index in item.slots:
                 self._borrowed[part.place].publish(index, part.slot_key)
         return self.failed or not (self._waiting or self._coming or self._arriving)
@@ -93,7 +96,7 @@ class Load:
         room."""
         while self._waiting and not self.failed:
             record = self._waiting[0]
-            tier = self._tiers.where(record.key, record.parent)
+            tier = self._tiers.where(record.key)
             try:
                 source = self._tiers.hold(record.key, record.parent)
             except KeyError:  # evicted meanwhile
@@ -102,10 +105,9 @@ class Load:
             if source is None:
                 return
             self._waiting.popleft()
-            self._coming.append((record, source))
-            self.num_tokens[tier or self._tiers.host.name] += record.num_tokens
+            self._coming.append((record, tier or self._tiers.host.name, source))
 
-    def _begin(self, record: Record, source: HostRecord) -> int | None:
+    def _begin(self, record: Record, tier: str, source: HostRecord) -> int | None:
         """Begin a record's copy and return its bytes; None: not now."""
         slots: list[tuple[Part, int]] = []
         places: list[tuple[Part, int | None]] = []
@@ -130,7 +132,7 @@ class Load:
             self.failed = True
             self._tiers.let_go(source)
             return 0
-        self._arriving.append(_Arriving(copy, source, slots))
+        self._arriving.append(_Arriving(record, tier, copy, source, slots))
         return source.num_bytes
 
     def _settle(self) -> None:
@@ -142,7 +144,7 @@ class Load:
         for item in self._arriving:
             item.copy.wait()
             self._tiers.let_go(item.source)
-        for _, source in self._coming:
+        for _, _, source in self._coming:
             self._tiers.let_go(source)
         self._arriving, self._waiting, self._coming = [], deque(), deque()
         for group, borrowed in zip(self._groups, self._borrowed, strict=True):

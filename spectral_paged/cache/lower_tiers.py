@@ -90,11 +90,16 @@ class LowerTiers:
         """Give up loads, whose slots a running sequence needs; False if there are none."""
         return self.moves is not None and self.moves.ahead.give_way()
 
+    def give_up(self) -> None:
+        """Give up loads, because the pool is emptied; requests ask anew."""
+        if self.moves is not None:
+            self.moves.ahead.give_up()
+
     def freed(self, state: SequenceState, *, forget: bool) -> None:
         """Write what was noted of a sequence that ends now; with `forget` remove what it wrote."""
         if self.moves is not None:
             self.moves.behind.freed(state, forget=forget)
-            self.moves.ahead.freed()
+            self.moves.ahead.room_made()
 
     # ---- the whole -----------------------------------------------------------------------
 
@@ -110,7 +115,8 @@ class LowerTiers:
         Nothing is kept from now on."""
         if self.moves is not None:
             self.moves.ahead.give_up()
-            self.moves.behind.drop()
+            if self.moves.tiers.disk is not None:  # else nothing outlives this
+                self.moves.behind.finish()
             self.moves.tiers.close()
         self.moves = None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.load import Load
@@ -53,16 +54,20 @@ class _Asked:
 
     Attributes:
         ready_at: what was written and evicted when the pool had all that could be had.
-        num_freed: sequences freed when there was no room.
+        num_rooms: how often room had been made when there was none.
         queued: True if it needs a load and others were in the way.
+        looking: a look on disk for its prefix, until that has ended.
+        came: the tier and the tokens of each record that was loaded for it.
     """
 
     by: Asking
     num_tokens: int
     chain: PrefixChain
     ready_at: tuple[int, int] | None = None
-    num_freed: int | None = None
+    num_rooms: int | None = None
     queued: bool = False
+    looking: Future[None] | None = None
+    came: dict[bytes, tuple[str, int]] = field(default_factory=dict)
 
 
 class ReadAhead:
@@ -88,7 +93,7 @@ class ReadAhead:
         self._tiers = tiers
         self._loads: dict[str, Load] = {}
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
-        self._num_freed = 0
+        self._num_rooms = 0  # how often slots came free that a load may need
 
     def prefetch(self, asking: Asking, *, alone: bool) -> bool | None:
         """Bring the prefix of a request; see `SpectralKVCache.prefetch` for what is returned.
@@ -100,11 +105,13 @@ class ReadAhead:
         load = self._loads.get(seq_id)
         if load is None:
             asked = self._ask(asking)
+            if not self._has_looked(asked):
+                return False
             if asked.queued and len(self._loads) >= MAX_LOADS:
                 return False
             if asked.ready_at == self._now:
                 return True
-            if asked.num_freed == self._num_freed and not (alone and not self._loads):
+            if asked.num_rooms == self._num_rooms and not (alone and not self._loads):
                 return None
             needed = self._find(asked)
             asked.queued = bool(needed) and len(self._loads) >= MAX_LOADS
@@ -120,11 +127,11 @@ class ReadAhead:
         return ready
 
     def _no_room(self, seq_id: str, *, alone: bool) -> bool | None:
-        self._loads.pop(seq_id).end()
+        self._end(seq_id)
         if alone and not self._loads:
             return True  # it never gets more room than this
         if seq_id in self._asked:
-            self._asked[seq_id].num_freed = self._num_freed
+            self._asked[seq_id].num_rooms = self._num_rooms
         return None
 
     def _ask(self, asking: Asking) -> _Asked:
@@ -133,9 +140,31 @@ class ReadAhead:
         if asked is None or not asking.is_of(asked.by, asked.num_tokens):
             num_tokens = len(asking.token_ids)
             asked = self._asked[seq_id] = _Asked(asking, num_tokens, asking.chain())
+            asked.looking = self._tiers.look(self._not_in_pool(asked))
             if len(self._asked) > MAX_KNOWN_CHAINS:
                 self._asked.popitem(last=False)
         return asked
+
+    def _has_looked(self, asked: _Asked) -> bool:
+        if asked.looking is not None and asked.looking.done():
+            asked.looking = None
+        return asked.looking is None
+
+    def _not_in_pool(self, asked: _Asked) -> Iterator[tuple[bytes, bytes | None]]:
+        """All records that the prefix of a request may have and that the pool has not, each by its
+        key and its parent's."""
+        most = self._longest(asked)
+        runs = (
+            self._records.run(asked.chain, number, asked.by.pinned)
+            for number in range(self._records.num_runs(most))
+        )
+        anchors = (
+            self._records.anchor(asked.chain, point, asked.by.pinned)
+            for point in self._records.hit_points(most)
+        )
+        for record in (*runs, *anchors):
+            if record is not None and not self._is_in_pool(record):
+                yield record.key, record.parent
 
     @property
     def _now(self) -> tuple[int, int]:
@@ -145,10 +174,7 @@ class ReadAhead:
     def _find(self, asked: _Asked) -> list[Record]:
         """The records of the longest prefix that the tiers have, if it is longer than the pool's;
         otherwise none."""
-        chain, pinned = asked.chain, asked.by.pinned
-        most = min(EXACT_PAGE_TOKENS * len(chain), asked.by.num_prompt_tokens - 1)
-        if not self._records.seals:  # generated tokens are like others
-            most = EXACT_PAGE_TOKENS * len(chain)
+        chain, pinned, most = asked.chain, asked.by.pinned, self._longest(asked)
         runs: list[Record] = []
         for number in range(self._records.num_runs(most)):
             run = self._records.run(chain, number, pinned)
@@ -165,13 +191,21 @@ class ReadAhead:
                 return found if point > self._in_pool(asked) else []
         return []
 
+    def _longest(self, asked: _Asked) -> int:
+        """The most tokens that a prefix of a request may have."""
+        if not self._records.seals:  # generated tokens are like others
+            return EXACT_PAGE_TOKENS * len(asked.chain)
+        return min(EXACT_PAGE_TOKENS * len(asked.chain), asked.by.num_prompt_tokens - 1)
+
     def _is_here(self, record: Record) -> bool:
         """True if the pool has all of a record, or a tier has it."""
-        in_pool = all(
+        return self._is_in_pool(record) or self._tiers.where(record.key) is not None
+
+    def _is_in_pool(self, record: Record) -> bool:
+        return all(
             self._groups[part.place].arena.slots.lookup(part.slot_key) is not None
             for part in record.parts
         )
-        return in_pool or self._tiers.where(record.key, record.parent) is not None
 
     def _in_pool(self, asked: _Asked) -> int:
         """The tokens of the longest prefix that the pool has."""
@@ -182,26 +216,39 @@ class ReadAhead:
     def cancel(self, seq_id: str) -> None:
         """Forget a request that will not be admitted."""
         self._asked.pop(seq_id, None)
-        load = self._loads.pop(seq_id, None)
-        if load is not None:
-            load.end()
+        if seq_id in self._loads:
+            self._end(seq_id)
+            self.room_made()
+
+    def _end(self, seq_id: str) -> None:
+        """End a load, and keep in mind what came by it."""
+        load = self._loads.pop(seq_id)
+        if seq_id in self._asked:
+            self._asked[seq_id].came |= load.came
+        load.end()
 
     def admitted(self, state: SequenceState) -> None:
         """A sequence has attached its prefix hit, which nobody else needs to keep any more."""
-        load = self._loads.pop(state.seq_id, None)
+        load = self._loads.get(state.seq_id)
         if load is not None:
-            if not load.failed and state.num_cached_tokens >= load.num_tokens.total():
-                state.cached_below = dict(load.num_tokens)
-            load.end()
+            self._end(state.seq_id)
+            if load.failed:  # what came is nobody's
+                self.room_made()
+        asked = self._asked.get(state.seq_id)
+        came: Counter[str] = Counter()
+        for tier, num_tokens in asked.came.values() if asked is not None else ():
+            came[tier] += num_tokens
+        if state.num_cached_tokens >= came.total():
+            state.cached_below = dict(came)
 
     def began(self, states: Sequence[SequenceState]) -> None:
         """Forget requests that run now, and so ask no more."""
         for state in states:
             self._asked.pop(state.seq_id, None)
 
-    def freed(self) -> None:
-        """A sequence ended, so there may be room."""
-        self._num_freed += 1
+    def room_made(self) -> None:
+        """Slots came free, so that those for whom there was no room ask again."""
+        self._num_rooms += 1
 
     def give_way(self) -> bool:
         """Give up loads, whose slots a running sequence needs; False if there are none."""
@@ -211,6 +258,7 @@ class ReadAhead:
         return bool(loads)
 
     def give_up(self) -> None:
-        """Forget all loads."""
+        """Forget all loads, and that there was no room."""
         for seq_id in list(self._loads):
             self.cancel(seq_id)
+        self.room_made()

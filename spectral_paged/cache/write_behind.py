@@ -100,7 +100,7 @@ class WriteBehind:
         most = self._records.num_runs(state.num_prompt_tokens)
         while known < most:
             run = self._records.run(chain, known, state.pinned)
-            if run is None or not self._tiers.is_known(run.key, run.parent):
+            if run is None or not self._tiers.is_known(run.key):
                 break
             known += 1
         points = self._records.hit_points(state.num_prompt_tokens - 1)
@@ -159,7 +159,7 @@ class WriteBehind:
     def _save(self, record: Record) -> bool:
         if not record.parts:
             return True
-        if self._tiers.is_known(record.key, record.parent):
+        if self._tiers.is_known(record.key):
             self._tiers.use([(record.key, record.parent)])
             return True
         views = []
@@ -191,6 +191,12 @@ class WriteBehind:
             record = self._records.run(chain, number, state.pinned)
             if record is not None:
                 self._tiers.forget(record.key, record.parent)
+
+    def finish(self) -> None:
+        """Write all that is noted to disk, however long it takes."""
+        while self._noted:
+            self.go_on()
+            self._tiers.drain()
 
     def drop(self) -> None:
         """Forget what is noted."""

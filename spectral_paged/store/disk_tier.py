@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, TypeVar
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 NUM_READERS = 4
+MAX_KNOWN = 1 << 18  # records that are remembered as there
 MAX_BYTES_QUEUED = 1 << 30  # of records that wait to be written; one always passes
 
 
@@ -69,9 +70,11 @@ class DiskTier(Generic[Given]):
         self._folder = folder
         self._identity = identity
         self._writer = ThreadPoolExecutor(1, "store-writer")
+        self._looker = ThreadPoolExecutor(1, "store-looker")  # waits for no read of a record
         self._readers = ThreadPoolExecutor(NUM_READERS, "store-reader")
         self._queued = 0  # bytes
         self._lock = threading.Lock()  # of counters, which threads change
+        self._known: OrderedDict[bytes, int] = OrderedDict()  # bytes of records, as seen last
         self._written: deque[Given] = deque()  # needed no more
         self._used_bytes = 0
         self._num_records = 0
@@ -79,14 +82,41 @@ class DiskTier(Generic[Given]):
         self._writer.submit(self._count)
 
     def find(self, key: bytes, parent: bytes | None) -> int | None:
-        """The bytes of a record; None if it is not there."""
+        """The bytes of a record; None if it is not there. It asks the file system, which may take
+        any time."""
         size = self._folder.size_of(name_of(self._identity, key, parent))
-        return None if size is None or size <= HEADER_BYTES else size - HEADER_BYTES
+        found = None if size is None or size <= HEADER_BYTES else size - HEADER_BYTES
+        self._note(key, found)
+        return found
 
-    def use(self, records: Iterable[tuple[bytes, bytes | None]]) -> None:
+    def known_size(self, key: bytes) -> int | None:
+        """The bytes of a record that was there when it was last written, read or looked for; None
+        if it was not. It asks nobody."""
+        return self._known.get(key)
+
+    def look(self, records: Sequence[tuple[bytes, bytes | None]]) -> Future[None]:
+        """Begin to look for records, a key and its parent's each; `known_size` then has them."""
+        return self._looker.submit(self._look, records)
+
+    def _look(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
+        for key, parent in records:
+            self.find(key, parent)
+
+    def _note(self, key: bytes, num_bytes: int | None) -> None:
+        with self._lock:
+            if num_bytes is None:
+                self._known.pop(key, None)
+            else:
+                self._known[key] = num_bytes
+                if len(self._known) > MAX_KNOWN:
+                    self._known.popitem(last=False)
+
+    def use(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Count records, a key and its parent's each, as used now."""
-        names = [name_of(self._identity, key, parent) for key, parent in records]
-        self._writer.submit(self._folder.use, names)
+        self._writer.submit(self._use, records)
+
+    def _use(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
+        self._folder.use([name_of(self._identity, key, parent) for key, parent in records])
 
     # ---- reading -------------------------------------------------------------------------
 
@@ -100,11 +130,13 @@ class DiskTier(Generic[Given]):
         try:
             read_record(path, self._identity, key, pieces)
         except FileNotFoundError:
-            return False  # another process evicted it
+            self._note(key, None)  # another process evicted it
+            return False
         except BadRecordError as error:
             with self._lock:
                 self.counters.count_failure("reading a record", error, where=str(path))
             self._folder.remove(name)
+            self._note(key, None)
             return False
         except (OSError, MemoryError, RuntimeError) as error:
             with self._lock:
@@ -136,6 +168,7 @@ class DiskTier(Generic[Given]):
         num_bytes = sum(len(piece) for piece in pieces)
         try:
             written = self._put(name_of(self._identity, key, parent), key, pieces)
+            self._note(key, num_bytes if written is not None else None)
             with self._lock:
                 if written:
                     self.counters.written += 1
@@ -148,7 +181,8 @@ class DiskTier(Generic[Given]):
                 self._queued -= num_bytes
             self._written.append(given)
 
-    def _put(self, name: str, key: bytes, pieces: list[Tensor]) -> bool:
+    def _put(self, name: str, key: bytes, pieces: list[Tensor]) -> bool | None:
+        """Write a record: True, or False if it is there already, None if it has no room."""
         if self._folder.size_of(name) is not None:  # another process wrote it
             self._folder.use([name])
             return False
@@ -157,7 +191,7 @@ class DiskTier(Generic[Given]):
         if found is None:
             with self._lock:
                 self.counters.dropped += 1
-            return False
+            return None
         file, path, evicted = found
         try:
             with file:
@@ -181,13 +215,24 @@ class DiskTier(Generic[Given]):
 
     def forget(self, key: bytes, parent: bytes | None) -> None:
         """Remove a record, behind the writes that are queued."""
-        self._writer.submit(self._folder.remove, name_of(self._identity, key, parent))
+        self._note(key, None)
+        self._writer.submit(self._forget, key, parent)
+
+    def _forget(self, key: bytes, parent: bytes | None) -> None:
+        self._folder.remove(name_of(self._identity, key, parent))
+        self._note(key, None)
 
     def forget_all(self) -> None:
         """Remove all records of this model and format."""
+        self._forget_known()
         self._writer.submit(self._forget_all)
 
+    def _forget_known(self) -> None:
+        with self._lock:
+            self._known.clear()
+
     def _forget_all(self) -> None:
+        self._forget_known()
         try:
             for entry in self._folder.entries():
                 if entry.identity == self._identity.hex()[:16]:
@@ -216,6 +261,7 @@ class DiskTier(Generic[Given]):
     def close(self) -> None:
         """Write what is queued, and end the threads."""
         self._writer.shutdown(wait=True)
+        self._looker.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
 
     def stats(self) -> dict[str, int]:

@@ -231,6 +231,12 @@ class HostTier:
         for record in self._on_way:
             record.copy.wait()
 
+    def wait_for_device(self) -> None:
+        """Wait for the copies on their way from the device, and for none from a tier below."""
+        for record in self._on_way:
+            if record.is_new:
+                record.copy.wait()
+
     def close(self) -> None:
         """Wait for copies on their way, and give the memory back."""
         self.wait()

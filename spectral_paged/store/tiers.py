@@ -7,6 +7,7 @@ disk by a thread, and one that is wanted from disk is read there by a thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 
 from torch import Tensor
 
@@ -16,7 +17,9 @@ from spectral_paged.store.host_tier import HostRecord, HostTier
 
 
 class Tiers:
-    """The tiers of a cache. One thread calls it, and nothing it does waits, but for `close`.
+    """The tiers of a cache. One thread calls it, and only `drain` and `close` wait for the disk.
+
+    Records are known to be there because they were looked for, written or read by this process.
 
     A record's chain is named by its own key and that of the record before it, its parent.
 
@@ -41,17 +44,23 @@ class Tiers:
         self.settle()
         return self.host.version
 
-    def where(self, key: bytes, parent: bytes | None) -> str | None:
-        """The name of the fastest tier that has a record; None if none has it."""
+    def look(self, records: Iterable[tuple[bytes, bytes | None]]) -> Future[None] | None:
+        """Begin to look on disk for records, each a key and its parent's, that host memory has not;
+        None: there is nothing to look for."""
+        wanted = [(key, parent) for key, parent in records if not self.host.is_known(key)]
+        return None if self.disk is None or not wanted else self.disk.look(wanted)
+
+    def where(self, key: bytes) -> str | None:
+        """The name of the fastest tier that is known to have a record; None if none is."""
         if key in self.host:
             return self.host.name
-        if self.disk is not None and self.disk.find(key, parent) is not None:
+        if self.disk is not None and self.disk.known_size(key) is not None:
             return self.disk.name
         return None
 
-    def is_known(self, key: bytes, parent: bytes | None) -> bool:
-        """True if a tier has a record, or it is on its way to one."""
-        return self.host.is_known(key) or self.where(key, parent) is not None
+    def is_known(self, key: bytes) -> bool:
+        """True if a tier is known to have a record, or it is on its way to one."""
+        return self.host.is_known(key) or self.where(key) is not None
 
     def use(self, records: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Count records, each by its key and its parent's, as used now."""
@@ -74,7 +83,7 @@ class Tiers:
         """
         if self.host.is_known(key):
             return self.host.hold(key)
-        size = None if self.disk is None else self.disk.find(key, parent)
+        size = None if self.disk is None else self.disk.known_size(key)
         if self.disk is None or size is None or not self.host.may_hold(size):
             raise KeyError(key)
         disk = self.disk
@@ -101,10 +110,19 @@ class Tiers:
             self.host.let_go(record)
 
     def finish(self) -> None:
-        """Wait for what is on its way to host memory, so that nothing keeps it from the disk."""
+        """Wait for what is on its way from the device, so that nothing keeps it from the disk. What
+        is read from disk meanwhile is not waited for."""
         if self.disk is not None:
+            self.host.wait_for_device()
+            self.settle()
+
+    def drain(self) -> None:
+        """Wait until nothing is on its way to host memory, and all that came is written to disk."""
+        if self.disk is not None:
+            self.disk.flush()  # so that what comes now finds its queue empty
             self.host.wait()
             self.settle()
+            self.disk.flush()
 
     def forget(self, key: bytes, parent: bytes | None) -> None:
         """Remove a record from every tier."""
@@ -118,7 +136,7 @@ class Tiers:
 
     def close(self) -> None:
         """Write what is not written, and give memory and threads back."""
-        self.finish()
+        self.drain()
         if self.disk is not None:
             self.disk.close()
             self.settle()

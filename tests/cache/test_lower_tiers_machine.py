@@ -69,9 +69,9 @@ class TiersMachine(RuleBasedStateMachine):
         if self.folder is not None:
             disk = self.lower.tiers[1]
             disk.flush()
-            for threads in (disk._writer, disk._readers):
+            for threads in (disk._writer, disk._readers, disk._looker):
                 threads.shutdown()
-            disk._writer = disk._readers = NoThread()
+            disk._writer = disk._readers = disk._looker = NoThread()
         self.copier = self.host._copier = LateCopier(most=most, failing=failing)
         self.num_submitted = 0
         ahead = self.lower.moves.ahead
@@ -135,17 +135,20 @@ class TiersMachine(RuleBasedStateMachine):
     def damage_a_file(self, place, lose):
         """A bit is flipped in any records on disk and they are wanted, or another process evicts
         one."""
+        if not lose:
+            self._ask_for_all()  # else it may be that nobody ever wants what is damaged
         files = sorted(self.folder.glob("*.page"))
-        if not files:
-            return
-        first = place % len(files)
+        if lose and files:
+            files[place % len(files)].unlink()
         if lose:
-            files[first].unlink()
             return
-        for path in files[first:]:
+        for path in files:
             data = bytearray(path.read_bytes())
             data[place % len(data)] ^= 1 << place % 8
             path.write_bytes(data)
+        self._ask_for_all()
+
+    def _ask_for_all(self):
         self.host.forget_all()
         self.engine.reset_prefix_cache()
         for family in range(3):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
+
 from spectral_paged.cache import load, read_ahead
 from support.cache_feed import Feed, drive, make
 from support.late_copies import LateCopier
@@ -136,3 +138,51 @@ def test_the_tokens_of_a_request_that_ran_are_not_kept():
     del ids
     gc.collect()
     assert gone() is None
+
+
+def prefetched(cache, seq_id="b"):
+    """Admit a request once its prefix is there; its tokens, and those from host memory."""
+    ready(cache, seq_id, 1800, PROMPT)
+    hit = cache.add_sequence(seq_id, num_prompt_tokens=1800, token_ids=PROMPT)
+    return hit, cache.sequence_stats(seq_id)["host_cached_tokens"]
+
+
+def test_a_request_whose_first_chunk_finds_no_room_says_all_the_same_where_its_prefix_was():
+    cache = warm_cache()
+    assert prefetched(cache) == (1600, 1600)
+    cache.free("b")  # as a scheduler does that could not reserve the chunk
+    assert prefetched(cache) == (1600, 1600)
+    drive(cache, {"b": Feed(1, 1800)}, {"b": 1800}, {"b": 1800})
+    cache.free("b")
+    assert prefetched(cache)[1] == 0, "it is the pool's by now"
+
+
+def test_a_load_that_gave_way_says_where_its_first_part_came_from(monkeypatch):
+    """The second load finds that part in the pool."""
+    cache = warm_cache()
+    monkeypatch.setattr(load, "MAX_BYTES_ON_WAY", 1)
+    host_of(cache)._copier = LateCopier(most=1)
+    ahead = cache._lower.moves.ahead
+    while not (ahead._loads and ahead._loads["b"].came):
+        assert cache.prefetch("b", num_prompt_tokens=1800, token_ids=PROMPT) is False
+    assert cache._lower.give_way()
+    cache._lower.moves.ahead.room_made()
+    assert prefetched(cache) == (1600, 1600)
+
+
+@pytest.mark.parametrize("how", ["reset", "cancel"])
+def test_slots_that_come_free_otherwise_than_by_an_end_are_asked_for_again(how):
+    """A sequence runs, so nothing else would ask."""
+    cache = warm_cache(kv_cache_bytes=900_000)
+    cache.add_sequence("c", num_prompt_tokens=64)
+    drive(cache, {"c": Feed(2, 64)}, {"c": 64}, {"c": 64})
+    loading(cache)
+    if how == "reset":
+        cache.reset_prefix_cache()
+        again = "b"
+    else:
+        assert cache.prefetch("d", num_prompt_tokens=1800, token_ids=PROMPT) is None
+        cache.cancel_prefetch("b")
+        again = "d"
+    assert cache.prefetch(again, num_prompt_tokens=1800, token_ids=PROMPT) is False
+    cache.check_integrity()

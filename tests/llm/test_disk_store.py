@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import threading
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from spectral_paged import LLM, SamplingParams
 from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError
 from spectral_paged.openai.response import usage
-from spectral_paged.store import BadRecordError
-from support.cache_feed import fmt, make
+from spectral_paged.store import BadRecordError, Folder, host_tier
+from support.cache_feed import Feed, drive, fmt, make
+from support.late_copies import LateCopier
+from support.stored_prompts import ready
 from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
 PROMPTS = random_prompts([1300, 1700, 1200])
@@ -148,6 +151,41 @@ def test_requests_finish_where_reads_fail(kept, monkeypatch, error, call):
     assert stats["store_failures"]["disk"] >= 1
 
 
+def test_a_cache_that_is_closed_while_a_prompt_waits_to_be_written_writes_it(tmp_path, monkeypatch):
+    """What may be on its way is less than a prompt."""
+    monkeypatch.setattr(host_tier, "MAX_BYTES_ON_WAY", 60_000)
+    how = {"kv_store": tmp_path, "model_fingerprint": "x", "kv_store_size": 64 << 20}
+    for seq_id in "ab":
+        cache = make(fmt(), **how)
+        if seq_id == "b":
+            break
+        cache._lower.tiers[0]._copier = copier = LateCopier()
+        copier.random.randint = lambda a, b: 10**9
+        drive(cache, {"a": Feed(1, 1800)}, {"a": 1800}, {"a": 1800}, {"a": PROMPTS[1] + [1] * 100})
+        assert cache._lower.moves.behind._noted
+        cache.close()
+    ids = PROMPTS[1] + [1] * 100
+    assert ready(cache, "b", 1800, ids)
+    assert cache.add_sequence("b", num_prompt_tokens=1800, token_ids=ids) == 1600
+    cache.close()
+
+
+def test_no_step_asks_the_file_system(tmp_path, monkeypatch):
+    """A folder may be on a disk that answers late."""
+    run(tmp_path)
+    asked = set()
+
+    def counted(self, name):
+        asked.add(threading.current_thread())
+        return size_of(self, name)
+
+    size_of = Folder.size_of
+    monkeypatch.setattr(Folder, "size_of", counted)
+    _, stats = run(tmp_path)
+    assert stats["prefix_hit_tokens_by_tier"]["disk"]
+    assert asked and threading.current_thread() not in asked
+
+
 def test_requests_finish_where_the_folder_is_gone(tmp_path):
     folder = tmp_path / "s"
     with tiny_llm(tiny_format(), kv_cache_bytes=2 << 20, max_num_seqs=2, kv_store=folder) as llm:
@@ -168,8 +206,6 @@ def test_resetting_the_store_empties_the_folder_of_this_model(tmp_path):
 
 
 def test_threads_end_with_the_llm(tmp_path):
-    import threading
-
     before = threading.active_count()
     run(tmp_path)
     assert threading.active_count() == before
