@@ -227,6 +227,15 @@ class LLM:
         """
         return self._complete(prompt_list(prompts), sampling_params, use_tqdm, lora_request)
 
+    def prefill(self, prompts: Prompt | Iterable[Prompt], **how: Any) -> list[RequestOutput]:
+        """Compute prompts and keep them, in the cache and in all of its store, for later requests.
+
+        Steps wait for the disk. Outputs say in `metrics` what was kept before. `use_tqdm`,
+        `lora_request` and errors are as of `generate`.
+        """
+        with self.cache.keeping_all():
+            return self.generate(prompts, SamplingParams(max_tokens=1), **how)
+
     def _complete(
         self,
         prompts: Sequence[Prompt | Conversation],

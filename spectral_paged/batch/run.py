@@ -112,14 +112,14 @@ def _submit(llm: LLM, line: BatchLine) -> str:
         assert prompt is not None, "a line without an error has a prompt"
         own = {k: v for k, v in llm.sampling_defaults.items() if k not in line.named}
         params = replace(line.params, **own)
-        lora = _lora_of(llm, line)
+        lora = lora_of(llm, line)
     llm.engine.add_request(
         request_id, prompt, params, cache_salt=line.cache_salt, lora_request=lora
     )
     return request_id
 
 
-def _lora_of(llm: LLM, line: BatchLine) -> LoRARequest | None:
+def lora_of(llm: LLM, line: BatchLine) -> LoRARequest | None:
     """Return the adapter that a line names as its model.
 
     Where there are no adapters, a line may name any model, because files are written for others.

@@ -31,6 +31,7 @@ from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
 from spectral_paged.cache.read_ahead import Asking
 from spectral_paged.cache.sealer import Sealer
 from spectral_paged.cache.sequences import SequenceTable, StepRules
+from spectral_paged.cache.store_waiter import StoreWaiter
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
 from spectral_paged.errors import PoolError, shown
@@ -146,6 +147,10 @@ class SpectralKVCache:
     def observe(self, observer: CacheObserver) -> AbstractContextManager[None]:
         """Call `observer`'s methods at every event of the cache while a `with` block runs."""
         return self._observers.joined(observer)
+
+    def keeping_all(self) -> AbstractContextManager[None]:
+        """Wait after each step, while a `with` block runs, until the store has what is complete."""
+        return self._observers.joined(StoreWaiter(self.sealer, self._lower))
 
     def concurrency(self, num_tokens: int) -> int:
         """The sequences of `num_tokens` tokens that fit at once; prompts need a little more."""
@@ -306,10 +311,9 @@ class SpectralKVCache:
         return state.reserve(num_new) or (self._lower.give_way() and state.reserve(num_new))
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
-        """Reserve a whole step; None, with nothing reserved, if the step does not fit now.
+        """Reserve a whole step; None, if it does not fit now, and errors leave nothing reserved.
 
-        An unknown sequence is added with these tokens as its whole prompt; for a longer one call
-        `add_sequence` first. An error of `try_reserve` leaves nothing reserved either.
+        Unknown sequences are added with these tokens as their whole prompt.
         """
         with ExitStack() as undo:
             for seq_id, num_new in new_tokens.items():

@@ -101,6 +101,11 @@ class LowerTiers:
             self.moves.behind.freed(state, forget=forget)
             self.moves.ahead.room_made()
 
+    def finish(self) -> None:
+        """Write what is complete, and wait until the lowest tier has it."""
+        if self.moves is not None:
+            self.moves.behind.finish()
+
     # ---- the whole -----------------------------------------------------------------------
 
     def forget_all(self) -> None:
@@ -116,7 +121,7 @@ class LowerTiers:
         if self.moves is not None:
             self.moves.ahead.give_up()
             if self.moves.tiers.disk is not None:  # else nothing outlives this
-                self.moves.behind.finish()
+                self.finish()
             self.moves.tiers.close()
         self.moves = None
 

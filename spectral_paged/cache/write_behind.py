@@ -193,7 +193,8 @@ class WriteBehind:
                 self._tiers.forget(record.key, record.parent)
 
     def finish(self) -> None:
-        """Write all that is noted to disk, however long it takes."""
+        """Write all that is noted, and wait until the lowest tier has it, however long it takes."""
+        self._tiers.drain()
         while self._noted:
             self.go_on()
             self._tiers.drain()

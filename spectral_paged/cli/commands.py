@@ -11,6 +11,7 @@ from pathlib import Path
 from spectral_paged.cli.generate import add_generate, generate
 from spectral_paged.cli.kept import add_cache, cache
 from spectral_paged.cli.logs import FORMATS, LEVELS, logging_to_stderr
+from spectral_paged.cli.prefill import add_prefill, prefill
 from spectral_paged.cli.store import add_store, store
 from spectral_paged.cli.vllm_args import add_vllm_args, vllm_args
 from spectral_paged.cli.vllm_options import refuse_vllm_options
@@ -46,6 +47,10 @@ def build_parser() -> CommandParser:
     commands = parser.add_subparsers(dest="command", required=True)
     generating = commands.add_parser("generate", help="complete the prompts of a JSONL file")
     add_generate(generating)
+    prefilling = commands.add_parser(
+        "prefill", help="compute the prompts of a JSONL file once, for later runs"
+    )
+    add_prefill(prefilling)
     serving = commands.add_parser("serve", help="answer OpenAI's HTTP requests")
     add_serve(serving)
     add_vllm_args(
@@ -84,7 +89,7 @@ def build_parser() -> CommandParser:
     add_store(commands.add_parser("store", help="show, check or shrink a folder of --kv-store"))
     bench = commands.add_parser("bench", help="measure; raw results are written as JSON")
     throughput = _add_bench(bench)["throughput"]
-    for one in (generating, serving, throughput):
+    for one in (generating, prefilling, serving, throughput):
         refuse_vllm_options(one)
     for one in commands.choices.values():
         group = one.add_argument_group("log, on stderr")
@@ -204,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
     commands = {
         "generate": generate,
+        "prefill": prefill,
         "serve": serve,
         "vllm-args": vllm_args,
         "top": top,

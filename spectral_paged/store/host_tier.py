@@ -58,6 +58,7 @@ class HostTier:
         self._on_way: list[HostRecord] = []  # their copies to the host may not be done
         self._doomed: list[HostRecord] = []  # forgotten, but still read or written
         self._arrived: list[HostRecord] = []  # since `take_arrived`
+        self._handing_on: set[HostRecord] = set()  # arrived, and not written by the tier below
         self._num_arrived = 0
         self.counters = TierCounters()
 
@@ -82,9 +83,12 @@ class HostTier:
 
     @property
     def is_crowded(self) -> bool:
-        """True if so much is on its way here that no other copy may begin now."""
+        """True if so much is on its way here, or waits for the tier below, that no other copy may
+        begin now."""
         self.settle()
-        return sum([record.num_bytes for record in self._on_way]) >= MAX_BYTES_ON_WAY
+        on_way = sum([record.num_bytes for record in self._on_way])
+        waits = sum([record.num_bytes for record in self._handing_on])
+        return on_way >= MAX_BYTES_ON_WAY or 2 * (on_way + waits) > self._memory.num_bytes
 
     def save(self, key: bytes, parent: bytes | None, views: Sequence[Tensor]) -> bool:
         """Begin to copy a record here; False if it is dropped, because the tier `is_crowded`,
@@ -148,9 +152,15 @@ class HostTier:
         return self._memory.pieces(record.frames, record.num_bytes)
 
     def take_arrived(self) -> list[HostRecord]:
-        """The records that came from the device since the last call, each held for the caller."""
+        """The records that came from the device since the last call, each held until the caller
+        says `handed_on`."""
         arrived, self._arrived = self._arrived, []
         return arrived
+
+    def handed_on(self, record: HostRecord) -> None:
+        """The tier below has written a record, or will not."""
+        self._handing_on.discard(record)
+        self.let_go(record)
 
     def _take(self, count: int, parent: bytes | None) -> list[int] | None:
         """Frames, for which ends of chains other than `parent`, without which the new record would
@@ -215,6 +225,7 @@ class HostTier:
                     if record.is_new and self.hands_on:
                         record.readers += 1
                         self._arrived.append(record)
+                        self._handing_on.add(record)
                 elif self._records.get(record.key) is record:
                     self._forget(record.key)
         if self._doomed:
@@ -241,6 +252,7 @@ class HostTier:
         """Wait for copies on their way, and give the memory back."""
         self.wait()
         self._records, self._doomed, self._on_way, self._arrived = {}, [], [], []
+        self._handing_on = set()
         self._order = ChainOrder()
         self._memory.close()
 

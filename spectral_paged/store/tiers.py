@@ -105,9 +105,9 @@ class Tiers:
             kept = self.host.is_known(record.key)  # else it was forgotten meanwhile
             pieces = self.host.pieces(record)
             if not (kept and self.disk.write(record.key, record.parent, pieces, record)):
-                self.host.let_go(record)
+                self.host.handed_on(record)
         for record in self.disk.take_written():
-            self.host.let_go(record)
+            self.host.handed_on(record)
 
     def finish(self) -> None:
         """Wait for what is on its way from the device, so that nothing keeps it from the disk. What
@@ -120,9 +120,11 @@ class Tiers:
         """Wait until nothing is on its way to host memory, and all that came is written to disk."""
         if self.disk is not None:
             self.disk.flush()  # so that what comes now finds its queue empty
-            self.host.wait()
-            self.settle()
+        self.host.wait()
+        self.settle()
+        if self.disk is not None:
             self.disk.flush()
+            self.settle()
 
     def forget(self, key: bytes, parent: bytes | None) -> None:
         """Remove a record from every tier."""

@@ -42,7 +42,7 @@ OF_THE_LIBRARY = {
     "send_seconds",
     "retry_seconds",
 }
-COMMANDS_WITH_AN_LLM = ("serve", "generate")
+COMMANDS_WITH_AN_LLM = ("serve", "generate", "prefill")
 
 
 def parsers(parser, name="spectral-paged"):
@@ -119,7 +119,7 @@ def test_a_field_has_the_same_names_and_reader_at_every_command():
                 kind = (tuple(action.option_strings), action.type)
                 found.setdefault(action.dest, {}).setdefault(kind, []).append(name)
     assert {dest: kinds for dest, kinds in found.items() if len(kinds) > 1} == {}
-    assert found.keys() == ours and len(found["max_num_seqs"].popitem()[1]) == 6
+    assert found.keys() == ours and len(found["max_num_seqs"].popitem()[1]) == 7
 
 
 def test_an_option_is_that_of_a_field_or_of_no_field():
