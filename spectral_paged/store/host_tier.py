@@ -119,7 +119,7 @@ class HostTier:
 
     def _add(self, record: HostRecord) -> None:
         self._records[record.key] = record
-        self._order.add(record.key, record.parent)
+        self._order.add(record.key, None if self.hands_on else record.parent)
         self._on_way.append(record)
 
     def receive(
@@ -164,10 +164,14 @@ class HostTier:
 
     def _take(self, count: int, parent: bytes | None) -> list[int] | None:
         """Frames, for which ends of chains other than `parent`, without which the new record would
-        be of no use, are evicted as needed; None if the rest is busy."""
+        be of no use, are evicted as needed; None if the rest is busy.
+
+        Where a tier below has what is evicted, any record may go, because a chain that is longer
+        than this memory has to pass.
+        """
 
         def may_go(key: bytes) -> bool:
-            return key != parent and not self._records[key].is_busy
+            return (self.hands_on or key != parent) and not self._records[key].is_busy
 
         while (frames := self._memory.take(count)) is None:
             oldest = self._order.oldest(may_go)

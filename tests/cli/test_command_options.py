@@ -210,7 +210,7 @@ def test_an_attribute_without_words_has_no_help_and_a_percent_is_one():
     ],
 )
 def test_names_and_numbers_of_vllm_are_understood(command, words, field, value):
-    first = {"serve": ["tiny"], "generate": ["-i", "a", "-o", "b"]}[command]
+    first = {"serve": ["tiny"], "generate": ["-i", "a", "-o", "b"], "prefill": ["-i", "a"]}[command]
     args = build_parser().parse_args(with_dashes([command, *first, *words.split()]))
     assert given_options(args, LLMOptions) == {field: value}
 

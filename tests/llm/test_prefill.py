@@ -21,7 +21,7 @@ def llm_of(folder=None, **options):
 
 
 def test_every_prompt_is_there_afterwards_however_little_host_memory_there_is(tmp_path):
-    """Nothing is dropped: writing is waited for."""
+    """A prompt is longer than host memory, and nothing is dropped: writing is waited for."""
     with llm_of() as llm:
         plain = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     with llm_of(tmp_path, kv_host_memory=500_000) as llm:
@@ -29,7 +29,7 @@ def test_every_prompt_is_there_afterwards_however_little_host_memory_there_is(tm
         stats = llm.stats()
         assert len(outputs) == len(PROMPTS) and stats["store_dropped_records"]["disk"] == 0
         assert llm.cache._lower.moves.tiers.disk._queued == 0, "all of it is written"
-    with llm_of(tmp_path) as llm:
+    with llm_of(tmp_path, kv_host_memory=500_000) as llm:
         found = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert all(o.metrics.num_cached_tokens >= 1088 for o in found)
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in plain]
