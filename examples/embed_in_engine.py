@@ -79,7 +79,8 @@ class ServingLoop:
 
     def release(self, name, *, forget=False):
         """End a request in any state; `forget`: keep its tokens out of the prefix cache."""
-        self.waiting.pop(name, None)
+        if self.waiting.pop(name, None):
+            self.cache.cancel_prefetch(name)
         if self.running.pop(name, None):
             self.cache.free(name, forget=forget)
             self.crowded = False
@@ -140,8 +141,10 @@ class ServingLoop:
         new = self.waiting[name]
         if self.crowded and self.running:  # before another ends, it would be preempted at once
             return False
-        known = {"token_ids": new.token_ids, "resumed": new.preempted}
-        if self.cache.add_sequence(name, num_prompt_tokens=new.num_prompt_tokens, **known) is None:
+        prompt = {"num_prompt_tokens": new.num_prompt_tokens, "token_ids": new.token_ids}
+        if not self.cache.prefetch(name, **prompt):  # on its way from host memory or disk
+            return False
+        if self.cache.add_sequence(name, **prompt, resumed=new.preempted) is None:
             return False  # the cache has max_num_seqs sequences
         self.running[name] = self.waiting.pop(name)
         return True

@@ -7,7 +7,16 @@ import argparse
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.options import LLMOptions, add_options, given_options
 
-FIELDS = ("kv_format", "calibration", "prefill_segment", "exempt_layers", "max_num_seqs")
+FIELDS = (
+    "kv_format",
+    "calibration",
+    "prefill_segment",
+    "exempt_layers",
+    "max_num_seqs",
+    "kv_host_memory",
+    "kv_store",
+    "kv_store_size",
+)
 
 
 def add_vllm_args(parser: argparse.ArgumentParser) -> None:

@@ -65,6 +65,7 @@ class Evidence:
     preemptions: int = 0
     pages_attended: int = 0
     prefix_hit_tokens: int = 0
+    store_hit_tokens: int = 0
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -182,6 +183,7 @@ class RequestDriver:
             )
         self.evidence.pages_attended = stats["pages_attended"]
         self.evidence.prefix_hit_tokens = stats["prefix_hit_tokens"] + stats["resumed_hit_tokens"]
+        self.evidence.store_hit_tokens = stats["prefix_hit_tokens_by_tier"]["host"]
 
 
 class Calls(CacheObserver):

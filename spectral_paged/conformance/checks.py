@@ -66,6 +66,7 @@ class Conformance:
         "chunk_sizes_change_nothing",
         "preemption_changes_nothing",
         "prefix_hits_change_nothing",
+        "store_hits_change_nothing",
         "released_sequences_leave_nothing",
         "nan_fails_its_own_sequence",
     )
@@ -191,6 +192,25 @@ class Conformance:
         driver.check_empty()
         self._compare_alone(
             first + again, found, "token_ids given to add_sequence, and where num_tokens goes on"
+        )
+        return driver.evidence
+
+    def store_hits_change_nothing(self) -> Evidence:
+        """Prompts that come back from host memory give the tokens of separate runs; in a loop that
+        never calls `prefetch` none comes back, as the evidence shows."""
+        first = self._prompts((1200, 1700))
+        again = [prompt + prompt[:9] for prompt in first] + first
+        config = self._config(kv_host_memory=self._bytes(20_000))
+        driver = RequestDriver(self.make(config), NUM_TOKENS)
+        for wave in (first, again):
+            for prompt in wave:
+                driver.start(prompt)
+            found = driver.finish()
+            driver.adapter.cache.reset_prefix_cache()  # host memory keeps what it has
+        driver.check_empty()
+        driver.adapter.cache.close()
+        self._compare_alone(
+            first + again, found, "that prefetch and add_sequence get the same token_ids and salt"
         )
         return driver.evidence
 

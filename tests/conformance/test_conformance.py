@@ -39,6 +39,7 @@ def test_the_example_is_conformant(kit, check):
         assert evidence.preemptions
     if check == "prefix_hits_change_nothing":
         assert evidence.prefix_hit_tokens
+    assert bool(evidence.store_hit_tokens) == (check == "store_hits_change_nothing")
 
 
 class MovedTable:

@@ -49,6 +49,10 @@ def test_the_options_travel_in_the_additional_config():
         ({"exempt_layers": "0"}, InvalidRequestError, "exempt_layers"),
         ({"exempt_layers": [-1]}, InvalidRequestError, "exempt_layers"),
         ({"exempt_layers": [True]}, InvalidRequestError, "exempt_layers"),
+        ({"kv_host_memory": 1.5}, InvalidRequestError, "kv_host_memory.*32GiB"),
+        ({"kv_host_memory": True}, InvalidRequestError, "kv_host_memory"),
+        ({"kv_store": 7}, InvalidRequestError, "kv_store"),
+        ({"kv_store_size": [1]}, InvalidRequestError, "kv_store_size"),
     ],
 )
 def test_a_value_that_is_not_served_is_refused_at_every_door(options, error, words):
@@ -60,6 +64,15 @@ def test_a_value_that_is_not_served_is_refused_at_every_door(options, error, wor
     for door in doors:
         with pytest.raises(error, match=words):
             door()
+
+
+@pytest.mark.parametrize("store", [{"kv_host_memory": "32GiB"}, {"kv_store": Path("pages")}])
+def test_a_store_is_one_argument(store):
+    args = engine_args(**store)
+    (name,) = store
+    assert PageOptions.of(args["additional_config"]).keeps
+    assert args["additional_config"]["spectral_paged"] == {name: str(store[name])}
+    assert not PageOptions().keeps
 
 
 def test_an_option_that_does_not_exist_is_refused_with_its_neighbour():

@@ -21,6 +21,7 @@ from spectral_paged.integrations.vllm.limits import check_limits, obstacles
 from spectral_paged.kernels.chunk import fa3
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.math.scores import Scores
+from support.late_copies import LateCopier
 from support.vllm_host import (
     LONGEST,
     EngineArgs,
@@ -30,6 +31,13 @@ from support.vllm_host import (
     engine_config,
     flash_attention,
     model_folder,
+)
+
+# with prefix caching, without, and with host memory that a few prompts fill
+KEEPING = (
+    {"enable_prefix_caching": True},
+    {"enable_prefix_caching": False},
+    {"enable_prefix_caching": True, "kv_host_memory": 3 << 20},
 )
 
 
@@ -92,7 +100,7 @@ def test_any_order_of_requests_aborts_and_late_samples_leaves_nothing(folder, da
         megabytes=data.draw(st.sampled_from([5, 8, 24])),
         graphs=data.draw(st.booleans()),
         max_num_seqs=data.draw(st.sampled_from([2, 8])),
-        enable_prefix_caching=data.draw(st.booleans()),
+        **data.draw(st.sampled_from(KEEPING)),
         scheduling_policy=data.draw(st.sampled_from(["fcfs", "priority"])),
     )
     made = 0
@@ -120,6 +128,79 @@ def test_any_order_of_requests_aborts_and_late_samples_leaves_nothing(folder, da
                 if host.scheduler.has_requests():
                     host.step(sample_late=what == "late")
     host.finish(sample_late=data.draw(st.booleans()))
+
+
+def lose_the_pool(host):
+    """Have every prefix in host memory alone, and its copies late."""
+    assert host.scheduler.reset_prefix_cache()
+    copier = host.cache._lower.tiers[0]._copier = LateCopier()
+    return copier
+
+
+def hits(host):
+    return host.runtime.stats()["prefix_hit_tokens_by_tier"]
+
+
+def test_a_prompt_comes_back_from_host_memory_while_others_run(folder):
+    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
+    host.add(host.request("first", tokens(3000), 5))
+    host.finish()
+    copier = lose_the_pool(host)
+    copier.random.randint = lambda a, b: 12  # questions, one a step and copy
+    running = host.request("running", tokens(40, 7), 60)
+    host.add(running)
+    host.step()
+    again = host.request("again", tokens(3000), 5)
+    host.add(again)
+    for _ in range(3):
+        host.step()
+    assert again.num_computed_tokens == 0 and again not in host.scheduler.running
+    assert running in host.scheduler.running and len(running.output_token_ids) >= 2
+    host.finish()
+    assert len(again.output_token_ids) == 5 and len(running.output_token_ids) == 60
+    assert hits(host)["host"] >= 576
+
+
+def test_a_prompt_is_loaded_where_nothing_runs(folder):
+    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
+    host.add(host.request("first", tokens(3000), 5))
+    host.finish()
+    lose_the_pool(host)
+    host.add(*(host.request(f"r{i}", tokens(3000), 5) for i in range(3)))
+    host.finish()
+    assert hits(host)["host"] >= 576
+
+
+def test_a_request_that_is_aborted_while_its_prompt_comes_leaves_nothing(folder):
+    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
+    host.add(host.request("first", tokens(3000), 5))
+    host.finish()
+    lose_the_pool(host).random.randint = lambda a, b: 10**9
+    host.add(host.request("again", tokens(3000), 5))
+    for _ in range(3):
+        host.step()
+    assert any(group.borrowed for group in host.cache.groups)
+    host.abort("again")
+    host.finish()
+    assert not any(group.borrowed for group in host.cache.groups)
+
+
+def test_requests_that_read_no_prefix_load_none(folder):
+    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
+    host.add(host.request("first", tokens(3000), 5))
+    host.finish()
+    lose_the_pool(host)
+    host.add(host.request("all", tokens(3000), 5, prompt_logprobs=1))
+    host.finish()
+    assert hits(host)["host"] == 0
+
+
+def test_adapters_are_refused_beside_a_folder_and_served_beside_host_memory(folder, tmp_path):
+    config = engine_config(folder, kv_host_memory="1GiB", enable_lora=True)
+    check_limits(config)
+    config = engine_config(folder, kv_store=str(tmp_path), enable_lora=True)
+    with pytest.raises(InvalidRequestError, match="kv_store.*adapter"):
+        check_limits(config)
 
 
 def test_vllms_flash_attention_3_is_called_by_its_own_names(monkeypatch):
@@ -372,6 +453,7 @@ def test_a_config_of_engine_args_is_served(folder):
 
 def test_the_flags_of_serve_say_what_engine_args_says(folder):
     options = {"kv_format": "exact", "prefill_segment": 1024, "exempt_layers": (0, 5)}
+    options |= {"kv_host_memory": "2GiB", "kv_store": "/pages", "kv_store_size": 1 << 40}
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     flags = serve_flags(folder, max_num_seqs=32, **options)[1:]
     parsed = EngineArgs.from_cli_args(parser.parse_args(["--model", folder, *flags]))

@@ -162,6 +162,7 @@ class Host:
     Args:
         format: page format of the cache.
         graphs: run decode steps as CUDA graphs would, padded, over static inputs.
+        kv_host_memory: bytes of host memory for prompts that the pages lose.
         check_dense: compare every output with dense attention over all tokens (`exact` only).
     """
 
@@ -173,9 +174,12 @@ class Host:
         format="spectral-int8",
         graphs=False,
         check_dense=False,
+        kv_host_memory=None,
         **config,
     ):
-        self.config = engine_config(folder, kv_format=format, **config)
+        self.config = engine_config(
+            folder, kv_format=format, kv_host_memory=kv_host_memory, **config
+        )
         register_all_kvcache_specs(self.config)
         spec = RowSpec(
             block_size=row_tokens(LONGEST),
@@ -204,6 +208,7 @@ class Host:
             max_model_len=LONGEST,
             enable_prefix_caching=self.config.cache_config.enable_prefix_caching,
             calibration="online" if format == "spectral-int8" else None,
+            kv_host_memory=kv_host_memory,
             debug_poison=True,
         )
         self.runtime = PagedRuntime.current = PagedRuntime(self.cache)

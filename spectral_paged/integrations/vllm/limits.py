@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spectral_paged.errors import InvalidRequestError
-from spectral_paged.integrations.vllm.options import SCHEDULER, SPARE_ROWS, WORKER
+from spectral_paged.integrations.vllm.options import SCHEDULER, SPARE_ROWS, WORKER, PageOptions
 
 ONE_GPU = "pages of one engine lie on one GPU: start one engine a GPU, behind a router"
 
@@ -28,6 +28,11 @@ def obstacles(config: Any) -> Iterator[str]:
         yield (
             "KV connectors and offloading move blocks of vLLM's: drop kv_transfer_config and "
             "kv_offloading_size"
+        )
+    if config.lora_config is not None and PageOptions.of(config.additional_config).kv_store:
+        yield (
+            "kv_store finds pages in later runs, where an adapter of the same name may have other "
+            "weights: drop kv_store or enable_lora; kv_host_memory serves both"
         )
     if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
         yield "KV events name blocks of vLLM's: drop kv_events_config"

@@ -46,6 +46,23 @@ class SpectralKVCacheManager(KVCacheManager):
         super().new_step_starts()
 
     @timed
+    def prefetch(self, request: Request) -> bool | None:
+        """Bring a request's prefix from below the pages; True: it is there, or nothing comes.
+
+        False: on its way. None: no room now.
+        """
+        cache, seq_id = self._runtime.cache, request.request_id
+        self._free_candidate()
+        if request.skip_reading_prefix_cache or seq_id in cache:
+            return True
+        return cache.prefetch(
+            seq_id,
+            num_prompt_tokens=request.num_prompt_tokens,
+            token_ids=request._all_token_ids,
+            cache_salt=_salt(request),
+        )
+
+    @timed
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """Add the request's sequence; its hit is in tokens, and needs no blocks."""
         cache, seq_id = self._runtime.cache, request.request_id
@@ -112,6 +129,7 @@ class SpectralKVCacheManager(KVCacheManager):
         super().free(request)
         seq_id = request.request_id
         self._prompts.pop(seq_id, None)
+        self._runtime.cache.cancel_prefetch(seq_id)
         if seq_id == self._candidate:
             self._candidate = None
         if seq_id in self._runtime.cache:

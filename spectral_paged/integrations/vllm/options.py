@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from spectral_paged.errors import FormatError, InvalidRequestError, shown, suggestion
+from spectral_paged.options import CacheOptions
 from spectral_paged.pages import PRESETS
 
 KEY = "spectral_paged"  # of `additional_config`
@@ -32,12 +33,25 @@ class PageOptions:
         prefill_segment: tokens of a prompt that attend to each other exactly, before blocks behind
             them are read as pages; the most that one step computes of a prompt.
         exempt_layers: numbers of the layers that stay exact.
+        kv_host_memory: bytes of host memory for prompts beyond those that the pages hold, also a
+            text such as `32GiB`; None: none.
+        kv_store: folder in which prompts outlive the process, and which other processes may share;
+            None: none.
+        kv_store_size: most bytes of the folder's records together.
     """
 
     kv_format: str = "auto"
     calibration: str = "auto"
     prefill_segment: int = 2048
     exempt_layers: tuple[int, ...] = ()
+    kv_host_memory: int | str | None = CacheOptions.kv_host_memory
+    kv_store: str | None = None
+    kv_store_size: int | str = CacheOptions.kv_store_size
+
+    @property
+    def keeps(self) -> bool:
+        """True if prompts outlive their pages, in host memory or a folder."""
+        return self.kv_host_memory is not None or self.kv_store is not None
 
     @classmethod
     def of(cls, additional_config: Mapping[str, Any] | None) -> PageOptions:
@@ -86,11 +100,19 @@ class PageOptions:
             raise InvalidRequestError(
                 f"prefill_segment is {shown(self.prefill_segment)}; give tokens"
             )
-        return PageOptions(
-            kv_format=self.kv_format,
+        if not isinstance(self.kv_store, str | Path | None):
+            raise InvalidRequestError(f"kv_store is {shown(self.kv_store)}; give a folder's path")
+        for name in ("kv_host_memory", "kv_store_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | str | None):
+                raise InvalidRequestError(
+                    f"{name} is {shown(value)}; give bytes, or a text such as '32GiB'"
+                )
+        return replace(
+            self,
             calibration=str(self.calibration),
-            prefill_segment=self.prefill_segment,
             exempt_layers=tuple(layers),
+            kv_store=None if self.kv_store is None else str(self.kv_store),
         )
 
     @property

@@ -24,6 +24,7 @@ from spectral_paged.integrations.vllm.rows import RowSpec, row_tokens
 from spectral_paged.integrations.vllm.runtime import PagedRuntime
 from spectral_paged.models.cache_for_model import model_format
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.weights_digest import weights_digest
 
 logger = logging.getLogger("vllm.spectral_paged")
 # what a step with pages needs and vLLM's profile does not see: a chunk's rebuilt history, the
@@ -110,12 +111,13 @@ class SpectralWorker(Worker):
         use_vllm_build()
         model, layers = self.model_runner.get_model(), self.layers
         longest = self.model_config.max_model_len
+        options, ropes = self.page_options, layers.ropes(self.device, longest)
         cache = SpectralKVCache(
             num_layers=len(layers.modules),
             num_q_heads=layers.num_q_heads,
             num_kv_heads=layers.num_kv_heads,
             head_dim=layers.head_dim,
-            rope=layers.ropes(self.device, longest),
+            rope=ropes,
             format=self.page_format,
             device=self.device,
             dtype=self.model_config.dtype,
@@ -126,9 +128,13 @@ class SpectralWorker(Worker):
             # vLLM may look one more request up than it admits
             max_num_seqs=self.scheduler_config.max_num_seqs + 1,
             max_model_len=longest,
-            exempt_layers=self.page_options.exempt_layers,
+            exempt_layers=options.exempt_layers,
+            kv_host_memory=options.kv_host_memory,
+            kv_store=options.kv_store,
+            kv_store_size=options.kv_store_size,
+            model_fingerprint=None if options.kv_store is None else weights_digest(model, ropes),
             calibration=layer_calibration(
-                self.page_options.calibration,
+                options.calibration,
                 self.page_format,
                 self.vllm_config,
                 model,
@@ -157,6 +163,13 @@ class SpectralWorker(Worker):
             longest,
         )
         return cache
+
+    def shutdown(self) -> None:
+        """Write what the store is to keep, and give its memory back."""
+        if PagedRuntime.current is not None:
+            PagedRuntime.current.settle()
+            PagedRuntime.current.cache.close()
+        super().shutdown()
 
     def page_concurrency(self, num_tokens: int) -> int:
         """Return the number of sequences of `num_tokens` tokens that fit at once."""
