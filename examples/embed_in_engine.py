@@ -139,12 +139,10 @@ class ServingLoop:
 
     def _admit(self, name):
         new = self.waiting[name]
-        if self.crowded and self.running:  # before another ends, it would be preempted at once
-            return False
         prompt = {"num_prompt_tokens": new.num_prompt_tokens, "token_ids": new.token_ids}
-        if not self.cache.prefetch(name, **prompt):  # on its way from host memory or disk
-            return False
-        if self.cache.add_sequence(name, **prompt, resumed=new.preempted) is None:
+        # a crowded cache would preempt it at once; without `prefetch` nothing comes from the store
+        ready = not (self.crowded and self.running) and self.cache.prefetch(name, **prompt)
+        if not ready or self.cache.add_sequence(name, **prompt, resumed=new.preempted) is None:
             return False  # the cache has max_num_seqs sequences
         self.running[name] = self.waiting.pop(name)
         return True
