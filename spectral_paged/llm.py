@@ -31,7 +31,7 @@ from spectral_paged.engine import (
     prompt_list,
     take_snapshot,
 )
-from spectral_paged.errors import SpectralPagedError, attach_outputs
+from spectral_paged.errors import SpectralPagedError
 from spectral_paged.models.generation import end_tokens, sampling_defaults
 from spectral_paged.models.given_model import given_model
 from spectral_paged.models.loader import LoadedModel
@@ -245,34 +245,7 @@ class LLM:
     ) -> list[RequestOutput]:
         errors: list[SpectralPagedError] = []
         inbox = self._queue(prompts, sampling_params, lora_request, errors)
-        return self._wait(inbox, len(prompts), errors, use_tqdm)
-
-    def _wait(
-        self, inbox: Inbox, num_prompts: int, errors: list[SpectralPagedError], use_tqdm: bool
-    ) -> list[RequestOutput]:
-        """Run steps until all requests of an inbox have ended; return outputs in prompt order.
-
-        `errors` has those of prompts that were refused.
-        """
-        results: list[RequestOutput | None] = [None] * num_prompts
-        bar = tqdm(total=len(inbox.places), desc="generate", unit="prompt", disable=not use_tqdm)
-        try:
-            for output in self._callers.pieces(inbox, lambda output: [output]):
-                if output.finished:
-                    results[inbox.places[output.request_id]] = output
-                    bar.update()
-                    if output.error is not None:
-                        errors.append(output.error)
-        except BaseException as error:
-            attach_outputs(error, results, "generate ended early")
-            raise
-        finally:
-            bar.close()
-        if errors:
-            first, counts = errors[0], f"{len(errors)} of {num_prompts} requests failed"
-            attach_outputs(first, results, f"{first.request_id}; {counts}")
-            raise first
-        return [r for r in results if r is not None]
+        return self._callers.outputs(inbox, len(prompts), errors, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -349,7 +322,7 @@ class LLM:
         """
         inboxes, self._enqueued = self._enqueued, []
         joined = self._callers.join(inboxes)
-        return self._wait(joined, len(joined.places), [], use_tqdm)
+        return self._callers.outputs(joined, len(joined.places), [], use_tqdm=use_tqdm)
 
     def beam_search(
         self,

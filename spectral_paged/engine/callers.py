@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from spectral_paged.engine.engine import Engine
 from spectral_paged.engine.turns import Turns
-from spectral_paged.errors import SpectralPagedError
+from spectral_paged.errors import SpectralPagedError, attach_outputs
 from spectral_paged.outputs import RequestOutput
 
 Piece = TypeVar("Piece")
@@ -111,6 +113,42 @@ class Callers:
                 self._inboxes.remove(inbox)
                 for request_id in inbox.running:
                     self._engine().abort(request_id)
+
+    def outputs(
+        self,
+        inbox: Inbox,
+        num_prompts: int,
+        errors: list[SpectralPagedError],
+        *,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Run steps until all requests of an inbox have ended; return outputs in prompt order.
+
+        Args:
+            errors: those of prompts that were refused.
+
+        Raises:
+            SpectralPagedError: the first of `errors`, or of a request, after all have ended.
+        """
+        results: list[RequestOutput | None] = [None] * num_prompts
+        bar = tqdm(total=len(inbox.places), desc="generate", unit="prompt", disable=not use_tqdm)
+        try:
+            for output in self.pieces(inbox, lambda output: [output]):
+                if output.finished:
+                    results[inbox.places[output.request_id]] = output
+                    bar.update()
+                    if output.error is not None:
+                        errors.append(output.error)
+        except BaseException as error:
+            attach_outputs(error, results, "generate ended early")
+            raise
+        finally:
+            bar.close()
+        if errors:
+            first, counts = errors[0], f"{len(errors)} of {num_prompts} requests failed"
+            attach_outputs(first, results, f"{first.request_id}; {counts}")
+            raise first
+        return [r for r in results if r is not None]
 
     def _next_pieces(
         self, inbox: Inbox, pieces_of: Callable[[RequestOutput], Iterable[Piece]]
