@@ -124,8 +124,7 @@ class SpectralKVCache:
 
     def close(self) -> None:
         """Write what the store is to keep, and give its memory back. The cache goes on without."""
-        self.sealer.wait()  # blocks with NaN are known then
-        self._lower.close()
+        self._lower.close(self.sealer.wait)
 
     @property
     def format(self) -> PageFormat:

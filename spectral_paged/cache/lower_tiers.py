@@ -12,7 +12,7 @@ A prefix that came back is cached in the pool like any other: admission finds it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spectral_paged.cache.layer_group import LayerGroup
@@ -115,12 +115,17 @@ class LowerTiers:
             self.moves.behind.drop()
             self.moves.tiers.forget_all()
 
-    def close(self) -> None:
+    def close(self, check: Callable[[], object]) -> None:
         """Write to disk what is to be written, and give all memory and threads of the tiers back.
-        Nothing is kept from now on."""
+        Nothing is kept from now on.
+
+        Args:
+            check: makes known which blocks have NaN.
+        """
         if self.moves is not None:
             self.moves.ahead.give_up()
             if self.moves.tiers.disk is not None:  # else nothing outlives this
+                check()
                 self.finish()
             self.moves.tiers.close()
         self.moves = None
