@@ -26,4 +26,5 @@ __all__ = [
     "static_inputs",
     "weight_copies",
     "weight_quantization",
+    "weights_digest",
 ]
