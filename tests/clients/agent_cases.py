@@ -69,7 +69,8 @@ def test_openai_parses_objects_whole_and_streamed(client):
 
 def test_openai_calls_tools_and_takes_their_answers(client):
     talk = [{"role": "user", "content": "How is the weather in Rome?"}]
-    asked = {"model": MODEL, "tools": [TOOL], "max_tokens": 60, "parallel_tool_calls": False}
+    asked = {"model": MODEL, "tools": [TOOL], "max_tokens": 120, "parallel_tool_calls": False}
+    asked["temperature"] = 0
     made = client.chat.completions.create(messages=talk, tool_choice="required", **asked)
     (call,) = made.choices[0].message.tool_calls
     assert weather(**json.loads(call.function.arguments))

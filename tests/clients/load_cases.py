@@ -40,7 +40,9 @@ def test_guidellm_measures(served, tokenizer_folder, tmp_path):
     run([*words, "--disable-console-interactive"])
     (report,) = json.loads(out.read_text())["benchmarks"]
     totals = report["metrics"]["request_totals"]
-    assert (totals["successful"], totals["errored"]) == (4, 0)
+    # guidellm counts to four requests that it sent, and may cancel the last of them
+    assert totals["errored"] == 0 and totals["successful"] >= 3
+    assert totals["successful"] + totals["incomplete"] == 4
 
 
 @pytest.mark.skipif(not (VLLM / "vllm").exists(), reason="`make vllm` fetches vLLM")
