@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Given = TypeVar("Given")
 NUM_READERS = 4
 MAX_KNOWN = 1 << 18  # records that are remembered as there
-MAX_BYTES_QUEUED = 1 << 30  # of records that wait to be written; one always passes
+MAX_BYTES_QUEUED = 8 << 30  # of records that wait to be written, in host memory; one always passes
 
 
 class DiskRead:
