@@ -87,6 +87,19 @@ def bench_steps(args: argparse.Namespace) -> int:
     )
 
 
+def bench_host(args: argparse.Namespace) -> int:
+    """Time what decode steps cost the host, without a model."""
+    from spectral_paged.benchmarks import host
+
+    return host.main(
+        formats=args.format or host.FORMATS,
+        batches=args.batch or host.BATCHES,
+        device=args.device,
+        name=args.name,
+        output_dir=args.output_dir,
+    )
+
+
 def bench_prompts(args: argparse.Namespace) -> int:
     """Time attention of prompt chunks by every backend, and prompts in the engine."""
     from spectral_paged.benchmarks.prompts import attention, engine, run
@@ -221,6 +234,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_unsloth(args)
     if args.bench == "steps":
         return bench_steps(args)
+    if args.bench == "host":
+        return bench_host(args)
     if args.bench == "prompts":
         return bench_prompts(args)
     if args.bench == "capacity":

@@ -76,6 +76,7 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     _add_served(benches.add_parser("served", help="needles and divergence through whole engines"))
     _add_store(benches.add_parser("store", help="prompts that come back from host memory and disk"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
+    _add_host(benches.add_parser("host", help="what a decode step costs the host, without a model"))
     _add_prompts(benches.add_parser("prompts", help="how fast prompts are computed, and by what"))
     _add_unsloth(
         benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
@@ -209,6 +210,16 @@ def _add_steps(parser: Parser) -> None:
         help="tokens of a sequence; default: 128",
     )
     _add_llm_options(parser, "kv_cache_bytes")
+    _add_name(parser)
+    _add_output_dir(parser)
+
+
+def _add_host(parser: Parser) -> None:
+    _add_llm_options(parser, "device")
+    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    _add_repeatable(
+        parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 64, 256"
+    )
     _add_name(parser)
     _add_output_dir(parser)
 

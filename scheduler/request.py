@@ -94,5 +94,5 @@ class Request:
     @property
     def num_to_compute(self) -> int:
         """The number of tokens that are to be computed so far, stored ones included."""
-        longest = self.max_num_tokens
-        return 0 if longest is not None and self.num_tokens >= longest else self.num_tokens
+        longest, count = self.max_num_tokens, len(self.token_ids) + self.num_pending
+        return 0 if longest is not None and count >= longest else count

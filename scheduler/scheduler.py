@@ -44,6 +44,7 @@ class Cache(Protocol):
     def chunk_limit(self, seq_id: str) -> int: ...
     def seals_due(self, seq_id: str, num_new: int) -> int: ...
     def num_tokens(self, seq_id: str) -> int: ...
+    def progress(self, seq_ids: list[str]) -> tuple[list[int], list[bool]]: ...
     def sequence_stats(self, seq_id: str) -> Mapping[str, float]: ...
     def free(self, seq_id: str, *, forget: bool = False) -> None: ...
     def reset_prefix_cache(self) -> int: ...
@@ -171,23 +172,37 @@ class Scheduler:
         return output
 
     def _schedule_running(self, output: SchedulerOutput, budget: _Budget) -> None:
+        running = list(self.running)
+        stored, quiet = self.cache.progress([request.request_id for request in running])
+        left = [request.num_to_compute - n for request, n in zip(running, stored, strict=True)]
         # requests with one token left come first, so that a long prompt never delays them
-        order = [(self._remaining(request), request) for request in self.running]
-        order.sort(key=lambda pair: pair[0] > 1)
-        for remaining, request in order:
+        single = [i for i, count in enumerate(left) if count == 1]
+        several = [i for i, count in enumerate(left) if count > 1]
+        if len(single) > budget.tokens:
+            quiet = [False] * len(running)  # then the oldest of them go first
+        # of a quiet sequence nothing is to be reserved
+        visits = [i for i in single if not quiet[i]] + several
+        budget.tokens -= len(single) - (len(visits) - len(several))
+        chosen = {running[i].request_id: 1 for i in single if quiet[i]}
+        for i in visits:
+            request = running[i]
             if request.status is not RequestStatus.RUNNING:
                 continue  # an earlier request of this loop preempted it
-            num_new, seals = self._chunk(request, remaining, budget)
+            num_new, seals = self._chunk(request, left[i], budget)
             if num_new == 0:
                 continue
             while not self.cache.try_reserve(request.request_id, num_new):
                 victim = self.running[-1]
-                self._preempt(victim, request, num_new, output, budget)
+                self._preempt(victim, request, num_new, chosen, output, budget)
                 if victim is request:
                     break
             else:
                 budget.take(num_new, seals)
-                output.new_tokens[request.request_id] = num_new
+                chosen[request.request_id] = num_new
+        if any(not quiet[i] for i in single):  # back into order
+            names = [running[i].request_id for i in (*single, *several)]
+            chosen = {name: chosen[name] for name in names if name in chosen}
+        output.new_tokens = chosen
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
         output.num_loading = 0  # requests whose prefix is on its way let others pass
@@ -253,14 +268,19 @@ class Scheduler:
         victim: Request,
         needy: Request,
         num_new: int,
+        chosen: dict[str, int],
         output: SchedulerOutput,
         budget: _Budget,
     ) -> None:
-        """Free the slots of `victim`, because `needy` finds none for `num_new` tokens."""
+        """Free the slots of `victim`, because `needy` finds none for `num_new` tokens.
+
+        Args:
+            chosen: new tokens of the step so far, by request.
+        """
         reason = PreemptionReason.OWN_TOKENS if victim is needy else PreemptionReason.OLDER
         dropped = self.cache.num_tokens(victim.request_id)
-        if victim.request_id in output.new_tokens:
-            taken = output.new_tokens.pop(victim.request_id)
+        if victim.request_id in chosen:
+            taken = chosen.pop(victim.request_id)
             budget.give_back(taken, self.cache.seals_due(victim.request_id, taken))
             self.cache.cancel_reservation(victim.request_id)
         self.running.remove(victim)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Unpack
@@ -362,7 +361,8 @@ class LLM:
         Closing the iterator aborts running requests. A refused prompt raises before any piece. A
         request that fails while it runs yields a last piece with its error.
         """
-        inbox = self._queue(prompt_list(prompts), sampling_params, lora_request, None)
+        kind, listed = RequestOutputKind.CUMULATIVE, prompt_list(prompts)
+        inbox = self._queue(listed, sampling_params, lora_request, None, kind)
         deltas = TextDeltas(self.engine)
         yield from self._callers.pieces(inbox, lambda o: deltas.of(o, inbox.places[o.request_id]))
 
@@ -372,11 +372,12 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams | None] | None,
         lora_request: LoRARequests,
         errors: list[SpectralPagedError] | None,
+        kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
     ) -> Inbox:
         params = params_list(sampling_params, len(prompts), self.get_default_sampling_params())
         loras = lora_list(lora_request, len(prompts))
         self.engine.grammars.prepare(p.structured_outputs for p in params)
-        parts = zip(prompts, params, loras, strict=True)
+        parts = zip(prompts, [p.told_as(kind) for p in params], loras, strict=True)
         return self._callers.queue([partial(self._submit, *part) for part in parts], errors)
 
     def _submit(
@@ -392,8 +393,6 @@ class LLM:
                     **prompt.options,
                 )
             body, salt, pinned = parts_of(prompt)
-            if params.output_kind is not RequestOutputKind.CUMULATIVE:  # pieces are cut of those
-                params = replace(params, output_kind=RequestOutputKind.CUMULATIVE)
         self.engine.add_request(
             request_id, body, params, cache_salt=salt, pinned_spans=pinned, lora_request=lora
         )

@@ -206,7 +206,9 @@ def serve_with_pages(
     times = Times()
     begin = time.perf_counter()
     for i, job in enumerate(jobs):
-        params = SamplingParams(temperature=0.0, max_tokens=job.output_len, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=job.output_len, ignore_eos=True, detokenize=False
+        )
         llm.engine.add_request(str(i), job.prompt_token_ids, params)
     most = 0
     while llm.engine.has_unfinished():

@@ -11,6 +11,9 @@ from spectral_paged.cache.build import (
 from spectral_paged.cache.cache import (
     SpectralKVCache,
 )
+from spectral_paged.cache.decode_rows import (
+    DecodeRows,
+)
 from spectral_paged.cache.encoder import (
     Encoder,
 )
@@ -22,7 +25,6 @@ from spectral_paged.cache.history import (
 )
 from spectral_paged.cache.index import (
     HISTORY_TOKENS,
-    DecodeRows,
     GroupStep,
     StepIndex,
 )

@@ -27,10 +27,11 @@ from spectral_paged.cache.index import GroupStep, OpenStep
 from spectral_paged.cache.layer_spec import Ropes, Windows, layer_specs
 from spectral_paged.cache.observer import CacheObserver, Observers
 from spectral_paged.cache.pins import Spans, pinned_blocks
-from spectral_paged.cache.plan import PlanEntry, StepPlan, StepReport
+from spectral_paged.cache.plan import StepPlan, StepReport
 from spectral_paged.cache.read_ahead import Asking
 from spectral_paged.cache.sealer import Sealer
 from spectral_paged.cache.sequences import SequenceTable, StepRules
+from spectral_paged.cache.step_sequences import StepSequences
 from spectral_paged.cache.store_waiter import StoreWaiter
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
@@ -240,6 +241,10 @@ class SpectralKVCache:
         """The number of tokens whose K and V are stored for a sequence."""
         return self._sequences.by_id[seq_id].num_tokens
 
+    def progress(self, seq_ids: list[str]) -> tuple[list[int], list[bool]]:
+        """The tokens stored of each sequence, and True where one more needs no reservation."""
+        return self._sequences.progress(seq_ids)
+
     @property
     def num_sequences(self) -> int:
         """The number of sequences that are held."""
@@ -332,15 +337,14 @@ class SpectralKVCache:
 
     def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
         """The plan of a step over sequences whose tokens are reserved already."""
-        held = self._sequences.by_id
-        return StepPlan(tuple(PlanEntry(s, held[s].num_tokens, n) for s, n in new_tokens.items()))
+        return self._sequences.plan(new_tokens)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Open a step: find the slots of its tokens and commit the tables."""
         if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
-        sequences = [self._sequences.by_id[entry.seq_id] for entry in plan.entries]
-        overdue = [state for state in sequences if state.overdue]
+        sequences = StepSequences(plan, self._sequences)
+        overdue = [state for state in sequences.visited() if state.overdue]
         if overdue:  # their next queries must see these blocks as pages
             with self.clock.section("seal"):
                 self.sealer.seal_due(overdue)
@@ -373,9 +377,8 @@ class SpectralKVCache:
     def abort_step(self) -> None:
         """Drop a step that failed before `end_step`; its tokens do not count as stored."""
         step, self.open_step = self.open_step, None
-        for state in step.sequences if step is not None else ():
-            if not state.removed:
-                state.cancel()
+        if step is not None:
+            step.sequences.cancel()
 
     def _step_for(self, what: str) -> OpenStep:
         if self.open_step is None:
@@ -391,18 +394,15 @@ class SpectralKVCache:
         step = self._step_for("end_step")
         self.open_step = None
         self.sealer.wait()
-        pairs = zip(step.plan.entries, step.sequences, strict=True)
-        held = [(entry, state) for entry, state in pairs if not state.removed]
-        for entry, state in held:
-            if not state.ran:
-                self.counters.count_prefix(state)
-            state.store(entry.num_new)
+        gone, visited = step.sequences.gone(), step.sequences.visited()
+        step.sequences.store(gone, self.counters)
         with self.clock.section("seal"):
-            self.sealer.seal_due([state for _, state in held])
-        if self._lower.moves is not None:
-            self._lower.step_ended([state for _, state in held])
+            self.sealer.seal_due(visited)
+        self._lower.step_ended(visited)
+        for state in visited:
+            state.settle()
         report = self.sealer.take_report()
-        self._observers.ended(StepPlan(tuple([entry for entry, _ in held])), report)
+        self._observers.ended(step.plan if gone is None else step.plan.without(gone), report)
         return report
 
     def settle(self) -> StepReport:

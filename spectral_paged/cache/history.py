@@ -23,7 +23,7 @@ def read_history(cache: SpectralKVCache, layer: int) -> list[tuple[Tensor, Tenso
     place, group = next((i, g) for i, g in enumerate(cache.groups) if layer in g.layers)
     chunks, flat = [], 0
     step = cache.open_step
-    for entry, state in zip(step.plan.entries, step.sequences, strict=True):
+    for entry, state in zip(step.plan.entries, step.sequences.states, strict=True):
         slots = state.slots[place]
         runs = slots.runs(entry.start + entry.num_new)  # by position, unlike those of attention
         chunks.append(Chunk(flat, entry.num_new, slots.row, runs))

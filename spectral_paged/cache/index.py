@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_paged.cache.decode_rows import DecodeRows
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.plan import StepPlan
-from spectral_paged.cache.sequence_slots import SequenceSlots
-from spectral_paged.cache.sequences import SequenceState
+from spectral_paged.cache.step_sequences import StepSequences
 from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans
@@ -32,7 +32,6 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
 from spectral_paged.kernels.rebuild.reference import PagePlaces
 
 Array = np.ndarray[Any, Any]
-Column = TypeVar("Column")  # an array, a tensor, or a list
 
 HISTORY_TOKENS = 32_768  # keys that chunks attend to at once, unless a single one has more
 
@@ -60,35 +59,12 @@ class Chunk:
         return self.num_keys == self.num_new
 
 
-class DecodeRows(NamedTuple, Generic[Column]):
-    """The columns of a decode step, int32 `[N]` each: N sequences with one new token each.
-
-    The host's index, the inputs of a CUDA graph and `DecodeBatch` all take the columns from here,
-    in this order.
-
-    append_unit, append_offset: the new token's exact page (its unit; negative: the token is not
-        stored) and its place in that page.
-    table_row: the sequence's row of the group's tables.
-    exact, blocks: numbers of exact tokens (the new one included) and of page table entries to read.
-    first_exact, first_visible: the first token that the query sees, as a count of tokens in its
-        sequence's exact pages, and as a position; 0 without a window.
-    """
-
-    append_unit: Column
-    append_offset: Column
-    table_row: Column
-    exact: Column
-    blocks: Column
-    first_exact: Column
-    first_visible: Column
-
-
 @dataclass(slots=True)
 class StepIndex:
     """The places of a plan's tokens by a group's tables, on the host.
 
-    append: int32 `[2, T]`, each new token's exact page (its unit) and its place in that page.
-    decode: int32 `[7, N]`, the `DecodeRows` of sequences with one new token.
+    append: `[2, T]`, each new token's exact page (its unit) and its place in that page.
+    decode: `[7, N]`, the `DecodeRows` of sequences with one new token.
     tokens: places of those N tokens in the flat batch.
     num_blocks: page table entries that those sequences read together; 0 if none has a page.
     chunks: the other sequences.
@@ -97,53 +73,46 @@ class StepIndex:
 
     append: Array
     decode: Array
-    tokens: list[int]
+    tokens: Array
     num_blocks: int
     chunks: list[Chunk]
     pages_attended: int
 
     @classmethod
-    def of(cls, group: LayerGroup, plan: StepPlan, held: Sequence[SequenceSlots]) -> StepIndex:
-        """The index of `plan` in `group`; `held` are the slots of the plan's sequences."""
-        table, window = group.exact_table.host.numpy(), group.window
-        tokens: list[int] = []
-        chunks: list[Chunk] = []
-        places: list[Array] = []  # units and offsets of each chunk's tokens
-        columns: DecodeRows[list[int]] = DecodeRows([], [], [], [], [], [], [])
-        units, offsets, table_rows, exact, blocks, first_exact, first_visible = columns
-        flat = num_pages = visible = hidden = 0
-        for entry, slots in zip(plan.entries, held, strict=True):
-            first = entry.start - slots.tail_start  # place of the token among the exact ones
-            if entry.num_new == 1:
-                if window is not None:
-                    visible = max(0, entry.start + 1 - window)
-                    hidden = slots.exact_before(visible)
-                row = slots.row
-                tokens.append(flat)
-                units.append(table.item(row, first // EXACT_PAGE_TOKENS))
-                offsets.append(first % EXACT_PAGE_TOKENS)
-                table_rows.append(row)
-                exact.append(first + 1)
-                blocks.append(slots.num_sealed)
-                first_exact.append(hidden)
-                first_visible.append(visible)
-                num_pages += slots.num_sealed_pages
-            else:
-                inside = np.arange(first, first + entry.num_new)
-                units_of = table[slots.row, inside // EXACT_PAGE_TOKENS]
-                places.append(np.stack((units_of, inside % EXACT_PAGE_TOKENS)))
-                runs = slots.chunk_runs(entry.start + entry.num_new)
-                chunks.append(Chunk(flat, entry.num_new, slots.row, runs))
-            flat += entry.num_new
-        decode = np.array(columns, np.int32)
-        append = decode[:2]
-        if chunks:
-            append = np.empty((2, flat), np.int32)
-            append[:, tokens] = decode[:2]
-            for chunk, where in zip(chunks, places, strict=True):
-                append[:, chunk.flat_start : chunk.flat_start + chunk.num_new] = where
+    def of(
+        cls, group: LayerGroup, place: int, plan: StepPlan, sequences: StepSequences
+    ) -> StepIndex:
+        """The index of `plan` in `group`, the cache's at `place`."""
+        states, rows, starts = sequences.states, sequences.rows, plan.starts
+        if plan.is_decode:
+            decode, num_pages = group.decode_table.at(
+                rows, starts, lambda i: states[i].slots[place]
+            )
+            num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
+            return cls(decode[:2], decode, np.arange(len(rows)), num_blocks, [], num_pages)
+        single = (plan.counts == 1).nonzero()[0]
+        decode, num_pages = group.decode_table.at(
+            rows[single], starts[single], lambda i: states[single[i]].slots[place]
+        )
+        num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
+        flat = np.cumsum(plan.counts) - plan.counts  # where each sequence's tokens begin
+        tokens = flat[single]
+        append = np.empty((2, plan.num_tokens), np.int32)
+        append[:, tokens] = decode[:2]
+        table = group.exact_table.host.numpy()
+        chunks = []
+        for i in (plan.counts > 1).nonzero()[0].tolist():
+            slots, start = states[i].slots[place], int(starts[i])
+            begin, num_new = int(flat[i]), int(plan.counts[i])
+            first = start - slots.tail_start  # place of the first token among the exact ones
+            inside = np.arange(first, first + num_new)
+            append[:, begin : begin + num_new] = (
+                table[slots.row, inside // EXACT_PAGE_TOKENS],
+                inside % EXACT_PAGE_TOKENS,
+            )
+            chunks.append(Chunk(begin, num_new, slots.row, slots.chunk_runs(start + num_new)))
         attended = num_pages + sum([chunk.num_pages for chunk in chunks])
-        return cls(append, decode, tokens, sum(blocks) if num_pages else 0, chunks, attended)
+        return cls(append, decode, tokens, num_blocks, chunks, attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,13 +252,13 @@ class GroupStep:
         device = group.exact_table.device.device
         num_tokens = index.append.shape[1]
         decode = tokens = None
-        if index.tokens:
+        if len(index.tokens):
             rows = DecodeRows(*upload_rows(index.decode, device))
-            num_exact = DecodeRows(*index.decode).exact.tolist()
+            num_exact = DecodeRows(*index.decode).exact
             decode = DecodeBatch.of(
                 group,
                 rows,
-                max_exact_pages=sum([-(-count // EXACT_PAGE_TOKENS) for count in num_exact]),
+                max_exact_pages=int((-(-num_exact // EXACT_PAGE_TOKENS)).sum()),
                 max_blocks=index.num_blocks,
                 ops=ops,
             )
@@ -339,22 +308,21 @@ class OpenStep:
 
     Attributes:
         plan: the sequences and tokens of the step.
-        sequences: states of the plan's entries.
+        sequences: those of the plan's entries.
         index: the places of the step's tokens, one item a group.
     """
 
     def __init__(
         self,
         plan: StepPlan,
-        sequences: Sequence[SequenceState],
+        sequences: StepSequences,
         groups: Sequence[LayerGroup],
         ops: PageOps,
     ) -> None:
         self.plan = plan
         self.sequences = sequences
         self.index = [
-            StepIndex.of(group, plan, [state.slots[place] for state in sequences])
-            for place, group in enumerate(groups)
+            StepIndex.of(group, place, plan, sequences) for place, group in enumerate(groups)
         ]
         self._args = groups, ops
         self._steps: list[GroupStep] | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.cache.borrowed_slots import BorrowedSlots
+from spectral_paged.cache.decode_rows import DecodeTable
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.retention import Retention
 from spectral_paged.cache.sequence_slots import SequenceSlots
@@ -64,6 +65,7 @@ class LayerGroup:
         self._places = {layer: i for i, layer in enumerate(layers)}
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
+        self.decode_table = DecodeTable(self.exact_table, self.page_table, self.window)
         self._held: dict[int, SequenceSlots] = {}  # by row
         self.borrowed: list[BorrowedSlots] = []  # slots that no sequence holds
         arena.slots.on_move = WeakMethod(self._follow_moves)

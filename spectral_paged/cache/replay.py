@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from spectral_paged.cache.cache import SpectralKVCache
-from spectral_paged.cache.index import DecodeBatch, DecodeRows, GroupStep, StepIndex
+from spectral_paged.cache.decode_rows import DecodeRows
+from spectral_paged.cache.index import DecodeBatch, GroupStep, StepIndex
 from spectral_paged.cache.layer_group import LayerGroup
 
 

@@ -168,7 +168,8 @@ class Sealer:
                 continue
             for state, error in check.failed().items():
                 if not state.removed:
-                    state.error = self.unreported.failed[state.seq_id] = error
+                    state.fail(error)
+                    self.unreported.failed[state.seq_id] = error
         self._checks = kept
 
     def _encode(self, group: LayerGroup, due: list[DueBlock]) -> SealCheck:

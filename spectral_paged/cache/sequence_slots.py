@@ -92,8 +92,8 @@ class SequenceSlots(TokenPlaces):
         finally:
             if not grown:  # not now, or something raised
                 self.shrink(*before)
-        if grown:
-            self._write_rows(before[0])
+        if grown:  # the page table shows no reserved page, so it stays as it is
+            self._write_exact(before[0])
         return grown
 
     def _allocate(self, held: list[int], wanted: int, kind: SlotKind) -> bool:
@@ -110,7 +110,7 @@ class SequenceSlots(TokenPlaces):
         for held, wanted in ((self.exact, num_exact), (self.pages, num_pages)):
             while len(held) > wanted:
                 self._arena.slots.release(held.pop())
-        self._write_rows(num_exact)
+        self._write_exact(num_exact)
 
     def cancel(self, num_tokens: int) -> None:
         """Release the slots reserved for tokens past `num_tokens`."""
@@ -127,7 +127,7 @@ class SequenceSlots(TokenPlaces):
         self.first_page = first
         for slot in gone:
             self._arena.slots.release(slot)
-        self._write_rows(0)
+        self._write_rows()
 
     def free(self, chain: PrefixChain | None = None) -> None:
         """Release every slot, the end of the sequence first and its landmarks last.
@@ -169,14 +169,14 @@ class SequenceSlots(TokenPlaces):
             if not self._allocate(self.exact, num_exact, SlotKind.EXACT):
                 return False
             self._arena.copy(SlotKind.EXACT, parent.exact[num_exact - 1], self.exact[-1])
-        self._write_rows(0)
+        self._write_rows()
         return True
 
     def rename(self, names: dict[SlotKind, dict[int, int]]) -> None:
         """Replace the ids of slots that the pool moved; `names` has new ids by kind and old id."""
         self.exact[:] = [names[SlotKind.EXACT].get(s, s) for s in self.exact]
         self.pages[:] = [names[SlotKind.PAGE].get(s, s) for s in self.pages]
-        self._write_rows(0)
+        self._write_rows()
 
     # ---- tables --------------------------------------------------------------------------
 
@@ -186,9 +186,12 @@ class SequenceSlots(TokenPlaces):
         by_position = self.retention.window is not None
         return self.runs(num_tokens) if by_position else self.runs_by_kind(num_tokens)
 
-    def _write_rows(self, first_exact: int) -> None:
-        self._exact_table.write(self.row, first_exact, self._exact_row(first_exact))
+    def _write_rows(self) -> None:
+        self._write_exact(0)
         self._page_table.write(self.row, 0, self._page_row())
+
+    def _write_exact(self, first: int) -> None:
+        self._exact_table.write(self.row, first, self._exact_row(first))
 
     def _exact_row(self, first_exact: int) -> list[int]:
         """The units of the exact pages from index `first_exact` on."""
@@ -240,7 +243,7 @@ class SequenceSlots(TokenPlaces):
                 self._attach_slot(self.exact, self.cached_exact(chain, index))
         self.num_sealed = self._num_attached = sealed
         self._num_published = num_tokens // EXACT_PAGE_TOKENS
-        self._write_rows(0)
+        self._write_rows()
 
     def _attach_slot(self, held: list[int], slot: int | None) -> None:
         assert slot is not None, "the hit was checked"
@@ -344,4 +347,4 @@ class SequenceSlots(TokenPlaces):
         self.num_sealed = num_sealed
         for slot in reversed(replaced):
             self._arena.slots.release(slot)
-        self._write_rows(0)
+        self._write_rows()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
+
 from spectral_paged.cache.cache_basis import CacheBasis
 from spectral_paged.cache.layer_group import LayerGroup
+from spectral_paged.cache.plan import StepPlan
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.prefix_hit import longest_hit, prefix_chain
+from spectral_paged.cache.row_counts import Array, RowCounts, next_edge
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.visibility import NEVER, Visibility
 from spectral_paged.errors import CapacityError, NonFiniteError, PoolError, shown
+from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,36 +27,48 @@ class StepRules:
     visibility: rule for the blocks that queries see as pages.
     max_num_tokens: the most tokens of a sequence.
     longest_chunk: the most tokens of a sequence that one step computes, whatever they see.
+    windows: the windows of the layer groups.
     """
 
     visibility: Visibility
     max_num_tokens: int
     longest_chunk: int
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, groups: Iterable[LayerGroup], visibility: Visibility, max_num_tokens: int) -> Self:
         """The rules of a cache of these groups; windows slide between steps, so that where a group
         has one, a chunk ends with its segment's length."""
-        slides = any(group.window is not None for group in groups)
-        return cls(visibility, max_num_tokens, (slides and visibility.segment) or NEVER)
+        windows = tuple(group.window for group in groups if group.window is not None)
+        longest = visibility.segment if windows and visibility.segment else NEVER
+        return cls(visibility, max_num_tokens, longest, windows)
+
+    def quiet_until(self, position: int) -> int:
+        """The first position from `position` on whose token may change more than counts.
+
+        All that happens while a sequence generates happens where a span of 64 tokens begins or
+        ends, of its own tokens or of those that have left a window.
+        """
+        edges = [next_edge(position, window - 1) for window in self.windows]
+        return min(next_edge(position), self.max_num_tokens, *edges)
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One sequence of a cache; `slots` has one item a group, and `num_tokens` counts the tokens
-    whose K and V are stored.
+    """One sequence of a cache; `slots` has one item a group.
 
+    counts: the counts of all rows, of which `row` is the sequence's.
     rules: the bounds on its steps, the same for all sequences of the cache.
     """
 
     seq_id: str
     row: int
     slots: list[SequenceSlots]
+    counts: RowCounts
     rules: StepRules
     num_prompt_tokens: int
     token_ids: Sequence[int] | None
     chain: PrefixChain | None = None
-    num_tokens: int = 0
     pinned: tuple[int, ...] = ()  # blocks that stay exact
     num_cached_tokens: int = 0
     cached_below: dict[str, int] = field(default_factory=dict)  # of these, by tier below the pool
@@ -61,6 +78,38 @@ class SequenceState:
     removed: bool = False  # another sequence may have its id by now
     overdue: bool = False  # an error interrupted the seals of its last step
     error: NonFiniteError | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens whose K and V are stored."""
+        return int(self.counts.num_tokens[self.row])
+
+    @num_tokens.setter
+    def num_tokens(self, count: int) -> None:
+        self.counts.num_tokens[self.row] = count
+
+    @property
+    def is_quiet(self) -> bool:
+        """True if one more token changes the sequence's counts, and nothing else."""
+        return bool(self.counts.num_tokens[self.row] < self.counts.quiet_until[self.row])
+
+    def fail(self, error: NonFiniteError) -> None:
+        """Take no more tokens."""
+        self.error = error
+        self.counts.quiet_until[self.row] = 0
+
+    def settle(self) -> None:
+        """Find, after a step that visited the sequence, how long it is quiet."""
+        count, row = self.num_tokens, self.row
+        generates = self.error is None and count >= self.num_prompt_tokens
+        # token ids may come late, and full pages are published once they are there
+        late = self.chain is not None and len(self.chain) < count // EXACT_PAGE_TOKENS
+        self.counts.has_block[row] = generates and any(
+            slots.retention.seals and slots.complete(count) is not None for slots in self.slots
+        )
+        self.counts.quiet_until[row] = (
+            self.rules.quiet_until(count) if generates and not late else 0
+        )
 
     def visible_blocks(self, num_new: int = 0) -> int:
         """The number of blocks that the query after `num_new` more tokens sees as pages."""
@@ -88,6 +137,8 @@ class SequenceState:
             ValueError: no tokens, or across a change of view.
             CapacityError: more tokens than a sequence may have.
         """
+        if num_new == 1 and self.is_quiet:
+            return True
         if self.error is not None:
             raise PoolError(f"sequence {shown(self.seq_id)} failed: {self.error}") from self.error
         if num_new < 1:
@@ -136,6 +187,15 @@ class SequenceState:
             slots.slide(self.num_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences in the order of a step; `rows`, int64 `[N]`, are theirs of the tables."""
+
+    seq_ids: list[str]
+    states: list[SequenceState]
+    rows: Array
+
+
 class SequenceTable:
     """The sequences of a cache by id, and the rows of the block tables that are free.
 
@@ -163,6 +223,26 @@ class SequenceTable:
         self._prefix_caching = prefix_caching
         self._num_rows = max_num_seqs
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.counts = RowCounts(max_num_seqs)
+        self._batch = Batch([], [], np.empty(0, np.int64))
+
+    def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
+        """The plan of a step with so many new tokens of each sequence."""
+        seq_ids, counts = list(new_tokens), list(new_tokens.values())
+        return StepPlan(seq_ids, self.counts.num_tokens[self.batch(seq_ids).rows], counts)
+
+    def progress(self, seq_ids: list[str]) -> tuple[list[int], list[bool]]:
+        """The tokens stored of each sequence, and True for each that is quiet."""
+        num_tokens, quiet_until, _ = self.counts.all[:, self.batch(seq_ids).rows]
+        return num_tokens.tolist(), (num_tokens < quiet_until).tolist()
+
+    def batch(self, seq_ids: list[str]) -> Batch:
+        """The sequences of these ids; those of the last call are known already."""
+        if seq_ids != self._batch.seq_ids:
+            states = [self.by_id[seq_id] for seq_id in seq_ids]
+            rows = np.fromiter((state.row for state in states), np.int64, len(states))
+            self._batch = Batch(seq_ids, states, rows)
+        return self._batch
 
     def all(self) -> list[SequenceState]:
         """A list of every sequence held now; another thread may free some while it is read."""
@@ -189,6 +269,7 @@ class SequenceTable:
                 seq_id,
                 row,
                 slots,
+                self.counts,
                 self._rules,
                 num_prompt_tokens,
                 token_ids,
@@ -239,15 +320,16 @@ class SequenceTable:
             child_id,
             row,
             slots,
+            self.counts,
             self._rules,
             parent.num_prompt_tokens,
             token_ids,
-            num_tokens=parent.num_tokens,
             num_cached_tokens=parent.num_tokens,
             pinned=parent.pinned,
             overdue=parent.overdue,
             ran=True,  # a fork does not search the prefix cache
         )
+        child.num_tokens = parent.num_tokens
         child.chain = self._chain(child, cache_salt)
         self.by_id[child_id] = child
         return child
@@ -255,6 +337,7 @@ class SequenceTable:
     def remove(self, state: SequenceState, *, forget: bool) -> None:
         """Release a sequence's slots and row; with `forget` no later sequence finds the slots."""
         del self.by_id[state.seq_id]
+        self._batch = Batch([], [], np.empty(0, np.int64))  # the id may become another's
         state.removed = True
         if forget:
             for slots in state.slots:
@@ -270,6 +353,7 @@ class SequenceTable:
         """Release a row and the slots that a sequence, complete or not, holds in it."""
         for group in self._groups:
             group.free_row(row, chain)
+        self.counts.clear(row)
         self._free_rows.append(row)
 
     def _chain(self, state: SequenceState, cache_salt: str) -> PrefixChain | None:

@@ -61,6 +61,6 @@ def prefix_salt(cache_salt: str, adapter: Adapter | None) -> str:
 
 def indices_of(plan: StepPlan, by_sequence: Mapping[str, Completion]) -> ModelInputs:
     """Return the adapters of a step; nothing where no sequence has one."""
-    owners = [by_sequence[entry.seq_id].owner for entry in plan.entries]
+    owners = [by_sequence[seq_id].owner for seq_id in plan.seq_ids]
     indices = [0 if owner.adapter is None else owner.adapter.index for owner in owners]
     return ModelInputs(adapters=indices) if any(indices) else ModelInputs()

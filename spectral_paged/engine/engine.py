@@ -117,6 +117,7 @@ class Engine:
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
         self._in_flight: SampledStep | None = None
+        self._drawn: SampledStep | None = None  # the last one, whose batch may go on
         self._arrived: deque[tuple[Completion, Sampled | None]] = deque()  # to be delivered
         self._siblings: deque[Completion] = deque()  # to be forked from the first completion
 
@@ -357,14 +358,15 @@ class Engine:
         Raises:
             Exception: no request is to blame: see `faults_of`.
         """
+        eos, state = self.eos_token_ids, self.sampling_state
         while ready:
             try:
-                return SampledStep.draw(ready, logits, self.eos_token_ids, self.sampling_state)
+                self._drawn = SampledStep.draw(ready, logits, eos, state, self._drawn)
+                return self._drawn
             except OUT_OF_MEMORY:
                 raise
             except Exception as error:
-                eos = self.eos_token_ids
-                faults = faults_of(error, ready, logits, eos, self.sampling_state)
+                faults = faults_of(error, ready, logits, eos, state)
                 if not faults:
                     raise
             for row, cause in faults.items():
@@ -401,7 +403,8 @@ class Engine:
             group.starting_siblings = completion is not group.completions[-1]
         if completion.output.finish_reason is not None:
             return  # ended while the step ran
-        self.requests.touch(group)
+        if group.tells_all:
+            self.requests.touch(group)
         ending = None
         try:
             if result is not None and result.token_id < 0:
@@ -426,7 +429,7 @@ class Engine:
 
     def settled_text(self, request_id: str, index: int) -> str:
         """Return the text of a running completion that no later stop string can remove."""
-        return self.requests.by_id[request_id].completions[index].text.settled()
+        return self.requests.by_id[request_id].completions[index].settled_text()
 
     def stats(self) -> dict[str, object]:
         """Return the figures of the cache, the runner, the scheduler and the requests.

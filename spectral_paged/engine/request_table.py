@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine.counters import EngineCounters
@@ -149,6 +150,9 @@ class RequestTable:
         self, completion: Completion, reason: str, stop_reason: str | int | None = None
     ) -> None:
         """End a completion, and free its sequence."""
+        if reason in ("abort", "error"):
+            with suppress(Exception):  # a tokenizer that raises keeps no request from ending
+                completion.write_text()
         completion.output.finish_reason = reason
         completion.output.stop_reason = stop_reason
         self._counters.finished[reason] += 1
@@ -162,6 +166,7 @@ class RequestTable:
             metrics.num_pages_sealed += int(held["pages_sealed"])
             metrics.bytes_per_token = held["bytes_per_token"]
             metrics.compression_ratio = held["compression_ratio"]
+        self.touch(completion.owner)
         self._state.release(completion)
         self._scheduler.finish(request, forget=isinstance(completion.owner.error, NonFiniteError))
 

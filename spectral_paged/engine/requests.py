@@ -41,8 +41,11 @@ class Completion:
     """One of a request's `n` sequences.
 
     constraint: its place in the grammar of its request.
+    follows_text: its text grows with every token, because somebody reads it, or it may end in a
+        stop string; else it is written at the end.
     token_time: when its newest token arrived, in seconds of the metrics' clock.
     told: characters, tokens and the ending that outputs of kind DELTA have had.
+    num_written: tokens of the text, where it is not followed.
     """
 
     request: Request
@@ -51,8 +54,10 @@ class Completion:
     text: OutputText
     seed: int
     constraint: Constraint | None = None
+    follows_text: bool = True
     token_time: float | None = None
     told: tuple[int, int, bool] = (0, 0, False)
+    num_written: int = 0
 
     @property
     def generated(self) -> list[int]:
@@ -62,11 +67,11 @@ class Completion:
         self, result: Sampled, eos_token_ids: Sequence[int]
     ) -> tuple[str, str | int | None] | None:
         """Add a sampled token; return the finish and stop reason if the completion ends with it."""
-        output, params, text = self.output, self.owner.params, self.text
+        output, params = self.output, self.owner.params
         if params.max_tokens == 0:
             return "length", None
-        token = result.token_id
-        self.request.token_ids.append(token)
+        token, token_ids = result.token_id, self.request.token_ids
+        token_ids.append(token)
         output.token_ids.append(token)
         if self.constraint is not None:
             self.constraint.accept(token)
@@ -74,21 +79,12 @@ class Completion:
         may_stop = len(output.token_ids) >= params.min_tokens
         is_eos = may_stop and token in eos_token_ids and not params.ignore_eos
         is_end = is_eos or (may_stop and token in params.stop_token_ids)
-        if is_end and not params.include_stop_str_in_output:
-            text.finish()
-        if output.logprobs is not None and result.logprobs is not None:
-            output.logprobs.append(
-                {t: text.logprob(t, p, r) for t, (p, r) in result.logprobs.items()}
-            )
-        if output.text_offsets is not None:
-            output.text_offsets.append(text.offset_of(token))
+        shown = not is_end or params.include_stop_str_in_output
         stop, most = None, self.request.max_num_tokens
-        if not is_end:
+        if self.follows_text:
             # as in vLLM, a stop string ends with a token after the first `min_tokens`
-            stop = text.append(token, may_stop=len(output.token_ids) > params.min_tokens)
-        elif params.include_stop_str_in_output:
-            text.append(token, may_stop=False)
-            text.finish()
+            may_stop = not is_end and len(output.token_ids) > params.min_tokens
+            stop = self._follow(result, shown=shown, may_stop=may_stop)
         ending: tuple[str, str | int | None] | None = None
         if is_end:
             ending = "stop", None if is_eos else token
@@ -96,14 +92,48 @@ class Completion:
             ending = "stop", stop
         elif self.constraint is not None and self.constraint.ended:
             ending = "stop", None
-        elif most is not None and len(self.request.token_ids) >= most:
+        elif most is not None and len(token_ids) >= most:
             ending = "length", None
         elif params.repetition_detection and params.repetition_detection.ends(output.token_ids):
             ending = "repetition", "repetition_detected"
-        if ending is not None and stop is None and not is_end:
-            text.finish()
-        output.text = text.text
+        if ending is not None:
+            self.write_text(None if shown else -1)
+            if stop is None:
+                self.text.finish()
+            output.text = self.text.text
         return ending
+
+    def _follow(self, result: Sampled, *, shown: bool, may_stop: bool) -> str | None:
+        """Add a token's text and log-probabilities; return the stop string that ends the text.
+
+        Args:
+            shown: the text has the token.
+        """
+        output, text = self.output, self.text
+        if not shown:
+            text.finish()
+        if output.logprobs is not None and result.logprobs is not None:
+            output.logprobs.append(
+                {t: text.logprob(t, p, r) for t, (p, r) in result.logprobs.items()}
+            )
+        if output.text_offsets is not None:
+            output.text_offsets.append(text.offset_of(result.token_id))
+        stop = text.append(result.token_id, may_stop=may_stop) if shown else None
+        output.text = text.text
+        return stop
+
+    def write_text(self, end: int | None = None) -> None:
+        """Add the text of the tokens before place `end`, of an output whose text none followed."""
+        if not self.follows_text:
+            new = self.output.token_ids[self.num_written : end]
+            self.num_written += len(new)  # first, as a tokenizer may raise
+            self.text.extend(new)
+            self.output.text = self.text.text
+
+    def settled_text(self) -> str:
+        """Return the text that no later stop string can remove."""
+        self.write_text()
+        return self.text.settled()
 
     def take_piece(self) -> CompletionOutput | None:
         """Return what no earlier piece had; None if there is nothing."""
@@ -133,6 +163,7 @@ class RequestGroup:
     forked: the first completion's prompt is computed, and all completions have sampled from it.
     starting_siblings: the other completions have no sequence of their own yet.
     prompt_logprobs: the table of each token of the prompt, once it is computed, if asked for.
+    tells_all: outputs tell of the request before its end.
     """
 
     request_id: str
@@ -148,6 +179,10 @@ class RequestGroup:
     starting_siblings: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: SpectralPagedError | None = None
+    tells_all: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tells_all = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
 
     def add_completion(
         self,
@@ -183,12 +218,15 @@ class RequestGroup:
         constraint = None
         if self.grammar is not None:
             constraint = self.grammar.start(ignore_ends=params.ignore_eos)
-        self.completions.append(Completion(request, self, output, text, seed, constraint))
-        return self.completions[-1]
+        reads = self.tells_all and params.detokenize
+        follows = reads or bool(params.stop_strings) or params.wanted is not None
+        made = Completion(request, self, output, text, seed, constraint, follows)
+        self.completions.append(made)
+        return made
 
     @property
     def finished(self) -> bool:
-        return all(c.output.finish_reason is not None for c in self.completions)
+        return None not in [c.output.finish_reason for c in self.completions]
 
     def news(self) -> RequestOutput | None:
         """Return what the request's `output_kind` tells of it now, or None for nothing."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,33 +39,41 @@ class StepInputs:
     token_ids: list[int]
     pending: PendingTokens | None
     ready: list[Completion]
-    logit_rows: list[int]
+    logit_rows: Sequence[int]
 
     @classmethod
     def of(
         cls, plan: StepPlan, by_sequence: Mapping[str, Completion], before: SampledStep | None
     ) -> StepInputs:
         """The inputs of `plan`; `before` is the step whose tokens are not fetched, if any."""
-        places = {} if before is None else {c: i for i, c in enumerate(before.completions)}
-        flat: list[int] = []
-        ready: list[Completion] = []
-        rows: list[int] = []
-        unknown: dict[int, int] = {}
-        for entry in plan.entries:
-            completion = by_sequence[entry.seq_id]
-            request = completion.request
-            end = entry.start + entry.num_new
-            flat.extend(request.token_ids[entry.start : end])
-            if end > len(request.token_ids):
-                unknown[len(flat)] = places[completion]
-                flat.append(0)
-            if end == request.num_tokens:
-                rows.append(len(flat) - 1)
-                ready.append(completion)
+        completions = [by_sequence[seq_id] for seq_id in plan.seq_ids]
+        ends = plan.starts + plan.counts
+        # a last token that the host does not have is on its way, so it is the newest
+        unknown = ends > np.array([len(c.request.token_ids) for c in completions])
+        count, flat = plan.num_tokens, [0] * plan.num_tokens
+        same = before is not None and plan.is_decode and completions == before.completions
+        if before is not None and same and unknown.all():  # all go on from what they sampled
+            newest = PendingTokens(before.tokens.ids, np.arange(count))
+            return cls(flat, newest, completions, range(count))
+        last = plan.counts.cumsum() - 1  # the place of each one's last token
+        samples, sources = unknown.copy(), np.full(count, -1)
+        if before is not None:
+            places = before.places
+            where = [places[completions[row]] for row in unknown.nonzero()[0].tolist()]
+            sources[last[unknown]] = where
+        for row in (~unknown | (plan.counts > 1)).nonzero()[0].tolist():
+            request, start, end = completions[row].request, int(plan.starts[row]), int(ends[row])
+            ids = request.token_ids[start:end]
+            first = int(last[row]) + 1 - (end - start)
+            flat[first : first + len(ids)] = ids
+            samples[row] = end == request.num_tokens
         pending = None
-        if before is not None and unknown:
-            pending = PendingTokens(before.tokens.ids, unknown)
-        return cls(flat, pending, ready, rows)
+        if before is not None and unknown.any():
+            pending = PendingTokens(before.tokens.ids, sources)
+        ready = samples.nonzero()[0]
+        return cls(
+            flat, pending, [completions[row] for row in ready.tolist()], last[ready].tolist()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,11 @@ class SampledStep:
     completions: list[Completion]
     starting: list[RequestGroup]
 
+    @property
+    def places(self) -> dict[Completion, int]:
+        """The row of `tokens` of each completion."""
+        return {completion: row for row, completion in enumerate(self.completions)}
+
     @classmethod
     def draw(
         cls,
@@ -86,24 +100,32 @@ class SampledStep:
         logits: Tensor,
         eos_token_ids: Sequence[int],
         state: SamplingState,
+        before: SampledStep | None = None,
     ) -> SampledStep:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
 
-        Siblings that start sample from the row of their first completion. If this raises, no
-        request has changed, nor what tables have counted.
+        Where the completions of `before` go on, they are sampled as they were. Siblings that start
+        sample from the row of their first completion. If this raises, no request has changed, nor
+        what tables have counted.
         """
-        picked = list(enumerate(ready))
-        starting = [completion.owner for completion in ready if not completion.owner.forked]
-        for row, completion in enumerate(ready):
-            if not completion.owner.forked:
-                picked.extend((row, sibling) for sibling in completion.owner.completions[1:])
-        if len(picked) > len(ready):
-            logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
-        completions = [completion for _, completion in picked]
-        if constraints := [c.constraint for c in completions if c.constraint is not None]:
-            Constraint.fill(constraints)
-        rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
-        tokens = SampledTokens(logits, rows, state)
+        if before is not None and before.goes_on(ready):
+            starting: list[RequestGroup] = []
+            completions, batch = before.completions, before.tokens.batch
+            num_more = num_output_tokens(completions[0]) - batch.rows[0].num_output_tokens
+            tokens = SampledTokens(logits, batch.later(num_more), state)
+        else:
+            picked = list(enumerate(ready))
+            starting = [completion.owner for completion in ready if not completion.owner.forked]
+            for row, completion in enumerate(ready):
+                if not completion.owner.forked:
+                    picked.extend((row, sibling) for sibling in completion.owner.completions[1:])
+            if len(picked) > len(ready):
+                logits = logits[upload([row for row, _ in picked], torch.long, logits.device)]
+            completions = [completion for _, completion in picked]
+            if constraints := [c.constraint for c in completions if c.constraint is not None]:
+                Constraint.fill(constraints)
+            rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
+            tokens = SampledTokens(logits, rows, state)
         tokens.count()
         for group in starting:
             group.forked, group.starting_siblings = True, len(group.completions) > 1
@@ -111,10 +133,14 @@ class SampledStep:
             completion.request.num_pending += 1
         return cls(tokens, completions, starting)
 
+    def goes_on(self, ready: Sequence[Completion]) -> bool:
+        """True if `ready` are the same completions, whose next tokens are sampled as these."""
+        return not self.starting and self.tokens.batch.may_go_on and ready == self.completions
+
     @property
     def needs_results(self) -> bool:
         """True if the next step cannot be queued before these tokens are on the host."""
-        return any(c.owner.starting_siblings for c in self.completions)
+        return any(group.starting_siblings for group in self.starting)
 
     def withdraw(self) -> None:
         """Undo the changes of `draw` to its requests, because the step is dropped and run again."""
@@ -182,14 +208,19 @@ def _process(completion: Completion, logits: Tensor) -> Tensor:
         )
 
 
+def num_output_tokens(completion: Completion) -> int:
+    """Return the number of tokens that a completion has sampled, known on the host or not."""
+    return len(completion.generated) + completion.request.num_pending
+
+
 def sample_row(
     completion: Completion, eos_token_ids: Sequence[int], state: SamplingState, logits: Tensor
 ) -> SampleRow:
     """Return the sampler's inputs for the next token of a completion, whose rows are held."""
     group, params = completion.owner, completion.owner.params
-    num_output_tokens = len(completion.generated) + completion.request.num_pending
+    num_sampled = num_output_tokens(completion)
     blocked: tuple[int, ...] = ()
-    if num_output_tokens < params.min_tokens:
+    if num_sampled < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
         blocked = (*eos, *params.stop_token_ids)
     rows, allowed, processor = (-1, -1), None, None
@@ -208,4 +239,4 @@ def sample_row(
                 allowed = completion.constraint.allowed()
         if params.logits_processors:
             processor = partial(_process, completion)
-    return SampleRow(params, completion.seed, num_output_tokens, blocked, *rows, allowed, processor)
+    return SampleRow(params, completion.seed, num_sampled, blocked, *rows, allowed, processor)

@@ -64,6 +64,16 @@ class OutputText:
         self.text = self.text[: before + at + self._keep_stop * len(stop)]
         return stop
 
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Add tokens to a text without stop strings."""
+        parts = []
+        for token_id in token_ids:
+            data = self._shown(token_id)
+            if data is not None:
+                self._behind = token_id
+                parts.append(data)
+        self.text += self._utf8.decode(b"".join(parts))
+
     def finish(self) -> None:
         """End the text: a character that is not complete becomes U+FFFD."""
         if self._tokens is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class DecodeGraphs:
     def run(
         self,
         token_ids: Sequence[int],
-        positions: Sequence[int],
+        positions: Sequence[int] | np.ndarray,
         pending: PendingTokens | None,
         adapters: Sequence[int] | None = None,
     ) -> Tensor:

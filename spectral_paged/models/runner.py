@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -243,13 +244,12 @@ class ModelRunner:
         """
         whole = len(logit_rows) == len(token_ids)
         if self.graphs is not None and plan.is_decode and visitor is None:
-            starts = [e.start for e in plan.entries]
-            logits = self.graphs.run(token_ids, starts, pending, adapters)
+            logits = self.graphs.run(token_ids, plan.starts, pending, adapters)
             return logits if whole else logits[upload(logit_rows, torch.long, self.device)]
-        positions = [e.start + i for e in plan.entries for i in range(e.num_new)]
-        ids, where = upload([token_ids, positions], torch.long, self.device)
+        flat = np.stack((np.asarray(token_ids, np.int64), plan.positions))
+        ids, where = upload(flat, torch.long, self.device)
         if pending is not None:
-            sources = upload(pending.sources(len(token_ids)), torch.long, self.device)
+            sources = upload(pending.sources, torch.long, self.device)
             ids = known_tokens(ids, sources, pending.ids)
         rows = None if whole else upload(logit_rows, torch.long, self.device)
         with nullcontext() if adapters is None else self._adapted(plan, adapters):
@@ -260,8 +260,7 @@ class ModelRunner:
     def _adapted(self, plan: StepPlan, adapters: Sequence[int]) -> AbstractContextManager[None]:
         """Give the tokens of a step their sequences' adapters inside a `with` block."""
         assert self._adapters is not None, "the model has places for adapters"
-        pairs = zip(adapters, plan.entries, strict=True)
-        of_tokens = [index for index, entry in pairs for _ in range(entry.num_new)]
+        of_tokens = np.repeat(np.asarray(adapters, np.int32), plan.counts)
         return self._adapters.of(upload(of_tokens, torch.int32, self.device))
 
     def _visited(

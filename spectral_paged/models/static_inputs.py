@@ -75,7 +75,7 @@ class DecodeInputs(NamedTuple, Generic[Rows]):
 def fill_inputs(
     staging: np.ndarray,
     token_ids: Sequence[int],
-    positions: Sequence[int],
+    positions: Sequence[int] | np.ndarray,
     pending: PendingTokens | None,
     index: Sequence[StepIndex],
 ) -> None:
@@ -85,9 +85,10 @@ def fill_inputs(
         index: the step's index of each layer group; empty if the step has no tokens.
     """
     count = len(token_ids)
-    sources = [NOWHERE] * count if pending is None else pending.sources(count)
+    sources = NOWHERE if pending is None else pending.sources
     tokens, groups = DecodeInputs.of(staging)
-    tokens[:, :count] = TokenRows(token_ids, sources, positions)
+    for row, column in zip(tokens, TokenRows(token_ids, sources, positions), strict=True):
+        row[:count] = column
     tokens[:, count:] = NO_TOKEN
     for rows in groups:
         rows[:, count:] = NO_SEQUENCE
@@ -121,7 +122,7 @@ class StaticInputs:
     def fill(
         self,
         token_ids: Sequence[int],
-        positions: Sequence[int],
+        positions: Sequence[int] | np.ndarray,
         pending: PendingTokens | None = None,
     ) -> None:
         """Queue the copy of the cache's open step, one token a sequence, to the device."""
@@ -134,7 +135,7 @@ class StaticInputs:
     def _copy(
         self,
         token_ids: Sequence[int],
-        positions: Sequence[int],
+        positions: Sequence[int] | np.ndarray,
         pending: PendingTokens | None,
         index: Sequence[StepIndex],
     ) -> None:

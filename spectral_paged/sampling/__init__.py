@@ -34,10 +34,13 @@ from spectral_paged.sampling.rules import (
     RULES,
     Rule,
 )
+from spectral_paged.sampling.sample_batch import (
+    SampleBatch,
+    SampleRow,
+)
 from spectral_paged.sampling.sampler import (
     PendingTokens,
     SampledTokens,
-    SampleRow,
 )
 from spectral_paged.sampling.state import (
     SamplingState,
@@ -55,6 +58,7 @@ __all__ = [
     "RULES",
     "RepetitionDetectionParams",
     "Rule",
+    "SampleBatch",
     "SampleRow",
     "Sampled",
     "SampledTokens",

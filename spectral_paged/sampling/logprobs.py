@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class Wanted:
         return vocab_size if self.num_top == ALL else min(self.num_top, vocab_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The token of one row; `logprobs` maps token id to (log-probability, rank).
 
     `token_id` is -1 where the row's parameters allow no token.
@@ -39,7 +38,7 @@ class Sampled:
 
     token_id: int
     logprob: float
-    logprobs: dict[int, tuple[float, int]] | None
+    logprobs: dict[int, tuple[float, int]] | None = None
 
 
 class LogitsVisitor(Protocol):
@@ -82,6 +81,7 @@ class TokenLogprobs:
             kind *= 1 + empty.long()
         whole, real = [chosen, kind], [picked - total]
         asked = [w for w in wanted if w is not None]
+        self._num_asked = len(asked)
         self._num_top = self._num_given = 0
         if asked:
             whole.append((logits > picked).sum(dim=-1, keepdim=True) + 1)
@@ -112,17 +112,16 @@ class TokenLogprobs:
     def get(self, start: int = 0, stop: int | None = None) -> list[Sampled | None]:
         """The results of rows `start ... stop`; None where a row's logits have NaN or Inf."""
         rows = slice(start, stop)
-        whole, real = (part[rows].tolist() for part in self._download.get())
-        found: list[Sampled | None] = []
-        for wanted, ints, reals in zip(self._wanted[rows], whole, real, strict=True):
-            if not ints[1]:
-                found.append(None)
-            elif ints[1] > 1:
-                found.append(Sampled(-1, reals[0], None))
-            elif wanted is None:
-                found.append(Sampled(ints[0], reals[0], None))
-            else:
-                found.append(Sampled(ints[0], reals[0], self._table(wanted, ints, reals)))
+        whole, real = [part.numpy()[rows] for part in self._download.get()]
+        ids, values = whole[:, 0].tolist(), real[:, 0].tolist()
+        found: list[Sampled | None] = list(map(Sampled, ids, values))
+        if self._num_asked:
+            for row, wanted in enumerate(self._wanted[rows]):
+                if wanted is not None:
+                    table = self._table(wanted, whole[row].tolist(), real[row].tolist())
+                    found[row] = Sampled(ids[row], values[row], table)
+        for row in (whole[:, 1] != 1).nonzero()[0].tolist():
+            found[row] = Sampled(-1, values[row]) if whole[row, 1] else None
         return found
 
     def _table(

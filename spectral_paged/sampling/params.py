@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -157,6 +158,12 @@ class SamplingParams:
             SamplingParamsError: fields that were assigned do not go together.
         """
         return replace(self)
+
+    def told_as(self, kind: RequestOutputKind) -> SamplingParams:
+        """Return a copy that differs in `output_kind` only; nothing else is checked again."""
+        found = copy(self)
+        found.output_kind = kind
+        return found
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

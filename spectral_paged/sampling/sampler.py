@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,31 +12,8 @@ from torch import Tensor
 
 from spectral_paged.device import upload
 from spectral_paged.sampling.logprobs import TokenLogprobs
-from spectral_paged.sampling.params import SamplingParams
-from spectral_paged.sampling.rules import GREEDY_BELOW
+from spectral_paged.sampling.sample_batch import DrawColumns, SampleBatch, SampleRow
 from spectral_paged.sampling.state import SamplingState
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One row of a batch of logits: its parameters, and as much of the past as they need.
-
-    num_output_tokens: tokens sampled before, known on the host or not.
-    blocked_token_ids: tokens that are not allowed now.
-    penalty_row: the row of `Penalties` that counts its tokens; -1 without penalties.
-    rule_row: the row of `TokenRules` that has its rules; -1 without them.
-    process: changes the row's logits, `[vocab]`, before anything else does.
-    allowed: a bit for each token that is allowed now, in int32 words; None allows all.
-    """
-
-    params: SamplingParams
-    seed: int
-    num_output_tokens: int = 0
-    blocked_token_ids: Sequence[int] = ()
-    penalty_row: int = -1
-    rule_row: int = -1
-    allowed: np.ndarray[Any, Any] | None = None
-    process: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +21,11 @@ class PendingTokens:
     """Input tokens that the device has sampled and the host has not seen.
 
     ids: int64 `[N]` on the device.
-    rows: the index into `ids` of places in the flat batch.
+    sources: the index into `ids` for each place in the flat batch; -1 for a token that is known.
     """
 
     ids: Tensor
-    rows: dict[int, int]
-
-    def sources(self, num_tokens: int) -> list[int]:
-        """The index into `ids` for each place in a flat batch of `num_tokens`; -1 for none."""
-        found = [-1] * num_tokens
-        for place, row in self.rows.items():
-            found[place] = row
-        return found
+    sources: Sequence[int] | np.ndarray[Any, Any]
 
 
 def uniform_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
@@ -85,6 +55,7 @@ class SampledTokens(TokenLogprobs):
     maximum. `get` copies the results to the host.
 
     Args:
+        rows: those of the logits; a `SampleBatch` that goes on uploads nothing.
         state: the tables of rows with a `penalty_row` or a `rule_row`. `count` adds the sampled
             tokens to them.
 
@@ -93,68 +64,70 @@ class SampledTokens(TokenLogprobs):
     """
 
     def __init__(
-        self, logits: Tensor, rows: Sequence[SampleRow], state: SamplingState | None = None
+        self,
+        logits: Tensor,
+        rows: Sequence[SampleRow],
+        state: SamplingState | None = None,
     ) -> None:
         logits = logits.float()
-        self.rows = list(rows)
+        batch = rows if isinstance(rows, SampleBatch) else SampleBatch(rows, logits.device)
+        self.batch = batch
         self._state = state or SamplingState()
-        changing = [i for i, row in enumerate(rows) if row.params.changes_logits]
-        self._penalised = [i for i in changing if rows[i].penalty_row >= 0]
-        self._ruled = [i for i in changing if rows[i].rule_row >= 0]
-        self._masked = [i for i in changing if rows[i].allowed is not None]
-        self._processed = [i for i in changing if rows[i].process is not None]
         adjusted = self._adjusted(logits)
-        self.ids = _choose(adjusted, rows)
+        self.ids = _choose(adjusted, batch)
         empty = None
-        if self._ruled or self._masked or self._processed:
+        if batch.ruled or batch.masked or batch.processed:
             empty = ~(adjusted.amax(dim=-1, keepdim=True) > float("-inf"))  # NaN is no better
-        super().__init__(logits, self.ids, [row.params.wanted for row in rows], empty)
+        super().__init__(logits, self.ids, batch.wanted, empty)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """`logits` under rules, after penalties and with blocked tokens at -inf; a copy if there
         are any."""
-        blocked = [(i, token) for i, row in enumerate(self.rows) for token in row.blocked_token_ids]
-        if not (blocked or self._penalised or self._ruled or self._masked or self._processed):
+        batch = self.batch
+        rows = batch.rows
+        changes = batch.blocked or batch.penalised or batch.ruled or batch.masked
+        if not (changes or batch.processed):
             return logits
         logits = logits.clone()
-        for i in self._processed:
-            process = self.rows[i].process
+        for i in batch.processed:
+            process = rows[i].process
             assert process is not None
             logits[i] = process(logits[i].clone())
-        if self._masked:
-            places = upload(self._masked, torch.long, logits.device)
+        if batch.masked:
+            places = upload(batch.masked, torch.long, logits.device)
             words = upload(
-                np.stack([row.allowed for row in self.rows if row.allowed is not None]),
+                np.stack([row.allowed for row in rows if row.allowed is not None]),
                 torch.int32,
                 logits.device,
             )
             logits[places] = _masked(logits[places], words)
-        if self._ruled:
-            places = upload(self._ruled, torch.long, logits.device)
+        if batch.ruled:
+            places = upload(batch.ruled, torch.long, logits.device)
             logits[places] = self._state.token_rules.apply(
-                logits[places], [self.rows[i].rule_row for i in self._ruled]
+                logits[places], [rows[i].rule_row for i in batch.ruled]
             )
-        if self._penalised:
-            rows = [self.rows[i] for i in self._penalised]
-            places = upload(self._penalised, torch.long, logits.device)
+        if batch.penalised:
+            held = [rows[i] for i in batch.penalised]
+            places = upload(batch.penalised, torch.long, logits.device)
             logits[places] = self._state.penalties.apply(
-                logits[places], [row.penalty_row for row in rows], [row.params for row in rows]
+                logits[places], [row.penalty_row for row in held], [row.params for row in held]
             )
-        if blocked:
-            row, token = upload(blocked, torch.long, logits.device).T
+        if batch.blocked:
+            row, token = upload(batch.blocked, torch.long, logits.device).T
             least = logits.new_full((), float("-inf"))  # a number would be uploaded and waited for
             logits[row, token] = least
         return logits
 
     def count(self, times: int = 1) -> None:
         """Count the tokens in the tables of their rows; -1 times takes them back."""
-        if self._penalised:
-            rows = [self.rows[i].penalty_row for i in self._penalised]
-            ids = self.ids[upload(self._penalised, torch.long, self.ids.device)]
+        batch = self.batch
+        if batch.penalised:
+            rows = [batch.rows[i].penalty_row for i in batch.penalised]
+            ids = self.ids[upload(batch.penalised, torch.long, self.ids.device)]
             self._state.penalties.count(rows, ids, times)
-        if self._ruled:
-            rows = [self.rows[i].rule_row for i in self._ruled]
-            ids = self.ids[upload(self._ruled, torch.long, self.ids.device)]
+        if batch.ruled:
+            rows = [batch.rows[i].rule_row for i in batch.ruled]
+            ids = self.ids[upload(batch.ruled, torch.long, self.ids.device)]
             self._state.token_rules.count(rows, ids, times)
 
 
@@ -165,40 +138,31 @@ def _masked(logits: Tensor, words: Tensor) -> Tensor:
     return logits.masked_fill(forbidden, float("-inf"))
 
 
-def _choose(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    device = logits.device
+def _choose(logits: Tensor, batch: SampleBatch) -> Tensor:
     greedy = logits.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
-    if not drawn:
+    if not batch.drawn:
         return greedy
-    params = [rows[i].params for i in drawn]
-    places = upload(drawn, torch.long, device)
-    heat = upload([p.temperature for p in params], torch.float32, device)
-    hot = _filter(logits[places] / heat.unsqueeze(-1), params)
-    seeds = upload([rows[i].seed for i in drawn], torch.int64, device)
-    steps = upload([rows[i].num_output_tokens for i in drawn], torch.int64, device)
-    gumbel = -torch.log(-torch.log(uniform_noise(seeds, steps, hot.shape[-1])))
-    return greedy.index_copy(0, places, (hot + gumbel).argmax(dim=-1))
+    draws = batch.draws
+    hot = _filter(logits[draws.places] / draws.temperature.unsqueeze(-1), draws)
+    steps = draws.num_output_tokens + batch.num_more
+    gumbel = -torch.log(-torch.log(uniform_noise(draws.seeds, steps, hot.shape[-1])))
+    return greedy.index_copy(0, draws.places, (hot + gumbel).argmax(dim=-1))
 
 
-def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _filter(logits: Tensor, draws: DrawColumns) -> Tensor:
     """`logits` with the tokens that min-p, top-k and top-p leave out set to -inf."""
-    device, vocab = logits.device, logits.shape[-1]
-    if any(p.min_p > 0 for p in params):
-        min_p = upload([p.min_p for p in params], torch.float32, device).unsqueeze(-1)
+    if draws.min_p is not None:
         probs = torch.softmax(logits, dim=-1)
-        low = probs < min_p * probs.amax(dim=-1, keepdim=True)
+        low = probs < draws.min_p.unsqueeze(-1) * probs.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(low, float("-inf"))
-    top_k = [p.top_k if p.top_k > 0 else vocab for p in params]
-    top_p = [p.top_p for p in params]
-    if min(top_k) >= vocab and min(top_p) >= 1:
+    if draws.top_k is None or draws.top_p is None:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=device)
-    drop = rank >= upload(top_k, torch.int64, device).unsqueeze(-1)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    drop = rank >= draws.top_k.unsqueeze(-1)
     kept = ordered.masked_fill(drop, float("-inf"))
     probs = torch.softmax(kept, dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    drop = drop | (before >= upload(top_p, torch.float32, device).unsqueeze(-1))
+    drop = drop | (before >= draws.top_p.unsqueeze(-1))
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))

@@ -268,8 +268,9 @@ def test_a_resume_that_finds_itself_is_counted_apart(monkeypatch):
     llm.engine.add_request("first", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=9))
     llm.engine.add_request("a", prompt, GREEDY)
     llm.engine.step()
-    reserve, done = llm.cache.try_reserve, {}
-    with monkeypatch.context() as patch:
+    reserve, progress, done = llm.cache.try_reserve, llm.cache.progress, {}
+    with monkeypatch.context() as patch:  # the next token of "a" needs a slot, and finds none
+        patch.setattr(llm.cache, "progress", lambda s: (progress(s)[0], [False] * len(s)))
         patch.setattr(llm.cache, "try_reserve", lambda s, n: s != "a#0" and reserve(s, n))
         llm.engine.step()
     while llm.engine.has_unfinished():

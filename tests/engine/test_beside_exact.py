@@ -245,7 +245,9 @@ def test_all_requests_are_preempted_at_once(format, prefix_caching, monkeypatch)
         llm.engine.add_request(str(i), prompt, greedy(10))
     for _ in range(4):
         llm.engine.step()
-    with monkeypatch.context() as patch:
+    progress = llm.cache.progress
+    with monkeypatch.context() as patch:  # every next token needs a slot, and finds none
+        patch.setattr(llm.cache, "progress", lambda s: (progress(s)[0], [False] * len(s)))
         patch.setattr(llm.cache, "try_reserve", lambda *_: False)
         assert llm.engine.step() == []
     assert not llm.engine.scheduler.running and len(llm.engine.scheduler.waiting) == 4

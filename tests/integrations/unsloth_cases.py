@@ -117,7 +117,7 @@ def test_steps_that_graphs_capture_are_the_steps_of_unsloth(family, patched, mon
             Eager.num_graphs += 1
 
         def run(self, token_ids, positions, pending):
-            assert token_ids == [0] * len(positions) and len(pending.rows) == len(positions)
+            assert token_ids == [0] * len(positions) and len(pending.sources) == len(positions)
             return self.forward(pending.ids, torch.tensor(positions)).float()
 
     model, inputs = model_of(family), batch()

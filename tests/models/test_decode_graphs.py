@@ -98,7 +98,7 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
 
 def test_inputs_past_the_step_are_nowhere():
     staging = np.full((DecodeInputs.num_rows(1), 6), 77, dtype=np.int32)
-    pending = PendingTokens(torch.tensor([9]), {1: 0})
+    pending = PendingTokens(torch.tensor([9]), [-1, 0])
 
     class Index:
         decode = DecodeRows([4, 8], [1, 2], [3, 5], [10, 20], [0, 1], [6, 0], [70, 0])

@@ -202,8 +202,9 @@ class DigitRunner:
         ids = np.array(token_ids, dtype=np.uint64)
         if pending is not None:
             known = pending.ids.tolist()
-            for place, row in pending.rows.items():
-                ids[place] = known[row]
+            for place, row in enumerate(pending.sources):
+                if row >= 0:
+                    ids[place] = known[row]
         ends = np.cumsum([e.num_new for e in plan.entries])
         found = np.split(ids, ends[:-1])
         for layer in range(LAYERS):

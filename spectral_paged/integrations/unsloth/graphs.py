@@ -88,7 +88,7 @@ class UnslothGraphs:
         assert self._graphs is not None
         count, before = len(positions), self._graphs.num_graphs
         with torch.inference_mode():
-            tokens = PendingTokens(input_ids.reshape(-1), {i: i for i in range(count)})
+            tokens = PendingTokens(input_ids.reshape(-1), range(count))
             logits = self._graphs.run([0] * count, positions, tokens)
         if self._graphs.num_graphs != before:  # the first run casts adapters, and keeps the casts
             self._fingerprint = fingerprint(self.model, self.cache.max_model_len)

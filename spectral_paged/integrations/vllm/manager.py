@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import compress
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -26,6 +27,8 @@ class SpectralKVCacheManager(KVCacheManager):
     _runtime: PagedRuntime
     _prompts: dict[str, int]  # admitted requests, and the tokens that they will have prefilled
     _candidate: str | None  # looked up and not admitted
+    _admitted: dict[str, None]  # in order
+    _quiet: set[str]  # admitted, and one more token of them needs no reservation in this step
 
     @classmethod
     def adopt(cls, manager: KVCacheManager) -> SpectralKVCacheManager:
@@ -33,6 +36,7 @@ class SpectralKVCacheManager(KVCacheManager):
         manager.__class__ = cls
         manager._runtime, manager._prompts = PagedRuntime.get(), {}
         manager._candidate = None
+        manager._admitted, manager._quiet = {}, set()
         return manager
 
     @property
@@ -43,6 +47,9 @@ class SpectralKVCacheManager(KVCacheManager):
     def new_step_starts(self) -> None:
         # structured outputs sample after the next step is scheduled, so the step may be open still
         self._runtime.settle()
+        seq_ids = list(self._admitted)
+        _, quiet = self._runtime.cache.progress(seq_ids)
+        self._quiet = set(compress(seq_ids, quiet))
         super().new_step_starts()
 
     @timed
@@ -85,7 +92,6 @@ class SpectralKVCacheManager(KVCacheManager):
             )
         return self.empty_kv_cache_blocks, found, 0
 
-    @timed
     def allocate_slots(
         self,
         request: Request,
@@ -95,6 +101,14 @@ class SpectralKVCacheManager(KVCacheManager):
         **__: Any,
     ) -> KVCacheBlocks | None:
         """Reserve the step's tokens; None: vLLM preempts another request, or lets this one wait."""
+        if num_new_tokens == 1 and request.request_id in self._quiet:
+            return self.empty_kv_cache_blocks
+        return self._reserve(request, num_new_tokens, full_sequence_must_fit)
+
+    @timed
+    def _reserve(
+        self, request: Request, num_new_tokens: int, full_sequence_must_fit: bool
+    ) -> KVCacheBlocks | None:
         cache, seq_id = self._runtime.cache, request.request_id
         if seq_id not in cache or seq_id in self._runtime.failed:
             return None
@@ -108,6 +122,7 @@ class SpectralKVCacheManager(KVCacheManager):
         if admitted:
             return self.empty_kv_cache_blocks
         self._candidate = None
+        self._admitted[seq_id] = None
         self._prompts[seq_id] = request.num_tokens
         row = self.coordinator.allocate_new_blocks(seq_id, 1, 1, 0)
         return self.create_kv_cache_blocks(row)
@@ -130,6 +145,8 @@ class SpectralKVCacheManager(KVCacheManager):
         seq_id = request.request_id
         self._prompts.pop(seq_id, None)
         self._runtime.cache.cancel_prefetch(seq_id)
+        self._admitted.pop(seq_id, None)
+        self._quiet.discard(seq_id)
         if seq_id == self._candidate:
             self._candidate = None
         if seq_id in self._runtime.cache:

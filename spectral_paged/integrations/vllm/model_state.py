@@ -48,7 +48,7 @@ class SpectralModelState(DefaultModelState):
             made = EmptyPass()
         else:
             counts = input_batch.num_scheduled_tokens.tolist()
-            starts = input_batch.num_computed_tokens_np.tolist()
+            starts = input_batch.num_computed_tokens_np
             plan = runtime.begin_step(input_batch.req_ids, counts, starts)
             if full:
                 nothing = [0] * len(counts)  # vLLM's graph has ids and positions of its own

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.errors import NonFiniteError, PoolError
 from spectral_paged.models.static_inputs import StaticInputs
 
+Array = np.ndarray[Any, Any]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -60,7 +63,7 @@ class PagedRuntime:
         """True for a batch of the scheduler's requests, False for one of vLLM's warm-up."""
         return self.serving or any(seq_id in self.cache for seq_id in seq_ids)
 
-    def begin_step(self, seq_ids: Sequence[str], counts: list[int], starts: list[int]) -> StepPlan:
+    def begin_step(self, seq_ids: Sequence[str], counts: list[int], starts: Array) -> StepPlan:
         """Open the step of these sequences.
 
         Args:
@@ -71,12 +74,11 @@ class PagedRuntime:
             PoolError: vLLM and the cache disagree on the tokens stored.
         """
         plan = self.cache.plan(dict(zip(seq_ids, counts, strict=True)))
-        for entry, start in zip(plan.entries, starts, strict=True):
-            if entry.start != start:
-                raise PoolError(
-                    f"vLLM counts {start} tokens stored of {entry.seq_id!r}, the cache counts "
-                    f"{entry.start}"
-                )
+        for place in (plan.starts != starts).nonzero()[0].tolist():
+            raise PoolError(
+                f"vLLM counts {starts[place]} tokens stored of {seq_ids[place]!r}, the cache "
+                f"counts {plan.starts[place]}"
+            )
         self._count_decode(plan.is_decode)
         self.cache.begin_step(plan)
         self._in_step = True

@@ -75,8 +75,8 @@ class SpectralScheduler(AsyncScheduler):
         seq_id = request.request_id
         if seq_id in self._runtime.failed:
             return 0  # until its error is given out
-        if seq_id not in self._runtime.cache:
-            return num_new_tokens  # `allocate_slots` says "not now"
+        if num_new_tokens == 1 or seq_id not in self._runtime.cache:
+            return num_new_tokens  # `allocate_slots` says "not now" of unknown ones
         return min(num_new_tokens, self._runtime.cache.chunk_limit(seq_id))
 
     def update_from_output(
