@@ -366,7 +366,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("workload", ["1k", "8k"])
+@pytest.mark.parametrize("workload", ["1k", "8k", "32k-full"])
 def test_pages_in_vllm_are_as_fast_as_stored(workload):
     """The table of the page on vLLM, and what README says of it."""
     found = by_backend(f"throughput-8b-vllm-{workload}")
@@ -381,7 +381,7 @@ def test_pages_in_vllm_are_as_fast_as_stored(workload):
             more = "" if backend == "vllm" else f" ({than(backend, figure, 'vllm')})"
             cells.append(f"{row[figure]:,.0f}{more}")
         assert (name, *cells, f"{row['stats']['capacity_sequences']:,}") in said
-    text = " ".join(BY_NAME["README.md"].text.split())
+    text, page = (" ".join(BY_NAME[name].text.split()) for name in ("README.md", "docs/vllm.md"))
     pages = "vllm-pages:spectral-quality"
     gains = [
         [than(pages, figure, other) for other in ("vllm", "vllm:fp8")]
@@ -393,7 +393,14 @@ def test_pages_in_vllm_are_as_fast_as_stored(workload):
             in text
         )
         assert "decoding alone {} and {}".format(*gains[1]) in text
-    else:
+    elif workload == "1k":
         assert "256 of 1,024 in and 256 out {} and {}".format(*gains[0]) in text
+    else:
+        assert "decodes {} and {} as fast".format(*gains[1]) in text
+        fit = [found[backend]["stats"]["capacity_sequences"] for backend in (pages, *CACHES)]
+        assert "holds {} of them instead of {} and {}".format(*fit) in text
+        assert f"decode {gains[1][1]} as fast as fp8 and hold {fit[0] / fit[2]:.2f}x" in page
+    if workload != "8k":
+        assert f"{found[pages]['stats']['decode_host_ms']:.1f} ms" in page
     commit = stored(f"throughput-8b-vllm-{workload}")["environment"]["commit"]
-    assert f"commit {commit}" in BY_NAME["docs/vllm.md"].text
+    assert f"commit {commit}" in page
