@@ -92,7 +92,7 @@ ANY = {  # wrong for every model, so not even its config is looked for
     "layers of text": ({"exempt_layers": "0,1"}, InvalidRequestError, "a list of whole numbers"),
     "a flag of text": ({"enable_prefix_caching": "no"}, InvalidRequestError, "True or False"),
     "a seed of text": ({"seed": "x"}, InvalidRequestError, "seed is 'x'; it must be an integer"),
-    "a generation config": ({"generation_config": "vllm"}, InvalidRequestError, "'auto' .*'none'"),
+    "a generation config": ({"generation_config": "vLLM"}, InvalidRequestError, "'auto' .*'none'"),
     "no calibration file": ({"calibration": "gone"}, InvalidRequestError, "no calibration file"),
     "a calibration of 3": ({"calibration": 3}, InvalidRequestError, "a path or a SharedBasis"),
 }

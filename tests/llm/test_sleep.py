@@ -259,6 +259,7 @@ def test_coroutines_wait_while_it_sleeps():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_memory_is_free_while_it_sleeps():
     model = tiny_model().cuda().bfloat16()
     llm = LLM.from_model(model, kv_format="exact", kv_cache_bytes=64 << 20)
