@@ -126,7 +126,7 @@ def test_generation_config_none_leaves_it_alone(folder, tmp_path):
     assert plain.get_default_sampling_params() == SamplingParams()
 
 
-@pytest.mark.parametrize("choice", ["vllm", "", None, 3])
+@pytest.mark.parametrize("choice", ["vLLM", "", None, 3])
 def test_another_choice_is_refused(folder, choice):
     with pytest.raises(InvalidRequestError, match="it must be 'auto' .* or 'none'"):
         LLM(str(folder), generation_config=choice, **OPTIONS)
