@@ -241,6 +241,8 @@ class Engine:
             self.requests.fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
             scheduled = self._scheduled = self.scheduler.schedule()
+        if scheduled.preempted:  # its rows of sampling state are given back below
+            self._drawn = None
         for seq_id in scheduled.preempted:  # counted again where it goes on
             self.sampling_state.release(self.requests.by_sequence[seq_id])
         if not scheduled.new_tokens:
