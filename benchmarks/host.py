@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_paged.benchmarks.results_io.environment import environment
 from spectral_paged.benchmarks.results_io.result_file import write_result
-from spectral_paged.benchmarks.throughput.filling import CopyingEncoder
-from spectral_paged.cache import SpectralKVCache, StepPlan, replace_encoders
+from spectral_paged.benchmarks.throughput.filling import copy_where_no_kernel_seals
+from spectral_paged.cache import SpectralKVCache, StepPlan
 from spectral_paged.conformance.inputs import toy_basis
 from spectral_paged.device import choose_device
 from spectral_paged.engine import Engine
@@ -130,8 +130,7 @@ def decoding(
         max_model_len=longest,
         calibration=toy_basis(chosen, num_layers=1) if chosen.needs_calibration else None,
     )
-    page_bytes = cache.format.page_bytes
-    replace_encoders(cache, lambda e: e if e.backend == "triton" else CopyingEncoder(e, page_bytes))
+    copy_where_no_kernel_seals(cache)
     engine = Engine(
         NoModel(cache),
         cache,

@@ -23,7 +23,7 @@ from spectral_paged.benchmarks.quality.judge import (
     judge_probes,
 )
 from spectral_paged.benchmarks.quality.methods import Method
-from spectral_paged.benchmarks.quality.page_methods import PageMethod, SpectralMethod
+from spectral_paged.benchmarks.quality.page_methods import SpectralMethod
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.sources import sources_digest
 from spectral_paged.benchmarks.quality.tasks import Haystack, Window, needle_probes
@@ -44,7 +44,7 @@ def causes_digest() -> str:
 
 
 @dataclass(frozen=True)
-class Damaged(PageMethod):
+class Damaged(SpectralMethod):
     """Pages of a format that calibrates its basis, with a hand on what is stored or read."""
 
     label: str = ""
@@ -56,11 +56,6 @@ class Damaged(PageMethod):
     @property
     def fingerprint(self) -> str:
         return f"{self.label}/{super().fingerprint}/{causes_digest()}"
-
-    def rebuild(
-        self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.rebuild_layers([layer] * len(k), k, v, cos, sin)
 
     def rebuild_layers(
         self, layers: Sequence[int], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor

@@ -46,12 +46,17 @@ class CopyingEncoder:
         return bad.expand(len(pages), -1, -1, -1).contiguous()
 
 
+def copy_where_no_kernel_seals(cache: SpectralKVCache) -> None:
+    """Make a cache whose blocks no kernel seals copy its first page into each (`CopyingEncoder`)."""
+    page_bytes = cache.format.page_bytes
+    replace_encoders(cache, lambda e: e if e.backend == "triton" else CopyingEncoder(e, page_bytes))
+
+
 def fill_instead_of_prefill(engine: Engine, vocab_size: int) -> None:
     """Make an engine store made-up K and V for prompts and compute its decode steps only."""
     cache = engine.cache
     engine.runner = FillingRunner(engine.runner, cache, vocab_size)
-    page_bytes = cache.format.page_bytes
-    replace_encoders(cache, lambda e: e if e.backend == "triton" else CopyingEncoder(e, page_bytes))
+    copy_where_no_kernel_seals(cache)
     scheduler = engine.scheduler
     scheduler.config = replace(scheduler.config, max_num_batched_tokens=FILL_TOKENS)
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectral_paged.cli.input_file import add_input, check_input
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.options import (
     DEFAULT_MODEL,
@@ -42,15 +43,7 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input",
-        "--input-file",
-        "-i",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSONL, a request a line: prompts, messages or OpenAI's batch lines",
-    )
+    add_input(parser, "JSONL, a request a line: prompts, messages or OpenAI's batch lines")
     parser.add_argument(
         "--output",
         "--output-file",
@@ -103,9 +96,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Run a batch file; return 0 if every line got a record, bad ones too, but 1 if all are bad."""
-    if not args.input.is_file():
-        folder = ": it is a folder, name a file in it" if args.input.is_dir() else ""
-        raise InvalidRequestError(f"there is no input file {str(args.input)!r}{folder}")
+    check_input(args.input)
     if not args.ray and (args.ray_workers or args.ray_address):
         raise InvalidRequestError("--ray-workers and --ray-address need --ray")
     if args.ray and (args.top or args.metrics_port is not None):

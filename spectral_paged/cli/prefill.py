@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectral_paged.cli.input_file import add_input, check_input
 from spectral_paged.errors import InvalidRequestError, SpectralPagedError
 from spectral_paged.options import (
     DEFAULT_MODEL,
@@ -26,15 +26,7 @@ LINES_AT_ONCE = 64
 
 def add_prefill(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument(
-        "--input",
-        "--input-file",
-        "-i",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSONL, a prompt a line, in the forms that `generate` reads",
-    )
+    add_input(parser, "JSONL, a prompt a line, in the forms that `generate` reads")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="alias, hub id, folder or .gguf file"
     )
@@ -44,8 +36,7 @@ def add_prefill(parser: argparse.ArgumentParser) -> None:
 
 def prefill(args: argparse.Namespace) -> int:
     """Compute a file's prompts into a store; 1 if some could not be computed."""
-    if not args.input.is_file():
-        raise InvalidRequestError(f"there is no input file {str(args.input)!r}")
+    check_input(args.input)
     options = given_options(args, LLMOptions)
     if options.get("kv_store") is None:
         raise InvalidRequestError("prefill keeps prompts for later runs: name a folder, --kv-store")
