@@ -47,7 +47,7 @@ class CopyingEncoder:
 
 
 def copy_where_no_kernel_seals(cache: SpectralKVCache) -> None:
-    """Make a cache whose blocks no kernel seals copy its first page into each (`CopyingEncoder`)."""
+    """Make a cache whose blocks no kernel seals copy its first page (`CopyingEncoder`)."""
     page_bytes = cache.format.page_bytes
     replace_encoders(cache, lambda e: e if e.backend == "triton" else CopyingEncoder(e, page_bytes))
 

@@ -239,6 +239,33 @@ def test_requests_that_gave_way_hold_no_row():
     assert stats["preemptions"] > 0
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_requests_that_gave_way_together_and_go_on_together_have_rows(monkeypatch, ahead):
+    """What was drawn before names rows that they gave back."""
+    prompts = random_prompts([30, 90], seed=6)
+    params = replace(REPEATED, frequency_penalty=2.0)
+    want = [o.outputs[0].token_ids for o in tiny_llm().generate(prompts, params)]
+    llm = tiny_llm()
+    llm.engine.async_scheduling = ahead
+    for i, prompt in enumerate(prompts):
+        llm.engine.add_request(str(i), prompt, params)
+    for _ in range(5):
+        llm.engine.step()
+    progress = llm.cache.progress
+    with monkeypatch.context() as patch:  # every next token needs a slot, and finds none
+        patch.setattr(llm.cache, "progress", lambda s: (progress(s)[0], [False] * len(s)))
+        patch.setattr(llm.cache, "try_reserve", lambda *_: False)
+        llm.engine.step()
+    stats = llm.stats()
+    assert stats["preemptions"] == 2 and stats["penalty_rows"] == stats["running"] == 0
+    done = {}
+    while llm.engine.has_unfinished():
+        done |= {o.request_id: o for o in llm.engine.step() if o.finished}
+        stats = llm.stats()
+        assert stats["penalty_rows"] == stats["running"]
+    assert [done[str(i)].outputs[0].token_ids for i in range(2)] == want
+
+
 def test_a_row_is_held_while_its_request_runs():
     llm = tiny_llm(max_num_seqs=2)
     prompt = random_prompts([40], seed=1)[0]
