@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectral_paged.scheduler import Request
+from spectral_paged.scheduler import Request, Scheduler, SchedulerConfig
 
 BLOCK = 8  # tokens a slot of the counting cache
 
@@ -106,3 +106,11 @@ class CountingCache:
 
 def request(name, length):
     return Request(name, list(range(length)), length)
+
+
+def scheduler(cache, requests, **budgets):
+    """A scheduler with these budgets, to which the requests are added."""
+    s = Scheduler(cache, SchedulerConfig(**budgets))
+    for r in requests:
+        s.add(r)
+    return s

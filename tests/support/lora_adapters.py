@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from support.tiny_model import tiny_model
+from spectral_paged import SamplingParams
+from support.tiny_model import random_prompts, tiny_llm, tiny_model
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # by name: ranks, targets and scales differ
@@ -90,3 +91,23 @@ def greedy(model, prompts, count):
         )
         found.append(output[0, len(prompt) :].tolist())
     return found
+
+
+NAMES = [None, *KINDS]
+PARAMS = SamplingParams(temperature=0.0, max_tokens=8)
+PROMPTS = random_prompts([5, 70, 600, 9, 33, 1200, 1, 64], seed=5)
+
+
+def lora_llm(format="exact", **options):
+    """A small LLM with room for three adapters."""
+    return tiny_llm(format, **{"enable_lora": True, "max_loras": 3} | options)
+
+
+def tokens(outputs):
+    """The token ids of each output's first completion."""
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def unused(llm):
+    """True if no request holds an adapter."""
+    return not any(adapter.num_requests for adapter in llm.adapters._by_name.values())
