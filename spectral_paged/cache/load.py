@@ -38,6 +38,8 @@ class Load:
         records: the records of the cache's sequences.
         tiers: they have the records.
         needed: all records of the prefix.
+        origins: the tier where each record was found first; a later load of the same request finds
+            in host memory what an earlier one had read from disk.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Load:
         records: Records,
         tiers: Tiers,
         needed: Sequence[Record],
+        origins: dict[bytes, str],
     ) -> None:
         self._groups = groups
         self._records = records
         self._tiers = tiers
+        self._origins = origins
         self._borrowed = [BorrowedSlots(group.arena, WeakMethod(self._settle)) for group in groups]
         self._waiting: deque[Record] = deque()
         self._coming: deque[tuple[Record, str, HostRecord]] = deque()  # in host memory, or coming
@@ -96,7 +100,7 @@ class Load:
         room."""
         while self._waiting and not self.failed:
             record = self._waiting[0]
-            tier = self._tiers.where(record.key)
+            tier = self._tiers.where(record.key) or self._tiers.host.name
             try:
                 source = self._tiers.hold(record.key, record.parent)
             except KeyError:  # evicted meanwhile
@@ -105,7 +109,7 @@ class Load:
             if source is None:
                 return
             self._waiting.popleft()
-            self._coming.append((record, tier or self._tiers.host.name, source))
+            self._coming.append((record, self._origins.setdefault(record.key, tier), source))
 
     def _begin(self, record: Record, tier: str, source: HostRecord) -> int | None:
         """Begin a record's copy and return its bytes; None: not now."""

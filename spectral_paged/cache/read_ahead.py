@@ -57,7 +57,8 @@ class _Asked:
         num_rooms: how often room had been made when there was none.
         queued: True if it needs a load and others were in the way.
         looking: a look on disk for its prefix, until that has ended.
-        came: the tier and the tokens of each record that was loaded for it.
+        origins: the tier where each record that a load held was found first.
+        came: that tier and the tokens of each record that was loaded for it.
     """
 
     by: Asking
@@ -67,6 +68,7 @@ class _Asked:
     num_rooms: int | None = None
     queued: bool = False
     looking: Future[None] | None = None
+    origins: dict[bytes, str] = field(default_factory=dict)
     came: dict[bytes, tuple[str, int]] = field(default_factory=dict)
 
 
@@ -120,7 +122,9 @@ class ReadAhead:
             if not needed:
                 asked.ready_at = self._now
                 return True
-            load = self._loads[seq_id] = Load(self._groups, self._records, self._tiers, needed)
+            load = self._loads[seq_id] = Load(
+                self._groups, self._records, self._tiers, needed, asked.origins
+            )
         ready = load.advance()
         if ready is None:
             return self._no_room(seq_id, alone=alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -168,6 +169,27 @@ def test_a_load_that_gave_way_says_where_its_first_part_came_from(monkeypatch):
     assert cache._lower.give_way()
     cache._lower.moves.ahead.room_made()
     assert prefetched(cache) == (1600, 1600)
+
+
+def test_what_a_load_that_gave_way_had_read_is_of_the_disk_though_memory_has_it_by_then(
+    monkeypatch, tmp_path
+):
+    how = {"kv_store": tmp_path, "kv_store_size": 32 << 20, "model_fingerprint": "digits"}
+    warm_cache(**how).close()
+    cache = make(kv_host_memory=8 << 20, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "MAX_BYTES_ON_WAY", 0)  # nothing goes on from host memory
+        ahead, ends = cache._lower.moves.ahead, time.monotonic() + 30
+        while not (ahead._loads and all(s.copy.is_done for *_, s in ahead._loads["b"]._coming)):
+            assert cache.prefetch("b", num_prompt_tokens=1800, token_ids=PROMPT) is False
+            assert time.monotonic() < ends
+            time.sleep(0.001)
+        assert not ahead._loads["b"].came
+        assert cache._lower.give_way()
+        ahead.room_made()
+    assert prefetched(cache) == (1600, 0)
+    assert cache.sequence_stats("b")["disk_cached_tokens"] == 1600
+    cache.close()
 
 
 @pytest.mark.parametrize("how", ["reset", "cancel"])
