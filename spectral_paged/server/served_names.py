@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from spectral_paged.errors import AdapterError, InvalidRequestError, shown
 from spectral_paged.llm import LLM
+from spectral_paged.models.lora import of_llm
 from spectral_paged.options import LoRARequest
 from spectral_paged.server.api_error import ApiError
 from spectral_paged.server.settings import ServerSettings
@@ -17,17 +18,17 @@ def served_names(llm: LLM, settings: ServerSettings) -> list[str]:
 
 
 def lora_of(llm: LLM, settings: ServerSettings, name: str | None) -> LoRARequest | None:
-    """Return the adapter that a request names as its model; None: the model itself.
+    """Return the name and id of the adapter that a request names; None: the model itself.
 
     Raises:
         ApiError: 404, nothing here has the name.
     """
     if name is None or name in settings.model_names:
         return None
-    for request in llm.list_loras():
-        if request.lora_name == name:
-            return request
-    raise unknown_model(llm, settings, name)
+    try:
+        return of_llm(llm.adapters).named(name)
+    except AdapterError:
+        raise unknown_model(llm, settings, name) from None
 
 
 def unknown_model(llm: LLM, settings: ServerSettings, name: str) -> ApiError:

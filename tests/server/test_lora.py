@@ -13,12 +13,13 @@ import pytest
 
 from spectral_paged import AsyncLLM, LoRARequest, SamplingParams
 from spectral_paged.batch.file import LINE_FIELDS, read_lines
-from spectral_paged.batch.run import serve_lines
+from spectral_paged.batch.run import lora_of, serve_lines
 from spectral_paged.cli.commands import build_parser
 from spectral_paged.errors import AdapterError, InvalidRequestError
 from spectral_paged.options import LLMOptions, given_options
 from spectral_paged.server.app import Service
 from spectral_paged.server.command import serve, settings_of
+from spectral_paged.server.parsing import parse_request
 from spectral_paged.server.settings import ServerSettings
 from support.lora_adapters import KINDS, save_kinds
 from support.served import served_llm, serving
@@ -215,6 +216,23 @@ def test_options_of_vllm_are_read():
         "max_lora_rank": 32,
         "lora_modules": ["a=x", "b=y", "c=z"],
     }
+
+
+@pytest.mark.parametrize("door", ["server", "batch"])
+def test_a_request_that_was_read_before_an_unload_does_not_load_it_again(door, paths, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT, "model": "low"}))
+    (line,) = read_lines(tmp_path / "in.jsonl", {})
+    body = json.dumps({"model": "low", "prompt": PROMPT}).encode()
+    with lora_llm(paths, "low") as llm:
+        if door == "server":
+            asked = parse_request(llm, ServerSettings(("tiny",)), body, chat=False).lora
+        else:
+            asked = lora_of(llm, line)
+        llm.generate(PROMPT, PARAMS, use_tqdm=False, lora_request=asked)
+        llm.remove_lora(1)
+        with pytest.raises(AdapterError, match="'low' is not loaded"):
+            llm.generate(PROMPT, PARAMS, use_tqdm=False, lora_request=asked)
+        assert llm.list_loras() == []
 
 
 # ---- other doors -------------------------------------------------------------------------

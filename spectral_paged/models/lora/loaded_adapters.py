@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import finalize, ref
 
@@ -119,13 +119,17 @@ class LoadedAdapters:
         return [adapter.request for adapter in list(self._by_name.values())]  # of any thread
 
     def named(self, name: str) -> LoRARequest:
-        """Return the name, id and path of an adapter that is loaded.
+        """Return the name and id of an adapter that is loaded.
+
+        Without the path, because a request that still names it once it is unloaded would load it
+        again.
 
         Raises:
             AdapterError: none has the name.
         """
-        if name in self._by_name:
-            return self._by_name[name].request
+        known = self._by_name.get(name)
+        if known is not None:
+            return replace(known.request, lora_path="")
         names = self.names
         meant = suggestion(name, names) or f"loaded are {', '.join(map(repr, names)) or 'none'}"
         raise AdapterError(f"adapter {shown(name)} is not loaded: {meant}")
