@@ -329,7 +329,7 @@ class OutputFile:
                     self.finished[int(record["line"])] = str(record["line_hash"])
                     self.num_served += record.get("error") is None
                     self._earlier_run = self._earlier_run or record.get("run")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     raise CorruptFileError(
                         f"{self.path}, line {number}: not a record of this program; name another "
                         "--output, or start again with --overwrite"

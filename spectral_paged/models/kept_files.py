@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A conversion's manifest; empty where it is missing or cannot be read."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -19,11 +19,11 @@ class LoRARequest:
 
     Args:
         lora_name: the name by which it is known while it is loaded.
-        lora_int_id: a number that no other adapter has, at least 1.
+        lora_int_id: a number that no other adapter has, at least 1 and below 2**63.
         lora_path: a folder that PEFT saved; "": an adapter of that name is loaded already.
 
     Raises:
-        AdapterError: a value is of another type, the name is empty, or the id is below 1.
+        AdapterError: a value is of another type, the name is empty, or the id is out of its range.
     """
 
     lora_name: str
@@ -34,8 +34,10 @@ class LoRARequest:
         if not isinstance(self.lora_name, str) or not self.lora_name:
             raise AdapterError(f"lora_name is {shown(self.lora_name)}; it must be a text")
         number = self.lora_int_id
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise AdapterError(f"lora_int_id is {shown(number)}; it must be an integer above 0")
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
+            raise AdapterError(
+                f"lora_int_id is {shown(number)}; it must be an integer above 0, and below 2**63"
+            )
         if not isinstance(self.lora_path, str | os.PathLike):
             raise AdapterError(f"lora_path is {shown(self.lora_path)}; it must be a folder's path")
         object.__setattr__(self, "lora_path", os.fsdecode(self.lora_path))
@@ -91,7 +93,7 @@ def _module(text: str) -> tuple[str, str]:
     if text.lstrip().startswith("{"):
         try:
             value: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AdapterError(f"lora_modules has {shown(text)}, no JSON ({error})") from None
         if unknown := sorted(set(value) - set(KEYS)):
             raise AdapterError(f"lora_modules has {shown(unknown)}; it takes {', '.join(KEYS)}")

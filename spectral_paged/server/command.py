@@ -64,7 +64,7 @@ def _origins(given: Sequence[str]) -> tuple[str, ...]:
         return tuple(given)
     try:
         listed = json.loads(given[0])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"--allowed-origins {shown(given[0])} is no JSON list ({error}): write the origins "
             "behind each other instead"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectral_paged import LLM, LoRARequest, SamplingParams
-from spectral_paged.models.lora import LoRALinear, TokenAdapters
+from spectral_paged.models.lora import LayerAdapter, LoRALinear, TokenAdapters
 from support.lora_adapters import KINDS, save_kinds
 from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
 
@@ -70,7 +70,7 @@ def test_both_forms_agree_in_bf16():
         adapters = TokenAdapters(4, 16, device, grouped=grouped)
         layer = LoRALinear(base, adapters, 4, 16, device=device, dtype=dtype)
         for index, (a, b) in enumerate(written, start=1):
-            layer.write(index, a, b, 0.5)
+            layer.write(index, LayerAdapter(a, b, 0.5).factors(dtype))
         with adapters.of(indices):
             layer(inputs)  # kernels are loaded before a capture
         graph = torch.cuda.CUDAGraph()

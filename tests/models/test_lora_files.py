@@ -45,6 +45,10 @@ def with_first(change):
     return changed
 
 
+def with_all(change):
+    return lambda found: {name: change(t).contiguous() for name, t in found.items()}
+
+
 def with_value(value):
     def spoil(tensor):
         tensor[0, 0] = value
@@ -71,6 +75,24 @@ CONFIGS = [
     ({"lora_alpha": None}, "no numbers by names"),
     ({"alpha_pattern": {"q_proj": "x"}}, "no numbers by names"),
     ({"alpha_pattern": {"(": 1}}, "no numbers by names"),
+    ({"alpha_pattern": {"(?i)q_proj": 1}}, "no numbers by names.*no regular expression"),
+    ({"alpha_pattern": ["q_proj"]}, "no numbers by names"),
+    ({"alpha_pattern": {"q{99999999999}": 1}}, "no regular expression"),
+    ({"lora_alpha": True}, "no numbers by names"),
+    ({"lora_alpha": 10**400}, "no numbers by names"),
+    ({"lora_alpha": math.inf}, "no numbers by names"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "no numbers by names"),
+    ({"r": True}, r"has ranks \[True\], which are no integers"),
+    ({"r": 4.0}, r"has ranks \[4.0\], which are no integers"),
+    ({"r": 10**400}, "has rank an integer of 1329 bits, and max_lora_rank is 16"),
+    ({"rank_pattern": {"(?i)q_proj": 4}}, "no regular expression"),
+    ({"rank_pattern": [4]}, r"has ranks \[4, \[4\]\]"),
+    ({"rank_pattern": {"q_proj": "4"}}, r"has ranks \[4, '4'\]"),
+    ({"use_rslora": "no"}, "has use_rslora 'no', which PEFT does not write"),
+    ({"init_lora_weights": ["pissa"]}, r"has init_lora_weights \['pissa'\], which PEFT"),
+    ({"target_modules": "q_proj("}, r"has target_modules 'q_proj\(', which PEFT"),
+    ({"target_modules": ["q_proj", 5]}, "has target_modules .*, which PEFT does not"),
+    ({"exclude_modules": 5}, "has exclude_modules 5, which PEFT does not"),
     ({"r": 17}, "has rank 17, and max_lora_rank is 16: give max_lora_rank=17"),
     ({"rank_pattern": {"q_proj": 32}}, "has rank 32"),
 ]
@@ -104,6 +126,16 @@ TENSORS = [
     (with_value(-math.inf), "NaN or Inf"),
     (with_first(lambda t: t[:-1]), "have no rank in common"),
     (with_first(torch.flatten), "have no rank in common"),
+    (with_first(lambda t: t.sum()), r"has lora_A \[\] and .* have no rank in common"),
+    (with_all(lambda t: t[:0] if t.shape[0] == 4 else t[:, :0]), "have no rank in common"),
+    (
+        with_all(lambda t: t[:2] if t.shape[0] == 4 else t[:, :2]),
+        "has rank 2 in .* rank 4 there by",
+    ),
+    (with_first(lambda t: t.to(torch.float8_e4m3fn)), "has F8_E4M3 numbers in model.layers.0"),
+    (with_first(lambda t: t.to(torch.complex64)), "has C64 numbers in model.layers.0"),
+    (with_first(torch.Tensor.bool), "has BOOL numbers"),
+    (with_first(torch.Tensor.char), "has I8 numbers in .* F16, BF16, F32, F64 are served"),
 ]
 
 
@@ -133,6 +165,8 @@ FILES = [
     (spoiled("adapter_config.json", b"{"), "adapter_config.json in .* cannot be read"),
     (spoiled("adapter_config.json", b"\xff\xfe"), "cannot be read"),
     (spoiled("adapter_config.json", b"[1]"), "it is no object"),
+    (spoiled("adapter_config.json", b"[" * 100_000), "cannot be read .*recursion limit"),
+    (spoiled("adapter_config.json", b'{"r": ' + b"9" * 5000 + b"}"), "cannot be read"),
     (spoiled("adapter_model.safetensors", b"no tensors"), "safetensors in .* cannot be read"),
     (spoiled("adapter_model.safetensors", b""), "safetensors in .* cannot be read"),
 ]
@@ -153,6 +187,31 @@ def test_a_pickle_is_not_read(tmp_path):
         read_folder("x", folder, 16)
 
 
+PATHS = ["x" * 5000, "/" + "y/" * 3000, "~nobody-here/adapter", "a\0b", "\udcff"]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=range(len(PATHS)))
+def test_a_path_that_is_none_is_no_folder(path):
+    with pytest.raises(AdapterError, match="there is no folder"):
+        read_folder("x", path, 16)
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_adapter(tmp_path / "a")
+    assert read_folder("x", "~/a", 16).rank == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_floats_of_any_width_are_served(dtype, tmp_path):
+    want = read_folder("x", save_adapter(tmp_path / "a"), 16)
+    folder = save_adapter(tmp_path / "b")
+    got = read_folder("x", rewrite(folder, tensors=with_all(lambda t: t.to(dtype))), 16)
+    for name, layer in want.layers.items():
+        for mine, theirs in zip(got.layers[name].factors(torch.float32), layer.factors(dtype)):
+            assert torch.equal(mine.to(dtype), theirs.to(dtype))
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -163,6 +222,10 @@ def test_a_pickle_is_not_read(tmp_path):
         (renamed("model.layers.0.self_attn.q_proj", "lm_head"), "targets 'lm_head'.*merge_and"),
         (renamed("layers.1.", "layers.2."), "targets 'model.layers.2"),
         (with_first(lambda t: t[:, :32]), "made for 64 x 32 weights in .*has 64 x 64: take the"),
+        (
+            with_first(lambda t: t.double() * 1e200),
+            "too large for the model's torch.float32, .* 2:",
+        ),
     ],
 )
 def test_layers_that_the_model_does_not_have_are_named(change, says, tmp_path):

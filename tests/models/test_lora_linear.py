@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from spectral_paged.models.lora import LoRALinear, TokenAdapters
+from spectral_paged.models.lora import LayerAdapter, LoRALinear, TokenAdapters
 
 CPU = torch.device("cpu")
 WIDTHS = 24, 40
@@ -23,9 +23,13 @@ def layer_of(max_loras, rank, *, grouped, ranks, dtype=torch.float32, seed=0):
     written = {}
     for index, own in enumerate(ranks, start=1):
         a, b = torch.randn(own, WIDTHS[0], dtype=dtype), torch.randn(WIDTHS[1], own, dtype=dtype)
-        layer.write(index, a, b, index / 2)
+        write(layer, index, a, b, index / 2)
         written[index] = a, b, index / 2
     return layer, written
+
+
+def write(layer, index, a, b, scale):
+    layer.write(index, LayerAdapter(a, b, scale).factors(layer.a.dtype))
 
 
 def expected(layer, written, inputs, indices):
@@ -67,8 +71,8 @@ def test_an_adapter_that_is_written_over_leaves_nothing(grouped):
     layer, written = layer_of(2, 8, grouped=grouped, ranks=[8, 8])
     a, b = torch.randn(2, WIDTHS[0]), torch.randn(WIDTHS[1], 2)
     stacks = layer.a.data_ptr(), layer.b.data_ptr()
-    layer.write(1, a, b, 1.0)
-    layer.write(2, None, None, 0.0)
+    write(layer, 1, a, b, 1.0)
+    layer.write(2, None)
     inputs = torch.randn(5, WIDTHS[0])
     with layer.tokens.of(torch.tensor([1, 2, 0, 2, 1])):
         got = layer(inputs)
@@ -101,7 +105,7 @@ def test_compiled_layers_outlive_loads_and_steps_of_any_length(grouped):
     generator = torch.Generator().manual_seed(1)
     for number, length in enumerate((7, 3, 20, 64, 5, 33)):
         a, b = torch.randn(4, WIDTHS[0]), torch.randn(WIDTHS[1], 4)
-        layer.write(1 + number % 3, a, b, 0.5)
+        write(layer, 1 + number % 3, a, b, 0.5)
         indices = torch.randint(4, (length,), generator=generator)
         inputs = torch.randn(1, length, WIDTHS[0], dtype=dtype)
         assert torch.equal(layer(inputs), layer.base(inputs))

@@ -11,6 +11,7 @@ from spectral_paged.models.lora.adapter_files import (
 )
 from spectral_paged.models.lora.adapter_weights import (
     AdapterWeights,
+    LayerAdapter,
 )
 from spectral_paged.models.lora.loaded_adapters import (
     LoadedAdapter,
@@ -28,6 +29,7 @@ from spectral_paged.models.lora.peft_model import (
 
 __all__ = [
     "AdapterWeights",
+    "LayerAdapter",
     "LoRALinear",
     "LoadedAdapter",
     "LoadedAdapters",

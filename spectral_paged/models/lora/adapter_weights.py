@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spectral_paged.errors import AdapterError, shown
+from spectral_paged.errors import AdapterError, cut, shown
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,11 @@ class LayerAdapter:
     a: Tensor
     b: Tensor
     scale: float
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A `[r, in]` and `scale` B^T `[r, out]` in another dtype, contiguous."""
+        scaled = (self.b.float() * self.scale).t()
+        return self.a.to(dtype).contiguous(), scaled.to(dtype).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,8 @@ class AdapterWeights:
             name: of the adapter, for errors.
 
         Raises:
-            AdapterError: there are none, shapes of A and B differ, or a number is not finite.
+            AdapterError: there are none, shapes of A and B differ, numbers are no floats, or one
+                is not finite.
         """
         if not layers:
             raise AdapterError(
@@ -48,17 +56,18 @@ class AdapterWeights:
         digest = hashlib.sha256()
         for where, layer in sorted(layers.items()):
             shapes = tuple(layer.a.shape), tuple(layer.b.shape)
-            if layer.a.dim() != 2 or layer.b.dim() != 2 or len(layer.a) != layer.b.shape[1]:
-                raise AdapterError(
-                    f"adapter {shown(name)}: {where} has lora_A {list(shapes[0])} and lora_B "
-                    f"{list(shapes[1])}, which have no rank in common: save the adapter again"
-                )
+            check_pair(name, where, *shapes)
             digest.update(f"{where} {shapes} {layer.scale!r}".encode())
             for tensor in (layer.a, layer.b):
+                if tensor.dtype not in DTYPES:
+                    raise AdapterError(
+                        f"adapter {shown(name)} has {tensor.dtype} in {cut(where)}: give it one of "
+                        f"{', '.join(map(str, DTYPES))}"
+                    )
                 if not torch.isfinite(tensor).all():
                     raise AdapterError(
-                        f"adapter {shown(name)} has NaN or Inf in {where}: train it again, or take "
-                        "an earlier checkpoint"
+                        f"adapter {shown(name)} has NaN or Inf in {cut(where)}: train it again, or "
+                        "take an earlier checkpoint"
                     )
                 raw = tensor.detach().contiguous().flatten().view(torch.uint8)
                 digest.update(f"{tensor.dtype}".encode())
@@ -69,3 +78,17 @@ class AdapterWeights:
     def rank(self) -> int:
         """The largest rank of a layer."""
         return max(len(layer.a) for layer in self.layers.values())
+
+
+def check_pair(name: str, where: str, a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the rank of A and B, by their shapes.
+
+    Raises:
+        AdapterError: they have none in common.
+    """
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+        raise AdapterError(
+            f"adapter {shown(name)}: {cut(where)} has lora_A {shown(list(a))} and lora_B "
+            f"{shown(list(b))}, which have no rank in common: save the adapter again"
+        )
+    return a[0]

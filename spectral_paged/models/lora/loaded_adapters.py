@@ -11,11 +11,12 @@ from typing import Any
 from weakref import finalize, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectral_paged.errors import AdapterError, UnsupportedModelError, shown, suggestion
 from spectral_paged.models.fp8_linear import FP8Linear
-from spectral_paged.models.lora.adapter_files import MERGE, check_rank, read_folder
+from spectral_paged.models.lora.adapter_config import MERGE, check_rank
+from spectral_paged.models.lora.adapter_files import read_folder
 from spectral_paged.models.lora.adapter_weights import AdapterWeights
 from spectral_paged.models.lora.lora_linear import LoRALinear, TokenAdapters
 from spectral_paged.models.lora.peft_model import PeftAdapters
@@ -174,7 +175,8 @@ class LoadedAdapters:
             stays: it is not unloaded to make room for others.
 
         Raises:
-            AdapterError: name or id is another's, a layer is not served, or there is no room.
+            AdapterError: name or id is another's, a layer is not served, or there is no room. All
+                that was loaded stays.
         """
         name = request.lora_name
         for known in self._by_name.values():
@@ -185,10 +187,12 @@ class LoadedAdapters:
                     "loaded: give another name and id, or unload that first"
                 )
         check_rank(name, weights.rank, self.max_lora_rank)
-        self._check_layers(name, weights)
+        # before another makes room, because a write takes no memory and does not fail
+        factors = self._factors(name, weights)
         index = self._take_index(name)
         try:
-            self._write(index, weights)
+            for where, layer in self._layers.items():
+                layer.write(index, factors.get(where))
         except BaseException:
             self._free.append(index)
             raise
@@ -267,7 +271,15 @@ class LoadedAdapters:
                 "unload it first"
             )
 
-    def _check_layers(self, name: str, weights: AdapterWeights) -> None:
+    @torch.no_grad()
+    def _factors(self, name: str, weights: AdapterWeights) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what each layer gets of an adapter, in the layer's dtype and on the CPU.
+
+        Raises:
+            AdapterError: the model has no such layer, or none of these sizes, or numbers are too
+                large for its dtype.
+        """
+        found = {}
         for where, adapter in weights.layers.items():
             layer = self._layers.get(where)
             if layer is None:
@@ -285,6 +297,14 @@ class LoadedAdapters:
                     f"{where}, and this model has {wanted[0]} x {wanted[1]}: take the adapter of "
                     "this model"
                 )
+            found[where] = adapter.factors(layer.a.dtype)
+            if not all(torch.isfinite(factor).all() for factor in found[where]):
+                raise AdapterError(
+                    f"adapter {shown(name)} has numbers in {where} that are too large for the "
+                    f"model's {layer.a.dtype}, alpha over rank being {adapter.scale:.3g}: check "
+                    "its lora_alpha, or train it again"
+                )
+        return found
 
     def _take_index(self, name: str) -> int:
         if not self._free:
@@ -301,15 +321,6 @@ class LoadedAdapters:
                 )
             self.remove(min(idle, key=lambda known: known.last_use).request.lora_name)
         return self._free.pop()
-
-    @torch.no_grad()
-    def _write(self, index: int, weights: AdapterWeights) -> None:
-        for name, layer in self._layers.items():
-            found = weights.layers.get(name)
-            if found is None:
-                layer.write(index, None, None, 0.0)
-            else:
-                layer.write(index, found.a, found.b, found.scale)
 
 
 def of_llm(adapters: LoadedAdapters | None) -> LoadedAdapters:

@@ -117,10 +117,10 @@ class LoRALinear(nn.Module):
         flat, rows = output.flatten(0, -2), inputs.flatten(0, -2)
         return self.tokens.add(flat, rows, self.a, self.b).view_as(output)
 
-    def write(self, index: int, a: Tensor | None, b: Tensor | None, scale: float) -> None:
-        """Put an adapter's A, `[r, in]`, and B, `[out, r]`, at `index`; None: it has none here."""
-        self.a[index].zero_()
-        self.b[index].zero_()
-        if a is not None and b is not None:
-            self.a[index, : len(a)] = a.to(self.a)
-            self.b[index, : len(a)] = (b.float() * scale).t().to(self.b)
+    def write(self, index: int, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Put an adapter's A, `[r, in]`, and `scale` B^T, `[r, out]`, at `index`; None: it has none
+        here. Factors of the layer's own dtype take no memory on its device."""
+        for stack, own in zip((self.a, self.b), factors or (None, None), strict=True):
+            stack[index].zero_()
+            if own is not None:
+                stack[index, : len(own)].copy_(own)

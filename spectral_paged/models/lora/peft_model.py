@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from spectral_paged.errors import AdapterError, UnsupportedModelError, shown
-from spectral_paged.models.lora.adapter_files import MERGE, check_config
+from spectral_paged.models.lora.adapter_config import MERGE, AdapterConfig
 from spectral_paged.models.lora.adapter_weights import AdapterWeights, LayerAdapter
 
 
@@ -55,7 +55,7 @@ class PeftAdapters:
         """
         found = {}
         for name, config in self.configs.items():
-            check_config(name, config, max_lora_rank)
+            AdapterConfig.of(name, config, max_lora_rank)
             layers = {
                 where: _layer(name, where, part)
                 for where, part in self.layers.items()
