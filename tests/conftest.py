@@ -21,9 +21,11 @@ sys.path[:] = [p for p in sys.path if p not in ("", ROOT)]
 runpy.run_path(f"{pathlib.Path(__file__).parent}/support/__init__.py")["make_importable"]()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported
-    from support.interpreter import patch_the_language_once
+    from support import interpreter
 
-    patch_the_language_once()
+    interpreter.patch_the_language_once()
+    interpreter.make_shapes_once()
+    interpreter.look_up_numpy_types_once()
 
 # `make mutants` only asks which tests fail, so examples are not shrunk.
 settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
