@@ -360,34 +360,35 @@ class SlotPool:
     def check_integrity(self) -> None:
         """Raise PoolError unless every slot is in exactly one state and every index agrees."""
 
-        def require(condition: bool, what: str) -> None:
+        def require(condition: bool, what: str, *of: int) -> None:
             if not condition:
-                raise PoolError(f"pool integrity: {what}")
+                raise PoolError(f"pool integrity: {what.format(*of)}")
 
         require(len(set(self._empty)) == len(self._empty), "an empty slab is listed twice")
         require(not set(self._empty) & set(self._slabs), "a slab is both empty and held")
         require(len(self._empty) + len(self._slabs) == self.num_slabs, "a slab is lost")
+        used: dict[int, list[int]] = {slab_id: [] for slab_id in self._slabs}
+        for slot in self._ref_count:
+            used.setdefault(slot // self._stride, []).append(slot)
+        require(len(used) == len(self._slabs), "a slot in use lies in no slab")
         in_use = dict.fromkeys(SlotKind, 0)
         cached: dict[SlotKind, set[int]] = {k: set() for k in SlotKind}
         for slab_id, slab in self._slabs.items():
-            base = slab_id * self._stride
-            slots = set(range(base, base + self.slots_per_slab[slab.kind]))
-            used = {s for s in slots if s in self._ref_count}
-            free = set(slab.free)
-            require(len(free) == len(slab.free), f"slab {slab_id} lists a free slot twice")
+            base, free, held = slab_id * self._stride, slab.free, used[slab_id]
+            require(len(set(free)) == len(free), "slab {} lists a free slot twice", slab_id)
             require(
-                len(free) + len(used) + len(slab.cached) == len(slots)
-                and free | used | slab.cached == slots,
-                f"slab {slab_id}: free + cached + in use is not every slot once",
+                sorted([*free, *slab.cached, *held])
+                == list(range(base, base + self.slots_per_slab[slab.kind])),
+                "slab {}: free + cached + in use is not every slot once",
+                slab_id,
             )
-            require(len(used) == slab.num_in_use, f"slab {slab_id} miscounts its slots in use")
-            require(bool(used or slab.cached), f"slab {slab_id} is empty but held")
+            require(len(held) == slab.num_in_use, "slab {} miscounts its slots in use", slab_id)
+            require(bool(held or slab.cached), "slab {} is empty but held", slab_id)
             require(bool(free) == (slab_id in self._with_free[slab.kind]), "free index is wrong")
-            require((not used) == (slab_id in self._idle[slab.kind]), "idle index is wrong")
-            in_use[slab.kind] += len(used)
+            require((not held) == (slab_id in self._idle[slab.kind]), "idle index is wrong")
+            in_use[slab.kind] += len(held)
             cached[slab.kind] |= slab.cached
         require(in_use == self.num_in_use, "the counts of slots in use are wrong")
-        require(sum(in_use.values()) == len(self._ref_count), "a slot in use lies in no slab")
         require(all(c >= 1 for c in self._ref_count.values()), "a slot in use has no reference")
         for kind in SlotKind:
             named = {*self._with_free[kind], *self._idle[kind]}
