@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
+# Tests start a hundred processes, which would compile the package's source again each.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests that need no model, no GPU and no patience.
 QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/scheduler tests/sampling \
   tests/metrics tests/cli tests/cache/test_seal_schedule.py tests/cache/test_capacity.py
@@ -11,7 +14,7 @@ QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/sche
 # Tests of random cases that take more of them under the profile `deep`.
 DEEP := tests/engine/test_engine_machine.py tests/cache/test_cache_machine.py tests/server/test_description.py
 
-.PHONY: demo test test-deep check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
+.PHONY: demo test suite test-deep check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -25,7 +28,11 @@ $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirem
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) lint types
+# Types are checked on one core while the tests are collected on both.
+test: $(STAMP) lint
+	$(MAKE) --no-print-directory --jobs=2 types suite
+
+suite: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # State machines, and requests to the server, with many more random cases than `make test` tries.
