@@ -22,7 +22,7 @@ from spectral_paged.benchmarks.quality.methods import (
     WantsQueries,
 )
 from spectral_paged.benchmarks.quality.shared_attention import Pass, take_over
-from spectral_paged.errors import InvalidRequestError, PromptTooLongError
+from spectral_paged.errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.geometry import rotary_table
@@ -92,11 +92,26 @@ def _stored(method: Method, layers: Sequence[int], blocks: list[Blocks]) -> tupl
 
 
 class Replay:
-    """A causal LM that prefills, seals and continues contexts, with its attention replaced."""
+    """A causal LM that prefills, seals and continues contexts, with its attention replaced.
+
+    Raises:
+        UnsupportedModelError: its attention has windows, soft caps or sinks.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.model = loaded.model
-        self.geometry = loaded.geometry
+        self.geometry = geometry = loaded.geometry
+        parts = {
+            "windows": any(geometry.windows),
+            "soft caps": geometry.softcap is not None,
+            "sinks": geometry.has_sinks,
+        }
+        if found := [name for name, there in parts.items() if there]:
+            raise UnsupportedModelError(
+                f"attention of {self.model.config.model_type} has {' and '.join(found)}, which a "
+                "replay of contexts leaves out: take a llama, mistral, qwen2 or qwen3 model "
+                "without them"
+            )
         self._rope: RotaryTable | None = None
 
     @property

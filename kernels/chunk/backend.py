@@ -21,6 +21,7 @@ class ChunkKind:
 
     dtype, dim, device: of queries, keys and values; `dim` is the head width.
     softcap, window: as in `chunk.reference.chunk_attention`.
+    has_sinks: True if there are sinks.
     """
 
     dtype: torch.dtype
@@ -28,6 +29,7 @@ class ChunkKind:
     device: torch.device
     softcap: float | None = None
     window: int | None = None
+    has_sinks: bool = False
 
     def flash_obstacle(self) -> str | None:
         """Why no FlashAttention takes these chunks, whatever its build; None if one may."""
@@ -54,10 +56,11 @@ class ChunkBackend(Protocol):
         spans: ChunkSpans,
         scores: Scores,
         window: int | None,
+        sinks: Tensor | None = None,
         /,
     ) -> Tensor:
-        """Attend with q `[T, Hq, D]` to k, v `[L, Hkv, D]`; returns `[T, Hq, D]` in q's dtype or
-        fp32. Strides are free but for the last, which is 1."""
+        """Attend with q `[T, Hq, D]` to k, v `[L, Hkv, D]` and sinks `[Hq]`; returns `[T, Hq, D]`
+        in q's dtype or fp32. Strides are free but for the last, which is 1."""
         ...
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.chunk.backend import ChunkKind, capability
 from spectral_paged.kernels.chunk.reference import ChunkSpans
-from spectral_paged.kernels.math.scores import Scores, merge
+from spectral_paged.kernels.math.scores import Scores, merge, with_sinks
 
 MAX_DIM = 128  # wider heads depend on the release
 
@@ -30,22 +30,29 @@ def obstacle(kind: ChunkKind) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scores: Scores, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: ChunkSpans,
+    scores: Scores,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for queries, keys in spans:
         own = keys.stop - (queries.stop - queries.start)
         past, now = slice(keys.start, own), slice(own, keys.stop)
         parts = [(now, True)] if past.start == past.stop else [(past, False), (now, True)]
+        with_lse = len(parts) > 1 or sinks is not None
         found = [
-            _fused(q[queries], k[part], v[part], scores.scale, causal, len(parts) > 1)
+            _fused(q[queries], k[part], v[part], scores.scale, causal, with_lse)
             for part, causal in parts
         ]
-        if len(found) == 1:
-            out[queries] = found[0][0]
-        else:
+        result, lse = found[0]
+        if len(found) > 1:
             outs, lses = zip(*found, strict=True)
-            out[queries] = merge([x.float() for x in outs], list(lses))[0].to(q.dtype)
+            result, lse = merge([x.float() for x in outs], list(lses))
+        out[queries] = result if sinks is None else with_sinks(result, lse, sinks)
     return out
 
 

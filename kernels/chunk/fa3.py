@@ -10,17 +10,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_paged.kernels.chunk.backend import ChunkKind, capability
 from spectral_paged.kernels.chunk.reference import ChunkSpans
-from spectral_paged.kernels.math.scores import Scores
+from spectral_paged.kernels.math.scores import Scores, with_sinks
 
 WHEEL = "fa3_fwd_interface"  # the module of fa3-fwd
 Attend = Callable[[Tensor, Tensor, Tensor, ChunkSpans, Scores, tuple[int, int]], Tensor]
+AttendWithLse = Callable[
+    [Tensor, Tensor, Tensor, ChunkSpans, Scores, tuple[int, int]], tuple[Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Build:
         not split keys over programs, so that a sequence's result is the same in every batch.
     dtypes, max_dim: of heads.
     slides, caps: True if windows and soft caps were built.
+    attend_with_lse: as `attend`; it returns the log-sum-exp `[Hq, T]` of scores beside the result,
+        which sinks need. None: the build gives none.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Build:
     max_dim: int = 256
     slides: bool = True
     caps: bool = True
+    attend_with_lse: AttendWithLse | None = None
 
     def obstacle(self, kind: ChunkKind) -> str | None:
         """Why this build does not take chunks of `kind`; None if it does."""
@@ -52,6 +59,8 @@ class Build:
             return f"as {self.name} has it was built without windows"
         if kind.softcap is not None and not self.caps:
             return f"as {self.name} has it was built without soft caps"
+        if kind.has_sinks and self.attend_with_lse is None:
+            return f"as {self.name} has it gives no log-sum-exp, which sinks need"
         return None
 
 
@@ -90,15 +99,16 @@ def _wheel() -> Build | None:
     def built(part: str) -> bool:
         return not flags[f"FLASHATTENTION_DISABLE_{part}"]
 
-    def attend(
+    def call(
         q: Tensor,
         k: Tensor,
         v: Tensor,
         spans: ChunkSpans,
         scores: Scores,
         window: tuple[int, int],
-    ) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(
+        **options: bool,
+    ) -> Any:
+        return flash_attn_varlen_func(
             q,
             k,
             v,
@@ -111,16 +121,17 @@ def _wheel() -> Build | None:
             window_size=window,
             softcap=scores.softcap or 0.0,
             num_splits=1,
+            **options,
         )
-        return out
 
     return Build(
         "fa3-fwd",
-        attend,
+        call,
         (torch.bfloat16, *((torch.float16,) if built("FP16") else ())),
         max(dim for dim in (64, 96, 128, 192, 256) if built(f"HDIM{dim}")),
         built("LOCAL"),
         built("SOFTCAP"),
+        partial(call, return_attn_probs=True),  # the log-sum-exp, and no probabilities
     )
 
 
@@ -134,8 +145,18 @@ def obstacle(kind: ChunkKind) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scores: Scores, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: ChunkSpans,
+    scores: Scores,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    build = build_in_use()
+    build, seen = build_in_use(), (-1 if window is None else window - 1, 0)
     assert build is not None, "obstacle was asked"
-    return build.attend(q, k, v, spans, scores, (-1 if window is None else window - 1, 0))
+    if sinks is None:
+        return build.attend(q, k, v, spans, scores, seen)
+    assert build.attend_with_lse is not None, "obstacle was asked"
+    out, lse = build.attend_with_lse(q, k, v, spans, scores, seen)
+    return with_sinks(out, lse.T, sinks)

@@ -5,7 +5,7 @@ fa3        FlashAttention 3, on Hopper
 xformers   where it has an operator for the GPU
 varlen     torch's variable-length FlashAttention 2
 sdpa       a chunk at a time by torch's SDPA: fp32 models, and what the others do not take
-math       products and softmax by themselves: soft-capped scores, where no kernel has them
+math       products and softmax by themselves: soft caps and sinks, where no kernel has them
 cudnn      cuDNN's kernels, a chunk at a time; by name only
 ```
 """
@@ -23,13 +23,17 @@ from spectral_paged.kernels.math.scores import Scores
 
 
 class _Twin:
-    """The torch twin as a backend, with soft caps or without."""
+    """The torch twin as a backend; by torch's SDPA, or by products, which cap and have sinks."""
 
-    def __init__(self, *, caps: bool) -> None:
-        self._caps = caps
+    def __init__(self, *, by_products: bool) -> None:
+        self._by_products = by_products
 
     def obstacle(self, kind: ChunkKind, /) -> str | None:
-        return None if self._caps or kind.softcap is None else "has no soft cap"
+        if self._by_products:
+            return None
+        if kind.softcap is not None:
+            return "has no soft cap"
+        return "gives no log-sum-exp, which sinks need" if kind.has_sinks else None
 
     def attend(
         self,
@@ -39,6 +43,7 @@ class _Twin:
         spans: ChunkSpans,
         scores: Scores,
         window: int | None,
+        sinks: Tensor | None = None,
         /,
     ) -> Tensor:
         return twin.chunk_attention(
@@ -49,6 +54,7 @@ class _Twin:
             scale=scores.scale,
             softcap=scores.softcap,
             window=window,
+            sinks=sinks,
         )
 
 
@@ -56,8 +62,8 @@ BACKENDS: Mapping[str, ChunkBackend] = {
     "fa3": fa3,
     "xformers": xformers,
     "varlen": varlen,
-    "sdpa": _Twin(caps=False),
-    "math": _Twin(caps=True),
+    "sdpa": _Twin(by_products=False),
+    "math": _Twin(by_products=True),
     "cudnn": cudnn,
 }
 
@@ -76,6 +82,7 @@ def chunk_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     by: str | None = None,
 ) -> Tensor:
     """`chunk.reference.chunk_attention` on a GPU: the same arguments; the result has q's
@@ -87,9 +94,11 @@ def chunk_attention(
     Raises:
         ValueError: the backend named does not take these chunks; the message says why.
     """
-    kind = ChunkKind(q.dtype, q.shape[-1], q.device, softcap, window)
+    has_sinks = sinks is not None
+    kind = ChunkKind(q.dtype, q.shape[-1], q.device, softcap, window, has_sinks)
     name = by or backend(kind)
     if by is not None and (why := BACKENDS[by].obstacle(kind)) is not None:
         raise ValueError(f"{by} {why}: {backend(kind)} takes these chunks")
     keys, values = (x.transpose(0, 1) for x in (k, v))
-    return BACKENDS[name].attend(q, keys, values, spans, Scores(scale, softcap), window)
+    scores = Scores(scale, softcap, has_sinks)
+    return BACKENDS[name].attend(q, keys, values, spans, scores, window, sinks)

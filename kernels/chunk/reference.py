@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectral_paged.kernels.math.scores import capped
+from spectral_paged.kernels.math.scores import capped, with_sinks
 
 QUERY_TILE = 256
 # Rows between the keys of one chunk and of the next. Some kernels load whole tiles and read past
@@ -104,6 +104,7 @@ def chunk_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each chunk, aligned at the bottom right: its last query sees every key.
 
@@ -114,13 +115,15 @@ def chunk_attention(
         softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
         window: tokens that a query sees, its own among them; the keys must then be those of
             consecutive positions. None sees all before it.
+        sinks: `[Hq]`, a score of each head that adds to the sum of weights and has no value
+            (gpt-oss); None: there are none.
 
     Returns:
         `[T, Hq, D]`, fp32.
     """
     out = q.new_empty(q.shape, dtype=torch.float32)
     for queries, keys in spans:
-        _attend(q[queries], k[:, keys], v[:, keys], scale, softcap, window, out[queries])
+        _attend(q[queries], k[:, keys], v[:, keys], scale, softcap, window, sinks, out[queries])
     return out
 
 
@@ -131,6 +134,7 @@ def _attend(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     """Attend to one chunk, and write the result into `out`.
@@ -156,12 +160,18 @@ def _attend(
             mask &= columns > limit - window
         mask = mask.repeat(group, 1)
         k_tile, v_tile = keys[:, :, first:seen], values[:, :, first:seen]
-        if softcap is None:
+        if softcap is None and sinks is None:
             result = F.scaled_dot_product_attention(
                 rows, k_tile, v_tile, attn_mask=mask, scale=scale
             )
-        else:  # SDPA has no cap
+        else:  # SDPA has no cap, and no log-sum-exp
             scores = capped(rows @ k_tile.transpose(-1, -2) * scale, softcap)
-            result = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_tile
+            scores = scores.masked_fill(~mask, float("-inf"))
+            result = scores.softmax(dim=-1) @ v_tile
         result = result.view(num_kv_heads, group, end - start, dim)
-        out[start:end] = result.permute(2, 0, 1, 3).reshape(end - start, num_q_heads, dim)
+        result = result.permute(2, 0, 1, 3).reshape(end - start, num_q_heads, dim)
+        if sinks is not None:
+            lse = scores.logsumexp(dim=-1).view(num_kv_heads, group, end - start)
+            lse = lse.permute(2, 0, 1).reshape(end - start, num_q_heads)
+            result = with_sinks(result, lse, sinks)
+        out[start:end] = result

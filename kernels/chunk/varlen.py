@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_paged.kernels.chunk.backend import ChunkKind, capability
 from spectral_paged.kernels.chunk.reference import ChunkSpans
-from spectral_paged.kernels.math.scores import Scores
+from spectral_paged.kernels.math.scores import Scores, with_sinks
 
 
 @cache
@@ -34,11 +34,19 @@ def obstacle(kind: ChunkKind) -> str | None:
         return "has no soft cap"
     if kind.window is not None and "window_size" not in _parameters():
         return "has no windows in this torch"
+    if kind.has_sinks and "return_aux" not in _parameters():
+        return "gives no log-sum-exp in this torch, which sinks need"
     return kind.flash_obstacle()
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scores: Scores, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: ChunkSpans,
+    scores: Scores,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -47,6 +55,11 @@ def attend(
         options = {"window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in _parameters():
         options["enable_gqa"] = True
+    if sinks is not None:
+        from torch.nn.attention.varlen import AuxRequest
+
+        options["return_aux"] = AuxRequest(lse=True)
     lengths = spans.cu_q, spans.cu_k, spans.max_q, spans.max_k
     found = varlen_attn(q, k, v, *lengths, scale=scores.scale, **options)
-    return found if isinstance(found, Tensor) else found[0]
+    out: Tensor = found if isinstance(found, Tensor) else found[0]
+    return out if sinks is None else with_sinks(out, found[1].T, sinks)  # lse `[Hq, T]`

@@ -32,6 +32,8 @@ def obstacle(kind: ChunkKind) -> str | None:
         return "is not installed, or has no operator for this GPU"
     if kind.softcap is not None:
         return "has no soft cap"
+    if kind.has_sinks:
+        return "gives each kernel's log-sum-exp in a shape of its own, and sinks need it"
     return kind.flash_obstacle()
 
 
@@ -50,8 +52,15 @@ def _block_diagonal(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: ChunkSpans, scores: Scores, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: ChunkSpans,
+    scores: Scores,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
+    assert sinks is None, "obstacle was asked"
     from xformers.ops import fmha
 
     heads = k.shape[1]

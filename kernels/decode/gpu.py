@@ -251,6 +251,7 @@ def decode_attention(
     pages: Pages | None,
     scores: Scores,
     basis: Basis,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`decode.reference.decode_attention` on a GPU: the same arguments and results.
 
@@ -278,7 +279,7 @@ def decode_attention(
         )
 
     if pages is None:
-        return merge_items(q, attend(), exact_plan.first_item, dtype=q.dtype)[0]
+        return merge_items(q, attend(), exact_plan.first_item, sinks=sinks, dtype=q.dtype)[0]
     layout, rotation = pages.layout, pages.rotation
     check_layout(layout)
     if pages.plan is None or pages.config is None:
@@ -301,6 +302,13 @@ def decode_attention(
     )
     beside = ExactPartials(join(), exact_plan.first_item)
     out, _ = finish(
-        q, partials, layout=layout, basis=basis.v, plan=plan, beside=beside, dtype=q.dtype
+        q,
+        partials,
+        layout=layout,
+        basis=basis.v,
+        plan=plan,
+        beside=beside,
+        sinks=sinks,
+        dtype=q.dtype,
     )
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.rotary import block_rows, rotate
-from spectral_paged.kernels.math.scores import Scores, capped, merge
+from spectral_paged.kernels.math.scores import Scores, capped, merge, with_sinks
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, PageLayout
 from spectral_paged.kernels.page.view import gather_units, rebuild_side, side_view, slot_tokens
 
@@ -27,6 +27,7 @@ def decode_attention(
     pages: Pages | None,
     scores: Scores,
     basis: Basis,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per sequence to its exact tokens and its sealed blocks.
 
@@ -34,6 +35,8 @@ def decode_attention(
         q: `[N, Hq, D]`, after RoPE.
         plane: uint8, one layer's plane.
         pages: None where no sequence has any.
+        sinks: `[Hq]`, a score of each head that adds to the sum of weights and has no value
+            (gpt-oss); None: there are none.
 
     Returns:
         `[N, Hq, D]` in q's dtype; zeros for a sequence without tokens.
@@ -65,7 +68,9 @@ def decode_attention(
             softcap=scores.softcap,
             first_visible=pages.first_visible,
         )
-        out = merge([out, other], [lse, other_lse])[0]
+        out, lse = merge([out, other], [lse, other_lse])
+    if sinks is not None:
+        out = with_sinks(out, lse, sinks)
     return out.to(q.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Soft-capping of attention scores, and merging of partial results of a softmax."""
+"""Soft-capping of attention scores, and merging of partial results of a softmax with sinks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Scores:
 
     scale: the softmax scale.
     softcap: scores s become `softcap tanh(s / softcap)` (Gemma 2); None caps none.
+    has_sinks: every softmax has a sink, which each call brings (`with_sinks`).
 
     Raises:
         ValueError: a softcap that is not positive.
@@ -31,6 +32,7 @@ class Scores:
 
     scale: float
     softcap: float | None = None
+    has_sinks: bool = False
 
     def __post_init__(self) -> None:
         check_softcap(self.softcap)
@@ -65,3 +67,21 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out = (weights.unsqueeze(-1) * stacked).sum(dim=0)
     out = out / torch.where(total == 0, torch.ones_like(total), total).unsqueeze(-1)
     return out, safe_top + torch.log(total)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has one more score a head, a sink, which has weight and no value.
+
+    A learned sink (gpt-oss, 2025) adds exp(sink) to the sum of weights, so it takes of the result
+    what falls to it. It is neither scaled nor capped.
+
+    Args:
+        out: `[..., Hq, D]`, attention without sinks.
+        lse: fp32 `[..., Hq]`, the log-sum-exp of its scores; -inf where there are none.
+        sinks: `[Hq]`.
+
+    Returns:
+        `[..., Hq, D]` in the dtype of `out`.
+    """
+    share = torch.sigmoid(lse - sinks.float()).unsqueeze(-1)
+    return (out * share).to(out.dtype)

@@ -98,4 +98,6 @@ class GpuOps(PageOps):
         window: int | None,
         device: torch.device,
     ) -> str:
-        return chunk.backend(ChunkKind(dtype, dim, device, scores.softcap, window))
+        return chunk.backend(
+            ChunkKind(dtype, dim, device, scores.softcap, window, scores.has_sinks)
+        )

@@ -71,6 +71,7 @@ class ChunkKernel(Protocol):
         scale: float,
         softcap: float | None = None,
         window: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -102,6 +103,7 @@ class PageOps(ABC):
         pages: Pages | None,
         scores: Scores,
         basis: Basis,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of one query a sequence to its tokens: `decode.reference.decode_attention`."""
         ...
@@ -157,10 +159,18 @@ class PageOps(ABC):
         spans: ChunkSpans,
         scores: Scores,
         window: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of prompt chunks: `chunk.reference.chunk_attention`."""
         return self.chunk_kernel(
-            q, k, v, spans=spans, scale=scores.scale, softcap=scores.softcap, window=window
+            q,
+            k,
+            v,
+            spans=spans,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            window=window,
+            sinks=sinks,
         )
 
     @abstractmethod

@@ -30,8 +30,7 @@ class PagedAttention:
         basis: the cache's calibration and format.
         ops: the page ops of the cache's device.
         num_q_heads: number of query heads of a layer.
-        scale: softmax scale.
-        softcap: scores s become softcap tanh(s / softcap); None caps none.
+        scores: scale, cap and sinks; with sinks, every call brings those of its layer.
 
     Raises:
         MissingPackageError: a library of chunk kernels is installed and does not load.
@@ -43,9 +42,7 @@ class PagedAttention:
         basis: CacheBasis,
         ops: PageOps,
         num_q_heads: int,
-        *,
-        scale: float,
-        softcap: float | None,
+        scores: Scores,
     ) -> None:
         self._places = {
             layer: (place, group) for place, group in enumerate(groups) for layer in group.layers
@@ -53,7 +50,7 @@ class PagedAttention:
         self.basis = basis
         self.ops = ops
         self.num_q_heads = num_q_heads
-        self.scores = Scores(scale, softcap)
+        self.scores = scores
         arena = groups[0].arena
         self.dtype = arena.dtype
         try:  # a library whose kernels do not load is refused before anything is stored
@@ -73,6 +70,20 @@ class PagedAttention:
                 f"a step of {num_tokens} tokens takes q {list(queries)}, k and v {list(expected)}; "
                 f"got q {None if q is None else list(q.shape)}, k {list(k.shape)}, v "
                 f"{list(v.shape)} (KV heads unexpanded)"
+            )
+
+    def _check_sinks(self, sinks: Tensor | None) -> None:
+        if sinks is None:
+            if self.scores.has_sinks:
+                raise FormatError("the cache has attention_sinks: pass each layer's sinks")
+        elif not self.scores.has_sinks:
+            raise FormatError(
+                "the cache has no attention_sinks: make it with attention_sinks=True, or pass none"
+            )
+        elif sinks.shape != (self.num_q_heads,):
+            raise FormatError(
+                f"a step takes sinks of shape [{self.num_q_heads}], one a query head; got "
+                f"{list(sinks.shape)}"
             )
 
     def warm_up(self, group: LayerGroup) -> None:
@@ -117,29 +128,38 @@ class PagedAttention:
         return k, v
 
     def run(
-        self, steps: Sequence[GroupStep], layer: int, q: Tensor, k: Tensor, v: Tensor
+        self,
+        steps: Sequence[GroupStep],
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Store k, v `[T, Hkv, D]` of model layer `layer`, then attend with q `[T, Hq, D]`.
 
-        Returns `[T, Hq, D]` in q's dtype. Raises what `append` raises, for q as well.
+        Returns `[T, Hq, D]` in q's dtype. Raises what `append` raises, for q as well, and for sinks
+        that are missing or that the cache was not made for.
         """
         place, group = self._places[layer]
         step = steps[place]
         self._check(step, k, v, q)
+        if sinks is not None or self.scores.has_sinks:
+            self._check_sinks(sinks)
         plane = group.plane(layer)
         shared = self.basis.rows(layer)
         k, v = self._append(group, step, layer, k, v)
         q = group.in_halves(q)
         if step.decode is not None and step.decode_tokens is None:
-            return self._decode(step.decode, plane, q, shared)
+            return self._decode(step.decode, plane, q, shared, sinks)
         if len(step.chunks) == 1 and step.chunks[0].tokens is None:
-            return self._attend(group, step.chunks[0], plane, shared, q, k, v)
+            return self._attend(group, step.chunks[0], plane, shared, q, k, v, sinks)
         out = torch.empty_like(q)
         if step.decode is not None:
             places = step.decode_tokens
-            out[places] = self._decode(step.decode, plane, q[places], shared)
+            out[places] = self._decode(step.decode, plane, q[places], shared, sinks)
         for batch in step.chunks:
-            out[batch.tokens] = self._attend(group, batch, plane, shared, q, k, v)
+            out[batch.tokens] = self._attend(group, batch, plane, shared, q, k, v, sinks)
         return out
 
     def _attend(
@@ -151,6 +171,7 @@ class PagedAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attend to a batch of the step's chunks, whose k and v are stored; in q's dtype."""
         if batch.is_fresh:
@@ -164,11 +185,15 @@ class PagedAttention:
             spans=batch.spans,
             scores=self.scores,
             window=group.window,
+            sinks=sinks,
         )
         return found.to(q.dtype)
 
-    def _decode(self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: Basis) -> Tensor:
-        return self.ops.decode_attention(q, plane, batch.exact, batch.pages, self.scores, shared)
+    def _decode(
+        self, batch: DecodeBatch, plane: Tensor, q: Tensor, shared: Basis, sinks: Tensor | None
+    ) -> Tensor:
+        exact, pages = batch.exact, batch.pages
+        return self.ops.decode_attention(q, plane, exact, pages, self.scores, shared, sinks)
 
     def history(
         self, group: LayerGroup, batch: ChunkBatch, plane: Tensor, shared: Basis

@@ -36,6 +36,7 @@ from spectral_paged.cache.store_waiter import StoreWaiter
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import StepClock
 from spectral_paged.errors import PoolError, shown
+from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import PageFormat
@@ -54,6 +55,7 @@ class SpectralKVCache:
             (None: all tokens). Windows up to 1,024 stay exact, longer ones are sealed.
         softmax_scale: default `head_dim ** -0.5`.
         softcap: scores s become `softcap * tanh(s / softcap)` (Gemma 2); None caps none.
+        attention_sinks: every call of `attend` brings the layer's sinks (gpt-oss).
         cache_options, **options: `CacheOptions`, or its fields by name; `kv_cache_bytes` is needed.
 
     Raises:
@@ -78,6 +80,7 @@ class SpectralKVCache:
         sliding_windows: Windows = None,
         softmax_scale: float | None = None,
         softcap: float | None = None,
+        attention_sinks: bool = False,
         cache_options: CacheOptions | None = None,
         **options: Unpack[CacheOptionsDict],
     ) -> None:
@@ -111,9 +114,8 @@ class SpectralKVCache:
         self.sealer = Sealer(
             self.groups, self._basis, self.ops, self.device, self._observers, self.counters
         )
-        self.attention = PagedAttention(
-            self.groups, self._basis, self.ops, num_q_heads, scale=scale, softcap=softcap
-        )
+        scores = Scores(scale, softcap, attention_sinks)
+        self.attention = PagedAttention(self.groups, self._basis, self.ops, num_q_heads, scores)
         self.visibility = Visibility.of(self.format)
         rules = StepRules.of(self.groups, self.visibility, longest)
         self._sequences = SequenceTable(
@@ -344,9 +346,8 @@ class SpectralKVCache:
         if self.open_step is not None:
             raise PoolError("begin_step before end_step of the step before")
         sequences = StepSequences(plan, self._sequences)
-        overdue = [state for state in sequences.visited() if state.overdue]
-        if overdue:  # their next queries must see these blocks as pages
-            with self.clock.section("seal"):
+        if overdue := [state for state in sequences.visited() if state.overdue]:
+            with self.clock.section("seal"):  # their next queries must see these blocks as pages
                 self.sealer.seal_due(overdue)
         self.open_step = OpenStep(plan, sequences, self.groups, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
@@ -354,22 +355,22 @@ class SpectralKVCache:
             self.counters.pages_attended += index.pages_attended * len(group.layers)
         self._observers.planned(plan)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v of the step's tokens, then attend.
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Store k and v of the step's tokens, then attend; returns `[T, Hq, D]` in q's dtype.
 
         Args:
             q: `[T, Hq, D]`; k, v: `[T, Hkv, D]`; after RoPE, flattened in plan order.
-
-        Returns:
-            `[T, Hq, D]` in q's dtype.
+            sinks: `[Hq]`, the layer's, for a cache with `attention_sinks`.
         """
         steps = self.replayed or self._step_for("attend").steps
         self._observers.storing(layer, k, v)
         with self.clock.section("attention"):
-            return self.attention.run(steps, layer, q, k, v)
+            return self.attention.run(steps, layer, q, k, v, sinks)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v of the step's tokens, as `attend` does, without attention."""
+        """Store k and v of the step's tokens, without attention."""
         steps = self.replayed or self._step_for("append").steps
         self._observers.storing(layer, k, v)
         self.attention.append(steps, layer, k, v)

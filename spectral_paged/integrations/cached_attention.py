@@ -1,8 +1,8 @@
 """The attention function by which transformers models read a `SpectralPagedCache`.
 
 Importing this module registers it as `ATTENTION_NAME`. In forwards without such a cache (stock
-caches, training) it runs torch's SDPA, or the model's eager attention where scores are capped,
-because SDPA has no cap.
+caches, training) it runs torch's SDPA, or the model's eager attention where scores are capped or
+have sinks, because SDPA has neither.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ CACHE_OPTION = "spectral_paged_cache"  # the keyword by which a forward's cache 
 class AttendingCache(Protocol):
     """A cache that attends in place of SDPA."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend with q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]` of new columns; `[B, T, Hq, D]`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attend with q `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]` of new columns, and sinks `[Hq]`;
+        `[B, T, Hq, D]`."""
         ...
 
 
@@ -43,8 +46,9 @@ def cached_attention(
     The cache knows positions and padding, so it ignores `attention_mask`.
     """
     if spectral_paged_cache is not None:
-        return spectral_paged_cache.attend(module.layer_idx, query, key, value), None
-    if options.get("softcap") is None:
+        sinks = options.get("s_aux")
+        return spectral_paged_cache.attend(module.layer_idx, query, key, value, sinks), None
+    if options.get("softcap") is None and options.get("s_aux") is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     eager = sys.modules[type(module).__module__].eager_attention_forward

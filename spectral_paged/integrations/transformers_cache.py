@@ -296,7 +296,9 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         )
         return keys, values
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
         """Store k and v `[B, Hkv, T, D]`, and attend with q `[B, Hq, T, D]`; `[B, T, Hq, D]`."""
         forward = self._forward
         if forward is None:
@@ -306,7 +308,7 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
             return torch.zeros_like(query).transpose(1, 2)
         q, k, v = (forward.rows.flatten(x) for x in (query, key, value))
         with without_autocast(self.kv_cache.device):
-            return forward.rows.unflatten(self.kv_cache.attend(layer, q, k, v))
+            return forward.rows.unflatten(self.kv_cache.attend(layer, q, k, v, sinks))
 
     # ---- rows ----------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 class FlatAttention(Protocol):
     """Attends to the tokens of one flattened row: a cache, or a step of it."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE; returns `[T, Hq, D]`."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE, sinks `[Hq]`; returns `[T, Hq, D]`."""
         ...
 
 
@@ -36,14 +38,19 @@ def register_attention(
 
 
 def attend_heads(
-    to: FlatAttention, layer: int, query: Tensor, key: Tensor, value: Tensor
+    to: FlatAttention,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend for one flattened row in the model's shapes.
 
-    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns `[1, T, Hq, D]`.
+    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`, sinks `[Hq]`; returns `[1, T, Hq, D]`.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return to.attend(layer, q, k, v).unsqueeze(0)
+    return to.attend(layer, q, k, v, sinks).unsqueeze(0)
 
 
 @contextmanager

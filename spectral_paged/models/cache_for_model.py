@@ -111,5 +111,6 @@ def model_cache(
         sliding_windows=geometry.windows,
         softmax_scale=float(model.model.layers[0].self_attn.scaling),
         softcap=geometry.softcap,
+        attention_sinks=geometry.has_sinks,
         cache_options=options,
     )

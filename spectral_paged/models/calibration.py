@@ -127,10 +127,18 @@ class Recorder:
     softcap: float | None
     moments: Tensor
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attend to one span and add its statistics.
 
-        q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE; returns `[1, T, Hq, D]`.
+        q `[1, Hq, T, D]`, k and v `[1, H, T, D]` after RoPE, sinks `[Hq]`; returns `[1, T, Hq, D]`.
         """
         rope, heads = self.ropes[layer], k.shape[1]
         if rope is not None:
@@ -159,6 +167,7 @@ class Recorder:
             scale=scale,
             softcap=self.softcap,
             window=self.windows[layer],
+            sinks=sinks,
             spans=ChunkSpans.of([num_tokens], [num_tokens], q.device),
         )
         return found.to(q.dtype).unsqueeze(0)
@@ -169,7 +178,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     recorder: Recorder = options["spectral_recorder"]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    return recorder.attend(module.layer_idx, query, key, value, scale), None
+    sinks = options.get("s_aux")
+    return recorder.attend(module.layer_idx, query, key, value, scale, sinks), None
 
 
 RECORDING_ATTENTION = register_attention("spectral_paged_calibration", _attention)

@@ -10,7 +10,8 @@ import torch
 from spectral_paged.errors import UnsupportedModelError
 from spectral_paged.rope import RotaryTable
 
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")  # mixtures of experts
+# mixtures of experts
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 FAMILIES = (
     "llama",
     "mistral",
@@ -28,6 +29,7 @@ FAMILIES = (
     *EXPERTS,
 )
 INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
+SINKS = ("gpt_oss",)  # families whose attention has a learned sink a head
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
 # all layers have the window, whatever layer_types contain
 ALL_SLIDE = ("mistral", "phi3", "mixtral", "qwen3_moe")
@@ -35,7 +37,6 @@ SCALED_TYPES = ("linear", "yarn")  # whose factor lengthens the longest sequence
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INSTEAD = {
     "gemma3": "it is the model with images; its text model, of type gemma3_text, is served",
-    "gpt_oss": "its attention has sinks, a score without a token, which no kernel here adds",
 }
 
 
@@ -50,6 +51,7 @@ class ModelGeometry:
         rotates: True for each layer that rotates queries and keys.
         softcap: the cap of attention scores; None: they are not capped.
         has_experts: a token's MLP is that of a few experts, which a router chooses.
+        has_sinks: each head has a score without a token, which takes a part of every softmax.
     """
 
     num_layers: int
@@ -62,6 +64,7 @@ class ModelGeometry:
     rotates: tuple[bool, ...]
     softcap: float | None
     has_experts: bool = False
+    has_sinks: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelGeometry:
@@ -110,6 +113,7 @@ class ModelGeometry:
             rotates=_rotates(config),
             softcap=cap,
             has_experts=family in EXPERTS,
+            has_sinks=family in SINKS,
         )
 
 

@@ -38,14 +38,16 @@ def spectral_attention(
     attention_mask: Tensor | None,
     *,
     spectral_cache: FlatAttention,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend through the cache, as an attention function of transformers.
 
-    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]` after RoPE, KV heads not repeated. The batch is one
-    flattened row, and the cache's plan separates its sequences, so no mask is made.
+    q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]` after RoPE, KV heads not repeated; `s_aux` `[Hq]`
+    are the layer's sinks. The batch is one flattened row, and the cache's plan separates its
+    sequences, so no mask is made.
     """
-    return attend_heads(spectral_cache, module.layer_idx, query, key, value), None
+    return attend_heads(spectral_cache, module.layer_idx, query, key, value, s_aux), None
 
 
 # All models of a process, compiled or not, look the function up by this name. Compiled layers need

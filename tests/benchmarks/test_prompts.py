@@ -39,7 +39,7 @@ def test_a_backend_with_another_result_is_not_timed(monkeypatch):
         def obstacle(self, kind):
             return None
 
-        def attend(self, q, k, v, spans, scores, window):
+        def attend(self, q, k, v, spans, scores, window, sinks):
             return q + 1
 
     monkeypatch.setattr(gpu, "BACKENDS", gpu.BACKENDS | {"wrong": Wrong()})

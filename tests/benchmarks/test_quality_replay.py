@@ -23,10 +23,11 @@ from spectral_paged.benchmarks.quality.peers import peer_methods
 from spectral_paged.benchmarks.quality.replay import Replay
 from spectral_paged.benchmarks.quality.shared_attention import attend_with_lse, merged
 from spectral_paged.cache import Visibility
-from spectral_paged.errors import InvalidRequestError, PromptTooLongError
+from spectral_paged.errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from spectral_paged.kernels.math.rotary import rotate
 from spectral_paged.models.geometry import ModelGeometry, rotary_table
 from spectral_paged.models.loader import LoadedModel
+from support import families
 from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
 
 IDS = random_prompts([2000], seed=5)[0]
@@ -296,6 +297,16 @@ def test_what_cannot_be_served_is_refused():
         r.generate(context(), [[1], []], 4)
     with pytest.raises(InvalidRequestError, match="max_tokens"):
         r.generate(context(), [[1]], 0)
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [("gpt_oss", "windows and sinks"), ("gemma2", "windows and soft caps")],
+)
+def test_attention_that_is_not_plain_is_refused(name, part):
+    model = families.build(name)
+    with pytest.raises(UnsupportedModelError, match=f"has {part}.*take a llama"):
+        Replay(LoadedModel(name, model, None, ModelGeometry.from_config(model.config)))
 
 
 def test_a_half_precision_context_survives_an_exact_seal():

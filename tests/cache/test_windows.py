@@ -157,7 +157,7 @@ def test_memory_holds_one_longest_sequence_before_many_short_ones():
     assert plenty.stats()["kv_cache_usage"] > 0.75, "no group is full long before another"
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral, a window that is sealed"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral, a window that is sealed"])
 @pytest.mark.parametrize("format", ["exact", "spectral-int8"])
 def test_prefix_hits_and_preemption_change_no_token(name, format):
     """Prompts with a common beginning, in turn and in a pool that is too small for all."""

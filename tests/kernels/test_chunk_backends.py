@@ -16,7 +16,8 @@ from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans, chunk_attention
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.ops import TorchOps
-from support.chunk_kernels import attend_by_tiles
+from support.chunk_kernels import attend_by_tiles, tiles_with_lse
+from support.kernel_cases import some_sinks
 from support.small_cache import small_cache
 
 CPU = torch.device("cpu")
@@ -40,11 +41,12 @@ def no_build():
 
 
 def some_build(**fields):
+    fields = {"attend_with_lse": tiles_with_lse} | fields
     return fa3.Build("a wheel", attend_by_tiles, (torch.bfloat16,), **fields)
 
 
-def kind(dtype=torch.bfloat16, dim=128, softcap=None, window=None):
-    return ChunkKind(dtype, dim, CPU, softcap, window)
+def kind(dtype=torch.bfloat16, dim=128, softcap=None, window=None, has_sinks=False):
+    return ChunkKind(dtype, dim, CPU, softcap, window, has_sinks)
 
 
 # ---- choice ------------------------------------------------------------------------------
@@ -67,6 +69,9 @@ def test_hopper_alone_takes_flash_attention_3(monkeypatch, no_build, capability)
         ({}, {"dtype": torch.float16}, "varlen", "bfloat16"),
         ({}, {"dtype": torch.float32}, "sdpa", "float32"),
         ({"max_dim": 128}, {"dim": 256}, "varlen", "up to 128"),
+        ({}, {"has_sinks": True, "window": 128}, "fa3", None),
+        ({"attend_with_lse": None}, {"has_sinks": True}, "varlen", "no log-sum-exp"),
+        ({}, {"has_sinks": True, "dtype": torch.float32}, "math", "float32"),
         ({}, {"dim": 264}, "sdpa", "264"),
         ({}, {"dim": 20}, "sdpa", "20"),
     ],
@@ -127,10 +132,20 @@ def test_spans_lie_apart_by_a_gap_and_cover_every_row(sizes, gap):
     assert [p for p in parts if not p[0]] == [(0, gap)] * (len(sizes) - 1 if gap else 0)
 
 
+@pytest.mark.parametrize("name", ["xformers", "sdpa"])
+def test_kernels_without_a_log_sum_exp_are_refused_with_sinks(monkeypatch, name):
+    monkeypatch.setattr(xformers, "_has_operator", lambda: True)
+    q, k = torch.zeros(2, 2, 8), torch.zeros(1, 2, 8)
+    spans = ChunkSpans.of([2], [2], CPU)
+    with pytest.raises(ValueError, match=f"{name} .*: math takes"):
+        gpu.chunk_attention(q, k, k, spans=spans, scale=1.0, sinks=some_sinks(2), by=name)
+
+
+@pytest.mark.parametrize("sinks", [None, some_sinks(6)])
 @pytest.mark.parametrize("window, softcap", [(None, None), (50, None), (None, 2.0), (7, 2.0)])
 @pytest.mark.parametrize("dim", [16, 96])
 def test_flash_attention_3_is_called_causally_from_the_bottom_right(
-    monkeypatch, no_build, window, softcap, dim
+    monkeypatch, no_build, window, softcap, dim, sinks
 ):
     card(monkeypatch, (9, 0))
     fa3.use_build(some_build())
@@ -138,7 +153,7 @@ def test_flash_attention_3_is_called_causally_from_the_bottom_right(
     spans = ChunkSpans.of(queries, keys, CPU, gap=KEY_GAP)
     q = torch.randn(sum(queries), 6, dim).bfloat16()
     k, v = torch.randn(2, 2, spans.num_key_rows, dim).bfloat16()
-    options = {"spans": spans, "scale": 0.2, "window": window, "softcap": softcap}
+    options = {"spans": spans, "scale": 0.2, "window": window, "softcap": softcap, "sinks": sinks}
     got = gpu.chunk_attention(q, k, v, **options)
     want = chunk_attention(q, k, v, **options)
     assert float((got.float() - want).norm() / want.norm()) < 5e-3
@@ -160,7 +175,7 @@ def test_nan_of_a_neighbour_stays_with_it_though_kernels_read_past_a_chunk(lengt
 
     class Tiles(type(cache.ops)):
         @staticmethod
-        def chunk_kernel(q, k, v, *, spans, scale, softcap=None, window=None):
+        def chunk_kernel(q, k, v, *, spans, scale, softcap=None, window=None, sinks=None):
             left = -1 if window is None else window - 1
             flat = (q, k.transpose(0, 1), v.transpose(0, 1))
             return attend_by_tiles(*flat, spans, Scores(scale, softcap), (left, 0))
@@ -235,6 +250,23 @@ def test_the_wheel_is_called_by_its_own_names(monkeypatch, tmp_path, no_build):
     }
 
 
+def test_the_wheel_is_asked_for_its_log_sum_exp_where_there_are_sinks(
+    monkeypatch, tmp_path, no_build
+):
+    install(
+        monkeypatch, tmp_path, interface=WHEEL.replace("args[0]", "args[0], args[0][:, :, 0].T")
+    )
+    card(monkeypatch, (9, 0))
+    spans = ChunkSpans.of([2, 3], [5, 3], CPU)
+    q, k = torch.ones(5, 4, 64).bfloat16(), torch.zeros(2, 8, 64).bfloat16()
+    got = gpu.chunk_attention(q, k, k, spans=spans, scale=0.5, sinks=torch.tensor([1.0, 3, 1, -9]))
+    assert torch.allclose(got[0, :2, 0].float(), torch.tensor([0.5, 0.1192]), atol=1e-3)
+    import fa3_fwd_interface
+
+    ((_, options),) = fa3_fwd_interface.calls
+    assert options["return_attn_probs"] is True
+
+
 def test_a_wheel_that_does_not_load_is_refused_when_a_cache_is_made(
     monkeypatch, tmp_path, no_build
 ):
@@ -267,6 +299,21 @@ def test_torchs_own_is_called_as_this_torch_takes_it(monkeypatch, names):
     assert options == {"scale": 0.5} | causal | slides
 
 
+def test_torchs_own_is_asked_for_its_log_sum_exp_where_there_are_sinks(monkeypatch):
+    def varlen_attn(q, *_, return_aux, **options):
+        return q, torch.ones(4, 5) * return_aux.lse
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    spans, q, k = ChunkSpans.of([5], [8], CPU), torch.ones(5, 4, 64), torch.zeros(8, 2, 64)
+    scores, sinks = Scores(0.5, has_sinks=True), torch.tensor([1.0, 3.0, 1.0, -9.0])
+    got = varlen.attend(q, k, k, spans, scores, None, sinks)
+    assert torch.allclose(got[3, :2, 0], torch.tensor([0.5, 0.1192]), atol=1e-3)
+    card(monkeypatch, (8, 0))
+    assert varlen.obstacle(kind(has_sinks=True)) is None
+    monkeypatch.setattr(varlen, "_parameters", lambda: {"window_size"})
+    assert "no log-sum-exp in this torch" in varlen.obstacle(kind(has_sinks=True))
+
+
 def test_cudnn_attends_to_history_and_to_own_tokens_apart(monkeypatch):
     """Its causal mask is aligned at the top left."""
     seen = []
@@ -290,6 +337,10 @@ def test_cudnn_attends_to_history_and_to_own_tokens_apart(monkeypatch):
         flat = (x.transpose(0, 1) for x in (k, v))
         got = cudnn.attend(q, *flat, spans, Scores(0.3), None)
         assert torch.allclose(got, chunk_attention(q, k, v, spans=spans, scale=0.3), atol=1e-5)
+    sinks = some_sinks(6)
+    got = cudnn.attend(q, k.transpose(0, 1), v.transpose(0, 1), spans, Scores(0.3), None, sinks)
+    want = chunk_attention(q, k, v, spans=spans, scale=0.3, sinks=sinks)
+    assert torch.allclose(got, want, atol=1e-5)
     own = [(1, 1), (37, 37), (300, 300), (64, 64)]
     assert [s[:2] for s in seen[:6] if s[2]] == own
     assert [s for s in seen[:6] if not s[2]] == [(37, 463, False, True), (64, 1, False, True)]

@@ -11,6 +11,7 @@ from spectral_paged.kernels.chunk import fa3, gpu as chunk_attention_gpu
 from spectral_paged.kernels.chunk.backend import ChunkKind
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans, chunk_attention
 from support.chunk_kernels import chunk_case
+from support.kernel_cases import some_sinks
 from support.small_cache import small_cache
 
 pytestmark = [
@@ -42,6 +43,24 @@ def test_kept_kernels_attend_to_chunks_as_the_twin_does(by, group, dim, window, 
         want = chunk_attention(q, k, v, spans=spans, **scores)
         got = chunk_attention_gpu.chunk_attention(q, k, v, spans=spans, by=by, **scores)
         assert float((got.float() - want).norm() / want.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("by", [*KEPT, "math"])
+@pytest.mark.parametrize("window", [None, 50, 128])
+@pytest.mark.parametrize("group, dim", [(1, 64), (8, 64), (4, 128)])
+def test_kept_kernels_give_sinks_their_part(by, group, dim, window):
+    q, k, v, spans = chunk_case(group, dim, torch.bfloat16, KEY_GAP)
+    options = {"spans": spans, "scale": 0.1, "window": window}
+    options |= {"sinks": some_sinks(2 * group, torch.bfloat16, "cuda")}
+    kind = ChunkKind(q.dtype, dim, q.device, None, window, True)
+    why = chunk_attention_gpu.BACKENDS[by].obstacle(kind)
+    if why is not None:
+        with pytest.raises(ValueError, match=re.escape(f"{by} {why}")):
+            chunk_attention_gpu.chunk_attention(q, k, v, by=by, **options)
+        return
+    want = chunk_attention(q, k, v, **options)
+    got = chunk_attention_gpu.chunk_attention(q, k, v, by=by, **options)
+    assert float((got.float() - want).norm() / want.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("by", KEPT)

@@ -12,6 +12,7 @@ from spectral_paged.errors import FormatError
 from spectral_paged.pages import decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
 from support.kernel_cases import (
+    MILD,
     PAGES,
     SEAL_SHAPES,
     SEALED,
@@ -29,6 +30,7 @@ from support.kernel_cases import (
     placed_pages,
     rebuild_error,
     seal_zeros,
+    some_sinks,
 )
 from support.page_parts import toy_basis
 from support.small_cache import feed, small_cache
@@ -177,6 +179,18 @@ def test_a_window_over_all_tiers_hides_what_lies_before_it(name, softcap):
         "first_visible": torch.tensor([0, 700, 2000, 5000, 600], dtype=torch.int32, device="cuda"),
     }
     assert attend_error(decode_attention, args, options | scores) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("name", ["quality-64", "int8-128", "int8-post-64"])
+def test_a_sink_takes_its_part_of_a_softmax_over_all_tiers(name, group, dtype):
+    tokens = (70, 0, 64, 0, 600)
+    args, options = attend_case(name, (0, 3, 1, 0, 2), tokens, group=group, device="cuda")
+    options = options | MILD | {"sinks": some_sinks(2 * group, dtype, "cuda")}
+    assert attend_error(decode_attention, args, options) < 2e-3
+    args = (*args[:4], None, args[5] * 0)
+    assert attend_error(decode_attention, args, options) < 1e-4
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])

@@ -26,7 +26,7 @@ FEW = {
     "sm_86": "^spectral-quality, width 256|sealing spectral-quality, width 128",
     "sm_89": "^spectral-quality, width 64, 3 ",
     "sm_90": (
-        "^spectral-(quality|compact), width (64, 3|128, 4) |softcap|eigenvectors, width 128"
+        "^spectral-(quality|compact), width (64, 3|128, 4) |softcap|sinks|eigenvectors, width 128"
         "|(sealing|rebuilding) spectral-quality, width 128|^exact, width 128"
     ),
     "sm_100": QUALITY,

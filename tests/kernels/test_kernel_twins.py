@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from spectral_paged.kernels.chunk.reference import ChunkSpans, chunk_attention
-from spectral_paged.kernels.decode.reference import exact_decode, spectral_decode
+from spectral_paged.kernels.decode.reference import (
+    decode_attention,
+    exact_decode,
+    spectral_decode,
+)
 from spectral_paged.kernels.exact.reference import (
     ExactPlaces,
     exact_append,
@@ -14,12 +18,12 @@ from spectral_paged.kernels.exact.reference import (
     exact_gather,
 )
 from spectral_paged.kernels.math.rotary import rotate
-from spectral_paged.kernels.math.scores import merge
+from spectral_paged.kernels.math.scores import merge, with_sinks
 from spectral_paged.kernels.page.layout import exact_page_bytes
 from spectral_paged.kernels.rebuild.reference import spectral_rebuild
 from spectral_paged.pages import PageFormat, decode_pages, encode_pages
 from spectral_paged.rope import RotaryTable
-from support.kernel_cases import placed_pages
+from support.kernel_cases import MILD, attend, attend_case, placed_pages, some_sinks
 
 D = 16
 
@@ -55,6 +59,40 @@ def test_merged_parts_equal_the_whole(shift, cuts):
     want = (torch.softmax(scores, -1).unsqueeze(1) @ v).squeeze(1)
     assert torch.allclose(out, want, atol=1e-4)
     assert torch.allclose(lse, torch.logsumexp(scores, -1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0, -30.0, 1e4, -1e4])
+def test_a_sink_is_one_more_score_of_a_softmax_whose_value_is_zero(shift):
+    scores, v = torch.randn(5, 100) * 5 + shift, torch.randn(5, 100, D)
+    sinks = some_sinks(5) + shift
+
+    def attention(scores):
+        return (scores.softmax(-1).unsqueeze(1)[..., :100] @ v).squeeze(1)
+
+    got = with_sinks(attention(scores), scores.logsumexp(-1), sinks)
+    assert torch.allclose(got, attention(torch.cat((scores, sinks[:, None]), -1)), atol=1e-4)
+    nothing = torch.full((5,), float("-inf"))
+    assert not with_sinks(torch.zeros(5, D), nothing, sinks).any(), "no tokens: zeros, not NaN"
+
+
+@pytest.mark.parametrize("pages", [True, False])
+def test_a_sink_takes_its_part_of_all_tiers_at_once(pages):
+    """Not of each tier by itself: what it leaves is a share of the whole, by the whole's sum."""
+    args, options = attend_case("int8-post-64", (2, 1), (70, 3))
+    options |= MILD
+    if not pages:
+        args = (*args[:4], None, args[5] * 0)
+    plain, sinks = attend(decode_attention, args, options), some_sinks(6)
+    ratios = attend(decode_attention, args, options | {"sinks": sinks}) / plain
+    assert torch.allclose(ratios, ratios[..., :1].expand_as(ratios), rtol=1e-3), "a share a head"
+    share = ratios[..., 0]
+    assert torch.allclose(share[:, 0], torch.ones(2)) and not share[:, 2].any()
+    low, high = (
+        attend(decode_attention, args, options | {"sinks": torch.full((6,), at)})
+        for at in (5.0, 7.0)
+    )
+    odds = [(plain / x - 1)[..., 0] for x in (low, high)]  # exp(sink - lse)
+    assert torch.allclose(odds[1] / odds[0], torch.full((2, 6), 2.0).exp(), rtol=1e-2)
 
 
 def test_empty_parts_have_no_weight_and_all_empty_is_zero_not_nan():
@@ -285,17 +323,25 @@ def test_a_chunk_is_causal_from_the_bottom_right(tokens, length, group):
     assert torch.allclose(got, plain(q, k, v, 0.3, causal=True)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("tokens, length, window", [(1, 9, 3), (300, 300, 1), (257, 600, 200)])
-def test_a_chunk_sees_its_window_and_capped_scores(tokens, length, window, softcap):
+def test_a_chunk_sees_its_window_and_capped_scores_and_sinks(
+    tokens, length, window, softcap, sinks
+):
     q, k, v = torch.randn(tokens, 6, D), *torch.randn(2, 2, length, D)
     spans = ChunkSpans.of([tokens], [length], q.device)
-    got = chunk_attention(q, k, v, spans=spans, scale=0.3, softcap=softcap, window=window)
+    options = {"softcap": softcap, "window": window, "sinks": some_sinks(6) if sinks else None}
+    got = chunk_attention(q, k, v, spans=spans, scale=0.3, **options)
     at = torch.arange(length - tokens, length)[:, None] - torch.arange(length)
     scores = torch.einsum("tghd,gld->ghtl", q.unflatten(1, (2, 3)), k) * 0.3
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill((at < 0) | (at >= window), float("-inf")).softmax(-1)
+    scores = scores.masked_fill((at < 0) | (at >= window), float("-inf"))
+    if sinks:
+        of_heads = options["sinks"].view(2, 3, 1, 1).expand(-1, -1, tokens, -1)
+        scores = torch.cat((scores, of_heads), -1)
+    weights = scores.softmax(-1)[..., :length]
     want = torch.einsum("ghtl,gld->tghd", weights, v).flatten(1, 2)
     assert torch.allclose(got, want, atol=1e-5)
 

@@ -19,6 +19,7 @@ from spectral_paged.kernels.page.view import side_view
 from spectral_paged.kernels.rebuild.triton import spectral_rebuild
 from spectral_paged.pages import PageFormat
 from support.kernel_cases import (
+    MILD,
     PAGES,
     append_both,
     attend,
@@ -32,6 +33,7 @@ from support.kernel_cases import (
     page_error,
     placed_pages,
     rebuild_error,
+    some_sinks,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -250,6 +252,25 @@ def test_a_window_over_all_tiers_hides_what_lies_before_it(name, softcap):
     assert attend_error(decode_attention, args, options | scores) < 2e-3
     seen, whole = (attend(attend_twin, args, o) for o in (options | scores, options))
     assert not torch.allclose(seen[1:], whole[1:], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 5])
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+def test_a_sink_takes_its_part_of_a_softmax_over_all_tiers(name, group, dtype):
+    """Of pages and exact tokens, of either alone, and of a sequence without tokens."""
+    args, options = attend_case(name, (0, 3, 1, 0), (70, 0, 130, 0), group=group)
+    options = options | MILD | {"sinks": some_sinks(2 * group, dtype)}
+    assert attend_error(decode_attention, args, options) < 2e-3
+    args = (*args[:4], None, args[5] * 0)
+    assert attend_error(decode_attention, args, options) < 1e-4
+    with_sinks, without = (
+        attend(decode_attention, args, o) for o in (options, options | {"sinks": None})
+    )
+    assert torch.equal(with_sinks[:, 0], without[:, 0]), "the first sink takes nothing"
+    parts = (with_sinks[2] / without[2])[:, 0]
+    assert 0.01 < float(parts[1]) < 0.99, "the second takes a part"
+    assert group == 1 or not with_sinks[:, 2].any(), "the third takes all"
 
 
 def test_pages_of_layers_without_rotation_need_no_table():

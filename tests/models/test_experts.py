@@ -11,10 +11,10 @@ from spectral_paged.models.geometry import EXPERTS, ModelGeometry
 from spectral_paged.models.option_checks import check_experts
 from spectral_paged.options import LLMOptions
 from support.lora_adapters import save_adapter
-from support.model_variants import VARIANTS, build
+from support.padded_batch import BUILDERS, build
 from support.tiny_model import random_prompts
 
-MIXTURES = [name for name in VARIANTS if name.split(",")[0] in EXPERTS]
+MIXTURES = [name for name in BUILDERS if name.split(",")[0] in EXPERTS]
 
 
 def geometry(name):
@@ -23,7 +23,7 @@ def geometry(name):
 
 def test_every_mixture_has_a_small_model_and_no_other_has_experts():
     assert {name.split(",")[0] for name in MIXTURES} == set(EXPERTS)
-    assert {name for name in VARIANTS if geometry(name).has_experts} == set(MIXTURES)
+    assert {name for name in BUILDERS if geometry(name).has_experts} == set(MIXTURES)
 
 
 def test_a_quantization_that_leaves_experts_out_is_refused(tmp_path):

@@ -121,7 +121,7 @@ def test_smollm2_exact_greedy_is_transformers_generate(real_case, budget):
 
 REFUSED = {
     "gemma3 with images": (tf.Gemma3Config, {}, "'gemma3' .*text model, of type gemma3_text"),
-    "attention sinks": (tf.GptOssConfig, {}, "'gpt_oss' .*sinks.* take a model of"),
+    "K and V that layers share": (tf.Gemma4TextConfig, {}, "'gemma4_text' .* take a model of"),
     "gemma3 that looks ahead": (
         tf.Gemma3TextConfig,
         {"use_bidirectional_attention": True},

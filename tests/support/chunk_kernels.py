@@ -26,12 +26,19 @@ def chunk_case(group, dim, dtype, gap):
 
 
 def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, spans, scores, window) -> Tensor:
+    """The result of `tiles_with_lse` alone."""
+    return tiles_with_lse(q, k, v, spans, scores, window)[0]
+
+
+def tiles_with_lse(q: Tensor, k: Tensor, v: Tensor, spans, scores, window) -> tuple[Tensor, Tensor]:
     """Attend as a `fa3.Build` does: by `cu_q` and `cu_k`, causal from the bottom right.
 
     Every sequence's keys are read to the end of a tile, or of the tensor. What lies past its own
-    gets a weight of zero, and its values are multiplied by that.
+    gets a weight of zero, and its values are multiplied by that. Beside the result it returns the
+    log-sum-exp of scores, `[Hq, T]`.
     """
     out = torch.full_like(q, torch.nan)
+    lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
     left, right = window
     assert right == 0
     group = q.shape[1] // k.shape[1]
@@ -47,6 +54,7 @@ def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, spans, scores, window) -> T
             found = scores.softcap * torch.tanh(found / scores.softcap)
         at = torch.arange(length - (q_end - q_start), length)[:, None] - torch.arange(len(keys))
         hidden = (at < 0) | ((at > left) if left >= 0 else torch.zeros_like(at, dtype=torch.bool))
-        weights = torch.where(hidden, -torch.inf, found).softmax(-1)
+        found = torch.where(hidden, -torch.inf, found)
+        lse[:, q_start:q_end], weights = found.logsumexp(-1), found.softmax(-1)
         out[q_start:q_end] = torch.einsum("htl,lhd->thd", weights, values).to(q.dtype)
-    return out
+    return out, lse

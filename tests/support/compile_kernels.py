@@ -166,6 +166,20 @@ def compile_decode(format, group, **scores):
         attend(gpu.decode_attention, (q, plane, table, one, table, one), options, config=config)
 
 
+def compile_sinks(format, group):
+    """Compile the kernels that merge parts with sinks, of pages and exact tokens, and of these."""
+    plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1, 1).int()
+    dtype, one = model_dtype(), torch.ones(1).int()
+    q = torch.zeros(1, format.num_kv_heads * group, format.head_dim, dtype=dtype)
+    sinks = torch.zeros(format.num_kv_heads * group, dtype=dtype)
+    options = page_options(format) | {"num_kv_heads": format.num_kv_heads, "scale": 0.1}
+    options |= {"dtype": dtype, "sinks": sinks}
+    config = launch_configs.decode_config(format.layout, q.device)
+    config = replace(config, second_stream=False)
+    for pages in (table, None):
+        attend(gpu.decode_attention, (q, plane, table, one, pages, one), options, config=config)
+
+
 def compile_rebuild(format):
     plane, units = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1).int()
     spectral_rebuild_triton.spectral_rebuild(
@@ -215,6 +229,7 @@ def cases():
                 first_visible=torch.zeros(1).int(),
             ),
         )
+        yield f"{name}, sinks", partial(compile_sinks, preset(name, 64), 8)
     for name in ("spectral-quality", "spectral-compact"):
         for dim in (64, 96, 128, 256):
             layout = preset(name, dim).layout

@@ -50,6 +50,22 @@ FAMILIES = {
         tf.Qwen3Config,
         {"use_sliding_window": True, **MIXED},
     ),
+    "gpt_oss": (
+        tf.GptOssConfig,
+        MIXED
+        | {"sliding_window": 128, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 1024,
+            }
+        },
+    ),
     "mixtral, a window": (tf.MixtralConfig, {"sliding_window": WINDOW, "num_local_experts": 3}),
     "qwen3_moe, a window": (
         tf.Qwen3MoeConfig,
@@ -78,6 +94,8 @@ def build(name):
                 parameter.uniform_(-0.2, 0.4)
                 if "gemma" not in name:
                     parameter.add_(1.0)
+            elif parameter_name.endswith("sinks"):  # some take most of a softmax, some nothing
+                parameter.normal_(std=2.0).add_(5.0)
     return model
 
 

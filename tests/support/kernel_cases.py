@@ -278,16 +278,28 @@ def attend_case(name, counts, tokens, *, group=3, heads=2, dtype=torch.float32, 
 def attend(op, args, options, *, config=None):
     """The output of `op`, a `decode_attention`, for the arguments of `attend_case`.
 
-    `options` may add a window and a soft cap."""
+    `options` may add a window, a soft cap and sinks."""
     q, plane, exact_table, tokens, table, counts = args
-    o = {"softcap": None, "first_exact": None, "first_visible": None} | options
+    o = dict.fromkeys(("softcap", "first_exact", "first_visible", "sinks")) | options
     exact = ExactTokens(exact_table, tokens, o["num_kv_heads"], o["dtype"], o["first_exact"])
     pages = None
     if table is not None:
         rotation = Rotation(o["cos"], o["sin"], o["first_position"])
         pages = Pages(table, counts, o["layout"], rotation, o["first_visible"], config=config)
     basis = Basis(o.get("k_basis"), o.get("v_basis"))
-    return op(q, plane, exact, pages, Scores(o["scale"], o["softcap"]), basis)
+    sinks = o["sinks"]
+    scores = Scores(o["scale"], o["softcap"], sinks is not None)
+    return op(q, plane, exact, pages, scores, basis, sinks)
+
+
+MILD = {"scale": 0.01}  # scores of `attend_case` of a few units, whose log-sum-exp is about 6
+
+
+def some_sinks(num_heads, dtype=torch.float32, device="cpu"):
+    """A sink that takes nothing, one that takes all, and others between, over and over; those
+    between count where scores are of the size that `MILD` makes them."""
+    values = torch.tensor([-1e4, 4.0, 200.0, 6.0, 9.0], dtype=dtype, device=device)
+    return values.repeat(num_heads)[:num_heads].contiguous()
 
 
 def attend_error(op, args, options):

@@ -66,6 +66,7 @@ def _reduce_kernel(
     beside_first_ptr,
     beside_ptr,
     beside_sums_ptr,
+    sinks_ptr,
     out_ptr,
     lse_ptr,
     HEADS: tl.constexpr,
@@ -75,13 +76,15 @@ def _reduce_kernel(
     BESIDE: tl.constexpr,
     BESIDE_P: tl.constexpr,
     BESIDE_SIZE: tl.constexpr,
+    SINKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITEMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge all items of one query of one sequence, for some columns of their vectors.
 
-    The vectors of items `BESIDE` are the last columns of those of the other items.
+    The vectors of items `BESIDE` are the last columns of those of the other items. A sink is what
+    the merge begins with: one weight of 1 at its score, and no value.
     """
     after_previous(PDL)
     seq, query = tl.program_id(0), tl.program_id(1)
@@ -90,6 +93,9 @@ def _reduce_kernel(
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([COLUMNS], tl.float32)
+    if SINKS:
+        top = tl.load(sinks_ptr + query + tl.arange(0, 1)).to(tl.float32) * 1.4426950408889634
+        total += 1.0
     top, total, acc = _add_items(
         first_item_ptr,
         part_ptr,
@@ -175,12 +181,13 @@ def merge_items(
     first_item: Tensor,
     *,
     beside: ExactPartials | None = None,
+    sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Merge the items of each sequence: `[N, Hq, n]` in `dtype` and lse fp32 `[N, Hq]`.
 
     n is the size of the vectors of `partials`. Those of `beside` may be shorter: they are the last
-    columns.
+    columns. Sinks `[Hq]`, if any, count in both results, as in `decode_attention`.
     """
     num_seqs, num_q_heads = q.shape[:2]
     heads, width, size = partials.vectors.shape[1:]
@@ -194,6 +201,7 @@ def merge_items(
         more.first_item,
         more.partials.vectors,
         more.partials.sums,
+        lse if sinks is None else sinks,
         out,
         lse,
         HEADS=heads,
@@ -203,6 +211,7 @@ def merge_items(
         BESIDE=beside is not None,
         BESIDE_P=more.partials.vectors.shape[2],
         BESIDE_SIZE=more.partials.vectors.shape[3],
+        SINKS=sinks is not None,
         COLUMNS=COLUMNS,
         ITEMS=ITEMS,
         num_warps=1,
@@ -219,6 +228,7 @@ def finish(
     basis: Tensor | None,
     plan: DecodePlan,
     beside: ExactPartials | None = None,
+    sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Merge partial results by sequence: out `[N, Hq, D]` in `dtype`, lse fp32 `[N, Hq]`.
@@ -226,13 +236,14 @@ def finish(
     Args:
         partials: one for each item; in rank space with a shared `basis`, which is applied here.
         beside: partial results over exact pages of the same sequences, not in rank space.
+        sinks: as in `merge_items`.
     """
     if basis is None:
-        return merge_items(q, partials, plan.first_item, beside=beside, dtype=dtype)
+        return merge_items(q, partials, plan.first_item, beside=beside, sinks=sinks, dtype=dtype)
     group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     # the first `rank` columns are in rank space; the basis does not multiply the D behind them
-    mixed, lse = merge_items(q, partials, plan.first_item, beside=beside)
+    mixed, lse = merge_items(q, partials, plan.first_item, beside=beside, sinks=sinks)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     rows = 64 if q.shape[0] * group > 16 else 16
     grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))

@@ -62,7 +62,9 @@ class ServedStep(PromptStep):
         self.order = order
         self.places = None if order is None else torch.argsort(order)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attend with q `[T, Hq, D]`, k and v `[T, Hkv, D]` after RoPE; returns `[T, Hq, D]`.
 
         All of them are in the order of the model's batch.
@@ -70,7 +72,7 @@ class ServedStep(PromptStep):
         if self.places is not None:
             q, k, v = (x.index_select(0, self.places) for x in (q, k, v))
         with without_autocast(self.cache.device):
-            out = self.cache.attend(layer, q, k, v)
+            out = self.cache.attend(layer, q, k, v, sinks)
         return out if self.order is None else out.index_select(0, self.order)
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
