@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from spectral_paged.benchmarks.quality import page_methods, run, sources
+from spectral_paged.benchmarks.quality import page_methods, ruler, run, sources
 from spectral_paged.benchmarks.quality.experiments import EXPERIMENTS, judge_experiments, refitted
 from spectral_paged.benchmarks.quality.formats import MethodSet, parsed_variant, rank_grid
 from spectral_paged.benchmarks.quality.journal import Journal
@@ -80,6 +80,9 @@ def titles(report):
 
 def test_every_section_is_run_and_written(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(run, "SEGMENTS", (512,))
+    # a random model never ends an answer: each would be of 128 tokens, by 22 methods
+    brief = {name: replace(kind, max_tokens=4) for name, kind in ruler.KINDS.items()}
+    monkeypatch.setattr(ruler, "KINDS", brief)
     everything = [*run.SECTIONS, *EXPERIMENTS]
     assert run.main(options(tmp_path, text, sections=everything, lengths=[1024, 1536])) == 0
     results, report = written(tmp_path)
