@@ -78,7 +78,7 @@ docs: $(STAMP)
 vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
-	PYTHONPATH=build/vllm $(BIN)/python -m pytest tests/integrations/vllm_host_cases.py
+	PYTHONPATH=build/vllm $(BIN)/python -m pytest tests/integrations/vllm*host_cases.py
 
 # Others' clients against a server on a CPU, in a folder of their own (600 MB unpacked), which is fetched
 # once; vLLM's `bench serve` runs where `make vllm` was run before.

@@ -1,7 +1,7 @@
 """Pages inside vLLM on a machine without a card: vLLM's own scheduler over a real cache.
 
-`make vllm` runs this file, with a release of vLLM beside the package; `make test` does not, because
-that release is a wheel of 300 MB.
+`make vllm` runs this file and `vllm_store_host_cases.py`, with a release of vLLM beside the
+package; `make test` does not, because that release is a wheel of 300 MB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from spectral_paged.integrations.vllm.limits import check_limits, obstacles
 from spectral_paged.kernels.chunk import fa3
 from spectral_paged.kernels.chunk.reference import ChunkSpans
 from spectral_paged.kernels.math.scores import Scores
-from support.late_copies import LateCopier
 from support.vllm_host import (
     LONGEST,
     EngineArgs,
@@ -31,23 +30,16 @@ from support.vllm_host import (
     engine_config,
     flash_attention,
     model_folder,
+    tokens,
 )
 
+pytest_plugins = ["support.vllm_host"]
 # with prefix caching, without, and with host memory that a few prompts fill
 KEEPING = (
     {"enable_prefix_caching": True},
     {"enable_prefix_caching": False},
     {"enable_prefix_caching": True, "kv_host_memory": 3 << 20},
 )
-
-
-def tokens(count, seed=0):
-    return [(31 * seed + 7 * i * i + i) % 890 + 10 for i in range(count)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -128,79 +120,6 @@ def test_any_order_of_requests_aborts_and_late_samples_leaves_nothing(folder, da
                 if host.scheduler.has_requests():
                     host.step(sample_late=what == "late")
     host.finish(sample_late=data.draw(st.booleans()))
-
-
-def lose_the_pool(host):
-    """Have every prefix in host memory alone, and its copies late."""
-    assert host.scheduler.reset_prefix_cache()
-    copier = host.cache._lower.tiers[0]._copier = LateCopier()
-    return copier
-
-
-def hits(host):
-    return host.runtime.stats()["prefix_hit_tokens_by_tier"]
-
-
-def test_a_prompt_comes_back_from_host_memory_while_others_run(folder):
-    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
-    host.add(host.request("first", tokens(3000), 5))
-    host.finish()
-    copier = lose_the_pool(host)
-    copier.random.randint = lambda a, b: 12  # questions, one a step and copy
-    running = host.request("running", tokens(40, 7), 60)
-    host.add(running)
-    host.step()
-    again = host.request("again", tokens(3000), 5)
-    host.add(again)
-    for _ in range(3):
-        host.step()
-    assert again.num_computed_tokens == 0 and again not in host.scheduler.running
-    assert running in host.scheduler.running and len(running.output_token_ids) >= 2
-    host.finish()
-    assert len(again.output_token_ids) == 5 and len(running.output_token_ids) == 60
-    assert hits(host)["host"] >= 576
-
-
-def test_a_prompt_is_loaded_where_nothing_runs(folder):
-    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
-    host.add(host.request("first", tokens(3000), 5))
-    host.finish()
-    lose_the_pool(host)
-    host.add(*(host.request(f"r{i}", tokens(3000), 5) for i in range(3)))
-    host.finish()
-    assert hits(host)["host"] >= 576
-
-
-def test_a_request_that_is_aborted_while_its_prompt_comes_leaves_nothing(folder):
-    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
-    host.add(host.request("first", tokens(3000), 5))
-    host.finish()
-    lose_the_pool(host).random.randint = lambda a, b: 10**9
-    host.add(host.request("again", tokens(3000), 5))
-    for _ in range(3):
-        host.step()
-    assert any(group.borrowed for group in host.cache.groups)
-    host.abort("again")
-    host.finish()
-    assert not any(group.borrowed for group in host.cache.groups)
-
-
-def test_requests_that_read_no_prefix_load_none(folder):
-    host = Host(folder, megabytes=64, kv_host_memory=64 << 20)
-    host.add(host.request("first", tokens(3000), 5))
-    host.finish()
-    lose_the_pool(host)
-    host.add(host.request("all", tokens(3000), 5, prompt_logprobs=1))
-    host.finish()
-    assert hits(host)["host"] == 0
-
-
-def test_adapters_are_refused_beside_a_folder_and_served_beside_host_memory(folder, tmp_path):
-    config = engine_config(folder, kv_host_memory="1GiB", enable_lora=True)
-    check_limits(config)
-    config = engine_config(folder, kv_store=str(tmp_path), enable_lora=True)
-    with pytest.raises(InvalidRequestError, match="kv_store.*adapter"):
-        check_limits(config)
 
 
 def test_vllms_flash_attention_3_is_called_by_its_own_names(monkeypatch):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
+import pytest
 import torch
 
 COMPILED = (
@@ -144,6 +145,16 @@ LLAMA = {
 def model_folder(folder, **changes):
     (folder / "config.json").write_text(json.dumps(LLAMA | changes))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The config of a tiny Llama."""
+    return model_folder(tmp_path_factory.mktemp("llama"))
+
+
+def tokens(count, seed=0):
+    return [(31 * seed + 7 * i * i + i) % 890 + 10 for i in range(count)]
 
 
 def engine_config(folder, *, max_num_seqs=8, kv_format="spectral-int8", **others):
