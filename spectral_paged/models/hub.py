@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import httpx  # the one that it asks with: httpx2 since its release 2
 
 from spectral_paged.errors import UnknownModelError, shown
 
