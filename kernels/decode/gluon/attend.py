@@ -1,8 +1,8 @@
 """The attend part of decode from pages with explicit layouts (Gluon), for Hopper and Ampere.
 
-A program reads the pages of one item for one KV head, 128 tokens at a time. Every byte of codes is
-loaded from global memory into the register of the thread whose tensor-core operand it becomes. Byte
-permutes turn it into INT8 levels there: no shared memory, no shuffle, no float.
+A program reads the pages of one item for one KV head, in tiles of 128 tokens. Every byte of codes
+is loaded from global memory into the register of the thread whose tensor-core operand it becomes.
+Byte permutes turn it into INT8 levels there: no shared memory, no shuffle, no float.
 
 ```
 scores   [128 tokens, 2 P] += codes of K [128 tokens, rank]    x digits of the query [rank, 2 P]
@@ -10,7 +10,11 @@ ranks    [rank, 2 P]       += codes of V [rank, 128 tokens]    x digits of weigh
 ```
 
 Columns 2g and 2g + 1 are the high and low digit (base 128) of query g. One thread has both columns,
-so that digits are joined in registers. `gluon.operands` turns bytes into operands.
+so that digits are joined in registers. All scores of a page are there before its first weight, so
+that the page is one step of the softmax: its warps wait for each other twice, for the largest score
+and for the weights, and what rank space has gathered is scaled once.
+
+`gluon.operands` turns bytes into operands, `gluon.scores` products into weights.
 """
 
 from __future__ import annotations
@@ -23,20 +27,25 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from spectral_paged.kernels.decode.gluon.operands import (
     after_previous,
-    capped,
-    digit_steps,
     level_words,
     levels,
-    merged,
     mma,
     score_layout,
     weight_layout,
     weight_steps,
 )
-from spectral_paged.kernels.decode.gluon.tiles import (
-    load_tile,
-    store,
+from spectral_paged.kernels.decode.gluon.scores import (
+    by_warp,
+    capped,
+    digits_of,
+    gain_codes,
+    merged,
+    octaves,
+    products,
+    tile_scores,
+    warp_layout,
 )
+from spectral_paged.kernels.decode.gluon.tiles import load_k, load_query, load_v, store
 from spectral_paged.kernels.decode.parts import (
     MAX_GROUP,
     Partials,
@@ -58,7 +67,6 @@ WARPS = 4
 @gluon.jit(do_not_specialize=["num_seqs"])
 def _attend_kernel(
     plane_ptr,
-    bytes_ptr,
     short_ptr,
     bf16_ptr,
     half_ptr,
@@ -84,6 +92,7 @@ def _attend_kernel(
     t4,
     t5,
     t6,
+    t7,
     HEADS: gl.constexpr,
     P: gl.constexpr,
     DIM: gl.constexpr,
@@ -105,6 +114,7 @@ def _attend_kernel(
     INDEX_AT: gl.constexpr,
     CAPPED: gl.constexpr,
     WINDOW: gl.constexpr,
+    TILES: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Attend to the pages of one item for one KV head.
@@ -117,31 +127,38 @@ def _attend_kernel(
     if seq < num_seqs:
         MMA: gl.constexpr = mma()
         S: gl.constexpr = score_layout(128, P)
+        GROUP: gl.constexpr = gl.SliceLayout(0, S)
+        TOKENS: gl.constexpr = gl.SliceLayout(1, S)
         NA: gl.constexpr = VA[1]
         NB: gl.constexpr = VB[1] if VB[1] > 0 else VA[1]
         A: gl.constexpr = score_layout(NA, P)
         B: gl.constexpr = score_layout(NB, P)
         D: gl.constexpr = score_layout(DIM, P)
         UNIT: gl.constexpr = 16256.0
+        PARTS: gl.constexpr = 4 // TILES
+        K: gl.constexpr = (HEAD_BYTES, K_GAIN, V_GAIN, KA, KB)
         start = gl.load(item_start_ptr + item)
         first_entry = gl.load(first_entry_ptr + seq)
         end = gl.load(item_end_ptr + item)
         row = table_ptr + seq * table_width
-        tables = (t0, t1, t2, t3, t4, t5, t6)
-        smem = gl.allocate_shared_memory(
-            gl.int8, [2 * P, 128], gl.SwizzledSharedLayout(16, 1, 8, order=[1, 0])
+        tables = (t0, t1, t2, t3, t4, t5, t6, t7)
+        digits = gl.allocate_shared_memory(
+            gl.int8, [TILES, 2 * P, 128], gl.SwizzledSharedLayout(16, 1, 8, order=[1, 0])
         )
-        group = gl.arange(0, P, layout=gl.SliceLayout(0, S))
-        token = gl.arange(0, 128, layout=gl.SliceLayout(1, S))
+        WARPS_FOUND: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        tops = gl.allocate_shared_memory(gl.float32, [P, 4], WARPS_FOUND)
+        sums = gl.allocate_shared_memory(gl.float32, [P, 4], WARPS_FOUND)
+        group = gl.arange(0, P, layout=GROUP)
+        token = gl.arange(0, 128, layout=TOKENS)
         visible = 0
         if WINDOW:
             visible = gl.load(visible_ptr + seq).to(gl.int32)
         comp_a = gl.arange(0, NA, layout=gl.SliceLayout(1, A))
         comp_b = gl.arange(0, NB, layout=gl.SliceLayout(1, B))
         dim = gl.arange(0, DIM, layout=gl.SliceLayout(1, D))
-        top = gl.full([P], float("-inf"), gl.float32, layout=gl.SliceLayout(0, S))
-        total = gl.zeros([P], gl.float32, layout=gl.SliceLayout(0, S))
-        page_sum = gl.zeros([128, P], gl.float32, layout=S)
+        top = gl.full([P], float("-inf"), gl.float32, layout=GROUP)
+        total = gl.zeros([P], gl.float32, layout=GROUP)
+        page_total = total
         ranks_a = gl.zeros([NA, P], gl.float32, layout=A)
         ranks_b = gl.zeros([NB, P], gl.float32, layout=B)
         values = gl.zeros([DIM, P], gl.float32, layout=D)
@@ -149,183 +166,170 @@ def _attend_kernel(
         position = gl.load(row + start)
         following = gl.load(row + gl.minimum(start + 1, end - 1))
         slot = (first_entry + start).to(gl.int64) * HEADS + head
-        ahead = load_tile(
-            plane_ptr,
-            bytes_ptr,
-            short_ptr,
-            digits_ptr,
-            affine_ptr,
-            position,
-            slot,
-            0,
-            head,
-            P,
-            K_RANK,
-            HEAD_BYTES,
-            K_GAIN,
-            V_GAIN,
-            KA,
-            KB,
-            VA,
-            VB,
-        )
-        for step in range((end - start) * 4):
-            ka, kb, da, db, va, va_high, vb, vb_high, k_gain, v_gain, unit, offset = ahead
-            tile = step % 4
-            entry = start + step // 4
-            here = position
+        query = load_query(digits_ptr, affine_ptr, slot, 0, P, K_RANK, K)
+        keys = load_k(plane_ptr, short_ptr, position, 0, head, K)
+        for entry in range(start, end):
+            here, position = position, following
+            following = gl.load(row + gl.minimum(entry + 2, end - 1))
             slot = (first_entry + entry).to(gl.int64) * HEADS + head
-            # the next tile's bytes arrive while this one is computed
-            next_entry = gl.minimum(start + (step + 1) // 4, end - 1)
-            position = gl.where(tile == 3, following, position)
-            following = gl.load(row + gl.minimum(next_entry + 1, end - 1))
-            ahead = load_tile(
-                plane_ptr,
-                bytes_ptr,
-                short_ptr,
-                digits_ptr,
-                affine_ptr,
-                position,
-                (first_entry + next_entry).to(gl.int64) * HEADS + head,
-                (step + 1) % 4,
-                head,
-                P,
-                K_RANK,
-                HEAD_BYTES,
-                K_GAIN,
-                V_GAIN,
-                KA,
-                KB,
-                VA,
-                VB,
-            )
-
-            acc = gl.zeros([128, 2 * P], gl.int32, layout=MMA)
-            first = levels(ka, ka, tables, 128, KA[2], MMA)
-            second = digit_steps(da, KA[2] < 4, MMA)
-            for i in gl.static_range(len(second)):  # a half word has one step, not two
-                acc = mma_v2(first[i], second[i], acc)
-            if KB[1] > 0:
-                first = levels(kb, kb, tables, 128, KB[2], MMA)
-                second = digit_steps(db, KB[2] < 4, MMA)
-                for i in gl.static_range(len(second)):
-                    acc = mma_v2(first[i], second[i], acc)
-            scores = merged(acc, P, S).to(gl.float32)
-            if K_GAIN >= 0:
-                gain = gl.exp2((k_gain.to(gl.float32) - 128.0) * 0.0625)
-                scores = scores * gain[:, None]
-            scores = scores * unit[None, :] + offset[None, :]
-            if CAPPED:
-                scores = capped(scores, cap)
-            if SLOTS > 0:
-                scores = gl.where((k_gain == 0)[:, None], float("-inf"), scores)
-            if WINDOW:
-                place = first_position + entry * 512 + tile * 128 + token
-                scores = gl.where((place >= visible)[:, None], scores, float("-inf"))
-            if V_GAIN >= 0:
-                octaves = (v_gain.to(gl.float32) - 128.0) * 0.0625
-                scores = scores + octaves[:, None]
-            scores = gl.where(here >= 0, scores, float("-inf"))
-            new_top = gl.maximum(top, gl.max(scores, axis=0))
-            safe = gl.where(new_top == float("-inf"), 0.0, new_top)
-            shrink = gl.exp2(top - safe)
-            top = new_top
-            weights = gl.exp2(scores - safe[None, :])  # times the gains of V
-            plain = weights
-            if V_GAIN >= 0:
-                plain = weights * gl.exp2(-octaves)[:, None]
-            page_sum = page_sum * shrink[None, :] + plain
-            total = total * shrink
-            whole = (weights * UNIT + 0.5).to(gl.int32)
-            digits = gl.join((whole >> 7).to(gl.int8), (whole & 127).to(gl.int8))
-            smem.store(gl.permute(gl.reshape(digits, (128, 2 * P)), (1, 0)))
-            w = smem.load(weight_layout(2 * P))
-
-            second = weight_steps(w, VA[2] < 4, MMA)
-            acc = gl.zeros([NA, 2 * P], gl.int32, layout=MMA)
-            first = levels(va, va_high, tables, VA[1], VA[2], MMA)
-            for i in gl.static_range(4):
-                acc = mma_v2(first[i], second[i], acc)
-            record = bf16_ptr + (gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2))
-            scale = gl.load(record + V_SCALE // 2 + VA[0] + comp_a).to(gl.float32) * (1.0 / UNIT)
-            scale = gl.where(here >= 0, scale, 0.0)
-            less = gl.convert_layout(shrink, gl.SliceLayout(0, A))
-            found = merged(acc, P, A).to(gl.float32)
-            ranks_a = ranks_a * less[None, :] + found * scale[:, None]
-            if VB[1] > 0:
-                second = weight_steps(w, VB[2] < 4, MMA)
-                acc = gl.zeros([NB, 2 * P], gl.int32, layout=MMA)
-                first = levels(vb, vb_high, tables, VB[1], VB[2], MMA)
-                for i in gl.static_range(4):
-                    acc = mma_v2(first[i], second[i], acc)
-                scale = gl.load(record + V_SCALE // 2 + VB[0] + comp_b).to(gl.float32) * (
-                    1.0 / UNIT
-                )
-                scale = gl.where(here >= 0, scale, 0.0)
-                less = gl.convert_layout(shrink, gl.SliceLayout(0, B))
-                found = merged(acc, P, B).to(gl.float32)
-                ranks_b = ranks_b * less[None, :] + found * scale[:, None]
-            values = values * gl.convert_layout(shrink, gl.SliceLayout(0, D))[None, :]
-
-            if tile == 3:
-                summed = gl.sum(page_sum, axis=0)
-                page_sum = gl.zeros([128, P], gl.float32, layout=S)
-                total = total + summed
-                halves = half_ptr + (
-                    gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
-                )
-                if VALUES and V_MEAN >= 0:
-                    mean = gl.load(halves + V_MEAN // 2 + dim).to(gl.float32)
-                    mean = gl.where(here >= 0, mean, 0.0)
-                    values += (
-                        mean[:, None] * gl.convert_layout(summed, gl.SliceLayout(0, D))[None, :]
+            next_slot = (first_entry + gl.minimum(entry + 1, end - 1)).to(gl.int64) * HEADS + head
+            record = gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
+            for part in gl.static_range(PARTS):
+                # scores of some tiles; the codes of the next one arrive while one is computed
+                scores, gains = (), ()
+                most = gl.full([128, P], float("-inf"), gl.float32, layout=S)
+                for i in gl.static_range(TILES):
+                    ka, kb, k_gain, v_gain = keys
+                    da, db, unit, offset = query
+                    if i + 1 < TILES:
+                        query = load_query(
+                            digits_ptr, affine_ptr, slot, part * TILES + i + 1, P, K_RANK, K
+                        )
+                        keys = load_k(plane_ptr, short_ptr, here, part * TILES + i + 1, head, K)
+                    else:
+                        codes = load_v(plane_ptr, here, part * TILES, head, HEAD_BYTES, VA, VB)
+                    found = products(ka, kb, da, db, tables, KA, KB, P)
+                    found = tile_scores(
+                        found,
+                        k_gain,
+                        v_gain,
+                        unit,
+                        offset,
+                        cap,
+                        here >= 0,
+                        K_GAIN >= 0,
+                        SLOTS,
+                        CAPPED,
                     )
-                for j in gl.static_range(SLOTS):
-                    exact = gl.load(slots_ptr + (slot * SLOTS + j) * P + group)
-                    if CAPPED:
-                        exact = capped(exact, cap)
                     if WINDOW:
-                        index = gl.maximum(here, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
-                        slot_token = gl.load(short_ptr + index + INDEX_AT // 2 + j).to(gl.int32)
-                        slot_token = first_position + entry * 512 + slot_token
-                        exact = gl.where(slot_token >= visible, exact, float("-inf"))
-                    exact = gl.where(here >= 0, exact, float("-inf"))
-                    value = gl.load(halves + V_SLOT // 2 + j * DIM + dim).to(gl.float32)
-                    value = gl.where(here >= 0, value, 0.0)
-                    new_top = gl.maximum(top, exact)
-                    safe = gl.where(new_top == float("-inf"), 0.0, new_top)
-                    shrink = gl.exp2(top - safe)
-                    weight = gl.exp2(exact - safe)
-                    top = new_top
-                    total = total * shrink + weight
-                    ranks_a = ranks_a * gl.convert_layout(shrink, gl.SliceLayout(0, A))[None, :]
-                    ranks_b = ranks_b * gl.convert_layout(shrink, gl.SliceLayout(0, B))[None, :]
-                    values = values * gl.convert_layout(shrink, gl.SliceLayout(0, D))[None, :]
-                    values += (
-                        value[:, None] * gl.convert_layout(weight, gl.SliceLayout(0, D))[None, :]
-                    )
-                if PER_PAGE:
-                    store(
-                        slot,
-                        ranks_a,
-                        ranks_b,
-                        values,
-                        top,
-                        total,
-                        vectors_ptr,
-                        sums_ptr,
-                        P,
-                        DIM,
-                        V_RANK,
-                        VA,
-                        VB,
-                        VALUES,
-                    )
-                    top = gl.full([P], float("-inf"), gl.float32, layout=gl.SliceLayout(0, S))
-                    total = gl.zeros([P], gl.float32, layout=gl.SliceLayout(0, S))
-                    ranks_a = gl.zeros([NA, P], gl.float32, layout=A)
-                    ranks_b = gl.zeros([NB, P], gl.float32, layout=B)
-                    values = gl.zeros([DIM, P], gl.float32, layout=D)
+                        place = first_position + entry * 512 + (part * TILES + i) * 128 + token
+                        found = gl.where((place >= visible)[:, None], found, float("-inf"))
+                    most = gl.maximum(most, found)
+                    scores = scores + (found,)
+                    gains = gains + (v_gain,)
+
+                # the largest of all warps' tokens, the outlier tokens of these tiles among them
+                tops.store(by_warp(most, True))
+                peak = gl.max(tops.load(warp_layout(P)), axis=1)
+                new_top = gl.maximum(top, gl.convert_layout(peak, GROUP))
+                exact = ()
+                for j in gl.static_range(SLOTS):
+                    index = gl.load(short_ptr + record + INDEX_AT // 2 + j).to(gl.int32)
+                    score = gl.load(slots_ptr + (slot * SLOTS + j) * P + group)
+                    if CAPPED:
+                        score = capped(score, cap)
+                    counts = (here >= 0) & (index // (128 * TILES) == part)
+                    if WINDOW:
+                        counts = counts & (first_position + entry * 512 + index >= visible)
+                    score = gl.where(counts, score, float("-inf"))
+                    new_top = gl.maximum(new_top, score)
+                    exact = exact + (score,)
+                safe = gl.where(new_top == float("-inf"), 0.0, new_top)
+                shrink = gl.exp2(top - safe)
+                top = new_top
+
+                # weights, times the gains of V, as digits in shared memory
+                plain = gl.zeros([128, P], gl.float32, layout=S)
+                for i in gl.static_range(TILES):
+                    weights = gl.exp2(scores[i] - safe[None, :])
+                    high, low = digits_of(weights * UNIT)
+                    both = gl.reshape(gl.join(high, low), (128, 2 * P))
+                    digits.index(i).store(gl.permute(both, (1, 0)))
+                    if K_GAIN >= 0:
+                        weights *= gl.exp2(-octaves(gain_codes(gains[i], TOKENS)))[:, None]
+                    plain += weights
+                sums.store(by_warp(plain, False))
+
+                acc_a = gl.zeros([NA, 2 * P], gl.int32, layout=MMA)
+                acc_b = gl.zeros([NB, 2 * P], gl.int32, layout=MMA)
+                for i in gl.static_range(TILES):
+                    va, va_high, vb, vb_high = codes
+                    if i + 1 < TILES:
+                        codes = load_v(
+                            plane_ptr, here, part * TILES + i + 1, head, HEAD_BYTES, VA, VB
+                        )
+                    else:
+                        query = load_query(
+                            digits_ptr,
+                            affine_ptr,
+                            slot if part + 1 < PARTS else next_slot,
+                            (part + 1) % PARTS * TILES,
+                            P,
+                            K_RANK,
+                            K,
+                        )
+                        keys = load_k(
+                            plane_ptr,
+                            short_ptr,
+                            here if part + 1 < PARTS else position,
+                            (part + 1) % PARTS * TILES,
+                            head,
+                            K,
+                        )
+                    w = digits.index(i).load(weight_layout(2 * P))
+                    first = levels(va, va_high, tables, VA[1], VA[2], MMA)
+                    second = weight_steps(w, VA[2] < 4, MMA)
+                    for j in gl.static_range(4):
+                        acc_a = mma_v2(first[j], second[j], acc_a)
+                    if VB[1] > 0:
+                        first = levels(vb, vb_high, tables, VB[1], VB[2], MMA)
+                        second = weight_steps(w, VB[2] < 4, MMA)
+                        for j in gl.static_range(4):
+                            acc_b = mma_v2(first[j], second[j], acc_b)
+
+                scale_at = bf16_ptr + record + V_SCALE // 2
+                scale = gl.load(scale_at + VA[0] + comp_a).to(gl.float32) * (1.0 / UNIT)
+                scale = gl.where(here >= 0, scale, 0.0)
+                less = gl.convert_layout(shrink, gl.SliceLayout(0, A))
+                found = merged(acc_a, P, A).to(gl.float32)
+                ranks_a = ranks_a * less[None, :] + found * scale[:, None]
+                if VB[1] > 0:
+                    scale = gl.load(scale_at + VB[0] + comp_b).to(gl.float32) * (1.0 / UNIT)
+                    scale = gl.where(here >= 0, scale, 0.0)
+                    less = gl.convert_layout(shrink, gl.SliceLayout(0, B))
+                    found = merged(acc_b, P, B).to(gl.float32)
+                    ranks_b = ranks_b * less[None, :] + found * scale[:, None]
+                summed = gl.sum(sums.load(warp_layout(P)), axis=1)
+                summed = gl.convert_layout(summed, GROUP)
+                total = total * shrink + summed
+                page_total = page_total * shrink + summed
+                values *= gl.convert_layout(shrink, gl.SliceLayout(0, D))[None, :]
+                for j in gl.static_range(SLOTS):
+                    weight = gl.exp2(exact[j] - safe)
+                    total += weight
+                    value = gl.load(half_ptr + record + V_SLOT // 2 + j * DIM + dim)
+                    value = gl.where(here >= 0, value.to(gl.float32), 0.0)
+                    weight = gl.convert_layout(weight, gl.SliceLayout(0, D))
+                    values += value[:, None] * weight[None, :]
+
+            if VALUES and V_MEAN >= 0:
+                mean = gl.load(half_ptr + record + V_MEAN // 2 + dim).to(gl.float32)
+                mean = gl.where(here >= 0, mean, 0.0)
+                weight = gl.convert_layout(page_total, gl.SliceLayout(0, D))
+                values += mean[:, None] * weight[None, :]
+            page_total = gl.zeros([P], gl.float32, layout=GROUP)
+            if PER_PAGE:
+                store(
+                    slot,
+                    ranks_a,
+                    ranks_b,
+                    values,
+                    top,
+                    total,
+                    vectors_ptr,
+                    sums_ptr,
+                    P,
+                    DIM,
+                    V_RANK,
+                    VA,
+                    VB,
+                    VALUES,
+                )
+                top = gl.full([P], float("-inf"), gl.float32, layout=GROUP)
+                total = gl.zeros([P], gl.float32, layout=GROUP)
+                ranks_a = gl.zeros([NA, P], gl.float32, layout=A)
+                ranks_b = gl.zeros([NB, P], gl.float32, layout=B)
+                values = gl.zeros([DIM, P], gl.float32, layout=D)
         if not PER_PAGE:
             store(
                 item.to(gl.int64) * HEADS + head,
@@ -366,6 +370,14 @@ def supports(layout: PageLayout, group: int) -> bool:
     )
 
 
+def tiles_at_once(width: int) -> int:
+    """Return how many tiles of a page share one softmax step, for `width` padded queries a head.
+
+    More tiles wait less often for other warps, and need registers for their scores.
+    """
+    return max(1, 16 // width)
+
+
 def attend_pages(
     q: Tensor,
     plane: Tensor,
@@ -385,7 +397,6 @@ def attend_pages(
     bands = [*band_tuples(k), NO_BAND][:2] + [*band_tuples(v), NO_BAND][:2]
     _attend_kernel[(plan.num_items, heads)](
         plane.view(torch.int32),
-        plane,
         plane.view(torch.int16),
         plane.view(torch.bfloat16),
         plane.view(torch.float16),
@@ -426,6 +437,7 @@ def attend_pages(
         INDEX_AT=layout.index_offset,
         CAPPED=options.capped,
         WINDOW=options.window,
+        TILES=tiles_at_once(width),
         num_warps=WARPS,
         maxnreg=config.attend_registers,
         **dependent_launch(q.device),

@@ -24,7 +24,7 @@ def _word(values: list[int]) -> int:
 
 @cache  # every layer's launch takes them
 def level_words() -> tuple[int, ...]:
-    """The level tables as words that a byte permute takes: of 4 bits (4 words), 3 (2) and 2 (1).
+    """The level tables as words that a byte permute takes: of 4 bits (4 words), 3 (2) and 2 (2).
 
     Where bit 3 of a selector is set, a permute gives eight copies of the sign of the byte it found.
     Codes n and n + 8 of 4 bits have levels of the same sign, so each of two permutes gives zeros or
@@ -35,7 +35,7 @@ def level_words() -> tuple[int, ...]:
     first = [~x if x < 0 else x for x in table[4][:8]]
     parts = [first, table[4][8:], table[3], list(table[2]) + [0] * 4]
     words = [_word(list(part[i : i + 4])) for part in parts for i in (0, 4)]
-    return tuple(x - (1 << 32) if x >= 1 << 31 else x for x in words[:7])
+    return tuple(x - (1 << 32) if x >= 1 << 31 else x for x in words)
 
 
 # $2: 8 codes of 4 bits -> $0: levels of codes 0..3, $1: of 4..7; tables in $6, $10, $14, $18.
@@ -51,18 +51,19 @@ ASM4 = gl.constexpr("""{
     prmt.b32 q, $14, $18, y;
     xor.b32 $1, p, q;
 }""")
-# $4: 16 codes of 2 bits -> levels of codes 0 2 4 6, 1 3 5 7, 8 .. 14, 9 .. 15; table in $8.
+# $4: 16 codes of 2 bits -> levels of codes 0 2 4 6, 1 3 5 7, 8 .. 14, 9 .. 15; table in $8 and $12,
+# of which the second is zeros: a pair of constants is loaded once, a lone one is copied every time.
 ASM2 = gl.constexpr("""{
     .reg .b32 e, o;
     and.b32 e, $4, 0x33333333;
     shr.u32 o, $4, 2;
     and.b32 o, o, 0x33333333;
-    prmt.b32 $0, $8, 0, e;
-    prmt.b32 $1, $8, 0, o;
+    prmt.b32 $0, $8, $12, e;
+    prmt.b32 $1, $8, $12, o;
     shr.u32 e, e, 16;
     shr.u32 o, o, 16;
-    prmt.b32 $2, $8, 0, e;
-    prmt.b32 $3, $8, 0, o;
+    prmt.b32 $2, $8, $12, e;
+    prmt.b32 $3, $8, $12, o;
 }""")
 
 
@@ -93,7 +94,7 @@ ASM3 = gl.constexpr(_asm3())
 ASM8 = gl.constexpr("xor.b32 $0, $1, 0x80808080;")
 OUT1 = gl.constexpr("=r,r,r,r,r")
 OUT2 = gl.constexpr(",".join(["=r"] * 2 + ["r"] * 20))
-OUT4 = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 8))
+OUT4 = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 12))
 OUT8 = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 20))
 
 
@@ -130,11 +131,15 @@ def _words_layout(rows, words):
 
 @gluon.constexpr_function
 def score_layout(rows, p):
-    """`[rows, P]`: the layout of an accumulator `[rows, 2 P]` once its digits are joined."""
-    regs = [[r[0], 0] for r in _row_regs(rows)]
+    """`[rows, P]`: an accumulator `[rows, 2 P]` with its digits joined, rows as they lie in memory.
+
+    A thread has consecutive rows; see `row_pointers`.
+    """
+    run = rows // 32
+    regs = [[1 << i, 0] for i in range(run.bit_length() - 1)]
     regs += [[0, 4 << i] for i in range((p // 4).bit_length() - 1)]
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(regs, lanes, [[16, 0], [32, 0]], [], [rows, p])
+    lanes = [[0, 1], [0, 2], [run, 0], [2 * run, 0], [4 * run, 0]]
+    return gl.DistributedLinearLayout(regs, lanes, [[8 * run, 0], [16 * run, 0]], [], [rows, p])
 
 
 @gluon.constexpr_function
@@ -173,6 +178,20 @@ def index_of(size: gl.constexpr, layout: gl.constexpr, dim: gl.constexpr):
 
 
 @gluon.jit
+def row_pointers(base, row, ROWS: gl.constexpr, STRIDE: gl.constexpr):
+    """Pointers to rows of `STRIDE` elements, for the rows of an operand of `ROWS` rows.
+
+    The rows 8, 64 and 72 after one are in the same thread. Rows 1, 2 and 3 after it in memory take
+    their places, so that what belongs to a row lies side by side: gains, weights, scales, results.
+    The part that a thread's rows share is added first: the others are offsets of an instruction.
+    """
+    RUN: gl.constexpr = ROWS // 32
+    first = ((row & 7) + (row >> 1 & 24)) * (RUN * STRIDE)
+    own = ((row >> 3 & 1) + (row >> 6) * 2) * STRIDE
+    return (base + first) + own
+
+
+@gluon.jit
 def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
     """Load rows of `ROW_WORDS` words that follow each other, int32 `[ROWS, 4, ROW_WORDS / 4]`."""
     WORDS: gl.constexpr = ROW_WORDS // 4
@@ -180,7 +199,7 @@ def load_words(base, ROWS: gl.constexpr, ROW_WORDS: gl.constexpr):
     row = index_of(ROWS, LAYOUT, 0)
     lane = index_of(4, LAYOUT, 1)
     word = index_of(WORDS, LAYOUT, 2)
-    return gl.load(base + (row * ROW_WORDS + lane * WORDS + word))
+    return gl.load(row_pointers(base + lane * WORDS, row, ROWS, ROW_WORDS) + word)
 
 
 @gluon.jit
@@ -189,7 +208,7 @@ def load_half_words(base, ROWS: gl.constexpr):
     LAYOUT: gl.constexpr = _words_layout(ROWS, 1)
     row = index_of(ROWS, LAYOUT, 0)
     lane = index_of(4, LAYOUT, 1)
-    return gl.load(base + (row * 4 + lane)).to(gl.int32)
+    return gl.load(row_pointers(base + lane, row, ROWS, 4)).to(gl.int32)
 
 
 @gluon.jit
@@ -262,7 +281,7 @@ def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.
             r0, r1, r2, r3 = gl.inline_asm_elementwise(
                 ASM2,
                 OUT4,
-                [_widened(each[i], ROWS), tables[6]],
+                [_widened(each[i], ROWS), tables[6], tables[7]],
                 (gl.int8, gl.int8, gl.int8, gl.int8),
                 True,
                 4,
@@ -379,21 +398,6 @@ def weight_steps(x, EVEN_FIRST: gl.constexpr, MMA: gl.constexpr):
     s0, s2 = gl.split(even)
     s1, s3 = gl.split(odd)
     return (_second(s0, MMA), _second(s1, MMA), _second(s2, MMA), _second(s3, MMA))
-
-
-@gluon.jit
-def merged(acc, P: gl.constexpr, LAYOUT: gl.constexpr):
-    """The two digits of an accumulator int32 `[rows, 2 P]` joined: int32 `[rows, P]`."""
-    ROWS: gl.constexpr = acc.shape[0]
-    high, low = gl.split(gl.reshape(acc, (ROWS, P, 2)))
-    return gl.convert_layout((high << 7) + low, LAYOUT)
-
-
-@gluon.jit
-def capped(scores, cap):
-    """Soft-capped scores, `cap tanh(scores / cap)`; both are in bits (base 2)."""
-    twice = scores / cap * 2.8853900817779268  # exp(2 x) is 2 ** (2 x log2 e)
-    return cap * (1.0 - 2.0 / (gl.exp2(twice) + 1.0))
 
 
 # ---- fp16 operands of one warp, a sum over what lies in a row ------------------------------

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from spectral_paged.kernels.decode.gluon.operands import after_previous, index_of
+from spectral_paged.kernels.decode.gluon.scores import digits_of
 from spectral_paged.kernels.decode.parts import LOG2_E, Projected, group_sizes, projection_constants
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.launch.configs import DecodeConfig, dependent_launch
@@ -101,19 +102,6 @@ def _in_order(acc, R: gl.constexpr):
     C: gl.constexpr = acc.shape[1]
     acc = gl.permute(gl.reshape(acc, (4, 16, C // 8, 4, 2)), (0, 1, 3, 2, 4))
     return gl.convert_layout(gl.reshape(acc, (4, 16, C)), R, assert_trivial=True)
-
-
-# four integers of two digits of base 128 -> their high digits, their low ones
-ASM_DIGITS = gl.constexpr("""{
-    .reg .b32 p, q;
-    prmt.b32 p, $2, $3, 0x5410;
-    prmt.b32 q, $4, $5, 0x5410;
-    prmt.b32 $1, p, q, 0x6420;
-    and.b32 $1, $1, 0x7f7f7f7f;
-    shr.u32 p, p, 7;
-    shr.u32 q, q, 7;
-    prmt.b32 $0, p, q, 0x6420;
-}""")
 
 
 @gluon.jit
@@ -325,11 +313,7 @@ def _project_kernel(
             inverse = 16256.0 / top
             to = digits_ptr + ((r_slot * 4 + r_tile) * 2 * P + 2 * r_group) * RANK
             for i in gl.static_range(RANK // CHUNK):
-                # adding 1.5 * 2 ** 23 rounds to an integer, which is in the low bits of the fp32
-                whole = (products[i] * inverse + 12582912.0).to(gl.int32, bitcast=True)
-                high_digit, low_digit = gl.inline_asm_elementwise(
-                    ASM_DIGITS, "=r,=r,r,r,r,r", [whole], (gl.int8, gl.int8), True, 4
-                )
+                high_digit, low_digit = digits_of(products[i] * inverse)
                 gl.store(to + (i * CHUNK + comp), high_digit, mask=r_ok)
                 gl.store(to + (RANK + i * CHUNK + comp), low_digit, mask=r_ok)
             affine = affine_ptr + (r_slot * 4 + r_tile) * 2 * P + r_group

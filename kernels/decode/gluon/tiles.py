@@ -11,6 +11,7 @@ from spectral_paged.kernels.decode.gluon.operands import (
     load_words,
     score_layout,
 )
+from spectral_paged.kernels.decode.gluon.scores import gain_layout, load_gains
 
 
 @gluon.jit
@@ -41,68 +42,76 @@ def k_band(record, short, tile, BAND: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(
+def load_k(
     plane_ptr,
-    bytes_ptr,
     short_ptr,
-    digits_ptr,
-    affine_ptr,
     position,
-    slot,
     tile,
     head,
-    P: gl.constexpr,
-    K_RANK: gl.constexpr,
-    HEAD_BYTES: gl.constexpr,
-    K_GAIN: gl.constexpr,
-    V_GAIN: gl.constexpr,
-    KA: gl.constexpr,
-    KB: gl.constexpr,
-    VA: gl.constexpr,
-    VB: gl.constexpr,
+    K: gl.constexpr,
 ):
-    """Load into registers everything that attention to one tile reads."""
+    """Load into registers the codes of K that one tile has, and the gains of both sides.
+
+    `K` has the bytes of a head's record, the offsets of both gains, or -1, and two bands.
+    """
+    HEAD_BYTES: gl.constexpr = K[0]
+    K_GAIN: gl.constexpr = K[1]
+    V_GAIN: gl.constexpr = K[2]
+    KA: gl.constexpr = K[3]
+    KB: gl.constexpr = K[4]
     unit = gl.maximum(position, 0).to(gl.int64)
     record = plane_ptr + (unit * 32 + head * (HEAD_BYTES // 4))
     short = short_ptr + (unit * 64 + head * (HEAD_BYTES // 2))
     ka = k_band(record, short, tile, KA)
+    kb = k_band(record, short, tile, KB) if KB[1] > 0 else ka
+    if K_GAIN >= 0:
+        k_gain = load_gains(record + K_GAIN // 4, tile)
+        v_gain = load_gains(record + V_GAIN // 4, tile)
+    else:
+        k_gain = gl.zeros([32], gl.int32, layout=gl.SliceLayout(1, gain_layout()))
+        v_gain = k_gain
+    return ka, kb, k_gain, v_gain
+
+
+@gluon.jit
+def load_query(
+    digits_ptr,
+    affine_ptr,
+    slot,
+    tile,
+    P: gl.constexpr,
+    K_RANK: gl.constexpr,
+    K: gl.constexpr,
+):
+    """Load what `Projected` has of one tile: digits by bands, and the two of its affine."""
+    KA: gl.constexpr = K[3]
+    KB: gl.constexpr = K[4]
     digits = digits_ptr + (slot * 4 + tile) * (2 * P * K_RANK // 4)
     da = load_digits(digits + KA[0] // 4, 2 * P, K_RANK, KA[1])
-    if KB[1] > 0:
-        kb = k_band(record, short, tile, KB)
-        db = load_digits(digits + KB[0] // 4, 2 * P, K_RANK, KB[1])
-    else:
-        kb, db = ka, da
+    db = load_digits(digits + KB[0] // 4, 2 * P, K_RANK, KB[1]) if KB[1] > 0 else da
+    group = gl.arange(0, P, layout=gl.SliceLayout(0, score_layout(128, P)))
+    affine = affine_ptr + (slot * 4 + tile) * (2 * P) + group
+    return da, db, gl.load(affine), gl.load(affine + P)
+
+
+@gluon.jit
+def load_v(
+    plane_ptr,
+    position,
+    tile,
+    head,
+    HEAD_BYTES: gl.constexpr,
+    VA: gl.constexpr,
+    VB: gl.constexpr,
+):
+    """Load into registers the codes of V that one tile has."""
+    record = plane_ptr + (gl.maximum(position, 0).to(gl.int64) * 32 + head * (HEAD_BYTES // 4))
     va, va_high = v_band(record, tile, VA[1], VA[2], VA[3], VA[4])
     if VB[1] > 0:
         vb, vb_high = v_band(record, tile, VB[1], VB[2], VB[3], VB[4])
     else:
         vb, vb_high = va, va_high
-    LAYOUT: gl.constexpr = score_layout(128, P)
-    token = gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT)) + tile * 128
-    group = gl.arange(0, P, layout=gl.SliceLayout(0, LAYOUT))
-    own = bytes_ptr + (unit * 128 + head * HEAD_BYTES)
-    if K_GAIN >= 0:
-        k_gain = gl.load(own + K_GAIN + token)
-        v_gain = gl.load(own + V_GAIN + token)
-    else:
-        k_gain = gl.full([128], 128, gl.uint8, layout=gl.SliceLayout(1, LAYOUT))
-        v_gain = k_gain
-    affine = affine_ptr + (slot * 4 + tile) * (2 * P) + group
-    return (
-        ka,
-        kb,
-        da,
-        db,
-        va,
-        va_high,
-        vb,
-        vb_high,
-        k_gain,
-        v_gain,
-        gl.load(affine),
-        gl.load(affine + P),
-    )
+    return va, va_high, vb, vb_high
 
 
 @gluon.jit
