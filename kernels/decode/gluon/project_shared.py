@@ -225,41 +225,41 @@ def _project_kernel(
         m_tile, m_group = first_tile + m_row // P, m_row % P
         r_row, comp = index_of(16, R, 1), index_of(CHUNK, R, 2)
         r_tile, r_group = first_tile + r_row // P, r_row % P
+        ahead = _found_at(
+            table_ptr,
+            entry_seq_ptr,
+            first_entry_ptr,
+            table_width,
+            begin + index_of(4, R, 0),
+            total,
+        )
         for first in range(begin, total, stride):
-            a_seq, a_entry, _ = _found_at(
+            # the next pages are looked up, one load behind the other, while these are computed
+            seq, place_in_seq, position = ahead
+            ahead = _found_at(
                 table_ptr,
                 entry_seq_ptr,
                 first_entry_ptr,
                 table_width,
-                first + index_of(4, A, 0),
+                first + stride + index_of(4, R, 0),
                 total,
             )
+            a_seq = gl.convert_layout(seq, A, assert_trivial=True)
+            a_entry = gl.convert_layout(place_in_seq, A, assert_trivial=True)
             r_entry, m_entry = first + index_of(4, R, 0), first + index_of(4, PAGES, 0)
             # scales, outlier keys and the mean arrive while the query is turned
-            _, _, r_position = _found_at(
-                table_ptr, entry_seq_ptr, first_entry_ptr, table_width, r_entry, total
-            )
-            r_record = gl.maximum(r_position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
+            r_record = gl.maximum(position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
             units = ()
             for i in gl.static_range(RANK // CHUNK):
                 units = units + (gl.load(bf16_ptr + r_record + SCALE_AT // 2 + i * CHUNK + comp),)
             if MEAN_AT >= 0 or SLOTS > 0:
-                _, _, e_position = _found_at(
-                    table_ptr,
-                    entry_seq_ptr,
-                    first_entry_ptr,
-                    table_width,
-                    first + index_of(4, E, 0),
-                    total,
-                )
+                e_position = gl.convert_layout(position, E, assert_trivial=True)
                 e_record = gl.maximum(e_position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
                 e_some = e_used & (e_record + e_place >= 0)
                 low_e = gl.load(half_ptr + (e_record + e_at), mask=e_some, other=0.0)
                 high_e = gl.load(half_ptr + (e_record + e_at + HALF), mask=e_some, other=0.0)
             if SLOTS > 0:
-                _, _, m_position = _found_at(
-                    table_ptr, entry_seq_ptr, first_entry_ptr, table_width, m_entry, total
-                )
+                m_position = gl.convert_layout(position, PAGES, assert_trivial=True)
                 m_record = gl.maximum(m_position, 0).to(gl.int64) * 64 + head * (HEAD_BYTES // 2)
                 token = gl.load(
                     short_ptr + (m_record + INDEX_AT // 2 + gl.minimum(place, SLOTS - 1))
