@@ -15,11 +15,13 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from spectral_paged.kernels.decode.gluon.operands import after_previous, index_of
 from spectral_paged.kernels.decode.gluon.scores import digits_of
 from spectral_paged.kernels.decode.parts import LOG2_E, Projected, group_sizes, projection_constants
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.launch.card import limits_of
 from spectral_paged.kernels.launch.configs import DecodeConfig, dependent_launch
 from spectral_paged.kernels.page.layout import PageLayout
 
@@ -60,9 +62,20 @@ def _found_layout(chunk):
 
 
 @gluon.constexpr_function
-def _basis_shared(half):
-    """Basis rows in shared memory, without bank conflicts of stores or matrix loads."""
+def _basis_shared(half, groups):
+    """Basis rows in shared memory, without bank conflicts of stores or matrix loads; with `groups`
+    as a warp group's product reads them."""
+    if groups:
+        return gl.NVMMASharedLayout(swizzle_byte_width=2 * half, element_bitwidth=16, rank=2)
     return gl.SwizzledSharedLayout(8, 128 // (2 * half), half // 8, order=[1, 0])
+
+
+@gluon.constexpr_function
+def _rows_mma(chunk, groups):
+    """An accumulator `[64, chunk]`, of which a warp has the rows of its page."""
+    if groups:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, chunk, 16])
+    return gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
 
 
 @gluon.jit
@@ -174,6 +187,7 @@ def _project_kernel(
     SLOT_AT: gl.constexpr,
     INDEX_AT: gl.constexpr,
     SLOTS: gl.constexpr,
+    GROUPS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     after_previous(PDL)
@@ -184,7 +198,7 @@ def _project_kernel(
         HALF: gl.constexpr = DIM // 2
         CHUNK: gl.constexpr = 64 if RANK % 64 == 0 else 32  # components of one product
         ROWS: gl.constexpr = _power_of_two(RANK)
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+        MMA: gl.constexpr = _rows_mma(CHUNK, GROUPS)
         PAGES: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
         R: gl.constexpr = _found_layout(CHUNK)
         A: gl.constexpr = _rows_layout(HALF)
@@ -205,7 +219,7 @@ def _project_kernel(
             SCALE_AT,
         )
 
-        basis = gl.allocate_shared_memory(gl.float16, [2, ROWS, HALF], _basis_shared(HALF))
+        basis = gl.allocate_shared_memory(gl.float16, [2, ROWS, HALF], _basis_shared(HALF, GROUPS))
         row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, FILL)), RANK - 1)
         b_comp = (  # see `_in_order`
             row // CHUNK * CHUNK + row % 8 // 2 * (CHUNK // 4) + row % CHUNK // 8 * 2 + row % 2
@@ -214,6 +228,8 @@ def _project_kernel(
         b_at = basis_ptr + (head * RANK + b_comp)[:, None] * DIM + b_place[None, :]
         basis.index(0).store(_in_steps(gl.load(b_at).to(gl.float16)))
         basis.index(1).store(_in_steps(gl.load(b_at + HALF).to(gl.float16)))
+        if GROUPS:
+            fence_async_shared()
 
         a_row, a_place = index_of(16, A, 1), index_of(HALF, A, 2)
         group = gl.minimum(a_row % P, GROUP - 1)
@@ -302,8 +318,11 @@ def _project_kernel(
                 acc = gl.zeros([64, CHUNK], gl.float32, layout=MMA)
                 for j in gl.static_range(2):
                     rows = basis.index(j).slice(i * CHUNK, CHUNK, dim=0).permute((1, 0))
-                    rows = rows.load(gl.DotOperandLayout(1, MMA, 2))
-                    acc = mma_v2(low_a if j == 0 else high_a, rows, acc)
+                    if GROUPS:
+                        acc = warpgroup_mma(low_a if j == 0 else high_a, rows, acc)
+                    else:
+                        rows = rows.load(gl.DotOperandLayout(1, MMA, 2))
+                        acc = mma_v2(low_a if j == 0 else high_a, rows, acc)
                 found = _in_order(acc, R) * units[i].to(gl.float32)
                 top = gl.maximum(top, gl.max(gl.abs(found), axis=2))
                 products = products + (found,)
@@ -369,6 +388,7 @@ def project_queries(
         first_position,
         scale * LOG2_E,
         **projection_constants(q, layout),
+        GROUPS=limits_of(q.device).has_warp_groups,
         num_warps=4,
         maxnreg=config.project_registers,
         **dependent_launch(q.device),
