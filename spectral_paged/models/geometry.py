@@ -8,10 +8,17 @@ from typing import Any
 import torch
 
 from spectral_paged.errors import UnsupportedModelError
+from spectral_paged.models.refused_families import limit_of
 from spectral_paged.rope import RotaryTable
 
-# mixtures of experts
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+EXPERTS = (  # mixtures of experts
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "gpt_oss",
+)
 FAMILIES = (
     "llama",
     "mistral",
@@ -26,18 +33,20 @@ FAMILIES = (
     "phi3",
     "olmo2",
     "smollm3",
+    "olmo3",
+    "exaone4",
+    "glm4",
+    "seed_oss",
+    "ministral",
     *EXPERTS,
 )
-INTERLEAVED = ("cohere", "cohere2")  # rotate dimensions 2i and 2i + 1
+INTERLEAVED = ("cohere", "cohere2", "glm4")  # rotate dimensions 2i and 2i + 1
 SINKS = ("gpt_oss",)  # families whose attention has a learned sink a head
 CAPPED = ("gemma2",)  # families whose attention takes attn_logit_softcapping
 # all layers have the window, whatever layer_types contain
 ALL_SLIDE = ("mistral", "phi3", "mixtral", "qwen3_moe")
 SCALED_TYPES = ("linear", "yarn")  # whose factor lengthens the longest sequence
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-INSTEAD = {
-    "gemma3": "it is the model with images; its text model, of type gemma3_text, is served",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,8 @@ class ModelGeometry:
         """
         family = config.model_type
         if family not in FAMILIES:
-            reason = f" ({INSTEAD[family]})" if family in INSTEAD else ""
+            limit = limit_of(family)
+            reason = "" if limit is None else f" ({limit})"
             raise UnsupportedModelError(
                 f"model family {family!r} is not supported{reason}; this version serves "
                 f"{', '.join(FAMILIES)}: take a model of one of them"
@@ -155,11 +165,13 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 
 
 def _rotates(config: Any) -> tuple[bool, ...]:
-    """Return True for each layer that rotates queries and keys; all do, but for two families."""
+    """Return True for each layer that rotates queries and keys; all do, but for three families."""
     if config.model_type == "smollm3":
         return tuple(bool(turned) for turned in config.no_rope_layers)
     if config.model_type == "cohere2":  # layers with a sliding window
         return tuple(slides and config.sliding_window is not None for slides in _slides(config))
+    if config.model_type == "exaone4" and config.sliding_window is not None:
+        return tuple(_slides(config))
     return (True,) * config.num_hidden_layers
 
 

@@ -50,6 +50,25 @@ FAMILIES = {
         tf.Qwen3Config,
         {"use_sliding_window": True, **MIXED},
     ),
+    "olmo3": (
+        tf.Olmo3Config,
+        MIXED
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 1024,
+                },
+            }
+        },
+    ),
+    "exaone4": (tf.Exaone4Config, MIXED),
+    "glm4": (tf.Glm4Config, {"partial_rotary_factor": 0.5}),
+    "seed_oss": (tf.SeedOssConfig, {"attention_bias": True}),
+    "ministral": (tf.MinistralConfig, MIXED),
     "gpt_oss": (
         tf.GptOssConfig,
         MIXED
