@@ -100,6 +100,29 @@ def bench_host(args: argparse.Namespace) -> int:
     )
 
 
+def bench_speculation(args: argparse.Namespace) -> int:
+    """Time decoding with drafts by n-gram look-up, and without."""
+    from spectral_paged.benchmarks import speculation
+
+    if unknown := [task for task in args.task if task not in speculation.PROMPTS]:
+        raise InvalidRequestError(
+            f"--task {unknown[0]} is unknown; there are {', '.join(speculation.PROMPTS)}"
+        )
+    return speculation.main(
+        model=args.model,
+        kv_format=args.kv_format,
+        device=args.device,
+        dtype=args.dtype,
+        tasks=args.task or list(speculation.PROMPTS),
+        batches=args.batch or speculation.BATCHES,
+        num_tokens=args.output_len,
+        speculative_config=args.speculative_config,
+        kv_cache_bytes=args.kv_cache_bytes,
+        name=args.name,
+        output_dir=args.output_dir,
+    )
+
+
 def bench_prompts(args: argparse.Namespace) -> int:
     """Time attention of prompt chunks by every backend, and prompts in the engine."""
     from spectral_paged.benchmarks.prompts import attention, engine, run
@@ -236,6 +259,8 @@ def bench(args: argparse.Namespace) -> int:
         return bench_steps(args)
     if args.bench == "host":
         return bench_host(args)
+    if args.bench == "speculation":
+        return bench_speculation(args)
     if args.bench == "prompts":
         return bench_prompts(args)
     if args.bench == "capacity":

@@ -8,6 +8,7 @@ from typing import Any
 
 from spectral_paged.options import DEFAULT_MODEL, LLMOptions, add_options, num_tokens, positive
 
+DRAFTS = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2}'
 MODEL = "alias, hub id, folder or .gguf file"
 ARENAS = "bytes of all pages together, allocated once"
 # options of an `LLM` that `bench throughput` hands on
@@ -78,6 +79,9 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
     _add_host(benches.add_parser("host", help="what a decode step costs the host, without a model"))
     _add_prompts(benches.add_parser("prompts", help="how fast prompts are computed, and by what"))
+    _add_speculation(
+        benches.add_parser("speculation", help="decoding with drafts by n-gram look-up, or without")
+    )
     _add_unsloth(
         benches.add_parser("unsloth", help="generate or find needles, with it and without (a GPU)")
     )
@@ -220,6 +224,24 @@ def _add_host(parser: Parser) -> None:
     _add_repeatable(
         parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 64, 256"
     )
+    _add_name(parser)
+    _add_output_dir(parser)
+
+
+def _add_speculation(parser: Parser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, with weights")
+    _add_llm_options(parser, "kv_format", default="spectral-quality")
+    _add_llm_options(parser, "device", "dtype", "kv_cache_bytes")
+    _add_repeatable(
+        parser, "--task", metavar="NAME", help="quote, edit, summary or story; default: all"
+    )
+    _add_repeatable(
+        parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 8"
+    )
+    parser.add_argument(
+        "--output-len", type=num_tokens, default=256, metavar="TOKENS", help="tokens of an output"
+    )
+    _add_llm_options(parser, "speculative_config", default=DRAFTS, help="as of `serve`")
     _add_name(parser)
     _add_output_dir(parser)
 

@@ -52,11 +52,16 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """The budgets of one step: sequences, tokens and seals."""
+    """The budgets of one step: sequences, tokens and seals.
+
+    max_decode_rows: most tokens of sequences that generate, drafts among them; every sequence has
+        one in any case.
+    """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_seals_per_step: int = 64
+    max_decode_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_seals_per_step"):
@@ -68,10 +73,12 @@ class SchedulerConfig:
 class SchedulerOutput:
     """New tokens by request id, in batch order, and the ids of preempted requests.
 
+    drafts: of the new tokens, those behind a request's last one.
     num_loading: waiting requests whose prefixes are on their way into the cache.
     """
 
     new_tokens: dict[str, int] = field(default_factory=dict)
+    drafts: dict[str, Sequence[int]] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
     num_loading: int = 0
 
@@ -154,8 +161,13 @@ class Scheduler:
 
     # ---- one step ------------------------------------------------------------------------
 
-    def schedule(self) -> SchedulerOutput:
-        """Reserve slots for the next step's tokens; empty only when no request can run (yet)."""
+    def schedule(self, drafts: Mapping[str, Sequence[int]] | None = None) -> SchedulerOutput:
+        """Reserve slots for the next step's tokens; empty only when no request can run (yet).
+
+        Args:
+            drafts: tokens that a request is to compute behind its last one, as far as the step has
+                room.
+        """
         output = SchedulerOutput()
         self._num_steps += 1
         if self._num_steps > STEPS_UNTIL_RAISED:
@@ -169,6 +181,8 @@ class Scheduler:
             # nothing runs, so only cached slots of other requests can be in the way
             self.cache.reset_prefix_cache()
             self._schedule_waiting(output, budget)
+        if drafts:
+            self._schedule_drafts(output, budget, drafts)
         return output
 
     def _schedule_running(self, output: SchedulerOutput, budget: _Budget) -> None:
@@ -251,6 +265,29 @@ class Scheduler:
             self.running.append(request)
             budget.take(num_new, seals)
             output.new_tokens[request.request_id] = num_new
+
+    def _schedule_drafts(
+        self, output: SchedulerOutput, budget: _Budget, drafts: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Add drafts to the requests that compute their last token, in what the step has left.
+
+        Nothing gives way to a draft, and no draft crosses a change of what queries see.
+        """
+        most = max(self.config.max_decode_rows, self.config.max_num_seqs)
+        rows = most - list(output.new_tokens.values()).count(1)
+        for seq_id, draft in drafts.items():
+            room = max(0, min(len(draft), rows, budget.tokens))
+            if not room or output.new_tokens.get(seq_id) != 1:
+                continue
+            num_new = min(1 + room, self.cache.chunk_limit(seq_id))
+            if num_new == 1:
+                continue
+            seals = self.cache.seals_due(seq_id, num_new) - self.cache.seals_due(seq_id, 1)
+            if budget.allows_seals(seals) and self.cache.try_reserve(seq_id, num_new):
+                budget.take(num_new - 1, seals)
+                rows -= num_new - 1
+                output.new_tokens[seq_id] = num_new
+                output.drafts[seq_id] = draft[: num_new - 1]
 
     def _remaining(self, request: Request) -> int:
         return max(0, request.num_to_compute - self.cache.num_tokens(request.request_id))

@@ -101,18 +101,24 @@ class LLM:
             enforce_eager=chosen.enforce_eager,
             compile_layers=chosen.compile_layers,
             adapters=None if ready.adapters is None else ready.adapters.tokens,
+            max_decode_rows=chosen.max_decode_rows,
         )
         self.engine = Engine(
             self._runner,
             self.cache,
             tokenizer=loaded.tokenizer,
-            scheduler_config=SchedulerConfig(chosen.max_num_seqs, chosen.max_num_batched_tokens),
+            scheduler_config=SchedulerConfig(
+                chosen.max_num_seqs,
+                chosen.max_num_batched_tokens,
+                max_decode_rows=chosen.max_decode_rows,
+            ),
             eos_token_ids=end_tokens(loaded.model, loaded.tokenizer, loaded.geometry.vocab_size),
             vocab_size=loaded.geometry.vocab_size,
             seed=chosen.seed,
             max_logprobs=chosen.max_logprobs,
             async_scheduling=chosen.async_scheduling and self.cache.device.type == "cuda",
             adapters=ready.adapters,
+            speculative_config=chosen.speculation,
         )
         self._tokenizer = loaded.tokenizer
         self._request_numbers = itertools.count()
@@ -147,8 +153,10 @@ class LLM:
         """
         with self._turns:
             self.engine.sleep.check()
+            most = min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs)
+            drafts = self.engine.speculation
             return self._runner.warm_up(
-                min(num_seqs or self.cache.max_num_seqs, self.cache.max_num_seqs),
+                most if drafts is None else drafts.config.num_rows(most),
                 min(num_tokens or self.cache.max_model_len, self.cache.max_model_len),
             )
 

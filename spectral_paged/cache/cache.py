@@ -12,7 +12,7 @@ report = cache.end_step()                           publishes, seals what is due
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Unpack
@@ -101,8 +101,7 @@ class SpectralKVCache:
         self.num_layers, self.num_q_heads = num_layers, num_q_heads
         self.max_num_seqs, self.max_model_len = chosen.max_num_seqs, longest
         self.prefix_caching = chosen.enable_prefix_caching
-        self.counters = cache_stats.CacheCounters()
-        self.clock = StepClock()  # off; an engine replaces it
+        self.counters, self.clock = cache_stats.CacheCounters(), StepClock()  # off at first
         self.ops = page_ops(self.device)
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.open_step: OpenStep | None = None
@@ -170,10 +169,8 @@ class SpectralKVCache:
         return capacity.fits_alone(self.groups, num_tokens, pinned)
 
     def has_room(self, lengths: Mapping[str, int]) -> bool:
-        """True if these sequences can grow to so many tokens each, beside all that is in use now.
-
-        Nothing is reserved. A prompt counts with its peak, before its last blocks are sealed.
-        """
+        """True if these sequences can grow to so many tokens each, beside all that is in use now. A
+        prompt counts with its peak, before its last blocks are sealed. Nothing is reserved."""
         held = self._sequences.by_id
         return capacity.has_room(self.groups, [(held[s].slots, n) for s, n in lengths.items()])
 
@@ -272,10 +269,8 @@ class SpectralKVCache:
         return child is not None
 
     def free(self, seq_id: str, *, forget: bool = False) -> None:
-        """Release a sequence; its published slots can be found until they are evicted.
-
-        With `forget` no later sequence finds them, because their content is not to be trusted.
-        """
+        """Release a sequence; its published slots can be found until they are evicted. With
+        `forget` no later sequence finds them, because their content is not to be trusted."""
         state = self._sequences.by_id.get(seq_id)
         if state is None:
             raise PoolError(f"sequence {shown(seq_id)} is not held: double free")
@@ -318,9 +313,7 @@ class SpectralKVCache:
 
     def reserve(self, new_tokens: Mapping[str, int]) -> StepPlan | None:
         """Reserve a whole step; None, if it does not fit now, and errors leave nothing reserved.
-
-        Unknown sequences are added with these tokens as their whole prompt.
-        """
+        Unknown sequences are added with these tokens as their whole prompt."""
         with ExitStack() as undo:
             for seq_id, num_new in new_tokens.items():
                 if seq_id not in self:
@@ -337,9 +330,10 @@ class SpectralKVCache:
         """Release the slots reserved for tokens that no step stored."""
         self._sequences.by_id[seq_id].cancel()
 
-    def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
-        """The plan of a step over sequences whose tokens are reserved already."""
-        return self._sequences.plan(new_tokens)
+    def plan(self, new_tokens: Mapping[str, int], drafted: Container[str] = ()) -> StepPlan:
+        """The plan of a step whose tokens are reserved already. Of sequences in `drafted`, which
+        generate, all tokens but the first one are a draft, which `take_back` may drop."""
+        return self._sequences.plan(new_tokens, drafted)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Open a step: find the slots of its tokens and commit the tables."""
@@ -375,6 +369,13 @@ class SpectralKVCache:
         self._observers.storing(layer, k, v)
         self.attention.append(steps, layer, k, v)
 
+    def take_back(self, counts: Mapping[str, int]) -> None:
+        """Let the last `counts[seq_id]` tokens of drafts in the open step not count as stored, so
+        that no page gets them. Raises PoolError where a sequence has no draft of so many."""
+        step = self._step_for("take_back")
+        step.plan = step.plan.shortened(counts)
+        step.sequences.shorten(step.plan)
+
     def abort_step(self) -> None:
         """Drop a step that failed before `end_step`; its tokens do not count as stored."""
         step, self.open_step = self.open_step, None
@@ -399,6 +400,7 @@ class SpectralKVCache:
         step.sequences.store(gone, self.counters)
         with self.clock.section("seal"):
             self.sealer.seal_due(visited)
+        step.sequences.trim()
         self._lower.step_ended(visited)
         for state in visited:
             state.settle()
@@ -423,10 +425,8 @@ class SpectralKVCache:
         return cache_stats.sequence_figures(self.groups, self._sequences.by_id[seq_id])
 
     def stats(self) -> dict[str, object]:
-        """The cache's figures; `compression_ratio` counts all bytes, against 2 bytes an element.
-
-        Ratio and bytes per token cover sequences freed so far and those held now.
-        """
+        """The cache's figures; `compression_ratio` counts all bytes, against 2 bytes an element,
+        of sequences freed so far and those held now."""
         ops, encoders, scores = self.ops, self.sealer.encoders, self.attention.scores
         return {
             "format": self.format.name,

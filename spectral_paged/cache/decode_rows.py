@@ -81,6 +81,10 @@ class DecodeTable:
         found = self._values[:, rows] + self._moves[:, rows] * (positions - since)
         return found, int(num_pages.sum())
 
+    def forget(self, rows: Array) -> None:
+        """Keep nothing of `rows`, whose next token may be before the one that was asked for."""
+        self._is_fresh[rows] = False
+
     def _note(self, slots: SequenceSlots, position: int) -> None:
         row, first = slots.row, position - slots.tail_start  # its place among the exact tokens
         page, offset = divmod(first, EXACT_PAGE_TOKENS)

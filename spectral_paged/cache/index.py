@@ -10,7 +10,7 @@ CUDA graphs replay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from spectral_paged.cache.decode_rows import DecodeRows
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.plan import StepPlan
+from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.step_sequences import StepSequences
 from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
@@ -64,9 +65,9 @@ class StepIndex:
     """The places of a plan's tokens by a group's tables, on the host.
 
     append: `[2, T]`, each new token's exact page (its unit) and its place in that page.
-    decode: `[7, N]`, the `DecodeRows` of sequences with one new token.
+    decode: `[7, N]`, the `DecodeRows` of sequences with one new token, and of drafts.
     tokens: places of those N tokens in the flat batch.
-    num_blocks: page table entries that those sequences read together; 0 if none has a page.
+    num_blocks: page table entries that those tokens read together; 0 if none has a page.
     chunks: the other sequences.
     pages_attended: pages that a layer of the group reads in this step.
     """
@@ -84,24 +85,31 @@ class StepIndex:
     ) -> StepIndex:
         """The index of `plan` in `group`, the cache's at `place`."""
         states, rows, starts = sequences.states, sequences.rows, plan.starts
-        if plan.is_decode:
+        if plan.is_decode and plan.drafted is None:
             decode, num_pages = group.decode_table.at(
                 rows, starts, lambda i: states[i].slots[place]
             )
             num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
             return cls(decode[:2], decode, np.arange(len(rows)), num_blocks, [], num_pages)
-        single = (plan.counts == 1).nonzero()[0]
-        decode, num_pages = group.decode_table.at(
-            rows[single], starts[single], lambda i: states[single[i]].slots[place]
+        decodes = plan.counts == 1
+        if plan.drafted is not None:
+            decodes |= plan.drafted
+        single = decodes.nonzero()[0]
+        decode, num_pages = _rows_by_token(
+            group,
+            rows[single],
+            starts[single],
+            plan.counts[single],
+            lambda i: states[single[i]].slots[place],
         )
         num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
         flat = np.cumsum(plan.counts) - plan.counts  # where each sequence's tokens begin
-        tokens = flat[single]
+        tokens = np.repeat(decodes, plan.counts).nonzero()[0]
         append = np.empty((2, plan.num_tokens), np.int32)
         append[:, tokens] = decode[:2]
         table = group.exact_table.host.numpy()
         chunks = []
-        for i in (plan.counts > 1).nonzero()[0].tolist():
+        for i in (~decodes).nonzero()[0].tolist():
             slots, start = states[i].slots[place], int(starts[i])
             begin, num_new = int(flat[i]), int(plan.counts[i])
             first = start - slots.tail_start  # place of the first token among the exact ones
@@ -115,9 +123,43 @@ class StepIndex:
         return cls(append, decode, tokens, num_blocks, chunks, attended)
 
 
+def _rows_by_token(
+    group: LayerGroup,
+    rows: Array,
+    starts: Array,
+    counts: Array,
+    slots: Callable[[int], SequenceSlots],
+) -> tuple[Array, int]:
+    """`DecodeRows` of every token of some sequences, `[7, T]`, and the pages that they read.
+
+    A sequence's tokens follow each other, and see the ones before them as stored tokens.
+
+    Args:
+        rows, starts, counts: int64 `[N]`, each sequence's row, its first token's position, and the
+            number of its tokens.
+        slots: the slots of the i-th sequence.
+    """
+    table = group.decode_table
+    begins = np.cumsum(counts) - counts
+    found = np.empty((len(DecodeRows._fields), int(counts.sum())), np.int64)
+    num_pages = 0
+    for ahead in range(int(counts.max(initial=0))):
+        places = (counts > ahead).nonzero()[0]
+
+        def slots_of(i: int, places: Array = places) -> SequenceSlots:
+            return slots(int(places[i]))
+
+        found[:, begins[places] + ahead], pages = table.at(
+            rows[places], starts[places] + ahead, slots_of
+        )
+        num_pages += pages
+    table.forget(rows[counts > 1])  # the next step may begin before these tokens
+    return found, num_pages
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """N sequences with one new token each, as kernels take them; `pages` is None if no sequence
+    """N new tokens that attend one by one, as kernels take them; `pages` is None if no sequence
     has a page."""
 
     exact: ExactTokens
@@ -235,7 +277,7 @@ class GroupStep:
     """The index tensors of a step for one group; T new tokens.
 
     append_units, append_offsets: int32 `[T]`, units of exact pages, and places in those pages.
-    decode: sequences with one new token; None if there are none.
+    decode: sequences with one new token, and drafts; None if there are none.
     decode_tokens: int64 `[N]`, their places in the flat batch; None if they are the whole batch.
     chunks: the other sequences, in batches.
     """

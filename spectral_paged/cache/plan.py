@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from spectral_paged.errors import NonFiniteError
+from spectral_paged.errors import NonFiniteError, PoolError, shown
 
 Array = np.ndarray[Any, Any]
 
@@ -28,15 +29,25 @@ class StepPlan:
         seq_ids: the sequences in that order.
         starts, counts: int64 `[N]`, the position of each one's first token, and their number.
         num_tokens: the number of all of them.
-        is_decode: True if every sequence has one new token.
+        drafted: bool `[N]`, True for each sequence whose tokens after its first one are a draft;
+            None: there are none. A draft's tokens attend one by one, as decoded tokens do.
+        is_decode: True if every token attends so: each sequence has one, or a draft behind it.
     """
 
-    __slots__ = ("counts", "is_decode", "num_tokens", "seq_ids", "starts")
+    __slots__ = ("counts", "drafted", "is_decode", "num_tokens", "seq_ids", "starts")
 
-    def __init__(self, seq_ids: list[str], starts: Array, counts: list[int]) -> None:
+    def __init__(
+        self,
+        seq_ids: list[str],
+        starts: Array,
+        counts: list[int],
+        drafted: Array | None = None,
+    ) -> None:
         self.seq_ids, self.starts, self.counts = seq_ids, starts, np.array(counts, np.int64)
-        self.num_tokens = sum(counts)
+        self.num_tokens, self.drafted = sum(counts), drafted
         self.is_decode = counts.count(1) == len(counts)
+        if drafted is not None and not self.is_decode:
+            self.is_decode = bool((drafted | (self.counts == 1)).all())
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
@@ -47,7 +58,7 @@ class StepPlan:
     @property
     def positions(self) -> Array:
         """The position of every token, int64 `[num_tokens]`."""
-        if self.is_decode:
+        if self.num_tokens == len(self.seq_ids):
             return self.starts
         begins = np.cumsum(self.counts) - self.counts  # of each sequence in the flat batch
         return np.arange(self.num_tokens) + np.repeat(self.starts - begins, self.counts)
@@ -56,7 +67,27 @@ class StepPlan:
         """The plan without the sequences of the mask `gone`, bool `[N]`."""
         kept = (~gone).nonzero()[0]
         names = [self.seq_ids[place] for place in kept.tolist()]
-        return StepPlan(names, self.starts[kept], self.counts[kept].tolist())
+        drafted = None if self.drafted is None else self.drafted[kept]
+        return StepPlan(names, self.starts[kept], self.counts[kept].tolist(), drafted)
+
+    def shortened(self, counts: Mapping[str, int]) -> StepPlan:
+        """The plan without the last `counts[seq_id]` tokens of sequences with a draft.
+
+        Raises:
+            PoolError: a sequence has no draft of so many tokens.
+        """
+        left = self.counts.copy()
+        for seq_id, count in counts.items():
+            place = self.seq_ids.index(seq_id) if seq_id in self.seq_ids else None
+            if place is None or self.drafted is None or not self.drafted[place]:
+                raise PoolError(f"sequence {shown(seq_id)} has no draft in this step")
+            if not 0 <= count < left[place]:
+                raise PoolError(
+                    f"{count} tokens of {shown(seq_id)} are to be taken back; its draft has "
+                    f"{left[place] - 1}"
+                )
+            left[place] -= count
+        return StepPlan(self.seq_ids, self.starts, left.tolist(), self.drafted)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -226,10 +226,12 @@ class SequenceTable:
         self.counts = RowCounts(max_num_seqs)
         self._batch = Batch([], [], np.empty(0, np.int64))
 
-    def plan(self, new_tokens: Mapping[str, int]) -> StepPlan:
-        """The plan of a step with so many new tokens of each sequence."""
+    def plan(self, new_tokens: Mapping[str, int], drafted: Container[str] = ()) -> StepPlan:
+        """The plan of a step with so many new tokens of each sequence, of some with a draft."""
         seq_ids, counts = list(new_tokens), list(new_tokens.values())
-        return StepPlan(seq_ids, self.counts.num_tokens[self.batch(seq_ids).rows], counts)
+        starts = self.counts.num_tokens[self.batch(seq_ids).rows]
+        have = np.array([seq_id in drafted for seq_id in seq_ids]) if drafted else None
+        return StepPlan(seq_ids, starts, counts, have)
 
     def progress(self, seq_ids: list[str]) -> tuple[list[int], list[bool]]:
         """The tokens stored of each sequence, and True for each that is quiet."""

@@ -25,9 +25,10 @@ class StepSequences:
         batch, self._counts = table.batch(plan.seq_ids), table.counts
         self.states, self.rows = batch.states, batch.rows
         self._num_new = plan.counts
+        self._shortened: Array | None = None
         num_tokens, quiet_until, has_block = self._counts.all[:, batch.rows]
         self._is_busy = num_tokens >= quiet_until
-        if not plan.is_decode:
+        if plan.drafted is not None or not plan.is_decode:
             self._is_busy |= plan.counts != 1
         self._to_visit = self._is_busy | (has_block > 0)
 
@@ -56,6 +57,17 @@ class StepSequences:
             if not state.ran:
                 counters.count_prefix(state)
             state.store(int(self._num_new[place]))
+
+    def shorten(self, plan: StepPlan) -> None:
+        """Store as many tokens as `plan` says, which is the step's, with fewer of some."""
+        self._shortened = plan.counts < self._num_new
+        self._num_new = plan.counts
+
+    def trim(self) -> None:
+        """Release what was reserved for tokens that `shorten` took from the step."""
+        if self._shortened is not None:
+            for state in self._of(self._shortened):
+                state.cancel()
 
     def cancel(self) -> None:
         """Release what was reserved for the step."""

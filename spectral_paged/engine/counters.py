@@ -156,6 +156,40 @@ class Durations:
 
 
 @dataclass(slots=True)
+class DraftCounters:
+    """Drafts of next tokens, totals since construction.
+
+    excluded_requests: requests without drafts, because the host runs what says their next token.
+    accepted_per_pos: accepted tokens by their place in the draft.
+    """
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    excluded_requests: int = 0
+    accepted_per_pos: list[int] = field(default_factory=lambda: [0])
+
+    def count(self, num_tokens: int, num_accepted: int) -> None:
+        """Count a draft of which the first `num_accepted` tokens came true."""
+        self.drafts += 1
+        self.draft_tokens += num_tokens
+        self.accepted_tokens += num_accepted
+        for place in range(num_accepted):
+            self.accepted_per_pos[place] += 1
+
+    def stats(self) -> dict[str, object]:
+        """Return the counts under vLLM's names."""
+        places = {str(place): count for place, count in enumerate(self.accepted_per_pos)}
+        return {
+            "spec_decode_num_drafts": self.drafts,
+            "spec_decode_num_draft_tokens": self.draft_tokens,
+            "spec_decode_num_accepted_tokens": self.accepted_tokens,
+            "spec_decode_num_accepted_tokens_per_pos": places,
+            "spec_decode_num_excluded_requests": self.excluded_requests,
+        }
+
+
+@dataclass(slots=True)
 class EngineCounters:
     """Totals since construction.
 
@@ -172,6 +206,7 @@ class EngineCounters:
         default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0)
     )
     refused: dict[str, int] = field(default_factory=dict)  # requests by the error's name
+    drafts: DraftCounters = field(default_factory=DraftCounters)
     time_to_first_token: Durations = field(default_factory=lambda: Durations(FIRST_TOKEN_BOUNDS))
     inter_token_latency: Durations = field(default_factory=lambda: Durations(INTER_TOKEN_BOUNDS))
     request_latency: Durations = field(default_factory=lambda: Durations(REQUEST_BOUNDS))
@@ -212,4 +247,5 @@ class EngineCounters:
             "generated_tokens": self.generated_tokens,
             "finished": dict(self.finished),
             "refused": dict(self.refused),
+            **self.drafts.stats(),
         }

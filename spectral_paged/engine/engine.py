@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
 from spectral_paged.engine.sampled_step import OUT_OF_MEMORY, SampledStep, StepInputs, faults_of
 from spectral_paged.engine.sleep import Sleep
+from spectral_paged.engine.speculation import Speculation
 from spectral_paged.engine.token_bytes import TokenBytes
 from spectral_paged.errors import (
     InvalidRequestError,
@@ -37,8 +39,8 @@ from spectral_paged.errors import (
     SpectralPagedError,
     shown,
 )
-from spectral_paged.grammar import GrammarCompiler, Vocabulary
-from spectral_paged.options import LoRARequest
+from spectral_paged.grammar import GrammarCompiler
+from spectral_paged.options import LoRARequest, SpeculativeConfig
 from spectral_paged.outputs import RequestMetrics, RequestOutput
 from spectral_paged.sampling import (
     LogitsVisitor,
@@ -84,6 +86,7 @@ class Engine:
         async_scheduling: queue a step before the tokens of the one before are fetched (decision
             0020). The step after one in which the siblings of `n > 1` start goes in lockstep.
         adapters: LoRA adapters that requests may name; the runner is told which sequence has which.
+        speculative_config: how next tokens are drafted (decision 0048); None: they are not.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Engine:
         max_logprobs: int = MAX_LOGPROBS,
         async_scheduling: bool = False,
         adapters: Adapters | None = None,
+        speculative_config: SpeculativeConfig | None = None,
     ) -> None:
         self.runner, self.cache, self.adapters = runner, cache, adapters
         self.token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
@@ -106,13 +110,15 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size, self.seed, self.max_logprobs = vocab_size, seed, max_logprobs
         self.tokenizer = tokenizer
-        self.grammars = GrammarCompiler(
-            None if self.token_bytes is None else self._vocabulary, self.eos_token_ids
-        )
+        texts = None
+        if self.token_bytes is not None:
+            texts = partial(self.token_bytes.grammar_vocabulary, vocab_size or 0, eos_token_ids)
+        self.grammars = GrammarCompiler(texts, self.eos_token_ids)
         self.async_scheduling = async_scheduling
-        self.counters = EngineCounters()
-        self.sampling_state = SamplingState()
+        self.counters, self.sampling_state = EngineCounters(), SamplingState()
         self.requests = RequestTable(cache, self.scheduler, self.counters, self.sampling_state)
+        running, counters = self.requests.running, self.counters.drafts
+        self.speculation = Speculation.of(speculative_config, running, counters)
         self.sleep = Sleep(runner, cache, self.requests)
         self.use_clock(StepClock())
         self._scheduled = SchedulerOutput()
@@ -130,14 +136,6 @@ class Engine:
     def tokenizer(self, tokenizer: Any) -> None:
         longest = self.cache.max_model_len
         self.prompt_encoder = PromptEncoder(tokenizer, self.vocab_size, longest, self.eos_token_ids)
-
-    def _vocabulary(self) -> Vocabulary:
-        """Return the tokens that a text may have; those that end it have none."""
-        assert self.token_bytes is not None
-        tokens = self.token_bytes.vocabulary(self.vocab_size or 0)
-        for token in self.eos_token_ids:
-            tokens[token] = b""
-        return Vocabulary(tokens, self.token_bytes.encode)
 
     def use_clock(self, clock: StepClock) -> None:
         """Time the sections of steps, the cache's included, with `clock` from now on."""
@@ -240,7 +238,9 @@ class Engine:
         if self.cache.has_late_failures:  # so that failed sequences are not scheduled again
             self.requests.fail_sequences(self.cache.settle().failed)
         with clock.section("schedule"):
-            scheduled = self._scheduled = self.scheduler.schedule()
+            guesses = self.speculation if self._in_flight is None else None
+            drafts = None if guesses is None else guesses.drafts()
+            scheduled = self._scheduled = self.scheduler.schedule(drafts)
         if scheduled.preempted:  # its rows of sampling state are given back below
             self._drawn = None
         for seq_id in scheduled.preempted:  # counted again where it goes on
@@ -253,7 +253,7 @@ class Engine:
                 time.sleep(LOADING_SECONDS)
             self._collect()
             return
-        launched = self._launch(scheduled.new_tokens)
+        launched = self._launch(scheduled)
         try:
             self._collect()
         except BaseException:  # an interrupt arrives where the host waits: in `_collect`
@@ -263,13 +263,15 @@ class Engine:
             raise
         self._in_flight = launched
         try:
+            if launched is not None and scheduled.drafts:
+                self.cache.take_back(launched.rejected())
             with clock.section("commit"):
                 report = self.cache.end_step()
         except BaseException:  # tokens that were not counted as stored are computed again
             self.cache.abort_step()
             raise
         self.requests.fail_sequences(report.failed)
-        if not self.async_scheduling:
+        if scheduled.drafts or not self.async_scheduling:
             self._collect()
 
     def _after_out_of_memory(self, error: BaseException) -> None:
@@ -298,16 +300,17 @@ class Engine:
     def _must_wait(self) -> bool:
         """Return whether the next step depends on tokens that are not on the host yet."""
         assert self._in_flight is not None
-        wait = self._in_flight.needs_results
+        wait, guesses = self._in_flight.needs_results, self.speculation
+        wait = wait or (guesses is not None and guesses.expects_drafts())
         self.counters.lockstep_steps += wait
         return wait
 
-    def _launch(self, new_tokens: dict[str, int]) -> SampledStep | None:
+    def _launch(self, scheduled: SchedulerOutput) -> SampledStep | None:
         """Queue a step and the sampling of its tokens; return None if it samples none."""
         clock = self.clock
         self.counters.steps += 1
-        plan = self.cache.plan(new_tokens)
-        inputs = StepInputs.of(plan, self.requests.by_sequence, self._in_flight)
+        plan, drafts = self.cache.plan(scheduled.new_tokens, scheduled.drafts), scheduled.drafts
+        inputs = StepInputs.of(plan, self.requests.by_sequence, self._in_flight, drafts)
         ready, rows = inputs.ready, inputs.logit_rows or [plan.num_tokens - 1]
         prompts = self.requests.prompt_logprobs
         visitor = PromptRows(plan, prompts) if prompts else None
@@ -360,15 +363,15 @@ class Engine:
         Raises:
             Exception: no request is to blame: see `faults_of`.
         """
-        eos, state = self.eos_token_ids, self.sampling_state
+        eos, state, drafts = self.eos_token_ids, self.sampling_state, self._scheduled.drafts
         while ready:
             try:
-                self._drawn = SampledStep.draw(ready, logits, eos, state, self._drawn)
+                self._drawn = SampledStep.draw(ready, logits, eos, state, self._drawn, drafts)
                 return self._drawn
             except OUT_OF_MEMORY:
                 raise
             except Exception as error:
-                faults = faults_of(error, ready, logits, eos, state)
+                faults = faults_of(error, ready, logits, eos, state, drafts)
                 if not faults:
                     raise
             for row, cause in faults.items():
@@ -387,7 +390,9 @@ class Engine:
         if step is not None:
             with self.clock.section("sample"):
                 results = step.tokens.get()
-            self._arrived.extend(zip(step.completions, results, strict=True))
+            drafts, state = self.counters.drafts, self.sampling_state
+            pairs = zip(step.completions, results, strict=True)
+            self._arrived.extend(step.settle(results, drafts, state) if step.has_drafts else pairs)
             self._in_flight = None  # not before `get`, which an interrupt may end early
         now = time.monotonic()
         while self._arrived:
@@ -438,8 +443,7 @@ class Engine:
 
         Another thread may call this while steps run.
         """
-        parts = (self.cache, self.runner, self.scheduler, self.counters, self.sampling_state)
         found: dict[str, object] = {"async_scheduling": self.async_scheduling}
-        for part in parts:
-            found |= part.stats()
+        found |= self.cache.stats() | self.runner.stats() | self.scheduler.stats()
+        found |= self.counters.stats() | self.sampling_state.stats()
         return found

@@ -32,7 +32,7 @@ class Gauge(Metric):
 
 @dataclass(frozen=True, slots=True)
 class Vector(Metric):
-    """A list of figures that only grow. No figure of this package is one."""
+    """A list of figures that only grow: accepted tokens of drafts, by place in the draft."""
 
     values: list[int]
 
@@ -57,6 +57,10 @@ def metrics_of(snapshot: Snapshot) -> list[Metric]:
         kind = Gauge if spec.kind == "gauge" else Counter
         if spec.label is None:
             found.append(kind(PREFIX + spec.name, where, _plain(snapshot.value(spec.name))))
+            continue
+        if spec.label == "position":
+            values = [int(x) for x in snapshot.labels(spec.name).values()]
+            found.append(Vector(PREFIX + spec.name, where, values))
             continue
         for label, value in snapshot.labels(spec.name).items():
             found.append(kind(PREFIX + spec.name, where | {spec.label: label}, _plain(value)))

@@ -113,6 +113,12 @@ class RequestTable:
                 self._state.release(completion)
                 self._scheduler.requeue(request)
 
+    def running(self) -> dict[Completion, int]:
+        """The completions that run, and the tokens that the cache has stored of each."""
+        names = [request.request_id for request in self._scheduler.running]
+        stored, _ = self._cache.progress(names)
+        return {self.by_sequence[name]: n for name, n in zip(names, stored, strict=True)}
+
     def touch(self, group: RequestGroup) -> None:
         """Let the next outputs include the request."""
         self._touched[group.request_id] = group

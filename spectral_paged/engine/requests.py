@@ -36,6 +36,13 @@ class Adapter(Protocol):
     def release(self) -> None: ...
 
 
+class Drafter(Protocol):
+    """Drafts the next tokens of a sequence, as `speculation.NgramDrafter` does."""
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]: ...
+    def learn(self, num_tokens: int, num_accepted: int) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Completion:
     """One of a request's `n` sequences.
@@ -46,6 +53,7 @@ class Completion:
     token_time: when its newest token arrived, in seconds of the metrics' clock.
     told: characters, tokens and the ending that outputs of kind DELTA have had.
     num_written: tokens of the text, where it is not followed.
+    drafter: looks up drafts of its next tokens; None: nothing has asked for one yet.
     """
 
     request: Request
@@ -58,6 +66,7 @@ class Completion:
     token_time: float | None = None
     told: tuple[int, int, bool] = (0, 0, False)
     num_written: int = 0
+    drafter: Drafter | None = None
 
     @property
     def generated(self) -> list[int]:

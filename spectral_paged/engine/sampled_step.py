@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from spectral_paged.cache import StepPlan
 from spectral_paged.device import upload
+from spectral_paged.engine.counters import DraftCounters
 from spectral_paged.engine.requests import Completion, RequestGroup
 from spectral_paged.grammar import Constraint
 from spectral_paged.sampling import (
     PendingTokens,
+    Sampled,
     SampledTokens,
     SampleRow,
     SamplingState,
@@ -32,8 +35,9 @@ class StepInputs:
 
     token_ids: 0 in place of those that only the device knows.
     pending: where those are; None if there are none.
-    ready: completions whose next token the step samples.
-    logit_rows: the place of the last token of each of `ready`.
+    ready: completions whose next token the step samples. One with a draft is there once for its
+        last token and once for each token of the draft, in this order.
+    logit_rows: the place of the token behind which each of `ready` samples.
     """
 
     token_ids: list[int]
@@ -43,9 +47,19 @@ class StepInputs:
 
     @classmethod
     def of(
-        cls, plan: StepPlan, by_sequence: Mapping[str, Completion], before: SampledStep | None
+        cls,
+        plan: StepPlan,
+        by_sequence: Mapping[str, Completion],
+        before: SampledStep | None,
+        drafts: Mapping[str, Sequence[int]] | None = None,
     ) -> StepInputs:
-        """The inputs of `plan`; `before` is the step whose tokens are not fetched, if any."""
+        """The inputs of `plan`; `before` is the step whose tokens are not fetched, if any.
+
+        Args:
+            drafts: by sequence, as long as the plan has room for.
+        """
+        if drafts:
+            return cls._with_drafts(plan, by_sequence, before, drafts)
         completions = [by_sequence[seq_id] for seq_id in plan.seq_ids]
         ends = plan.starts + plan.counts
         # a last token that the host does not have is on its way, so it is the newest
@@ -75,12 +89,40 @@ class StepInputs:
             flat, pending, [completions[row] for row in ready.tolist()], last[ready].tolist()
         )
 
+    @classmethod
+    def _with_drafts(
+        cls,
+        plan: StepPlan,
+        by_sequence: Mapping[str, Completion],
+        before: SampledStep | None,
+        drafts: Mapping[str, Sequence[int]],
+    ) -> StepInputs:
+        """The inputs of a plan without its drafts, with these put behind their sequences."""
+        found = [drafts.get(seq_id, ()) for seq_id in plan.seq_ids]
+        plain = cls.of(plan.shortened({s: len(d) for s, d in drafts.items()}), by_sequence, before)
+        assert plain.pending is None, "a step with drafts knows its tokens"
+        at = dict(zip(plain.ready, plain.logit_rows, strict=True))
+        own = (plan.counts - [len(draft) for draft in found]).tolist()
+        flat: list[int] = []
+        ready: list[Completion] = []
+        rows: list[int] = []
+        begin = 0
+        for seq_id, draft, count in zip(plan.seq_ids, found, own, strict=True):
+            completion = by_sequence[seq_id]
+            flat += plain.token_ids[begin : begin + count]
+            begin += count
+            if completion in at:
+                ready += [completion] * (1 + len(draft))
+                rows += range(len(flat) - 1, len(flat) + len(draft))
+            flat += draft
+        return cls(flat, None, ready, rows)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
     """The sampled tokens of a step that are still on the device.
 
-    completions: the completion of each row of `tokens`.
+    completions: the completion of each row of `tokens`; once for each token that it may get.
     starting: groups that sampled for the first time; their siblings are among the completions.
     """
 
@@ -101,12 +143,14 @@ class SampledStep:
         eos_token_ids: Sequence[int],
         state: SamplingState,
         before: SampledStep | None = None,
+        drafts: Mapping[str, Sequence[int]] | None = None,
     ) -> SampledStep:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
 
-        Where the completions of `before` go on, they are sampled as they were. Siblings that start
-        sample from the row of their first completion. If this raises, no request has changed, nor
-        what tables have counted.
+        A completion that is among `ready` several times samples behind none, one and more tokens
+        of its draft, by sequence in `drafts`. Where the completions of `before` go on, they are
+        sampled as they were. Siblings that start sample from the row of their first completion. If
+        this raises, no request has changed, nor what tables have counted.
         """
         if before is not None and before.goes_on(ready):
             starting: list[RequestGroup] = []
@@ -124,7 +168,10 @@ class SampledStep:
             completions = [completion for _, completion in picked]
             if constraints := [c.constraint for c in completions if c.constraint is not None]:
                 Constraint.fill(constraints)
-            rows = [sample_row(c, eos_token_ids, state, logits) for c in completions]
+            rows = [
+                sample_row(c, eos_token_ids, state, logits, drafted)
+                for c, drafted in zip(completions, drafted_before(completions, drafts), strict=True)
+            ]
             tokens = SampledTokens(logits, rows, state)
         tokens.count()
         for group in starting:
@@ -140,7 +187,49 @@ class SampledStep:
     @property
     def needs_results(self) -> bool:
         """True if the next step cannot be queued before these tokens are on the host."""
-        return any(group.starting_siblings for group in self.starting)
+        return self.has_drafts or any(group.starting_siblings for group in self.starting)
+
+    @property
+    def has_drafts(self) -> bool:
+        """True if some rows stand behind a draft, so that their tokens may not count."""
+        return bool(self.tokens.batch.drafted)
+
+    def kept(self, results: Sequence[Sampled | None]) -> list[int]:
+        """Return the rows whose tokens count: all before which the draft came true.
+
+        Args:
+            results: those of `tokens`.
+        """
+        rows, kept = self.tokens.batch.rows, [True] * len(results)
+        for row in self.tokens.batch.drafted:
+            before = results[row - 1]
+            kept[row] = (
+                kept[row - 1] and before is not None and before.token_id == rows[row].drafted[-1]
+            )
+        return [row for row, counts in enumerate(kept) if counts]
+
+    def rejected(self) -> dict[str, int]:
+        """Wait for the tokens; return how many of each draft did not come true, by sequence."""
+        left = set(range(len(self.completions))).difference(self.kept(self.tokens.get()))
+        return Counter(self.completions[row].request.request_id for row in left)
+
+    def settle(
+        self, results: Sequence[Sampled | None], counters: DraftCounters, state: SamplingState
+    ) -> list[tuple[Completion, Sampled | None]]:
+        """Return the tokens that count, each with its completion, and what the others were for."""
+        kept = self.kept(results)
+        drafted = Counter(self.completions[row] for row in self.tokens.batch.drafted)
+        accepted = Counter(self.completions[row] for row in kept)
+        for completion, count in drafted.items():
+            came_true = accepted[completion] - 1  # its own token is none of the draft
+            completion.request.num_pending -= count - came_true
+            if came_true:  # tables have not counted what was sampled behind the draft
+                state.release(completion)
+            counters.count(count, came_true)
+            if completion.drafter is not None:
+                num_tokens = len(completion.request.token_ids) + 1 + came_true
+                completion.drafter.learn(num_tokens, came_true)
+        return [(self.completions[row], results[row]) for row in kept]
 
     def withdraw(self) -> None:
         """Undo the changes of `draw` to its requests, because the step is dropped and run again."""
@@ -175,6 +264,7 @@ def faults_of(
     logits: Tensor,
     eos_token_ids: Sequence[int],
     state: SamplingState,
+    drafts: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[int, BaseException]:
     """Return what is to blame for the `error` of a draw, by row of `logits`; nothing: no row is.
 
@@ -182,9 +272,10 @@ def faults_of(
     whose own functions or grammars do are to blame.
     """
     faults: dict[int, Exception] = {}
+    before = drafted_before(ready, drafts)
     for row, completion in enumerate(ready):
         try:
-            alone = sample_row(completion, eos_token_ids, state, logits)
+            alone = sample_row(completion, eos_token_ids, state, logits, before[row])
             SampledTokens(logits[row : row + 1], [alone], state)
         except Exception as fault:
             faults[row] = fault
@@ -213,12 +304,34 @@ def num_output_tokens(completion: Completion) -> int:
     return len(completion.generated) + completion.request.num_pending
 
 
+def drafted_before(
+    ready: Sequence[Completion], drafts: Mapping[str, Sequence[int]] | None
+) -> list[Sequence[int]]:
+    """Return the tokens of drafts before what each of `ready` samples, of which one with a draft is
+    there for each of its tokens too."""
+    found: list[Sequence[int]] = [()] * len(ready)
+    if drafts:
+        for row in range(1, len(ready)):
+            if ready[row] is ready[row - 1]:
+                draft = drafts[ready[row].request.request_id]
+                found[row] = draft[: len(found[row - 1]) + 1]
+    return found
+
+
 def sample_row(
-    completion: Completion, eos_token_ids: Sequence[int], state: SamplingState, logits: Tensor
+    completion: Completion,
+    eos_token_ids: Sequence[int],
+    state: SamplingState,
+    logits: Tensor,
+    drafted: Sequence[int] = (),
 ) -> SampleRow:
-    """Return the sampler's inputs for the next token of a completion, whose rows are held."""
+    """Return the sampler's inputs for the next token of a completion, whose rows are held.
+
+    Args:
+        drafted: tokens of its draft that it is to have before.
+    """
     group, params = completion.owner, completion.owner.params
-    num_sampled = num_output_tokens(completion)
+    num_sampled = num_output_tokens(completion) + len(drafted)
     blocked: tuple[int, ...] = ()
     if num_sampled < params.min_tokens:
         eos = () if params.ignore_eos else tuple(eos_token_ids)
@@ -239,4 +352,6 @@ def sample_row(
                 allowed = completion.constraint.allowed()
         if params.logits_processors:
             processor = partial(_process, completion)
-    return SampleRow(params, completion.seed, num_sampled, blocked, *rows, allowed, processor)
+    return SampleRow(
+        params, completion.seed, num_sampled, blocked, *rows, allowed, processor, drafted
+    )

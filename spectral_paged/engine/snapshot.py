@@ -100,6 +100,34 @@ METRICS = (
         "error",
     ),
     MetricSpec(
+        "spec_decode_num_drafts", "counter", "spec_decode_num_drafts", "Drafts that were computed."
+    ),
+    MetricSpec(
+        "spec_decode_num_draft_tokens",
+        "counter",
+        "spec_decode_num_draft_tokens",
+        "Tokens of drafts.",
+    ),
+    MetricSpec(
+        "spec_decode_num_accepted_tokens",
+        "counter",
+        "spec_decode_num_accepted_tokens",
+        "Tokens of drafts that were the tokens to come.",
+    ),
+    MetricSpec(
+        "spec_decode_num_accepted_tokens_per_pos",
+        "counter",
+        "spec_decode_num_accepted_tokens_per_pos",
+        "The same by place in the draft.",
+        "position",
+    ),
+    MetricSpec(
+        "spec_decode_num_excluded_requests",
+        "counter",
+        "spec_decode_num_excluded_requests",
+        "Requests without drafts, because the host computes what may come next.",
+    ),
+    MetricSpec(
         "recomputed_tokens",
         "counter",
         "recomputed_tokens",

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
+from spectral_paged.grammar import Vocabulary
+
 # Decoders that read a token in the light of the token before it, not only of whether there is one.
 LOOKS_BACK = {"BPEDecoder", "CTC"}
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -73,6 +75,18 @@ class TokenBytes:
             text = text[len(lead) :] if text.startswith(lead) else self._decode([token_id])
             found[token_id] = self._bytes_of(text, spellings[token_id])
         return found
+
+    def grammar_vocabulary(self, least: int, ends: Sequence[int]) -> Vocabulary:
+        """Return the tokens that a text may have; those that end it have none.
+
+        Args:
+            least: the fewest tokens to return.
+            ends: ids of tokens that end a text.
+        """
+        tokens = self.vocabulary(least)
+        for token in ends:
+            tokens[token] = b""
+        return Vocabulary(tokens, self.encode)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special ones."""

@@ -60,18 +60,24 @@ class DecodeGraphs:
             calls `cache.attend`.
         adapters: what layers read of tokens' LoRA adapters. Steps without any have graphs of their
             own, which compute none.
+        max_rows: tokens of the largest step; None: one of each sequence.
     """
 
     def __init__(
-        self, cache: SpectralKVCache, forward: Forward, adapters: TokenAdapters | None = None
+        self,
+        cache: SpectralKVCache,
+        forward: Forward,
+        adapters: TokenAdapters | None = None,
+        max_rows: int | None = None,
     ) -> None:
         self.cache = cache
         self.forward = forward
         self._adapters = adapters
-        self._indices = torch.zeros(cache.max_num_seqs, dtype=torch.int32, device=cache.device)
-        self.sizes = batch_sizes(cache.max_num_seqs)
-        self._inputs = StaticInputs(cache)
-        self._sampled = torch.zeros(cache.max_num_seqs, dtype=torch.int64, device=cache.device)
+        self._max_rows = most = max_rows or cache.max_num_seqs
+        self._indices = torch.zeros(most, dtype=torch.int32, device=cache.device)
+        self.sizes = batch_sizes(most)
+        self._inputs = StaticInputs(cache, most)
+        self._sampled = torch.zeros(most, dtype=torch.int64, device=cache.device)
         self._logits: Tensor | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -94,12 +100,12 @@ class DecodeGraphs:
         pending: PendingTokens | None,
         adapters: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run the cache's open step, one token a sequence, and return its logits.
+        """Run the cache's open step, whose tokens attend one by one, and return its logits.
 
         fp32 `[n, vocab]`; the next call overwrites them.
 
         Args:
-            adapters: as `ModelRunner.forward` takes them.
+            adapters: as `ModelRunner.forward` takes them, but of each token.
         """
         size = next(size for size in self.sizes if size >= len(token_ids))
         blocks = graph_capacity(self._inputs.num_blocks)
@@ -157,6 +163,6 @@ class DecodeGraphs:
         with self._inputs.reading(steps), own:
             logits = self.forward(ids, tokens.positions.long())
         if self._logits is None:
-            shape = self.cache.max_num_seqs, logits.shape[-1]
+            shape = self._max_rows, logits.shape[-1]
             self._logits = torch.empty(shape, dtype=torch.float32, device=logits.device)
         self._logits[:size] = logits

@@ -55,7 +55,7 @@ class ReadyModel:
                     loaded.geometry,
                     self.format,
                     num_tokens=tokens,
-                    num_rows=options.max_num_seqs,
+                    num_rows=options.max_decode_rows,
                     max_model_len=longest_sequence(loaded.geometry, options.max_model_len),
                 )
         with nullcontext() if adapters is None else adapters.taken_out():

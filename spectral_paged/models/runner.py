@@ -134,6 +134,7 @@ class ModelRunner:
         enforce_eager: no CUDA graphs and no `torch.compile`.
         compile_layers: `torch.compile` the decoder layers around attention, with dynamic lengths.
         adapters: what the model's layers read of tokens' LoRA adapters, where they have places.
+        max_decode_rows: most tokens that attend one by one in a step; None: one of each sequence.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class ModelRunner:
         enforce_eager: bool = False,
         compile_layers: bool = True,
         adapters: TokenAdapters | None = None,
+        max_decode_rows: int | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -151,7 +153,7 @@ class ModelRunner:
         fast = self.device.type == "cuda" and not enforce_eager
         self._adapters = adapters
         decode = WeakMethod(self._decode_logits)
-        self.graphs = DecodeGraphs(cache, decode, adapters) if fast else None
+        self.graphs = DecodeGraphs(cache, decode, adapters, max_decode_rows) if fast else None
         self.compiles = fast and compile_layers
         self._parked: ParkedWeights | None = None  # while the model sleeps
         self._weights = {
@@ -246,7 +248,9 @@ class ModelRunner:
         """
         whole = len(logit_rows) == len(token_ids)
         if self.graphs is not None and plan.is_decode and visitor is None:
-            logits = self.graphs.run(token_ids, plan.starts, pending, adapters)
+            if adapters is not None and plan.num_tokens != len(adapters):
+                adapters = np.repeat(adapters, plan.counts).tolist()
+            logits = self.graphs.run(token_ids, plan.positions, pending, adapters)
             return logits if whole else logits[upload(logit_rows, torch.long, self.device)]
         flat = np.stack((np.asarray(token_ids, np.int64), plan.positions))
         ids, where = upload(flat, torch.long, self.device)

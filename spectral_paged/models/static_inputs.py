@@ -100,12 +100,16 @@ class StaticInputs:
     """The tensor that captured decode steps of one cache read, and the host buffers behind it.
 
     One copy from the host fills it, because the inputs of all graphs are parts of it.
+
+    Args:
+        max_rows: tokens of the largest step; None: one of each sequence.
     """
 
-    def __init__(self, cache: SpectralKVCache) -> None:
+    def __init__(self, cache: SpectralKVCache, max_rows: int | None = None) -> None:
         self._steps = ReplayedSteps(cache)
+        most = max_rows or cache.max_num_seqs
         # rows start at multiples of 128 bytes, because Triton specialises on pointer alignment
-        shape = DecodeInputs.num_rows(self._steps.num_groups), -(-cache.max_num_seqs // 32) * 32
+        shape = DecodeInputs.num_rows(self._steps.num_groups), -(-most // 32) * 32
         self._device = torch.zeros(shape, dtype=torch.int32, device=cache.device)
         cuda = cache.device.type == "cuda"
         self._staging = [

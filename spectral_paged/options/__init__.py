@@ -36,6 +36,10 @@ from spectral_paged.options.readers import (
     port_number,
     positive,
 )
+from spectral_paged.options.speculative_config import (
+    MAX_SPECULATIVE_TOKENS,
+    SpeculativeConfig,
+)
 from spectral_paged.options.vllm_names import (
     METHODS_NOT_SERVED,
     NOT_SERVED,
@@ -55,9 +59,11 @@ __all__ = [
     "LLMOptionsDict",
     "LoRARequest",
     "LoRARequests",
+    "MAX_SPECULATIVE_TOKENS",
     "METHODS_NOT_SERVED",
     "NOT_SERVED",
     "PAGE",
+    "SpeculativeConfig",
     "TAKEN",
     "add_options",
     "given_options",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 from spectral_paged.errors import InvalidRequestError, shown, suggestion
 from spectral_paged.options.command_line import further_names, option
 from spectral_paged.options.readers import bytes_of, num_tokens, parse_bytes, positive
+from spectral_paged.options.speculative_config import SpeculativeConfig
 from spectral_paged.options.vllm_names import instead_of
 
 if TYPE_CHECKING:
@@ -234,6 +235,10 @@ class LLMOptions(CacheOptions):
         max_lora_rank: the highest rank of an adapter.
         lora_modules: adapters that are loaded at the start, as `NAME=FOLDER`: a request names one
             as its model. Default: none.
+        speculative_config: draft the next tokens of a sequence by looking up its last ones in what
+            it has, and compute several at once: `{"method": "ngram", "num_speculative_tokens": 5,
+            "prompt_lookup_max": 4, "prompt_lookup_min": 2}`, on the command line as JSON. Tokens
+            stay the same. By default there are no drafts.
     """
 
     kv_format: str | PageFormat = field(default="auto", metadata=option())
@@ -261,13 +266,32 @@ class LLMOptions(CacheOptions):
     lora_modules: Sequence[str] = field(
         default=(), metadata=option(nargs="+", action="extend", metavar="NAME=FOLDER")
     )
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = field(
+        default=None, metadata=option(also=["-sc"], metavar="JSON")
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "speculative_config", SpeculativeConfig.read(self.speculative_config)
+        )
         for name, ours in _VLLM_VALUES.items():
             value = getattr(self, name)
             if isinstance(value, str) and value in ours:
                 object.__setattr__(self, name, ours[value])
         super().__post_init__()
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, which has been read."""
+        found = self.speculative_config
+        assert found is None or isinstance(found, SpeculativeConfig)
+        return found
+
+    @property
+    def max_decode_rows(self) -> int:
+        """The most tokens of sequences that generate in one step, drafts among them."""
+        found = self.speculation
+        return self.max_num_seqs if found is None else found.num_rows(self.max_num_seqs)
 
     @classmethod
     def _by_own_names(cls, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,3 +355,4 @@ class LLMOptionsDict(CacheOptionsDict, total=False):
     max_loras: int
     max_lora_rank: int
     lora_modules: Sequence[str]
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None

@@ -122,8 +122,7 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--lora-target-modules": "",
         "--specialize-active-lora": "off",
     },
-    "no draft model is run: leave it out": {
-        "--speculative-config -sc": "",
+    "no draft model is run: give --speculative-config with the method `ngram`": {
         "--speculative-model": "",
         "--num-speculative-tokens": "0",
         "--spec-method": "",

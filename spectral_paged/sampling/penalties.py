@@ -93,12 +93,17 @@ class Penalties:
         self._table.view(-1).index_add_(0, places, once, alpha=2 * times)
 
     def apply(
-        self, logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams]
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        params: Sequence[SamplingParams],
+        drafted: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """Return `logits` `[N, vocab]` with repetition, presence and frequency penalties applied.
 
         Args:
             rows, params: the row and the penalties of each row of `logits`.
+            drafted: further output tokens of each row, which the table has not; empty: none.
         """
         assert self._table is not None
         device = logits.device
@@ -108,6 +113,11 @@ class Penalties:
             return upload(values, torch.float32, device).unsqueeze(-1)
 
         had = self._table[upload(rows, torch.long, device)]
+        further = [(line, token) for line, tokens in enumerate(drafted) for token in tokens]
+        if further:
+            places = upload(further, torch.long, device).T
+            once = torch.full_like(places[0], 2, dtype=had.dtype)
+            had.index_put_((places[0], places[1]), once, accumulate=True)
         counts = had >> 1
         factor = column("repetition_penalty")
         repeated = torch.where(logits > 0, logits / factor, logits * factor)

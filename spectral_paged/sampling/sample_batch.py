@@ -26,6 +26,7 @@ class SampleRow:
     rule_row: the row of `TokenRules` that has its rules; -1 without them.
     process: changes the row's logits, `[vocab]`, before anything else does.
     allowed: a bit for each token that is allowed now, in int32 words; None allows all.
+    drafted: the last of the tokens before it, which are a draft that no table has counted.
     """
 
     params: SamplingParams
@@ -36,6 +37,7 @@ class SampleRow:
     rule_row: int = -1
     allowed: np.ndarray[Any, Any] | None = None
     process: Callable[[Tensor], Tensor] | None = None
+    drafted: Sequence[int] = ()
 
 
 class DrawColumns(NamedTuple):
@@ -64,6 +66,7 @@ class SampleBatch(Sequence[SampleRow]):
         penalised, ruled, masked, processed: the rows that have a row of `Penalties`, of
             `TokenRules`, a mask, or a function.
         drawn: the rows that are not greedy.
+        drafted: the rows behind a draft.
         wanted: the log-probabilities that each row returns.
         blocked: `(row, token)` of each token that is not allowed now.
         num_more: tokens that each row has sampled since.
@@ -78,6 +81,7 @@ class SampleBatch(Sequence[SampleRow]):
         self.masked = [i for i in changing if rows[i].allowed is not None]
         self.processed = [i for i in changing if rows[i].process is not None]
         self.drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+        self.drafted = [i for i, row in enumerate(rows) if row.drafted]
         self._reads_output = any(rows[i].params.reads_output for i in changing)
         self.wanted = [row.params.wanted for row in rows]
         self.blocked = [(i, token) for i, row in enumerate(rows) for token in row.blocked_token_ids]
@@ -104,7 +108,7 @@ class SampleBatch(Sequence[SampleRow]):
     @property
     def may_go_on(self) -> bool:
         """True if the next tokens of the rows are sampled as these are."""
-        return not (self.blocked or self._reads_output)
+        return not (self.blocked or self._reads_output or self.drafted)
 
     @cached_property
     def draws(self) -> DrawColumns:

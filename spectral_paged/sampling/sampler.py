@@ -104,13 +104,18 @@ class SampledTokens(TokenLogprobs):
         if batch.ruled:
             places = upload(batch.ruled, torch.long, logits.device)
             logits[places] = self._state.token_rules.apply(
-                logits[places], [rows[i].rule_row for i in batch.ruled]
+                logits[places],
+                [rows[i].rule_row for i in batch.ruled],
+                [rows[i].drafted for i in batch.ruled] if batch.drafted else (),
             )
         if batch.penalised:
             held = [rows[i] for i in batch.penalised]
             places = upload(batch.penalised, torch.long, logits.device)
             logits[places] = self._state.penalties.apply(
-                logits[places], [row.penalty_row for row in held], [row.params for row in held]
+                logits[places],
+                [row.penalty_row for row in held],
+                [row.params for row in held],
+                [row.drafted for row in held] if batch.drafted else (),
             )
         if batch.blocked:
             row, token = upload(batch.blocked, torch.long, logits.device).T
@@ -119,15 +124,22 @@ class SampledTokens(TokenLogprobs):
         return logits
 
     def count(self, times: int = 1) -> None:
-        """Count the tokens in the tables of their rows; -1 times takes them back."""
+        """Count the tokens in the tables of their rows; -1 times takes them back.
+
+        Tokens of rows behind a draft are not counted, because they may not be the request's.
+        """
         batch = self.batch
-        if batch.penalised:
-            rows = [batch.rows[i].penalty_row for i in batch.penalised]
-            ids = self.ids[upload(batch.penalised, torch.long, self.ids.device)]
+        penalised, ruled = batch.penalised, batch.ruled
+        if batch.drafted:
+            penalised = [i for i in penalised if not batch.rows[i].drafted]
+            ruled = [i for i in ruled if not batch.rows[i].drafted]
+        if penalised:
+            rows = [batch.rows[i].penalty_row for i in penalised]
+            ids = self.ids[upload(penalised, torch.long, self.ids.device)]
             self._state.penalties.count(rows, ids, times)
-        if batch.ruled:
-            rows = [batch.rows[i].rule_row for i in batch.ruled]
-            ids = self.ids[upload(batch.ruled, torch.long, self.ids.device)]
+        if ruled:
+            rows = [batch.rows[i].rule_row for i in ruled]
+            ids = self.ids[upload(ruled, torch.long, self.ids.device)]
             self._state.token_rules.count(rows, ids, times)
 
 

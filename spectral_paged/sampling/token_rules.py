@@ -149,18 +149,37 @@ class TokenRules:
             moved = torch.cat([newest[:, 1:], torch.full_like(newest[:, :1], UNKNOWN)], dim=-1)
         self._newest[places] = moved
 
-    def apply(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return `logits` `[N, vocab]` under the rules of `rows`, one for each line."""
+    def apply(
+        self, logits: Tensor, rows: Sequence[int], drafted: Sequence[Sequence[int]] = ()
+    ) -> Tensor:
+        """Return `logits` `[N, vocab]` under the rules of `rows`, one for each line.
+
+        Args:
+            drafted: further output tokens of each line, which the table has not; empty: none.
+        """
         assert self._bias is not None and self._words is not None and self._newest is not None
         places = upload(rows, torch.long, logits.device)
         logits = logits + self._bias[places]
         if self._with_words.isdisjoint(rows):
             return logits
         words = self._words[places]
-        before = self._newest[places][:, None, :-1]
+        newest = self._newest[places]
+        if any(drafted):
+            newest = _behind(newest, drafted)
+        before = newest[:, None, :-1]
         behind = ((words[..., 1:] == before) | (words[..., 1:] == NO_TOKEN)).all(dim=-1)
         last = words[..., 0]
         bad = behind & (last != NO_TOKEN)
         worst = torch.full_like(last, float("inf"), dtype=logits.dtype)
         worst.masked_fill_(bad, float("-inf"))
         return logits.scatter_reduce(-1, last.clamp(min=0).long(), worst, "amin")
+
+
+def _behind(newest: Tensor, drafted: Sequence[Sequence[int]]) -> Tensor:
+    """The newest tokens `[N, width]`, the last one first, once those of `drafted` have come."""
+    most = max(map(len, drafted))
+    padded = [[*[UNKNOWN] * (most - len(tokens)), *reversed(tokens)] for tokens in drafted]
+    both = torch.cat([upload(padded, newest.dtype, newest.device), newest], dim=-1)
+    first = upload([most - len(tokens) for tokens in drafted], torch.long, newest.device)
+    columns = first.unsqueeze(-1) + torch.arange(newest.shape[-1], device=newest.device)
+    return both.gather(-1, columns)

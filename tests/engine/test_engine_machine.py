@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from spectral_paged import SamplingParams
 from spectral_paged.cache.prefix import PrefixChain
 from spectral_paged.cache.sequences import SequenceTable
+from spectral_paged.engine.sampled_step import SampledStep
 from support.checked_engine import CheckedEngine
 from support.digit_model import EOS, VOCAB, formats
 from support.effort import examples
@@ -35,6 +36,11 @@ MACHINES = {
     "bare-ahead": ("bare", 330_000, True, ()),
     "exact-ahead": ("exact", 340_000, True, ()),
     "exact-lockstep": ("exact", 340_000, False, ()),
+}
+# the same with drafts, of which some are accepted
+DRAFTING = {
+    "bare-ahead-drafts": ("bare", 330_000, True, ()),
+    "frame-lockstep-drafts": ("frame", 330_000, False, ()),
 }
 MIN_STEPS = 12_000  # of all machines together
 ALWAYS = {"finished", "aborted", "forks", "preemptions", "prefix_hit_tokens", "slots_evicted"}
@@ -52,7 +58,7 @@ class EngineMachine(RuleBasedStateMachine):
         seals=st.sampled_from([64, 1]),
     )
     def start(self, extra, seats, budget, seals):
-        name, num_bytes, ahead, exempt_layers = MACHINES[self.machine_name]
+        name, num_bytes, ahead, exempt_layers = (MACHINES | DRAFTING)[self.machine_name]
         self.engine = CheckedEngine(
             formats()[name],
             num_bytes=num_bytes + extra,
@@ -61,6 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
             seals=seals,
             ahead=ahead,
             exempt_layers=exempt_layers,
+            drafts=self.machine_name in DRAFTING,
         )
         self.num_submitted = 0
         self.ended: list[str] = []
@@ -163,6 +170,26 @@ def test_any_order_of_requests_gives_the_written_tokens(name):
     assert total["steps"] >= MIN_STEPS / len(MACHINES), total
 
 
+@pytest.mark.parametrize("name", DRAFTING)
+def test_no_draft_is_seen_by_anybody(name):
+    """Not in pages, in prefixes, in forks, nor by the request that it was for."""
+    total = Counter()
+    machine = type("Machine", (EngineMachine,), {"machine_name": name, "total": total})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples(8, 100),
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    drafted, accepted = (total[f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 200 < accepted < 0.9 * drafted, total
+    assert not WITH_PAGES - set(+total), f"something was never exercised: {total}"
+
+
 # ---- the machine would notice ------------------------------------------------------------
 
 
@@ -229,6 +256,11 @@ def spoil_a_token(monkeypatch):
         return append(self, group, step, layer, k, v)
 
     monkeypatch.setattr(PagedAttention, "_append", changing)
+
+
+def test_a_draft_that_is_kept_is_noticed(monkeypatch):
+    monkeypatch.setattr(SampledStep, "kept", lambda self, results: list(range(len(results))))
+    assert {"stale", "wrong"} <= set(served(strict=False, drafts=True).problems)
 
 
 @pytest.mark.parametrize("spoil", [spoil_a_link, spoil_the_salt, spoil_a_page, spoil_a_token])

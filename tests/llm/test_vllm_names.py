@@ -62,7 +62,7 @@ def test_prefixes_are_forgotten_where_asked():
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 of vLLM is not served: one process"),
         ({"max_cpu_loras": 2}, "adapters lie on the device"),
-        ({"speculative_config": {"method": "x"}}, "speculative_config={'method': 'x'} of vLLM"),
+        ({"spec_method": "ngram"}, "spec_method='ngram' of vLLM is not served: no draft model"),
         ({"max_num_seq": 2}, "did you mean 'max_num_seqs'"),
     ],
 )

@@ -24,7 +24,8 @@ from spectral_paged.models.static_inputs import (
     fill_inputs,
 )
 from spectral_paged.sampling import PendingTokens
-from support.tiny_model import random_prompts, tiny_format, tiny_llm
+from support.foretold_drafts import SPECULATION, foretell
+from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm
 
 
 @given(st.integers(1, 1024), st.data())
@@ -62,27 +63,36 @@ def test_a_place_without_a_token_is_stored_nowhere():
     assert changed.min() >= 8 * 128 and len(changed) <= 2 * 2 * 4
 
 
-@pytest.mark.parametrize("exempt", [(), (1,)])
-def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
+@pytest.mark.parametrize("exempt, drafts", [((), False), ((1,), False), ((1,), True)])
+def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt, drafts):
     """The step that a graph captures, run eagerly through the same static inputs."""
     prompts = random_prompts([1, 64, 700, 1300], seed=3)
     params = SamplingParams(temperature=0.0, max_tokens=70)
     want = tiny_llm(tiny_format(), exempt_layers=exempt).generate(prompts, params, use_tqdm=False)
-    llm = tiny_llm(tiny_format(), exempt_layers=exempt)
+    speculation = SPECULATION if drafts else None
+    llm = tiny_llm(tiny_format(), exempt_layers=exempt, speculative_config=speculation)
+    if drafts:
+        said = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in want}
+        foretell(
+            llm.engine,
+            lambda c, _: c.owner.prompt_token_ids + said[tuple(c.owner.prompt_token_ids)],
+            VOCAB,
+        )
+    size = 40 if drafts else 8
     cache, runner = llm.cache, llm.engine.runner
-    eager, replayed, inputs = runner.forward, [], StaticInputs(cache)
+    eager, replayed, inputs = runner.forward, [], StaticInputs(cache, size)
     inputs._device.fill_(99)
 
     def by_static_inputs(plan, token_ids, logit_rows, pending=None):
         if not plan.is_decode or len(logit_rows) < len(token_ids):
             return eager(plan, token_ids, logit_rows, pending)
-        inputs.fill(token_ids, [e.start for e in plan.entries], pending)
-        tokens = inputs.tokens(8)
-        sampled = torch.zeros(8, dtype=torch.int64)
+        inputs.fill(token_ids, plan.positions, pending)
+        tokens = inputs.tokens(size)
+        sampled = torch.zeros(size, dtype=torch.int64)
         if pending is not None:
             sampled[: len(pending.ids)] = pending.ids
         ids = known_tokens(tokens.ids, tokens.sources, sampled)
-        with inputs.reading(inputs.steps(8, 64)), torch.inference_mode():
+        with inputs.reading(inputs.steps(size, 64)), torch.inference_mode():
             replayed.append(len(token_ids))
             return runner._logits(ids, tokens.positions.long(), None).float()[: len(token_ids)]
 
@@ -93,7 +103,8 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt):
         assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
         cache.check_integrity()
         cache.reset_prefix_cache()
-    assert len(replayed) > 100 and max(replayed) == 4
+    most = (20, 4 + 7) if drafts else (100, 4)
+    assert len(replayed) > most[0] and (max(replayed) > most[1] if drafts else max(replayed) == 4)
 
 
 def test_inputs_past_the_step_are_nowhere():

@@ -368,3 +368,48 @@ def test_values_at_the_edge_of_their_range_are_taken(name, value):
 def test_no_stop_tokens_are_said_with_none():
     """As in vLLM."""
     assert SamplingParams(stop_token_ids=None) == SamplingParams(stop_token_ids=())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    output=st.lists(st.integers(0, 5), max_size=9),
+    drafts=st.lists(st.lists(st.integers(0, 5), max_size=5), min_size=1, max_size=4),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_a_row_behind_a_draft_is_drawn_as_if_the_draft_were_counted(
+    output, drafts, temperature, seed
+):
+    """Penalties and bad words know the draft, and its tokens are in no table afterwards."""
+    params = SamplingParams(
+        temperature=temperature,
+        frequency_penalty=1.5,
+        repetition_penalty=1.2,
+        bad_words=["of some tokens"],
+    )
+    words = [[1, 2, 3], [4, 5], [2, 2], [0]]
+    logits = torch.randn(len(drafts), VOCAB, generator=torch.Generator().manual_seed(seed))
+    logits[:, :6] += 6
+
+    def row_of(state, key, before, drafted):
+        rows = state.hold(key, params, logits, prompt=[7], output=before, bad_words=words)
+        number = len(before) + len(drafted)
+        return SampleRow(params, seed, number, (), *rows, drafted=drafted)
+
+    state, plain = SamplingState(), SamplingState()
+    rows = [row_of(state, "a", output, draft) for draft in drafts]
+    got = SampledTokens(logits, rows, state)
+    want = SampledTokens(
+        logits,
+        [row_of(plain, place, [*output, *draft], ()) for place, draft in enumerate(drafts)],
+        plain,
+    )
+    assert got.get() == want.get()
+    undrafted = [i for i, draft in enumerate(drafts) if not draft]
+    got.count()
+    again = SampledTokens(logits[:1], [row_of(state, "a", output, ())], state)
+    counted = output + [got.ids[i].item() for i in undrafted]
+    if len(undrafted) <= 1:  # a request has one such row
+        fresh = SamplingState()
+        expected = SampledTokens(logits[:1], [row_of(fresh, "b", counted, ())], fresh)
+        torch.testing.assert_close(again._adjusted(logits[:1]), expected._adjusted(logits[:1]))

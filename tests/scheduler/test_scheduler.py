@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import subprocess
 import sys
@@ -431,3 +432,51 @@ def test_every_request_finishes_whatever_the_budgets(lengths, num_slots, chunk, 
     assert not s.has_unfinished and not cache.stored
     order = [int(n) for n in first_started]
     assert order == sorted(order), "a later request overtook an earlier one"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=6),
+    num_slots=st.integers(12, 24),
+    chunk=st.integers(1, 40),
+    tokens=st.integers(1, 60),
+    seqs=st.integers(1, 6),
+    rows=st.integers(0, 20),
+    random=st.randoms(use_true_random=False),
+)
+def test_drafts_take_only_what_a_step_has_left(
+    lengths, num_slots, chunk, tokens, seqs, rows, random
+):
+    cache = CountingCache(num_slots, chunk=chunk, seal_every=7)
+    requests = [request(str(i), n) for i, (n, _) in enumerate(lengths)]
+    budgets = {"max_num_batched_tokens": tokens, "max_seals_per_step": 2, "max_decode_rows": rows}
+    s = scheduler(cache, requests, max_num_seqs=seqs, **budgets)
+    goal = {str(i): n + g for i, (n, g) in enumerate(lengths)}
+    while s.has_unfinished:
+        drafts = {
+            r.request_id: [1] * random.randint(1, 9)
+            for r in s.running
+            if cache.stored[r.request_id] == r.num_tokens - 1 and random.random() < 0.8
+        }
+        plain = copy.deepcopy(s).schedule()
+        out = s.schedule(drafts)
+        assert out.preempted == plain.preempted, "somebody gave way to a draft"
+        assert list(out.new_tokens) == list(plain.new_tokens)
+        lengths_of = {name: len(draft) for name, draft in out.drafts.items()}
+        for name, count in out.new_tokens.items():
+            assert count - lengths_of.get(name, 0) == plain.new_tokens[name]
+            assert count <= max(chunk, 1)
+        assert out.num_tokens <= tokens
+        assert all(0 < n <= len(drafts[name]) for name, n in lengths_of.items())
+        singles = [n for name, n in plain.new_tokens.items() if n == 1]
+        assert not lengths_of or len(singles) + sum(lengths_of.values()) <= max(rows, seqs)
+        cache.step(out)
+        for name in out.new_tokens:
+            r = requests[int(name)]
+            rejected = random.randint(0, lengths_of.get(name, 0))
+            cache.stored[name] -= rejected
+            if name in out.drafts or cache.stored[name] == r.num_tokens:
+                r.token_ids += [0] * (1 + lengths_of.get(name, 0) - rejected)
+                if r.num_tokens > goal[name]:
+                    s.finish(r)
+    assert not cache.stored

@@ -7,13 +7,15 @@ from collections import Counter
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine import Engine
 from spectral_paged.errors import CapacityError, PoolError
+from spectral_paged.options import SpeculativeConfig
 from spectral_paged.scheduler import SchedulerConfig
 from support.digit_model import DIM, EOS, LAYERS, LONGEST, ROPE, VOCAB, DigitRunner, scripts_of
+from support.foretold_drafts import SPECULATION, foretell
 
 
 class CheckedEngine:
     """Operations of an engine, each followed by the proof that nothing was lost or stale; `store`
-    are options of tiers below its cache.
+    are options of tiers below its cache. With `drafts`, steps compute drafts, some of them wrong.
 
     Attributes:
         count: the number of events by kind: steps, requests, finished, aborted, refused, ...
@@ -32,6 +34,7 @@ class CheckedEngine:
         ahead=False,
         exempt_layers=(),
         strict=True,
+        drafts=False,
         **store,
     ):
         self.cache = SpectralKVCache(
@@ -56,11 +59,20 @@ class CheckedEngine:
             eos_token_ids=[EOS],
             vocab_size=VOCAB,
             async_scheduling=ahead,
+            speculative_config=SpeculativeConfig.read(SPECULATION) if drafts else None,
         )
+        if drafts:
+            foretell(self.engine, self._foretold, VOCAB)
         self.strict = strict
         self.count: Counter[str] = Counter()
         self.problems: dict[str, list[str]] = {}
         self.running: dict[str, int] = {}  # request id to `n`
+
+    def _foretold(self, completion, count):
+        """The tokens of a completion's sequence by its script, `count` if it has so many."""
+        script = self.runner.scripts[completion.request.request_id]
+        script.speak(count)
+        return script.ids[:count]
 
     def _problem(self, kind, what):
         if self.strict:
@@ -152,7 +164,8 @@ class CheckedEngine:
         stats = self.engine.stats()
         names = ("preemptions", "prefix_hit_tokens", "slots_evicted", "slots_moved")
         sealed = ("pages_sealed", "pages_attended")
+        drafts = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
         return self.count | Counter(
-            {name: int(stats[name]) for name in names + sealed}
+            {name: int(stats[name]) for name in names + sealed + drafts}
             | {"values_read": self.runner.num_values_read}
         )

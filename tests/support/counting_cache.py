@@ -54,10 +54,11 @@ class CountingCache:
         self.prefetched.pop(seq_id, None)
 
     def try_reserve(self, seq_id, num_new):
-        assert num_new >= 1 and self.reserved[seq_id] == 0
+        before = self.reserved[seq_id]
+        assert num_new > before, "a reservation only grows"
         self.reserved[seq_id] = num_new
         if self._used() > self.num_slots:
-            self.reserved[seq_id] = 0
+            self.reserved[seq_id] = before
             return False
         return True
 

@@ -207,6 +207,7 @@ class DigitRunner:
                     ids[place] = known[row]
         ends = np.cumsum([e.num_new for e in plan.entries])
         found = np.split(ids, ends[:-1])
+        true = [self._num_true(plan, i, e, f) for i, (e, f) in enumerate(zip(plan.entries, found))]
         for layer in range(LAYERS):
             new = [
                 digits_of(f, np.arange(e.start, e.start + e.num_new), self._script(e).view(e.start))
@@ -216,7 +217,10 @@ class DigitRunner:
             flat[:, :, 0, :DIGITS] = np.concatenate(new).reshape(-1, 2, DIGITS).swapaxes(0, 1)
             k, v = torch.from_numpy(flat).to(self.cache.device)
             self.cache.append(layer, k, v)
-            found = [sums(layer, 0, self._read(layer, e))[e.start :] for e in plan.entries]
+            found = [
+                sums(layer, 0, self._read(layer, e, n))[e.start :]
+                for e, n in zip(plan.entries, true)
+            ]
         flat = np.concatenate(found)
         positions = np.concatenate([np.arange(e.start, e.start + e.num_new) for e in plan.entries])
 
@@ -231,8 +235,22 @@ class DigitRunner:
     def _script(self, entry):
         return self.scripts[entry.seq_id]
 
-    def _read(self, layer, entry):
-        """Digits `[end, 2 * DIGITS]` of a sequence in a layer, from pages and exact pages."""
+    def _num_true(self, plan, place, entry, ids):
+        """The tokens of a sequence, up to the first one of a draft that is not the script's."""
+        end = entry.start + len(ids)
+        if plan.drafted is None or not plan.drafted[place]:
+            return end
+        script = self._script(entry)
+        script.speak(end)
+        said = script.ids[entry.start : end]
+        differ = [i for i, (a, b) in enumerate(zip(ids.tolist(), said)) if a != b]
+        return entry.start + (differ[0] if differ else len(said))
+
+    def _read(self, layer, entry, num_true):
+        """Digits `[end, 2 * DIGITS]` of a sequence in a layer, from pages and exact pages.
+
+        The first `num_true` of them are compared with the script.
+        """
         place, group = next((i, g) for i, g in enumerate(self.cache.groups) if layer in g.layers)
         script, end = self._script(entry), entry.start + entry.num_new
         row, plane = slots_of(self.cache, entry.seq_id, place).row, group.plane(layer)
@@ -248,7 +266,7 @@ class DigitRunner:
         )
         found[exact] = digits_read(k, v)
         whole = np.nan_to_num(np.rint(found), nan=-1, posinf=-1, neginf=-1).astype(np.int64)
-        self._compare(layer, entry, script, found, whole)
+        self._compare(layer, entry, script, found[:num_true], whole[:num_true])
         return whole
 
     def _page(self, plane, position, block):
