@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.errors import FormatError
@@ -11,7 +13,7 @@ from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.models.calibration import calibrate
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.loader import LoadedModel
-from support.families import build, generate, llm_of
+from support.families import build, generate, llm_of, reference
 from support.tiny_model import random_prompts
 
 NAME = "gpt_oss"
@@ -93,3 +95,30 @@ def test_transformers_models_without_our_cache_have_their_sinks():
         want = own(ids).logits
         own.set_attn_implementation(ATTENTION_NAME)
         assert torch.allclose(own(ids).logits, want, atol=1e-4)
+
+
+def test_experts_in_mxfp4_are_unpacked_by_transformers_and_served(tmp_path):
+    """Codes of 4 bits, two a byte, and a power of two for each 32, as OpenAI publishes them."""
+    own = build(NAME).bfloat16()
+    own.config.quantization_config = {"quant_method": "mxfp4"}
+    own.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, rows, columns = stored.pop(name).shape
+        shape = experts, columns, rows // 32
+        stored[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(122, 126, shape, dtype=torch.uint8)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    unpacked = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=tf.Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    )
+    codes = stored["model.layers.0.mlp.experts.down_proj_blocks"][1, 2, 0]
+    exponent = int(stored["model.layers.0.mlp.experts.down_proj_scales"][1, 2, 0]) - 127
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    sizes = torch.cat((sizes, -sizes)) * 2.0**exponent
+    first = unpacked.model.layers[0].mlp.experts.down_proj[1, :32, 2].float()
+    assert torch.equal(first[::2], sizes[(codes & 15).long()])
+    assert torch.equal(first[1::2], sizes[(codes >> 4).long()])
+    served, prompts = unpacked.float(), random_prompts([5, 200], seed=4)
+    want = reference(served, prompts)
+    assert generate(llm_of(served, kv_format="exact"), prompts) == want
