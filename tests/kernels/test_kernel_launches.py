@@ -12,10 +12,19 @@ from spectral_paged.cache import cache as cache_module
 from spectral_paged.kernels.decode import gpu as decode_gpu
 from spectral_paged.kernels.decode.triton.exact import exact_decode
 from spectral_paged.kernels.exact.triton import exact_append
+from spectral_paged.kernels.launch.configs import DecodeConfig
 from spectral_paged.kernels.ops.gpu import GpuOps
 from spectral_paged.kernels.seal.triton import seal as seal_triton
 from spectral_paged.rope import RotaryTable
-from support.kernel_cases import PAGES, SEAL_SHAPES, blocks_at_once, exact_case, seal_zeros
+from support.kernel_cases import (
+    PAGES,
+    SEAL_SHAPES,
+    attend,
+    attend_case,
+    blocks_at_once,
+    exact_case,
+    seal_zeros,
+)
 from support.kernel_launches import record_launches, varying
 from support.page_parts import toy_basis
 
@@ -118,6 +127,22 @@ def test_a_served_cache_builds_each_kernel_once(builds, monkeypatch, name, windo
     assert "exact.triton._copy_kernel" in ran
     assert any("attend._attend_kernel" in kernel for kernel in ran)
     assert varying(builds) == {}
+
+
+@pytest.mark.parametrize("name", ["quality-64", "int8-post-64"])
+@pytest.mark.parametrize("pages", [True, False])
+def test_sinks_add_no_launch_and_may_lie_anywhere(builds, name, pages):
+    args, options = attend_case(name, (2, 1), (70, 3))
+    if not pages:
+        args = (*args[:4], None, args[5])
+    sinks, counts = torch.zeros(9, dtype=torch.bfloat16), []
+    config = DecodeConfig(second_stream=False)
+    for given in (None, sinks[:6], sinks[1:7]):
+        attend(decode_gpu.decode_attention, args, options | {"sinks": given}, config=config)
+        counts.append(sum(map(len, builds.values())))
+    assert counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+    merges = {constants for kernel, constants in builds if kernel.endswith("_reduce_kernel")}
+    assert len(merges) == 2 and varying(builds) == {}
 
 
 def test_a_build_that_depends_on_alignment_is_noticed(builds):
