@@ -9,7 +9,8 @@ from spectral_paged import LLM, SamplingParams
 from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingState
 from spectral_paged.sampling.token_rules import TokenRules
 from support.families import build
-from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
+from support.foretold_drafts import SPECULATION, foretell
+from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +73,30 @@ def test_graphs_and_queued_steps_say_what_eager_lockstep_says(format, exempt):
     assert stats["model_step"] == "eager + cuda graphs" and stats["async_scheduling"]
     assert stats["graph_replays"] > 100 and stats["num_graphs"] < 12
     assert plain.stats()["model_step"] == "eager" and plain.stats()["graph_replays"] == 0
+
+
+@pytest.mark.parametrize("exempt", [(), (1,)])
+@pytest.mark.parametrize("format", ["spectral-int8", "exact"])
+def test_drafts_in_graphs_say_what_is_said_without(format, exempt):
+    """Some drafts are accepted, some are not; more tokens a step than there are seats."""
+    prompts = random_prompts([1, 64, 577, 640, 1217, 1500])
+    params = [SamplingParams(temperature=0.0, max_tokens=90)] * 4
+    params.append(SamplingParams(temperature=1.0, seed=5, max_tokens=90, top_p=0.9))
+    params.append(SamplingParams(temperature=0.0, max_tokens=90, frequency_penalty=0.7))
+    options = {"compile_layers": False, "exempt_layers": exempt, "max_num_seqs": 6}
+    want = on_gpu(tiny_format(format), **options).generate(prompts, params, use_tqdm=False)
+    said = {len(o.prompt_token_ids): o.prompt_token_ids + o.outputs[0].token_ids for o in want}
+    llm = on_gpu(tiny_format(format), speculative_config=SPECULATION, **options)
+    foretell(llm.engine, lambda c, _: said[len(c.owner.prompt_token_ids)], VOCAB)
+    for _ in range(2):
+        got = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+        llm.cache.check_integrity()
+        llm.cache.reset_prefix_cache()
+    stats = llm.stats()
+    accepted = stats["spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < stats["spec_decode_num_draft_tokens"]
+    assert stats["graph_replays"] > 20, "steps with drafts are graphs"
 
 
 def test_penalties_say_ahead_what_they_say_in_lockstep():

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from spectral_paged import LLM, BeamSearchParams, LoRARequest, SamplingParams
 from spectral_paged.engine.adapters import prefix_salt
+from support.foretold_drafts import SPECULATION, foretell
 from support.lora_adapters import (
     KINDS,
     NAMES,
@@ -21,7 +22,7 @@ from support.lora_adapters import (
     tokens,
     unused,
 )
-from support.tiny_model import random_prompts, tiny_format, tiny_llm, tiny_model
+from support.tiny_model import VOCAB, random_prompts, tiny_format, tiny_llm, tiny_model
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["stacked", "grouped"])
@@ -44,6 +45,25 @@ def test_peft_merges_the_same(name, paths):
     theirs = peft.PeftModel.from_pretrained(tiny_model(), paths[name]).merge_and_unload()
     for ours, other in zip(merged_model(paths[name]).parameters(), theirs.parameters()):
         torch.testing.assert_close(ours, other)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_draft_is_computed_with_the_adapter_of_its_sequence(ahead, requests, want):
+    names = [NAMES[place % 4] for place in range(len(PROMPTS))]
+    said = {
+        len(prompt): [*prompt, *want[name][place]]
+        for place, (prompt, name) in enumerate(zip(PROMPTS, names))
+    }
+    llm = lora_llm(speculative_config=SPECULATION)
+    llm.engine.async_scheduling = ahead
+    foretell(llm.engine, lambda c, _: said[len(c.owner.prompt_token_ids)], VOCAB)
+    asked = [requests[name] for name in names]
+    got = llm.generate(PROMPTS, PARAMS, use_tqdm=False, lora_request=asked)
+    assert tokens(got) == [want[name][place] for place, name in enumerate(names)]
+    stats = llm.stats()
+    accepted = stats["spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < stats["spec_decode_num_draft_tokens"]
+    llm.cache.check_integrity()
 
 
 @pytest.mark.parametrize("ahead", [False, True])
