@@ -162,8 +162,12 @@ def bench_capacity(args: argparse.Namespace) -> int:
 
 def bench_throughput(args: argparse.Namespace) -> int:
     """Generate offline and report the throughput."""
-    from spectral_paged.benchmarks.throughput import run, suites, workload
+    from spectral_paged.benchmarks.throughput import plots, run, suites, workload
 
+    if args.plot:
+        name = args.name or "gains"
+        print(plots.draw_gains(args.plot, args.backend, args.output_dir / f"{name}.png"))
+        return 0
     if args.suite:
         return suites.main(
             args.suite,

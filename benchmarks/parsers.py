@@ -372,6 +372,14 @@ def _add_throughput(parser: Parser) -> None:
     _add_name(parser)
     parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
     parser.add_argument(
+        "--plot",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing: draw how fast --backend, one of them, is over each other of these "
+        "results, by prompt length; default: measure",
+    )
+    parser.add_argument(
         "--append",
         action="store_true",
         help="keep the rows of other backends that the same workload left on this machine and "

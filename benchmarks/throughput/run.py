@@ -27,6 +27,7 @@ from spectral_paged.benchmarks.throughput.backends import (
     serve_with_generate,
     serve_with_pages,
 )
+from spectral_paged.benchmarks.throughput.plots import draw
 from spectral_paged.benchmarks.throughput.random_models import is_random, load_either
 from spectral_paged.benchmarks.throughput.vllm_server import VLLMServer, check_backend, is_vllm
 from spectral_paged.benchmarks.throughput.workload import Job, WorkloadOptions, jobs_of
@@ -342,34 +343,3 @@ def main(options: Options, loaded: LoadedModel | None = None) -> int:
     loaded = load(options) if loaded is None else loaded
     measure_all([Report(options, loaded)], loaded)
     return 0
-
-
-AXES = {"max_num_seqs": "requests at once", "input_len": "tokens of a prompt"}
-
-
-def draw(result: dict[str, Any], path: Path, over: str = "max_num_seqs") -> Path:
-    """Draw output tokens per second over one of `AXES`; returns `path`.
-
-    Each backend and value of the other axis has a line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    [other] = AXES.keys() - {over}
-    several = len({row[other] for row in result["rows"]}) > 1
-    for backend, rest in dict.fromkeys((row["backend"], row[other]) for row in result["rows"]):
-        points = [
-            (row[over], row["output_tokens_per_second"])
-            for row in result["rows"]
-            if (row["backend"], row[other]) == (backend, rest)
-        ]
-        label = f"{backend}, {rest} {AXES[other]}" if several else backend
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(AXES[over])
-    axes.set_ylabel("output tokens a second")
-    axes.set_title(f"{result['model']}, {result['environment']['machine']}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    return path
