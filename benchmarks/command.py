@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spectral_paged.benchmarks.parsers import SERVED
+from spectral_paged.benchmarks.throughput.options import SERVED
 from spectral_paged.errors import InvalidRequestError
 from spectral_paged.options import DEFAULT_MODEL, LLMOptions
 

@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
 
-from spectral_paged.options import DEFAULT_MODEL, LLMOptions, add_options, num_tokens, positive
+from spectral_paged.benchmarks.common_options import (
+    ARENAS,
+    MODEL,
+    Parser,
+    add_formats,
+    add_llm_options,
+    add_name,
+    add_output_dir,
+    add_repeatable,
+)
+from spectral_paged.benchmarks.throughput.options import add_throughput
+from spectral_paged.options import DEFAULT_MODEL, num_tokens, positive
 
 DRAFTS = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2}'
-MODEL = "alias, hub id, folder or .gguf file"
-ARENAS = "bytes of all pages together, allocated once"
-# options of an `LLM` that `bench throughput` hands on
-SERVED = (
-    "device",
-    "dtype",
-    "quantization",
-    "max_num_batched_tokens",
-    "kv_cache_bytes",
-    "enable_prefix_caching",
-    "gpu_memory_utilization",
-    "max_model_len",
-    "enforce_eager",
-)
-
-Parser = argparse.ArgumentParser
-
-
-def _add_output_dir(parser: Parser) -> None:
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="FOLDER",
-        help="where results are written",
-    )
-
-
-def _add_repeatable(parser: Parser, *names: str, help: str, **how: Any) -> None:
-    parser.add_argument(*names, action="append", default=[], help=f"{help}; repeatable", **how)
-
-
-def _add_formats(parser: Parser, help: str = "a preset, or exact; default: all") -> None:
-    _add_repeatable(parser, "--format", "--kv-format", metavar="NAME", help=help)
-
-
-def _add_llm_options(parser: Parser, *names: str, **how: Any) -> None:
-    """Add options of an `LLM`, with its defaults where the benchmark has none of its own."""
-    for name in names:
-        add_options(parser, LLMOptions, name, **{"default": getattr(LLMOptions, name)} | how)
-
-
-def _add_name(parser: Parser) -> None:
-    parser.add_argument(
-        "--name", default="", help="of the result's files; default: made of the model's"
-    )
 
 
 def add_benches(bench: Parser) -> dict[str, Parser]:
@@ -62,9 +25,9 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
     benches = bench.add_subparsers(dest="bench", required=True)
     _add_quality(benches.add_parser("quality", help="page formats and their peers on real text"))
     seal = benches.add_parser("seal", help="what sealing a block costs beside its prefill")
-    _add_llm_options(seal, "device")
-    _add_formats(seal)
-    _add_output_dir(seal)
+    add_llm_options(seal, "device")
+    add_formats(seal)
+    add_output_dir(seal)
     tune = benches.add_parser("tune", help="the kernels' launch table for this GPU")
     tune.add_argument(
         "--output",
@@ -73,7 +36,7 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
         help="table to write; default: the one that the package reads",
     )
     _add_capacity(benches.add_parser("capacity", help="how much context a memory holds, by format"))
-    _add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
+    add_throughput(benches.add_parser("throughput", help="offline generation, end to end"))
     _add_served(benches.add_parser("served", help="needles and divergence through whole engines"))
     _add_store(benches.add_parser("store", help="prompts that come back from host memory and disk"))
     _add_steps(benches.add_parser("steps", help="what a decode step is made of (needs a GPU)"))
@@ -93,25 +56,25 @@ def add_benches(bench: Parser) -> dict[str, Parser]:
 
 def _add_capacity(parser: Parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, or random:<shape>")
-    _add_llm_options(parser, "device", "max_num_seqs")
-    _add_llm_options(parser, "kv_cache_bytes", default=1 << 30, help=ARENAS)
+    add_llm_options(parser, "device", "max_num_seqs")
+    add_llm_options(parser, "kv_cache_bytes", default=1 << 30, help=ARENAS)
     parser.add_argument(
         "--context", type=num_tokens, default=8192, metavar="TOKENS", help="tokens of a sequence"
     )
-    _add_formats(parser)
-    _add_output_dir(parser)
+    add_formats(parser)
+    add_output_dir(parser)
 
 
 def _add_served(parser: Parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--backend",
         metavar="NAME",
         help="a preset, exact, vllm[:KV-CACHE-DTYPE], or vllm-pages[:PRESET]; the others are "
         "compared with the first; default: exact and auto",
     )
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--length",
         type=num_tokens,
@@ -124,25 +87,25 @@ def _add_served(parser: Parser) -> None:
         ("--places", 16, "next tokens judged after each of them"),
     ):
         parser.add_argument(name, type=positive, default=default, metavar="N", help=what)
-    _add_llm_options(parser, "device", "dtype", "gpu_memory_utilization")
-    _add_llm_options(parser, "kv_cache_bytes")
-    _add_llm_options(parser, "max_num_seqs", default=16)
-    _add_name(parser)
-    _add_output_dir(parser)
+    add_llm_options(parser, "device", "dtype", "gpu_memory_utilization")
+    add_llm_options(parser, "kv_cache_bytes")
+    add_llm_options(parser, "max_num_seqs", default=16)
+    add_name(parser)
+    add_output_dir(parser)
 
 
 def _add_store(parser: Parser) -> None:
     parser.add_argument(
         "--suite", default="8b", help="8b, for one H200, or tiny, for a CPU; default: 8b"
     )
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--only",
         metavar="NAME",
         help="ttft, turns, documents, nohit, or vllm (turns, in vLLM); default: all but vllm",
     )
-    _add_llm_options(parser, "kv_format", "device", "dtype")
-    _add_llm_options(
+    add_llm_options(parser, "kv_format", "device", "dtype")
+    add_llm_options(
         parser,
         "kv_store",
         help="a folder on the disk to measure; default: where temporary files are",
@@ -150,12 +113,12 @@ def _add_store(parser: Parser) -> None:
     parser.add_argument(
         "--conversations", type=positive, metavar="N", help="of turns; default: the suite's"
     )
-    _add_output_dir(parser)
+    add_output_dir(parser)
 
 
 def _add_decode(parser: Parser) -> None:
-    _add_repeatable(parser, "--shape", help="shape of a model's heads; default: all")
-    _add_formats(parser, "a preset; default: all")
+    add_repeatable(parser, "--shape", help="shape of a model's heads; default: all")
+    add_formats(parser, "a preset; default: all")
     parser.add_argument(
         "--results",
         type=Path,
@@ -167,7 +130,7 @@ def _add_decode(parser: Parser) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
     )
-    _add_output_dir(parser)
+    add_output_dir(parser)
 
 
 def _add_unsloth(parser: Parser) -> None:
@@ -175,102 +138,102 @@ def _add_unsloth(parser: Parser) -> None:
         "--model",
         help=f"a random:<shape>; default: random:mistral-7b, with --needles {DEFAULT_MODEL}",
     )
-    _add_formats(parser, "a preset, exact, or unpatched; default: those that are compared")
-    _add_llm_options(parser, "enforce_eager")
+    add_formats(parser, "a preset, exact, or unpatched; default: those that are compared")
+    add_llm_options(parser, "enforce_eager")
     parser.add_argument(
         "--needles",
         type=positive,
         metavar="COUNT",
         help="ask a model with real weights for so many needles; default: none, times are taken",
     )
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--length",
         type=num_tokens,
         metavar="TOKENS",
         help="context tokens of --needles; default: 2048",
     )
-    _add_llm_options(parser, "dtype", help="dtype of the model of --needles, as in `serve`")
-    _add_output_dir(parser)
+    add_llm_options(parser, "dtype", help="dtype of the model of --needles, as in `serve`")
+    add_output_dir(parser)
 
 
 def _add_steps(parser: Parser) -> None:
     parser.add_argument("--model", default="random:llama-3-8b", help=f"{MODEL}, or random:<shape>")
-    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
-    _add_repeatable(
+    add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    add_repeatable(
         parser,
         "--layers",
         metavar="HOW",
         help="between the products: compiled, eager or liger, each in graphs; default: compiled",
     )
-    _add_repeatable(
+    add_repeatable(
         parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 128"
     )
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--context",
         type=num_tokens,
         metavar="TOKENS",
         help="tokens of a sequence; default: 128",
     )
-    _add_llm_options(parser, "kv_cache_bytes")
-    _add_name(parser)
-    _add_output_dir(parser)
+    add_llm_options(parser, "kv_cache_bytes")
+    add_name(parser)
+    add_output_dir(parser)
 
 
 def _add_host(parser: Parser) -> None:
-    _add_llm_options(parser, "device")
-    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
-    _add_repeatable(
+    add_llm_options(parser, "device")
+    add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    add_repeatable(
         parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 64, 256"
     )
-    _add_name(parser)
-    _add_output_dir(parser)
+    add_name(parser)
+    add_output_dir(parser)
 
 
 def _add_speculation(parser: Parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, with weights")
-    _add_llm_options(parser, "kv_format", default="spectral-quality")
-    _add_llm_options(parser, "device", "dtype", "kv_cache_bytes")
-    _add_repeatable(
+    add_llm_options(parser, "kv_format", default="spectral-quality")
+    add_llm_options(parser, "device", "dtype", "kv_cache_bytes")
+    add_repeatable(
         parser, "--task", metavar="NAME", help="quote, edit, summary or story; default: all"
     )
-    _add_repeatable(
+    add_repeatable(
         parser, "--batch", type=positive, metavar="N", help="sequences at once; default: 1, 8"
     )
     parser.add_argument(
         "--output-len", type=num_tokens, default=256, metavar="TOKENS", help="tokens of an output"
     )
-    _add_llm_options(parser, "speculative_config", default=DRAFTS, help="as of `serve`")
-    _add_name(parser)
-    _add_output_dir(parser)
+    add_llm_options(parser, "speculative_config", default=DRAFTS, help="as of `serve`")
+    add_name(parser)
+    add_output_dir(parser)
 
 
 def _add_prompts(parser: Parser) -> None:
     parser.add_argument("--model", default="random:llama-3-8b", help=f"{MODEL}, or random:<shape>")
-    _add_llm_options(parser, "device", "dtype", "enforce_eager")
+    add_llm_options(parser, "device", "dtype", "enforce_eager")
     many = {"type": num_tokens, "metavar": "TOKENS"}
-    _add_repeatable(
+    add_repeatable(
         parser, "--keys", help="keys of a chunk alone; default: 2048, 8192, 32768, 131072", **many
     )
-    _add_repeatable(
+    add_repeatable(
         parser, "--queries", help="queries at their end; default: 2048 and 8192, and all", **many
     )
     parser.add_argument(
         "--attention-only", action="store_true", help="time chunks alone, without the engine"
     )
-    _add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
-    _add_repeatable(
+    add_formats(parser, "a preset, or exact; default: exact and spectral-quality")
+    add_repeatable(
         parser,
         "--prefill-segment",
         type=int,
         metavar="TOKENS",
         help="prompt tokens that stay exact until their segment ends; default: 2048",
     )
-    _add_repeatable(
+    add_repeatable(
         parser, "--input-len", help="tokens of a prompt; default: 8192 and 32768", **many
     )
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--max-num-batched-tokens",
         help="tokens of a step; default: 2048, 8192 and 16384",
@@ -282,117 +245,15 @@ def _add_prompts(parser: Parser) -> None:
         metavar="N",
         help="prompts of a length; default: as many as make 65,536 tokens, at least 2",
     )
-    _add_name(parser)
-    _add_output_dir(parser)
-
-
-def _add_throughput(parser: Parser) -> None:
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL}, or random:<shape>")
-    _add_repeatable(
-        parser,
-        "--backend",
-        metavar="NAME",
-        help="a preset, exact, transformers, transformers-continuous, vllm[:KV-CACHE-DTYPE], or "
-        "vllm-pages[:PRESET]; default: exact, auto and both of transformers, or the suite's",
-    )
-    parser.add_argument(
-        "--dataset",
-        "--dataset-name",
-        default="random",
-        help="random, sharegpt, or prefix_repetition",
-    )
-    parser.add_argument(
-        "--dataset-path", type=Path, metavar="FILE", help="JSONL of sharegpt; default: none"
-    )
-    parser.add_argument(
-        "--num-prompts", type=positive, default=64, metavar="N", help="number of requests"
-    )
-    _add_repeatable(
-        parser,
-        "--input-len",
-        "--random-input-len",
-        type=num_tokens,
-        metavar="TOKENS",
-        help="tokens of a prompt; a plot is drawn over several; default: 1024",
-    )
-    parser.add_argument(
-        "--output-len",
-        "--random-output-len",
-        type=num_tokens,
-        metavar="TOKENS",
-        help="tokens of a completion; default: 128; of sharegpt, as long as the answer was",
-    )
-    parser.add_argument(
-        "--random-range-ratio",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="lengths vary by this share",
-    )
-    parser.add_argument(
-        "--prefix-repetition-prefix-len",
-        type=num_tokens,
-        default=512,
-        metavar="TOKENS",
-        help="tokens of a prefix of prefix_repetition",
-    )
-    parser.add_argument(
-        "--prefix-repetition-num-prefixes",
-        type=positive,
-        default=4,
-        metavar="N",
-        help="number of prefixes of prefix_repetition",
-    )
-    _add_llm_options(parser, "seed", help="seed of the requests that are made up")
-    _add_llm_options(
-        parser,
-        "max_num_seqs",
-        action="append",
-        default=[],
-        help="requests at once; a plot is drawn over several; repeatable; default: 256",
-    )
-    _add_llm_options(parser, *SERVED)
-    parser.add_argument(
-        "--decode-only",
-        action="store_true",
-        help="fill contexts with made-up K and V: times the decode phase alone",
-    )
-    parser.add_argument(
-        "--fit", action="store_true", help="of the prompts only as many as the cache holds at once"
-    )
-    parser.add_argument(
-        "--suite",
-        default="",
-        help="a list of workloads over one model of random weights, for one H200: 8b, or 8b-vllm "
-        "beside vLLM; default: none",
-    )
-    _add_repeatable(
-        parser, "--only", metavar="NAME", help="workload of the suite; default: all of them"
-    )
-    _add_name(parser)
-    parser.add_argument("--profile", action="store_true", help="where a step's time goes; slower")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        nargs="+",
-        metavar="JSON",
-        help="measure nothing: draw how fast --backend, one of them, is over each other of these "
-        "results, by prompt length; default: measure",
-    )
-    parser.add_argument(
-        "--append",
-        action="store_true",
-        help="keep the rows of other backends that the same workload left on this machine and "
-        "commit, so that a table may be measured in several runs",
-    )
-    _add_output_dir(parser)
+    add_name(parser)
+    add_output_dir(parser)
 
 
 def _add_quality(parser: Parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
-    _add_llm_options(parser, "device", "dtype", "calibration")
-    _add_formats(parser, "a preset, or exact; default: all presets")
-    _add_repeatable(
+    add_llm_options(parser, "device", "dtype", "calibration")
+    add_formats(parser, "a preset, or exact; default: all presets")
+    add_repeatable(
         parser,
         "--variant",
         metavar="TEXT",
@@ -406,7 +267,7 @@ def _add_quality(parser: Parser) -> None:
         help="parts of the report; default: all, or those of --quick",
     )
     parser.add_argument("--quick", action="store_true", help="three sections, short and few texts")
-    _add_repeatable(
+    add_repeatable(
         parser,
         "--length",
         type=num_tokens,
@@ -431,7 +292,7 @@ def _add_quality(parser: Parser) -> None:
         metavar="N",
         help="tasks of each of RULER's kinds a length; default: 8, with --quick 1",
     )
-    _add_repeatable(
+    add_repeatable(
         parser, "--text", metavar="[GENRE=]FILE", help="text to judge by; default: the built-in one"
     )
     parser.add_argument(
@@ -440,7 +301,7 @@ def _add_quality(parser: Parser) -> None:
         metavar="FILE",
         help="finished work; default: build/quality/<model>.jsonl",
     )
-    _add_output_dir(parser)
+    add_output_dir(parser)
     parser.add_argument(
         "--time-limit", type=positive, metavar="SECONDS", help="stop after it; default: none"
     )
