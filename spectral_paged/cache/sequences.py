@@ -16,7 +16,7 @@ from spectral_paged.cache.prefix_hit import longest_hit, prefix_chain
 from spectral_paged.cache.row_counts import Array, RowCounts, next_edge
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.cache.visibility import NEVER, Visibility
-from spectral_paged.errors import CapacityError, NonFiniteError, PoolError, shown
+from spectral_paged.errors import CapacityError, FormatError, NonFiniteError, PoolError, shown
 from spectral_paged.kernels.page.layout import EXACT_PAGE_TOKENS
 
 
@@ -227,7 +227,16 @@ class SequenceTable:
         self._batch = Batch([], [], np.empty(0, np.int64))
 
     def plan(self, new_tokens: Mapping[str, int], drafted: Container[str] = ()) -> StepPlan:
-        """The plan of a step with so many new tokens of each sequence, of some with a draft."""
+        """The plan of a step with so many new tokens of each sequence, of some with a draft.
+
+        Raises:
+            FormatError: there are drafts, and a step's tokens see what its first one sees.
+        """
+        if drafted and self._rules.visibility.by_step:
+            raise FormatError(
+                "drafts need a format with a prefill_segment of at least 512: with 0 a step's "
+                "tokens see what its first one sees, and a draft's would see less than without it"
+            )
         seq_ids, counts = list(new_tokens), list(new_tokens.values())
         starts = self.counts.num_tokens[self.batch(seq_ids).rows]
         have = np.array([seq_id in drafted for seq_id in seq_ids]) if drafted else None

@@ -32,6 +32,11 @@ class Visibility:
         hot = format.hot_tokens if format.seals else NEVER
         return cls(format.num_landmark_tokens, hot, format.prefill_segment)
 
+    @property
+    def by_step(self) -> bool:
+        """True if what a token sees depends on the step that computes it."""
+        return not self.segment and self.hot != NEVER
+
     def visible_blocks(self, position: int, num_prompt_tokens: int) -> int:
         """The number of leading blocks that the query at `position` sees as pages.
 

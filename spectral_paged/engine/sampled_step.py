@@ -216,7 +216,13 @@ class SampledStep:
     def settle(
         self, results: Sequence[Sampled | None], counters: DraftCounters, state: SamplingState
     ) -> list[tuple[Completion, Sampled | None]]:
-        """Return the tokens that count, each with its completion, and what the others were for."""
+        """Return the tokens that count, each with its completion, and forget the others.
+
+        Args:
+            results: those of `tokens`.
+            state: it forgets the rows of completions that get several tokens, which it has not
+                counted. They are made anew from what the host knows.
+        """
         kept = self.kept(results)
         drafted = Counter(self.completions[row] for row in self.tokens.batch.drafted)
         accepted = Counter(self.completions[row] for row in kept)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from spectral_paged.errors import PoolError
+from spectral_paged.errors import FormatError, PoolError
 from support.cache_feed import LAYERS, Feed, drive, fmt, make
 
 MOST = 7
@@ -127,3 +127,15 @@ def test_what_is_no_draft_is_not_taken_back(counts, says):
     cache.begin_step(cache.plan({"a": 8, "b": 1}, ["a"]))
     with pytest.raises(PoolError, match=says):
         cache.take_back(counts)
+
+
+def test_drafts_are_refused_where_views_go_by_step():
+    prompts = {"a": 60}
+    cache = make(fmt(segment=0), enable_prefix_caching=False)
+    drive(cache, {"a": FEEDS["a"]}, prompts, {"a": 62})
+    assert cache.reserve({"a": 8}) is not None
+    with pytest.raises(FormatError, match="drafts need a format with a prefill_segment"):
+        cache.plan({"a": 8}, ["a"])
+    exact = make(fmt("exact", segment=0), enable_prefix_caching=False)
+    drive(exact, {"a": FEEDS["a"]}, prompts, {"a": 62})
+    assert exact.reserve({"a": 8}) is not None and exact.plan({"a": 8}, ["a"]).is_decode
