@@ -290,7 +290,6 @@ def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.
     else:
         gl.static_assert(BITS == 3)
         h = _each_word(high, ROWS)
-        types: gl.constexpr = (gl.int8,) * 8
         r = gl.inline_asm_elementwise(
             ASM3,
             OUT8,
@@ -301,7 +300,7 @@ def levels(words, high, tables, ROWS: gl.constexpr, BITS: gl.constexpr, MMA: gl.
                 tables[4],
                 tables[5],
             ],
-            types,
+            (gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
             True,
             4,
         )

@@ -74,6 +74,7 @@ def worst(errors_ptr, item, SLOTS: tl.constexpr):
     for side in tl.static_range(2):
         error = tl.load(errors_ptr + (item * 2 + side).to(tl.int64) * 512 + token)
         total += error / tl.maximum(tl.sum(error) / 512, 1e-30)
+    total = tl.where(total == total, total, 0.0)  # of NaN no token is the largest
     outliers = tl.zeros([8], tl.int32) - 1
     for j in tl.static_range(SLOTS):
         found = tl.argmax(total, axis=0).to(tl.int32)
