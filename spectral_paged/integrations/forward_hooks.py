@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+CACHE_NAMES = "past_key_values", "cache"  # of transformers' argument: older releases, newer ones
+
 
 @runtime_checkable
 class WatchingCache(Protocol):
@@ -27,7 +29,7 @@ class WatchingCache(Protocol):
 
 
 def watch(decoder: Any) -> None:
-    """Hook `decoder` so that its forwards call a `WatchingCache` passed as `past_key_values`.
+    """Hook `decoder` so that its forwards call a `WatchingCache` passed by one of `CACHE_NAMES`.
 
     Other forwards do not change. A second call does nothing.
     """
@@ -38,7 +40,7 @@ def watch(decoder: Any) -> None:
 
 
 def watch_generate(model: Any) -> None:
-    """Make `model.generate` call a `WatchingCache` passed as `past_key_values` before it begins.
+    """Make `model.generate` call a `WatchingCache` passed by one of `CACHE_NAMES` first.
 
     Only `generate` has all ids of a prompt: it cuts off as many as the cache has columns, whatever
     these contain. A second call does nothing.
@@ -49,12 +51,17 @@ def watch_generate(model: Any) -> None:
 
 def generate(self: Any, *args: Any, **options: Any) -> Any:
     """Call `generate` of the model's class, after the cache's `begin_generate`."""
-    cache, input_ids = options.get("past_key_values"), options.get("input_ids")
+    cache, input_ids = _cache_in(options), options.get("input_ids")
     if input_ids is None:
         input_ids = args[0] if args else options.get("inputs")
-    if isinstance(cache, WatchingCache) and input_ids is not None:
+    if cache is not None and input_ids is not None:
         cache.begin_generate(input_ids, options.get("attention_mask"))
     return type(self).generate(self, *args, **options)
+
+
+def _cache_in(options: dict[str, Any]) -> WatchingCache | None:
+    found = (options.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in found if isinstance(cache, WatchingCache)), None)
 
 
 def _before(
@@ -63,13 +70,13 @@ def _before(
     if args:  # by their names, as causal LMs pass them
         names = inspect.signature(decoder.forward).parameters
         inputs = inputs | dict(zip(names, args, strict=False))
-    cache = inputs.get("past_key_values")
-    if not isinstance(cache, WatchingCache):
+    cache = _cache_in(inputs)
+    if cache is None:
         return None
     return (), cache.begin_forward(decoder, inputs)
 
 
 def _after(decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
-    cache = inputs.get("past_key_values")
-    if isinstance(cache, WatchingCache):
+    cache = _cache_in(inputs)
+    if cache is not None:
         cache.end_forward(failed=output is None)

@@ -58,7 +58,8 @@ class PaddedRows:
         if attention_mask is None and min(stored) < num_columns:
             raise InvalidRequestError(
                 "earlier forwards had an attention_mask with padding and this one has none: pass "
-                f"the mask of all {num_columns + width} columns"
+                f"the mask of all {num_columns + width} columns, or call reset() before another "
+                "prompt"
             )
         shown = None
         if attention_mask is not None:

@@ -427,6 +427,11 @@ class SpectralPagedCache(Cache):  # type: ignore[misc]
         return True
 
     @property
+    def is_linear(self) -> list[bool]:
+        """For each layer, False: `generate` cuts off stored tokens unless all layers are linear."""
+        return [False] * len(self)
+
+    @property
     def is_croppable(self) -> bool:
         return False
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, TextStreamer
 
+from spectral_paged.integrations import forward_hooks
 from spectral_paged.integrations.cached_attention import ATTENTION_NAME
 from spectral_paged.integrations.padded_rows import left_padded
 from spectral_paged.models.geometry import FAMILIES
@@ -180,6 +181,44 @@ def test_a_decoder_takes_its_inputs_by_place_too():
         by_name = model.model(input_ids=ids, past_key_values=paged_cache(model))[0]
         assert torch.equal(model.model(ids, None, None, cache)[0], by_name)
     assert cache.get_seq_length() == 70
+
+
+class Watching:
+    """A cache that notes the calls which it gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    def begin_generate(self, input_ids, attention_mask):
+        self.calls.append("generate")
+
+    def begin_forward(self, decoder, inputs):
+        self.calls.append("begin")
+        return inputs
+
+    def end_forward(self, *, failed):
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize("name", forward_hooks.CACHE_NAMES)
+def test_a_cache_is_found_by_each_name_that_transformers_gives_it(name):
+    class Decoder(torch.nn.Module):
+        def forward(self, input_ids, **options):
+            return input_ids
+
+        def generate(self, input_ids, **options):
+            return self(input_ids, **options)
+
+    decoder, cache = Decoder(), Watching()
+    forward_hooks.watch(decoder)
+    forward_hooks.watch_generate(decoder)
+    decoder.generate(torch.zeros(1, 3), **{name: cache})
+    assert cache.calls == ["generate", "begin", "end"]
+
+
+def test_no_layer_is_linear_so_that_generate_cuts_off_what_is_stored():
+    cache = paged_cache(attending_model())
+    assert cache.is_linear == [False] * cache.kv_cache.num_layers
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral, a window"])

@@ -158,7 +158,9 @@ def test_what_is_materialized_stands_where_a_dynamic_cache_has_it(name, monkeypa
         model(**new, past_key_values=given)
         returned, update = {}, cache.update
         monkeypatch.setattr(
-            cache, "update", lambda k, v, layer: returned.setdefault(layer, update(k, v, layer))
+            cache,
+            "update",
+            lambda k, v, layer, **_: returned.setdefault(layer, update(k, v, layer)),
         )
         model(**new, past_key_values=cache)
     for side, expected in zip(returned[0], (given.layers[0].keys, given.layers[0].values)):

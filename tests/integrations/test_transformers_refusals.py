@@ -161,7 +161,9 @@ def test_another_prompt_without_a_reset(model, cache):
         generated(model, batch((80, 80, 80), seed=2), cache)
     longer = batch((90, 90), seed=2)
     longer["attention_mask"][:] = 1
-    with pytest.raises(InvalidRequestError, match=r"row 1, the cache stored 12.*call reset\(\)"):
+    # newer releases of transformers hand on no mask that hides nothing
+    says = r"(row 1, the cache stored 12|padding and this one has none).*call reset\(\)"
+    with pytest.raises(InvalidRequestError, match=says):
         generated(model, longer, cache)
     assert still_serves(model, cache)
 
