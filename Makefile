@@ -14,7 +14,7 @@ QUICK := tests/test_architecture.py tests/docs tests/pages tests/pool tests/sche
 # Tests of random cases that take more of them under the profile `deep`.
 DEEP := tests/engine/test_engine_machine.py tests/cache/test_cache_machine.py tests/server/test_description.py
 
-.PHONY: demo test suite test-deep test-newest check test-one check-builds gpu bench-decode map docs vllm clients forms soak kills coverage mutants audit format lint types clean
+.PHONY: demo test suite test-deep test-newest check test-one check-builds gpu bench-decode map docs vllm clients quantized forms soak kills coverage mutants audit format lint types clean
 
 $(STAMP): pyproject.toml constraints.txt model-requirements.txt unsloth-requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed: set PYTHON=..."; exit 1; }
@@ -106,6 +106,18 @@ $(CLIENTS): $(STAMP) tests/clients-requirements.txt
 
 clients: $(CLIENTS)
 	PYTHONPATH=build/clients $(BIN)/python -m pytest tests/clients/*_cases.py
+
+# Checkpoints of quantizing packages on a CPU, with those packages in a folder of their own (180 MB
+# unpacked), which is fetched once.
+QUANTIZED := build/quantized/.ready
+$(QUANTIZED): $(STAMP) tests/quantized-requirements.txt
+	rm -rf build/quantized
+	$(BIN)/python -m pip install --quiet --no-deps --target build/quantized -r tests/quantized-requirements.txt
+	touch $@
+
+quantized: $(QUANTIZED)
+	PYTHONPATH=build/quantized $(BIN)/python -m pytest tests/models/quantized_checkpoint_cases.py \
+	  tests/benchmarks/quantized_throughput_cases.py
 
 # Lines and branches of the package and its scheduler; kernels have tests of their own on a GPU.
 coverage: $(STAMP)

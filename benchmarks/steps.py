@@ -34,6 +34,7 @@ from spectral_paged.errors import CapacityError, InvalidRequestError
 from spectral_paged.llm import LLM
 from spectral_paged.models.attention_choice import use_attention
 from spectral_paged.models.loader import LoadedModel
+from spectral_paged.models.stored_tensors import stored_bytes
 from spectral_paged.pages import PRESETS
 from spectral_paged.sampling import SamplingParams
 
@@ -100,7 +101,7 @@ def weight_bytes(model: Any) -> int:
     """Bytes of the weights that a step reads whole, so without an untied embedding table."""
     looked_up = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is looked_up
-    return sum(p.nbytes for p in model.parameters() if tied or p is not looked_up)
+    return stored_bytes(model) - (0 if tied else looked_up.nbytes)
 
 
 @torch.inference_mode()

@@ -106,8 +106,8 @@ def add_throughput(parser: Parser) -> None:
     parser.add_argument(
         "--suite",
         default="",
-        help="a list of workloads over one model of random weights, for one H200: 8b, or 8b-vllm "
-        "beside vLLM; default: none",
+        help="a list of workloads over one model of random weights, for one H200: 8b, 8b-4bit, "
+        "or 8b-vllm beside vLLM; default: none",
     )
     add_repeatable(
         parser, "--only", metavar="NAME", help="workload of the suite; default: all of them"

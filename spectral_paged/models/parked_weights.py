@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from spectral_paged.models.stored_tensors import stored_tensors
+
 
 class ParkedWeights:
     """The weights of a model in host memory, while their memory on the device is free.
@@ -14,12 +16,12 @@ class ParkedWeights:
     layers know them again. Their addresses change: a captured graph is not valid any more.
 
     Args:
-        model: its parameters and buffers are parked at once.
+        model: its parameters and buffers are parked at once, packed ones too.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parked: list[tuple[torch.UntypedStorage, Any]] = []
-        for tensor in (*model.parameters(), *model.buffers()):
+        for _, tensor in stored_tensors(model):
             storage = tensor.untyped_storage()
             if storage.nbytes():  # else it is empty, or shared with a tensor before
                 kept = torch.UntypedStorage(storage.nbytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,18 +13,24 @@ from spectral_paged.device import choose_device, choose_dtype
 from spectral_paged.errors import AdapterError
 from spectral_paged.models.activation_memory import activation_bytes
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache
-from spectral_paged.models.calibration import find_calibration
+from spectral_paged.models.calibration import find_calibration, packed_obstacle
+from spectral_paged.models.linear_weights import check_products
 from spectral_paged.models.loader import LoadedModel, load_model
 from spectral_paged.models.lora import LoadedAdapters
 from spectral_paged.models.option_checks import (
     check_experts,
     check_fit,
     check_options,
+    check_packed,
     format_of,
 )
 from spectral_paged.models.weight_quantization import check_device, check_quantized, quantized
 from spectral_paged.options import LLMOptions, lora_modules
 from spectral_paged.pages import PageFormat
+
+logger = logging.getLogger(__name__)
+
+UNCALIBRATED = "spectral-page"  # what `auto` takes for weights that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ def ready_model(model: str | PathLike[str] | LoadedModel, options: LLMOptions) -
         loaded, own = model, model.model
         check_quantized(loaded, options.quantization)
         check_experts(options, loaded.geometry, device=own.device, dtype=own.dtype)
+        check_packed(options, own.config, device=own.device)
     else:
         where = choose_device(options.device)
         dtype = choose_dtype(options.dtype, where)
@@ -100,12 +108,26 @@ def ready_model(model: str | PathLike[str] | LoadedModel, options: LLMOptions) -
     if loaded.peft is not None and not options.enable_lora:
         raise loaded.peft.refused()
     longest_sequence(loaded.geometry, options.max_model_len)
+    options = _with_own_format(options, loaded)
     format = format_of(options, loaded.geometry)
     if (method := options.quantization) is not None and loaded.quantization is None:
         basis = find_calibration(options.calibration, format, loaded, device=where)
         options = replace(options, calibration=basis)
         loaded = quantized(loaded, method, where)
+    check_products(loaded.name, loaded.model)
     return ReadyModel(loaded, format, options, _adapters(loaded, options))
+
+
+def _with_own_format(options: LLMOptions, loaded: LoadedModel) -> LLMOptions:
+    """Return the options with a format that needs no calibration, where `auto` can have none."""
+    wanted = options.kv_format == options.calibration == "auto"
+    if not wanted or loaded.quantization is not None:
+        return options
+    if (reason := packed_obstacle(loaded)) is None:
+        return options
+    log = {"event": "format", "model": loaded.name, "kv_format": UNCALIBRATED, "reason": reason}
+    logger.warning("kv_format is %s: %s", UNCALIBRATED, reason, extra=log)
+    return replace(options, kv_format=UNCALIBRATED)
 
 
 def _adapters(loaded: LoadedModel, options: LLMOptions) -> LoadedAdapters | None:

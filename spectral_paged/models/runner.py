@@ -23,6 +23,7 @@ from spectral_paged.models.attention_choice import (
 from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
 from spectral_paged.models.lora import TokenAdapters
 from spectral_paged.models.parked_weights import ParkedWeights
+from spectral_paged.models.stored_tensors import stored_bytes
 from spectral_paged.models.weight_quantization import quantization_of
 from spectral_paged.pool.weak_method import WeakMethod
 from spectral_paged.sampling import LogitsVisitor, PendingTokens
@@ -156,9 +157,9 @@ class ModelRunner:
         self.graphs = DecodeGraphs(cache, decode, adapters, max_decode_rows) if fast else None
         self.compiles = fast and compile_layers
         self._parked: ParkedWeights | None = None  # while the model sleeps
-        self._weights = {
+        self._weights: dict[str, object] = {
             "quantization": quantization_of(model),
-            "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+            "weight_bytes": stored_bytes(model),
         }
         _AttentionLease.take(model)
         self._give_back = finalize(self, _AttentionLease.give_back, ref(model))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_paged.models.stored_tensors import stored_tensors
 from spectral_paged.rope import RotaryTable
 
 CHUNK = 1 << 22  # numbers of 8 bytes that are summed at a time
@@ -27,7 +28,7 @@ def weights_digest(model: Any, ropes: Sequence[RotaryTable | None]) -> str:
     config = model.config.to_dict()
     said = {key: config[key] for key in sorted(config) if key not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in stored_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sum(tensor)}".encode())
     for rope in ropes:
         for table in () if rope is None else (rope.cos, rope.sin):

@@ -208,7 +208,8 @@ class LLMOptions(CacheOptions):
             the GPU has none.
         quantization: `fp8` quantizes the weights of linear layers to FP8 as they are loaded, and
             multiplies on FP8 tensor cores (compute capability 8.9 or more); `fp8-emulated` rounds
-            in the same way and multiplies in fp32, on any device; default: weights as they are.
+            in the same way and multiplies in fp32, on any device; `bitsandbytes` has 4 bits a
+            weight (NF4), by the package of that name; default: weights as they are.
         gpu_memory_utilization: share of GPU memory, above 0 and at most 1, for weights, cache and a
             step's activations, which are measured by running a step as large as the budgets allow.
         max_num_batched_tokens: most tokens that a step computes. `max_num_seqs` is the limit on its

@@ -278,6 +278,30 @@ def test_the_suite_refuses_what_it_does_not_have(tmp_path):
             suites.main(name, only=only, output_dir=tmp_path)
 
 
+@pytest.mark.parametrize("given, used", [(None, "bitsandbytes"), ("fp8", "fp8")])
+def test_the_suite_of_four_bits_caps_memory_and_quantizes(tmp_path, monkeypatch, given, used):
+    seen = []
+    monkeypatch.setattr(run, "load", lambda options: seen.append(options))
+    monkeypatch.setattr(run, "Report", lambda options, loaded: options)
+    monkeypatch.setattr(run, "measure_all", lambda reports, loaded: seen.extend(reports))
+    assert suites.main("8b-4bit", only=[], quantization=given, output_dir=tmp_path) == 0
+    for options in seen:
+        assert options.quantization == used and options.workload.input_len == 8192
+        assert options.gpu_memory_utilization * 141 == pytest.approx(24, abs=0.1)
+        assert options.backends == ("exact", "spectral-quality") and options.fit
+        assert options.max_num_seqs == (options.workload.num_prompts,)
+    assert seen[1].name == "8b-4bit-8k-24gb" + ("-fp8" if given else "")
+
+
+def test_a_suite_without_a_quantization_has_none(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "load", lambda options: seen.append(options))
+    monkeypatch.setattr(run, "Report", lambda options, loaded: options)
+    monkeypatch.setattr(run, "measure_all", lambda reports, loaded: seen.extend(reports))
+    suites.main("8b", only=["8k-24gb"], output_dir=tmp_path)
+    assert [options.quantization for options in seen] == [None, None]
+
+
 def test_baselines_run_the_model_as_it_came(monkeypatch):
     """A model that an engine served, and compiled, is not what transformers' own loops are timed
     on."""

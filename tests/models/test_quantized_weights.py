@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
-from spectral_paged.errors import UnsupportedModelError
-from spectral_paged.models import loader
+from spectral_paged import LLM
+from spectral_paged.errors import (
+    InvalidRequestError,
+    MissingPackageError,
+    SpectralPagedError,
+    UnsupportedModelError,
+)
+from spectral_paged.models import loader, quantized_weights
 from spectral_paged.models.fp8_linear import to_fp8
+from spectral_paged.models.option_checks import check_packed
+from spectral_paged.models.quantized_weights import loading
 from spectral_paged.models.weight_quantization import quantized
+from spectral_paged.options import LLMOptions
+from support.model_variants import build
+from support.paths import ROOT
 from support.tiny_model import tiny_model
 
 
@@ -32,13 +47,19 @@ def edit(path, **changes):
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+# a config, its method, the package that transformers asks for, and the extra that has it
+PACKAGED = [
+    (GPTQ, "gptq", "gptqmodel", "gptqmodel"),
+    (GPTQ, "gptq", "optimum", "gptqmodel"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq", "gptqmodel", "gptqmodel"),
+    ({"load_in_4bit": True}, "bitsandbytes", "bitsandbytes", "bitsandbytes"),
+    ({"_load_in_8bit": True, "_load_in_4bit": False}, "bitsandbytes", *["bitsandbytes"] * 2),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, *["bitsandbytes"] * 3),
+    ({"quant_method": "compressed-tensors"}, *["compressed-tensors"] * 3),
+    ({"quant_method": "torchao", "quant_type": {}}, *["torchao"] * 3),
+    ({"quant_method": "quanto", "weights": "int8"}, "quanto", "optimum-quanto", "quanto"),
+]
 SAID = [
-    ("quantization_config", GPTQ, "gptq"),
-    ("quantization_config", {"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
-    ("quantization_config", {"load_in_4bit": True}, "bitsandbytes"),
-    ("quantization_config", {"_load_in_8bit": True, "_load_in_4bit": False}, "bitsandbytes"),
-    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
-    ("quantization_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ("compression_config", {"quant_method": "sparseml"}, "sparseml"),
     ("quantization_config", {"quant_method": "fp8", "activation_scheme": "static"}, "fp8"),
     ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128]}, "fp8"),
@@ -58,6 +79,122 @@ def test_a_quantized_checkpoint_is_refused_by_its_method(folder, key, value, met
     with pytest.raises(UnsupportedModelError, match=rf"quantized.*\({method}\)") as caught:
         load(folder)
     assert "from_model" in str(caught.value) and "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config, method, package, extra", PACKAGED)
+def test_a_package_that_is_missing_is_named(folder, monkeypatch, config, method, package, extra):
+    def version(name):
+        if name == package:
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(quantized_weights, "version", version)
+    edit(folder / "config.json", quantization_config=config)
+    with pytest.raises(
+        MissingPackageError, match=rf"\({method}\), which needs {package}"
+    ) as caught:
+        load(folder)
+    assert f"pip install '.[{extra}]'" in str(caught.value)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert any(found.startswith(package) for found in extras["optional-dependencies"][extra])
+
+
+@pytest.mark.parametrize("method", quantized_weights.PACKAGES)
+def test_tensors_of_another_method_than_the_configs_are_refused(folder, monkeypatch, method):
+    """transformers would answer for tensors that are missing, or leave their scales out."""
+    monkeypatch.setattr(quantized_weights, "version", lambda name: "1.0")
+    edit(folder / "config.json", quantization_config={"quant_method": method})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    where = "model.layers.0.self_attn.q_proj."
+    index["weight_map"][where + "W_q"] = index["weight_map"].pop(where + "weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedModelError, match="HQQ, by tensor"):
+        load(folder)
+
+
+def test_what_a_package_does_not_load_is_no_damage_alone(folder, monkeypatch):
+    """The error names who was asked; nothing here loads weights of such a config."""
+    monkeypatch.setattr(quantized_weights, "version", lambda name: "1.0")
+    edit(folder / "config.json", quantization_config={"quant_method": "quanto", "weights": "int3"})
+    with pytest.raises(SpectralPagedError, match="transformers 1.0 and optimum-quanto 1.0 load"):
+        load(folder)
+
+
+def test_quantized_mixtures_are_refused_by_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized_weights, "version", lambda name: "1.0")
+    config = build("mixtral").config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(UnsupportedModelError, match=r"\(bitsandbytes\) of a mixture of experts"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("method", [m for m in quantized_weights.PACKAGES if "compr" not in m])
+def test_packed_weights_are_not_quantized_again(folder, monkeypatch, method):
+    monkeypatch.setattr(quantized_weights, "version", lambda name: "1.0")
+    edit(folder / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(InvalidRequestError, match=rf"quantized already \({method}\): leave it out"):
+        LLM(str(folder), quantization="fp8-emulated", device="cpu", kv_cache_bytes=1 << 20)
+
+
+EIGHT = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    "config, eager, served",
+    [
+        (EIGHT, False, False),
+        (EIGHT, True, True),
+        (EIGHT | {"llm_int8_threshold": 0.0}, False, True),
+        ({"_load_in_8bit": True}, False, False),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, False, True),
+        (GPTQ, False, True),
+        (None, False, True),
+    ],
+)
+@pytest.mark.parametrize("as_object", [False, True])
+def test_graphs_need_products_that_look_at_no_values(config, eager, served, as_object):
+    model = LlamaConfig()
+    if config is not None:
+        model.quantization_config = SimpleNamespace(**config) if as_object else config
+    options, cuda = LLMOptions(enforce_eager=eager), torch.device("cuda")
+    if served:
+        check_packed(options, model, device=cuda)
+    else:
+        with pytest.raises(InvalidRequestError, match="enforce_eager=True"):
+            check_packed(options, model, device=cuda)
+    check_packed(options, model, device=torch.device("cpu"))
+
+
+FP8_GROUP = {"weights": {"type": "float", "num_bits": 8}}
+INT4_GROUP = {"weights": {"type": "int", "num_bits": 4}}
+
+
+@pytest.mark.parametrize(
+    "groups, device, dtype, capability, kept",
+    [
+        ([FP8_GROUP], "cuda", torch.bfloat16, (8, 9), True),
+        ([FP8_GROUP, FP8_GROUP], "cuda", torch.bfloat16, (9, 0), True),
+        ([FP8_GROUP], "cuda", torch.bfloat16, (8, 6), False),
+        ([FP8_GROUP], "cuda", torch.float16, (9, 0), False),
+        ([FP8_GROUP], "cpu", torch.bfloat16, (9, 0), False),
+        ([FP8_GROUP, INT4_GROUP], "cuda", torch.bfloat16, (9, 0), False),
+        ([INT4_GROUP], "cuda", torch.bfloat16, (9, 0), False),
+        ([], "cuda", torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_compressed_tensors_are_unpacked_but_where_a_gpu_multiplies_them(
+    monkeypatch, groups, device, dtype, capability, kept
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    given = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }
+    config, where = LlamaConfig(quantization_config=given), torch.device(device)
+    assert loading(config, where, dtype) == {"device_map": {"": where}}
+    assert given["use_optimized_inference"] is kept and given["dequantize"] is not kept
 
 
 def test_a_config_that_names_no_quantization_loads(folder):

@@ -284,7 +284,7 @@ def door_serve(method):
     [
         ("fp9", "quantization is 'fp9'; it must be None or one of fp8, .*did you mean 'fp8'"),
         ("fp8_emulated", "did you mean 'fp8-emulated'"),
-        ("awq", "it must be None or one of fp8, fp8-emulated, which quantize 16-bit weights"),
+        ("awq", "it must be None or one of fp8, fp8-emulated, bitsandbytes, which quantize 16-bit"),
         ("fp8", "8.9 or more .*device is cpu: leave it out, or take quantization='fp8-emulated'"),
     ],
 )

@@ -49,7 +49,7 @@ def load_model(name, *, device, dtype, trust_remote_code=False, check=None):
     """A stand-in for `loader.load_model` that returns the small model for every name."""
     made = model()
     if check is not None:
-        check(ModelGeometry.from_config(made.config))
+        check(ModelGeometry.from_config(made.config), made.config)
     return loader.LoadedModel(
         name, made.to(device, dtype), tokenizer(), ModelGeometry.from_config(made.config)
     )

@@ -31,6 +31,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.calibration import calibration_obstacle
 from spectral_paged.models.geometry import ModelGeometry
+from spectral_paged.models.linear_weights import packed_layers
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import AUTO, PageFormat
@@ -291,8 +292,12 @@ def _check_options(block_size: int, spectral: bool, triton: bool, weighted: bool
 
 
 def _default_format(loaded: LoadedModel) -> str:
-    """The default format; for a model that cannot be calibrated, one without calibration."""
-    if calibration_obstacle(loaded) is None:
+    """The default format; for a model without a calibration of its own, one that needs none.
+
+    Unsloth's forward over packed weights was never compared with their matrices.
+    """
+    packed = next(packed_layers(loaded.model), None) is not None
+    if not packed and calibration_obstacle(loaded) is None:
         return AUTO
     return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"
 
