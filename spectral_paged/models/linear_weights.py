@@ -28,9 +28,16 @@ def is_linear(module: Any) -> bool:
 
 def is_plain(linear: Any) -> bool:
     """Return whether a layer's `weight` is what it multiplies by: a tensor of 16 bits or more."""
-    weight: Any = getattr(linear, "weight", None)
+    weight: Any = getattr(_without_adapters(linear), "weight", None)
     kinds = (Tensor, nn.Parameter)
     return type(weight) in kinds and weight.is_floating_point() and weight.itemsize >= 2
+
+
+def _without_adapters(linear: Any) -> Any:
+    """Return the layer inside a layer with adapters, PEFT's or those here, or the layer itself."""
+    for inside in ("base_layer", "base"):
+        linear = getattr(linear, inside, linear)
+    return linear
 
 
 def packed_layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -71,7 +78,7 @@ def check_products(where: str, model: Any) -> None:
 def packed_matrix(linear: Any, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
     """Return the matrix that a packed layer multiplies by, `[out, in]`, or some of its columns.
 
-    Adapters of PEFT around the layer do not count.
+    Adapters around the layer do not count.
 
     Args:
         dtype: of the inputs that the layer takes: that of the model.
@@ -80,7 +87,7 @@ def packed_matrix(linear: Any, dtype: torch.dtype, columns: Tensor | None = None
     Raises:
         Exception: whatever a layer raises that cannot multiply here.
     """
-    linear = getattr(linear, "base_layer", linear)
+    linear = _without_adapters(linear)
     device = next(itertools.chain(linear.parameters(), linear.buffers())).device
     chosen = torch.arange(linear.in_features) if columns is None else columns
     bias = getattr(linear, "bias", None)
@@ -114,5 +121,5 @@ def sampled_weights(projection: Any, model: Any) -> Iterator[Tensor]:
     width = projection.in_features
     columns = torch.arange(0, width, -(-width // SAMPLE_COLUMNS))
     yield packed_matrix(projection, model.dtype, columns)
-    if (bias := getattr(projection, "bias", None)) is not None:
+    if (bias := getattr(_without_adapters(projection), "bias", None)) is not None:
         yield bias

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
-from spectral_paged import LLM, PageFormat, SamplingParams
+from spectral_paged import LLM, LoRARequest, PageFormat, SamplingParams
 from spectral_paged.errors import InvalidRequestError, UnsupportedModelError
 from spectral_paged.models.calibration import calibrate, model_fingerprint, output_moment
 from spectral_paged.models.geometry import ModelGeometry
@@ -21,6 +21,7 @@ from spectral_paged.models.parked_weights import ParkedWeights
 from spectral_paged.models.stored_tensors import stored_bytes, stored_tensors
 from spectral_paged.models.weights_digest import weights_digest
 from spectral_paged.pages.shared_basis import COVARIANCES, METRICS
+from support.lora_adapters import save_adapter
 from support.tiny_model import random_prompts, tiny_model
 
 CALIBRATED = PageFormat("s", 2, 16, ((16, 8),), ((16, 8),), basis="shared")
@@ -199,6 +200,20 @@ def test_a_packed_model_says_with_calibrated_pages_what_its_plain_one_says(monke
         )
         made.close()
     assert said[0] == said[1]
+
+
+def test_adapters_are_added_to_layers_of_any_class(tmp_path):
+    packed, path = packed_model(), save_adapter(tmp_path, targets=("q_proj", "down_proj"))
+    prompts, said, plain = random_prompts([70]), [], dense_model(packed)
+    own, other = map(model_fingerprint, (packed, plain))
+    for model in (packed, plain):
+        options = {"kv_format": "exact", "kv_cache_bytes": 16 << 20, "enable_lora": True}
+        with LLM.from_model(model, **options) as made:
+            for request in (LoRARequest("mine", 1, path), None):
+                [found] = made.generate(prompts, GREEDY, use_tqdm=False, lora_request=request)
+                said.append(found.outputs[0].token_ids)
+            assert model_fingerprint(model) == (own if model is packed else other)
+    assert said[0] == said[2] != said[1] == said[3]
 
 
 # ---- stored tensors ----------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_paged.errors import AdapterError, UnsupportedModelError, shown, suggestion
-from spectral_paged.models.fp8_linear import FP8Linear
+from spectral_paged.models.linear_weights import is_linear
 from spectral_paged.models.lora.adapter_config import MERGE, check_rank
 from spectral_paged.models.lora.adapter_files import read_folder
 from spectral_paged.models.lora.adapter_weights import AdapterWeights
@@ -95,7 +95,7 @@ class LoadedAdapters:
         linears = {
             f"model.layers.{name}": part
             for name, part in model.model.layers.named_modules()
-            if isinstance(part, nn.Linear | FP8Linear)
+            if is_linear(part)
         }
         self.close = finalize(self, _put_back, ref(model), linears, peft)  # restores it, once
         self.close.atexit = False
