@@ -16,8 +16,12 @@ def bench_decode(args: argparse.Namespace) -> int:
 
     if not args.report_only:
         choose_device("cuda")  # refuses with a remedy if there is no GPU
-    from spectral_paged.benchmarks.decode import run as decode
+    from spectral_paged.benchmarks.decode import run as decode, shared
 
+    if args.shared is not None:
+        return shared.main(
+            sharers=args.shared, output_dir=args.output_dir, shapes=args.shape, formats=args.format
+        )
     return decode.main(
         output_dir=args.output_dir,
         results=args.results,

@@ -130,6 +130,12 @@ def _add_decode(parser: Parser) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="the report of decode.json, with the KL of today"
     )
+    parser.add_argument(
+        "--shared",
+        type=positive,
+        metavar="N",
+        help="N questions on one document of 32,768 tokens against N documents; default: none",
+    )
     add_output_dir(parser)
 
 

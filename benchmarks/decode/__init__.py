@@ -5,5 +5,6 @@ __all__ = [
     "inputs",
     "report",
     "run",
+    "shared",
     "tune",
 ]

@@ -7,5 +7,6 @@ __all__ = [
     "parts",
     "plan",
     "reference",
+    "shared_pages",
     "triton",
 ]

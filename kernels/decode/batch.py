@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.decode.shared_pages import SharedPages
 from spectral_paged.kernels.launch.configs import DecodeConfig
 from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.page.layout import PageLayout
@@ -44,6 +45,8 @@ class Pages:
         all.
     plan: the items into which a GPU cuts the work; None lets the op cut it.
     config: the launch parameters of a GPU's kernels; None lets the op choose them.
+    shared: the first pages of sequences that begin alike; None: each reads all of its own. Ops
+        refuse it beside `first_visible`, because a tile's queries see the same tokens.
     """
 
     table: Tensor
@@ -53,6 +56,7 @@ class Pages:
     first_visible: Tensor | None = None
     plan: DecodePlan | None = None
     config: DecodeConfig | None = None
+    shared: SharedPages | None = None
 
 
 @dataclass(frozen=True, slots=True)

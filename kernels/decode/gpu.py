@@ -22,8 +22,14 @@ from spectral_paged.kernels.decode.gluon import (
     project as project_gluon,
     project_shared as project_shared_gluon,
 )
-from spectral_paged.kernels.decode.parts import ExactPartials, Partials, ScoreOptions
+from spectral_paged.kernels.decode.parts import (
+    ExactPartials,
+    Partials,
+    ScoreOptions,
+    TilePartials,
+)
 from spectral_paged.kernels.decode.plan import DecodePlan
+from spectral_paged.kernels.decode.shared_pages import SharedPages, check_no_window
 from spectral_paged.kernels.decode.triton import (
     apply as apply_triton,
     attend as attend_triton,
@@ -33,6 +39,7 @@ from spectral_paged.kernels.decode.triton.exact import attend_exact, plan_exact
 from spectral_paged.kernels.decode.triton.finish import finish, merge_items
 from spectral_paged.kernels.launch.card import card_of
 from spectral_paged.kernels.launch.configs import DecodeConfig, decode_config
+from spectral_paged.kernels.math.rotary import Rotation
 from spectral_paged.kernels.math.scores import Scores
 from spectral_paged.kernels.page.layout import PageLayout
 from spectral_paged.kernels.page.triton import check_layout
@@ -50,6 +57,7 @@ def plan_pages(
     num_pages: Tensor,
     max_entries: int,
     config: DecodeConfig | None = None,
+    starts: Tensor | None = None,
 ) -> DecodePlan:
     """The items of a decode step over pages.
 
@@ -57,12 +65,17 @@ def plan_pages(
         num_pages: int `[N]`, table entries to visit.
         max_entries: a bound on their sum.
         config: launch parameters; the default is `decode_config` of the GPU.
+        starts: int `[N]`, the first entries to visit; None: 0.
     """
     if config is None:
         config = decode_config(layout, num_pages.device)
     target = max(1, config.programs // layout.num_kv_heads)
     return DecodePlan.of(
-        num_pages, max_entries=max_entries, target_items=target, by_entry=layout.k.shared_basis
+        num_pages if starts is None else num_pages - starts,
+        max_entries=max_entries,
+        target_items=target,
+        by_entry=layout.k.shared_basis,
+        starts=starts,
     )
 
 
@@ -146,6 +159,52 @@ def attend_pages(
     return partials
 
 
+def attend_planned(
+    q: Tensor,
+    plane: Tensor,
+    pages: Pages,
+    scores: Scores,
+    basis: Tensor | None,
+    explicit: bool | None = None,
+) -> tuple[Partials, TilePartials | None]:
+    """Partial results over planned `pages`, and those of the tiles that read what is shared.
+
+    A tile has more queries a KV head than a sequence, so its accumulators take more registers.
+
+    Args:
+        basis: K's, where pages share it.
+    """
+    rotation, shared = pages.rotation, pages.shared
+
+    def attend(q: Tensor, table: Tensor, plan: DecodePlan | None, config: DecodeConfig) -> Partials:
+        assert plan is not None, "the pages are planned"
+        return attend_pages(
+            q,
+            plane,
+            table,
+            layout=pages.layout,
+            cos=rotation.cos,
+            sin=rotation.sin,
+            scale=scores.scale,
+            k_basis=basis,
+            plan=plan,
+            config=config,
+            options=ScoreOptions(rotation.first_position, scores.softcap, pages.first_visible),
+            explicit=explicit,
+        )
+
+    config = pages.config
+    assert config is not None, "the pages are planned"
+    tiles = None
+    if shared is not None:
+        check_no_window(pages.first_visible)
+        wide = replace(config, attend_registers=config.tile_registers)
+        found = attend(shared.queries(q), shared.table, shared.plan, wide)
+        assert shared.plan is not None
+        tiles = TilePartials(found, shared.plan.first_item, shared.seats, shared.seats_per_tile)
+    return attend(q, pages.table, pages.plan, config), tiles
+
+
 def spectral_decode(
     q: Tensor,
     plane: Tensor,
@@ -161,6 +220,7 @@ def spectral_decode(
     v_basis: Tensor | None = None,
     softcap: float | None = None,
     first_visible: Tensor | None = None,
+    shared: SharedPages | None = None,
     plan: DecodePlan | None = None,
     explicit: bool | None = None,
     config: DecodeConfig | None = None,
@@ -174,28 +234,16 @@ def spectral_decode(
         config: launch parameters; the default is `decode_config` of the GPU.
 
     Raises:
-        ValueError: no kernel reads the layout; the message names one to use instead.
+        ValueError: no kernel reads the layout, and the message names one to use instead; or both
+            `shared` and `first_visible`.
     """
     check_layout(layout)
-    if config is None:
-        config = decode_config(layout, q.device)
-    if plan is None:
-        plan = plan_pages(layout, num_pages, table.shape[0] * table.shape[1], config)
-    partials = attend_pages(
-        q,
-        plane,
-        table,
-        layout=layout,
-        cos=cos,
-        sin=sin,
-        scale=scale,
-        k_basis=k_basis,
-        plan=plan,
-        config=config,
-        options=ScoreOptions(first_position, softcap, first_visible),
-        explicit=explicit,
-    )
-    return finish(q, partials, layout=layout, basis=v_basis, plan=plan)
+    rotation = Rotation(cos, sin, first_position)
+    pages = Pages(table, num_pages, layout, rotation, first_visible, plan, config, shared)
+    pages = planned_pages(pages, table.numel())
+    partials, tiles = attend_planned(q, plane, pages, Scores(scale, softcap), k_basis, explicit)
+    assert pages.plan is not None
+    return finish(q, partials, layout=layout, basis=v_basis, plan=pages.plan, tiles=tiles)
 
 
 @cache
@@ -234,14 +282,25 @@ def planned_exact(exact: ExactTokens, max_pages: int) -> ExactTokens:
     return replace(exact, plan=plan_exact(exact.counts, max_pages, exact.num_kv_heads))
 
 
-def planned_pages(pages: Pages, max_entries: int) -> Pages:
-    """`pages` with its DecodePlan and launch parameters, which all layers share.
+def planned_pages(pages: Pages, max_entries: int, max_shared: int | None = None) -> Pages:
+    """`pages` with its DecodePlans and launch parameters, which all layers share.
 
-    `max_entries` bounds the number of table entries of all sequences together.
+    A plan that is there already is kept.
+
+    Args:
+        max_entries: a bound on the number of table entries that all sequences read themselves.
+        max_shared: a bound on those that all tiles read together; None: as many.
     """
     config = pages.config or decode_config(pages.layout, pages.counts.device)
-    plan = plan_pages(pages.layout, pages.counts, max_entries, config)
-    return replace(pages, plan=plan, config=config)
+    shared, plan = pages.shared, pages.plan
+    if plan is None:
+        starts = None if shared is None else shared.starts
+        plan = plan_pages(pages.layout, pages.counts, max_entries, config, starts)
+    if shared is not None and shared.plan is None:
+        most = max_entries if max_shared is None else max_shared
+        of_tiles = plan_pages(pages.layout, shared.counts, most, config)
+        shared = replace(shared, plan=of_tiles)
+    return replace(pages, plan=plan, config=config, shared=shared)
 
 
 def decode_attention(
@@ -280,34 +339,21 @@ def decode_attention(
 
     if pages is None:
         return merge_items(q, attend(), exact_plan.first_item, sinks=sinks, dtype=q.dtype)[0]
-    layout, rotation = pages.layout, pages.rotation
-    check_layout(layout)
+    check_layout(pages.layout)
     if pages.plan is None or pages.config is None:
         pages = planned_pages(pages, pages.table.numel())
     plan, config = pages.plan, pages.config
     assert plan is not None and config is not None
     join = _begin(attend, q.device, config.second_stream)
-    partials = attend_pages(
-        q,
-        plane,
-        pages.table,
-        layout=layout,
-        cos=rotation.cos,
-        sin=rotation.sin,
-        scale=scores.scale,
-        k_basis=basis.k,
-        plan=plan,
-        config=config,
-        options=ScoreOptions(rotation.first_position, scores.softcap, pages.first_visible),
-    )
-    beside = ExactPartials(join(), exact_plan.first_item)
+    partials, tiles = attend_planned(q, plane, pages, scores, basis.k)
     out, _ = finish(
         q,
         partials,
-        layout=layout,
+        layout=pages.layout,
         basis=basis.v,
         plan=plan,
-        beside=beside,
+        beside=ExactPartials(join(), exact_plan.first_item),
+        tiles=tiles,
         sinks=sinks,
         dtype=q.dtype,
     )

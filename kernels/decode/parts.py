@@ -113,6 +113,22 @@ class ExactPartials:
 
 
 @dataclass(frozen=True, slots=True)
+class TilePartials:
+    """Partial results over shared pages, merged with those over each sequence's own.
+
+    partials: those of tiles, with the vectors of the sequences' own partials.
+    first_item: int32 `[T + 1]`, `DecodePlan.first_item` of these items.
+    seats: int32 `[N]`, `SharedPages.seats`.
+    seats_per_tile: M; query g of the sequence in place p of a tile is query p G + g of the tile.
+    """
+
+    partials: Partials
+    first_item: Tensor
+    seats: Tensor
+    seats_per_tile: int
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreOptions:
     """The cap and the mask of scores before their softmax; see `decode.reference.spectral_decode`.
 

@@ -29,7 +29,9 @@ class DecodePlan:
         item_seq: int32 `[num_items]`, the sequence of each item; N for an item without work.
         item_start, item_end: int32 `[num_items]`, the table entries of each item.
         first_item: int32 `[N + 1]`, the items of sequence i are `first_item[i] : first_item[i+1]`.
-        first_entry: int32 `[N + 1]`, running sum of entries: numbers the entries of all sequences.
+        first_entry: int32 `[N + 1]`, numbers the entries of all sequences: entry e of sequence i
+            is `first_entry[i] + e`, and the last element is their number. Without `starts` it is
+            the running sum of entries.
         entry_seq: int32 `[max_entries]`, the sequence of each numbered entry, N past the last; None
             where no kernel goes by entries.
         max_entries: most entries that all sequences may have together.
@@ -56,6 +58,7 @@ class DecodePlan:
         target_items: int,
         grain: int = 1,
         by_entry: bool = False,
+        starts: Tensor | None = None,
     ) -> DecodePlan:
         """Cut `num_entries` int `[N]` table entries a sequence into about `target_items` items.
 
@@ -63,6 +66,7 @@ class DecodePlan:
             max_entries: a bound on their sum, known on the host.
             grain: entries of an item, if that leaves at least half of `target_items` items.
             by_entry: compute `entry_seq`, too.
+            starts: int `[N]`, the first of each sequence's entries; None: 0.
         """
         counts = num_entries.to(torch.int32)
         num_seqs = counts.shape[0]
@@ -87,9 +91,14 @@ class DecodePlan:
             (k * count).div(own, rounding_mode="floor").to(torch.int32) for k in (place, place + 1)
         )
         entry_seq = None
+        ends = first_entry[1:]
+        if starts is not None:
+            before = torch.cat((starts.to(torch.int32), zero))
+            start, end = start + before[seq], end + before[seq]
+            first_entry = first_entry - before
         if by_entry:
             every = torch.arange(max(max_entries, 1), dtype=torch.int32, device=counts.device)
-            entry_seq = torch.searchsorted(first_entry[1:], every, right=True, out_int32=True)
+            entry_seq = torch.searchsorted(ends, every, right=True, out_int32=True)
         return cls(
             item_seq=seq,
             item_start=start,

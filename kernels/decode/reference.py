@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
+from spectral_paged.kernels.decode.shared_pages import SharedPages, check_no_window
 from spectral_paged.kernels.exact.reference import exact_gather
 from spectral_paged.kernels.math.rotary import block_rows, rotate
 from spectral_paged.kernels.math.scores import Scores, capped, merge, with_sinks
@@ -67,6 +68,7 @@ def decode_attention(
             v_basis=basis.v,
             softcap=scores.softcap,
             first_visible=pages.first_visible,
+            shared=pages.shared,
         )
         out, lse = merge([out, other], [lse, other_lse])
     if sinks is not None:
@@ -134,6 +136,7 @@ def spectral_decode(
     v_basis: Tensor | None = None,
     softcap: float | None = None,
     first_visible: Tensor | None = None,
+    shared: SharedPages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence to its sealed blocks.
 
@@ -153,10 +156,39 @@ def spectral_decode(
         softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
         first_visible: int `[N]`, the first position that each query sees (a sliding window); None
             sees all.
+        shared: the pages that tiles of sequences read; None: each reads all of its own.
 
     Returns:
         out fp32 `[N, Hq, D]` and lse fp32 `[N, Hq]`; zeros and -inf for a sequence without pages.
+
+    Raises:
+        ValueError: both `shared` and `first_visible`.
     """
+    if shared is not None:
+        check_no_window(first_visible)
+        own = table.clone()
+        entry = torch.arange(table.shape[1], device=table.device)
+        own[entry < shared.starts.unsqueeze(-1)] = -1  # its tile reads it
+        found = [
+            spectral_decode(
+                *part,
+                layout=layout,
+                first_position=first_position,
+                cos=cos,
+                sin=sin,
+                scale=scale,
+                k_basis=k_basis,
+                v_basis=v_basis,
+                softcap=softcap,
+            )
+            for part in (
+                (q, plane, own, num_pages),
+                (shared.queries(q), plane, shared.table, shared.counts),
+            )
+        ]
+        (out, lse), (of_tiles, tiles_lse) = found
+        outs = [out, shared.by_sequence(of_tiles, 0.0)]
+        return merge(outs, [lse, shared.by_sequence(tiles_lse, float("-inf"))])
     num_seqs, num_q_heads, dim = q.shape
     heads = layout.num_kv_heads
     out = q.new_zeros((num_seqs, num_q_heads, dim), dtype=torch.float32)

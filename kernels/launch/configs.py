@@ -33,6 +33,7 @@ class DecodeConfig:
     project_registers, attend_registers, apply_registers: most registers a thread may take in the
         projection, in attention and in the application of page bases; None leaves it to the
         compiler. Fewer let more programs run at once.
+    tile_registers: `attend_registers` of tiles of sequences that share pages.
     second_stream: `decode_attention` reads exact pages at the same time as pages, not before them.
     """
 
@@ -42,6 +43,7 @@ class DecodeConfig:
     project_registers: int | None = None
     attend_registers: int | None = None
     apply_registers: int | None = None
+    tile_registers: int | None = None
     second_stream: bool = False
 
 

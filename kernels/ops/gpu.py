@@ -15,6 +15,7 @@ from spectral_paged.kernels.decode.gpu import (
     planned_pages,
 )
 from spectral_paged.kernels.decode.parts import page_scratch_bytes
+from spectral_paged.kernels.decode.shared_pages import seats_per_tile
 from spectral_paged.kernels.exact.triton import exact_append, exact_copy
 from spectral_paged.kernels.launch.configs import decode_config
 from spectral_paged.kernels.math.rotary import Rotation
@@ -75,15 +76,25 @@ class GpuOps(PageOps):
         *,
         num_seqs: int,
         max_entries: int,
+        max_shared: int = 0,
     ) -> int:
-        target = decode_config(layout, device).programs // layout.num_kv_heads
-        return page_scratch_bytes(
-            layout,
-            num_q_heads,
-            num_seqs=num_seqs,
-            max_entries=max_entries,
-            num_items=min(max_entries, max(1, target) + num_seqs),
-        )
+        heads = layout.num_kv_heads
+        target = max(1, decode_config(layout, device).programs // heads)
+        seats = seats_per_tile(num_q_heads // heads)
+
+        def scratch(num_seqs: int, num_q_heads: int, entries: int) -> int:
+            return page_scratch_bytes(
+                layout,
+                num_q_heads,
+                num_seqs=num_seqs,
+                max_entries=entries,
+                num_items=min(entries, target + num_seqs),
+            )
+
+        own = scratch(num_seqs, num_q_heads, max_entries)
+        if not max_shared or seats < 2:
+            return own
+        return own + scratch(num_seqs // 2, num_q_heads * seats, max_shared)
 
     def backend(
         self, layout: PageLayout | None, group: int, device: torch.device, rotary_dim: int

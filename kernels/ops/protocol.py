@@ -200,10 +200,12 @@ class PageOps(ABC):
         ...
 
     @abstractmethod
-    def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
-        """`pages` with the DecodePlan that all layers share, where the device needs one.
+    def plan_pages(self, pages: Pages, max_entries: int, max_shared: int = 0) -> Pages:
+        """`pages` with the DecodePlans that all layers share, where the device needs them.
 
-        `max_entries` bounds the number of table entries of all sequences together.
+        Args:
+            max_entries: a bound on the number of table entries that all sequences read themselves.
+            max_shared: a bound on those that all tiles of `pages.shared` read together.
         """
         ...
 
@@ -216,10 +218,13 @@ class PageOps(ABC):
         *,
         num_seqs: int,
         max_entries: int,
+        max_shared: int = 0,
     ) -> int:
         """The bytes that a decode step over pages takes between its kernels, of one layer.
 
-        `max_entries` bounds the page table entries that `num_seqs` sequences read together.
+        Args:
+            max_entries: a bound on the page table entries that `num_seqs` sequences read together.
+            max_shared: a bound on those that tiles of them read together beside.
         """
         ...
 

@@ -48,7 +48,7 @@ class TorchOps(PageOps):
     def plan_exact(self, exact: ExactTokens, max_pages: int) -> ExactTokens:
         return exact
 
-    def plan_pages(self, pages: Pages, max_entries: int) -> Pages:
+    def plan_pages(self, pages: Pages, max_entries: int, max_shared: int = 0) -> Pages:
         return pages
 
     def decode_scratch_bytes(
@@ -59,6 +59,7 @@ class TorchOps(PageOps):
         *,
         num_seqs: int,
         max_entries: int,
+        max_shared: int = 0,
     ) -> int:
         return 0  # it attends to one sequence after the other
 

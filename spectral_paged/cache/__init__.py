@@ -45,6 +45,10 @@ from spectral_paged.cache.plan import (
     StepPlan,
     StepReport,
 )
+from spectral_paged.cache.prefix_tiles import (
+    PrefixTiles,
+    TiledReads,
+)
 from spectral_paged.cache.replay import (
     ReplayedSteps,
 )
@@ -62,12 +66,14 @@ __all__ = [
     "GroupStep",
     "HISTORY_TOKENS",
     "PlanEntry",
+    "PrefixTiles",
     "ReplayedSteps",
     "Spans",
     "SpectralKVCache",
     "StepIndex",
     "StepPlan",
     "StepReport",
+    "TiledReads",
     "Visibility",
     "check_cache",
     "give_memory_back",

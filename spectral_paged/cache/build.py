@@ -20,6 +20,7 @@ from spectral_paged.cache.retention import Retention, retention_of
 from spectral_paged.cache.visibility import Visibility
 from spectral_paged.device import check_device
 from spectral_paged.errors import CapacityError, FormatError, InvalidRequestError, shown
+from spectral_paged.kernels.decode.shared_pages import seats_per_tile
 from spectral_paged.kernels.ops import page_ops
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.options import CacheOptions
@@ -200,6 +201,7 @@ def build_groups(
     basis: CacheBasis,
     specs: Sequence[LayerSpec],
     options: CacheOptions,
+    num_q_heads: int,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -221,6 +223,9 @@ def build_groups(
     kinds = _kinds(format, specs, options.exempt_layers)
     _check_online(basis.is_waiting, sum(retention.seals for retention, _ in kinds))
     shares = _shares(format, kinds, options, dtype.itemsize)
+    seats = 0
+    if not options.disable_cascade_attn:
+        seats = seats_per_tile(num_q_heads // format.num_kv_heads)
     groups = []
     for ((retention, rope), layers), budget_bytes in zip(kinds.items(), shares, strict=True):
         arena = Arena(
@@ -242,6 +247,7 @@ def build_groups(
                 max_rows=options.max_num_seqs,
                 max_exact_pages=most.num_exact + 1,
                 max_pages=retention.num_sealed(-(-max_model_len // BLOCK_TOKENS)),
+                seats_per_tile=seats,
             )
         )
     return groups

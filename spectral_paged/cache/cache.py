@@ -107,7 +107,7 @@ class SpectralKVCache:
         self.open_step: OpenStep | None = None
         self.replayed: Sequence[GroupStep] | None = None
         self.groups = build.build_groups(
-            self._basis, self.layers, chosen, dtype=dtype, device=self.device
+            self._basis, self.layers, chosen, num_q_heads, dtype=dtype, device=self.device
         )
         self._observers = Observers()
         self.sealer = Sealer(
@@ -346,7 +346,7 @@ class SpectralKVCache:
         self.open_step = OpenStep(plan, sequences, self.groups, self.ops)
         for group, index in zip(self.groups, self.open_step.index, strict=True):
             group.commit()
-            self.counters.pages_attended += index.pages_attended * len(group.layers)
+            index.count_reads(self.counters, len(group.layers))
         self._observers.planned(plan)
 
     def attend(

@@ -21,12 +21,15 @@ from torch import Tensor
 from spectral_paged.cache.decode_rows import DecodeRows
 from spectral_paged.cache.layer_group import LayerGroup
 from spectral_paged.cache.plan import StepPlan
+from spectral_paged.cache.prefix_tiles import TiledReads
 from spectral_paged.cache.sequence_slots import SequenceSlots
+from spectral_paged.cache.stats import CacheCounters
 from spectral_paged.cache.step_sequences import StepSequences
 from spectral_paged.cache.token_places import TokenRun
 from spectral_paged.device import upload, upload_rows
 from spectral_paged.kernels.chunk.reference import KEY_GAP, ChunkSpans
 from spectral_paged.kernels.decode.batch import ExactTokens, Pages
+from spectral_paged.kernels.decode.shared_pages import SharedPages
 from spectral_paged.kernels.exact.reference import ExactPlaces
 from spectral_paged.kernels.ops import PageOps
 from spectral_paged.kernels.page.layout import BLOCK_TOKENS, EXACT_PAGE_TOKENS
@@ -69,7 +72,8 @@ class StepIndex:
     tokens: places of those N tokens in the flat batch.
     num_blocks: page table entries that those tokens read together; 0 if none has a page.
     chunks: the other sequences.
-    pages_attended: pages that a layer of the group reads in this step.
+    pages_attended: pages that queries of a layer of the group attend to in this step.
+    tiles: the tiles of sequences with one new token that read pages together; None: there are none.
     """
 
     append: Array
@@ -78,6 +82,23 @@ class StepIndex:
     num_blocks: int
     chunks: list[Chunk]
     pages_attended: int
+    tiles: TiledReads | None = None
+
+    @property
+    def own_blocks(self) -> int:
+        """The page table entries that sequences with one new token read themselves."""
+        return self.num_blocks if self.tiles is None else self.tiles.own_entries
+
+    @property
+    def tile_blocks(self) -> int:
+        """The page table entries that tiles read for them."""
+        return 0 if self.tiles is None else self.tiles.tile_entries
+
+    def count_reads(self, counters: CacheCounters, num_layers: int) -> None:
+        """Count the pages that queries of `num_layers` layers attend to, and those read at once."""
+        counters.pages_attended += self.pages_attended * num_layers
+        if self.tiles is not None:
+            counters.pages_shared += self.tiles.pages_saved * num_layers
 
     @classmethod
     def of(
@@ -89,8 +110,8 @@ class StepIndex:
             decode, num_pages = group.decode_table.at(
                 rows, starts, lambda i: states[i].slots[place]
             )
-            num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
-            return cls(decode[:2], decode, np.arange(len(rows)), num_blocks, [], num_pages)
+            num_blocks, tiles = _page_reads(group, rows, decode, num_pages)
+            return cls(decode[:2], decode, np.arange(len(rows)), num_blocks, [], num_pages, tiles)
         decodes = plan.counts == 1
         if plan.drafted is not None:
             decodes |= plan.drafted
@@ -102,7 +123,8 @@ class StepIndex:
             plan.counts[single],
             lambda i: states[single[i]].slots[place],
         )
-        num_blocks = int(DecodeRows(*decode).blocks.sum()) if num_pages else 0
+        by_token = np.repeat(rows[single], plan.counts[single])
+        num_blocks, tiles = _page_reads(group, by_token, decode, num_pages)
         flat = np.cumsum(plan.counts) - plan.counts  # where each sequence's tokens begin
         tokens = np.repeat(decodes, plan.counts).nonzero()[0]
         append = np.empty((2, plan.num_tokens), np.int32)
@@ -120,7 +142,17 @@ class StepIndex:
             )
             chunks.append(Chunk(begin, num_new, slots.row, slots.chunk_runs(start + num_new)))
         attended = num_pages + sum([chunk.num_pages for chunk in chunks])
-        return cls(append, decode, tokens, num_blocks, chunks, attended)
+        return cls(append, decode, tokens, num_blocks, chunks, attended, tiles)
+
+
+def _page_reads(
+    group: LayerGroup, rows: Array, decode: Array, num_pages: int
+) -> tuple[int, TiledReads | None]:
+    """The page table entries that queries of a decode step attend to, and the step's tiles."""
+    if not num_pages:
+        return 0, None
+    blocks = DecodeRows(*decode).blocks
+    return int(blocks.sum()), None if group.tiles is None else group.tiles.of(rows, blocks)
 
 
 def _rows_by_token(
@@ -174,12 +206,17 @@ class DecodeBatch:
         max_exact_pages: int,
         max_blocks: int,
         ops: PageOps,
+        tiles: tuple[Tensor, ...] | None = None,
+        max_shared: int = 0,
     ) -> DecodeBatch:
         """The batch of `rows` on the device, made without reading a value back from it.
 
         Args:
             max_exact_pages, max_blocks: bounds on the exact pages and page table entries that all
-                sequences read together; 0 blocks means that there are no pages.
+                sequences read together themselves.
+            tiles: the columns of `TiledReads`, int32 `[N]` each; None: there are no tiles.
+            max_shared: a bound on the page table entries that tiles read together. Without any of
+                either, the batch has no pages.
         """
         slides = group.window is not None
         exact = ExactTokens(
@@ -190,15 +227,26 @@ class DecodeBatch:
             rows.first_exact if slides else None,
         )
         pages = None
-        if max_blocks and group.layout is not None:
+        if max_blocks + max_shared and group.layout is not None:
+            table, shared = group.page_table.device[rows.table_row], None
+            if tiles is not None and group.tiles is not None:
+                seats, starts = tiles
+                shared = SharedPages.of(
+                    seats,
+                    starts,
+                    table,
+                    num_kv_heads=group.layout.num_kv_heads,
+                    seats_per_tile=group.tiles.seats,
+                )
             found = Pages(
-                group.page_table.device[rows.table_row],
+                table,
                 rows.blocks,
                 group.layout,
                 group.rotation,
                 rows.first_visible if slides else None,
+                shared=shared,
             )
-            pages = ops.plan_pages(found, max_blocks)
+            pages = ops.plan_pages(found, max_blocks, max_shared)
         return cls(ops.plan_exact(exact, max_exact_pages), pages)
 
 
@@ -296,13 +344,17 @@ class GroupStep:
         decode = tokens = None
         if len(index.tokens):
             rows = DecodeRows(*upload_rows(index.decode, device))
-            num_exact = DecodeRows(*index.decode).exact
+            num_exact, tiles = DecodeRows(*index.decode).exact, None
+            if index.tiles is not None:
+                tiles = upload_rows(index.tiles.columns, device)
             decode = DecodeBatch.of(
                 group,
                 rows,
                 max_exact_pages=int((-(-num_exact // EXACT_PAGE_TOKENS)).sum()),
-                max_blocks=index.num_blocks,
+                max_blocks=index.own_blocks,
                 ops=ops,
+                tiles=tiles,
+                max_shared=index.tile_blocks,
             )
             if not index.chunks:
                 return cls(rows.append_unit, rows.append_offset, decode, None, ())

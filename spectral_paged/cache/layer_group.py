@@ -12,6 +12,7 @@ from torch import Tensor
 from spectral_paged.cache.borrowed_slots import BorrowedSlots
 from spectral_paged.cache.decode_rows import DecodeTable
 from spectral_paged.cache.prefix import PrefixChain
+from spectral_paged.cache.prefix_tiles import PrefixTiles
 from spectral_paged.cache.retention import Retention
 from spectral_paged.cache.sequence_slots import SequenceSlots
 from spectral_paged.errors import PoolError
@@ -35,10 +36,14 @@ class LayerGroup:
         rope: rotary table of the layers' keys; None if they rotate nothing, or if blocks are never
             sealed and the rotation does not matter.
         max_rows, max_exact_pages, max_pages: sizes of the tables.
+        seats_per_tile: most sequences of a tile that reads the pages they share; below 2 every
+            sequence reads its own.
 
     Attributes:
         seals, window: the fields of `retention`.
         layout: layout of the group's pages; None if blocks are never sealed.
+        tiles: finds sequences that begin with the same pages; None: pages are not shared. Under a
+            sliding window queries see different tokens of a page, so none are.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class LayerGroup:
         max_rows: int,
         max_exact_pages: int,
         max_pages: int,
+        seats_per_tile: int = 0,
     ) -> None:
         self.layers = layers
         self.arena = arena
@@ -66,6 +72,9 @@ class LayerGroup:
         self.exact_table = BlockTable(max_rows, max_exact_pages, trash, device)
         self.page_table = BlockTable(max_rows, max(max_pages, 1), trash, device)
         self.decode_table = DecodeTable(self.exact_table, self.page_table, self.window)
+        self.tiles: PrefixTiles | None = None
+        if self.seals and self.window is None and seats_per_tile >= 2:
+            self.tiles = PrefixTiles(self.page_table, seats_per_tile)
         self._held: dict[int, SequenceSlots] = {}  # by row
         self.borrowed: list[BorrowedSlots] = []  # slots that no sequence holds
         arena.slots.on_move = WeakMethod(self._follow_moves)

@@ -34,7 +34,8 @@ class CacheCounters:
     """A cache's totals since its construction."""
 
     pages_sealed: int = 0
-    pages_attended: int = 0  # page reads, summed over layers
+    pages_attended: int = 0  # pages that queries attend to, summed over layers
+    pages_shared: int = 0  # of these, read once for several sequences, and not again
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     below_hit_tokens: Counter[str] = field(default_factory=Counter)  # of these, by lower tier
@@ -129,6 +130,7 @@ def cost_figures(
         "sealed_ratio": groups[0].arena.format.page_ratio,
         "pages_sealed": counters.pages_sealed,
         "pages_attended": counters.pages_attended,
+        "pages_shared": counters.pages_shared,
         "prefix_query_tokens": counters.prefix_query_tokens,
         "prefix_hit_tokens": counters.prefix_hit_tokens,
         "resumed_query_tokens": counters.resumed_query_tokens,

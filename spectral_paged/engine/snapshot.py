@@ -138,6 +138,12 @@ METRICS = (
         "pages_attended", "counter", "pages_attended", "Page reads, counted layer by layer."
     ),
     MetricSpec(
+        "pages_shared",
+        "counter",
+        "pages_shared",
+        "Page reads that another sequence's read stood for, counted layer by layer.",
+    ),
+    MetricSpec(
         "seal_time_seconds",
         "counter",
         "seal_seconds",

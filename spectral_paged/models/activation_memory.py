@@ -45,6 +45,7 @@ def graph_bytes(
     num_rows: int,
     max_model_len: int,
     memory: int,
+    shares_reads: bool = False,
 ) -> int:
     """Return the bytes that the largest graph of a decode step holds for attention and logits.
 
@@ -53,18 +54,21 @@ def graph_bytes(
     Args:
         num_rows: sequences of the largest batch.
         memory: bytes of the device, which bound the pages that a step can read.
+        shares_reads: tiles of two or more sequences read pages in the place of sequences.
     """
     logits = 4 * num_rows * geometry.vocab_size
     if not format.seals:
         return logits
     asked = num_rows * (max_model_len // BLOCK_TOKENS)
     held = memory // (format.page_bytes * geometry.num_layers)
+    entries = min(asked, held)
     return logits + ops.decode_scratch_bytes(
         format.layout,
         geometry.num_q_heads,
         device,
         num_seqs=num_rows,
-        max_entries=graph_capacity(min(asked, held)),
+        max_entries=graph_capacity(entries),
+        max_shared=graph_capacity(entries // 2) if shares_reads else 0,
     )
 
 
@@ -77,10 +81,12 @@ def activation_bytes(
     num_tokens: int,
     num_rows: int,
     max_model_len: int,
+    shares_reads: bool = False,
 ) -> int:
     """Return the peak bytes of a step of `num_tokens` tokens that samples `num_rows`, 0 off CUDA.
 
-    The step runs without attention. Its history buffer and the memory of CUDA graphs are added.
+    The step runs without attention. Its history buffer and the memory of CUDA graphs are added,
+    with `shares_reads` of graphs with tiles.
     """
     device = model.device
     if device.type != "cuda":
@@ -114,5 +120,6 @@ def activation_bytes(
         num_rows=num_rows,
         max_model_len=max_model_len,
         memory=torch.cuda.mem_get_info(device)[1],
+        shares_reads=shares_reads,
     )
     return peak + history + graphs + MODULE_BYTES

@@ -1,6 +1,7 @@
 """Decode steps run as CUDA graphs over static inputs.
 
-There is one graph for each batch size and number of page reads, captured when first needed.
+There is one graph for each batch size and number of page reads, of sequences and of tiles that read
+shared pages, captured when first needed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class DecodeGraphs:
         self._inputs = StaticInputs(cache, most)
         self._sampled = torch.zeros(most, dtype=torch.int64, device=cache.device)
         self._logits: Tensor | None = None
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.num_replays = 0
 
@@ -108,8 +109,9 @@ class DecodeGraphs:
             adapters: as `ModelRunner.forward` takes them, but of each token.
         """
         size = next(size for size in self.sizes if size >= len(token_ids))
-        blocks = graph_capacity(self._inputs.num_blocks)
-        graph = self.prepare(size, blocks, adapted=adapters is not None)
+        blocks = graph_capacity(self._inputs.own_blocks)
+        shared = graph_capacity(self._inputs.tile_blocks)
+        graph = self.prepare(size, blocks, shared, adapted=adapters is not None)
         self._inputs.fill(token_ids, positions, pending)
         if adapters is not None:
             padded = [*adapters, *[0] * (size - len(adapters))]
@@ -121,41 +123,53 @@ class DecodeGraphs:
         assert self._logits is not None
         return self._logits[: len(token_ids)]
 
-    def prepare(self, size: int, max_blocks: int, *, adapted: bool = False) -> torch.cuda.CUDAGraph:
+    def prepare(
+        self, size: int, max_blocks: int, max_shared: int = 0, *, adapted: bool = False
+    ) -> torch.cuda.CUDAGraph:
         """Return the graph of `size` sequences and up to `max_blocks` page reads, captured once.
 
         Args:
+            max_shared: page reads of tiles; 0: without tiles, so that a step that shares nothing
+                launches nothing for it.
             adapted: with the products of LoRA adapters.
         """
-        key = size, max_blocks, adapted
+        key = size, max_blocks, max_shared, adapted
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
-    def _capture(self, size: int, max_blocks: int, adapted: bool) -> torch.cuda.CUDAGraph:
-        """Capture the step of a batch of `size` with up to `max_blocks` page reads.
+    def prepare_tiles(self) -> None:
+        """Capture one graph with tiles, if the cache may have any, so that their kernels are
+        compiled before a step waits for them."""
+        if self._inputs.has_tiles:
+            self.prepare(2, graph_capacity(1), graph_capacity(1))
+
+    def _capture(
+        self, size: int, max_blocks: int, max_shared: int, adapted: bool
+    ) -> torch.cuda.CUDAGraph:
+        """Capture the step of a batch of `size` with up to `max_blocks` page reads of sequences.
 
         The step runs once before the capture, so that kernels are compiled and loaded. Its
         sequences have no tokens, so nothing is stored.
         """
         self._inputs.clear()
-        self._step(size, max_blocks, adapted)
+        self._step(size, max_blocks, max_shared, adapted)
         graph = torch.cuda.CUDAGraph()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             graph.capture_begin(pool=self._pool)
             try:
-                self._step(size, max_blocks, adapted)
+                self._step(size, max_blocks, max_shared, adapted)
             finally:
                 graph.capture_end()
         current.wait_stream(side)
         return graph
 
-    def _step(self, size: int, max_blocks: int, adapted: bool) -> None:
+    def _step(self, size: int, max_blocks: int, max_shared: int, adapted: bool) -> None:
         tokens = self._inputs.tokens(size)
         ids = known_tokens(tokens.ids, tokens.sources, self._sampled)
-        steps = self._inputs.steps(size, max_blocks)
+        steps = self._inputs.steps(size, max_blocks, max_shared)
         own: AbstractContextManager[None] = nullcontext()
         if adapted:
             assert self._adapters is not None, "the model has places for adapters"

@@ -64,6 +64,7 @@ class ReadyModel:
                     num_tokens=tokens,
                     num_rows=options.max_decode_rows,
                     max_model_len=longest_sequence(loaded.geometry, options.max_model_len),
+                    shares_reads=not options.disable_cascade_attn,
                 )
         with nullcontext() if adapters is None else adapters.taken_out():
             return model_cache(

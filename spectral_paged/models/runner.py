@@ -20,7 +20,11 @@ from spectral_paged.models.attention_choice import (
     attend_heads,
     register_attention,
 )
-from spectral_paged.models.decode_graphs import DecodeGraphs, graph_capacities, known_tokens
+from spectral_paged.models.decode_graphs import (
+    DecodeGraphs,
+    graph_capacities,
+    known_tokens,
+)
 from spectral_paged.models.lora import TokenAdapters
 from spectral_paged.models.parked_weights import ParkedWeights
 from spectral_paged.models.stored_tensors import stored_bytes
@@ -223,6 +227,8 @@ class ModelRunner:
                     self.graphs.prepare(size, entries, adapted=True)
             if size >= num_seqs:
                 break
+        if blocks and num_seqs > 1:
+            self.graphs.prepare_tiles()
         return self.graphs.num_graphs
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from operator import is_
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +17,9 @@ from spectral_paged.cache import (
     ReplayedSteps,
     SpectralKVCache,
     StepIndex,
+    TiledReads,
 )
+from spectral_paged.device import upload
 from spectral_paged.sampling import PendingTokens
 
 NOWHERE = -1
@@ -97,9 +100,10 @@ def fill_inputs(
 
 
 class StaticInputs:
-    """The tensor that captured decode steps of one cache read, and the host buffers behind it.
+    """The tensors that captured decode steps of one cache read, and the host buffers behind them.
 
-    One copy from the host fills it, because the inputs of all graphs are parts of it.
+    One copy from the host fills them, because the inputs of all graphs are parts of one tensor. The
+    tiles of steps that have some lie in a second one, which is filled only when they change.
 
     Args:
         max_rows: tokens of the largest step; None: one of each sequence.
@@ -117,6 +121,26 @@ class StaticInputs:
         ]
         self._copied = [torch.cuda.Event() if cuda else None for _ in range(STAGING)]
         self._turn = 0
+        width = shape[1]
+        self._tiles = torch.zeros(
+            self._steps.num_groups, 2, width, dtype=torch.int32, device=cache.device
+        )
+        self._tiled: list[TiledReads | None] = []  # what lies there
+
+    @property
+    def has_tiles(self) -> bool:
+        """True if sequences of a step may read pages together."""
+        return self._steps.has_tiles
+
+    @property
+    def own_blocks(self) -> int:
+        """The page table entries that the open step's sequences read themselves, at most."""
+        return max(group.own_blocks for group in self._steps.index)
+
+    @property
+    def tile_blocks(self) -> int:
+        """The page table entries that the open step's tiles read, at most; 0 without tiles."""
+        return max(group.tile_blocks for group in self._steps.index)
 
     @property
     def num_blocks(self) -> int:
@@ -131,10 +155,24 @@ class StaticInputs:
     ) -> None:
         """Queue the copy of the cache's open step, one token a sequence, to the device."""
         self._copy(token_ids, positions, pending, self._steps.index)
+        tiles = [group.tiles for group in self._steps.index]
+        known = len(tiles) == len(self._tiled) and all(map(is_, tiles, self._tiled))
+        if any(found is not None for found in tiles) and not known:
+            self._seat(tiles)
+
+    def _seat(self, tiles: list[TiledReads | None]) -> None:
+        columns = np.zeros(tuple(self._tiles.shape), np.int32)
+        for place, found in enumerate(tiles):
+            if found is not None:
+                columns[place, :, : found.columns.shape[1]] = found.columns
+        self._tiles.copy_(upload(columns, torch.int32, self._tiles.device))
+        self._tiled = tiles
 
     def clear(self) -> None:
         """Queue the copy of a step without tokens; a pass over it stores nothing."""
         self._copy([], [], None, [])
+        self._tiles.zero_()
+        self._tiled = []
 
     def _copy(
         self,
@@ -156,13 +194,16 @@ class StaticInputs:
         """The token columns of a batch of `size` sequences, int32 `[size]` on the device."""
         return TokenRows(*DecodeInputs.of(self._device[:, :size]).tokens)
 
-    def steps(self, size: int, max_blocks: int) -> Sequence[GroupStep]:
+    def steps(self, size: int, max_blocks: int, max_shared: int = 0) -> Sequence[GroupStep]:
         """Make the index tensors of a batch of `size` sequences, inside the pass that is captured.
 
         Args:
-            max_blocks: bound on the page table entries that a group reads.
+            max_blocks: bound on the page table entries that sequences of a group read themselves.
+            max_shared: bound on those that tiles of a group read; 0: the steps have no tiles.
         """
-        return self._steps.steps(DecodeInputs.of(self._device[:, :size]).groups, max_blocks)
+        groups = DecodeInputs.of(self._device[:, :size]).groups
+        tiles = list(self._tiles[:, :, :size]) if max_shared else None
+        return self._steps.steps(groups, max_blocks, tiles, max_shared)
 
     def reading(self, steps: Sequence[GroupStep]) -> AbstractContextManager[None]:
         """Let `cache.attend` read the index from `steps` inside a `with`."""

@@ -99,6 +99,9 @@ class CacheOptions:
             `dim_weighting="none"`, so none of the presets); in Python also a `SharedBasis`.
         enable_prefix_caching: share cached tokens between sequences with a common prefix. Must be
             off if `prefill_segment` is 0.
+        disable_cascade_attn: read the pages of each sequence for it alone. Otherwise sequences of
+            a decode step that begin with the same pages read them together (prefix hits, `n`
+            completions, beams). `--no-disable-cascade-attn` switches that on.
         kv_host_memory: bytes of host memory (also a text such as `32GiB`) for prefixes beyond those
             that the cache has room for, allocated once, and pinned for CUDA; default: none. Prompts
             that begin alike are then loaded instead of computed. Needs `enable_prefix_caching`.
@@ -125,6 +128,7 @@ class CacheOptions:
     enable_prefix_caching: bool = field(
         default=True, metadata=option(bool, also=["--prefix-caching"])
     )
+    disable_cascade_attn: bool = field(default=True, metadata=option(bool))
     kv_host_memory: int | str | None = field(
         default=None, metadata=option(parse_bytes, metavar="BYTES")
     )
@@ -327,6 +331,7 @@ class CacheOptionsDict(TypedDict, total=False):
     exempt_layers: Sequence[int]
     calibration: SharedBasis | str | Path | None
     enable_prefix_caching: bool
+    disable_cascade_attn: bool
     kv_host_memory: int | str | None
     kv_store: str | Path | None
     kv_store_size: int | str

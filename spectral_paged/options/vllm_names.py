@@ -239,7 +239,6 @@ NOT_SERVED: dict[str, dict[str, str]] = {
         "--max-seq-len-to-capture": "",
         "--cudagraph-capture-sizes": "",
         "--disable-sliding-window": "off",
-        "--disable-cascade-attn": "on",
         "--additional-config": "",
         "--enable-bf16x3-router-gemm": "off",
         "--enable-cumem-allocator": "off",

@@ -16,6 +16,7 @@ class BlockTable:
 
     Attributes:
         is_fresh: bool `[num_rows]`, made False of every row that is written, for others to set.
+        num_writes: grows with every write.
     """
 
     def __init__(self, num_rows: int, width: int, trash_unit: int, device: torch.device) -> None:
@@ -23,6 +24,7 @@ class BlockTable:
         self.host = torch.full((num_rows, width), trash_unit, dtype=torch.int32)
         self.device = self.host if device.type == "cpu" else self.host.to(device)
         self.is_fresh = np.zeros(num_rows, np.bool_)
+        self.num_writes = 0
         self._changed: set[int] = set()
         self._array = self.host.numpy()  # the same memory
 
@@ -40,6 +42,7 @@ class BlockTable:
         line[start:end] = units
         line[end:] = self.trash_unit
         self.is_fresh[row] = False
+        self.num_writes += 1
         self._changed.add(row)
 
     def commit(self) -> None:

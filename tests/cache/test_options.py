@@ -37,6 +37,7 @@ OTHERS = {
     "exempt_layers": (1,),
     "calibration": "online",
     "enable_prefix_caching": False,
+    "disable_cascade_attn": False,
     "kv_host_memory": 1 << 30,
     "kv_store": "folder",
     "kv_store_size": 1 << 30,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spectral_paged import LLM, SamplingParams
+from spectral_paged.cache import prefix_tiles
 from spectral_paged.sampling import Penalties, SampledTokens, SampleRow, SamplingState
 from spectral_paged.sampling.token_rules import TokenRules
 from support.families import build
@@ -97,6 +98,25 @@ def test_drafts_in_graphs_say_what_is_said_without(format, exempt):
     accepted = stats["spec_decode_num_accepted_tokens"]
     assert 0 < accepted < stats["spec_decode_num_draft_tokens"]
     assert stats["graph_replays"] > 20, "steps with drafts are graphs"
+
+
+@pytest.mark.parametrize("format", ["spectral-int8", "spectral-int8-post"])
+def test_graphs_with_tiles_say_what_each_sequence_says_alone(format, monkeypatch):
+    monkeypatch.setattr(prefix_tiles, "MIN_PAGES", 1)
+    [document, *questions] = random_prompts([1700, 5, 70, 1, 40, 33, 64, 2], seed=5)
+    prompts = [[*document, *question] for question in questions]
+    params = [SamplingParams(temperature=0.0, max_tokens=40 + 9 * i) for i in range(7)]
+    found = []
+    for off in (True, False):
+        llm = on_gpu(tiny_format(format), compile_layers=False, disable_cascade_attn=off)
+        llm.generate([document], SamplingParams(max_tokens=1), use_tqdm=False)
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found.append([o.outputs[0].token_ids for o in outputs])
+        stats = llm.stats()
+        assert stats["graph_replays"] > 60 and (stats["pages_shared"] > 0) != off
+        llm.cache.check_integrity()
+    assert all(tokens == found[0] for tokens in found)
 
 
 def test_penalties_say_ahead_what_they_say_in_lockstep():

@@ -30,6 +30,7 @@ from support.kernel_cases import (
     placed_pages,
     rebuild_error,
     seal_zeros,
+    shared_case,
     some_sinks,
 )
 from support.page_parts import toy_basis
@@ -78,6 +79,33 @@ def test_pages_are_read_as_the_twin_reads_them(name, group, explicit):
     """Where a layout has no explicit kernel, `explicit` takes the portable one."""
     args, options = page_case(name, heads=2, group=group, counts=RAGGED, device="cuda")
     assert page_error(spectral_decode, args, options, explicit=explicit) < 2e-3
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize(
+    "name", ["quality-64", "quality-128", "compact-128", "int8-128", "slots-without-gain"]
+)
+def test_shared_pages_are_read_as_the_twin_reads_them(name, group, explicit):
+    """Several groups, more members than a tile has seats, and sequences alone."""
+    groups = [(3, (1, 0, 0, 2, 0, 0, 0)), (1, (2, 0)), (2, (0, 1, 0))]
+    if group == 8:  # a tile has two seats
+        groups[0], groups[2] = (3, (1, 0, 0, 2)), (2, (0, 1))
+    args, options, shared = shared_case(name, groups, (0, 3), heads=2, group=group, device="cuda")
+    for scores in ({}, {"softcap": 3.0}):
+        error = page_error(
+            spectral_decode, args, options, scores=scores, shared=shared, explicit=explicit
+        )
+        assert error < 2e-3
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("name", ["quality-64", "quality-128", "int8-128"])
+def test_sixty_four_sequences_share_pages(name, explicit):
+    groups = [(5, (*[0] * 63, 1))]
+    args, options, shared = shared_case(name, groups, heads=2, group=4, device="cuda")
+    error = page_error(spectral_decode, args, options, shared=shared, explicit=explicit)
+    assert error < 2e-3
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["gluon", "triton"])

@@ -28,6 +28,7 @@ FEW = {
     "sm_90": (
         "^spectral-(quality|compact), width (64, 3|128, 4) |softcap|sinks|eigenvectors, width 128"
         "|(sealing|rebuilding) spectral-quality, width 128|^exact, width 128"
+        "|^tiles of spectral-quality, width 128"
     ),
     "sm_100": QUALITY,
     "sm_120": QUALITY,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from spectral_paged import SamplingParams
-from spectral_paged.cache import DecodeRows
+from spectral_paged.cache import DecodeRows, prefix_tiles
 from spectral_paged.kernels.exact.reference import exact_append
 from spectral_paged.models.decode_graphs import (
     batch_sizes,
@@ -105,6 +105,43 @@ def test_a_padded_batch_of_fixed_shape_says_what_the_step_says(exempt, drafts):
         cache.reset_prefix_cache()
     most = (20, 4 + 7) if drafts else (100, 4)
     assert len(replayed) > most[0] and (max(replayed) > most[1] if drafts else max(replayed) == 4)
+
+
+def test_a_padded_batch_of_fixed_shape_has_the_tiles_of_the_step(monkeypatch):
+    """The step that a graph with tiles captures; its tiles are written when they change alone."""
+    monkeypatch.setattr(prefix_tiles, "MIN_PAGES", 1)
+    [document, *questions] = random_prompts([1250, 3, 1, 64, 20], seed=3)
+    prompts = [[*document, *question] for question in questions]
+    params = [SamplingParams(temperature=0.0, max_tokens=n) for n in (30, 12, 30, 30)]
+    llm = tiny_llm(tiny_format())
+    want = llm.generate(prompts, params, use_tqdm=False)
+    llm = tiny_llm(tiny_format(), disable_cascade_attn=False)
+    llm.generate([document], SamplingParams(max_tokens=1), use_tqdm=False)
+    cache, runner = llm.cache, llm.engine.runner
+    eager, inputs, replayed, written = runner.forward, StaticInputs(cache), [], []
+    inputs._device.fill_(99)
+    seat = inputs._seat
+    monkeypatch.setattr(inputs, "_seat", lambda tiles: (written.append(1), seat(tiles)))
+
+    def by_static_inputs(plan, token_ids, logit_rows, pending=None):
+        if not plan.is_decode or not inputs.tile_blocks:
+            return eager(plan, token_ids, logit_rows, pending)
+        inputs.fill(token_ids, plan.starts, pending)
+        tokens = inputs.tokens(8)
+        steps = inputs.steps(8, graph_capacity(inputs.own_blocks), 64)
+        assert all(step.decode.pages.shared is not None for step in steps)
+        ids = tokens.ids.long()
+        with inputs.reading(steps), torch.inference_mode():
+            replayed.append(len(token_ids))
+            return runner._logits(ids, tokens.positions.long(), None).float()[: len(token_ids)]
+
+    runner.forward = by_static_inputs
+    llm.engine.async_scheduling = False
+    got = llm.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+    assert len(replayed) > 20 and set(replayed) == {3, 4} and 2 <= len(written) < 8
+    inputs.clear()
+    assert not inputs._tiles.any()
 
 
 def test_inputs_past_the_step_are_nowhere():

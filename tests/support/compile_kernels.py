@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from spectral_paged.kernels.decode import gpu
+from spectral_paged.kernels.decode.shared_pages import SharedPages, seats_per_tile
 from spectral_paged.kernels.decode.triton import exact as exact_decode_triton
 from spectral_paged.kernels.exact import triton as exact_append_triton
 from spectral_paged.kernels.exact.reference import ExactPlaces
@@ -180,6 +181,22 @@ def compile_sinks(format, group):
         attend(gpu.decode_attention, (q, plane, table, one, pages, one), options, config=config)
 
 
+def compile_tiles(format, group):
+    """Compile the kernels of tiles of sequences that share a page, and of their merge."""
+    plane, table = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(2, 1).int()
+    heads, ones = format.num_kv_heads, torch.ones(2).int()
+    shared = SharedPages.of(
+        torch.tensor([1, 2]).int(),
+        ones,
+        table,
+        num_kv_heads=heads,
+        seats_per_tile=seats_per_tile(group),
+    )
+    q = torch.zeros(2, heads * group, format.head_dim, dtype=model_dtype())
+    options = page_options(format) | {"scale": 0.1, "shared": shared}
+    gpu.spectral_decode(q, plane, table, ones, **options)
+
+
 def compile_rebuild(format):
     plane, units = torch.zeros(format.page_bytes, dtype=torch.uint8), torch.zeros(1).int()
     spectral_rebuild_triton.spectral_rebuild(
@@ -229,6 +246,11 @@ def cases():
                 first_visible=torch.zeros(1).int(),
             ),
         )
+        for dim, group in ((64, 3), (128, 4)):
+            yield (
+                f"tiles of {name}, width {dim}, {group} queries",
+                partial(compile_tiles, preset(name, dim), group),
+            )
         yield f"{name}, sinks", partial(compile_sinks, preset(name, 64), 8)
     for name in ("spectral-quality", "spectral-compact"):
         for dim in (64, 96, 128, 256):

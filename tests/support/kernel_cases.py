@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from spectral_paged.conformance.inputs import toy_calibration
 from spectral_paged.kernels.decode.batch import Basis, ExactTokens, Pages
 from spectral_paged.kernels.decode.reference import decode_attention, exact_decode, spectral_decode
+from spectral_paged.kernels.decode.shared_pages import SharedPages, seats_per_tile
 from spectral_paged.kernels.exact.reference import ExactPlaces, exact_append, exact_copy
 from spectral_paged.kernels.math.rotary import Rotation, stored_keys
 from spectral_paged.kernels.math.scores import Scores
@@ -117,6 +118,42 @@ def page_case(name, *, heads=1, group=3, counts=(0, 3, 1), device="cpu", landmar
         "scale": scale,
         **rows,
     }
+
+
+def shared_case(name, groups, alone=(), *, heads=1, group=3, device="cpu", **more):
+    """`page_case` of sequences that begin alike, in a mixed order, and their `SharedPages`.
+
+    groups: `(pages that all have, (further pages of each))`; alone: pages of sequences without a
+    group. A tile takes its members one after the other.
+    """
+    depths = [depth for depth, _ in groups]
+    own = [n for _, further in groups for n in further] + list(alone)
+    (_, plane, pages, _), options = page_case(
+        name, heads=heads, group=group, counts=(*depths, *own), device=device, **more
+    )
+    rows, seats, starts, counts, tile = [], [], [], [], 0
+    most = seats_per_tile(group)
+    for g, (depth, further) in enumerate(groups):
+        for i, n in enumerate(further):
+            rows.append([*pages[g, :depth].tolist(), *pages[len(depths) + len(rows), :n].tolist()])
+            seats.append(1 + (tile + i // most) * most + i % most)
+            starts.append(depth)
+        tile += -(-len(further) // most)
+    for n in alone:
+        rows.append(pages[len(depths) + len(rows), :n].tolist())
+        seats.append(0)
+        starts.append(0)
+    counts = [len(row) for row in rows]
+    generator = torch.Generator().manual_seed(7)
+    order = torch.randperm(len(rows), generator=generator)
+    table = torch.full((len(rows), max(*counts, 1) + 1), 10**6, dtype=torch.int32)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    q = torch.randn(len(rows), heads * group, PAGES[name][0], generator=generator)
+    columns = (torch.tensor(x, dtype=torch.int32)[order].to(device) for x in (seats, starts))
+    table, counts = (x[order].to(device) for x in (table, torch.tensor(counts)))
+    shared = SharedPages.of(*columns, table, num_kv_heads=heads, seats_per_tile=most)
+    return (q.to(device), plane, table, counts), options, shared
 
 
 def captured_case(name, *, device="cpu"):
@@ -280,12 +317,20 @@ def attend(op, args, options, *, config=None):
 
     `options` may add a window, a soft cap and sinks."""
     q, plane, exact_table, tokens, table, counts = args
-    o = dict.fromkeys(("softcap", "first_exact", "first_visible", "sinks")) | options
+    o = dict.fromkeys(("softcap", "first_exact", "first_visible", "sinks", "shared")) | options
     exact = ExactTokens(exact_table, tokens, o["num_kv_heads"], o["dtype"], o["first_exact"])
     pages = None
     if table is not None:
         rotation = Rotation(o["cos"], o["sin"], o["first_position"])
-        pages = Pages(table, counts, o["layout"], rotation, o["first_visible"], config=config)
+        pages = Pages(
+            table,
+            counts,
+            o["layout"],
+            rotation,
+            o["first_visible"],
+            config=config,
+            shared=o["shared"],
+        )
     basis = Basis(o.get("k_basis"), o.get("v_basis"))
     sinks = o["sinks"]
     scores = Scores(o["scale"], o["softcap"], sinks is not None)

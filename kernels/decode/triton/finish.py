@@ -7,7 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_paged.kernels.decode.parts import ExactPartials, Partials, group_sizes
+from spectral_paged.kernels.decode.parts import (
+    ExactPartials,
+    Partials,
+    TilePartials,
+    group_sizes,
+)
 from spectral_paged.kernels.decode.plan import DecodePlan
 from spectral_paged.kernels.launch.configs import dependent_launch
 from spectral_paged.kernels.page.layout import PageLayout
@@ -67,6 +72,10 @@ def _reduce_kernel(
     beside_ptr,
     beside_sums_ptr,
     sinks_ptr,
+    seats_ptr,
+    tile_first_ptr,
+    tile_ptr,
+    tile_sums_ptr,
     out_ptr,
     lse_ptr,
     HEADS: tl.constexpr,
@@ -77,14 +86,17 @@ def _reduce_kernel(
     BESIDE_P: tl.constexpr,
     BESIDE_SIZE: tl.constexpr,
     SINKS: tl.constexpr,
+    SEATS: tl.constexpr,
+    TILE_P: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITEMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge all items of one query of one sequence, for some columns of their vectors.
 
-    The vectors of items `BESIDE` are the last columns of those of the other items. A sink is what
-    the merge begins with: one weight of 1 at its score, and no value.
+    The vectors of items `BESIDE` are the last columns of those of the other items. Tiles have
+    `SEATS` seats each; 0 means that there are no tiles. A sink is what the merge begins with: one
+    weight of 1 at its score, and no value.
     """
     after_previous(PDL)
     seq, query = tl.program_id(0), tl.program_id(1)
@@ -112,6 +124,25 @@ def _reduce_kernel(
         SIZE,
         ITEMS,
     )
+    if SEATS > 0:
+        seat = tl.load(seats_ptr + seq) - 1
+        if seat >= 0:
+            top, total, acc = _add_items(
+                tile_first_ptr,
+                tile_ptr,
+                tile_sums_ptr,
+                seat // SEATS,
+                head,
+                seat % SEATS * GROUP + group,
+                dim,
+                top,
+                total,
+                acc,
+                HEADS,
+                TILE_P,
+                SIZE,
+                ITEMS,
+            )
     if BESIDE:
         top, total, acc = _add_items(
             beside_first_ptr,
@@ -181,19 +212,22 @@ def merge_items(
     first_item: Tensor,
     *,
     beside: ExactPartials | None = None,
+    tiles: TilePartials | None = None,
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Merge the items of each sequence: `[N, Hq, n]` in `dtype` and lse fp32 `[N, Hq]`.
 
     n is the size of the vectors of `partials`. Those of `beside` may be shorter: they are the last
-    columns. Sinks `[Hq]`, if any, count in both results, as in `decode_attention`.
+    columns. Those of `tiles` have the same size. Sinks `[Hq]`, if any, count in both results, as in
+    `decode_attention`.
     """
     num_seqs, num_q_heads = q.shape[:2]
     heads, width, size = partials.vectors.shape[1:]
     out = torch.empty(num_seqs, num_q_heads, size, dtype=dtype, device=q.device)
     lse = torch.empty(num_seqs, num_q_heads, dtype=torch.float32, device=q.device)
     more = beside or ExactPartials(partials, first_item)
+    shared = tiles or TilePartials(partials, first_item, first_item, 0)
     _reduce_kernel[(num_seqs, num_q_heads, triton.cdiv(size, COLUMNS))](
         first_item,
         partials.vectors,
@@ -202,6 +236,10 @@ def merge_items(
         more.partials.vectors,
         more.partials.sums,
         lse if sinks is None else sinks,
+        shared.seats,
+        shared.first_item,
+        shared.partials.vectors,
+        shared.partials.sums,
         out,
         lse,
         HEADS=heads,
@@ -212,6 +250,8 @@ def merge_items(
         BESIDE_P=more.partials.vectors.shape[2],
         BESIDE_SIZE=more.partials.vectors.shape[3],
         SINKS=sinks is not None,
+        SEATS=shared.seats_per_tile,
+        TILE_P=shared.partials.vectors.shape[2],
         COLUMNS=COLUMNS,
         ITEMS=ITEMS,
         num_warps=1,
@@ -228,6 +268,7 @@ def finish(
     basis: Tensor | None,
     plan: DecodePlan,
     beside: ExactPartials | None = None,
+    tiles: TilePartials | None = None,
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -236,14 +277,17 @@ def finish(
     Args:
         partials: one for each item; in rank space with a shared `basis`, which is applied here.
         beside: partial results over exact pages of the same sequences, not in rank space.
+        tiles: partial results over pages that sequences share, in the form of `partials`.
         sinks: as in `merge_items`.
     """
     if basis is None:
-        return merge_items(q, partials, plan.first_item, beside=beside, sinks=sinks, dtype=dtype)
+        return merge_items(
+            q, partials, plan.first_item, beside=beside, tiles=tiles, sinks=sinks, dtype=dtype
+        )
     group = group_sizes(q, layout)[0]
     heads, dim, side = layout.num_kv_heads, layout.head_dim, layout.v
     # the first `rank` columns are in rank space; the basis does not multiply the D behind them
-    mixed, lse = merge_items(q, partials, plan.first_item, beside=beside, sinks=sinks)
+    mixed, lse = merge_items(q, partials, plan.first_item, beside=beside, tiles=tiles, sinks=sinks)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     rows = 64 if q.shape[0] * group > 16 else 16
     grid = (triton.cdiv(q.shape[0] * group, rows), heads, triton.cdiv(dim, APPLY_COLUMNS))

@@ -125,6 +125,7 @@ class SpectralWorker(Worker):
             softmax_scale=layers.softmax_scale,
             softcap=layers.softcap,
             kv_cache_bytes=self.arena_bytes,
+            disable_cascade_attn=True,  # vLLM captures steps without tiles
             # vLLM may look one more request up than it admits
             max_num_seqs=self.scheduler_config.max_num_seqs + 1,
             max_model_len=longest,
