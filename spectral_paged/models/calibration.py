@@ -26,7 +26,6 @@ from spectral_paged.models.attention_choice import register_attention, use_atten
 from spectral_paged.models.geometry import ModelGeometry, layer_ropes
 from spectral_paged.models.kept_files import CALIBRATIONS, cache_folder
 from spectral_paged.models.linear_weights import (
-    is_linear,
     is_plain,
     packed_layers,
     packed_matrix,
@@ -218,8 +217,10 @@ def output_moment(model: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     moments = []
     for layer in model.model.layers:
         projection = layer.self_attn.o_proj
-        packed = is_linear(projection) and not is_plain(projection)
-        weight = packed_matrix(projection, model.dtype) if packed else projection.weight.detach()
+        if is_plain(projection):
+            weight = projection.weight.detach()
+        else:
+            weight = packed_matrix(projection, model.dtype)
         weight = weight.double().cpu()
         rows = weight.view(len(weight), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         moments.append((rows.transpose(-1, -2) @ rows).sum(dim=1))
@@ -264,7 +265,7 @@ def packed_obstacle(loaded: LoadedModel) -> str | None:
     """
     for layer in loaded.model.model.layers:
         projection = layer.self_attn.o_proj
-        if is_linear(projection) and is_plain(projection):
+        if is_plain(projection):
             continue
         reason = "it is calibrated before that"
         if loaded.quantization is None:

@@ -31,7 +31,7 @@ from spectral_paged.kernels.page.layout import BLOCK_TOKENS
 from spectral_paged.models.cache_for_model import longest_sequence, model_cache, model_format
 from spectral_paged.models.calibration import calibration_obstacle
 from spectral_paged.models.geometry import ModelGeometry
-from spectral_paged.models.linear_weights import packed_layers
+from spectral_paged.models.linear_weights import is_plain
 from spectral_paged.models.loader import LoadedModel
 from spectral_paged.options import CacheOptions, CacheOptionsDict
 from spectral_paged.pages import AUTO, PageFormat
@@ -296,8 +296,8 @@ def _default_format(loaded: LoadedModel) -> str:
 
     Unsloth's forward over packed weights was never compared with their matrices.
     """
-    packed = next(packed_layers(loaded.model), None) is not None
-    if not packed and calibration_obstacle(loaded) is None:
+    plain = all(is_plain(layer.self_attn.o_proj) for layer in loaded.model.model.layers)
+    if plain and calibration_obstacle(loaded) is None:
         return AUTO
     return "spectral-int8" if loaded.geometry.head_dim == INT8_WIDTH else "spectral-page"
 
