@@ -1,4 +1,4 @@
-"""Adapters in graphs and compiled layers say what they say on a CPU; `pytest -m gpu`."""
+"""Adapters in graphs and compiled layers say what they say without; `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40)
 PROMPTS = random_prompts([1, 64, 577, 640, 1217, 9, 70, 300])
 LORA = {"enable_lora": True, "max_loras": 3}
@@ -31,30 +32,44 @@ def tokens(llm, asked):
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("format", ["exact", "spectral-int8"])
-def test_graphs_with_adapters_say_what_the_cpu_says(format, compiled, requests):
-    here = tiny_llm(tiny_format(format), **LORA)
-    llm = LLM.from_model(
-        tiny_model().cuda(),
+def on_gpu(format, **options):
+    return LLM.from_model(
+        tiny_model().to(DEVICE),
         kv_format=tiny_format(format),
         kv_cache_bytes=16 << 20,
         debug_poison=True,
-        compile_layers=compiled,
         **LORA,
+        **options,
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("format", ["exact", "spectral-int8"])
+def test_graphs_with_adapters_say_what_eager_layers_say(format, compiled, requests):
+    """Both seal on one device: pages of two devices differ in their last bits."""
+    plain, llm = on_gpu(format, enforce_eager=True), on_gpu(format, compile_layers=compiled)
     for shift in range(3):
         asked = [requests[(place + shift) % 4] for place in range(len(PROMPTS))]
-        assert tokens(llm, asked) == tokens(here, asked)
+        assert tokens(llm, asked) == tokens(plain, asked)
     before = llm.stats()["num_graphs"]
     llm.remove_lora(1)
-    here.remove_lora(1)
-    assert tokens(llm, asked) == tokens(here, asked), "it is loaded again, to another place"
-    assert tokens(llm, None) == tokens(here, None)
-    assert tokens(llm, asked) == tokens(here, asked)
-    stats = llm.stats()
-    assert stats["graph_replays"] > 0 and stats["num_graphs"] <= 2 * before
+    plain.remove_lora(1)
+    assert tokens(llm, asked) == tokens(plain, asked), "it is loaded again, to another place"
+    assert tokens(llm, None) == tokens(plain, None)
+    assert tokens(llm, asked) == tokens(plain, asked)
+    assert (llm.stats()["pages_attended"] > 0) == (format != "exact")
     llm.cache.check_integrity()
+    assert plain.stats()["model_step"] == "eager" and plain.stats()["graph_replays"] == 0
+    stats = llm.stats()
+    assert ("compiled" in stats["model_step"]) == compiled
+    assert stats["graph_replays"] > 0 and stats["num_graphs"] <= 2 * before
+
+
+def test_exact_pages_with_adapters_say_what_the_cpu_says(requests):
+    here, there = tiny_llm("exact", **LORA), on_gpu("exact", enforce_eager=True)
+    for shift in range(3):
+        asked = [requests[(place + shift) % 4] for place in range(len(PROMPTS))]
+        assert tokens(there, asked) == tokens(here, asked)
 
 
 @torch.inference_mode()
