@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypedDict
@@ -48,6 +49,7 @@ class Request:
         num_pages_sealed: pages sealed before preemptions.
         max_cached_tokens: most tokens that the prefix cache may give, the others are computed;
             None: as many as it has.
+        may_start: asked before it runs; False: not now, and others pass it. None: it may.
         num_pending: tokens that are sampled but not in `token_ids` yet: a step may compute them
             before the host has seen them.
     """
@@ -59,6 +61,7 @@ class Request:
     cache_salt: str = ""
     pinned_spans: tuple[tuple[int, int], ...] = ()
     max_cached_tokens: int | None = None
+    may_start: Callable[[], bool] | None = None
     status: RequestStatus = RequestStatus.WAITING
     preemptions: list[PreemptionReason] = field(default_factory=list)
     num_dropped_tokens: int = 0

@@ -75,12 +75,19 @@ class SchedulerOutput:
 
     drafts: of the new tokens, those behind a request's last one.
     num_loading: waiting requests whose prefixes are on their way into the cache.
+    num_passed: waiting requests that may not start yet.
     """
 
     new_tokens: dict[str, int] = field(default_factory=dict)
     drafts: dict[str, Sequence[int]] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
     num_loading: int = 0
+    num_passed: int = 0
+
+    @property
+    def num_delayed(self) -> int:
+        """Waiting requests that others pass, until what they need is there."""
+        return self.num_loading + self.num_passed
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +184,7 @@ class Scheduler:
         self._schedule_running(output, budget)
         if not output.preempted:
             self._schedule_waiting(output, budget)
-        if not (output.new_tokens or output.num_loading or self.running) and self.waiting:
+        if not (output.new_tokens or output.num_delayed or self.running) and self.waiting:
             # nothing runs, so only cached slots of other requests can be in the way
             self.cache.reset_prefix_cache()
             self._schedule_waiting(output, budget)
@@ -219,13 +226,16 @@ class Scheduler:
         output.new_tokens = chosen
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: _Budget) -> None:
-        output.num_loading = 0  # requests whose prefix is on its way let others pass
-        while len(self.waiting) > output.num_loading and budget.tokens:
+        output.num_loading = output.num_passed = 0
+        while len(self.waiting) > output.num_delayed and budget.tokens:
             if len(self.running) + output.num_loading >= self.config.max_num_seqs:
                 return
-            request = self.waiting[output.num_loading]
+            request = self.waiting[output.num_delayed]
             if request.num_pending:
                 return  # preempted before the host saw its last sampled token
+            if request.may_start is not None and not request.may_start():
+                output.num_passed += 1
+                continue
             loaded: bool | None = True
             if request.max_cached_tokens is None:  # else more may come than may be used
                 loaded = self.cache.prefetch(request.request_id, **request.prompt)
@@ -251,7 +261,7 @@ class Scheduler:
                     self.cache.free(request.request_id)
             if not reserved:
                 return
-            del self.waiting[output.num_loading]
+            del self.waiting[output.num_delayed]
             request.status = RequestStatus.RUNNING
             if request.num_preemptions == 0:
                 request.num_cached_tokens = cached

@@ -16,7 +16,7 @@ MARK = "lora:"
 class Adapters(Protocol):
     """The adapters of a model; `models.lora.LoadedAdapters` are those of LLMs."""
 
-    def hold(self, request: LoRARequest) -> Adapter: ...
+    def hold(self, request: LoRARequest, *, waits: bool) -> Adapter: ...
 
 
 class ModelInputs(TypedDict, total=False):
@@ -28,8 +28,13 @@ class ModelInputs(TypedDict, total=False):
     adapters: Sequence[int]
 
 
-def held(adapters: Adapters | None, request: LoRARequest | None) -> Adapter | None:
+def held(
+    adapters: Adapters | None, request: LoRARequest | None, *, waits: bool = False
+) -> Adapter | None:
     """Return the adapter of a request, loaded and held; None: it names none.
+
+    Args:
+        waits: the request waits where no place is free, until its adapter's `place` finds one.
 
     Raises:
         AdapterError: there are no adapters here, or as `LoadedAdapters.hold`.
@@ -45,7 +50,7 @@ def held(adapters: Adapters | None, request: LoRARequest | None) -> Adapter | No
             f"adapter {shown(request.lora_name)} is asked for, and there is room for none: "
             "make the LLM with enable_lora=True"
         )
-    return adapters.hold(request)
+    return adapters.hold(request, waits=waits)
 
 
 def prefix_salt(cache_salt: str, adapter: Adapter | None) -> str:

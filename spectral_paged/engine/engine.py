@@ -53,7 +53,7 @@ from spectral_paged.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 logger = logging.getLogger(__name__)
 
-LOADING_SECONDS = 0.0005  # until a prefix on its way is asked for again, where nothing runs
+LOADING_SECONDS = 0.0005  # until what delays requests is asked for again, where nothing runs
 
 
 class Runner(Protocol):
@@ -158,7 +158,8 @@ class Engine:
         Args:
             cache_salt: requests with different salts never share cached tokens.
             pinned_spans: `(start, end)` positions of prompt tokens that are never sealed.
-            lora_request: the adapter that computes it, which is loaded if need be.
+            lora_request: the adapter that computes it, which is loaded if need be. It waits while
+                adapters of others are in all places.
 
         Raises:
             EmptyPromptError, PromptTooLongError, CapacityError, InvalidRequestError: the prompt
@@ -176,7 +177,7 @@ class Engine:
             check_request(self.cache, token_ids, params, spans, self.vocab_size, self.max_logprobs)
             asked = params.structured_outputs
             grammar = None if asked is None else self.grammars.compile(asked)
-            adapter = held(self.adapters, lora_request)
+            adapter = held(self.adapters, lora_request, waits=True)
             if adapter is not None:
                 undo.callback(adapter.release)
             group = RequestGroup(
@@ -248,7 +249,7 @@ class Engine:
         if not scheduled.new_tokens:
             idle = self._in_flight is None and not scheduled.preempted
             if idle and not self.requests.has_touched and self.scheduler.has_unfinished:
-                if not scheduled.num_loading:
+                if not scheduled.num_delayed:
                     raise stalled(self.scheduler)
                 time.sleep(LOADING_SECONDS)
             self._collect()

@@ -25,7 +25,7 @@ from spectral_paged.scheduler import Request
 class Adapter(Protocol):
     """A LoRA adapter that a request holds.
 
-    index: its place in the tensors of all adapters, at least 1.
+    index: its place in the tensors of all adapters, at least 1; 0: it has none yet.
     key: 64 hex digits of what it is.
     """
 
@@ -33,6 +33,9 @@ class Adapter(Protocol):
     def index(self) -> int: ...
     @property
     def key(self) -> str: ...
+    def place(self) -> bool:
+        """Return whether it has a place, which it takes now if one is free."""
+
     def release(self) -> None: ...
 
 
@@ -212,6 +215,7 @@ class RequestGroup:
             max_num_tokens,
             cache_salt=cache_salt,
             pinned_spans=pinned_spans,
+            may_start=None if self.adapter is None else self.adapter.place,
         )
         text = OutputText(
             tokens if params.detokenize else None,

@@ -13,6 +13,7 @@ from spectral_paged.openai import (
     read_body,
 )
 from spectral_paged.options import LoRARequest
+from spectral_paged.server.api_error import asleep
 from spectral_paged.server.served_names import check_names, lora_of, unknown_model
 from spectral_paged.server.settings import ServerSettings
 
@@ -22,6 +23,7 @@ def read_load(llm: LLM, settings: ServerSettings, raw: bytes) -> Callable[[], st
 
     Raises:
         AdapterError: it is not served or damaged, or has a name of the model.
+        ApiError: 503, the server sleeps.
     """
     asked = read_body(LoadAdapterRequest, parse_json(raw))
     check_names(settings, [asked.lora_name], enable_lora=True)
@@ -29,6 +31,8 @@ def read_load(llm: LLM, settings: ServerSettings, raw: bytes) -> Callable[[], st
     weights = adapters.read(LoRARequest(asked.lora_name, 1, asked.lora_path))
 
     def load() -> str:
+        if llm.engine.sleep.parts:
+            raise asleep()
         request = LoRARequest(asked.lora_name, adapters.next_id(), asked.lora_path)
         adapters.add(request, weights)
         return f"Success: LoRA adapter '{asked.lora_name}' added successfully."

@@ -138,6 +138,30 @@ def test_no_seat_in_the_cache_means_not_now():
     assert list(s.schedule().new_tokens) == ["a"]
 
 
+def test_requests_that_may_not_start_are_passed_and_keep_their_order():
+    """They take no seat, no other waits for them, and nothing is forgotten because of them."""
+    ready, cache = set(), CountingCache(100)
+    requests = [request(name, 8) for name in "abcde"]
+    for held in "abd":
+        requests["abcde".index(held)].may_start = lambda held=held: held in ready
+    s = scheduler(cache, requests, max_num_seqs=2)
+    out = s.schedule()
+    assert list(out.new_tokens) == ["c", "e"] and out.num_delayed == out.num_passed == 3
+    assert [r.request_id for r in s.waiting] == ["a", "b", "d"]
+    for name in "ce":
+        s.finish(next(r for r in s.running if r.request_id == name))
+    out = s.schedule()
+    assert not out.new_tokens and out.num_passed == 3 and cache.num_resets == 0
+    ready |= {"b", "d"}
+    out = s.schedule()
+    assert list(out.new_tokens) == ["b", "d"]
+    cache.step(out)
+    assert [r.request_id for r in s.waiting] == ["a"]
+    ready.add("a")
+    s.finish(next(r for r in s.running if r.request_id == "d"))
+    assert list(s.schedule().new_tokens)[-1] == "a"
+
+
 def test_the_cache_is_told_all_that_separates_requests():
     cache = CountingCache(100)
     cache.cached = 8

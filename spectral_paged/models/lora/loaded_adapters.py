@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,46 +21,50 @@ from spectral_paged.models.lora.adapter_weights import AdapterWeights
 from spectral_paged.models.lora.lora_linear import LoRALinear, TokenAdapters
 from spectral_paged.models.lora.peft_model import PeftAdapters
 from spectral_paged.options import LoRARequest
+from spectral_paged.pool.weak_method import WeakMethod
 
 ALIGNMENT = 8  # elements; grouped products take rows at multiples of 16 bytes
 STACKED_WIDTH = 256  # ranks of all adapters together up to which the stacked form is taken
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # by layer, as `LayerAdapter.factors` has them
 
 
 @dataclass(slots=True, eq=False)
 class LoadedAdapter:
-    """An adapter that is loaded.
+    """An adapter that is loaded, or waits in host memory for a place.
 
     Attributes:
         request: its name, id and path.
-        index: its place in the stacked tensors, at least 1.
         key: 64 hex digits of name, id and content, which separate what is cached.
         stays: it gives way to no other.
-        places: indices that are free, to which its own returns.
+        factors: what its place gets; empty once it has one.
+        find_place: gives it a place, if one is free.
+        settle: takes what no request has any more.
+        index: its place in the stacked tensors, at least 1; 0: it has none yet.
         num_requests: requests that hold it.
         last_use: a number that grows with every request.
         removed: its name is forgotten; requests that hold it go on.
     """
 
     request: LoRARequest
-    index: int
     key: str
     stays: bool
-    places: list[int]
+    factors: Factors
+    find_place: Callable[[LoadedAdapter], bool]
+    settle: Callable[[LoadedAdapter], None]
+    index: int = 0
     num_requests: int = 0
     last_use: int = 0
     removed: bool = False
 
+    def place(self) -> bool:
+        """Return whether it has a place, which it takes now if one is free."""
+        return bool(self.index) or self.find_place(self)
+
     def release(self) -> None:
         """End one request's hold."""
         self.num_requests -= 1
-        if self.removed and not self.num_requests:
-            self.places.append(self.index)
-
-    def remove(self) -> None:
-        """Let no new request have it; its place is free once no request holds it."""
-        self.removed = True
         if not self.num_requests:
-            self.places.append(self.index)
+            self.settle(self)
 
 
 class LoadedAdapters:
@@ -88,6 +92,7 @@ class LoadedAdapters:
         self.max_loras, self.max_lora_rank = max_loras, max_lora_rank
         self._model = model
         self._by_name: dict[str, LoadedAdapter] = {}
+        self._waiting: set[LoadedAdapter] = set()  # without a place
         self._free = list(range(max_loras, 0, -1))
         self._uses = itertools.count(1)
         if peft is not None:
@@ -140,18 +145,27 @@ class LoadedAdapters:
         taken = {adapter.request.lora_int_id for adapter in self._by_name.values()}
         return next(number for number in itertools.count(1) if number not in taken)
 
-    def hold(self, request: LoRARequest) -> LoadedAdapter:
+    def hold(self, request: LoRARequest, *, waits: bool = False) -> LoadedAdapter:
         """Return an adapter, loaded if need be, which stays until the request releases it.
+
+        Args:
+            waits: while all places are in use, it is held without one.
 
         Raises:
             AdapterError: it is unknown, not served or damaged, its name or id is another's, or all
-                places are taken by adapters that are in use.
+                places are in use, with `waits` by adapters that stay.
         """
         adapter = self._by_name.get(request.lora_name)
         if adapter is None:
-            adapter = self.add(request, self.read(request), stays=False)
+            adapter = self._made(request, self.read(request), stays=False)
         else:
             self._check_same(adapter.request, request)
+        queued = waits and bool(self._waiting) and not adapter.index  # behind those that wait
+        if queued or not adapter.place():
+            if not waits or self._num_staying >= self.max_loras:
+                raise self._no_place(request.lora_name)
+            self._waiting.add(adapter)
+        self._by_name[request.lora_name] = adapter
         adapter.num_requests += 1
         adapter.last_use = next(self._uses)
         return adapter
@@ -166,39 +180,18 @@ class LoadedAdapters:
             self.named(request.lora_name)
         return read_folder(request.lora_name, request.lora_path, self.max_lora_rank)
 
-    def add(
-        self, request: LoRARequest, weights: AdapterWeights, *, stays: bool = True
-    ) -> LoadedAdapter:
-        """Load an adapter under a new name.
-
-        Args:
-            stays: it is not unloaded to make room for others.
+    def add(self, request: LoRARequest, weights: AdapterWeights) -> LoadedAdapter:
+        """Load an adapter under a new name, which gives way to no other.
 
         Raises:
             AdapterError: name or id is another's, a layer is not served, or there is no room. All
                 that was loaded stays.
         """
-        name = request.lora_name
-        for known in self._by_name.values():
-            if known.request.lora_name == name or known.request.lora_int_id == request.lora_int_id:
-                raise AdapterError(
-                    f"adapter {shown(name)} with id {request.lora_int_id}: "
-                    f"{shown(known.request.lora_name)} with id {known.request.lora_int_id} is "
-                    "loaded: give another name and id, or unload that first"
-                )
-        check_rank(name, weights.rank, self.max_lora_rank)
-        # before another makes room, because a write takes no memory and does not fail
-        factors = self._factors(name, weights)
-        index = self._take_index(name)
-        try:
-            for where, layer in self._layers.items():
-                layer.write(index, factors.get(where))
-        except BaseException:
-            self._free.append(index)
-            raise
-        key = _key(request, weights)
-        adapter = LoadedAdapter(request, index, key, stays, self._free)
-        self._by_name[name] = adapter
+        adapter = self._made(request, weights, stays=True)
+        self._check_staying(request.lora_name)
+        if not adapter.place():
+            raise self._no_place(request.lora_name)
+        self._by_name[request.lora_name] = adapter
         return adapter
 
     def load(self, request: LoRARequest) -> bool:
@@ -211,6 +204,9 @@ class LoadedAdapters:
             raise AdapterError(f"{shown(request)} is no adapter: give LoRARequest(name, id, path)")
         known = self._by_name.get(request.lora_name)
         if known is not None and known.request == request:
+            self._check_staying(request.lora_name)
+            if not known.place():
+                raise self._no_place(request.lora_name)
             known.stays = True
             return False
         self.add(request, self.read(request))
@@ -230,7 +226,9 @@ class LoadedAdapters:
             AdapterError: none has the name.
         """
         self.named(name)
-        self._by_name.pop(name).remove()
+        adapter = self._by_name.pop(name)
+        adapter.removed = True
+        self._settle(adapter)
 
     # ---- the model -----------------------------------------------------------------------
 
@@ -306,21 +304,77 @@ class LoadedAdapters:
                 )
         return found
 
-    def _take_index(self, name: str) -> int:
+    def _made(self, request: LoRARequest, weights: AdapterWeights, *, stays: bool) -> LoadedAdapter:
+        """Return an adapter under a new name, without a place.
+
+        Raises:
+            AdapterError: name or id is another's, or a layer is not served.
+        """
+        name = request.lora_name
+        for known in self._by_name.values():
+            if known.request.lora_name == name or known.request.lora_int_id == request.lora_int_id:
+                raise AdapterError(
+                    f"adapter {shown(name)} with id {request.lora_int_id}: "
+                    f"{shown(known.request.lora_name)} with id {known.request.lora_int_id} is "
+                    "loaded: give another name and id, or unload that first"
+                )
+        check_rank(name, weights.rank, self.max_lora_rank)
+        key, factors = _key(request, weights), self._factors(name, weights)
+        find, settle = WeakMethod(self._find_place), WeakMethod(self._settle)
+        return LoadedAdapter(request, key, stays, factors, find, settle)
+
+    @property
+    def _num_staying(self) -> int:
+        return sum(known.stays for known in self._by_name.values())
+
+    def _check_staying(self, name: str) -> None:
+        """Refuse that one more stays, where requests would wait for ever."""
+        known = self._by_name.get(name)
+        more = known is None or not known.stays
+        if self._waiting and more and self._num_staying + 1 >= self.max_loras:
+            raise self._no_place(name)
+
+    def _no_place(self, name: str) -> AdapterError:
+        return AdapterError(
+            f"adapter {shown(name)} finds no place: max_loras is {self.max_loras}, and "
+            f"{', '.join(map(repr, self.names)) or 'adapters that end'} are loaded for "
+            f"good or in use: raise max_loras, unload one, or ask again later"
+        )
+
+    def _find_place(self, adapter: LoadedAdapter) -> bool:
+        """Write an adapter into a place that is free, or that one without requests has."""
+        if any(not layer.a.untyped_storage().nbytes() for layer in self._layers.values()):
+            return False  # the model sleeps, and its tensors have no memory
         if not self._free:
             idle = [
                 known
                 for known in self._by_name.values()
-                if not known.num_requests and not known.stays
+                if known.index and not known.num_requests and not known.stays
             ]
             if not idle:
-                raise AdapterError(
-                    f"adapter {shown(name)} finds no place: max_loras is {self.max_loras}, and "
-                    f"{', '.join(map(repr, self.names)) or 'adapters that end'} are loaded for "
-                    f"good or in use: raise max_loras, unload one, or ask again later"
-                )
+                return False
             self.remove(min(idle, key=lambda known: known.last_use).request.lora_name)
-        return self._free.pop()
+        index = self._free.pop()
+        try:
+            for where, layer in self._layers.items():
+                layer.write(index, adapter.factors.get(where))
+        except BaseException:
+            self._free.append(index)
+            raise
+        adapter.index, adapter.factors = index, {}
+        self._waiting.discard(adapter)
+        return True
+
+    def _settle(self, adapter: LoadedAdapter) -> None:
+        """Forget an adapter without a place, and free the place of one that is removed."""
+        if adapter.num_requests:
+            return
+        if adapter.removed and adapter.index:
+            self._free.append(adapter.index)
+        elif not adapter.index:
+            self._waiting.discard(adapter)
+            if not adapter.removed:  # else the name may be another's
+                del self._by_name[adapter.request.lora_name]
 
 
 def of_llm(adapters: LoadedAdapters | None) -> LoadedAdapters:
