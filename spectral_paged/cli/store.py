@@ -71,18 +71,24 @@ def _table(folder: Folder) -> str:
 def _verify(folder: Folder, *, remove: bool) -> int:
     from spectral_paged.store import BadRecordError, check_record
 
-    entries, bad = folder.entries(), 0
+    entries, bad, left = folder.entries(), 0, 0
     for entry in entries:
         try:
             check_record(folder.path / entry.name)
         except FileNotFoundError:
             continue  # evicted meanwhile
         except (BadRecordError, OSError) as error:
-            bad += 1
-            gone = remove and folder.remove(entry.name)
-            print(f"{entry.name}: {error}{' (removed)' if gone else ''}", file=sys.stderr)
+            bad, left = bad + 1, left + 1
+            told = f"{entry.name}: {error}"
+            if remove:
+                try:
+                    folder.remove(entry.name)
+                    left, told = left - 1, f"{told} (removed)"
+                except OSError as cause:
+                    told = f"{told} (it cannot be removed: {cause})"
+            print(told, file=sys.stderr)
     print(f"{len(entries)} records in {folder.path}, {bad} damaged")
-    return 1 if bad and not remove else 0
+    return 1 if left else 0
 
 
 def _prune(folder: Folder, size: int | None, name: str | None) -> int:

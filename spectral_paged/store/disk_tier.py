@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -22,11 +22,12 @@ from spectral_paged.store.record_file import (
     write_body,
 )
 
-logger = logging.getLogger(__name__)
-
 Given = TypeVar("Given")
+P = ParamSpec("P")
+R = TypeVar("R")
 NUM_READERS = 4
 MAX_KNOWN = 1 << 18  # records that are remembered as there
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a folder that is for reading only
 MAX_BYTES_QUEUED = 8 << 30  # of records that wait to be written, in host memory; one always passes
 
 
@@ -42,7 +43,11 @@ class DiskRead:
 
     @property
     def failed(self) -> bool:
-        return self._future.done() and (self._future.cancelled() or not self._future.result())
+        if not self._future.done():
+            return False
+        if self._future.cancelled() or self._future.exception() is not None:
+            return True
+        return not self._future.result()
 
     def wait(self) -> None:
         if not self._future.cancelled():
@@ -57,7 +62,8 @@ class DiskTier(Generic[Given]):
 
     A record that is damaged, truncated, foreign or of another version is a miss: the log tells of
     it once, and it is removed. Where the disk is full, the folder for reading only or gone, writes
-    fail, which the log tells once, and nothing else happens.
+    fail, which the log tells once, and nothing else happens. Whatever else a thread raises is told
+    and counted like that.
 
     Args:
         folder: the folder.
@@ -79,7 +85,29 @@ class DiskTier(Generic[Given]):
         self._used_bytes = 0
         self._num_records = 0
         self.counters = TierCounters()
-        self._writer.submit(self._count)
+        self._begin(self._writer, f"counting the store {folder.path}", self._count)
+
+    def _begin(
+        self,
+        threads: ThreadPoolExecutor,
+        what: str,
+        job: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Future[R]:
+        """Have a thread do a job; what it raises is counted, and told as a failure of `what`."""
+        return threads.submit(self._told, what, partial(job, *args, **kwargs))
+
+    def _told(self, what: str, job: Callable[[], R]) -> R:
+        try:
+            return job()
+        except BaseException as error:  # of any type, because nobody asks the thread for it
+            self._failed(what, error)
+            raise
+
+    def _failed(self, what: str, error: BaseException, *, where: str = "") -> None:
+        with self._lock:
+            self.counters.count_failure(what, error, where=where)
 
     def find(self, key: bytes, parent: bytes | None) -> int | None:
         """The bytes of a record; None if it is not there. It asks the file system, which may take
@@ -96,7 +124,15 @@ class DiskTier(Generic[Given]):
 
     def look(self, records: Sequence[tuple[bytes, bytes | None]]) -> Future[None]:
         """Begin to look for records, a key and its parent's each; `known_size` then has them."""
-        return self._looker.submit(self._look, records)
+        return self._begin(self._looker, self._reading, self._look, records)
+
+    @property
+    def _reading(self) -> str:
+        return f"reading the store {self._folder.path}"
+
+    @property
+    def _writing(self) -> str:
+        return f"writing to the store {self._folder.path}"
 
     def _look(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
         for key, parent in records:
@@ -113,7 +149,7 @@ class DiskTier(Generic[Given]):
 
     def use(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Count records, a key and its parent's each, as used now."""
-        self._writer.submit(self._use, records)
+        self._begin(self._writer, self._writing, self._use, records)
 
     def _use(self, records: Sequence[tuple[bytes, bytes | None]]) -> None:
         self._folder.use([name_of(self._identity, key, parent) for key, parent in records])
@@ -122,7 +158,7 @@ class DiskTier(Generic[Given]):
 
     def read(self, key: bytes, parent: bytes | None, pieces: list[Tensor]) -> DiskRead:
         """Begin to read a record into `pieces`."""
-        return DiskRead(self._readers.submit(self._read, key, parent, pieces))
+        return DiskRead(self._begin(self._readers, self._reading, self._read, key, parent, pieces))
 
     def _read(self, key: bytes, parent: bytes | None, pieces: list[Tensor]) -> bool:
         name = name_of(self._identity, key, parent)
@@ -133,14 +169,9 @@ class DiskTier(Generic[Given]):
             self._note(key, None)  # another process evicted it
             return False
         except BadRecordError as error:
-            with self._lock:
-                self.counters.count_failure("reading a record", error, where=str(path))
-            self._folder.remove(name)
+            self._failed("reading a record", error, where=str(path))
+            self._remove(name)
             self._note(key, None)
-            return False
-        except (OSError, MemoryError, RuntimeError) as error:
-            with self._lock:
-                self.counters.count_failure(f"reading the store {self._folder.path}", error)
             return False
         with self._lock:
             self.counters.read += 1
@@ -161,7 +192,7 @@ class DiskTier(Generic[Given]):
                 self.counters.dropped += 1
                 return False
             self._queued += num_bytes
-        self._writer.submit(self._write, key, parent, pieces, given)
+        self._begin(self._writer, self._writing, self._write, key, parent, pieces, given)
         return True
 
     def _write(self, key: bytes, parent: bytes | None, pieces: list[Tensor], given: Given) -> None:
@@ -173,9 +204,6 @@ class DiskTier(Generic[Given]):
                 if written:
                     self.counters.written += 1
                     self.counters.written_bytes += num_bytes
-        except (OSError, MemoryError, RuntimeError) as error:
-            with self._lock:
-                self.counters.count_failure(f"writing to the store {self._folder.path}", error)
         finally:
             with self._lock:
                 self._queued -= num_bytes
@@ -216,16 +244,26 @@ class DiskTier(Generic[Given]):
     def forget(self, key: bytes, parent: bytes | None) -> None:
         """Remove a record, behind the writes that are queued."""
         self._note(key, None)
-        self._writer.submit(self._forget, key, parent)
+        self._begin(self._writer, self._removing, self._forget, key, parent)
+
+    @property
+    def _removing(self) -> str:
+        return f"removing records from the store {self._folder.path}"
 
     def _forget(self, key: bytes, parent: bytes | None) -> None:
-        self._folder.remove(name_of(self._identity, key, parent))
+        self._remove(name_of(self._identity, key, parent))
         self._note(key, None)
+
+    def _remove(self, name: str) -> None:
+        try:
+            self._folder.remove(name)
+        except OSError as error:
+            self._failed(self._removing, error)
 
     def forget_all(self) -> None:
         """Remove all records of this model and format."""
         self._forget_known()
-        self._writer.submit(self._forget_all)
+        self._begin(self._writer, self._removing, self._forget_all)
 
     def _forget_known(self) -> None:
         with self._lock:
@@ -233,24 +271,18 @@ class DiskTier(Generic[Given]):
 
     def _forget_all(self) -> None:
         self._forget_known()
-        try:
-            for entry in self._folder.entries():
-                if entry.identity == self._identity.hex()[:16]:
-                    self._folder.remove(entry.name)
-        except OSError as error:
-            with self._lock:
-                self.counters.count_failure(f"emptying the store {self._folder.path}", error)
+        for entry in self._folder.entries():
+            if entry.identity == self._identity.hex()[:16]:
+                self._remove(entry.name)
 
     def _count(self) -> None:
         """What the folder has now; later it is known by what this process writes."""
-        with suppress(OSError):  # it may be for reading only
-            self._folder.recount()
         try:
-            entries = self._folder.entries()
+            self._folder.recount()
         except OSError as error:
-            with self._lock:
-                self.counters.count_failure(f"reading the store {self._folder.path}", error)
-            return
+            if error.errno not in READ_ONLY:
+                raise
+        entries = self._folder.entries()
         self._used_bytes = sum(entry.num_bytes for entry in entries)
         self._num_records = len(entries)
 

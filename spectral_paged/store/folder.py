@@ -232,13 +232,17 @@ class Folder:
             _set(usage, max(0, _get(usage) - num_bytes))
 
     def remove(self, name: str) -> bool:
-        """Remove a record; False if it was not there, or cannot be removed."""
+        """Remove a record; False if it was not there.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
         try:
             with self._locked() as usage:
                 num_bytes = self.size_of(name) or 0
                 os.unlink(self.path / name)
                 _set(usage, max(0, _get(usage) - num_bytes))
-        except OSError:
+        except FileNotFoundError:
             return False
         return True
 

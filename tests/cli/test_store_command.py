@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -44,6 +47,20 @@ def test_verify_finds_damage_and_removes_it_if_told(folder, capsys):
     assert bad.name in told.err and "damaged" in told.err and "1 damaged" in told.out
     assert main(["store", "verify", "--remove", str(folder)]) == 0
     assert not bad.exists() and len(records(folder)) == 3
+
+
+def test_damage_that_cannot_be_removed_is_told(folder, capsys, monkeypatch):
+    bad = records(folder)[0]
+    bad.write_bytes(bad.read_bytes()[:-1])
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refused)
+    assert main(["store", "verify", "--remove", str(folder)]) == 1
+    told = capsys.readouterr()
+    assert "cannot be removed: " in told.err and "Read-only" in told.err and "1 damaged" in told.out
+    assert bad.exists()
 
 
 def test_a_record_under_anothers_name_is_damage(folder, capsys):

@@ -103,6 +103,59 @@ def test_a_full_disk_is_told_once_and_counted(disk, monkeypatch, caplog):
     assert tier._folder.used() == SIZE, "bytes that were not written are not counted"
 
 
+class Odd(BaseException):
+    """What no list of exceptions has."""
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, TypeError, AssertionError, Odd])
+@pytest.mark.parametrize("job", ["write_body", "read_record"])
+def test_whatever_a_thread_raises_is_told_once_and_counted(disk, monkeypatch, caplog, error, job):
+    tier = disk()
+    write(tier, b"c")
+
+    def failing(*_):
+        raise error("something")
+
+    monkeypatch.setattr(f"spectral_paged.store.disk_tier.{job}", failing)
+    with caplog.at_level(logging.WARNING):
+        for key in (b"a", b"b"):
+            if job == "write_body":
+                assert write(tier, key), "the writer gives the record back"
+                assert tier.find(key, None) is None and tier._queued == 0
+            else:
+                assert read(tier, b"c") is None
+    assert tier.stats()["failures"] == 2 and len(caplog.records) == 1
+    assert error.__name__ in caplog.text and "something" in caplog.text
+    monkeypatch.undo()
+    assert write(tier, b"a") and read(tier, b"a") is not None and read(tier, b"c") is not None
+
+
+@pytest.mark.parametrize("call", ["recount", "entries", "use", "remove"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), TypeError("odd")])
+def test_jobs_beside_reads_and_writes_are_told_as_well(disk, monkeypatch, caplog, call, error):
+    write(disk(), b"a")
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(folder_module.Folder, call, failing)
+    tier = disk()
+    tier.use([(b"a", None)])
+    tier.forget(b"a", None)
+    tier.flush()
+    assert tier.counters.failed >= 1 and len(caplog.records) == 1
+    assert str(error).split("]")[-1].strip() in caplog.text
+    monkeypatch.undo()
+    assert write(tier, b"b")
+
+
+def test_a_look_that_fails_is_a_miss_and_told(disk, monkeypatch, caplog):
+    tier = disk()
+    monkeypatch.setattr(folder_module.Folder, "size_of", lambda *_: 1 / 0)
+    assert isinstance(tier.look([(b"a", None)]).exception(), ZeroDivisionError)
+    assert tier.known_size(b"a") is None and tier.counters.failed == len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_write_that_fails_leaves_nothing(disk, monkeypatch, call):
     tier = disk()
