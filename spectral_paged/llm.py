@@ -164,8 +164,9 @@ class LLM:
         """Run no steps until `wake_up`; give a GPU's memory to others meanwhile.
 
         Level 0 runs no steps; level 1 forgets prompts that no lower tier has, frees the memory of
-        pages, and on a GPU moves weights to host memory. Mode `abort` fails the requests of other
-        callers, `wait` runs them to their end, and `keep` (level 0) lets them wait.
+        pages, and on a GPU moves weights to host memory. Mode `abort` fails the requests and beam
+        searches of other callers, `wait` runs them to their end, and `keep` (level 0) lets requests
+        wait.
 
         Raises:
             InvalidRequestError: level 2, which drops the weights, or an unknown level or mode.

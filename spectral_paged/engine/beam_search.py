@@ -15,7 +15,12 @@ from spectral_paged.engine.admission import check_request
 from spectral_paged.engine.engine import Engine
 from spectral_paged.engine.prompts import Prompt, parts_of
 from spectral_paged.engine.turns import Turns
-from spectral_paged.errors import CapacityError, InvalidRequestError, NonFiniteError
+from spectral_paged.errors import (
+    CapacityError,
+    InvalidRequestError,
+    NonFiniteError,
+    SpectralPagedError,
+)
 from spectral_paged.options import LoRARequest
 from spectral_paged.outputs import BeamSearchSequence, Logprob
 from spectral_paged.sampling import BeamSearchParams, SamplingParams
@@ -74,6 +79,8 @@ class BeamSearch:
         self._num_left = longest - len(prompt)
         self._adapter = held(engine.adapters, lora_request)
         self._salt = prefix_salt(cache_salt, self._adapter)
+        self._error: SpectralPagedError | None = None
+        engine.requests.searches.add(self)
 
     @classmethod
     def of_prompt(
@@ -116,13 +123,17 @@ class BeamSearch:
         return self.result()
 
     def step(self) -> None:
-        """Compute the next tokens of all beams.
+        """Compute the next tokens of all beams; nothing where the search is finished.
 
         Raises:
             CapacityError: the cache has no room for the beams beside what else is in it.
             NonFiniteError: the logits have NaN or Inf.
+            SpectralPagedError: the engine sleeps.
         """
+        if self.finished:
+            return
         try:
+            self._engine.sleep.check()
             logits = self._next_logits()
             self._go_on(logits)
         except BaseException:
@@ -130,7 +141,13 @@ class BeamSearch:
             raise
 
     def result(self) -> list[BeamSearchSequence]:
-        """Return the best `beam_width` sequences so far, the best first."""
+        """Return the best `beam_width` sequences so far, the best first.
+
+        Raises:
+            SpectralPagedError: the search failed, as `fail` was told.
+        """
+        if self._error is not None:
+            raise self._error
         going = [self._sequence(beam, "length") for beam in self._beams]
         ranked = sorted([*self._ended, *going], key=self._score, reverse=True)
         tokens = self._engine.token_bytes
@@ -140,9 +157,15 @@ class BeamSearch:
                 found.text = tokens.text(found.tokens, skip_special_tokens=False)
         return best
 
+    def fail(self, error: SpectralPagedError) -> None:
+        """End the search with an error, which `result` raises."""
+        self._error = error
+        self.close()
+
     def close(self) -> None:
         """Free the beams' sequences and their adapter; may be called more than once."""
         self.finished = True
+        self._engine.requests.searches.discard(self)
         if self._adapter is not None:
             self._adapter.release()
             self._adapter = None

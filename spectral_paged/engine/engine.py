@@ -15,11 +15,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from spectral_paged.cache import Spans, SpectralKVCache, StepPlan, spans_of
-from spectral_paged.device import StepClock, upload
+from spectral_paged.device import StepClock
 from spectral_paged.engine.adapters import Adapters, ModelInputs, held, indices_of, prefix_salt
 from spectral_paged.engine.admission import MAX_LOGPROBS, check_request, most_tokens, stalled
 from spectral_paged.engine.counters import EngineCounters
@@ -29,16 +28,17 @@ from spectral_paged.engine.prompt_logprobs import PromptRows
 from spectral_paged.engine.prompts import check_salt
 from spectral_paged.engine.request_table import RequestTable
 from spectral_paged.engine.requests import Completion, RequestGroup, no_token, seed_of, unserved
-from spectral_paged.engine.sampled_step import OUT_OF_MEMORY, SampledStep, StepInputs, faults_of
+from spectral_paged.engine.sampled_step import (
+    OUT_OF_MEMORY,
+    SampledStep,
+    StepInputs,
+    faults_of,
+    going_on,
+)
 from spectral_paged.engine.sleep import Sleep
 from spectral_paged.engine.speculation import Speculation
 from spectral_paged.engine.token_bytes import TokenBytes
-from spectral_paged.errors import (
-    InvalidRequestError,
-    NonFiniteError,
-    SpectralPagedError,
-    shown,
-)
+from spectral_paged.errors import InvalidRequestError, NonFiniteError, SpectralPagedError, shown
 from spectral_paged.grammar import GrammarCompiler
 from spectral_paged.options import LoRARequest, SpeculativeConfig
 from spectral_paged.outputs import RequestMetrics, RequestOutput
@@ -205,6 +205,12 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request. Its output keeps the tokens so far. Unknown ids are ignored."""
         self.requests.abort(request_id)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Keep nothing of the last steps, and of their requests, once there is no request."""
+        if not self.requests.by_id:
+            self._in_flight = self._drawn = None
 
     def has_unfinished(self) -> bool:
         return bool(self.requests.by_id)
@@ -229,7 +235,9 @@ class Engine:
             self._step()
         except OUT_OF_MEMORY as error:
             self._after_out_of_memory(error)
-        return self.requests.take_outputs()
+        outputs = self.requests.take_outputs()
+        self._forget_steps()
+        return outputs
 
     def _step(self) -> None:
         clock = self.clock
@@ -344,16 +352,7 @@ class Engine:
         if not any(c.owner.params.reads_output for c in ready):
             return ready, logits
         self._collect()
-        return self._going_on(ready, logits)
-
-    @staticmethod
-    def _going_on(ready: list[Completion], logits: Tensor) -> tuple[list[Completion], Tensor]:
-        """Return those of `ready` that have not ended, and their rows of `logits`."""
-        rows = [row for row, c in enumerate(ready) if c.output.finish_reason is None]
-        if len(rows) == len(ready):
-            return ready, logits
-        places = upload(rows, torch.long, logits.device)
-        return [ready[row] for row in rows], logits[places]
+        return going_on(ready, logits)
 
     def _draw(self, ready: list[Completion], logits: Tensor) -> SampledStep | None:
         """Sample a token for each of `ready` from its row of `logits`, `[len(ready), vocab]`.
@@ -379,7 +378,7 @@ class Engine:
                 if not isinstance(cause, SpectralPagedError):
                     cause = unserved(ready[row], "its token was sampled", cause)
                 self.requests.fail(ready[row], cause)
-            ready, logits = self._going_on(ready, logits)
+            ready, logits = going_on(ready, logits)
         return None
 
     def _collect(self) -> None:

@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Protocol
+from weakref import WeakSet
 
 from spectral_paged.cache import SpectralKVCache
 from spectral_paged.engine.counters import EngineCounters
@@ -22,6 +24,16 @@ from spectral_paged.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
+class Search(Protocol):
+    """A beam search, whose caller runs it between the steps of the engine."""
+
+    @property
+    def finished(self) -> bool: ...
+    def step(self) -> None: ...
+    def fail(self, error: SpectralPagedError) -> None:
+        """End it with an error, which its caller gets."""
+
+
 class RequestTable:
     """The requests of an engine that have not ended, or whose end no output has told yet.
 
@@ -35,6 +47,7 @@ class RequestTable:
         by_id: requests by their id.
         by_sequence: completions by the id of their sequence, whether the cache holds it or not.
         prompt_logprobs: those that are being computed, by the id of the sequence that does.
+        searches: beam searches that are not finished, whose sequences are in the cache.
         reading: ids of the requests whose tokens the host has to know before the next are drawn.
     """
 
@@ -48,6 +61,7 @@ class RequestTable:
         self.by_id: dict[str, RequestGroup] = {}
         self.by_sequence: dict[str, Completion] = {}
         self.prompt_logprobs: dict[str, PromptLogprobs] = {}
+        self.searches: WeakSet[Search] = WeakSet()
         self.reading: set[str] = set()
         self._cache = cache
         self._scheduler = scheduler

@@ -246,6 +246,15 @@ class SampledStep:
             group.forked = group.starting_siblings = False
 
 
+def going_on(ready: list[Completion], logits: Tensor) -> tuple[list[Completion], Tensor]:
+    """Return those of `ready` that have not ended, and their rows of `logits`."""
+    rows = [row for row, c in enumerate(ready) if c.output.finish_reason is None]
+    if len(rows) == len(ready):
+        return ready, logits
+    places = upload(rows, torch.long, logits.device)
+    return [ready[row] for row in rows], logits[places]
+
+
 class RowFault(Exception):
     """A request's own functions or grammar raised, as `__cause__` says, for one completion."""
 

@@ -53,14 +53,15 @@ class Sleep:
         """Fall asleep. An engine that sleeps may sleep deeper; again as deep changes nothing.
 
         Args:
-            mode: what becomes of requests that are not finished: `abort` fails them, `wait` runs
-                them to their end, `keep` keeps them until the engine wakes (level 0).
+            mode: what becomes of requests and beam searches that are not finished: `abort` fails
+                them, `wait` runs them to their end, `keep` keeps them until the engine wakes
+                (level 0).
             finish: runs steps until no request is left.
 
         Raises:
             InvalidRequestError: there is no such level or mode, or not together; another LLM runs
                 the same model.
-            PoolError: sequences that no request has, such as a beam search's, are in the cache.
+            PoolError: sequences of a caller of the cache itself are in it.
         """
         self.check_asked(level, mode)
         if self.parts - {"scheduling"} or (level == 0 and self.parts):
@@ -69,6 +70,7 @@ class Sleep:
         if mode == "abort":
             self._fail_all()
         if mode != "keep":
+            self._finish_searches()
             finish()
         if level == 0:
             self.parts = {"scheduling"}
@@ -107,16 +109,29 @@ class Sleep:
 
     def _fail_all(self) -> None:
         for group in list(self._requests.by_id.values()):
-            error = RequestFailedError(
-                f"request {shown(group.request_id)} was aborted, because the LLM falls asleep"
-            )
+            error = _aborted(f"request {shown(group.request_id)}")
             for completion in group.completions:
                 self._requests.fail(completion, error)
+        for search in list(self._requests.searches):
+            search.fail(_aborted("a beam search"))
+
+    def _finish_searches(self) -> None:
+        """Run beam searches to their ends; their callers get what they raise."""
+        for search in list(self._requests.searches):
+            try:
+                while not search.finished:
+                    search.step()
+            except SpectralPagedError as error:
+                search.fail(error)
 
     @staticmethod
     def check_asked(level: object, mode: object) -> None:
         """Raise InvalidRequestError unless there is such a sleep."""
         _check(level, mode)
+
+
+def _aborted(what: str) -> RequestFailedError:
+    return RequestFailedError(f"{what} was aborted, because the LLM falls asleep")
 
 
 def _check(level: object, mode: object) -> None:

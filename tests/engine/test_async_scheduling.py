@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -221,3 +224,38 @@ def test_forks_share_what_is_sealed_ahead():
         out = llm.generate(random_prompts([600]), params, use_tqdm=False)[0]
         assert out.metrics.num_pages_sealed == llm.cache.counters.pages_sealed == 2
         llm.cache.check_integrity()
+
+
+class Keeper:
+    """A logits processor, by which it is seen whether somebody keeps its request."""
+
+    def __call__(self, tokens, logits):
+        return logits
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ending", ["finished", "aborted", "failed"])
+def test_an_engine_without_requests_keeps_none_alive(ahead, ending, monkeypatch):
+    llm = tiny_llm()
+    engine = llm.engine
+    engine.async_scheduling = ahead
+    params = SamplingParams(temperature=0.0, max_tokens=5)
+    params.logits_processors = [Keeper()]
+    kept = weakref.ref(params.logits_processors[0])
+    engine.add_request("a", random_prompts([70])[0], params)
+    del params
+    for _ in range(3):
+        engine.step()
+    assert kept() is not None
+    if ending == "aborted":
+        engine.abort("a")
+    elif ending == "failed":
+        monkeypatch.setattr(SampledTokens, "get", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+        engine.abort("a")
+    else:
+        while engine.has_unfinished():
+            engine.step()
+    gc.collect()
+    assert kept() is None

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from spectral_paged import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from spectral_paged.engine import BeamSearch
 from spectral_paged.errors import (
     InvalidRequestError,
+    NonFiniteError,
     PoolError,
     RequestFailedError,
     SpectralPagedError,
@@ -18,7 +20,7 @@ from spectral_paged.errors import (
 from spectral_paged.models.parked_weights import ParkedWeights
 from spectral_paged.server.llm_engine import LLMEngine
 from support.served import served_llm, wait_until
-from support.tiny_model import random_prompts, tiny_llm, tiny_model
+from support.tiny_model import raise_once, random_prompts, tiny_llm, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 PROMPTS = random_prompts([30, 700, 5], seed=1)
@@ -123,6 +125,67 @@ def test_requests_of_others_are_aborted_finished_or_kept(level, mode):
         assert isinstance(found[0], RequestFailedError) and "falls asleep" in str(found[0])
     else:
         assert found[0].outputs[0].token_ids == want.outputs[0].token_ids
+
+
+BEAMS = BeamSearchParams(3, 8)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("level, mode", [(0, "abort"), (1, "abort"), (0, "wait"), (1, "wait")])
+def test_beam_searches_of_others_are_aborted_or_finished(level, mode, steps):
+    llm = tiny_llm()
+    (want,) = tiny_llm().beam_search([PROMPTS[1]], BEAMS)
+    search = BeamSearch(llm.engine, PROMPTS[1], BEAMS)
+    for _ in range(steps):
+        search.step()
+    llm.sleep(level, mode)
+    assert search.finished and llm.cache.num_sequences == 0
+    if mode == "abort":
+        with pytest.raises(RequestFailedError, match="a beam search was aborted.*falls asleep"):
+            search.run(llm._turns)
+    else:
+        assert [s.tokens for s in search.run(llm._turns)] == [s.tokens for s in want.sequences]
+    llm.wake_up()
+    (again,) = llm.beam_search([PROMPTS[1]], BEAMS)
+    assert [s.tokens for s in again.sequences] == [s.tokens for s in want.sequences]
+    llm.cache.check_integrity()
+
+
+def test_a_beam_search_that_fails_while_it_is_waited_for_fails_its_caller_alone(monkeypatch):
+    llm = tiny_llm()
+    search = BeamSearch(llm.engine, PROMPTS[0], BEAMS)
+    search.step()
+    raise_once(monkeypatch, llm.engine.runner, "forward", NonFiniteError("NaN"), 2)
+    llm.sleep(1, "wait")
+    with pytest.raises(NonFiniteError, match="NaN"):
+        search.run(llm._turns)
+
+
+def test_a_beam_search_takes_no_step_while_it_sleeps():
+    llm = tiny_llm()
+    search = BeamSearch(llm.engine, PROMPTS[0], BEAMS)
+    search.step()
+    llm.sleep(0, "keep")
+    with pytest.raises(SpectralPagedError, match=r"sleeps .*wake_up\(\)"):
+        search.step()
+    assert llm.cache.num_sequences == 0
+
+
+def test_a_beam_search_in_another_thread_is_told(monkeypatch):
+    llm, found = tiny_llm(), []
+
+    def other():
+        try:
+            llm.beam_search(PROMPTS[:1], BeamSearchParams(2, 400))
+        except RequestFailedError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    wait_until(lambda: llm.cache.num_sequences == 2)
+    llm.sleep()
+    thread.join(30)
+    assert "falls asleep" in str(found[0]) and not thread.is_alive()
 
 
 @pytest.mark.parametrize(
