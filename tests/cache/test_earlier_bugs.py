@@ -102,9 +102,9 @@ def test_gqa_heads_arrive_from_the_model_unexpanded(monkeypatch):
     llm = tiny_llm()
     shapes, attend = set(), llm.cache.attend
 
-    def spy(layer, q, k, v):
+    def spy(layer, q, k, v, *sinks):
         shapes.add((q.shape[1:], k.shape[1:], v.shape[1:]))
-        return attend(layer, q, k, v)
+        return attend(layer, q, k, v, *sinks)
 
     monkeypatch.setattr(llm.cache, "attend", spy)
     llm.generate(random_prompts([70]), SamplingParams(max_tokens=2), use_tqdm=False)
