@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def add_prefill(parser: argparse.ArgumentParser) -> None:
 
 
 def prefill(args: argparse.Namespace) -> int:
-    """Compute a file's prompts into a store; 1 if some could not be computed."""
+    """Compute a file's prompts into a store; 1 if some could not be computed or kept."""
     check_input(args.input)
     options = given_options(args, LLMOptions)
     if options.get("kv_store") is None:
@@ -55,12 +56,20 @@ def prefill(args: argparse.Namespace) -> int:
             _prefill(llm, some, counts)
             bar.update(len(some))
             bar.set_postfix(counts)
+        stats: Mapping[str, Any] = llm.stats()
+        failures = sum(stats["store_failures"].values())
+    if failures:  # the log has said of each kind what failed
+        print(
+            f"{args.input}: not all is kept: {failures} reads or writes of {options['kv_store']} "
+            "failed; run again once the folder takes files",
+            file=sys.stderr,
+        )
     if not args.quiet:
         print(
             f"{args.input}: {counts['computed']} tokens computed, {counts['kept']} kept before, in "
             f"{options['kv_store']}; {counts['bad']} lines are bad"
         )
-    return 1 if counts["bad"] else 0
+    return 1 if counts["bad"] or failures else 0
 
 
 def _prefill(llm: LLM, lines: list[BatchLine], counts: dict[str, int]) -> None:
@@ -104,6 +113,10 @@ def _prompt_of(llm: LLM, line: BatchLine) -> dict[str, Any]:
         tokens: Any = llm.chat_tokens(line.messages, tools=tools, **line.template)
     else:
         tokens = line.prompt
+    if line.params is not None and line.params.truncate_prompt_tokens is not None:
+        tokens = llm.engine.prompt_encoder.encode(
+            tokens, truncate_prompt_tokens=line.params.truncate_prompt_tokens
+        )
     kind = "prompt" if isinstance(tokens, str) else "prompt_token_ids"
     return {kind: tokens, "cache_salt": line.cache_salt}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
 from spectral_paged import SamplingParams
 from spectral_paged.cli import commands, prefill
+from spectral_paged.store import folder as folder_module
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 PROMPTS = random_prompts([1300, 1700, 1200, 1500, 1250])
@@ -78,6 +80,26 @@ def test_bad_lines_are_told_and_others_are_computed(small, tmp_path, capsys):
     told = "".join(capsys.readouterr())
     assert "line 2:" in told and "line 3:" in told and "2 lines are bad" in told
     assert f"{len(PROMPTS[0]) + len(PROMPTS[1])} tokens computed" in told
+
+
+def test_a_prompt_is_cut_as_generate_cuts_it(small, tmp_path, capsys):
+    cut = {"prompt": PROMPTS[1], "sampling_params": {"truncate_prompt_tokens": 1300}}
+    assert run(tmp_path, [cut]) == 0
+    assert "1300 tokens computed, 0 kept before" in capsys.readouterr().out
+    assert run(tmp_path, [{"prompt": PROMPTS[1][-1300:]}]) == 0
+    kept = int(capsys.readouterr().out.split(" kept before")[0].split()[-1])
+    assert kept >= 1088, "what is kept is the prompt that a later run asks for"
+
+
+def test_a_folder_that_takes_nothing_ends_with_an_error(small, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder_module.os, "posix_fallocate", full)
+    assert run(tmp_path, [{"prompt": PROMPTS[0]}]) == 1
+    told = capsys.readouterr()
+    assert f"{len(PROMPTS[0])} tokens computed" in told.out
+    assert "not all is kept" in told.err and str(tmp_path / "s") in told.err
 
 
 def test_what_keeps_nothing_is_refused(tmp_path, capsys):
