@@ -21,6 +21,7 @@ from spectral_paged.kernels.launch.card import card_of
 from spectral_paged.kernels.page.layout import PageLayout
 
 TABLE = "configs.json"
+SEAL_ROWS = (32, 64)  # that kernels were compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,20 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SealConfig:
-    """Launch parameters of `seal`: warps of a program, and tokens that a pass takes at once."""
+    """Launch parameters of `seal`: warps of a program, and tokens that a pass takes at once.
+
+    Raises:
+        ValueError: a pass of other sizes, which would write codes of V to wrong places.
+    """
 
     warps: int = 4
     rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rows not in SEAL_ROWS:
+            raise ValueError(
+                f"a seal takes {self.rows} tokens at once; use {' or '.join(map(str, SEAL_ROWS))}"
+            )
 
 
 def case_of(layout: PageLayout) -> str:

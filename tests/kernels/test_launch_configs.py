@@ -54,3 +54,9 @@ def test_the_table_that_is_shipped_names_cases_and_fields_that_exist():
             for case, fields in entries.items():
                 assert case in cases
                 {"decode": DecodeConfig, "seal": SealConfig}[op](**fields)
+
+
+@pytest.mark.parametrize("rows", [0, 16, 128, 256])
+def test_a_seal_takes_only_passes_that_were_compared(rows):
+    with pytest.raises(ValueError, match=f"takes {rows} tokens at once; use 32 or 64"):
+        SealConfig(rows=rows)
