@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from spectral_paged.cache import replace_encoders
 from spectral_paged.cache.row_counts import next_edge
 from spectral_paged.cache.sequences import SequenceState, StepRules
-from support.cache_feed import LAYERS, H, fmt, make
+from support.cache_feed import NoEncoder, fmt, make
 
 FULL = None
 WINDOWS = {"none": FULL, "short": 200, "odd": 77, "sealed": 1100, "both": (1300, 130)}
-
-
-class NoEncoder:
-    backend = "none"
-
-    def warm_up(self, planes):
-        pass
-
-    def seal(self, planes, exact, pages, first):
-        return torch.zeros(len(exact), LAYERS, H, 2, dtype=torch.int32)
 
 
 def cache_of(windows, format=None):

@@ -15,7 +15,7 @@ from spectral_paged import SamplingParams
 from spectral_paged.cache import prefix_tiles, replace_encoders
 from spectral_paged.cache.prefix_tiles import MIN_PAGES, MOST_READS, PrefixTiles
 from spectral_paged.pool.block_table import BlockTable
-from support.cache_feed import LAYERS, Feed, H, drive, make, slots_of
+from support.cache_feed import Feed, NoEncoder, drive, make, slots_of
 from support.tiny_model import random_prompts, tiny_format, tiny_llm
 
 WIDTH = 12
@@ -187,16 +187,6 @@ TestTables.settings = settings(max_examples=60, stateful_step_count=30, deadline
 
 
 # ---- the cache and the engine ------------------------------------------------------------
-
-
-class NoEncoder:
-    backend = "none"
-
-    def warm_up(self, planes):
-        pass
-
-    def seal(self, planes, exact, pages, first):
-        return torch.zeros(len(exact), LAYERS, H, 2, dtype=torch.int32)
 
 
 def run_step(cache, new):

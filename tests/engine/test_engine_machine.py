@@ -151,20 +151,26 @@ class EngineMachine(RuleBasedStateMachine):
             self.total.update(self.engine.figures())
 
 
-@pytest.mark.parametrize("name", MACHINES)
-def test_any_order_of_requests_gives_the_written_tokens(name):
+def explored(name, max_examples):
+    """The figures of a machine's random runs, all together."""
     total = Counter()
     machine = type("Machine", (EngineMachine,), {"machine_name": name, "total": total})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples(12, 100),
+            max_examples=max_examples,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    return total
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_any_order_of_requests_gives_the_written_tokens(name):
+    total = explored(name, examples(12, 100))
     wanted = ALWAYS if MACHINES[name][0] == "exact" else WITH_PAGES
     assert not wanted - set(+total), f"something was never exercised: {total}"
     assert total["steps"] >= MIN_STEPS / len(MACHINES), total
@@ -173,18 +179,7 @@ def test_any_order_of_requests_gives_the_written_tokens(name):
 @pytest.mark.parametrize("name", DRAFTING)
 def test_no_draft_is_seen_by_anybody(name):
     """Not in pages, in prefixes, in forks, nor by the request that it was for."""
-    total = Counter()
-    machine = type("Machine", (EngineMachine,), {"machine_name": name, "total": total})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples(8, 100),
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    total = explored(name, examples(8, 100))
     drafted, accepted = (total[f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert 200 < accepted < 0.9 * drafted, total
     assert not WITH_PAGES - set(+total), f"something was never exercised: {total}"
