@@ -9,9 +9,12 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectral_paged.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AXES = {"max_num_seqs": "requests at once", "input_len": "tokens of a prompt"}
 
@@ -38,7 +41,13 @@ def draw(result: dict[str, Any], path: Path, over: str = "max_num_seqs") -> Path
     axes.set_xlabel(AXES[over])
     axes.set_ylabel("output tokens a second")
     axes.set_title(f"{result['model']}, {result['environment']['machine']}")
-    axes.legend()
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    """Write a plot with its legend, and the folder it needs."""
+    for axes in figure.axes:
+        axes.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -127,8 +136,4 @@ def draw_gains(paths: Sequence[Path], backends: Sequence[str], path: Path) -> Pa
     machines = dict.fromkeys(result["environment"]["machine"] for result in results)
     models = dict.fromkeys(result["model"] for result in results)
     axes.set_title(f"{', '.join(models)}, {', '.join(machines)}, over ...")
-    axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+    return _saved(figure, path)
